@@ -1,0 +1,101 @@
+"""The event bus's port: messages from a relay to one durable queue per service and partition.
+
+The bus may lose, repeat and reorder: the log is the truth, and duplicates and gaps are found out by position. So an
+adapter stays thin. Rules that every adapter keeps, each proved by a test of `tidings.testing.bus_conformance`:
+
+* A message is confirmed only after every bound queue has it; a message that reaches no queue raises `Unroutable`.
+* A marker (no bucket) reaches every queue; an event the queues of its bucket.
+* Deliveries come in the queue's order; those not settled come again to the next consumer.
+* At most `prefetch` deliveries are unsettled at a time.
+* `settle_through` settles everything up to its tag, and is harmless on a consumer that is gone.
+* A lost connection, channel or queue ends the iteration with `BusUnavailable`, never silently.
+* Of several consumers of a queue one is active; when it closes, another takes over.
+* A lock has one holder; losing the connection loses it.
+* Provisioning twice changes nothing; what exists with other properties raises `TopologyMismatch` that names them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol, runtime_checkable
+
+from tidings.errors import ConfigurationError
+from tidings.message import Message
+
+__all__ = ["Consumer", "Delivery", "EventBus", "Publisher", "Subscription", "check_service_name"]
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
+
+
+def check_service_name(name: str) -> str:
+    """A service's name becomes part of queue names and permissions: lower case, digits, `-` and `_`, 100 at most."""
+    if not _NAME.fullmatch(name) or name in ("events", "partitions", "relay"):
+        raise ConfigurationError(
+            f"{name!r} cannot name a service: use 1 to 100 of a-z, 0-9, '-' and '_', beginning with a letter or digit, "
+            "and not 'events', 'partitions' or 'relay'"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What a service needs from the bus: its queue, bound to every event."""
+
+    service: str
+
+    @property
+    def queue(self) -> str:
+        return f"tidings.{self.service}"
+
+
+class Delivery(NamedTuple):
+    """A message with the tag that settles it; tags rise by one per consumer."""
+
+    tag: int
+    message: Message
+
+
+class Publisher(Protocol):
+    """Sends within the lifetime of one connection; after an error it is of no more use: close it, open another."""
+
+    async def send(self, message: Message) -> None:
+        """Return when the broker has confirmed. Run several at once: they go out in the order in which they began.
+
+        Raises `Unroutable` (no queue took it), `PublishRejected` (this message is refused), `BusUnavailable` (the
+        outcome is unknown: send again).
+        """
+        ...
+
+
+class Consumer(Protocol):
+    """Deliveries of one queue within the lifetime of one connection."""
+
+    def __aiter__(self) -> AsyncIterator[Delivery]: ...
+
+    def settle_through(self, tag: int) -> None:
+        """Settle every delivery up to and including `tag`; does not wait. Harmless when repeated, or after a loss."""
+        ...
+
+
+@runtime_checkable
+class EventBus(Protocol):
+    """Obtain one with `async with tidings.settings.open_bus(url) as bus`."""
+
+    async def provision(self, subscription: Subscription | None = None) -> None:
+        """Make the exchange and, if given, the service's queue and its binding; change nothing that exists."""
+        ...
+
+    def publisher(self, *, lock: str | None = None) -> AbstractAsyncContextManager[Publisher]:
+        """A connection for publishing. With `lock`, entering waits until this process alone holds that name."""
+        ...
+
+    def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AbstractAsyncContextManager[Consumer]:
+        """A connection for consuming; entering waits for nothing but the connection. Raises `BusUnavailable`."""
+        ...
+
+    async def close(self) -> None:
+        """Close every connection; harmless when repeated."""
+        ...

@@ -1,0 +1,247 @@
+"""Every error that crosses a Tidings port: what happened, to what, and what to do about it.
+
+    TidingsError
+    ├── StoreError
+    │   ├── WrongExpectedVersion
+    │   ├── StreamNotFound
+    │   ├── StreamDeleted
+    │   ├── EventTooLarge
+    │   ├── InvalidStreamName
+    │   ├── StoreUnavailable
+    │   ├── LogChanged
+    │   └── LogBehind
+    ├── BusError
+    │   ├── Unroutable
+    │   ├── PublishRejected
+    │   ├── TopologyMismatch
+    │   └── BusUnavailable
+    ├── DatabaseUnavailable
+    ├── Fenced
+    ├── ConfigurationError
+    ├── SchemaError
+    │   ├── UnknownEventType
+    │   ├── UpcastMissing
+    │   └── MalformedMessage
+    └── HandlerError
+        ├── HandlerTimeout
+        └── TransactionMisuse
+
+No exception of an adapter's library crosses a port: it is the `__cause__` of one of these.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+__all__ = [
+    "BusError",
+    "BusUnavailable",
+    "ConfigurationError",
+    "DatabaseUnavailable",
+    "EventTooLarge",
+    "Fenced",
+    "HandlerError",
+    "HandlerTimeout",
+    "InvalidStreamName",
+    "LogBehind",
+    "LogChanged",
+    "MalformedMessage",
+    "PublishRejected",
+    "SchemaError",
+    "StoreError",
+    "StoreUnavailable",
+    "StreamDeleted",
+    "StreamNotFound",
+    "TidingsError",
+    "TopologyMismatch",
+    "TransactionMisuse",
+    "UnknownEventType",
+    "Unroutable",
+    "UpcastMissing",
+    "WrongExpectedVersion",
+]
+
+
+class TidingsError(Exception):
+    """The root: catch it to catch everything that Tidings raises on purpose."""
+
+
+# ---- the event store ---------------------------------------------------------------
+
+
+class StoreError(TidingsError):
+    """The event store refused or failed an operation."""
+
+
+class WrongExpectedVersion(StoreError):
+    """An append, delete or tombstone expected another stream version than it found; nothing was written.
+
+    `expected` is what the caller asked for, in words; `actual` is the stream's last version, -1 without events.
+    """
+
+    def __init__(self, stream: str, expected: str, actual: int) -> None:
+        self.stream, self.expected, self.actual = stream, expected, actual
+        found = f"its last version is {actual}" if actual >= 0 else "it has no events"
+        super().__init__(
+            f"stream {stream!r}: expected {expected}, but {found}; nothing was written. "
+            "Load the stream again, decide again, and append with the version just read."
+        )
+
+
+class StreamNotFound(StoreError):
+    """The stream never existed, or was deleted softly."""
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        super().__init__(f"stream {stream!r} has no events: it was never written, or it was deleted. Check its name.")
+
+
+class StreamDeleted(StoreError):
+    """The stream was tombstoned (for ever), or `STREAM_EXISTS` met a softly deleted one."""
+
+    def __init__(self, stream: str, *, tombstoned: bool = True) -> None:
+        self.stream, self.tombstoned = stream, tombstoned
+        remedy = (
+            "It was tombstoned: the name can never be used again; write to another stream."
+            if tombstoned
+            else "It was deleted softly: append with ANY or NO_STREAM to begin it anew."
+        )
+        super().__init__(f"stream {stream!r} is deleted. {remedy}")
+
+
+class EventTooLarge(StoreError):
+    """One append is over the store's limit, in bytes; nothing was written."""
+
+    def __init__(self, stream: str, size: int, limit: int) -> None:
+        self.stream, self.size, self.limit = stream, size, limit
+        super().__init__(
+            f"append to stream {stream!r} is {size} bytes, the limit is {limit}; nothing was written. "
+            "Split the append, or keep the large part elsewhere and refer to it."
+        )
+
+
+class InvalidStreamName(StoreError):
+    """A stream name or event type that no store accepts, or that is reserved."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached, is locked, full or read-only. Appends in flight may or may not have happened."""
+
+
+class LogChanged(StoreError):
+    """The store holds another log than the one this database has followed."""
+
+    def __init__(self, owner: str, known: UUID, found: UUID) -> None:
+        self.owner, self.known, self.found = owner, known, found
+        super().__init__(
+            f"{owner} has followed log {known}, but the store now holds log {found}. Positions of one log mean nothing "
+            "in another. Point TIDINGS_STORE back at the right store; or, if the log was replaced on purpose, give the "
+            "service a new database."
+        )
+
+
+class LogBehind(StoreError):
+    """The store's head is below a position that was already handled: a backup was restored in place, or a file lost."""
+
+    def __init__(self, owner: str, log: UUID, head: int, known: int) -> None:
+        self.owner, self.log, self.head, self.known = owner, log, head, known
+        super().__init__(
+            f"{owner} has handled log {log} up to position {known}, but the log now ends at {head}: it was restored "
+            "from an older backup, or lost its tail. Restore the newer log; or give the restored log a new identity and the "
+            "service a database that belongs to it."
+        )
+
+
+# ---- the bus -----------------------------------------------------------------------
+
+
+class BusError(TidingsError):
+    """The event bus refused or failed an operation."""
+
+
+class Unroutable(BusError):
+    """No queue is bound to the exchange: nobody would have received the message."""
+
+    def __init__(self, exchange: str, message_id: str) -> None:
+        self.exchange, self.message_id = exchange, message_id
+        super().__init__(
+            f"message {message_id} reached no queue of exchange {exchange!r}: no service is bound to it. "
+            "Start a service; its queue is bound when it starts."
+        )
+
+
+class PublishRejected(BusError):
+    """The broker refused one message for what it is (negative confirm, over the size limit)."""
+
+    def __init__(self, message_id: str, reason: str) -> None:
+        self.message_id, self.reason = message_id, reason
+        super().__init__(f"the broker refused message {message_id}: {reason}")
+
+
+class TopologyMismatch(BusError):
+    """A queue or exchange exists with other properties than Tidings needs."""
+
+
+class BusUnavailable(BusError):
+    """The broker cannot be reached, or the connection, channel or queue was lost. The outcome of sends is unknown."""
+
+
+# ---- a service ---------------------------------------------------------------------
+
+
+class DatabaseUnavailable(TidingsError):
+    """The service's own database is locked, full, read-only or gone. Never counted as an attempt of a handler."""
+
+
+class Fenced(TidingsError):
+    """Another process moved a watermark of this service: this one's transaction was rolled back and it joins again."""
+
+
+class ConfigurationError(TidingsError):
+    """A setting, URL, name or registration that cannot work; raised as early as it can be known."""
+
+
+class SchemaError(TidingsError):
+    """An event's bytes do not fit the type that was asked for."""
+
+
+class UnknownEventType(SchemaError):
+    """The wire name, or its schema version, is not one that this service declares."""
+
+
+class UpcastMissing(SchemaError):
+    """An event of an old schema version has no upcaster to the next one."""
+
+
+class MalformedMessage(SchemaError):
+    """A message on a queue that Tidings did not write, or that was damaged: `reason` says where it fails."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class HandlerError(TidingsError):
+    """A handler failed in a way that is its own doing."""
+
+
+class HandlerTimeout(HandlerError):
+    """A handler ran longer than its `timeout`, in seconds; its effects were rolled back."""
+
+    def __init__(self, handler: str, seconds: float) -> None:
+        self.handler, self.seconds = handler, seconds
+        super().__init__(
+            f"handler {handler!r} did not finish within {seconds:g} s. If the work is honest, raise timeout= in its "
+            "decorator; if it waits for something outside, give that wait a limit of its own."
+        )
+
+
+class TransactionMisuse(HandlerError):
+    """A handler tried to commit, roll back or begin on the injected session; Tidings does that, with the watermark."""
+
+    def __init__(self, operation: str) -> None:
+        self.operation = operation
+        super().__init__(
+            f"{operation}() on the injected session is not for handlers: effects and watermark are committed together, "
+            "after the handler returns. Use session.begin_nested() for a part that may fail; raise to undo everything."
+        )

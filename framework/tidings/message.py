@@ -1,0 +1,220 @@
+"""The wire format between relay and services: CloudEvents in AMQP headers, the event's data untouched as the body.
+
+It knows no broker: an adapter moves `Message` objects; this module says what they mean and refuses what it cannot read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from tidings.errors import MalformedMessage
+from tidings.position import BUCKETS, bucket_of, partition_key
+from tidings.stores import EPOCH, JSON, OCTETS, RecordedEvent
+
+__all__ = ["BODY_LIMIT", "MARKER", "Marker", "Message", "Stamped", "decode", "encode"]
+
+MARKER: Final = "tidings.marker"
+BODY_LIMIT: Final = 16 * 1024 * 1024
+"""Bytes: no event in EventStoreDB is larger, so nothing larger is an event."""
+
+_SPECVERSION: Final = "1.0"
+_TRACEPARENT: Final = re.compile(rb'"traceparent"\s*:\s*"([0-9a-f-]{55})"')
+_CORRELATION: Final = re.compile(rb'"\$correlationId"\s*:\s*"([^"\\]{1,255})"')
+_MOMENT: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{7})Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a bus carries, always persistent. Header values are strings, integers and bytes.
+
+    AMQP short strings end at 255 bytes (AMQP 0-9-1, section 4.2.5.3): an adapter leaves out properties that are longer,
+    because every fact stands in the headers too.
+    """
+
+    body: bytes
+    message_id: str
+    type: str
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    content_type: str = JSON
+    correlation_id: str | None = None
+    app_id: str | None = None
+    bucket: int | None = None
+    """For routing: an event's bucket; None for a marker, which goes to every partition."""
+
+
+class Stamped(NamedTuple):
+    """An event as a message brings it: the log's record, with the stamps that prove order and completeness."""
+
+    log: UUID
+    previous: int
+    bucket: int
+    event: RecordedEvent
+
+
+def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int) -> Message:
+    """The message that carries `event`."""
+    metadata = event.metadata
+    identifier = str(event.id)
+    headers: dict[str, Any] = {
+        "cloudEvents_id": identifier,
+        "cloudEvents_source": f"/tidings/{log}",
+        "cloudEvents_type": event.type,
+        "cloudEvents_specversion": _SPECVERSION,
+        "cloudEvents_time": _moment(event.ticks),
+        "cloudEvents_subject": event.stream,
+        "cloudEvents_partitionkey": partition_key(event),
+        "tidings-log": str(log),
+        "tidings-position": event.position,
+        "tidings-previous": previous,
+        "tidings-version": event.version,
+        "tidings-bucket": bucket,
+    }
+    if metadata:
+        headers["tidings-metadata"] = metadata
+    correlation = None
+    if b'"traceparent"' in metadata and (found := _TRACEPARENT.search(metadata)):
+        headers["traceparent"] = found[1].decode("ascii")
+    if found := _CORRELATION.search(metadata):
+        correlation = found[1].decode("utf-8", "replace")
+    return Message(
+        body=event.data,
+        message_id=identifier,
+        type=event.type,
+        headers=headers,
+        content_type=event.content_type,
+        correlation_id=correlation,
+        app_id="tidings",
+        bucket=bucket,
+    )
+
+
+def decode(message: Message) -> Stamped:
+    """Read an event back. Raises `MalformedMessage` that names the header which cannot be what Tidings wrote."""
+    headers = message.headers
+    if len(message.body) > BODY_LIMIT:
+        raise MalformedMessage(f"the body is {len(message.body)} bytes, no event is over {BODY_LIMIT}")
+    if "tidings-position" not in headers:
+        raise MalformedMessage("header 'tidings-position' is missing: Tidings' relay did not send this message")
+    position = _integer(headers, "tidings-position", 1)
+    previous = _integer(headers, "tidings-previous", -1)
+    if previous >= position:
+        raise MalformedMessage(f"header 'tidings-previous' is {previous}, not below the position {position}")
+    bucket = _integer(headers, "tidings-bucket", 0, BUCKETS - 1)
+    stream = _text(headers, "cloudEvents_subject")
+    key = _text(headers, "cloudEvents_partitionkey")
+    if bucket_of(key) != bucket:
+        raise MalformedMessage(
+            f"header 'tidings-bucket' is {bucket}, but the partition key belongs to {bucket_of(key)}"
+        )
+    metadata = headers.get("tidings-metadata", b"")
+    if isinstance(metadata, str):
+        metadata = metadata.encode()
+    if not isinstance(metadata, bytes | bytearray):
+        raise MalformedMessage(f"header 'tidings-metadata' is {type(metadata).__name__}, not bytes")
+    if message.content_type not in (JSON, OCTETS):
+        raise MalformedMessage(f"the content type is {message.content_type!r}, not {JSON} or {OCTETS}")
+    event = RecordedEvent(
+        position=position,
+        stream=stream,
+        version=_integer(headers, "tidings-version", 0),
+        type=_text(headers, "cloudEvents_type"),
+        data=message.body,
+        metadata=bytes(metadata),
+        is_json=message.content_type == JSON,
+        id_bytes=_uuid(headers, "cloudEvents_id").bytes,
+        ticks=_ticks(_text(headers, "cloudEvents_time")),
+    )
+    return Stamped(_uuid(headers, "tidings-log"), previous, bucket, event)
+
+
+class Marker(NamedTuple):
+    """The relay's pulse: published up to `position`; since the marker for `base` these buckets were `touched`."""
+
+    log: UUID
+    position: int
+    base: int
+    touched: Mapping[int, int]
+    """Bucket to the position of its last event in (base, position]."""
+
+    def encode(self) -> Message:
+        body = {
+            "log": str(self.log),
+            "position": self.position,
+            "base": self.base,
+            "touched": {str(bucket): at for bucket, at in self.touched.items()},
+        }
+        return Message(
+            body=json.dumps(body, separators=(",", ":")).encode(),
+            message_id=f"marker-{self.log}-{self.position}",
+            type=MARKER,
+            app_id="tidings",
+        )
+
+    @classmethod
+    def decode(cls, message: Message) -> Marker:
+        """Raises `MalformedMessage` for a body that is no marker's."""
+        if len(message.body) > 64 * BUCKETS:
+            raise MalformedMessage(f"a marker of {len(message.body)} bytes is none of ours")
+        try:
+            body = json.loads(message.body)
+            touched = {int(bucket): _integer(body["touched"], bucket, 0) for bucket in body["touched"]}
+            if not all(0 <= bucket < BUCKETS for bucket in touched):
+                raise MalformedMessage("a marker names a bucket that does not exist")
+            return cls(_uuid(body, "log"), _integer(body, "position", -1), _integer(body, "base", -1), touched)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise MalformedMessage(f"a marker's body cannot be read: {type(error).__name__} {error}") from error
+
+
+_BIGGEST: Final = 2**63 - 1
+
+
+def _integer(values: Mapping[str, Any], name: str, low: int, high: int = _BIGGEST) -> int:
+    value = values.get(name)
+    if type(value) is not int:
+        raise MalformedMessage(f"{name!r} is {_shown(value)}, not an integer")
+    if not low <= value <= high:
+        raise MalformedMessage(f"{name!r} is {value}, outside {low} to {high}")
+    return value
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    if not isinstance(value, str) or not value:
+        raise MalformedMessage(f"{name!r} is {_shown(value)}, not a text")
+    return value
+
+
+def _uuid(values: Mapping[str, Any], name: str) -> UUID:
+    text = _text(values, name)
+    try:
+        return UUID(text)
+    except ValueError:
+        raise MalformedMessage(f"{name!r} is {_shown(text)}, not a UUID") from None
+
+
+def _shown(value: object) -> str:
+    """A foreign value, short and without control characters, for an error."""
+    return "missing" if value is None else ascii(value)[:80]
+
+
+def _moment(ticks: int) -> str:
+    """RFC 3339 with all seven digits of the store's 100 ns, because AMQP's own timestamp has whole seconds."""
+    seconds, fraction = divmod(ticks, 10_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:07d}Z"
+
+
+def _ticks(moment: str) -> int:
+    found = _MOMENT.fullmatch(moment)
+    try:
+        if found is None:
+            raise ValueError
+        seconds = datetime.fromisoformat(found[1]).replace(tzinfo=UTC) - EPOCH
+    except ValueError:
+        raise MalformedMessage(f"'cloudEvents_time' is {_shown(moment)}, not a time as Tidings writes it") from None
+    return (seconds.days * 86_400 + seconds.seconds) * 10_000_000 + int(found[2])
