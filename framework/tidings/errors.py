@@ -147,8 +147,8 @@ class LogBehind(StoreError):
         self.owner, self.log, self.head, self.known = owner, log, head, known
         super().__init__(
             f"{owner} has handled log {log} up to position {known}, but the log now ends at {head}: it was restored "
-            "from an older backup, or lost its tail. Restore the newer log; or give the restored log a new identity and the "
-            "service a database that belongs to it."
+            "from an older backup, or lost its tail. Restore the newer log; or give the restored log a new identity, and "
+            "the service a database that belongs to it."
         )
 
 

@@ -1,0 +1,124 @@
+"""Settings from the environment, and URLs turned into adapters. Nothing is read or opened at import."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final, cast
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tidings.buses import EventBus
+from tidings.errors import ConfigurationError
+from tidings.stores import EventStore
+
+__all__ = ["Settings", "open_bus", "open_store", "redact"]
+
+# scheme -> (module, function, what to install when an import of it fails)
+_STORES: Final = {
+    "sqlite": ("tidings.stores.sqlite", "open_sqlite", ""),
+    "memory": ("tidings.stores.sqlite", "open_sqlite", ""),
+}
+_BUSES: Final = {
+    "memory": ("tidings.buses.memory", "open_memory", ""),
+    "amqp": ("tidings.buses.rabbitmq", "open_rabbitmq", "rabbitmq"),
+    "amqps": ("tidings.buses.rabbitmq", "open_rabbitmq", "rabbitmq"),
+}
+
+
+class Settings(BaseSettings):
+    """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: by default everything is embedded, so a newcomer sets nothing.
+
+    With a bus on the network the database must be named: two hosts with a default file each would do everything twice.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid")
+
+    store: str = "sqlite:///tidings.db"
+    """`sqlite:///relative/path`, `sqlite:////absolute/path`, `memory://name`."""
+    bus: str = "memory://"
+    """`memory://name` (one process), `amqp://user:password@host:5672/vhost`, `amqps://...`."""
+    database: str | None = None
+    """The service's own: any SQLAlchemy URL; `{service}` stands for the service's name. Embedded default:
+    `sqlite:///{service}.db`."""
+
+    @field_validator("store")
+    @classmethod
+    def _store_known(cls, url: str) -> str:
+        _adapter(_STORES, "store", url)
+        return url
+
+    @field_validator("bus")
+    @classmethod
+    def _bus_known(cls, url: str) -> str:
+        _adapter(_BUSES, "bus", url)
+        return url
+
+    def database_of(self, service: str) -> str:
+        """The database URL of one service. Raises `ConfigurationError` where two hosts could each make their own."""
+        if self.database is not None:
+            return self.database.replace("{service}", service)
+        if not self.bus.startswith("memory:"):
+            raise ConfigurationError(
+                f"service {service!r} runs on the networked bus {redact(self.bus)} without a database of its own. Set "
+                "TIDINGS_DATABASE to one that all processes of the service share, for example "
+                f"postgresql+asyncpg://host/{service}, or sqlite:///{service}.db when all of them run on this host"
+            )
+        return f"sqlite:///{service}.db"
+
+
+def redact(url: str) -> str:
+    """A URL that may be shown: without its password (or anything, if it cannot be taken apart)."""
+    try:
+        parts = urlsplit(url)
+        if parts.password is None and "@" not in parts.netloc:
+            return urlunsplit(parts._replace(query=""))
+        host = parts.netloc.rpartition("@")[2]
+        user = f"{parts.username}:***@" if parts.username else "***@"
+        return urlunsplit(parts._replace(netloc=user + host, query=""))
+    except ValueError:
+        return "<a URL that cannot be read>"
+
+
+def _adapter(known: dict[str, tuple[str, str, str]], what: str, url: str) -> tuple[str, str, str]:
+    scheme, separator, _ = url.partition("://")
+    found = known.get(scheme.lower())
+    if not separator or found is None:
+        choices = ", ".join(f"{name}://" for name in known)
+        raise ConfigurationError(f"no {what} adapter for {redact(url)!r}: the URL must begin with one of {choices}")
+    return found
+
+
+@asynccontextmanager
+async def _opened(known: dict[str, tuple[str, str, str]], what: str, url: str) -> AsyncIterator[Any]:
+    module, function, extra = _adapter(known, what, url)
+    try:
+        opener = cast(Callable[[str], Any], getattr(importlib.import_module(module), function))
+    except ImportError as error:
+        if not extra:
+            raise
+        raise ConfigurationError(
+            f"{redact(url)} needs the package {error.name!r}: install it with  pip install 'tidings[{extra}]'"
+        ) from error
+    adapter = await opener(url)
+    try:
+        yield adapter
+    finally:
+        await adapter.close()
+
+
+@asynccontextmanager
+async def open_store(url: str) -> AsyncIterator[EventStore]:
+    """The event store behind `url`. Raises `ConfigurationError` for a URL that fits none, `StoreUnavailable`."""
+    async with _opened(_STORES, "store", url) as store:
+        yield store
+
+
+@asynccontextmanager
+async def open_bus(url: str) -> AsyncIterator[EventBus]:
+    """The event bus behind `url`. Raises `ConfigurationError` for a URL that fits none. Connections open on use."""
+    async with _opened(_BUSES, "bus", url) as bus:
+        yield bus
