@@ -1,0 +1,62 @@
+"""Tidings: event-driven microservices in which nothing is lost, each effect happens once, in order, and provably.
+
+Importing this is light: adapters, SQLAlchemy and web frameworks are imported when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tidings.aggregate import Aggregate, evolves
+from tidings.context import Context
+from tidings.events import Event, upcaster
+from tidings.handlers import Retry
+from tidings.repository import Changed, HistoryEntry, Repository
+from tidings.service import Service
+from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
+
+if TYPE_CHECKING:
+    from tidings.relay import Relay
+    from tidings.runtime import Runtime
+    from tidings.settings import Settings, open_bus, open_store
+
+__all__ = [
+    "ANY",
+    "NO_STREAM",
+    "STREAM_EXISTS",
+    "Aggregate",
+    "Changed",
+    "Context",
+    "Event",
+    "EventData",
+    "EventStore",
+    "HistoryEntry",
+    "RecordedEvent",
+    "Relay",
+    "Repository",
+    "Retry",
+    "Runtime",
+    "Service",
+    "Settings",
+    "evolves",
+    "open_bus",
+    "open_store",
+    "upcaster",
+]
+
+__version__ = "0.1.0"
+
+_LATER = {
+    "Relay": "tidings.relay",
+    "Runtime": "tidings.runtime",
+    "Settings": "tidings.settings",
+    "open_bus": "tidings.settings",
+    "open_store": "tidings.settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@
     ├── StoreError
     │   ├── WrongExpectedVersion
     │   ├── StreamNotFound
+    │   ├── VersionNotFound
     │   ├── StreamDeleted
     │   ├── EventTooLarge
     │   ├── InvalidStreamName
@@ -58,6 +59,7 @@ __all__ = [
     "UnknownEventType",
     "Unroutable",
     "UpcastMissing",
+    "VersionNotFound",
     "WrongExpectedVersion",
 ]
 
@@ -94,6 +96,14 @@ class StreamNotFound(StoreError):
     def __init__(self, stream: str) -> None:
         self.stream = stream
         super().__init__(f"stream {stream!r} has no events: it was never written, or it was deleted. Check its name.")
+
+
+class VersionNotFound(StoreError):
+    """An aggregate was asked for at a version or moment that its stream does not reach."""
+
+    def __init__(self, stream: str, asked: str, found: str) -> None:
+        self.stream = stream
+        super().__init__(f"stream {stream!r} has no {asked}: {found}")
 
 
 class StreamDeleted(StoreError):
@@ -147,8 +157,8 @@ class LogBehind(StoreError):
         self.owner, self.log, self.head, self.known = owner, log, head, known
         super().__init__(
             f"{owner} has handled log {log} up to position {known}, but the log now ends at {head}: it was restored "
-            "from an older backup, or lost its tail. Restore the newer log; or give the restored log a new identity, and "
-            "the service a database that belongs to it."
+            "from an older backup, or lost its tail. Restore the newer log; or give the restored log a new identity, "
+            "and the service a database that belongs to it."
         )
 
 

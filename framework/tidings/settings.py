@@ -30,7 +30,7 @@ _BUSES: Final = {
 
 
 class Settings(BaseSettings):
-    """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: by default everything is embedded, so a newcomer sets nothing.
+    """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: embedded by default, so that a newcomer sets nothing.
 
     With a bus on the network the database must be named: two hosts with a default file each would do everything twice.
     """
@@ -96,7 +96,7 @@ def _adapter(known: dict[str, tuple[str, str, str]], what: str, url: str) -> tup
 async def _opened(known: dict[str, tuple[str, str, str]], what: str, url: str) -> AsyncIterator[Any]:
     module, function, extra = _adapter(known, what, url)
     try:
-        opener = cast(Callable[[str], Any], getattr(importlib.import_module(module), function))
+        opener = cast("Callable[[str], Any]", getattr(importlib.import_module(module), function))
     except ImportError as error:
         if not extra:
             raise

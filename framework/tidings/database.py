@@ -1,0 +1,225 @@
+"""A service's own database: its engine, Tidings' tables in it, and which of its errors are the database's own fault."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from tidings.errors import ConfigurationError, DatabaseUnavailable
+from tidings.settings import redact
+
+__all__ = ["Database", "dead", "floors", "is_outage", "metadata", "open_database", "outages", "staged", "watermarks"]
+
+SCHEMA: Final = 1
+"""Version of the tables below."""
+
+metadata = sa.MetaData()
+
+_NAME = sa.String(100)
+_LOG = sa.String(36)
+
+watermarks = sa.Table(
+    "tidings_watermarks",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    comment="Per bucket: position of the last event whose effects are committed",
+)
+
+floors = sa.Table(
+    "tidings_floors",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("first_bucket", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("last_bucket", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    comment="Per bucket range: everything up to here is settled",
+)
+
+_event_columns = (
+    ("event_id", sa.String(36)),
+    ("stream", sa.Text),
+    ("type", sa.Text),
+    ("data", sa.LargeBinary),
+    ("metadata", sa.LargeBinary),
+    ("is_json", sa.Boolean),
+)
+
+staged = sa.Table(
+    "tidings_staged",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("service", _NAME, nullable=False),
+    sa.Column("log", _LOG, nullable=False),
+    sa.Column("bucket", sa.Integer, nullable=False),
+    sa.Column("cause", sa.BigInteger, nullable=False, comment="position of the event whose handler emitted this"),
+    *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
+    sa.UniqueConstraint("service", "log", "event_id"),
+    comment="Events that handlers emitted, until they are appended to the store",
+)
+
+dead = sa.Table(
+    "tidings_dead",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("service", _NAME, nullable=False, index=True),
+    sa.Column("log", _LOG, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False, comment="handler, message or staged"),
+    sa.Column("position", sa.BigInteger, comment="of the event; of the cause for kind staged; null for kind message"),
+    sa.Column("bucket", sa.Integer),
+    sa.Column("version", sa.BigInteger),
+    sa.Column("ticks", sa.BigInteger),
+    *(sa.Column(name, kind) for name, kind in _event_columns),
+    sa.Column("handler", sa.Text),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message"),
+    sa.Column("detail", sa.Text, comment="traceback, or the headers of a message that could not be read"),
+    sa.Column("died_at", sa.DateTime(timezone=True), nullable=False),
+    comment="Events and messages that this service gave up, whole, with the reason",
+)
+
+_schema = sa.Table("tidings_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
+
+# SQLite's result codes (sqlite.org/rescode.html) that say "the database", not "your statement".
+_SQLITE_OUTAGES: Final = frozenset(
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_NOTADB,
+    }
+)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Is the service's own database down, locked or full? Then the error is no attempt of a handler."""
+    if isinstance(error, DatabaseUnavailable | PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+
+
+class Database:
+    """An engine and what to know about it."""
+
+    def __init__(self, engine: AsyncEngine, shown: str) -> None:
+        self.engine = engine
+        self.shown = shown
+        """The URL without its password."""
+        self.one_writer = engine.dialect.name == "sqlite"
+        """All transactions that write share one writer; elsewhere every lane may have its own."""
+        self._writing = engine.execution_options(isolation_level="IMMEDIATE") if self.one_writer else engine
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that will write. Raises `DatabaseUnavailable`; then the outcome of its commit is unknown."""
+        with outages(self.shown):
+            async with self._writing.begin() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for reading only."""
+        with outages(self.shown):
+            async with self.engine.connect() as connection:
+                yield connection
+
+
+@contextmanager
+def outages(database: str) -> Iterator[None]:
+    """Turn the database's own failures into `DatabaseUnavailable` with the remedy; let the rest pass."""
+    try:
+        yield
+    except (DBAPIError, PoolTimeout) as error:
+        if isinstance(error, PoolTimeout) or is_outage(error):
+            raise DatabaseUnavailable(f"database {database}: {_remedy(error)}") from error
+        raise
+
+
+def _remedy(error: DBAPIError | PoolTimeout) -> str:
+    if isinstance(error, PoolTimeout):
+        return "no connection became free; raise the pool's size, or look for a handler that holds one"
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    cause = f"{error.orig}"
+    if code is None:
+        return f"{cause}. Nothing is lost: the service goes on where it was when the database answers again"
+    advice = {
+        sqlite3.SQLITE_BUSY: "another process holds the writer: find it (lsof on the file) and let it finish",
+        sqlite3.SQLITE_LOCKED: "another process holds the writer: find it (lsof on the file) and let it finish",
+        sqlite3.SQLITE_READONLY: "make the file and its folder writable for this user",
+        sqlite3.SQLITE_PERM: "make the file and its folder writable for this user",
+        sqlite3.SQLITE_CANTOPEN: "make sure that the folder exists and is writable for this user",
+        sqlite3.SQLITE_FULL: "the disk is full: free some space",
+        sqlite3.SQLITE_IOERR: "the disk failed or is full: look at the system's log",
+        sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
+        sqlite3.SQLITE_NOTADB: "the file is no SQLite database: is the path right?",
+    }.get(code & 0xFF, "see sqlite.org/rescode.html")
+    return f"{cause}; {advice}. Nothing is lost: the service goes on by itself afterwards"
+
+
+@asynccontextmanager
+async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIterator[Database]:
+    """The engine for any SQLAlchemy URL, with Tidings' and the service's tables made where they are missing.
+
+    `sqlite:///path` runs on Tidings' own dialect. Raises `ConfigurationError` for a URL or driver that cannot work,
+    or tables of a newer Tidings; `DatabaseUnavailable`.
+    """
+    shown = redact(url)
+    try:
+        parsed = make_url(url)
+        if parsed.drivername == "sqlite":
+            from tidings import sqlite_dialect
+
+            parsed = parsed.set(drivername="sqlite+tidings")
+        memory = parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:")
+        # A database in memory lives in one connection; it is shared, never dropped, by waiting for it.
+        options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if memory else {}
+        engine = create_async_engine(parsed, **options)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError) as error:
+        raise ConfigurationError(
+            f"TIDINGS_DATABASE {shown!r} cannot be used: {type(error).__name__}: {_first_line(error, url, shown)}. "
+            "Give a SQLAlchemy URL with an async driver that is installed: sqlite:///file.db, postgresql+asyncpg://..."
+        ) from None
+    if parsed.drivername == "sqlite+tidings":
+        sqlite_dialect.register(engine.sync_engine)
+    database = Database(engine, shown)
+    try:
+        async with database.transaction() as connection:
+            await connection.run_sync(metadata.create_all)
+            found = (await connection.execute(sa.select(sa.func.max(_schema.c.version)))).scalar()
+            if found is None:
+                await connection.execute(_schema.insert().values(version=SCHEMA))
+            elif found > SCHEMA:
+                raise ConfigurationError(
+                    f"database {shown} has Tidings tables of version {found}, this Tidings knows {SCHEMA}: upgrade it"
+                )
+            if tables is not None:
+                await connection.run_sync(tables.create_all)
+        yield database
+    finally:
+        await engine.dispose()
+
+
+def _first_line(error: Exception, url: str, shown: str) -> str:
+    return str(error).replace(url, shown).partition("\n")[0]

@@ -1,0 +1,138 @@
+"""Handlers as a service knows them: which events, what to inject, how to retry. Checked when they are declared."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import types
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, Union, get_args, get_origin, get_type_hints
+
+from tidings.context import Context
+from tidings.errors import ConfigurationError
+from tidings.events import Event
+
+__all__ = ["Handler", "Inject", "Retry", "declare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Quick retries in the lane: later events of the same bucket wait meanwhile, so keep them short.
+
+    `attempts` counts the first one. Before attempt n+1 the lane waits `delay * factor**(n-1)` seconds, `maximum` at
+    most, each shortened by up to a quarter at random. `permanent` lists further exceptions that skip retries.
+    """
+
+    attempts: int = 5
+    delay: float = 0.1
+    factor: float = 2.0
+    maximum: float = 5.0
+    permanent: tuple[type[BaseException], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.delay < 0 or self.factor < 1 or self.maximum < 0:
+            raise ConfigurationError(f"{self}: attempts must be 1 or more, factor 1 or more, delays not negative")
+
+    def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
+        """Seconds to wait after failed attempt number `attempt` (from 1)."""
+        full = min(self.delay * self.factor ** min(attempt - 1, 64), self.maximum)
+        return full * (1 - random() / 4)
+
+
+class Inject(Enum):
+    """What a handler's parameter asks for, other than a resource."""
+
+    EVENT = "event"
+    CONTEXT = "context"
+    SESSION = "session"
+    CONNECTION = "connection"
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """One decorated function. `name` is part of the ids of what it emits: keep it when the function is renamed."""
+
+    name: str
+    function: Callable[..., Awaitable[None] | None]
+    events: tuple[type[Event], ...]
+    parameters: tuple[tuple[str, Inject | type], ...]
+    """Parameter name to what is injected; a type stands for a resource of the service's lifespan."""
+    retry: Retry
+    timeout: float
+    """Seconds per attempt."""
+    threaded: bool
+    """A plain function: it runs in a thread."""
+
+    @property
+    def transactional(self) -> bool:
+        """It works on the service's database: inside the transaction that moves the watermark."""
+        return any(wanted in (Inject.SESSION, Inject.CONNECTION) for _, wanted in self.parameters)
+
+
+_SQLALCHEMY: Final = {"AsyncSession": Inject.SESSION, "AsyncConnection": Inject.CONNECTION}
+
+
+def declare(
+    function: Callable[..., Awaitable[None] | None],
+    events: tuple[type[Event], ...],
+    *,
+    name: str | None,
+    retry: Retry,
+    timeout: float,
+) -> Handler:
+    """Read the signature. Raises `ConfigurationError` that names handler and parameter."""
+    name = name or str(getattr(function, "__name__", function))
+    where = f"handler {name!r} ({getattr(function, '__module__', '?')})"
+    if not events:
+        raise ConfigurationError(f"{where}: name the events: @service.on(OrderCreated)")
+    for event in events:
+        if not (isinstance(event, type) and issubclass(event, Event)) or not event.wire_name:
+            raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
+    if timeout <= 0:
+        raise ConfigurationError(f"{where}: timeout is {timeout} s; it must be positive")
+    try:
+        hints = get_type_hints(function)
+    except NameError as error:
+        raise ConfigurationError(
+            f"{where}: an annotation cannot be resolved ({error}); import what it names outside 'if TYPE_CHECKING'"
+        ) from error
+    parameters = tuple(_parameters(where, function, events, hints))
+    threaded = not inspect.iscoroutinefunction(function)
+    wanted = {want for _, want in parameters}
+    if threaded and wanted & {Inject.SESSION, Inject.CONNECTION}:
+        raise ConfigurationError(f"{where}: a plain function runs in a thread and cannot use a session; make it async")
+    if Inject.EVENT not in wanted:
+        raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
+    return Handler(name, function, events, parameters, retry, timeout, threaded)
+
+
+def _parameters(
+    where: str, function: Callable[..., Any], events: tuple[type[Event], ...], hints: dict[str, Any]
+) -> list[tuple[str, Inject | type]]:
+    found: list[tuple[str, Inject | type]] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ConfigurationError(f"{where}: parameter {parameter.name!r} must be an ordinary, annotated one")
+        hint = hints.get(parameter.name)
+        if hint is None:
+            raise ConfigurationError(f"{where}: parameter {parameter.name!r} has no annotation to inject by")
+        found.append((parameter.name, _injected(where, parameter.name, hint, events)))
+    return found
+
+
+def _injected(where: str, parameter: str, hint: Any, events: tuple[type[Event], ...]) -> Inject | type:
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if all(isinstance(choice, type) and issubclass(choice, Event) for choice in choices):
+        strangers = [event.__name__ for event in events if not issubclass(event, choices)]
+        if strangers:
+            raise ConfigurationError(f"{where}: parameter {parameter!r} does not accept {', '.join(strangers)}")
+        return Inject.EVENT
+    if hint is Context:
+        return Inject.CONTEXT
+    if isinstance(hint, type):
+        if hint.__module__.startswith("sqlalchemy.ext.asyncio") and hint.__name__ in _SQLALCHEMY:
+            return _SQLALCHEMY[hint.__name__]
+        return hint
+    raise ConfigurationError(f"{where}: parameter {parameter!r}: {hint!r} is nothing that can be injected")

@@ -1,0 +1,127 @@
+"""From the bus to the lanes: read each message, accept what is next, drop duplicates, start a pass at a gap."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from tidings.buses import Consumer, Delivery, EventBus, Subscription
+from tidings.dispatch import Dispatcher, Step
+from tidings.errors import BusUnavailable, MalformedMessage
+from tidings.healing import Pass
+from tidings.inbox import Letter
+from tidings.message import MARKER, Marker, Stamped, decode
+from tidings.position import Accepted, Verdict
+
+__all__ = ["Intake"]
+
+log = structlog.get_logger("tidings.intake")
+
+RECONNECT_SECONDS: Final = (0.2, 5.0)
+"""First and longest pause between attempts to reach the bus."""
+
+
+class Intake:
+    """Comes back to the bus by itself: what was accepted stays accepted, and what comes again is dropped."""
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        bus: EventBus,
+        log_id: UUID,
+        accepted: Accepted,
+        dispatcher: Dispatcher,
+        healing: Pass,
+        *,
+        prefetch: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._subscription = subscription
+        self._bus = bus
+        self._log_id = log_id
+        self._accepted = accepted
+        self._dispatcher = dispatcher
+        self._healing = healing
+        self._prefetch = prefetch
+        self._clock = clock
+        self.marker_at: float | None = None
+        """When the last marker was heard, by `clock`: the pulse of the whole path."""
+        self.connected = False
+
+    async def run(self) -> None:
+        """Until cancelled. Raises `TopologyMismatch` and `ConfigurationError`, which no waiting heals."""
+        first, longest = RECONNECT_SECONDS
+        pause = first
+        while True:
+            try:
+                await self._bus.provision(self._subscription)
+                async with self._bus.consume(self._subscription, prefetch=self._prefetch) as consumer:
+                    log.info("service.consuming", service=self._subscription.service, queue=self._subscription.queue)
+                    self.connected = True
+                    pause = first
+                    async for delivery in consumer:
+                        self.take(consumer, delivery)
+                raise BusUnavailable(f"queue {self._subscription.queue!r}: the bus ended the deliveries")
+            except BusUnavailable as error:
+                log.warning("bus.lost", service=self._subscription.service, error=str(error), pause=pause)
+            finally:
+                self.connected = False
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
+
+    def take(self, consumer: Consumer, delivery: Delivery) -> None:
+        """One delivery: accepted, dropped, or recorded as dead; it never raises for what a message says."""
+        message = delivery.message
+        step = Step(consumer, delivery.tag)
+        try:
+            if message.type == MARKER:
+                self._hear(Marker.decode(message), step)
+            else:
+                self._offer(decode(message), step)
+        except MalformedMessage as error:
+            self._dispatcher.bury(Letter.of_message(message, f"MalformedMessage: {error}"), step)
+
+    def _offer(self, stamped: Stamped, step: Step) -> None:
+        self._check_log(stamped.log)
+        event = stamped.event
+        if self._healing.under_way:
+            self._gap(event.position, step)
+            return
+        verdict = self._accepted.offer(stamped.bucket, event.position, stamped.previous)
+        if verdict is Verdict.NEXT:
+            self._dispatcher.submit(event, stamped.bucket, step)
+        elif verdict is Verdict.DUPLICATE:
+            self._dispatcher.settle(step)
+        else:
+            self._gap(event.position, step)
+
+    def _hear(self, marker: Marker, step: Step) -> None:
+        self._check_log(marker.log)
+        self.marker_at = self._clock()
+        upto = max(marker.position, *marker.touched.values(), -1)
+        if self._healing.under_way:
+            self._gap(upto, step)
+            return
+        verdict = self._accepted.hear(marker.position, marker.base, marker.touched)
+        if verdict is Verdict.GAP:
+            self._gap(upto, step)
+        else:
+            self._dispatcher.settle(step._replace(floor=marker.position) if verdict is Verdict.NEXT else step)
+
+    def _gap(self, upto: int, step: Step) -> None:
+        """Forget the message: the pass will find what it brought, and everything before it, in the log."""
+        self._dispatcher.settle(step)
+        if upto > self._accepted.reached:
+            self._healing.start(upto)
+
+    def _check_log(self, log_id: UUID) -> None:
+        if log_id != self._log_id:
+            raise MalformedMessage(
+                f"it belongs to log {log_id}, this service follows {self._log_id}: a relay of another store publishes "
+                "on this bus"
+            )

@@ -1,0 +1,246 @@
+"""The relay: every event of the log to the bus, in order, stamped so that services can prove that nothing is missing.
+
+It may crash, repeat or compete with another: services recognise repetitions, and what it never sent they read from the
+log. Leadership only saves work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from tidings.buses import EventBus, Publisher
+from tidings.errors import BusError, PublishRejected, StoreUnavailable, StreamNotFound, TopologyMismatch, Unroutable
+from tidings.message import Marker, encode
+from tidings.position import CARRIED, Chain, Settled, Ticket, carried
+from tidings.stores import ANY, EventData, EventStore, RecordedEvent
+from tidings.supervision import leaves
+
+__all__ = ["Relay"]
+
+log = structlog.get_logger("tidings.relay")
+
+WINDOW: Final = 256
+"""Events in flight: beyond some hundreds more bring nothing."""
+CHECKPOINT_SECONDS: Final = 1.0
+MARKER_SECONDS: Final = 5.0
+RETRY_SECONDS: Final = (0.2, 5.0)
+"""First and longest pause after an error."""
+REJECTIONS: Final = 3
+"""So often one event may be refused for what it is, before it is left to the healing pass."""
+
+
+class Relay:
+    """One is enough; several of one `name` take turns: the bus's lock says who leads."""
+
+    def __init__(
+        self,
+        store: EventStore,
+        bus: EventBus,
+        *,
+        name: str = "main",
+        window: int = WINDOW,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        marker_seconds: float = MARKER_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.stream = f"tidings_relay-{name}"
+        self._store = store
+        self._bus = bus
+        self._window = window
+        self._checkpoint_seconds = checkpoint_seconds
+        self._marker_seconds = marker_seconds
+        self._clock = clock
+        self._rejected: dict[int, int] = {}
+        """Position to how often the bus refused the event."""
+        self._careful_until = -1
+        """Up to here one event at a time, so that a refusal can be told from its neighbours'."""
+        self.confirmed = -1
+        """Everything up to here was confirmed by the bus."""
+        self.leading = False
+
+    async def run(self) -> None:
+        """Until cancelled. Raises `ConfigurationError` and `TopologyMismatch`, which no waiting heals."""
+        first, longest = RETRY_SECONDS
+        pause = first
+        while True:
+            began = self.confirmed
+            try:
+                await self._bus.provision()
+                async with self._bus.publisher(lock=self.name) as publisher:
+                    self.leading = True
+                    await self._lead(publisher)
+            except (BusError, StoreUnavailable, BaseExceptionGroup) as error:
+                causes = list(leaves(error))
+                strange = [
+                    cause
+                    for cause in causes
+                    if not isinstance(cause, BusError | StoreUnavailable) or isinstance(cause, TopologyMismatch)
+                ]
+                if strange:
+                    raise strange[0] from None
+                if self.confirmed > began:
+                    pause = first
+                if isinstance(causes[0], Unroutable):
+                    log.info("relay.waiting_for_services", relay=self.name, reason=str(causes[0]), pause=pause)
+                else:
+                    log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=pause)
+            finally:
+                self.leading = False
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
+
+    async def _lead(self, publisher: Publisher) -> None:
+        log_id = await self._store.log_id()
+        start = self.confirmed = max(await self.checkpoint(), self.confirmed)
+        log.info("relay.leading", relay=self.name, log=str(log_id), after=start)
+        async with asyncio.TaskGroup() as tasks:
+            turn = _Turn(self, publisher, log_id, start, tasks)
+            # The first marker tells services how far the log was published before: without it, the first event of
+            # every bucket would look like a gap.
+            await turn.mark()
+            tasks.create_task(self._beat(turn))
+            async for item in self._store.subscribe_all(after=start, filter=CARRIED):
+                if isinstance(item, RecordedEvent):
+                    await self._forward(turn, item)
+                else:
+                    turn.pass_by(item.position)
+
+    async def _forward(self, turn: _Turn, event: RecordedEvent) -> None:
+        bucket = carried(event)
+        if bucket is None:
+            return
+        if self._rejected.get(event.position, 0) >= REJECTIONS:
+            log.error(
+                "relay.left_out",
+                relay=self.name,
+                stream=event.stream,
+                position=event.position,
+                event_id=str(event.id),
+                advice="the bus refuses this event; every service reads it from the log instead",
+            )
+            turn.leave_out(bucket, event.position)
+            return
+        await turn.room(1 if event.position <= self._careful_until else self._window)
+        turn.send(event, bucket)
+
+    async def _beat(self, turn: _Turn) -> None:
+        """Checkpoints and markers: after carried events at most so often, and a marker when nothing else moves."""
+        stored, marked_at = turn.start, self._clock()
+        while True:
+            await turn.moved(self._marker_seconds)
+            if self.confirmed > stored and turn.carried:
+                turn.carried = False
+                await self._store_checkpoint(self.confirmed)
+                stored = self.confirmed
+            elif self._clock() - marked_at < self._marker_seconds:
+                continue
+            await turn.mark()
+            marked_at = self._clock()
+            await asyncio.sleep(self._checkpoint_seconds)
+
+    def refused(self, event: RecordedEvent, sent_up_to: int) -> None:
+        self._rejected[event.position] = self._rejected.get(event.position, 0) + 1
+        self._careful_until = max(self._careful_until, sent_up_to)
+
+    async def checkpoint(self) -> int:
+        """The stored checkpoint, -1 when there is none. Raises `StoreUnavailable` for one that cannot be read."""
+        try:
+            async for event in self._store.read_stream(self.stream, backwards=True, limit=1):
+                try:
+                    position = json.loads(event.data)["position"]
+                    if type(position) is int and position >= -1:
+                        return position
+                except (ValueError, KeyError, TypeError):
+                    pass
+                raise StoreUnavailable(
+                    f"stream {self.stream!r} holds a checkpoint at version {event.version} that is none: somebody else "
+                    "wrote there. Append a right one, or delete the stream: the relay then sends everything again"
+                )
+        except StreamNotFound:
+            pass
+        return -1
+
+    async def _store_checkpoint(self, position: int) -> None:
+        event = EventData("tidings_Checkpoint", json.dumps({"position": position}).encode())
+        done = await self._store.append(self.stream, [event], expected=ANY)
+        if done.version == 0:
+            await self._store.set_metadata(self.stream, {"$maxCount": 2})
+
+
+class _Turn:
+    """One term of leadership on one connection: the chain, the window, and what they know together."""
+
+    def __init__(self, relay: Relay, publisher: Publisher, log_id: UUID, start: int, tasks: asyncio.TaskGroup) -> None:
+        self.start = start
+        self.carried = False
+        """An event was confirmed since the last checkpoint."""
+        self._relay = relay
+        self._publisher = publisher
+        self._log_id = log_id
+        self._tasks = tasks
+        self._chain = Chain(start)
+        self._window: Settled[tuple[int | None, int]] = Settled()
+        self._sent = start
+        self._freed = asyncio.Event()
+        self._moved = asyncio.Event()
+
+    async def room(self, window: int) -> None:
+        while len(self._window) >= window:
+            self._freed.clear()
+            await self._freed.wait()
+
+    async def moved(self, seconds: float) -> None:
+        """Wait until something was confirmed, but no longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._moved.wait()
+        except TimeoutError:
+            return
+        self._moved.clear()
+
+    def send(self, event: RecordedEvent, bucket: int) -> None:
+        message = encode(event, log=self._log_id, previous=self._chain.stamp(bucket, event.position), bucket=bucket)
+        ticket = self._window.begin((bucket, event.position))
+        self._sent = event.position
+
+        async def confirm() -> None:
+            try:
+                await self._publisher.send(message)
+            except PublishRejected:
+                self._relay.refused(event, self._sent)
+                raise
+            self._end(ticket)
+
+        self._tasks.create_task(confirm())
+
+    def leave_out(self, bucket: int, position: int) -> None:
+        self._chain.stamp(bucket, position)
+        self._end(self._window.begin((bucket, position)))
+
+    def pass_by(self, position: int) -> None:
+        """Nothing to carry up to here."""
+        self._end(self._window.begin((None, position)))
+
+    def _end(self, ticket: Ticket[tuple[int | None, int]]) -> None:
+        self._window.end(ticket)
+        for bucket, position in self._window.pop():
+            if bucket is not None:
+                self._chain.confirm(bucket, position)
+                self.carried = True
+            self._relay.confirmed = max(self._relay.confirmed, position)
+        self._freed.set()
+        if self.carried:
+            self._moved.set()
+
+    async def mark(self) -> None:
+        position = self._relay.confirmed
+        base, touched = self._chain.mark(position)
+        await self._publisher.send(Marker(self._log_id, position, base, touched).encode())

@@ -1,0 +1,162 @@
+"""A running service: join, work until fenced or cut off, pause, join again; drain when told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from tidings.attempt import Resources, is_infrastructure
+from tidings.buses import EventBus, Subscription
+from tidings.database import Database, open_database
+from tidings.dispatch import Dispatcher, Troubles
+from tidings.errors import LogBehind
+from tidings.healing import Pass
+from tidings.inbox import Inbox
+from tidings.intake import Intake
+from tidings.position import ALL_BUCKETS, Accepted
+from tidings.settings import Settings, open_bus, open_store
+from tidings.stores import EventStore
+from tidings.supervision import leaves, supervised
+from tidings.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from tidings.service import Service
+
+__all__ = ["RunningService", "run_service"]
+
+log = structlog.get_logger("tidings.running")
+
+DRAIN_SECONDS: Final = 4.0
+REJOIN_SECONDS: Final = (0.1, 5.0)
+"""First and longest pause before joining again."""
+
+
+class RunningService:
+    """What `service.running()` yields."""
+
+    def __init__(self, service: Service, store: EventStore, bus: EventBus, database: Database) -> None:
+        self.service = service
+        self.store = store
+        self.bus = bus
+        self.database = database
+        self.resources = Resources(service.name, None)
+        self.joined = asyncio.Event()
+        """Set after the first join."""
+        self.stopping = asyncio.Event()
+        self.joins = 0
+        """How often the service has joined: more than 1 after it was fenced or cut off from database or store."""
+        self._troubles = Troubles()
+        self._dispatcher: Dispatcher | None = None
+        self._intake: Intake | None = None
+        self._healing: Pass | None = None
+
+    @property
+    def engine(self) -> AsyncEngine:
+        return self.database.engine
+
+    @property
+    def floor(self) -> int:
+        """Everything up to this position is settled; -1 before the first join."""
+        return self._dispatcher.floor if self._dispatcher else -1
+
+    @property
+    def healing(self) -> bool:
+        """A pass over the log is under way."""
+        return self._healing is not None and self._healing.under_way
+
+    @property
+    def marker_age(self) -> float | None:
+        """Seconds since the last marker of the relay; None before the first. Over 30 is unhealthy."""
+        heard = self._intake.marker_at if self._intake else None
+        return None if heard is None else time.monotonic() - heard
+
+    def working(self) -> dict[str, float]:
+        """Handlers at work now: name to seconds, the longest of each."""
+        now, found = time.monotonic(), dict[str, float]()
+        for name, since in self._dispatcher.working.values() if self._dispatcher else ():
+            found[name] = max(found.get(name, 0.0), now - since)
+        return found
+
+    async def serve(self) -> None:
+        """Until `stopping` is set. Raises what no waiting heals: configuration, another log, a log that went back."""
+        first, longest = REJOIN_SECONDS
+        pause = first
+        while not self.stopping.is_set():
+            began = time.monotonic()
+            try:
+                await self._session()
+            except Exception as error:
+                causes = list(leaves(error))
+                strange = [cause for cause in causes if not is_infrastructure(cause)]
+                if strange:
+                    raise strange[0] from None
+                if time.monotonic() - began > longest:
+                    pause = first
+                log.warning("service.rejoining", service=self.service.name, error=str(causes[0]), pause=pause)
+            try:
+                async with asyncio.timeout(pause):
+                    await self.stopping.wait()
+            except TimeoutError:
+                pause = min(pause * 2, longest)
+
+    async def _session(self) -> None:
+        """From joining to the first loss of what was joined."""
+        service = self.service
+        log_id = await self.store.log_id()
+        inbox = Inbox(self.database, service.name, log_id, ALL_BUCKETS)
+        remembered = await inbox.join()
+        head = await self.store.head()
+        if remembered.highest > head:
+            raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
+        accepted = Accepted(ALL_BUCKETS, remembered.floor, remembered.watermarks)
+        self._dispatcher = dispatcher = Dispatcher(
+            service, self.store, self.database, inbox, log_id, remembered, self.resources, self._troubles
+        )
+        self._healing = healing = Pass(service.name, self.store, accepted, dispatcher)
+        self._intake = intake = Intake(
+            Subscription(service.name), self.bus, log_id, accepted, dispatcher, healing, prefetch=service.prefetch
+        )
+        self.joins += 1
+        log.info("service.joined", service=service.name, log=str(log_id), floor=remembered.floor, joins=self.joins)
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(dispatcher.run())
+            taking = [tasks.create_task(healing.run()), tasks.create_task(intake.run())]
+            self.joined.set()
+            await self.stopping.wait()
+            for task in taking:
+                task.cancel()
+            await dispatcher.drain(DRAIN_SECONDS)
+            working.cancel()
+        log.info("service.stopped", service=service.name, floor=dispatcher.floor)
+
+
+@asynccontextmanager
+async def run_service(
+    service: Service, settings: Settings | None, store: EventStore | None, bus: EventBus | None
+) -> AsyncIterator[RunningService]:
+    """What `Service.running` does; `service.running_now` is set by it before the service's own lifespan begins."""
+    settings = settings or Settings()
+    async with AsyncExitStack() as stack:
+        if store is None:
+            store = await stack.enter_async_context(open_store(settings.store))
+        if bus is None:
+            bus = await stack.enter_async_context(open_bus(settings.bus))
+        database = await stack.enter_async_context(open_database(settings.database_of(service.name), service.tables))
+        running = RunningService(service, store, bus, database)
+        with service.bound_to(running):
+            if service.resources is not None:
+                yielded = await stack.enter_async_context(service.resources(service))
+                running.resources = Resources(service.name, yielded)
+            for handler in service.handlers.values():
+                running.resources.check(handler)
+            stack.enter_context(Watchdog(running))
+            async with supervised(running.serve(), stop=running.stopping):
+                await running.joined.wait()
+                yield running

@@ -1,0 +1,175 @@
+"""A microservice as a user declares it: a name, tables, decorated handlers. No I/O at import, no global registry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+from tidings.aggregate import Aggregate
+from tidings.buses import EventBus, check_service_name
+from tidings.codec import encode
+from tidings.errors import ConfigurationError
+from tidings.events import Event, Registry
+from tidings.handlers import Handler, Retry, declare
+from tidings.repository import Repository
+from tidings.stores import ANY, Appended, EventStore, Expected
+
+if TYPE_CHECKING:
+    from sqlalchemy import MetaData
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from tidings.running import RunningService
+    from tidings.settings import Settings
+
+__all__ = ["Service"]
+
+A = TypeVar("A", bound=Aggregate)
+F = TypeVar("F", bound=Callable[..., Any])
+
+Lifespan = Callable[["Service"], AbstractAsyncContextManager[Any]]
+
+
+class Service:
+    """One service: one queue, one database, at most one handler per event type.
+
+    `tables` are created in the service's database when it starts. `lifespan(service)` is an async context manager
+    around the running service; what it yields (one object, or a tuple of them) is injected into handlers by type.
+    `concurrency` bounds the handlers without a session that run at once; `prefetch` the messages taken but not settled.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        tables: MetaData | None = None,
+        lifespan: Lifespan | None = None,
+        concurrency: int = 64,
+        prefetch: int = 1000,
+    ) -> None:
+        if concurrency < 1 or prefetch < 1:
+            raise ConfigurationError(f"service {name!r}: concurrency and prefetch must be 1 or more")
+        self.name = check_service_name(name)
+        self.tables = tables
+        self.resources = lifespan
+        self.concurrency = concurrency
+        self.prefetch = prefetch
+        self.handlers: dict[str, Handler] = {}
+        """By wire name."""
+        self._names: dict[str, Handler] = {}
+        self._types = Registry(f"service {name!r}")
+        self._running: RunningService | None = None
+
+    def on(
+        self, *events: type[Event], name: str | None = None, retry: Retry | None = None, timeout: float = 30.0
+    ) -> Callable[[F], F]:
+        """Handle these events; returns the function unchanged.
+
+        Parameters are injected by annotation: the event, `Context`, SQLAlchemy's `AsyncSession` or `AsyncConnection`,
+        or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
+        exactly once, in order per partition key; others at least once: give them `context.idempotency_key()`.
+        Raises `ConfigurationError` for a second handler of an event, a name used twice, or a signature that cannot be
+        served.
+        """
+
+        def register(function: F) -> F:
+            handler = declare(function, events, name=name, retry=retry or Retry(), timeout=timeout)
+            if handler.name in self._names:
+                raise ConfigurationError(
+                    f"service {self.name!r} has two handlers named {handler.name!r}: give one of them name=..., "
+                    "because the ids of emitted events are made from it"
+                )
+            for event in events:
+                self._types.add(event)
+                known = self.handlers.get(event.wire_name)
+                if known is not None:
+                    raise ConfigurationError(
+                        f"service {self.name!r} handles {event.wire_name!r} twice, in {known.name!r} and "
+                        f"{handler.name!r}: one service has one effect per event; call both from one handler"
+                    )
+                self.handlers[event.wire_name] = handler
+            self._names[handler.name] = handler
+            return function
+
+        return register
+
+    def view(self, wire_name: str) -> type[Event] | None:
+        """This service's declaration of an event type, None for one it does not handle."""
+        return self._types.get(wire_name)
+
+    def repository(self, aggregate: type[A]) -> Repository[A]:
+        """Aggregates of one kind; usable while the service runs."""
+        return Repository(aggregate, lambda: self.running_now.store)
+
+    async def append(
+        self,
+        stream: str,
+        *events: Event,
+        expected: Expected = ANY,
+        metadata: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+    ) -> Appended:
+        """Append events outside any handler (inside one, use `Context.emit`). Errors are the store's."""
+        if stream.startswith(("$", "tidings_")):
+            raise ConfigurationError(f"stream {stream!r}: names that begin with '$' or 'tidings_' are reserved")
+        ids = [uuid4() for _ in events]
+        data = [
+            encode(event, id=identity, metadata=metadata, correlation_id=correlation_id or str(ids[0]))
+            for event, identity in zip(events, ids, strict=True)
+        ]
+        return await self.running_now.store.append(stream, data, expected=expected)
+
+    @property
+    def running_now(self) -> RunningService:
+        """The running service. Raises `ConfigurationError` outside `running()`."""
+        if self._running is None:
+            raise ConfigurationError(
+                f"service {self.name!r} is not running: use it inside 'async with service.running()', a FastAPI app "
+                "with lifespan=service.lifespan, or service.run()"
+            )
+        return self._running
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine of the service's database, while it runs: for reading outside handlers."""
+        return self.running_now.engine
+
+    @asynccontextmanager
+    async def running(
+        self, settings: Settings | None = None, *, store: EventStore | None = None, bus: EventBus | None = None
+    ) -> AsyncIterator[RunningService]:
+        """Run the service around a block: consume, handle, settle. Leaving the block drains and stops it.
+
+        `store` and `bus` may be given where several services of one process share them; else they are opened from
+        `settings` (by default the environment). Raises `ConfigurationError`, `LogChanged`, `LogBehind`, or what ended
+        the service while the block ran.
+        """
+        from tidings.running import run_service
+
+        if self._running is not None:
+            raise ConfigurationError(f"service {self.name!r} runs already in this process")
+        async with run_service(self, settings, store, bus) as running:
+            yield running
+
+    @contextmanager
+    def bound_to(self, running: RunningService) -> Iterator[None]:
+        """Within the block this service is the running one: for its repositories, `append` and `engine`."""
+        self._running = running
+        try:
+            yield
+        finally:
+            self._running = None
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[None]:
+        """For `FastAPI(lifespan=service.lifespan)`: the service runs in the web application's process and loop."""
+        async with self.running():
+            yield
+
+    def run(self, settings: Settings | None = None) -> None:
+        """Run until SIGINT or SIGTERM, then drain; with an in-process bus the relay runs here too."""
+        from tidings.runtime import serve
+
+        asyncio.run(serve(self, settings=settings))

@@ -1,0 +1,141 @@
+"""SQLite for services: SQLAlchemy's async interface over sqlite3 in the event loop, waiting only where SQLite waits.
+
+A statement on a local file takes microseconds, less than a hop to a thread and back. What can take long does not block
+the loop: the wait for another writer is an asyncio sleep, and the commit, which flushes to disk, runs in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Generator
+from typing import Any, Final
+
+from sqlalchemy import event
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
+from sqlalchemy.util import await_only
+
+__all__ = ["BUSY_TIMEOUT", "TidingsSQLite", "register"]
+
+BUSY_TIMEOUT: Final = 5.0
+"""Seconds that a transaction waits for another process's writer before the database counts as locked."""
+
+
+class _Nothing:
+    """Awaited once per statement: SQLAlchemy insists that an async driver awaits, and this is the cheapest way."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return
+        yield
+
+
+_NOTHING: Final = _Nothing()
+
+
+class _Cursor(sqlite3.Cursor):
+    """Rows come from the file directly, so there is nothing to fetch ahead."""
+
+    async def _async_soft_close(self) -> None:
+        """Called by SQLAlchemy's async results (2.1) on every cursor of an async driver."""
+
+
+class _Connection(sqlite3.Connection):
+    """Knows how the next transaction begins."""
+
+    begin = "BEGIN"
+
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return super().cursor(factory)
+
+
+class TidingsSQLite(SQLiteDialect_pysqlite):
+    """`sqlite+tidings://`; isolation level IMMEDIATE begins as the writer: no later statement finds it taken."""
+
+    driver = "tidings"
+    is_async = True
+    supports_statement_cache = True
+
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[Pool]:
+        return AsyncAdaptedQueuePool
+
+    def create_connect_args(self, url: URL) -> Any:
+        arguments, options = super().create_connect_args(url)
+        options.update(isolation_level=None, check_same_thread=False, timeout=0, factory=_Connection)
+        return arguments, options
+
+    def get_isolation_level_values(self, dbapi_connection: Any) -> Any:
+        return ("DEFERRED", "IMMEDIATE")
+
+    def get_default_isolation_level(self, dbapi_connection: Any) -> Any:
+        return "DEFERRED"
+
+    def get_isolation_level(self, dbapi_connection: Any) -> Any:
+        return "IMMEDIATE" if dbapi_connection.begin.endswith("IMMEDIATE") else "DEFERRED"
+
+    def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
+        dbapi_connection.begin = "BEGIN IMMEDIATE" if level == "IMMEDIATE" else "BEGIN"
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        _patiently(dbapi_connection, dbapi_connection.begin)
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        if dbapi_connection.in_transaction:
+            await_only(_commit(dbapi_connection))
+
+    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        cursor.execute(statement, parameters)
+        await_only(_NOTHING)
+
+    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
+        cursor.execute(statement)
+        await_only(_NOTHING)
+
+    def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        cursor.executemany(statement, parameters)
+        await_only(_NOTHING)
+
+
+async def _commit(connection: sqlite3.Connection) -> None:
+    """In a thread, and to its end even when the caller is cancelled: nobody may touch the connection meanwhile."""
+    work = asyncio.get_running_loop().run_in_executor(None, connection.commit)
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
+def _patiently(connection: Any, statement: str) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + BUSY_TIMEOUT
+    pause = 0.001
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or loop.time() >= deadline:
+                raise
+        await_only(asyncio.sleep(pause))
+        pause = min(pause * 2, 0.05)
+
+
+def configure(dbapi_connection: Any, record: object) -> None:
+    """WAL lets readers go on beside the writer; FULL makes a commit survive power loss."""
+    dbapi_connection.execute("PRAGMA busy_timeout = 5000")
+    dbapi_connection.execute("PRAGMA journal_mode = WAL")
+    dbapi_connection.execute("PRAGMA synchronous = FULL")
+    dbapi_connection.execute("PRAGMA foreign_keys = ON")
+    dbapi_connection.execute("PRAGMA busy_timeout = 0")
+
+
+def register(engine: Any) -> None:
+    """Set up the connections of a sync engine on this dialect."""
+    event.listen(engine, "connect", configure)
+
+
+registry.register("sqlite.tidings", __name__, TidingsSQLite.__name__)

@@ -1,0 +1,127 @@
+"""Staged events on their way back into the log: each appended exactly once, in order per bucket of their cause."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from tidings.errors import (
+    EventTooLarge,
+    InvalidStreamName,
+    StoreUnavailable,
+    StreamDeleted,
+    StreamNotFound,
+    WrongExpectedVersion,
+)
+from tidings.inbox import Letter, StagedEvent
+from tidings.position import Lanes
+from tidings.stores import ANY, NO_STREAM, EventStore, Expected
+
+__all__ = ["Stager"]
+
+log = structlog.get_logger("tidings.staged")
+
+FLIGHTS: Final = 64
+"""Appends under way at once, each of another bucket."""
+
+_NEVER: Final = (StreamDeleted, EventTooLarge, InvalidStreamName)
+
+
+class _Row:
+    __slots__ = ("attempts", "fresh", "staged")
+
+    def __init__(self, staged: StagedEvent, fresh: bool) -> None:
+        self.staged = staged
+        self.fresh = fresh
+        """Never tried yet by anyone: `ANY` cannot write it twice."""
+        self.attempts = 0
+
+
+class Stager:
+    """Appends what handlers emitted, after their transaction was committed.
+
+    A fresh row is appended with `ANY`. A row found at the start, or tried with an unknown outcome, may be in the log
+    already, and stores forget the ids of `ANY` appends: its stream is read back to its cause first, then it is appended
+    at the version just read. `appended` and `buried` are called with what may be forgotten, or is given up.
+    """
+
+    def __init__(
+        self, store: EventStore, appended: Callable[[UUID], None], buried: Callable[[UUID, Letter], None]
+    ) -> None:
+        self._store = store
+        self._appended = appended
+        self._buried = buried
+        self._lanes: Lanes[_Row] = Lanes()
+        self._ready: asyncio.Queue[tuple[int, _Row]] = asyncio.Queue()
+
+    def __len__(self) -> int:
+        """Events not appended yet."""
+        return len(self._lanes)
+
+    def add(self, rows: Sequence[StagedEvent], *, fresh: bool) -> None:
+        for row in rows:
+            self._lanes.push(row.bucket, _Row(row, fresh))
+        self._pump()
+
+    def _pump(self) -> None:
+        while (taken := self._lanes.take()) is not None:
+            self._ready.put_nowait(taken)
+
+    async def run(self) -> None:
+        """Until cancelled. A cancelled append is found again at the next start."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(FLIGHTS):
+                tasks.create_task(self._fly())
+
+    async def _fly(self) -> None:
+        while True:
+            bucket, row = await self._ready.get()
+            identity = row.staged.event.id
+            try:
+                await self._append(row)
+            except _NEVER as error:
+                reason = f"{type(error).__name__}: {error}"
+                log.error("staged.dead", stream=row.staged.stream, event_id=str(identity), reason=reason)
+                self._buried(identity, Letter.of_staged(row.staged, row.attempts + 1, reason))
+            else:
+                self._appended(identity)
+            self._lanes.finish(bucket)
+            self._pump()
+
+    async def _append(self, row: _Row) -> None:
+        while True:
+            try:
+                expected: Expected | None = ANY if row.fresh else await self._resolve(row.staged)
+                if expected is not None:
+                    row.fresh = False
+                    await self._store.append(row.staged.stream, [row.staged.event], expected=expected)
+                return
+            except WrongExpectedVersion:
+                continue  # somebody appended between reading and writing: read again
+            except StoreUnavailable as error:
+                row.attempts += 1
+                pause = min(0.1 * 2**row.attempts, 5.0)
+                if row.attempts in (1, 10) or row.attempts % 100 == 0:
+                    log.warning(
+                        "staged.waiting", stream=row.staged.stream, attempts=row.attempts, pause=pause, error=str(error)
+                    )
+                await asyncio.sleep(pause)
+
+    async def _resolve(self, staged: StagedEvent) -> Expected | None:
+        """The version to append at, None when the event is in its stream already."""
+        expected: Expected = NO_STREAM
+        try:
+            async for event in self._store.read_stream(staged.stream, backwards=True):
+                if expected is NO_STREAM:
+                    expected = event.version
+                if event.id_bytes == staged.event.id.bytes:
+                    return None
+                if event.position <= staged.cause:
+                    break
+        except StreamNotFound:
+            return NO_STREAM
+        return expected

@@ -1,0 +1,190 @@
+"""Is every event of the log settled in every service? Compares log, floors and watermarks, and names what is missing.
+
+It only reads. When all is well it costs a few rows per service; otherwise it reads the log above the lowest floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.database import Database, dead, floors, staged, watermarks
+from tidings.position import ALL_BUCKETS, CARRIED, carried
+from tidings.stores import EventStore, RecordedEvent
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["DeadEvent", "PendingEvent", "Report", "ServiceReport", "StagedSummary", "verify"]
+
+NAMED: Final = 20
+"""So many of each kind are named; all are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingEvent:
+    """In the log, handled by the service's code, and neither handled nor dead."""
+
+    position: int
+    event_id: str
+    type: str
+    stream: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadEvent:
+    """Given up, with the reason: settled, but somebody should look at it."""
+
+    kind: str
+    position: int | None
+    event_id: str | None
+    type: str | None
+    stream: str | None
+    handler: str | None
+    attempts: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSummary:
+    """Emitted by a handler whose transaction was committed, and not known to be appended yet."""
+
+    event_id: str
+    type: str
+    stream: str
+    cause: int
+
+
+@dataclass(slots=True)
+class ServiceReport:
+    """One service's part. The lists hold the first few; the counts hold all."""
+
+    service: str
+    floor: int
+    pending_count: int = 0
+    pending: list[PendingEvent] = field(default_factory=list)
+    dead_count: int = 0
+    dead: list[DeadEvent] = field(default_factory=list)
+    staged_count: int = 0
+    staged: list[StagedSummary] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.pending_count and not self.staged_count
+
+    def lines(self, upto: int) -> Iterable[str]:
+        state = f"settled up to position {upto}" if self.ok else f"NOT settled up to position {upto}"
+        counts = f"{self.pending_count} pending, {self.staged_count} staged, {self.dead_count} dead"
+        yield f"{self.service}: {state} ({counts}; floor {self.floor})"
+        for event in self.pending:
+            where = f"{event.stream}@{event.version}, position {event.position}"
+            yield f"  pending {event.type} {event.event_id} at {where}"
+        if self.pending_count > len(self.pending):
+            yield f"  and {self.pending_count - len(self.pending)} more pending"
+        for row in self.staged:
+            yield f"  staged {row.type} {row.event_id} for {row.stream}, caused by position {row.cause}"
+        if self.staged_count > len(self.staged):
+            yield f"  and {self.staged_count - len(self.staged)} more staged"
+        for letter in self.dead:
+            what = f"{letter.type} {letter.event_id} of {letter.stream}" if letter.event_id else f"a {letter.kind}"
+            where = f", position {letter.position}" if letter.position is not None else ""
+            yield f"  dead {what}{where}, {letter.attempts} attempts: {letter.reason.partition(chr(10))[0]}"
+        if self.dead_count > len(self.dead):
+            yield f"  and {self.dead_count - len(self.dead)} more dead"
+
+
+@dataclass(slots=True)
+class Report:
+    """The answer for all services; `str` of it is for people."""
+
+    log: UUID
+    position: int
+    """The last event that is carried to services; what is asked is whether everything up to it is settled."""
+    services: list[ServiceReport]
+
+    @property
+    def ok(self) -> bool:
+        """Every event is settled in every service: handled, or dead with its reason; and nothing is staged."""
+        return all(service.ok for service in self.services)
+
+    def __str__(self) -> str:
+        head = f"log {self.log}: {'all settled' if self.ok else 'NOT all settled'} up to position {self.position}"
+        return "\n".join([head, *(line for service in self.services for line in service.lines(self.position))])
+
+
+async def verify(store: EventStore, services: Sequence[tuple[Service, Database]]) -> Report:
+    """Look once, now. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+    log_id = await store.log_id()
+    # The log first: what is settled afterwards can only be more.
+    position = await _last_carried(store)
+    views = [await _look(service, database, log_id) for service, database in services]
+    lowest = min((view.report.floor for view in views), default=position)
+    if lowest < position:
+        async for event in store.read_all(after=lowest, filter=CARRIED):
+            if event.position > position:
+                break
+            bucket = carried(event)
+            if bucket is not None:
+                for view in views:
+                    view.compare(event, bucket)
+    return Report(log_id, position, [view.report for view in views])
+
+
+async def _last_carried(store: EventStore) -> int:
+    async for event in store.read_all(backwards=True, filter=CARRIED):
+        if carried(event) is not None:
+            return event.position
+    return -1
+
+
+@dataclass(slots=True)
+class _View:
+    """What one service has settled, as its database says."""
+
+    report: ServiceReport
+    handled: frozenset[str]
+    watermarks: dict[int, int]
+
+    def compare(self, event: RecordedEvent, bucket: int) -> None:
+        if event.position <= max(self.report.floor, self.watermarks.get(bucket, -1)) or event.type not in self.handled:
+            return
+        self.report.pending_count += 1
+        if len(self.report.pending) < NAMED:
+            self.report.pending.append(
+                PendingEvent(event.position, str(event.id), event.type, event.stream, event.version)
+            )
+
+
+async def _look(service: Service, database: Database, log_id: UUID) -> _View:
+    def of(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
+        return table.c.service == service.name, table.c.log == str(log_id)
+
+    async with database.reading() as connection:
+        ranges = await connection.execute(sa.select(floors.c.position).where(*of(floors)))
+        report = ServiceReport(service.name, floor=min((row.position for row in ranges), default=-1))
+        found = await connection.execute(sa.select(watermarks.c.bucket, watermarks.c.position).where(*of(watermarks)))
+        marks = {row.bucket: row.position for row in found if row.bucket in ALL_BUCKETS}
+        report.staged_count = await _count(connection, staged, of(staged))
+        if report.staged_count:
+            rows = await connection.execute(sa.select(staged).where(*of(staged)).order_by(staged.c.id).limit(NAMED))
+            report.staged = [StagedSummary(row.event_id, row.type, row.stream, row.cause) for row in rows]
+        report.dead_count = await _count(connection, dead, of(dead))
+        if report.dead_count:
+            rows = await connection.execute(sa.select(dead).where(*of(dead)).order_by(dead.c.id).limit(NAMED))
+            report.dead = [
+                DeadEvent(
+                    row.kind, row.position, row.event_id, row.type, row.stream, row.handler, row.attempts, row.reason
+                )
+                for row in rows
+            ]
+    return _View(report, frozenset(service.handlers), marks)
+
+
+async def _count(connection: AsyncConnection, table: sa.Table, where: Sequence[sa.ColumnElement[bool]]) -> int:
+    return (await connection.scalar(sa.select(sa.func.count()).select_from(table).where(*where))) or 0
