@@ -15,7 +15,15 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 def evolves(*events: type[Event]) -> Callable[[F], F]:
-    """Mark the method that applies these events to the state. It must not decide, fail or do I/O."""
+    """Mark the method that applies these events to the state. It must not decide, fail or do I/O.
+
+    A subclass that overrides the method replaces it. Raises `ConfigurationError` for what is no event class.
+    """
+    strangers = [event for event in events if not (isinstance(event, type) and issubclass(event, Event))]
+    if strangers or not events:
+        raise ConfigurationError(
+            f"@evolves needs subclasses of tidings.Event, as in @evolves(OrderCreated): {strangers}"
+        )
 
     def mark(method: F) -> F:
         method.__evolves__ = events  # type: ignore[attr-defined]
@@ -59,7 +67,10 @@ class Aggregate:
             raise ConfigurationError(
                 f"{where}: category {cls.category!r} must not begin with '$' or 'tidings_', nor contain '-'"
             )
-        cls.evolutions = dict(cls.evolutions)
+        cls.evolutions = {}
+        for base in reversed(cls.__mro__[1:]):
+            for event, method in getattr(base, "evolutions", {}).items():
+                cls.evolutions[event] = getattr(cls, method.__name__, method)
         own: set[type[Event]] = set()
         for method in vars(cls).values():
             for event in getattr(method, "__evolves__", ()):

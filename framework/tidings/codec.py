@@ -8,9 +8,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from tidings.errors import ConfigurationError, SchemaError, UnknownEventType, UpcastMissing
 from tidings.events import Event
+from tidings.position import NESTING, deep
 from tidings.stores import EventData, RecordedEvent
 
 __all__ = ["Cause", "decode", "encode", "read_metadata"]
@@ -68,9 +70,14 @@ def encode(
         document[name] = value
     try:
         packed = json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-        data = event.model_dump_json().encode()
-    except (TypeError, ValueError) as error:
+        data = event.model_dump_json(by_alias=True).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise SchemaError(f"event {event.wire_name!r} or its metadata cannot become JSON: {error}") from error
+    if key is not None and deep(packed):
+        raise SchemaError(
+            f"event {event.wire_name!r}: its metadata has over {NESTING} brackets, so its partition key could not be "
+            "read back; keep large documents in the event's data"
+        )
     return EventData(type=event.wire_name, data=data, metadata=packed, id=id)
 
 
@@ -89,7 +96,7 @@ def decode(event: RecordedEvent, view: type[E], metadata: Mapping[str, Any] | No
     """The event as `view` declares it. `metadata` spares parsing it again.
 
     Raises `SchemaError` (or `UnknownEventType` for a newer schema version, `UpcastMissing` for a missing step): it
-    names stream, version and fields, never values, which may be secret.
+    names stream, version and fields, never values, which may be secret (unless the view's own validator says them).
     """
     document = read_metadata(event) if metadata is None else metadata
     written = document.get("schemaVersion", 1)
@@ -104,16 +111,22 @@ def decode(event: RecordedEvent, view: type[E], metadata: Mapping[str, Any] | No
                 f"{where} has schema version {written}, this service knows up to {view.schema_version}: "
                 "deploy the service with the newer declaration, then retry"
             )
-        return view.model_validate(_lift(event, view, written, where))
+        return view.model_validate_json(_lift(event, view, written, where))
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc'])) or 'document'}: {_message(problem)}"
             for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]
         )
         raise SchemaError(f"{where} does not fit {view.__qualname__}: {problems}") from None
 
 
-def _lift(event: RecordedEvent, view: type[Event], written: int, where: str) -> Any:
+def _message(problem: Mapping[str, Any]) -> str:
+    # Of pydantic's own messages this one quotes what it was given.
+    return "no member of the union has its tag" if problem["type"] == "union_tag_invalid" else problem["msg"]
+
+
+def _lift(event: RecordedEvent, view: type[Event], written: int, where: str) -> bytes:
+    """The event's data as the current version writes it: JSON again, so that old and new are validated alike."""
     try:
         document = json.loads(event.data)
     except (ValueError, RecursionError) as error:
@@ -129,4 +142,9 @@ def _lift(event: RecordedEvent, view: type[Event], written: int, where: str) -> 
             document = step(document)
         except Exception as error:
             raise SchemaError(f"{where}: the upcaster from version {version} failed: {type(error).__name__}") from error
-    return document
+        if not isinstance(document, dict):
+            raise SchemaError(f"{where}: the upcaster from version {version} returned no dict")
+    try:
+        return to_json(document)
+    except ValueError as error:
+        raise SchemaError(f"{where}: what its upcasters returned is not JSON") from error

@@ -53,7 +53,8 @@ class Event(BaseModel):
     key field, or an upcaster that cannot be reached.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # JSON has no NaN and no infinity: an event with one could be written, but never read.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     wire_name: ClassVar[str] = ""
     schema_version: ClassVar[int] = 1
@@ -84,15 +85,15 @@ class Event(BaseModel):
 
     @property
     def key(self) -> str | None:
-        """The partition key that this event's class asks for, None for the stream's name."""
-        return None if self.key_field is None else str(getattr(self, self.key_field))
+        """The partition key that this event's class asks for, None (also where the field is) for the stream's name."""
+        value = None if self.key_field is None else getattr(self, self.key_field)
+        return None if value is None else str(value)
 
 
 def _upcasters(cls: type[Event], where: str) -> dict[int, Upcaster]:
     found: dict[int, Upcaster] = {}
-    for value in vars(cls).values():
-        function = getattr(value, "__func__", value)
-        start = getattr(function, "__upcasts_from__", None)
+    for name, value in vars(cls).items():
+        start = getattr(getattr(value, "__func__", value), "__upcasts_from__", None)
         if start is None:
             continue
         if not 1 <= start < cls.schema_version:
@@ -101,7 +102,7 @@ def _upcasters(cls: type[Event], where: str) -> dict[int, Upcaster]:
             )
         if start in found:
             raise ConfigurationError(f"{where}: two upcasters start from version {start}")
-        found[start] = cast("Upcaster", function)
+        found[start] = cast("Upcaster", getattr(cls, name))
     return found
 
 

@@ -37,7 +37,10 @@ class Retry:
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
         """Seconds to wait after failed attempt number `attempt` (from 1)."""
-        full = min(self.delay * self.factor ** min(attempt - 1, 64), self.maximum)
+        try:
+            full = min(self.delay * float(self.factor) ** (attempt - 1), self.maximum)
+        except OverflowError:
+            full = self.maximum if self.delay else 0.0
         return full * (1 - random() / 4)
 
 
@@ -90,11 +93,13 @@ def declare(
     for event in events:
         if not (isinstance(event, type) and issubclass(event, Event)) or not event.wire_name:
             raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
-    if timeout <= 0:
+    if not timeout > 0:
         raise ConfigurationError(f"{where}: timeout is {timeout} s; it must be positive")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigurationError(f"{where}: it contains a yield, so that calling it would run nothing; remove it")
     try:
         hints = get_type_hints(function)
-    except NameError as error:
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
         raise ConfigurationError(
             f"{where}: an annotation cannot be resolved ({error}); import what it names outside 'if TYPE_CHECKING'"
         ) from error
@@ -131,7 +136,7 @@ def _injected(where: str, parameter: str, hint: Any, events: tuple[type[Event], 
         return Inject.EVENT
     if hint is Context:
         return Inject.CONTEXT
-    if isinstance(hint, type):
+    if isinstance(hint, type) and hint is not Any:
         if hint.__module__.startswith("sqlalchemy.ext.asyncio") and hint.__name__ in _SQLALCHEMY:
             return _SQLALCHEMY[hint.__name__]
         return hint

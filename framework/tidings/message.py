@@ -26,7 +26,7 @@ BODY_LIMIT: Final = 16 * 1024 * 1024
 _SPECVERSION: Final = "1.0"
 _TRACEPARENT: Final = re.compile(rb'"traceparent"\s*:\s*"([0-9a-f-]{55})"')
 _CORRELATION: Final = re.compile(rb'"\$correlationId"\s*:\s*"([^"\\]{1,255})"')
-_MOMENT: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{7})Z")
+_MOMENT: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{7})Z", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def decode(message: Message) -> Stamped:
         )
     metadata = headers.get("tidings-metadata", b"")
     if isinstance(metadata, str):
-        metadata = metadata.encode()
+        metadata = metadata.encode("utf-8", "surrogatepass")
     if not isinstance(metadata, bytes | bytearray):
         raise MalformedMessage(f"header 'tidings-metadata' is {type(metadata).__name__}, not bytes")
     if message.content_type not in (JSON, OCTETS):
@@ -168,7 +168,9 @@ class Marker(NamedTuple):
                 raise MalformedMessage("a marker names a bucket that does not exist")
             return cls(_uuid(body, "log"), _integer(body, "position", -1), _integer(body, "base", -1), touched)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise MalformedMessage(f"a marker's body cannot be read: {type(error).__name__} {error}") from error
+            raise MalformedMessage(
+                f"a marker's body cannot be read: {type(error).__name__} {_shown(str(error))}"
+            ) from error
 
 
 _BIGGEST: Final = 2**63 - 1
@@ -177,9 +179,9 @@ _BIGGEST: Final = 2**63 - 1
 def _integer(values: Mapping[str, Any], name: str, low: int, high: int = _BIGGEST) -> int:
     value = values.get(name)
     if type(value) is not int:
-        raise MalformedMessage(f"{name!r} is {_shown(value)}, not an integer")
+        raise MalformedMessage(f"{_shown(name)} is {_shown(value)}, not an integer")
     if not low <= value <= high:
-        raise MalformedMessage(f"{name!r} is {value}, outside {low} to {high}")
+        raise MalformedMessage(f"{_shown(name)} is {_shown(value)}, outside {low} to {high}")
     return value
 
 
@@ -200,7 +202,10 @@ def _uuid(values: Mapping[str, Any], name: str) -> UUID:
 
 def _shown(value: object) -> str:
     """A foreign value, short and without control characters, for an error."""
-    return "missing" if value is None else ascii(value)[:80]
+    try:
+        return "missing" if value is None else ascii(value)[:80]
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a table nested too deep
+        return f"a {type(value).__name__}"
 
 
 def _moment(ticks: int) -> str:

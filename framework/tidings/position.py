@@ -44,7 +44,12 @@ RESERVED: Final = ("$", "tidings_")
 CARRIED: Final = Filter(exclude_stream_prefixes=RESERVED)
 """The part of `carried` that a store can evaluate."""
 
+NESTING: Final = 500
+"""Metadata with more opening brackets than this names no partition key."""
+
 _KEY: Final = b'"partitionKey"'
+# Numbers stay texts: how long an integer may be is a setting of each interpreter, and all must find the same key.
+_READER: Final = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def bucket_of(key: str) -> int:
@@ -53,16 +58,26 @@ def bucket_of(key: str) -> int:
 
 
 def partition_key(event: RecordedEvent) -> str:
-    """Metadata's `partitionKey` where it is a non-empty string, else the name of the stream."""
-    if _KEY in event.metadata:
+    """Metadata's `partitionKey` where it is a non-empty text, else the name of the stream.
+
+    The answer depends on the bytes alone. A relay and a service that disagreed would do the event in two buckets, so
+    what different interpreters read differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
+    """
+    metadata = event.metadata
+    if _KEY in metadata and not deep(metadata):
         try:
-            metadata = json.loads(event.metadata)
-        except (ValueError, RecursionError):
-            return event.stream
-        key = metadata.get("partitionKey") if isinstance(metadata, dict) else None
-        if isinstance(key, str) and key:
-            return key
+            document = _READER.decode(metadata.decode())
+            key = document.get("partitionKey") if isinstance(document, dict) else None
+            if isinstance(key, str) and key.encode():
+                return key
+        except ValueError:
+            pass
     return event.stream
+
+
+def deep(document: bytes) -> bool:
+    """The JSON document may be nested deeper than every interpreter can read."""
+    return document.count(b"{") + document.count(b"[") > NESTING
 
 
 def carried(event: RecordedEvent) -> int | None:
@@ -132,9 +147,9 @@ class Accepted:
         return max(self._tails.get(bucket, -1), self.reached)
 
     def offer(self, bucket: int, position: int, previous: int) -> Verdict:
-        """A message from the bus; `NEXT` has accepted it."""
+        """A message from the bus; `NEXT` has accepted it. One of another range's bucket is dropped like a duplicate."""
         tail = self.tail(bucket)
-        if position <= tail:
+        if position <= tail or bucket not in self.buckets:
             return Verdict.DUPLICATE
         if previous > tail:
             return Verdict.GAP

@@ -156,13 +156,16 @@ class Repository(Generic[A]):
         if limit is not None and limit < 1:
             raise VersionNotFound(stream, f"version {at_version}", "versions count from 0")
         async for event in self._store().read_stream(stream, limit=limit):
+            if at_version is not None and event.version > at_version:
+                break  # a stream that was truncated, or begun anew after a deletion, does not begin at version 0
             if as_of is not None and event.recorded_at > as_of:
                 if aggregate.version < 0:
                     raise VersionNotFound(stream, f"event as of {as_of}", f"it began at {event.recorded_at}")
                 break
             self._apply(aggregate, event)
         if at_version is not None and aggregate.version != at_version:
-            raise VersionNotFound(stream, f"version {at_version}", f"its last version is {aggregate.version}")
+            found = f"its last event is version {aggregate.version}" if aggregate.version >= 0 else "it begins later"
+            raise VersionNotFound(stream, f"version {at_version}", found)
         if aggregate.version < 0:
             raise StreamNotFound(stream)
         return aggregate

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     With a bus on the network the database must be named: two hosts with a default file each would do everything twice.
     """
 
-    model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     store: str = "sqlite:///tidings.db"
     """`sqlite:///relative/path`, `sqlite:////absolute/path`, `memory://name`."""
@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     database: str | None = None
     """The service's own: any SQLAlchemy URL; `{service}` stands for the service's name. Embedded default:
     `sqlite:///{service}.db`."""
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        return [(name, redact(url)) for name, url in self if url is not None]
 
     @field_validator("store")
     @classmethod
@@ -57,11 +60,18 @@ class Settings(BaseSettings):
         _adapter(_BUSES, "bus", url)
         return url
 
+    @field_validator("database")
+    @classmethod
+    def _database_named(cls, url: str | None) -> str | None:
+        if url is not None and not url.strip():
+            raise ConfigurationError("TIDINGS_DATABASE is set, but empty: name a database, or unset it")
+        return url
+
     def database_of(self, service: str) -> str:
         """The database URL of one service. Raises `ConfigurationError` where two hosts could each make their own."""
         if self.database is not None:
             return self.database.replace("{service}", service)
-        if not self.bus.startswith("memory:"):
+        if not self.bus.lower().startswith("memory:"):
             raise ConfigurationError(
                 f"service {service!r} runs on the networked bus {redact(self.bus)} without a database of its own. Set "
                 "TIDINGS_DATABASE to one that all processes of the service share, for example "
@@ -71,16 +81,23 @@ class Settings(BaseSettings):
 
 
 def redact(url: str) -> str:
-    """A URL that may be shown: without its password (or anything, if it cannot be taken apart)."""
-    try:
-        parts = urlsplit(url)
-        if parts.password is None and "@" not in parts.netloc:
-            return urlunsplit(parts._replace(query=""))
-        host = parts.netloc.rpartition("@")[2]
-        user = f"{parts.username}:***@" if parts.username else "***@"
-        return urlunsplit(parts._replace(netloc=user + host, query=""))
-    except ValueError:
-        return "<a URL that cannot be read>"
+    """A URL that may be shown: without password and query, also where the password was not escaped as it should be.
+
+    What stands before the last '@' is taken for user and password, whatever characters are in it.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or not _SCHEME.fullmatch(scheme):
+        # No URL: it may be a password and a host just as well, so only a beginning that cannot be one is shown.
+        return "<not a URL>" if re.search(r"[@=:\s]", url) else url
+    user, at, place = "", "", rest
+    if not (rest.startswith("/") and scheme.lower().startswith(("sqlite", "memory"))):
+        secret, at, place = rest.rpartition("@")
+        user, colon, _ = secret.partition(":")
+        at = (f"{user}:***@" if colon and user else "***@") if at else ""
+    return f"{scheme}://{at}{re.split(r'[?#;&=]', place)[0]}"
+
+
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 
 def _adapter(known: dict[str, tuple[str, str, str]], what: str, url: str) -> tuple[str, str, str]:
@@ -98,7 +115,7 @@ async def _opened(known: dict[str, tuple[str, str, str]], what: str, url: str) -
     try:
         opener = cast("Callable[[str], Any]", getattr(importlib.import_module(module), function))
     except ImportError as error:
-        if not extra:
+        if not extra or not error.name or error.name.startswith("tidings"):
             raise
         raise ConfigurationError(
             f"{redact(url)} needs the package {error.name!r}: install it with  pip install 'tidings[{extra}]'"

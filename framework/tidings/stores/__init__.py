@@ -24,6 +24,7 @@ from tidings.errors import InvalidStreamName
 
 __all__ = [
     "ANY",
+    "APPEND_LIMIT",
     "EVERYTHING",
     "JSON",
     "NO_STREAM",
@@ -45,6 +46,9 @@ __all__ = [
 
 JSON: Final = "application/json"
 OCTETS: Final = "application/octet-stream"
+
+APPEND_LIMIT: Final = 1024 * 1024
+"""Bytes of one append, by `EventData.size`; EventStoreDB's default."""
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -1,0 +1,47 @@
+# Two commands on a fresh machine:  make demo,  make test.  Everything they need they install into .venv, and RabbitMQ
+# through the system's packages where that is possible (deploy/local/rabbitmq says what to do where it is not).
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint types pytest bench format broker clean
+
+help:
+	@echo "make demo    real orders to shipments, in one process, nothing to install"
+	@echo "make test    lint, types and tests, against a real RabbitMQ"
+	@echo "make bench   the speed and memory that the README speaks of, as ratios"
+	@echo "make format  let ruff format the code"
+
+$(INSTALLED): pyproject.toml deploy/local/venv
+	@echo "installing into $(VENV) (once) ..."
+	@deploy/local/venv $(VENV)
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python -m services.demo
+
+test: lint types pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+pytest: $(INSTALLED) broker
+	$(BIN)/pytest
+
+broker: $(INSTALLED)
+	@deploy/local/rabbitmq install
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks
+
+format: $(INSTALLED)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) var .mypy_cache .ruff_cache .pytest_cache .hypothesis

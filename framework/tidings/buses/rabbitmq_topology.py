@@ -1,0 +1,131 @@
+"""What Tidings needs on RabbitMQ: one fanout exchange, one quorum queue per service. It makes, compares, never changes.
+
+Comparing takes two steps. A passive declare says whether something exists, and needs no permission; an active one makes
+the broker compare (or make) it, and answers a difference by closing the channel with a 406, which becomes
+`TopologyMismatch`. So each declare has a channel of its own.
+
+`tidings.partitions` (direct, bound to the fanout; routing key = bucket, or `marker`) has its place here once a service
+can have several queues.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, cast
+
+import structlog
+from pamqp import commands
+from pamqp.base import Frame
+
+from tidings.buses import Subscription
+from tidings.buses.amqp import ChannelClosed, Connection
+from tidings.errors import TopologyMismatch
+
+__all__ = ["EXCHANGE", "LOCK", "QUEUE_BYTES", "provision"]
+
+EXCHANGE: Final = "tidings.events"
+LOCK: Final = "tidings.relay."
+"""Followed by the relay's name: an exclusive queue that nothing is ever sent to."""
+QUEUE_BYTES: Final = 1 << 30
+"""Bytes of bodies in one queue; beyond it the oldest message is dropped, and the log heals the gap.
+
+RabbitMQ's advice is to leave limits to policies, because an argument that differs from the declared one is a 406. But
+a policy needs an administrator, and a stopped service must not fill the broker's disk where nobody thought of one. So it
+is an argument, and the one whose difference is accepted: whoever declared the queue with another limit meant it. A
+policy (`max-length-bytes`) can still make it smaller, because the broker takes the lower of both.
+"""
+
+_LIMIT: Final = "x-max-length-bytes"
+_DIFFERENCE: Final = re.compile(
+    r"inequivalent arg '(?P<name>[^']+)' for .*?: received (?P<wanted>.*?) but current is (?P<found>.*)", re.DOTALL
+)
+_VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '.*')?", re.DOTALL)
+
+log = structlog.get_logger(__name__)
+
+
+async def provision(connection: Connection, vhost: str, subscription: Subscription | None) -> None:
+    """Make the exchange and the service's queue, or see that they fit. Raises `TopologyMismatch`, `AmqpError`."""
+    await _declare(
+        connection,
+        vhost,
+        commands.Exchange.Declare(exchange=EXCHANGE, passive=True),
+        commands.Exchange.Declare(exchange=EXCHANGE, exchange_type="fanout", durable=True),
+        commands.Exchange.DeclareOk,
+    )
+    if subscription is None:
+        return
+    queue = subscription.queue
+    arguments: dict[str, Any] = {
+        "x-queue-type": "quorum",
+        "x-single-active-consumer": True,
+        "x-overflow": "drop-head",
+        _LIMIT: QUEUE_BYTES,
+    }
+    passive = commands.Queue.Declare(queue=queue, passive=True)
+    for _ in range(2):
+        request = commands.Queue.Declare(queue=queue, durable=True, arguments=cast("Any", arguments))
+        found = await _declare(connection, vhost, passive, request, commands.Queue.DeclareOk, tolerated=_LIMIT)
+        if found is None:
+            break
+        log.warning("bus.queue_limit_differs", queue=queue, vhost=vhost, wanted=QUEUE_BYTES, found=found)
+        if found.isdecimal():
+            arguments[_LIMIT] = int(found)
+        else:
+            del arguments[_LIMIT]
+    bind = commands.Queue.Bind(queue=queue, exchange=EXCHANGE)
+    await (await connection.channel()).call(bind, commands.Queue.BindOk)
+
+
+async def _declare(
+    connection: Connection, vhost: str, passive: Frame, active: Frame, reply: type[Frame], *, tolerated: str = ""
+) -> str | None:
+    """None when it is as wanted; what was found of the argument `tolerated` when that alone is known to differ."""
+    exists = True
+    try:
+        await (await connection.channel()).call(passive, reply)
+    except ChannelClosed as error:
+        if error.code == 405:
+            raise _mismatch(vhost, active, error) from error
+        if error.code != 404:
+            raise
+        exists = False
+    try:
+        await (await connection.channel()).call(active, reply)
+    except ChannelClosed as error:
+        if error.code == 403 and exists:
+            return None  # it is there, and this user may use but not declare it: nothing more can be known
+        if error.code not in (405, 406):
+            raise
+        difference = _DIFFERENCE.search(error.text)
+        if tolerated and difference is not None and difference["name"] == tolerated:
+            return _value(difference["found"])
+        raise _mismatch(vhost, active, error) from error
+    return None
+
+
+def _mismatch(vhost: str, request: Frame, error: ChannelClosed) -> TopologyMismatch:
+    kind, name = ("queue", request.queue) if isinstance(request, commands.Queue.Declare) else ("exchange", EXCHANGE)
+    difference = _DIFFERENCE.search(error.text)
+    if difference is not None:
+        fact = f"its {difference['name']} is {_value(difference['found'])}, but must be {_value(difference['wanted'])}"
+    elif error.code == 405:
+        fact = "another connection holds it as exclusive"
+    else:
+        fact = f"the broker says: {error.text}"
+    if kind == "queue":
+        remedy = (
+            f"Stop what uses it, delete it (rabbitmqctl delete_queue {name} --vhost {vhost}) and start the service: it "
+            "makes the queue anew and reads from the log what it held."
+        )
+    else:
+        remedy = (
+            f"Delete exchange {name!r} in vhost {vhost!r} (management page or rabbitmqadmin) and start relay and services: "
+            "they make it anew with their bindings."
+        )
+    return TopologyMismatch(f"{kind} {name!r} of vhost {vhost!r} exists, but {fact}. {remedy}")
+
+
+def _value(text: str) -> str:
+    found = _VALUE.fullmatch(text.strip())
+    return found["value"] if found is not None else text.strip()

@@ -1,0 +1,503 @@
+"""The log as a SQLite database, synchronously: its schema, its connections, what may be read of it. It never appends.
+
+One table holds everything; what an append or a read must know of a stream (its last version, its metadata, whether it
+is deleted) is looked up in it, so that there is no second truth that could disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep, time_ns
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
+from uuid import UUID, uuid4
+
+from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted, StreamNotFound
+from tidings.stores import Filter, RecordedEvent, StreamMetadata
+
+__all__ = [
+    "MAX_VERSION",
+    "METADATA_TYPE",
+    "Database",
+    "Page",
+    "Retention",
+    "View",
+    "condition_of",
+    "follow",
+    "head",
+    "last_version",
+    "latest_data",
+    "log_id",
+    "metadata_of",
+    "now",
+    "original_of",
+    "page_of_all",
+    "page_of_stream",
+    "retention_of",
+    "view_of",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_VERSION: Final = 2**63 - 1
+"""The version of a tombstone; as `$tb`, a soft delete (EventStoreDB's numbers)."""
+METADATA_TYPE: Final = "$metadata"
+
+PAGE_EVENTS: Final = 512
+PAGE_BYTES: Final = 4 * 1024 * 1024
+"""What a page of a read holds in memory at most, unless one event alone is larger."""
+WINDOW: Final = 16_384
+"""Positions that one page of a filtered read looks at: bounds the time for which it holds a snapshot (some 10 ms)."""
+
+APPLICATION_ID: Final = 0x54494447
+SCHEMA_VERSION: Final = 1
+SCHEMA: Final = f"""
+CREATE TABLE log (
+    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    stream   TEXT    NOT NULL,
+    version  INTEGER NOT NULL,
+    type     TEXT    NOT NULL,
+    data     BLOB    NOT NULL,
+    metadata BLOB    NOT NULL,
+    is_json  INTEGER NOT NULL,
+    id       BLOB    NOT NULL,
+    ticks    INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX log_stream_version ON log (stream, version);
+CREATE INDEX log_stream_id ON log (stream, id);
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def now() -> int:
+    """The store's clock: ticks of 100 ns since 1970."""
+    return time_ns() // 100
+
+
+# ---- connections -------------------------------------------------------------------
+
+
+class Database:
+    """The connections to one log: one that writes, some that read. Methods may be called from any thread.
+
+    In memory there is a single connection and a lock: SQLite's shared cache would answer readers with errors whenever
+    they meet a writer.
+    """
+
+    def __init__(self, path: str | None, busy_timeout: float) -> None:
+        self.path = path
+        """None: in memory."""
+        self.busy_timeout = busy_timeout
+        """Seconds to wait for another process's transaction."""
+        self._alone = threading.Lock() if path is None else None
+        self._idle: deque[sqlite3.Connection] = deque()
+        self._writer = self._open()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path or ":memory:", timeout=self.busy_timeout, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path is not None:
+            folder = Path(self.path).absolute().parent
+            if not folder.is_dir():
+                raise StoreUnavailable(f"the event store {self.path} cannot be opened: there is no folder {folder}")
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = self._connect()
+            # Looked at before anything is written: a file of somebody else stays as it is.
+            self._is_ours(connection)
+            self._enter_wal(connection)
+            connection.execute("BEGIN IMMEDIATE")  # also finds out now, not later, whether the file can be written
+            if not self._is_ours(connection):
+                _create(connection)
+            connection.execute("COMMIT")
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, sqlite3.Error):
+                if _code(error) == sqlite3.SQLITE_NOTADB:
+                    raise ConfigurationError(f"{self.path} is not a SQLite database: name another file") from error
+                raise self.unavailable(error) from error
+            raise
+        return connection
+
+    def _is_ours(self, connection: sqlite3.Connection) -> bool:
+        """Whether the log is there; False for a file with nothing in it."""
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            (things,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if application or schema or things:
+                raise ConfigurationError(
+                    f"{self.path} is a SQLite database of another application: nothing was written to it; "
+                    "name another file for the event store"
+                )
+            return False
+        if schema != SCHEMA_VERSION:
+            raise ConfigurationError(
+                f"the event store {self.path} has schema version {schema}, this Tidings knows {SCHEMA_VERSION}: "
+                "install the version of Tidings that wrote it, or a newer one"
+            )
+        return True
+
+    def _enter_wal(self, connection: sqlite3.Connection) -> None:
+        if self.path is None:
+            return
+        # SQLite does not call its busy handler here: two processes that create the file at once meet a lock.
+        deadline = monotonic() + self.busy_timeout
+        while True:
+            try:
+                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                break
+            except sqlite3.OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY or monotonic() > deadline:
+                    raise
+                sleep(0.01)
+        if mode != "wal":
+            raise StoreUnavailable(
+                f"the event store {self.path} cannot use write-ahead logging ({mode}): put it on a local file system"
+            )
+        connection.execute("PRAGMA journal_size_limit = 67108864")
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """The writing connection; in memory nobody reads meanwhile, because readers would see what is not committed."""
+        if self._alone is None:
+            yield self._writer
+        else:
+            with self._alone:
+                yield self._writer
+
+    def read(self, job: Callable[Concatenate[sqlite3.Connection, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """`job(connection, ...)`; what SQLite raises becomes `StoreUnavailable`."""
+        try:
+            if self._alone is not None:
+                with self._alone:
+                    return job(self._writer, *args, **kwargs)
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._connect()
+            try:
+                return job(connection, *args, **kwargs)
+            finally:
+                self._idle.append(connection)
+        except sqlite3.Error as error:
+            raise self.unavailable(error) from error
+
+    def close(self) -> None:
+        """Move what the write-ahead log holds into the file, and close it. Nobody may be reading."""
+        while self._idle:
+            self._idle.pop().close()
+        if self.path is not None:
+            try:
+                self._writer.execute("PRAGMA busy_timeout = 0")  # another process may be reading: then it is for later
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except sqlite3.Error:
+                pass  # everything acknowledged is safe in the write-ahead log
+        self._writer.close()
+
+    def unavailable(self, error: Exception) -> StoreUnavailable:
+        """What SQLite said, and what to do about it."""
+        remedy = _REMEDIES.get(_code(error), "See the cause")
+        waited = f" (waited {self.busy_timeout:g} s)" if _code(error) == sqlite3.SQLITE_BUSY else ""
+        return StoreUnavailable(f"the event store {self.path or 'in memory'} failed: {error}{waited}. {remedy}.")
+
+
+_REMEDIES: Final = {
+    sqlite3.SQLITE_BUSY: "Another process holds the file locked: end its transaction, or try again",
+    sqlite3.SQLITE_FULL: "The disk, or the room that is allowed, is full: free some and try again",
+    sqlite3.SQLITE_READONLY: "The file or its folder cannot be written: correct the permissions, or the mount",
+    sqlite3.SQLITE_CANTOPEN: "The file cannot be opened: check that it is a file, and its and its folder's permissions",
+    sqlite3.SQLITE_IOERR: "The disk failed, or is full: look into the system's log before you go on",
+    sqlite3.SQLITE_CORRUPT: "The file is damaged: restore a backup",
+    sqlite3.SQLITE_NOTADB: "The file is not a database any more: restore a backup",
+}
+
+
+def _code(error: Exception) -> int:
+    """SQLite's primary result code."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    """Schema and identity in the transaction that is open: another process sees both or neither."""
+    for statement in SCHEMA.split(";\n"):
+        connection.execute(statement)
+    identity = uuid4()
+    connection.execute(
+        "INSERT INTO log VALUES (NULL, 'tidings_log', 0, 'tidings_LogCreated', ?, x'', 1, ?, ?)",
+        (json.dumps({"log": str(identity)}).encode(), identity.bytes, now()),
+    )
+
+
+# ---- facts about streams -----------------------------------------------------------
+
+
+class Retention(NamedTuple):
+    """What a stream's metadata says about which events may still be read; 0: nothing."""
+
+    max_count: int = 0
+    max_age: int = 0
+    """Seconds."""
+    truncate_before: int = 0
+
+    @property
+    def soft_deleted(self) -> bool:
+        return self.truncate_before == MAX_VERSION
+
+
+_METASTREAM: Final = Retention(max_count=1)
+
+
+def retention_of(document: bytes) -> Retention:
+    """Retention in a metadata document; what is malformed, or no positive integer, is ignored (as in EventStoreDB)."""
+    values = _object(document)
+    return Retention(*(_natural(values.get(key)) for key in ("$maxCount", "$maxAge", "$tb")))
+
+
+def _natural(value: object) -> int:
+    return value if type(value) is int and 0 < value <= MAX_VERSION else 0
+
+
+def _object(document: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(document)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def original_of(stream: str) -> str | None:
+    """The stream whose metadata stream this is; None for an ordinary one."""
+    return stream[2:] if stream.startswith("$$") else None
+
+
+def head(connection: sqlite3.Connection) -> int:
+    """Position of the last event; -1 without one."""
+    (position,) = connection.execute("SELECT max(position) FROM log").fetchone()
+    return -1 if position is None else int(position)
+
+
+def log_id(connection: sqlite3.Connection) -> UUID:
+    row = connection.execute("SELECT data FROM log WHERE stream = 'tidings_log' AND version = 0").fetchone()
+    try:
+        return UUID(_object(row[0])["log"])
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise StoreUnavailable(
+            "the event store has lost its identity (first event of stream 'tidings_log'): restore a backup"
+        ) from error
+
+
+def last_version(connection: sqlite3.Connection, stream: str) -> int:
+    """-1 without events, `MAX_VERSION` when tombstoned."""
+    (version,) = connection.execute("SELECT max(version) FROM log WHERE stream = ?", (stream,)).fetchone()
+    return -1 if version is None else int(version)
+
+
+def latest_data(connection: sqlite3.Connection, stream: str) -> tuple[bytes, int]:
+    """Data and version of the stream's last event; (b"", -1) without one."""
+    query = "SELECT data, version FROM log WHERE stream = ? ORDER BY version DESC LIMIT 1"
+    return connection.execute(query, (stream,)).fetchone() or (b"", -1)
+
+
+def _refuse_tombstoned(connection: sqlite3.Connection, stream: str) -> int:
+    """The stream's last version. A metadata stream is closed with its stream."""
+    last, original = last_version(connection, stream), original_of(stream)
+    if last == MAX_VERSION or (original is not None and last_version(connection, original) == MAX_VERSION):
+        raise StreamDeleted(stream)
+    return last
+
+
+def metadata_of(connection: sqlite3.Connection, stream: str) -> StreamMetadata:
+    """The stream's metadata. Raises `StreamDeleted`."""
+    _refuse_tombstoned(connection, stream)
+    document, version = latest_data(connection, f"$${stream}")
+    return StreamMetadata(_object(document), version)
+
+
+class View(NamedTuple):
+    """What may be read of a stream: versions `first` to `last` that were recorded at `since` (ticks) or later."""
+
+    first: int
+    last: int
+    since: int
+
+
+def view_of(connection: sqlite3.Connection, stream: str, now: int) -> View:
+    """Raises `StreamNotFound` (also for a softly deleted stream) and `StreamDeleted`."""
+    last = _refuse_tombstoned(connection, stream)
+    metastream = original_of(stream) is not None
+    kept = _METASTREAM if metastream else retention_of(latest_data(connection, f"$${stream}")[0])
+    if last < 0 or kept.soft_deleted:
+        raise StreamNotFound(stream)
+    first = max(last - kept.max_count + 1 if kept.max_count else 0, kept.truncate_before)
+    return View(first, last, max(now - kept.max_age * 10_000_000, 0) if kept.max_age else 0)
+
+
+# ---- pages -------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """A piece of a read: its events, how far it looked, and whether that was the end."""
+
+    events: list[RecordedEvent]
+    reached: int
+    """Position or version: the next page begins behind it."""
+    end: bool
+
+
+def condition_of(filter: Filter) -> tuple[str, tuple[str, ...]]:
+    """A filter as SQL and its parameters. The unary plus keeps SQLite from leaving the order of positions."""
+    parts: list[str] = []
+    values: list[str] = []
+    if filter.types:
+        parts.append(f"type IN ({', '.join('?' * len(filter.types))})")
+        values += filter.types
+    for prefixes, word in ((filter.stream_prefixes, ""), (filter.exclude_stream_prefixes, "NOT ")):
+        ranges = []
+        for prefix in prefixes:
+            above = _after_prefix(prefix)
+            ranges.append("+stream >= ? AND +stream < ?" if above else "+stream >= ?")
+            values += (prefix, above) if above else (prefix,)
+        if ranges:
+            parts.append(f"{word}({' OR '.join(ranges)})")
+    return "".join(f" AND {part}" for part in parts), tuple(values)
+
+
+def _after_prefix(prefix: str) -> str:
+    """The first string above all that begin with `prefix`; "" when there is none. SQLite orders by code point."""
+    while prefix and prefix[-1] == "\U0010ffff":
+        prefix = prefix[:-1]
+    if not prefix:
+        return ""
+    following = ord(prefix[-1]) + 1
+    return prefix[:-1] + chr(0xE000 if following == 0xD800 else following)
+
+
+def page_of_all(
+    connection: sqlite3.Connection,
+    after: int,
+    before: int,
+    backwards: bool,
+    condition: tuple[str, tuple[str, ...]],
+    count: int,
+) -> Page:
+    """Events with positions between `after` and `before`, both exclusive, from one of the two ends."""
+    # The head first: what is at or below it is committed, so that a page may say that it looked so far.
+    bottom, top = min(max(after, 0), MAX_VERSION), min(head(connection), before - 1)
+    low = max(bottom, top - WINDOW) if backwards else bottom
+    high = top if backwards else min(bottom + WINDOW, top)
+    where = f"position > ? AND position <= ?{condition[0]}"
+    events, cut = _page(connection, where, (low, high, *condition[1]), "position", backwards, count)
+    if cut:
+        reached = events[-1].position
+        return Page(events, reached, False)
+    if backwards:
+        return Page(events, low + 1, low == bottom)
+    return Page(events, max(high, after), high >= top)
+
+
+def page_of_stream(
+    connection: sqlite3.Connection, stream: str, view: View, backwards: bool, count: int
+) -> tuple[list[RecordedEvent], bool]:
+    """Events in a view from one of its two ends, and whether there are more."""
+    where = "stream = ? AND version >= ? AND version <= ? AND ticks >= ?"
+    return _page(connection, where, (stream, *view), "version", backwards, count)
+
+
+class Following(NamedTuple):
+    """A piece of a stream that is followed."""
+
+    events: list[RecordedEvent]
+    version: int
+    """The next piece begins behind it."""
+    reached: int
+    """The log's head when it was looked at."""
+    end: bool
+
+
+def follow(connection: sqlite3.Connection, stream: str, after: int, history: bool, now: int) -> Following:
+    """Events behind version `after`; `history`: only those that may be read, as opposed to what has just happened.
+
+    A subscriber that is at the end receives what is appended whatever retention says of it (EventStoreDB pushes it),
+    the tombstone included. Raises `StreamDeleted` for a stream whose history ends with a tombstone.
+    """
+    reached, last = head(connection), last_version(connection, stream)  # before all else: what comes later is live
+    view = View(0, MAX_VERSION, 0)
+    if history:
+        try:
+            view = view_of(connection, stream, now)
+        except StreamNotFound:
+            return Following([], max(after, last), reached, True)
+    view = view._replace(first=max(view.first, min(after, MAX_VERSION - 1) + 1))
+    events, more = page_of_stream(connection, stream, view, False, PAGE_EVENTS)
+    if more:
+        return Following(events, events[-1].version, reached, False)
+    return Following(
+        events, max(after, events[-1].version if events else -1, view.last if history else -1), reached, True
+    )
+
+
+def _page(
+    connection: sqlite3.Connection, where: str, values: tuple[object, ...], key: str, backwards: bool, count: int
+) -> tuple[list[RecordedEvent], bool]:
+    """Up to `count` events, and whether it stopped before the end of `where`: at `count`, or because of memory.
+
+    The rows come packed into one: Python's sqlite3 gives up the interpreter lock at each row, and a thread that has to
+    win it back from a busy event loop waits 5 ms for it. Measured beside a busy thread, 512 events: 11 ms packed, 1 s
+    row by row; alone, packed costs half of a plain cursor's speed and still gives 500,000 events a second.
+    """
+    rows = f"FROM (SELECT * FROM log WHERE {where} ORDER BY {key} {'DESC' if backwards else 'ASC'} LIMIT ?)"
+    sizes = f"SELECT count(*), total(length(data) + length(metadata)) {rows}"
+    while count > 1:
+        found, size = connection.execute(sizes, (*values, count)).fetchone()
+        if size <= PAGE_BYTES:
+            if not found:
+                return [], False
+            break
+        count = max(1, min(found, count) // 2)
+    heads, packed = connection.execute(_PACKED + rows, (*values, count)).fetchone()
+    events: list[RecordedEvent] = []
+    at = 0
+    for position, stream, version, type_, is_json, ticks, data_size, metadata_size in json.loads(heads):
+        data = at + 16
+        metadata = data + data_size
+        end = metadata + metadata_size
+        events.append(
+            _new(
+                RecordedEvent,
+                (
+                    position,
+                    stream,
+                    version,
+                    type_,
+                    packed[data:metadata],
+                    packed[metadata:end],
+                    is_json == 1,
+                    packed[at:data],
+                    ticks,
+                ),
+            )
+        )
+        at = end
+    return events, len(events) == count
+
+
+_PACKED: Final = (
+    "SELECT json_group_array("
+    "json_array(position, stream, version, type, is_json, ticks, length(data), length(metadata))), "
+    "CAST(group_concat(id || data || metadata, '') AS BLOB) "
+)
+_new: Final = tuple.__new__  # RecordedEvent._make without its checks: a third of the time

@@ -1,0 +1,480 @@
+"""Appends to the SQLite log: EventStoreDB's decision, and the one thread that writes, many appends to a commit."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from enum import Enum
+from itertools import chain
+from queue import Empty, SimpleQueue
+from typing import Final, Protocol, TypeVar
+
+from tidings.errors import StoreError, StoreUnavailable, StreamDeleted, WrongExpectedVersion
+from tidings.stores import ANY, JSON, STREAM_EXISTS, Appended, EventData, Expected, describe
+from tidings.stores.sqlite_log import (
+    MAX_VERSION,
+    METADATA_TYPE,
+    Database,
+    head,
+    last_version,
+    latest_data,
+    original_of,
+    retention_of,
+)
+
+__all__ = ["Appender", "Facts", "Kind", "Member", "Outcome", "Write", "Writer", "decide"]
+
+T = TypeVar("T")
+Row = tuple[int, str, int, str, bytes, bytes, bool, bytes, int]
+"""A row of the log, in the order of its columns."""
+
+GROUP_WRITES: Final = 256
+GROUP_BYTES: Final = 8 * 1024 * 1024
+"""Most of one commit: bounds the wait of the first append for the last, and the memory of a transaction."""
+POLL: Final = 0.05
+"""Seconds between looks at what other processes have appended, while somebody subscribes."""
+CACHED_STREAMS: Final = 65_536
+_ROWS: Final = (64, 32, 16, 8, 4, 2, 1)
+_INSERTS: Final = {count: "INSERT INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS}
+
+
+# ---- the decision ------------------------------------------------------------------
+
+
+class Facts:
+    """What an append must know of a stream."""
+
+    __slots__ = ("last", "soft")
+
+    def __init__(self, last: int, soft: bool) -> None:
+        self.last = last
+        """Version of the last event; -1 without one, `MAX_VERSION` when tombstoned."""
+        self.soft = soft
+        """Deleted softly."""
+
+
+def decide(
+    stream: str,
+    facts: Facts,
+    has_metadata: Callable[[], bool],
+    expected: Expected,
+    ids: Sequence[bytes],
+    recorded: Callable[[bytes], Appended | None],
+    recorded_at: Callable[[int], tuple[bytes, int] | None],
+) -> Appended | None:
+    """None: write all of it. An answer: all of it was written before, and this is where. Else raises.
+
+    EventStoreDB's rules in its order (recorded from 24.2; `eventstoredb-protocol.md` section 2). `recorded` finds the
+    first event of the stream with an id, `recorded_at` the id and position of the one with a version. Raises
+    `WrongExpectedVersion` and `StreamDeleted`.
+    """
+    last = facts.last
+    if last == MAX_VERSION:
+        raise StreamDeleted(stream)
+    wrong = WrongExpectedVersion(stream, describe(expected), last)
+    if expected is STREAM_EXISTS:
+        if facts.soft:
+            raise StreamDeleted(stream, tombstoned=False)
+        if last < 0 and not has_metadata():
+            raise wrong
+    if expected is ANY or expected is STREAM_EXISTS:
+        # Only the first id decides whether this is a repetition: [new, known] is written whole.
+        answer = recorded(ids[0]) if ids else None
+        if answer is None:
+            return None
+        for id_ in ids[1:]:
+            answer = recorded(id_)
+            if answer is None:
+                raise wrong
+        return answer
+    version = expected if isinstance(expected, int) else -1
+    if version > last:
+        raise wrong
+    if version == last:
+        return None  # ids are not looked at: the same id again, at the head, is written again
+    answer = None
+    for at, id_ in enumerate(ids, version + 1):
+        there = recorded_at(at)
+        if there is None or there[0] != id_:
+            if at == 0 and facts.soft:
+                return None
+            raise wrong
+        answer = Appended(at, there[1])
+    if answer is None:
+        raise wrong
+    return answer
+
+
+# ---- one transaction ---------------------------------------------------------------
+
+
+class Kind(Enum):
+    APPEND = "append"
+    DELETE = "delete"
+    TOMBSTONE = "tombstone"
+
+
+class Write:
+    """Something to be written, and who waits for the outcome."""
+
+    __slots__ = ("events", "expected", "kind", "member", "size", "stream")
+
+    def __init__(
+        self, member: Member, kind: Kind, stream: str, events: tuple[EventData, ...], expected: Expected, size: int
+    ) -> None:
+        self.member = member
+        self.kind = kind
+        self.stream = stream
+        self.events = events
+        self.expected = expected
+        self.size = size
+
+
+Outcome = Appended | StoreError
+
+
+class Appender:
+    """Applies writes in order inside transactions on one connection. One thread uses it.
+
+    A group is decided write by write against what the log and the group's earlier writes say, and inserted at the end:
+    a write that is refused has left no trace. What is known of streams is kept from one transaction to the next for as
+    long as the log's head shows that nobody else has written: everything that happens to a stream is an append.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], int], *, remember_ids: bool = True) -> None:
+        self._database = database
+        self._clock = clock
+        with database.writing() as connection:
+            self.head = head(connection)
+        # The one place where it is decided which ids `ANY` and `STREAM_EXISTS` recognise: those above this position.
+        self._ids_after = 0 if remember_ids else self.head
+        self._streams: dict[str, Facts] = {}
+        self._known: dict[tuple[str, bytes], Appended | None] = {}
+        self._pending: dict[tuple[str, bytes], Appended] = {}
+        self._rows: list[Row] = []
+        self._next = 0
+
+    def commit(self, writes: Sequence[Write]) -> list[Outcome]:
+        """The outcome of each, durable when this returns. Never raises."""
+        try:
+            with self._database.writing() as connection:
+                try:
+                    return self._transaction(connection, writes)
+                except BaseException:
+                    self._streams.clear()
+                    with suppress(sqlite3.Error):  # SQLite has often rolled back by itself
+                        connection.execute("ROLLBACK")
+                    raise
+        except Exception as error:
+            busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            if len(writes) > 1 and not busy:
+                # One of them may be too large for the room that is left: the others need not fail with it.
+                return [outcome for write in writes for outcome in self.commit([write])]
+            return [self._failed(error) for _ in writes]
+
+    def _failed(self, error: Exception) -> StoreUnavailable:
+        failure = self._database.unavailable(error)
+        failure.__cause__ = error
+        return failure
+
+    def _transaction(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> list[Outcome]:
+        connection.execute("BEGIN IMMEDIATE")
+        # AUTOINCREMENT's own number, not max(position): a position stays used even if its row were removed.
+        (last,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
+        if last != self.head or len(self._streams) > CACHED_STREAMS:
+            self._streams.clear()
+        self._next = last + 1
+        self._rows.clear()
+        self._look_up(connection, writes)
+        outcomes: list[Outcome] = []
+        for write in writes:
+            try:
+                outcomes.append(self._apply(connection, write))
+            except StoreError as refusal:
+                outcomes.append(refusal)
+        self._insert(connection)
+        connection.execute("COMMIT")
+        self.head = self._next - 1
+        return outcomes
+
+    def _apply(self, connection: sqlite3.Connection, write: Write) -> Appended:
+        stream = write.stream
+        facts = self._facts(connection, stream)
+        original = original_of(stream)
+        if original is not None and self._facts(connection, original).last == MAX_VERSION:
+            raise StreamDeleted(stream)
+        repeated = decide(
+            stream,
+            facts,
+            lambda: self._facts(connection, f"$${stream}").last >= 0,
+            write.expected,
+            [event.id.bytes for event in write.events],
+            lambda id_: self._recorded(connection, stream, id_),
+            lambda version: self._recorded_at(connection, stream, version),
+        )
+        if repeated is not None:
+            return repeated
+        if write.kind is Kind.APPEND:
+            return self._append(connection, write, facts, original)
+        if write.kind is Kind.TOMBSTONE:
+            self._put(stream, MAX_VERSION, write.events[0])
+            facts.last = MAX_VERSION
+        else:
+            if facts.last < 0 and self._facts(connection, f"$${stream}").last < 0:
+                raise WrongExpectedVersion(stream, describe(write.expected), -1)
+            self._put_metadata(connection, stream, {"$tb": MAX_VERSION})
+        return Appended(facts.last, self._next - 1)
+
+    def _append(self, connection: sqlite3.Connection, write: Write, facts: Facts, original: str | None) -> Appended:
+        if not write.events:
+            return Appended(facts.last, self._next - 1)
+        first = facts.last + 1
+        for event in write.events:
+            facts.last += 1
+            self._put(write.stream, facts.last, event)
+        answer = Appended(facts.last, self._next - 1)
+        if facts.soft:
+            self._undelete(connection, write.stream, first)
+        if original is not None:
+            of = self._facts(connection, original)
+            was_soft, of.soft = of.soft, _hides_all(original, write.events[-1].data)
+            if was_soft:
+                self._undelete(connection, original, of.last + 1)
+        return answer
+
+    def _undelete(self, connection: sqlite3.Connection, stream: str, first: int) -> None:
+        """Writing to a softly deleted stream makes it readable from the new events on: `$tb`, other keys kept."""
+        self._insert(connection)
+        try:
+            values = json.loads(latest_data(connection, f"$${stream}")[0])
+        except (ValueError, RecursionError):
+            return
+        if isinstance(values, dict):
+            self._put_metadata(connection, stream, values | {"$tb": first})
+
+    def _put_metadata(self, connection: sqlite3.Connection, stream: str, values: dict[str, object]) -> None:
+        document = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        metastream = self._facts(connection, f"$${stream}")
+        metastream.last += 1
+        self._put(f"$${stream}", metastream.last, EventData(METADATA_TYPE, document))
+        self._facts(connection, stream).soft = _hides_all(stream, document)
+
+    def _put(self, stream: str, version: int, event: EventData) -> None:
+        position, id_ = self._next, event.id.bytes
+        is_json = event.content_type == JSON
+        self._rows.append(
+            (position, stream, version, event.type, event.data, event.metadata, is_json, id_, self._clock())
+        )
+        self._pending.setdefault((stream, id_), Appended(version, position))
+        self._next = position + 1
+
+    def _insert(self, connection: sqlite3.Connection) -> None:
+        """What was decided so far. Many rows to a statement: see `sqlite_log._page` for the reason."""
+        rows, at = self._rows, 0
+        for count in _ROWS:
+            while len(rows) - at >= count:
+                connection.execute(_INSERTS[count], tuple(chain.from_iterable(rows[at : at + count])))
+                at += count
+        rows.clear()
+
+    def _facts(self, connection: sqlite3.Connection, stream: str) -> Facts:
+        facts = self._streams.get(stream)
+        if facts is None:
+            self._insert(connection)
+            facts = self._streams[stream] = self._read_facts(connection, stream, last_version(connection, stream))
+        return facts
+
+    def _read_facts(self, connection: sqlite3.Connection, stream: str, last: int) -> Facts:
+        return Facts(last, _hides_all(stream, latest_data(connection, f"$${stream}")[0]))
+
+    def _look_up(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
+        """What the group will ask, in two questions instead of some for each write."""
+        self._known.clear()
+        self._pending.clear()
+        new = {write.stream for write in writes if write.stream not in self._streams}
+        last: dict[str, int] = {}
+        for count, names in _padded([name for stream in new for name in (stream, f"$${stream}")], ""):
+            last.update(connection.execute(_LAST[count], names).fetchall())
+        for stream in new:
+            metastream = f"$${stream}"
+            if last[metastream] < 0:
+                self._streams[stream] = Facts(last[stream], False)
+            else:
+                self._streams[stream] = self._read_facts(connection, stream, last[stream])
+            self._streams.setdefault(metastream, Facts(last[metastream], False))
+        wanted = [
+            (write.stream, write.events[0].id.bytes)
+            for write in writes
+            if write.events and (write.expected is ANY or write.expected is STREAM_EXISTS)
+        ]
+        self._known.update(dict.fromkeys(wanted))
+        # A stream without events has no ids to be asked for.
+        for count, keys in _padded([key for key in wanted if self._streams[key[0]].last >= 0], ("", b"")):
+            found = connection.execute(_FIND[count], (*chain.from_iterable(keys), self._ids_after)).fetchall()
+            for stream, id_, version, position in found:
+                self._known[stream, id_] = Appended(version, position)
+
+    def _recorded(self, connection: sqlite3.Connection, stream: str, id_: bytes) -> Appended | None:
+        key = (stream, id_)
+        if key not in self._known:
+            found = connection.execute(_FIND[1], (stream, id_, self._ids_after)).fetchone()
+            self._known[key] = None if found is None else Appended(found[2], found[3])
+        return self._known[key] or self._pending.get(key)
+
+    def _recorded_at(self, connection: sqlite3.Connection, stream: str, version: int) -> tuple[bytes, int] | None:
+        self._insert(connection)
+        query = "SELECT id, position FROM log WHERE stream = ? AND version = ?"
+        found: tuple[bytes, int] | None = connection.execute(query, (stream, version)).fetchone()
+        return found
+
+
+def _hides_all(stream: str, document: bytes) -> bool:
+    """Whether this metadata deletes the stream softly. The retention of a metadata stream itself is fixed."""
+    return original_of(stream) is None and retention_of(document).soft_deleted
+
+
+def _padded(items: list[T], filler: T) -> Iterator[tuple[int, list[T]]]:
+    """The items in pieces of a few fixed lengths, so that SQLite's statements are prepared once."""
+    for at in range(0, len(items), _ROWS[0]):
+        piece = items[at : at + _ROWS[0]]
+        count = next(count for count in reversed(_ROWS) if count >= len(piece))
+        yield count, piece + [filler] * (count - len(piece))
+
+
+_LAST: Final = {
+    count: f"WITH wanted (stream) AS (VALUES {', '.join(['(?)'] * count)}) SELECT wanted.stream, "
+    "coalesce((SELECT max(version) FROM log WHERE log.stream = wanted.stream), -1) FROM wanted"
+    for count in _ROWS
+}
+# The first recording of an id is the one that counts.
+_FIND: Final = {
+    count: f"WITH wanted (stream, id) AS (VALUES {', '.join(['(?, ?)'] * count)}) "
+    "SELECT log.stream, log.id, log.version, min(log.position) FROM wanted CROSS JOIN log "
+    "ON log.stream = wanted.stream AND log.id = wanted.id WHERE log.position > ? GROUP BY log.stream, log.id"
+    for count in _ROWS
+}
+
+
+# ---- the thread --------------------------------------------------------------------
+
+
+class Member(Protocol):
+    """Who takes part in a log: one open store. Both are called on the writer's thread."""
+
+    def settled(self, outcomes: list[tuple[Write, Outcome]], head: int) -> None:
+        """Outcomes of this member's writes, if there were any, and how far the log goes now."""
+        ...
+
+    def left(self) -> None:
+        """All of this member's writes are settled, and nothing follows."""
+        ...
+
+
+class _Leaving:
+    def __init__(self, member: Member, last: bool) -> None:
+        self.member = member
+        self.last = last
+
+
+class Writer:
+    """The thread that commits: takes what is queued, makes it durable with one commit, tells everybody.
+
+    It also looks, while somebody subscribes, whether another process has appended.
+    """
+
+    def __init__(self, database: Database, appender: Appender, finish: Callable[[], None]) -> None:
+        self._database = database
+        self._appender = appender
+        self._finish = finish
+        self._queue: SimpleQueue[list[Write] | _Leaving] = SimpleQueue()
+        self._members: set[Member] = set()
+        self._watching = 0
+        self._data_version = 0
+        self._thread = threading.Thread(target=self._run, name="tidings-sqlite-writer", daemon=True)
+        self._thread.start()
+
+    def join(self, member: Member) -> int:
+        """From now on `member` hears of every commit. Returns a position that the log had reached before."""
+        self._members = {*self._members, member}  # a new set: the thread may be walking over the old one
+        return self._appender.head
+
+    def submit(self, writes: list[Write]) -> None:
+        self._queue.put(writes)
+
+    def watch(self, more: int) -> None:
+        """A subscription begins to wait (+1) or ends (-1). Called in one thread per member."""
+        with _COUNTING:
+            self._watching += more
+        if more > 0:
+            self._queue.put([])  # the thread may be waiting without a limit
+
+    def leave(self, member: Member, *, last: bool) -> None:
+        """After everything that was submitted before: `member.left()`. The last one ends the thread and the log."""
+        self._queue.put(_Leaving(member, last))
+
+    def wait(self) -> None:
+        """Wait for the thread to be gone; for after `left` of the last member."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        backlog: deque[Write | _Leaving] = deque()
+        while True:
+            try:
+                polling = self._watching > 0 and self._database.path is not None
+                item = self._queue.get(block=not backlog, timeout=POLL if polling else None)
+                while True:
+                    if isinstance(item, _Leaving):
+                        backlog.append(item)
+                    else:
+                        backlog.extend(item)
+                    item = self._queue.get_nowait()
+            except Empty:
+                pass
+            group: list[Write] = []
+            size = 0
+            while backlog and isinstance(first := backlog[0], Write) and len(group) < GROUP_WRITES:
+                size += first.size
+                if group and size > GROUP_BYTES:
+                    break
+                group.append(first)
+                backlog.popleft()
+            if group:
+                self._tell(list(zip(group, self._appender.commit(group), strict=True)), self._appender.head)
+            elif backlog:
+                leaving = backlog.popleft()
+                if isinstance(leaving, _Leaving) and self._dismiss(leaving):
+                    return
+            elif self._watching:
+                self._look()
+
+    def _tell(self, outcomes: list[tuple[Write, Outcome]], reached: int) -> None:
+        by_member: dict[Member, list[tuple[Write, Outcome]]] = {member: [] for member in self._members}
+        for pair in outcomes:
+            by_member[pair[0].member].append(pair)
+        for member, its in by_member.items():
+            member.settled(its, reached)
+
+    def _dismiss(self, leaving: _Leaving) -> bool:
+        with _COUNTING:
+            self._members = self._members - {leaving.member}
+        try:
+            if leaving.last:
+                self._finish()
+        finally:
+            leaving.member.left()
+        return leaving.last
+
+    def _look(self) -> None:
+        """Whether another process has committed; `data_version` costs a look into shared memory."""
+        with suppress(sqlite3.Error), self._database.writing() as connection:
+            (version,) = connection.execute("PRAGMA data_version").fetchone()
+            if version != self._data_version:
+                self._data_version = version
+                self._tell([], head(connection))
+
+
+_COUNTING: Final = threading.Lock()

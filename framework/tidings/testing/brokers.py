@@ -1,0 +1,223 @@
+"""A RabbitMQ for tests: one that is named, installed or in Docker, in this order. Ends only what it started.
+
+`rabbitmq_for_tests()` looks for `TIDINGS_TEST_AMQP` (a URL; tests then share its vhost), an installed `rabbitmq-server`
+(started by `deploy/local/rabbitmq`, the script that users run, so it needs a checkout), and Docker (through
+testcontainers, where an engine answers). With none of them tests are skipped, loudly; with `CI=true` they fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol
+from urllib.parse import urlsplit
+
+import pytest
+
+__all__ = ["RabbitMQ", "RabbitMQNode", "node_for_tests", "rabbitmq_for_tests"]
+
+_SCRIPT: Final = Path(__file__).parents[3] / "deploy" / "local" / "rabbitmq"
+_NUMBERS: Final = itertools.count(1)
+_REMEDY: Final = (
+    "no RabbitMQ for tests: install one (apt-get install rabbitmq-server, or deploy/local/rabbitmq up as root), start "
+    "Docker, or set TIDINGS_TEST_AMQP=amqp://user:password@host:5672/vhost to one that may be written to"
+)
+
+
+class RabbitMQ(Protocol):
+    """A broker that tests share."""
+
+    def isolated(self) -> AbstractAsyncContextManager[str]:
+        """The URL of a place without queues, for one test."""
+        ...
+
+
+class RabbitMQNode:
+    """A node of this machine, started by `deploy/local/rabbitmq`, for one test session or for tests that harm it.
+
+    Every method blocks until it is done; in an event loop that must go on, use `await asyncio.to_thread(node.restart)`.
+    A guard process ends the node even if the tests are killed.
+    """
+
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        """`settings` are lines for rabbitmq.conf, as `{"max_message_size": "65536"}`."""
+        if not _SCRIPT.exists():
+            raise FileNotFoundError(f"{_SCRIPT}: a node can only be started from a checkout of Tidings")
+        self._settings = [f"--set={name}={value}" for name, value in (settings or {}).items()]
+        self._folder = tempfile.mkdtemp(prefix="tidings-rabbitmq-")
+        self._guard: subprocess.Popen[bytes] | None = None
+        self.url = ""
+        """With the vhost `/`; stays the same over stops and starts."""
+
+    def start(self) -> None:
+        """Start it, or start it again with its data; returns when it accepts connections (some 5 s)."""
+        if self._guard is None:
+            self._guard = subprocess.Popen(
+                [*self._script(), "guard"], env=self._env(), stdin=subprocess.PIPE, start_new_session=True
+            )
+        port = [] if self.url else ["--port=0"]
+        self.url = self._run("up", *port, *self._settings).splitlines()[-1]
+
+    def stop(self) -> None:
+        """Stop it in good order; connections are closed with a word of why."""
+        self._run("down")
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is flushed, connections break."""
+        self._run("down", "--kill")
+
+    def restart(self) -> None:
+        """`stop`, then `start`."""
+        self.stop()
+        self.start()
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers."""
+        self._run("pause")
+
+    def resume(self) -> None:
+        """SIGCONT after `pause`."""
+        self._run("resume")
+
+    def rabbitmqctl(self, *arguments: str) -> str:
+        """Its output. Takes about half a second; raises `subprocess.CalledProcessError`."""
+        return self._run("ctl", *arguments)
+
+    def eval(self, code: str) -> str:
+        """Erlang code on the node, in milliseconds."""
+        return self._run("eval", code)
+
+    def add_vhost(self) -> str:
+        """A new vhost's URL."""
+        name = f"test{next(_NUMBERS)}"
+        rights = ", ".join(['<<".*">>'] * 3)
+        self.eval(
+            f'rabbit_vhost:add(<<"{name}">>, <<"test">>), '
+            f'rabbit_auth_backend_internal:set_permissions(<<"tidings">>, <<"{name}">>, {rights}, <<"test">>)'
+        )
+        return self.url + name
+
+    def delete_vhost(self, url: str) -> None:
+        """Delete what `add_vhost` made; connections to it are closed."""
+        self.eval(f'rabbit_vhost:delete(<<"{urlsplit(url).path[1:]}">>, <<"test">>)')
+
+    @asynccontextmanager
+    async def isolated(self) -> AsyncIterator[str]:
+        url = await asyncio.to_thread(self.add_vhost)
+        try:
+            yield url
+        finally:
+            await asyncio.to_thread(self.delete_vhost, url)
+
+    def close(self) -> None:
+        """End it and forget its data."""
+        if self._guard is not None:
+            self.kill()
+            self._guard.communicate()
+            self._guard = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> RabbitMQNode:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _script(self) -> list[str]:
+        return [sys.executable, str(_SCRIPT)]
+
+    def _env(self) -> dict[str, str]:
+        return os.environ | {"TIDINGS_LOCAL": self._folder}
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [*self._script(), *arguments], env=self._env(), stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        if done.returncode != 0:
+            raise subprocess.CalledProcessError(done.returncode, arguments[0], done.stdout, done.stderr)
+        return done.stdout.decode()
+
+
+class _Named:
+    """A broker of somebody else, at a URL: its vhost is shared, and cleared of Tidings' exchange around each test."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @asynccontextmanager
+    async def isolated(self) -> AsyncIterator[str]:
+        await self._clear()
+        try:
+            yield self._url
+        finally:
+            await self._clear()
+
+    async def _clear(self) -> None:
+        """Queues of earlier tests stay, but nothing is bound to them any more."""
+        import aiormq
+
+        connection = await aiormq.connect(self._url)
+        try:
+            channel = await connection.channel()
+            await channel.exchange_delete("tidings.events")
+        finally:
+            await connection.close()
+
+
+def _missing(reason: str) -> NoReturn:
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def _container() -> Any:
+    """A started container, or None without testcontainers or an engine that answers."""
+    if shutil.which("docker") is None:
+        return None
+    if subprocess.run(["docker", "info"], capture_output=True, timeout=20, check=False).returncode != 0:
+        return None
+    try:
+        from testcontainers.rabbitmq import RabbitMqContainer
+    except ImportError:
+        return None
+    return RabbitMqContainer("rabbitmq:3.13").start()
+
+
+@contextmanager
+def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
+    """The broker that a test session shares; skips (in CI: fails) the tests that ask for it when there is none."""
+    if named := os.environ.get("TIDINGS_TEST_AMQP"):
+        yield _Named(named)
+    elif _SCRIPT.exists() and shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        with RabbitMQNode() as node:
+            yield node
+    elif (container := _container()) is not None:
+        try:
+            host, port = container.get_container_host_ip(), container.get_exposed_port(5672)
+            yield _Named(f"amqp://guest:guest@{host}:{port}/")
+        finally:
+            container.stop()
+    else:
+        _missing(_REMEDY)
+
+
+@contextmanager
+def node_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQNode]:
+    """A node that a test may harm; skips (in CI: fails) where none can be started."""
+    if not _SCRIPT.exists() or not shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        _missing("no rabbitmq-server is installed, so none can be killed: apt-get install rabbitmq-server")
+    with RabbitMQNode(settings) as node:
+        yield node

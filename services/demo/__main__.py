@@ -1,0 +1,43 @@
+"""`python -m services.demo [--folder DIR] [--data FILE]`: run the demo; exit status 1 when an invariant is broken."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from services.demo.demo import LEDGER, perform
+from services.demo.screen import Screen
+from services.importer import BrokenFile
+from tidings.errors import TidingsError
+
+DATA: Final = Path(__file__).parents[1] / "data" / "online-retail.csv"
+INTERRUPTED: Final = 130
+"""Exit status of a program that Ctrl-C ended."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m services.demo", description=perform.__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("var/demo"), help="where everything is kept (%(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="orders to import (%(default)s)")
+    chosen = parser.parse_args(arguments)
+    screen, folder = Screen(), chosen.folder.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["PAYMENT_LEDGER"] = str(folder / LEDGER)
+        with (folder / "demo.log").open("a", encoding="utf-8") as log:
+            _log_to(log)
+            return 0 if asyncio.run(perform(folder, chosen.data, screen)) else 1
+    except KeyboardInterrupt:
+        screen.line(f"\nInterrupted. What was done is kept in {folder}: run it again, and it continues there.")
+        return INTERRUPTED
+    except (BrokenFile, OSError, TidingsError) as error:
+        screen.line(f"\nStopped: {error}\nThe log is {folder / 'demo.log'}.", style="bold red")
+        return 1

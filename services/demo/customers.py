@@ -1,0 +1,64 @@
+"""The people behind the orders: most wait for their parcel, a few change their mind, always the same ones.
+
+The real file does not say when a customer called, so the demo decides it by a checksum of the order's number.
+"""
+
+from __future__ import annotations
+
+from binascii import crc32
+from enum import Enum
+from typing import Final
+
+from services.order import Order, OrderRefused, repository
+from tidings.stores import RecordedEvent
+
+__all__ = ["REASON", "Customers", "Mood", "mood_of"]
+
+ONE_IN: Final = 25
+REASON: Final = "changed my mind"
+
+
+class Mood(Enum):
+    """When a customer changes their mind."""
+
+    NEVER = None
+    AT_ONCE = "OrderCreated"
+    """Before anybody could have confirmed it."""
+    WHEN_CONFIRMED = "OrderConfirmed"
+    """A race with Shipping, which is about to pick."""
+    WHEN_PICKED = "ShipmentPicked"
+    """Too late: in the log, the request stands behind the event on which the parcel leaves."""
+
+
+_MOODS: Final = {0: Mood.AT_ONCE, 1: Mood.WHEN_CONFIRMED, 2: Mood.WHEN_PICKED}
+
+
+def mood_of(order_id: str) -> Mood:
+    """One order in `ONE_IN` for each of the three moods."""
+    return _MOODS.get(crc32(order_id.encode()) % ONE_IN, Mood.NEVER)
+
+
+class Customers:
+    """They read the log like everybody else, and call when it says what they were waiting for."""
+
+    def __init__(self, since: int) -> None:
+        self._since = since
+        """What happened up to this position happened in an earlier run: nobody calls about it again."""
+        self.too_late: list[str] = []
+        """Orders whose customers called when the order was dispatched already: nothing was even requested."""
+
+    async def hear(self, event: RecordedEvent) -> None:
+        """Perhaps somebody calls."""
+        if event.position <= self._since or event.type not in (Mood.WHEN_CONFIRMED.value, Mood.WHEN_PICKED.value):
+            return
+        order_id = event.stream.partition("-")[2]
+        if mood_of(order_id).value == event.type:
+            await self.call(order_id)
+
+    async def call(self, order_id: str) -> None:
+        """Ask for an order to be cancelled."""
+        who = {"actor": "customer", "reason": REASON}
+        try:
+            await repository.change(order_id, Order.cancel, REASON, metadata=who)
+        except OrderRefused:
+            self.too_late.append(order_id)

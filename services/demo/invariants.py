@@ -1,0 +1,110 @@
+"""What must be true when everything has settled: pure checks of numbers that come from independent places.
+
+The log says what was said, each service's database what it did, the gateway's ledger what really happened to the money.
+A number that only one of them knew would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+from services.demo.tally import Tally
+
+__all__ = ["Check", "Numbers", "checks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What the services' databases and the gateway's ledger say. Pieces, and pounds."""
+
+    on_hand: int
+    reserved: int
+    shipped: int
+    open: Decimal
+    """Payments that are authorised and neither captured nor voided."""
+    ledger: dict[str, Decimal]
+    """Pounds per operation in the gateway's ledger."""
+    operations: int
+    """Entries in the gateway's ledger."""
+    calls: int
+    """Calls that the gateway received for them."""
+    shipments: dict[str, int]
+    """Parcels per state."""
+    sales: Decimal
+    """Sum over all countries."""
+    dead: int
+    """Events that some service gave up."""
+    settled: bool
+    """Every event in every service."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One invariant."""
+
+    what: str
+    numbers: str
+    holds: bool
+
+
+def checks(log: Tally, now: Numbers) -> Iterator[Check]:
+    """Every invariant, whether it holds or not."""
+    yield _goods(log, now)
+    yield _money(log, now)
+    yield Check(
+        "refunded <= captured",
+        f"{log.pounds('PaymentRefunded'):,} <= {log.pounds('PaymentCaptured'):,}",
+        log.pounds("PaymentRefunded") <= log.pounds("PaymentCaptured"),
+    )
+    yield _ledger(log, now)
+    yield _both(log, now)
+    yield _final(log)
+    revenue = log.pounds("PaymentCaptured") - log.pounds("PaymentRefunded")
+    yield Check("sales of all countries = captured - refunded", f"{now.sales:,} = {revenue:,}", now.sales == revenue)
+    yield Check(
+        "every event settled in every service", f"{log.events:,} events, {now.dead} given up", now.settled and not now.dead
+    )
+
+
+def _goods(log: Tally, now: Numbers) -> Check:
+    there, came = now.on_hand + now.reserved + now.shipped, log.received + log.returned
+    numbers = f"{now.on_hand:,} + {now.reserved:,} + {now.shipped:,} = {log.received:,} + {log.returned:,}"
+    return Check("on hand + reserved + shipped = initial + returned", numbers, there == came)
+
+
+def _money(log: Tally, now: Numbers) -> Check:
+    authorised = now.ledger.get("authorise", Decimal())
+    captured, voided = log.pounds("PaymentCaptured"), log.pounds("PaymentVoided")
+    numbers = f"{authorised:,} = {captured:,} + {voided:,} + {now.open:,}"
+    return Check("authorised = captured + voided + open", numbers, authorised == captured + voided + now.open)
+
+
+def _ledger(log: Tally, now: Numbers) -> Check:
+    agreed = all(
+        now.ledger.get(operation, Decimal()) == log.pounds(kind)
+        for operation, kind in {
+            "authorise": "PaymentAuthorised",
+            "decline": "PaymentDeclined",
+            "capture": "PaymentCaptured",
+            "void": "PaymentVoided",
+            "refund": "PaymentRefunded",
+        }.items()
+    )
+    numbers = f"{now.operations:,} effects of {now.calls:,} calls, {log.payments.total():,} events"
+    holds = agreed and now.operations == log.payments.total()
+    return Check("each payment took effect at the gateway once", numbers, holds)
+
+
+def _both(log: Tally, now: Numbers) -> Check:
+    dispatched = {order_id for order_id, state in log.orders.items() if state == "dispatched"}
+    agreed = dispatched == log.parcels and len(dispatched) == now.shipments.get("dispatched", 0)
+    numbers = f"{len(log.contradictory)} orders; {len(dispatched)} dispatched and {len(log.parcels)} parcels"
+    return Check("no order both dispatched and cancelled", numbers, agreed and not log.contradictory)
+
+
+def _final(log: Tally) -> Check:
+    done = log.count("dispatched") + log.count("cancelled")
+    numbers = f"{log.count('dispatched')} + {log.count('cancelled')} = {len(log.orders)}"
+    return Check("every order dispatched or cancelled", numbers, done == len(log.orders))

@@ -1,0 +1,6 @@
+"""The Order service: the one authority on what state an order is in."""
+
+from services.order.order import Order, OrderRefused, Status
+from services.order.service import orders, repository
+
+__all__ = ["Order", "OrderRefused", "Status", "orders", "repository"]

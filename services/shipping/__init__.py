@@ -1,0 +1,5 @@
+"""The Shipping service: prepares parcels, hands them to the carrier, and stops them while it still can."""
+
+from services.shipping.service import shipping
+
+__all__ = ["shipping"]

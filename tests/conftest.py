@@ -1,0 +1,39 @@
+"""Brokers that tests share. A test of RabbitMQ takes `amqp_url`; one that harms its broker takes `rabbitmq_node`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+pytest.register_assert_rewrite("tidings.testing.bus_conformance")
+
+from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """The session's shared broker, started by the first test that asks for it. Do it no harm."""
+    with rabbitmq_for_tests() as broker:
+        yield broker
+
+
+@pytest.fixture
+async def amqp_url(rabbitmq: RabbitMQ) -> AsyncIterator[str]:
+    """The URL of a place without queues (a vhost of the test's own) on the shared broker."""
+    async with rabbitmq.isolated() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def rabbitmq_node() -> Iterator[RabbitMQNode]:
+    """A node of the test module's own, to stop, kill, pause and starve; leave it running and without alarms."""
+    with node_for_tests({"max_message_size": "1048576"}) as node:
+        yield node
+
+
+@pytest.fixture
+async def harmed_url(rabbitmq_node: RabbitMQNode) -> AsyncIterator[str]:
+    """A vhost of the test's own on `rabbitmq_node`."""
+    async with rabbitmq_node.isolated() as url:
+        yield url
