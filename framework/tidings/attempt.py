@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import inspect
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
+
+import structlog
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.codec import decode
 from tidings.context import Context
@@ -20,12 +28,20 @@ from tidings.errors import (
     InvalidStreamName,
     SchemaError,
     StoreUnavailable,
+    TidingsError,
     TransactionMisuse,
 )
 from tidings.events import Event
 from tidings.handlers import Handler, Inject
 
 __all__ = ["Failure", "Resources", "attempt", "is_infrastructure"]
+
+log = structlog.get_logger("tidings.attempt")
+
+INSIST_SECONDS: Final = 1.0
+"""A handler over its time is cancelled again after so long."""
+PARTING_SECONDS: Final = 3.0
+"""So long a service that goes waits for a handler that it cancelled."""
 
 PERMANENT: Final = (SchemaError, TransactionMisuse, ConfigurationError, EventTooLarge, InvalidStreamName)
 """Errors that the next attempt would meet again."""
@@ -44,8 +60,12 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:
         lines = "".join(traceback.format_exception(error))
+        try:
+            message = str(error)
+        except Exception:
+            message = "<its message cannot be shown: str() of it fails>"
         return cls(
-            f"{type(error).__name__}: {error}"[:2000],
+            f"{type(error).__name__}: {message}"[:2000],
             lines[-20_000:],
             isinstance(error, PERMANENT + handler.retry.permanent),
         )
@@ -89,18 +109,22 @@ def is_infrastructure(error: BaseException) -> bool:
 
 
 async def attempt(
-    handler: Handler, view: type[Event], context: Context, resources: Resources, provide: Callable[[Inject], Any]
+    handler: Handler,
+    view: type[Event],
+    context: Context,
+    resources: Resources,
+    provide: Callable[[Inject], Any],
+    threads: Executor | None = None,
 ) -> Failure | None:
     """Run the handler once; None when it succeeded. `provide` gives the session or connection.
 
+    It runs in a task of its own, so that nothing it does to its task (or that its time does) reaches the caller's; a
+    plain function runs in `threads`. Attempts never overlap: one that is over its time is waited for.
     Raises only what is not the handler's own: infrastructure errors, and the cancellation of the running task.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    limit = asyncio.timeout(handler.timeout)
+    arguments: dict[str, Any] = {}
     try:
         event = decode(context.event, view, context.metadata)
-        arguments: dict[str, Any] = {}
         for parameter, wanted in handler.parameters:
             if wanted is Inject.EVENT:
                 arguments[parameter] = event
@@ -110,18 +134,83 @@ async def attempt(
                 arguments[parameter] = provide(wanted)
             else:
                 arguments[parameter] = resources.find(wanted, handler.name)
-        async with limit:
-            if handler.threaded:
-                await asyncio.to_thread(handler.function, **arguments)
-            else:
-                await handler.function(**arguments)  # type: ignore[misc]
-    except BaseException as error:
-        if isinstance(error, TimeoutError) and limit.expired():
-            return Failure.of(HandlerTimeout(handler.name, handler.timeout), handler)
-        if isinstance(error, asyncio.CancelledError) and task.cancelling():
-            raise
-        if is_infrastructure(error):
-            raise
-        # SystemExit, KeyboardInterrupt and CancelledError raised by a handler are its failures, not the process's end.
+    except TidingsError as error:
         return Failure.of(error, handler)
+    work: asyncio.Future[BaseException | None]
+    if handler.threaded:
+        call = partial(contextvars.copy_context().run, _call, handler, arguments)
+        work = asyncio.get_running_loop().run_in_executor(threads, call)
+    else:
+        work = asyncio.create_task(_run(handler, arguments), name=f"handler {handler.name}")
+    late = await _ended(work, handler, context)
+    raised = work.result()
+    if raised is not None and is_infrastructure(raised) and not isinstance(raised, PoolTimeout):
+        raise raised
+    if late:
+        timeout = HandlerTimeout(handler.name, handler.timeout)
+        timeout.__cause__ = raised
+        return Failure.of(timeout, handler)
+    return None if raised is None else Failure.of(raised, handler)
+
+
+# What a handler raises is returned: SystemExit and KeyboardInterrupt would end the event loop on their way out of a
+# task, and StopIteration cannot pass through a future.
+
+
+async def _run(handler: Handler, arguments: dict[str, Any]) -> BaseException | None:
+    try:
+        await handler.function(**arguments)  # type: ignore[misc]
+    except BaseException as error:
+        return error
     return None
+
+
+def _call(handler: Handler, arguments: dict[str, Any]) -> BaseException | None:
+    try:
+        result = handler.function(**arguments)
+        if inspect.iscoroutine(result):
+            result.close()
+        if inspect.isawaitable(result) or inspect.isasyncgen(result) or inspect.isgenerator(result):
+            raise ConfigurationError(
+                f"handler {handler.name!r} is a plain function, but returned a {type(result).__name__} that nobody "
+                "runs: make it 'async def', without yield"
+            )
+    except BaseException as error:
+        return error
+    return None
+
+
+async def _ended(work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> bool:
+    """Wait until the handler has ended; True when it took longer than its time."""
+    try:
+        await asyncio.wait((work,), timeout=handler.timeout)
+        if work.done():
+            return False
+        await _insist(work, handler, context)
+    except asyncio.CancelledError:
+        # The service stops, or joins again: then the event is handled anew, and should not meet this attempt.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PARTING_SECONDS):
+                await _insist(work, handler, context)
+        raise
+    return True
+
+
+async def _insist(work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> None:
+    """Cancel until it has effect; a thread, or a handler that catches every cancellation, can only be named."""
+    asked, told = 0, 1
+    while not work.done():
+        if not handler.threaded:
+            work.cancel()
+        await asyncio.wait((work,), timeout=INSIST_SECONDS)
+        asked += 1
+        if not work.done() and asked == told:
+            told = min(told * 2, told + 60)
+            log.error(
+                "handler.ignores_timeout",
+                service=context.service,
+                handler=handler.name,
+                position=context.position,
+                seconds_over=asked * INSIST_SECONDS,
+                advice="nothing can end a thread, or a handler that catches CancelledError: its key waits for it",
+            )

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from tidings.errors import ConfigurationError, DatabaseUnavailable
+from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.settings import redact
 
-__all__ = ["Database", "dead", "floors", "is_outage", "metadata", "open_database", "outages", "staged", "watermarks"]
+__all__ = [
+    "Database",
+    "dead",
+    "floors",
+    "guarded",
+    "is_outage",
+    "metadata",
+    "open_database",
+    "outages",
+    "staged",
+    "watermarks",
+]
 
 SCHEMA: Final = 1
 """Version of the tables below."""
@@ -110,10 +123,13 @@ _SQLITE_OUTAGES: Final = frozenset(
 
 
 def is_outage(error: BaseException) -> bool:
-    """Is the service's own database down, locked or full? Then the error is no attempt of a handler."""
+    """Is the service's own database down, locked or full? Then the error is no attempt of a handler.
+
+    An error of any other engine, which a handler may use for something else, is the handler's.
+    """
     if isinstance(error, DatabaseUnavailable | PoolTimeout):
         return True
-    if not isinstance(error, DBAPIError):
+    if not isinstance(error, DBAPIError) or not getattr(error, "_tidings", False):
         return False
     if isinstance(error.orig, sqlite3.Error):
         return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
@@ -129,7 +145,13 @@ class Database:
         """The URL without its password."""
         self.one_writer = engine.dialect.name == "sqlite"
         """All transactions that write share one writer; elsewhere every lane may have its own."""
-        self._writing = engine.execution_options(isolation_level="IMMEDIATE") if self.one_writer else engine
+        level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
+        self._writing = engine.execution_options(tidings_writing=True, **level)
+        sa.event.listen(engine.sync_engine, "handle_error", _mark)
+        writing = self._writing.sync_engine
+        sa.event.listen(writing, "before_cursor_execute", _refuse_statement)
+        sa.event.listen(writing, "commit", partial(_refuse, "commit"))
+        sa.event.listen(writing, "rollback", partial(_refuse, "rollback"))
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -144,6 +166,43 @@ class Database:
         with outages(self.shown):
             async with self.engine.connect() as connection:
                 yield connection
+
+
+_GUARDED: Final = "tidings_guarded"
+_ENDS_TRANSACTION: Final = re.compile(
+    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*"
+    r"(BEGIN|START\s+TRANSACTION|COMMIT|END|ABORT|ROLLBACK(?!\s+(?:TRANSACTION\s+|WORK\s+)?TO\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@contextmanager
+def guarded(connection: AsyncConnection) -> Iterator[None]:
+    """Within the block, whatever would end the transaction raises `TransactionMisuse` before it reaches the database."""
+    info = connection.sync_connection.info if connection.sync_connection is not None else {}
+    info[_GUARDED] = True
+    try:
+        yield
+    finally:
+        del info[_GUARDED]
+
+
+def _refuse(operation: str, connection: sa.Connection) -> None:
+    if _GUARDED in connection.info:
+        raise TransactionMisuse(operation)
+
+
+def _refuse_statement(
+    connection: sa.Connection, cursor: object, statement: str, parameters: object, context: object, many: bool
+) -> None:
+    found = _ENDS_TRANSACTION.match(statement)
+    if found is not None and _GUARDED in connection.info:
+        raise TransactionMisuse(found[1].lower())
+
+
+def _mark(context: ExceptionContext) -> None:
+    if context.sqlalchemy_exception is not None:
+        context.sqlalchemy_exception._tidings = True  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 
 from tidings.attempt import Failure, Resources, attempt, is_infrastructure
 from tidings.buses import Consumer
 from tidings.codec import read_metadata
 from tidings.context import Context
-from tidings.database import Database, outages
-from tidings.errors import Fenced
+from tidings.database import Database, guarded, outages
+from tidings.errors import Fenced, TransactionMisuse
 from tidings.handlers import Handler, Inject
 from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.position import Lanes, Settled, Ticket
@@ -38,8 +41,10 @@ log = structlog.get_logger("tidings.dispatch")
 
 GROUP: Final = 64
 """Events with a session that share one transaction at most."""
-GROUP_SECONDS: Final = 0.005
+GROUP_SECONDS: Final = 0.025
 """A transaction takes no further event with a session after this long."""
+LINGER_SECONDS: Final = 0.005
+"""A commit waits this long for others to join it."""
 SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
 FLOOR_SECONDS: Final = 1.0
@@ -120,6 +125,7 @@ class Dispatcher:
         self._floor_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._busy = 0
+        self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self.working: dict[int, tuple[str, float]] = {}
         """Position to the handler at work on it and since when, by `clock`: for whoever must name a stuck one."""
         self.stager = Stager(store, self._was_appended, self._was_buried)
@@ -139,12 +145,12 @@ class Dispatcher:
     def submit(self, event: RecordedEvent, bucket: int, step: Step | None = None) -> None:
         """An accepted event. One that this service does not handle is settled without a trace."""
         handler = self._service.handlers.get(event.type)
-        ticket = self._settled.begin(step, done=handler is None)
         if handler is None:
-            self._wake.set()
+            if step is not None:
+                self.settle(step)
             return
-        self._lanes.push(bucket, _Item(event, bucket, handler, ticket))
-        if len(self._lanes) >= 2 * self._service.prefetch:
+        self._lanes.push(bucket, _Item(event, bucket, handler, self._settled.begin(step)))
+        if len(self._settled) >= 2 * self._service.prefetch:
             self._room.clear()
         self._pump()
 
@@ -160,7 +166,7 @@ class Dispatcher:
         self._wake.set()
 
     async def room(self) -> None:
-        """Wait until the lanes can take more: a pass reads faster than handlers work."""
+        """Wait until more can be taken: a pass reads faster than handlers work, and one may hold up the rest."""
         await self._room.wait()
 
     # ---- lanes to handlers ----------------------------------------------------------
@@ -190,12 +196,17 @@ class Dispatcher:
                 tasks.create_task(self.stager.run())
         finally:
             self._stopping = True
+            self._threads.shutdown(wait=False)
             for timer in self._timers:
                 timer.cancel()
 
     async def drain(self, seconds: float) -> None:
-        """Give out nothing new, let what runs finish and be committed, store the floor; at most so long."""
+        """Begin nothing new, let what runs finish and be committed, store the floor; at most so long."""
         self._stopping = True
+        self._busy -= len(self._transactional) + self._free.qsize()
+        self._transactional.clear()
+        while not self._free.empty():
+            self._free.get_nowait()
         self._wake.set()
         try:
             async with asyncio.timeout(seconds):
@@ -228,7 +239,7 @@ class Dispatcher:
         assert view is not None
         self.working[item.event.position] = item.handler.name, self._clock()
         try:
-            return await attempt(item.handler, view, context, self._resources, provide)
+            return await attempt(item.handler, view, context, self._resources, provide, self._threads)
         finally:
             del self.working[item.event.position]
 
@@ -254,6 +265,8 @@ class Dispatcher:
         if not failure.permanent and attempts < retry.attempts:
             pause = retry.wait(attempts)
             log.warning("event.retrying", pause=round(pause, 3), **facts)
+            self._busy -= 1
+            self._wake.set()
             self._later(pause, lambda: self._again(item))
             return
         # Holding (design, section 9) will take over here: exhausted retries become a held row instead of a dead one.
@@ -273,15 +286,11 @@ class Dispatcher:
         """Its lane goes on; the item waits for the commit."""
         self._finished.append(item)
         self._lanes.finish(item.bucket)
-        if len(self._lanes) < self._service.prefetch:
-            self._room.set()
         self._wake.set()
         self._pump()
 
     def _again(self, item: _Item) -> None:
-        self._busy -= 1
         self._lanes.again(item.bucket)
-        self._wake.set()
         self._pump()
 
     def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
@@ -299,10 +308,12 @@ class Dispatcher:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if 0 < len(self._finished) + len(self._transactional) + len(self._appended) < GROUP and not self._stopping:
+                await asyncio.sleep(LINGER_SECONDS)
+            self._settle_prefix()
             while self._work_to_commit():
                 await self._group()
                 self._settle_prefix()
-            self._settle_prefix()
             self._idle.set()
 
     def _work_to_commit(self) -> bool:
@@ -322,12 +333,13 @@ class Dispatcher:
         """One transaction. Whatever goes wrong in it ends the dispatcher: its outcome may be unknown."""
         async with self._database.transaction() as connection:
             began = self._clock()
-            for _ in range(GROUP):
+            for nth in range(GROUP):
                 if not self._transactional or self._clock() - began > GROUP_SECONDS:
                     break
-                item = self._transactional.popleft()
-                alone = item.handler.name in self._slow
-                await self._within(connection, item)
+                alone = self._transactional[0].handler.name in self._slow
+                if alone and nth:
+                    break
+                await self._within(connection, self._transactional.popleft())
                 if alone:
                     break
             finished, self._finished = self._finished, []
@@ -350,6 +362,8 @@ class Dispatcher:
             self._watermarks[bucket] = position
         for item in finished:
             self._settled.end(item.ticket)
+            if self._troubles.condemned:
+                self._troubles.condemned.pop(item.event.position, None)
         for _, ticket in foreign:
             self._settled.end(ticket)
         self._busy -= len(finished)
@@ -363,22 +377,17 @@ class Dispatcher:
         try:
             with outages(self._database.shown):
                 scope = _Scope(connection, await connection.begin_nested())
-                failure = await self._attempt(item, context, scope.provide)
-                if failure is None:
-                    failure = await scope.flush(item.handler)
+                with guarded(connection):
+                    failure = await self._attempt(item, context, scope.provide)
+                    if failure is None:
+                        failure = await scope.flush(item.handler)
                 if failure is None:
                     await scope.keep()
                 else:
                     await scope.undo()
-        except DBAPIError as error:
-            # The savepoint is gone, so the transaction around it is: with it the watermarks of the whole group.
-            ended = Failure(
-                f"{item.handler.name} ended the transaction that it was part of: {error.orig}",
-                failure.detail if failure else "",
-                permanent=True,
-            )
-            self._troubles.condemned[item.event.position] = ended
-            raise Fenced(f"service {self._service.name!r}: {ended.reason}; its effects may be there twice") from error
+        except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
+            # Without its savepoint its effects cannot be told from the group's: the whole group is undone.
+            raise self._condemn(item, failure, error) from error
         took = self._clock() - began
         if took > SLOW_SECONDS and item.handler.name not in self._slow:
             self._slow.add(item.handler.name)
@@ -394,6 +403,15 @@ class Dispatcher:
         else:
             self._fail(item, failure)
 
+    def _condemn(self, item: _Item, failure: Failure | None, error: Exception) -> Fenced:
+        reason = failure.reason if failure else f"TransactionMisuse: it ended the transaction it was part of: {error}"
+        detail = failure.detail if failure else "".join(traceback.format_exception(error))
+        self._troubles.condemned[item.event.position] = Failure(reason, detail, permanent=True)
+        return Fenced(
+            f"service {self._service.name!r}: handler {item.handler.name!r} ended the transaction that its group shares "
+            f"({reason}); the group is undone, and the event at position {item.event.position} dead"
+        )
+
     def _settle_prefix(self) -> None:
         consumer: Consumer | None = None
         tag = 0
@@ -407,6 +425,8 @@ class Dispatcher:
                 consumer, tag = step.consumer, step.tag
         if consumer is not None:
             consumer.settle_through(tag)
+        if len(self._settled) < self._service.prefetch:
+            self._room.set()
         if self._floor > self._stored_floor and self._floor_timer not in self._timers:
             self._floor_timer = self._later(FLOOR_SECONDS, self._wake.set)
 
@@ -445,6 +465,8 @@ class _Scope:
         return None
 
     async def keep(self) -> None:
+        if not self._savepoint.is_active:
+            raise TransactionMisuse("rollback")
         await self._savepoint.commit()
 
     async def undo(self) -> None:
@@ -452,6 +474,15 @@ class _Scope:
             await self._session.drop()
         if self._savepoint.is_active:
             await self._savepoint.rollback()
+        elif self._connection.in_transaction():
+            # A failed flush has rolled back to it already; what the handler did afterwards goes too.
+            await self._connection.run_sync(_rollback_to, self._savepoint.sync_transaction)
+        else:
+            raise TransactionMisuse("rollback")
+
+
+def _rollback_to(connection: Connection, savepoint: Any) -> None:
+    connection.dialect.do_rollback_to_savepoint(connection, savepoint._savepoint)
 
 
 def _no_session(wanted: Inject) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -21,6 +21,17 @@ from tidings.message import Message
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
 __all__ = ["Inbox", "Letter", "Remembered", "StagedEvent"]
+
+
+_STAGE: Final = staged.insert()
+_BURY: Final = dead.insert()
+
+
+def _storable(value: Any) -> Any:
+    """Texts of foreign origin (an exception's message, a header) without what databases refuse: NUL, lone surrogates."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 class Remembered(NamedTuple):
@@ -136,6 +147,14 @@ class Inbox:
             )
             .values(position=sa.bindparam("to_position"))
         )
+        self._raise = (
+            floors.update()
+            .where(*self._floor_is_ours(), floors.c.position < sa.bindparam("to_position"))
+            .values(position=sa.bindparam("to_position"))
+        )
+        self._unstage = staged.delete().where(
+            staged.c.service == service, staged.c.log == str(log), staged.c.event_id == sa.bindparam("appended")
+        )
 
     async def join(self) -> Remembered:
         """Read the range's state, making its rows the first time.
@@ -198,23 +217,21 @@ class Inbox:
 
     async def raise_floor(self, connection: AsyncConnection, position: int) -> None:
         """Never lowers it: two processes may each know something true."""
-        await connection.execute(
-            floors.update().where(*self._floor_is_ours(), floors.c.position < position).values(position=position)
-        )
+        await connection.execute(self._raise, {"to_position": position})
 
     async def bury(self, connection: AsyncConnection, letters: Iterable[Letter]) -> None:
         now = datetime.now(UTC)
         rows: list[dict[str, Any]] = [
-            self._own | {name: getattr(letter, name) for name in Letter.__slots__} | {"died_at": now}
+            self._own | {name: _storable(getattr(letter, name)) for name in Letter.__slots__} | {"died_at": now}
             for letter in letters
         ]
         if rows:
-            await connection.execute(dead.insert(), rows)
+            await connection.execute(_BURY, rows)
 
     async def stage(self, connection: AsyncConnection, rows: Sequence[StagedEvent]) -> None:
         if rows:
             await connection.execute(
-                staged.insert(),
+                _STAGE,
                 [
                     self._own
                     | {
@@ -234,14 +251,7 @@ class Inbox:
     async def unstage(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
         """Forget staged events that were appended, or that became dead."""
         if ids:
-            await connection.execute(
-                staged.delete().where(
-                    staged.c.service == self._service,
-                    staged.c.log == str(self._log),
-                    staged.c.event_id == sa.bindparam("appended"),
-                ),
-                [{"appended": str(identity)} for identity in ids],
-            )
+            await connection.execute(self._unstage, [{"appended": str(identity)} for identity in ids])
 
     async def staged_events(self) -> list[StagedEvent]:
         """What an earlier process staged and may or may not have appended, oldest first."""

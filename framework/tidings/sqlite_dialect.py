@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.base import SQLiteExecutionContext
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
@@ -22,6 +24,10 @@ __all__ = ["BUSY_TIMEOUT", "TidingsSQLite", "register"]
 
 BUSY_TIMEOUT: Final = 5.0
 """Seconds that a transaction waits for another process's writer before the database counts as locked."""
+
+
+_COMMITTERS: Final = ThreadPoolExecutor(8, thread_name_prefix="tidings-commit")
+"""Not the loop's default executor: handlers may fill that with calls that block."""
 
 
 class _Nothing:
@@ -51,12 +57,20 @@ class _Connection(sqlite3.Connection):
         return super().cursor(factory)
 
 
+class _ExecutionContext(SQLiteExecutionContext):
+    def create_server_side_cursor(self) -> Any:
+        return self._dbapi_connection.cursor()
+
+
 class TidingsSQLite(SQLiteDialect_pysqlite):
     """`sqlite+tidings://`; isolation level IMMEDIATE begins as the writer: no later statement finds it taken."""
 
     driver = "tidings"
     is_async = True
     supports_statement_cache = True
+    supports_server_side_cursors = True
+    """Rows are read as they are asked for, always."""
+    execution_ctx_cls = _ExecutionContext
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
@@ -80,46 +94,53 @@ class TidingsSQLite(SQLiteDialect_pysqlite):
         dbapi_connection.begin = "BEGIN IMMEDIATE" if level == "IMMEDIATE" else "BEGIN"
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        _patiently(dbapi_connection, dbapi_connection.begin)
+        _patiently(dbapi_connection.execute, dbapi_connection.begin)
 
     def do_commit(self, dbapi_connection: Any) -> None:
         if dbapi_connection.in_transaction:
             await_only(_commit(dbapi_connection))
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        cursor.execute(statement, parameters)
-        await_only(_NOTHING)
+        _patiently(cursor.execute, statement, parameters)
 
     def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
-        cursor.execute(statement)
-        await_only(_NOTHING)
+        _patiently(cursor.execute, statement)
 
     def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        cursor.executemany(statement, parameters)
-        await_only(_NOTHING)
+        _patiently(cursor.executemany, statement, parameters)
 
 
 async def _commit(connection: sqlite3.Connection) -> None:
     """In a thread, and to its end even when the caller is cancelled: nobody may touch the connection meanwhile."""
-    work = asyncio.get_running_loop().run_in_executor(None, connection.commit)
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
+    work = asyncio.get_running_loop().run_in_executor(_COMMITTERS, connection.commit)
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait((work,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    failed = work.exception()
+    if cancelled is not None:
+        raise cancelled from failed
+    if failed is not None:
+        raise failed
 
 
-def _patiently(connection: Any, statement: str) -> None:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + BUSY_TIMEOUT
-    pause = 0.001
+def _patiently(call: Callable[..., Any], *arguments: Any) -> None:
+    """Wait for another writer. A snapshot that another has overtaken stays so: that is no use to wait for."""
+    loop, deadline, pause = None, 0.0, 0.001
     while True:
         try:
-            connection.execute(statement)
-            return
+            call(*arguments)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or loop.time() >= deadline:
+            code = error.sqlite_errorcode
+            loop = loop or asyncio.get_running_loop()
+            deadline = deadline or loop.time() + BUSY_TIMEOUT
+            if code & 0xFF != sqlite3.SQLITE_BUSY or code == sqlite3.SQLITE_BUSY_SNAPSHOT or loop.time() >= deadline:
                 raise
+        else:
+            await_only(_NOTHING)
+            return
         await_only(asyncio.sleep(pause))
         pause = min(pause * 2, 0.05)
 

@@ -19,7 +19,7 @@ from tidings.errors import (
 )
 from tidings.inbox import Letter, StagedEvent
 from tidings.position import Lanes
-from tidings.stores import ANY, NO_STREAM, EventStore, Expected
+from tidings.stores import ANY, NO_STREAM, EventStore, Expected, Filter
 
 __all__ = ["Stager"]
 
@@ -32,13 +32,15 @@ _NEVER: Final = (StreamDeleted, EventTooLarge, InvalidStreamName)
 
 
 class _Row:
-    __slots__ = ("attempts", "fresh", "staged")
+    __slots__ = ("actual", "attempts", "fresh", "staged")
 
     def __init__(self, staged: StagedEvent, fresh: bool) -> None:
         self.staged = staged
         self.fresh = fresh
         """Never tried yet by anyone: `ANY` cannot write it twice."""
         self.attempts = 0
+        self.actual = -1
+        """The stream's version as a refused append named it."""
 
 
 class Stager:
@@ -95,13 +97,13 @@ class Stager:
     async def _append(self, row: _Row) -> None:
         while True:
             try:
-                expected: Expected | None = ANY if row.fresh else await self._resolve(row.staged)
+                expected: Expected | None = ANY if row.fresh else await self._resolve(row)
                 if expected is not None:
                     row.fresh = False
                     await self._store.append(row.staged.stream, [row.staged.event], expected=expected)
                 return
-            except WrongExpectedVersion:
-                continue  # somebody appended between reading and writing: read again
+            except WrongExpectedVersion as error:
+                row.actual = error.actual  # somebody appended between reading and writing, or the stream hides events
             except StoreUnavailable as error:
                 row.attempts += 1
                 pause = min(0.1 * 2**row.attempts, 5.0)
@@ -111,17 +113,29 @@ class Stager:
                     )
                 await asyncio.sleep(pause)
 
-    async def _resolve(self, staged: StagedEvent) -> Expected | None:
+    async def _resolve(self, row: _Row) -> Expected | None:
         """The version to append at, None when the event is in its stream already."""
-        expected: Expected = NO_STREAM
+        staged, expected, whole = row.staged, NO_STREAM if row.actual < 0 else row.actual, False
+        newest: Expected | None = None
         try:
             async for event in self._store.read_stream(staged.stream, backwards=True):
-                if expected is NO_STREAM:
-                    expected = event.version
+                newest = event.version if newest is None else newest
                 if event.id_bytes == staged.event.id.bytes:
                     return None
-                if event.position <= staged.cause:
+                whole = event.version == 0 or event.position <= staged.cause
+                if whole:
                     break
         except StreamNotFound:
-            return NO_STREAM
-        return expected
+            pass
+        if not whole and await self._hidden(staged):
+            return None
+        return expected if newest is None else newest
+
+    async def _hidden(self, staged: StagedEvent) -> bool:
+        """Was it appended, and then truncated or deleted? What a stream hides, the log still shows."""
+        if (await self._store.get_metadata(staged.stream)).version < 0:
+            return False
+        async for event in self._store.read_all(after=staged.cause, filter=Filter(stream_prefixes=(staged.stream,))):
+            if event.id_bytes == staged.event.id.bytes:
+                return True
+        return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from tidings.errors import TransactionMisuse
 
@@ -31,6 +32,11 @@ class GuardedConnection(AsyncConnection):
 
     def begin(self) -> NoReturn:
         raise TransactionMisuse("begin")
+
+
+def _keep(session: Session) -> None:
+    session.commit()
+    session.close()
 
 
 class GuardedSession(AsyncSession):
@@ -65,8 +71,8 @@ class GuardedSession(AsyncSession):
 
     async def keep(self) -> None:
         """The handler returned: flush what is pending. The transaction around it goes on."""
-        await AsyncSession.commit(self)
-        await AsyncSession.close(self)
+        if self.in_transaction():
+            await self.run_sync(_keep)
 
     async def drop(self) -> None:
         """The handler failed: forget what is pending. The savepoint around it is rolled back by who made it."""

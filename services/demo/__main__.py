@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 import structlog
 
@@ -41,3 +41,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (BrokenFile, OSError, TidingsError) as error:
         screen.line(f"\nStopped: {error}\nThe log is {folder / 'demo.log'}.", style="bold red")
         return 1
+
+
+def _log_to(file: TextIO) -> None:
+    """The services' logs as JSON lines in a file, so that the screen stays readable."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -19,7 +19,7 @@ from services.demo.invariants import checks
 from services.demo.screen import Screen
 from services.demo.stock import SCARCE, SHARE, opening_stock
 from services.demo.tally import Tally
-from services.importer import Finding, Invoice, Kind, Report, invoices, read_rows
+from services.importer import Invoice, Kind, Report, invoices, read_rows
 from services.inventory import inventory
 from services.inventory.events import GoodsReceived, ReturnReceived
 from services.order import Order, orders, repository
@@ -27,7 +27,7 @@ from services.order.events import OrderLine
 from services.payment import payment
 from services.sales import sales
 from services.shipping import shipping
-from tidings import NO_STREAM, Event, Runtime, Settings
+from tidings import NO_STREAM, Event, RecordedEvent, Runtime, Settings
 from tidings.errors import WrongExpectedVersion
 
 __all__ = ["LEDGER", "Demo", "perform"]
@@ -209,9 +209,7 @@ async def _place(
     demo: Demo, order_id: str, lines: list[OrderLine], customer: str | None, country: str, at: datetime, source: str
 ) -> bool:
     why = {"actor": f"customer {customer}" if customer else "guest", "reason": source}
-    return await _new(
-        lambda: repository.create(order_id, Order.place, lines, customer, country, at, metadata=why)
-    )
+    return await _new(lambda: repository.create(order_id, Order.place, lines, customer, country, at, metadata=why))
 
 
 # ---- what came of it -----------------------------------------------------------------
@@ -228,8 +226,11 @@ def _show_results(demo: Demo) -> None:
             ("dispatched", f"{tally.count('dispatched')}", f"{len(tally.parcels)} parcels with the carrier"),
             ("cancelled", f"{tally.cancelled_by['inventory']}", "out of stock"),
             ("cancelled", f"{tally.cancelled_by['payment']}", "payment declined"),
-            ("cancelled", f"{tally.cancelled_by['customer']}", f"by the customer, {len(tally.stopped)} of them in time "
-             "to stop the parcel"),
+            (
+                "cancelled",
+                f"{tally.cancelled_by['customer']}",
+                f"by the customer, {len(tally.stopped)} of them in time to stop the parcel",
+            ),
             ("refused", f"{len(tally.refused)}", "customers who asked when the parcel had left"),
         ],
         right=[1],

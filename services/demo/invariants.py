@@ -64,7 +64,9 @@ def checks(log: Tally, now: Numbers) -> Iterator[Check]:
     revenue = log.pounds("PaymentCaptured") - log.pounds("PaymentRefunded")
     yield Check("sales of all countries = captured - refunded", f"{now.sales:,} = {revenue:,}", now.sales == revenue)
     yield Check(
-        "every event settled in every service", f"{log.events:,} events, {now.dead} given up", now.settled and not now.dead
+        "every event settled in every service",
+        f"{log.events:,} events, {now.dead} given up",
+        now.settled and not now.dead,
     )
 
 

@@ -211,7 +211,10 @@ class RabbitMQBus:
     async def _hold(self, connection: Connection, name: str) -> None:
         """Wait until this connection alone has the lock's queue. A refused declare (405) costs a channel each time."""
         queue = LOCK + name
-        declare = commands.Queue.Declare(queue=queue, exclusive=True)
+        try:
+            declare = commands.Queue.Declare(queue=queue, exclusive=True)
+        except ValueError as error:
+            raise ConfigurationError(f"{name!r} cannot name a lock: {error}") from error
         waiting = False
         while True:
             channel = await connection.channel()
@@ -301,7 +304,7 @@ def _address(url: str) -> Address:
         host, parts, port = None, urlsplit(""), None
     if not host or parts.fragment or "/" in parts.path[1:] or "@" in parts.path + parts.query:
         raise ConfigurationError(
-            "the RabbitMQ URL cannot be read: write amqp://user:password@host:5672/vhost, and inside user, password and "
+            "the RabbitMQ URL cannot be read: write amqp://user:password@host:5672/vhost, and in user, password and "
             "vhost '/' as %2F, '@' as %40, '#' as %23, '?' as %3F, '%' as %25"
         )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))

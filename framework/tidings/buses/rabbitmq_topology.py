@@ -30,8 +30,8 @@ QUEUE_BYTES: Final = 1 << 30
 """Bytes of bodies in one queue; beyond it the oldest message is dropped, and the log heals the gap.
 
 RabbitMQ's advice is to leave limits to policies, because an argument that differs from the declared one is a 406. But
-a policy needs an administrator, and a stopped service must not fill the broker's disk where nobody thought of one. So it
-is an argument, and the one whose difference is accepted: whoever declared the queue with another limit meant it. A
+a policy needs an administrator, and a stopped service must not fill the broker's disk where nobody thought of one. So
+it is an argument, and the one whose difference is accepted: whoever declared the queue with another limit meant it. A
 policy (`max-length-bytes`) can still make it smaller, because the broker takes the lower of both.
 """
 
@@ -120,8 +120,8 @@ def _mismatch(vhost: str, request: Frame, error: ChannelClosed) -> TopologyMisma
         )
     else:
         remedy = (
-            f"Delete exchange {name!r} in vhost {vhost!r} (management page or rabbitmqadmin) and start relay and services: "
-            "they make it anew with their bindings."
+            f"Delete exchange {name!r} in vhost {vhost!r} (management page or rabbitmqadmin), then start relay and "
+            "services: they make it anew with their bindings."
         )
     return TopologyMismatch(f"{kind} {name!r} of vhost {vhost!r} exists, but {fact}. {remedy}")
 

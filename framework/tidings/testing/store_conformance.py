@@ -1,0 +1,860 @@
+"""The rules of `tidings.stores.EventStore` as tests that any adapter can run. It knows no adapter.
+
+    class TestMyStore(StoreConformance):
+        @pytest.fixture
+        async def store(self) -> AsyncIterator[EventStore]:
+            async with open_store("mine://...") as store:
+                yield store
+
+The store may be shared and far from empty: every test uses streams of its own. Needs pytest-asyncio. What EventStoreDB
+24.2 answered is recorded in the project's oracle; each of its cases on appending, reading, metadata, deletion and
+catch-up subscriptions is here, by the rule that it shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar, cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from tidings.errors import (
+    EventTooLarge,
+    InvalidStreamName,
+    StoreUnavailable,
+    StreamDeleted,
+    StreamNotFound,
+    WrongExpectedVersion,
+)
+from tidings.stores import (
+    ANY,
+    NO_STREAM,
+    OCTETS,
+    STREAM_EXISTS,
+    Appended,
+    CaughtUp,
+    Checkpoint,
+    EventData,
+    EventStore,
+    Expected,
+    Filter,
+    RecordedEvent,
+)
+
+__all__ = ["PATIENCE", "Reopen", "StoreConformance", "event", "events", "eventually", "numbers", "read", "take"]
+
+T = TypeVar("T")
+
+PATIENCE: Final = 20.0
+"""Seconds after which a test gives up waiting for something that must come."""
+SOFT: Final = 2**63 - 1
+
+Reopen = Callable[[], AbstractAsyncContextManager[EventStore]]
+"""Opens the store of the `store` fixture once more, after the test has closed it."""
+
+
+def event(number: int = 0, type: str = "Happened") -> EventData:
+    return EventData(type, json.dumps({"n": number}).encode())
+
+
+def events(*counted: int) -> list[EventData]:
+    return [event(number) for number in counted]
+
+
+async def read(store: EventStore, stream: str, **options: Any) -> list[tuple[int, int]]:
+    """The stream as (version, number) pairs."""
+    return [(found.version, number(found)) async for found in store.read_stream(stream, **options)]
+
+
+def number(found: RecordedEvent) -> int:
+    return int(json.loads(found.data)["n"])
+
+
+def numbers(found: list[Any]) -> list[int]:
+    """The numbers of the events among what a subscription gave."""
+    return [number(item) for item in found if isinstance(item, RecordedEvent)]
+
+
+async def take(source: AsyncIterator[T], until: Callable[[list[T]], bool]) -> list[T]:
+    """What comes, up to when `until` is content with it; the source stays usable."""
+    got: list[T] = []
+    async with asyncio.timeout(PATIENCE):
+        while not until(got):
+            got.append(await anext(source))
+    return got
+
+
+def caught_up(got: list[Any]) -> bool:
+    return any(isinstance(item, CaughtUp) for item in got)
+
+
+def many(count: int) -> Callable[[list[Any]], bool]:
+    """That many events, whatever else comes between them."""
+    return lambda got: sum(isinstance(item, RecordedEvent) for item in got) >= count
+
+
+def closing(source: AsyncIterator[T]) -> AbstractAsyncContextManager[AsyncIterator[T]]:
+    """Ends a read or subscription at the end of the block."""
+    return cast("AbstractAsyncContextManager[AsyncIterator[T]]", aclosing(cast("Any", source)))
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not await condition():  # noqa: ASYNC110 - what is waited for happens in the store, often in a server
+            await asyncio.sleep(0.02)
+
+
+class StoreConformance:
+    """Subclass it and define the fixture `store`; `reopen` and `advance` where the adapter can."""
+
+    pytestmark = pytest.mark.asyncio
+
+    @pytest.fixture
+    def store(self) -> Any:
+        raise NotImplementedError("define an async fixture `store` that yields an open EventStore")
+
+    @pytest.fixture
+    def reopen(self) -> Reopen | None:
+        """How to open the same log again; None skips the tests that need it."""
+        return None
+
+    @pytest.fixture
+    def advance(self) -> Callable[[float], None]:
+        """Moves the store's clock by some seconds; where it cannot be moved, the test waits for real time."""
+        return lambda seconds: None
+
+    @pytest.fixture
+    def stream(self) -> str:
+        return f"conformance-{uuid4().hex}"
+
+    async def refused(
+        self, store: EventStore, stream: str, batch: list[EventData], expected: Expected, actual: int
+    ) -> None:
+        with pytest.raises(WrongExpectedVersion) as refusal:
+            await store.append(stream, batch, expected=expected)
+        assert (refusal.value.stream, refusal.value.actual) == (stream, actual)
+
+    # ---- append: expected versions
+
+    async def test_an_append_to_a_new_stream_has_version_0(self, store: EventStore, stream: str) -> None:
+        appended = await store.append(stream, [event(7)], expected=NO_STREAM)
+        assert appended.version == 0
+        assert appended.position > 0
+        assert await read(store, stream) == [(0, 7)]
+
+    async def test_the_events_of_an_append_have_consecutive_versions(self, store: EventStore, stream: str) -> None:
+        assert (await store.append(stream, events(0, 1, 2), expected=NO_STREAM)).version == 2
+        assert (await store.append(stream, events(3, 4), expected=2)).version == 4
+        assert await read(store, stream) == [(n, n) for n in range(5)]
+
+    async def test_an_append_answers_with_the_position_of_its_last_event(self, store: EventStore, stream: str) -> None:
+        appended = await store.append(stream, events(0, 1, 2), expected=NO_STREAM)
+        positions = [found.position async for found in store.read_stream(stream)]
+        assert positions == sorted(set(positions))
+        assert positions[-1] == appended.position
+
+    async def test_positions_increase_across_streams(self, store: EventStore, stream: str) -> None:
+        positions = [(await store.append(f"{stream}-{n % 3}", [event(n)])).position for n in range(9)]
+        assert positions == sorted(set(positions))
+
+    async def test_no_stream_is_refused_when_there_is_one(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(1), expected=NO_STREAM)
+        await self.refused(store, stream, events(2), NO_STREAM, 0)
+        await self.refused(store, stream, events(2, 3), NO_STREAM, 0)
+        assert await read(store, stream) == [(0, 1)]
+
+    async def test_a_version_above_the_last_is_refused(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0), expected=NO_STREAM)
+        await self.refused(store, stream, events(1), 7, 0)
+
+    async def test_a_version_below_the_last_is_refused(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2), expected=NO_STREAM)
+        await self.refused(store, stream, events(9), 0, 2)
+        await self.refused(store, stream, events(8, 9), 1, 2)
+
+    async def test_a_version_of_a_missing_stream_is_refused(self, store: EventStore, stream: str) -> None:
+        await self.refused(store, stream, events(0), 0, -1)
+
+    async def test_stream_exists_is_refused_for_a_missing_stream(self, store: EventStore, stream: str) -> None:
+        await self.refused(store, stream, events(0), STREAM_EXISTS, -1)
+
+    async def test_any_and_stream_exists_append_at_the_end(self, store: EventStore, stream: str) -> None:
+        assert (await store.append(stream, events(1), expected=ANY)).version == 0
+        assert (await store.append(stream, events(2), expected=STREAM_EXISTS)).version == 1
+        assert await read(store, stream) == [(0, 1), (1, 2)]
+
+    async def test_concurrent_appends_with_one_version_let_one_win(self, store: EventStore, stream: str) -> None:
+        outcomes = await asyncio.gather(
+            *(store.append(stream, [event(n)], expected=NO_STREAM) for n in range(10)), return_exceptions=True
+        )
+        assert sum(isinstance(outcome, WrongExpectedVersion) for outcome in outcomes) == 9
+        winner = next(n for n, outcome in enumerate(outcomes) if isinstance(outcome, Appended))
+        assert await read(store, stream) == [(0, winner)]
+
+    async def test_appends_started_one_after_the_other_are_applied_in_that_order(
+        self, store: EventStore, stream: str
+    ) -> None:
+        appends = [asyncio.ensure_future(store.append(stream, [event(n)])) for n in range(100)]
+        appended = await asyncio.gather(*appends)
+        assert await read(store, stream) == [(n, n) for n in range(100)]
+        assert [answer.version for answer in appended] == list(range(100))
+
+    # ---- append: nothing, and limits
+
+    async def test_an_empty_append_writes_nothing(self, store: EventStore, stream: str) -> None:
+        assert (await store.append(stream, [], expected=NO_STREAM)).version == -1
+        assert (await store.append(stream, [], expected=ANY)).version == -1
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+
+    async def test_an_empty_append_checks_the_expected_version(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0), expected=NO_STREAM)
+        assert (await store.append(stream, [], expected=0)).version == 0
+        assert (await store.append(stream, [], expected=ANY)).version == 0
+        await self.refused(store, stream, [], NO_STREAM, 0)
+        assert await read(store, stream) == [(0, 0)]
+
+    async def test_an_append_just_under_the_limit_is_taken(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, [EventData("Big", b"x" * 1_000_000)], expected=NO_STREAM)
+        assert [len(found.data) async for found in store.read_stream(stream)] == [1_000_000]
+
+    async def test_an_append_over_the_limit_is_refused_whole(self, store: EventStore, stream: str) -> None:
+        for sizes in ((1_100_000,), (600_000, 600_000)):
+            with pytest.raises(EventTooLarge) as refusal:
+                await store.append(stream, [EventData("Big", b"x" * size) for size in sizes], expected=NO_STREAM)
+            assert refusal.value.size > refusal.value.limit
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+
+    async def test_an_empty_type_name_or_id_is_refused(self, store: EventStore, stream: str) -> None:
+        for name in ("", "$$"):
+            with pytest.raises(InvalidStreamName):
+                await store.append(name, [event()])
+        with pytest.raises(InvalidStreamName):
+            await store.append(stream, [event(type="")])
+        with pytest.raises(InvalidStreamName):
+            await store.append(stream, [EventData("Happened", b"{}", id=UUID(int=0))])
+
+    async def test_names_that_begin_with_a_dollar_are_ordinary(self, store: EventStore, stream: str) -> None:
+        for name in (f"${stream}", f"$${stream}"):
+            assert (await store.append(name, [event(3)], expected=NO_STREAM)).version == 0
+            assert await read(store, name) == [(0, 3)]
+
+    # ---- append: bytes
+
+    async def test_names_types_and_data_may_be_any_unicode(self, store: EventStore, stream: str) -> None:
+        name, data = f"{stream} наказ 订单 ✓ 🧾 a/b?c#d", '{"ключ": "値"}'.encode()
+        await store.append(name, [EventData("Замовлено✓", data, b'{"k":"\xc3\xa9"}')], expected=NO_STREAM)
+        [found] = [found async for found in store.read_stream(name)]
+        assert (found.stream, found.type, found.data, found.metadata) == (name, "Замовлено✓", data, b'{"k":"\xc3\xa9"}')
+
+    async def test_octets_come_back_as_they_were(self, store: EventStore, stream: str) -> None:
+        sent = EventData("Bin", bytes(range(256)), b"\x01\x00\xff", content_type=OCTETS)
+        odd = EventData("Odd", b"<x/>", content_type="text/xml")
+        await store.append(stream, [sent, odd], expected=NO_STREAM)
+        [found, other] = [found async for found in store.read_stream(stream)]
+        assert (found.data, found.metadata, found.content_type) == (sent.data, sent.metadata, OCTETS)
+        assert (other.data, other.content_type) == (b"<x/>", OCTETS)
+
+    async def test_data_marked_json_is_not_looked_at(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, [EventData("Happened", b"{nope"), EventData("Happened", b"", b"")])
+        got = [(found.data, found.metadata, found.is_json) async for found in store.read_stream(stream)]
+        assert got == [(b"{nope", b"", True), (b"", b"", True)]
+
+    async def test_an_event_keeps_its_id_and_gets_the_time(self, store: EventStore, stream: str) -> None:
+        sent = event()
+        await store.append(stream, [sent])
+        [found] = [found async for found in store.read_stream(stream)]
+        assert found.id == sent.id
+        assert abs(found.recorded_at - datetime.now(UTC)) < timedelta(days=1)
+        assert isinstance(found.is_json, bool)
+
+    # ---- append: idempotency
+
+    @pytest.mark.parametrize("expected", [NO_STREAM, ANY], ids=["no_stream", "any"])
+    async def test_the_same_ids_again_answer_as_before_and_write_nothing(
+        self, store: EventStore, stream: str, expected: Expected
+    ) -> None:
+        batch = events(0, 1, 2)
+        first = await store.append(stream, batch, expected=NO_STREAM)
+        assert await store.append(stream, batch, expected=expected) == first
+        assert await read(store, stream) == [(0, 0), (1, 1), (2, 2)]
+
+    async def test_stream_exists_is_idempotent_with_the_same_ids(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        batch = events(1, 2)
+        first = await store.append(stream, batch, expected=STREAM_EXISTS)
+        assert await store.append(stream, batch, expected=STREAM_EXISTS) == first
+        assert await read(store, stream) == [(0, 0), (1, 1), (2, 2)]
+
+    async def test_the_first_part_of_a_batch_again_answers_with_its_last_event(
+        self, store: EventStore, stream: str
+    ) -> None:
+        batch = events(0, 1, 2, 3)
+        await store.append(stream, batch, expected=NO_STREAM)
+        positions = [found.position async for found in store.read_stream(stream)]
+        for expected in (NO_STREAM, ANY):
+            assert await store.append(stream, batch[:2], expected=expected) == (1, positions[1])
+        assert len(await read(store, stream)) == 4
+
+    async def test_a_batch_that_runs_past_what_was_written_is_refused(self, store: EventStore, stream: str) -> None:
+        batch = events(0, 1, 2, 3)
+        await store.append(stream, batch[:2], expected=NO_STREAM)
+        await self.refused(store, stream, batch, NO_STREAM, 1)
+        await self.refused(store, stream, batch, ANY, 1)
+        assert len(await read(store, stream)) == 2
+
+    async def test_a_piece_of_the_stream_again_at_its_version_is_idempotent(
+        self, store: EventStore, stream: str
+    ) -> None:
+        batch = events(0, 1, 2, 3)
+        last = await store.append(stream, batch, expected=NO_STREAM)
+        assert (await store.append(stream, batch[1:3], expected=0)).version == 2
+        await self.refused(store, stream, [batch[2], batch[1]], 0, 3)
+        await self.refused(store, stream, batch[2:], 0, 3)
+        assert await store.append(stream, batch[2:], expected=1) == last
+        assert len(await read(store, stream)) == 4
+
+    async def test_with_any_a_new_first_id_writes_the_whole_batch(self, store: EventStore, stream: str) -> None:
+        known, new = event(1), event(2)
+        await store.append(stream, [known], expected=NO_STREAM)
+        assert (await store.append(stream, [new, known], expected=ANY)).version == 2
+        assert await read(store, stream) == [(0, 1), (1, 2), (2, 1)]
+
+    async def test_at_the_last_version_ids_are_not_looked_at(self, store: EventStore, stream: str) -> None:
+        again = event(1)
+        await store.append(stream, [again], expected=NO_STREAM)
+        assert (await store.append(stream, [again], expected=0)).version == 1
+        assert await read(store, stream) == [(0, 1), (1, 1)]
+
+    async def test_the_same_id_in_another_stream_is_another_event(self, store: EventStore, stream: str) -> None:
+        shared = event(1)
+        await store.append(f"{stream}-a", [shared], expected=NO_STREAM)
+        await store.append(f"{stream}-b", [shared], expected=ANY)
+        assert await read(store, f"{stream}-b") == [(0, 1)]
+
+    async def test_repetitions_that_are_under_way_together_write_once(self, store: EventStore, stream: str) -> None:
+        batch = events(0, 1)
+        for expected in (ANY, NO_STREAM):
+            name = f"{stream}-{expected.name}"
+            answers = await asyncio.gather(*(store.append(name, batch, expected=expected) for _ in range(8)))
+            assert len(set(answers)) == 1
+            assert await read(store, name) == [(0, 0), (1, 1)]
+
+    # ---- reading a stream
+
+    async def test_reading_a_missing_stream_raises_stream_not_found(self, store: EventStore, stream: str) -> None:
+        for backwards in (False, True):
+            with pytest.raises(StreamNotFound) as missing:
+                await read(store, stream, backwards=backwards)
+            assert missing.value.stream == stream
+
+    async def test_reading_begins_at_a_version_inclusive(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        assert await read(store, stream, start=3) == [(3, 3), (4, 4)]
+        assert await read(store, stream, start=5) == []
+        assert await read(store, stream, start=99) == []
+
+    async def test_reading_backwards_begins_at_the_end_or_a_version_inclusive(
+        self, store: EventStore, stream: str
+    ) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        whole = [(n, n) for n in (4, 3, 2, 1, 0)]
+        assert await read(store, stream, backwards=True) == whole
+        assert await read(store, stream, backwards=True, start=2) == whole[2:]
+        assert await read(store, stream, backwards=True, start=99) == whole
+
+    async def test_a_read_ends_at_its_limit(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        assert await read(store, stream, limit=2) == [(0, 0), (1, 1)]
+        assert await read(store, stream, limit=2, backwards=True) == [(4, 4), (3, 3)]
+        assert await read(store, stream, limit=0) == []
+
+    async def test_a_long_stream_is_read_whole_in_both_directions(self, store: EventStore, stream: str) -> None:
+        for begin in range(0, 2_000, 500):
+            await store.append(stream, events(*range(begin, begin + 500)))
+        assert await read(store, stream) == [(n, n) for n in range(2_000)]
+        assert await read(store, stream, backwards=True) == [(n, n) for n in reversed(range(2_000))]
+
+    # ---- reading the log
+
+    async def test_reading_all_is_in_position_order_across_streams(self, store: EventStore, stream: str) -> None:
+        for n in range(6):
+            await store.append(f"{stream}-{n % 2}", [event(n)])
+        found = [found async for found in store.read_all(filter=Filter(stream_prefixes=(stream,)))]
+        assert numbers(found) == list(range(6))
+        assert [item.version for item in found] == [0, 0, 1, 1, 2, 2]
+        positions = [item.position for item in found]
+        assert positions == sorted(set(positions))
+
+    async def test_reading_all_begins_behind_a_position(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        at = [found.position async for found in store.read_stream(stream)][2]
+        own = Filter(stream_prefixes=(stream,))
+        assert numbers([found async for found in store.read_all(after=at, filter=own)]) == [3, 4]
+        assert numbers([found async for found in store.read_all(after=at, filter=own, backwards=True)]) == [4, 3]
+        assert numbers([found async for found in store.read_all(after=at, filter=own, limit=1)]) == [3]
+        assert numbers([found async for found in store.read_all(after=at, filter=own, limit=1, backwards=True)]) == [4]
+
+    async def test_reading_all_behind_the_last_position_is_empty(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        async for found in store.read_all(after=await store.head()):
+            assert not found.stream.startswith(stream)
+
+    async def test_a_filter_by_type_takes_whole_names(self, store: EventStore, stream: str) -> None:
+        kind = f"T{stream[-12:]}"
+        await store.append(stream, [event(1, kind), event(2, kind + "Other"), event(3), event(4, kind)])
+        found = [found async for found in store.read_all(filter=Filter(types=(kind, "Never")))]
+        assert numbers(found) == [1, 4]
+
+    async def test_the_conditions_of_a_filter_hold_together(self, store: EventStore, stream: str) -> None:
+        await store.append(f"{stream}-a", [event(1, "A"), event(2, "B")])
+        await store.append(f"{stream}-b", [event(3, "A")])
+        await store.append(f"{stream}-bb", [event(4, "A")])
+
+        async def through(**conditions: tuple[str, ...]) -> list[int]:
+            return numbers([found async for found in store.read_all(filter=Filter(**conditions))])
+
+        assert await through(stream_prefixes=(f"{stream}-a", f"{stream}-b")) == [1, 2, 3, 4]
+        assert await through(stream_prefixes=(f"{stream}-",), types=("A",)) == [1, 3, 4]
+        assert await through(stream_prefixes=(stream,), exclude_stream_prefixes=(f"{stream}-b",)) == [1, 2]
+        assert await through(stream_prefixes=(stream,), exclude_stream_prefixes=("$", f"{stream}-bb")) == [1, 2, 3]
+
+    async def test_a_prefix_is_a_text_not_a_pattern(self, store: EventStore, stream: str) -> None:
+        for n, name in enumerate((f"{stream}.x", f"{stream}ax", f"{stream}%x", f"{stream}_x", f"{stream}*[x")):
+            await store.append(name, [event(n)])
+        for n, prefix in enumerate((".", "a", "%", "_", "*[")):
+            own = Filter(stream_prefixes=(stream + prefix,))
+            assert numbers([found async for found in store.read_all(filter=own)]) == [n]
+
+    async def test_the_head_is_the_position_of_the_last_event(self, store: EventStore, stream: str) -> None:
+        appended = await store.append(stream, events(0))
+        assert await store.head() >= appended.position
+        later = await store.append(stream, events(1))
+        assert await store.head() >= later.position > appended.position
+
+    async def test_what_was_acknowledged_can_be_read_at_once(self, store: EventStore, stream: str) -> None:
+        for n in range(20):
+            await store.append(stream, [event(n)])
+            assert await read(store, stream, backwards=True, limit=1) == [(n, n)]
+
+    async def test_the_log_has_one_identity_that_is_in_it(self, store: EventStore) -> None:
+        identity = await store.log_id()
+        assert await store.log_id() == identity
+        [first] = [found async for found in store.read_stream("tidings_log", limit=1)]
+        assert first.version == 0
+        assert str(identity) in first.data.decode()
+
+    # ---- metadata and retention
+
+    async def test_a_stream_without_metadata_has_none_at_version_minus_1(self, store: EventStore, stream: str) -> None:
+        assert await store.get_metadata(stream) == ({}, -1)
+
+    async def test_metadata_is_replaced_and_versioned(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        assert (await store.set_metadata(stream, {"k": 1, "é": "✓"})).version == 0
+        assert await store.get_metadata(stream) == ({"k": 1, "é": "✓"}, 0)
+        assert (await store.set_metadata(stream, {"k": 2}, expected=0)).version == 1
+        assert await store.get_metadata(stream) == ({"k": 2}, 1)
+        with pytest.raises(WrongExpectedVersion):
+            await store.set_metadata(stream, {"k": 3}, expected=0)
+        assert await store.get_metadata(stream) == ({"k": 2}, 1)
+
+    async def test_a_stream_with_metadata_alone_exists_for_appends_but_not_for_reads(
+        self, store: EventStore, stream: str
+    ) -> None:
+        await store.set_metadata(stream, {"k": 1})
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+        assert (await store.append(stream, events(0), expected=STREAM_EXISTS)).version == 0
+        assert await read(store, stream) == [(0, 0)]
+
+    async def test_a_metadata_stream_shows_its_last_event_only(self, store: EventStore, stream: str) -> None:
+        await store.set_metadata(stream, {"n": 1})
+        await store.set_metadata(stream, {"n": 2})
+        [found] = [found async for found in store.read_stream(f"$${stream}")]
+        assert (found.version, found.type, json.loads(found.data)) == (1, "$metadata", {"n": 2})
+
+    async def test_max_count_shows_the_last_events(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.set_metadata(stream, {"$maxCount": 2})
+        assert await read(store, stream) == [(3, 3), (4, 4)]
+        assert await read(store, stream, start=0, limit=1) == [(3, 3)]
+        assert await read(store, stream, backwards=True) == [(4, 4), (3, 3)]
+        assert (await store.append(stream, events(5), expected=4)).version == 5
+        assert await read(store, stream) == [(4, 4), (5, 5)]
+
+    async def test_truncate_before_hides_what_is_below(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.set_metadata(stream, {"$tb": 3})
+        assert await read(store, stream) == [(3, 3), (4, 4)]
+        assert await read(store, stream, backwards=True) == [(4, 4), (3, 3)]
+        await store.append(stream, events(7), expected=4)
+        assert await read(store, stream) == [(3, 3), (4, 4), (5, 7)]
+
+    async def test_a_stream_truncated_beyond_its_end_is_empty_but_exists(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.set_metadata(stream, {"$tb": 50})
+        assert await read(store, stream) == []
+        await store.append(stream, events(7), expected=4)
+        await self.refused(store, stream, events(8), NO_STREAM, 5)
+        assert await read(store, stream) == []
+
+    async def test_max_age_hides_older_events(
+        self, store: EventStore, stream: str, advance: Callable[[float], None]
+    ) -> None:
+        await store.append(stream, events(0, 1))
+        await store.set_metadata(stream, {"$maxAge": 1})
+        advance(2.2)
+
+        async def hidden() -> bool:
+            return await read(store, stream) == []
+
+        await eventually(hidden)
+        await store.append(stream, events(9))
+        assert (await store.append(stream, [], expected=2)).version == 2
+        # Not seen where the test itself was held up for a second and the clock is real.
+        assert await read(store, stream) in ([(2, 9)], [])
+
+    async def test_truncation_hides_nothing_of_the_log(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.set_metadata(stream, {"$maxCount": 1, "$tb": 2})
+        own = Filter(stream_prefixes=(stream,))
+        assert numbers([found async for found in store.read_all(filter=own)]) == [0, 1, 2, 3, 4]
+
+    # ---- soft delete
+
+    async def test_a_deleted_stream_is_not_found_and_continues_its_versions(
+        self, store: EventStore, stream: str
+    ) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.delete(stream, expected=4)
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+        assert (await store.append(stream, events(9), expected=NO_STREAM)).version == 5
+        assert await read(store, stream) == [(5, 9)]
+
+    @pytest.mark.parametrize("expected", [ANY, NO_STREAM, 1], ids=["any", "no_stream", "last_version"])
+    async def test_writing_after_a_delete_truncates_before_the_new_events(
+        self, store: EventStore, stream: str, expected: Expected
+    ) -> None:
+        await store.append(stream, events(0, 1))
+        await store.delete(stream)
+        assert (await store.get_metadata(stream)).values == {"$tb": SOFT}
+        assert (await store.append(stream, events(8, 9), expected=expected)).version == 3
+        assert await read(store, stream) == [(2, 8), (3, 9)]
+        assert await store.get_metadata(stream) == ({"$tb": 2}, 1)
+
+    async def test_after_a_delete_other_versions_and_stream_exists_are_refused(
+        self, store: EventStore, stream: str
+    ) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.delete(stream)
+        await self.refused(store, stream, events(9), 2, 4)
+        with pytest.raises(StreamDeleted) as deleted:
+            await store.append(stream, events(9), expected=STREAM_EXISTS)
+        assert not deleted.value.tombstoned
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+
+    async def test_repeating_an_append_after_a_delete_does_not_bring_it_back(
+        self, store: EventStore, stream: str
+    ) -> None:
+        batch = events(0, 1)
+        await store.append(stream, batch, expected=NO_STREAM)
+        await store.delete(stream)
+        assert (await store.append(stream, batch, expected=NO_STREAM)).version == 1
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+
+    async def test_setting_metadata_of_a_deleted_stream_makes_it_exist_and_empty(
+        self, store: EventStore, stream: str
+    ) -> None:
+        await store.append(stream, events(0, 1))
+        await store.delete(stream)
+        await store.set_metadata(stream, {"k": 1})
+        assert await store.get_metadata(stream) == ({"k": 1, "$tb": 2}, 2)
+        assert await read(store, stream) == []
+        assert (await store.append(stream, events(2), expected=STREAM_EXISTS)).version == 2
+        assert await read(store, stream) == [(2, 2)]
+
+    async def test_a_delete_replaces_the_metadata(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        await store.set_metadata(stream, {"k": 1})
+        await store.delete(stream)
+        assert await store.get_metadata(stream) == ({"$tb": SOFT}, 1)
+
+    async def test_a_delete_with_a_wrong_version_or_of_nothing_is_refused(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        with pytest.raises(WrongExpectedVersion) as wrong:
+            await store.delete(stream, expected=1)
+        assert wrong.value.actual == 4
+        for expected in (1, ANY, STREAM_EXISTS):
+            with pytest.raises(WrongExpectedVersion) as missing:
+                await store.delete(f"{stream}-none", expected=expected)
+            assert missing.value.actual == -1
+        assert len(await read(store, stream)) == 5
+
+    async def test_a_delete_may_be_repeated(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        for expected in (ANY, ANY, 4):
+            await store.delete(stream, expected=expected)
+        with pytest.raises(StreamNotFound):
+            await read(store, stream)
+
+    async def test_a_delete_is_an_event_of_the_log_and_hides_none(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        await store.delete(stream)
+        await store.append(stream, events(5))
+        own = Filter(stream_prefixes=(stream, f"$${stream}"))
+        shown = [(e.stream, e.version, e.type) async for e in store.read_all(filter=own)]
+        meta = f"$${stream}"
+        assert shown == [
+            (stream, 0, "Happened"),
+            (meta, 0, "$metadata"),
+            (stream, 1, "Happened"),
+            (meta, 1, "$metadata"),
+        ]
+
+    # ---- tombstone
+
+    async def test_a_tombstoned_stream_refuses_every_use(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.tombstone(stream, expected=4)
+        uses: list[Callable[[], Awaitable[object]]] = [
+            lambda: read(store, stream),
+            lambda: read(store, stream, backwards=True),
+            lambda: store.append(stream, events(9), expected=ANY),
+            lambda: store.append(stream, events(9), expected=NO_STREAM),
+            lambda: store.append(stream, events(9), expected=4),
+            lambda: store.append(stream, [], expected=ANY),
+            lambda: store.delete(stream),
+            lambda: store.tombstone(stream),
+            lambda: store.get_metadata(stream),
+            lambda: store.set_metadata(stream, {"k": 1}),
+            lambda: read(store, f"$${stream}"),
+            lambda: take(store.subscribe_stream(stream), many(1)),
+        ]
+        for use in uses:
+            with pytest.raises(StreamDeleted) as deleted:
+                await use()
+            assert deleted.value.tombstoned
+
+    async def test_a_missing_stream_can_be_tombstoned(self, store: EventStore, stream: str) -> None:
+        await store.tombstone(f"{stream}-a", expected=ANY)
+        await store.tombstone(f"{stream}-b", expected=NO_STREAM)
+        for expected in (3, STREAM_EXISTS):
+            with pytest.raises(WrongExpectedVersion) as wrong:
+                await store.tombstone(f"{stream}-c", expected=expected)
+            assert wrong.value.actual == -1
+        for name in ("a", "b"):
+            with pytest.raises(StreamDeleted):
+                await read(store, f"{stream}-{name}")
+
+    async def test_a_tombstone_is_an_event_of_the_log_and_hides_none(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        await store.tombstone(stream)
+        found = [found async for found in store.read_all(filter=Filter(stream_prefixes=(stream,)))]
+        assert [(item.version, item.type) for item in found] == [(0, "Happened"), (SOFT, "$streamDeleted")]
+        assert found[1].position > found[0].position
+
+    # ---- catch-up subscriptions to a stream
+
+    async def test_a_stream_subscription_reads_history_then_goes_live(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1))
+        async with closing(store.subscribe_stream(stream)) as subscription:
+            history = await take(subscription, caught_up)
+            assert numbers(history) == [0, 1]
+            assert isinstance(history[-1], CaughtUp)
+            await store.append(stream, events(9))
+            await store.append(f"{stream}-other", events(8))
+            await store.append(stream, events(10))
+            assert numbers(await take(subscription, many(2))) == [9, 10]
+
+    async def test_a_stream_subscription_begins_behind_a_version(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        async with closing(store.subscribe_stream(stream, after_version=2)) as subscription:
+            assert numbers(await take(subscription, caught_up)) == [3, 4]
+        async with closing(store.subscribe_stream(stream, after_version=4)) as subscription:
+            assert numbers(await take(subscription, caught_up)) == []
+            await store.append(stream, events(5))
+            assert numbers(await take(subscription, many(1))) == [5]
+
+    async def test_a_missing_stream_is_waited_for(self, store: EventStore, stream: str) -> None:
+        async with closing(store.subscribe_stream(stream)) as subscription:
+            assert numbers(await take(subscription, caught_up)) == []
+            await store.append(stream, events(1), expected=NO_STREAM)
+            assert numbers(await take(subscription, many(1))) == [1]
+
+    async def test_a_deleted_stream_is_waited_for(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1))
+        await store.delete(stream)
+        async with closing(store.subscribe_stream(stream)) as subscription:
+            assert numbers(await take(subscription, caught_up)) == []
+            await store.append(stream, events(2))
+            assert numbers(await take(subscription, many(1))) == [2]
+
+    async def test_a_subscription_survives_the_delete_of_its_stream(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        async with closing(store.subscribe_stream(stream)) as subscription:
+            await take(subscription, caught_up)
+            await store.delete(stream)
+            await store.append(stream, events(8))
+            [found] = [e for e in await take(subscription, many(1)) if isinstance(e, RecordedEvent)]
+            assert (found.version, number(found)) == (1, 8)
+
+    async def test_a_tombstone_is_delivered_and_ends_the_subscription(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        async with closing(store.subscribe_stream(stream)) as subscription:
+            await take(subscription, caught_up)
+            await store.tombstone(stream)
+            [last] = [e for e in await take(subscription, many(1)) if isinstance(e, RecordedEvent)]
+            assert (last.version, last.type) == (SOFT, "$streamDeleted")
+            with pytest.raises(StreamDeleted):
+                await take(subscription, many(1))
+
+    async def test_a_stream_subscription_begins_with_what_may_be_read(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        await store.set_metadata(stream, {"$maxCount": 2})
+        async with closing(store.subscribe_stream(stream)) as subscription:
+            assert numbers(await take(subscription, caught_up)) == [3, 4]
+
+    # ---- catch-up subscriptions to the log
+
+    async def test_a_log_subscription_begins_behind_a_position(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1, 2, 3, 4))
+        at = [found.position async for found in store.read_stream(stream)][2]
+        own = Filter(stream_prefixes=(stream,))
+        async with closing(store.subscribe_all(after=at, filter=own)) as subscription:
+            assert numbers(await take(subscription, many(2))) == [3, 4]
+
+    async def test_a_log_subscription_says_when_it_has_caught_up(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0, 1))
+        first = (await store.append(stream, events(2))).position
+        async with closing(store.subscribe_all(after=first - 1, filter=Filter(stream_prefixes=(stream,)))) as source:
+            history = await take(source, caught_up)
+            assert numbers(history) == [2]
+            assert isinstance(history[-1], CaughtUp)
+            assert history[-1].position >= first
+            await store.append(stream, events(9))
+            assert numbers(await take(source, many(1))) == [9]
+
+    async def test_a_log_subscription_without_a_filter_shows_everything(self, store: EventStore, stream: str) -> None:
+        first = (await store.append(stream, events(0))).position
+        await store.set_metadata(stream, {"k": 1})
+        async with closing(store.subscribe_all(after=first - 1)) as source:
+            got = await take(source, caught_up)
+            names = [item.stream for item in got if isinstance(item, RecordedEvent) and stream in item.stream]
+            assert names == [stream, f"$${stream}"]
+
+    async def test_checkpoints_move_where_nothing_matches_and_never_beyond_the_log(
+        self, store: EventStore, stream: str
+    ) -> None:
+        first = (await store.append(stream, events(0))).position
+        last = (await store.append(stream, events(*range(1, 1_000)))).position
+        nothing = Filter(stream_prefixes=(f"never-{stream}",))
+        async with closing(store.subscribe_all(after=first - 1, filter=nothing)) as source:
+            got = await take(source, caught_up)
+            head = await store.head()
+        checkpoints = [item.position for item in got if isinstance(item, Checkpoint)]
+        assert checkpoints == sorted(set(checkpoints))
+        assert last <= checkpoints[-1] <= head
+        assert not numbers(got)
+
+    async def test_no_gap_and_no_repetition_where_history_meets_live(self, store: EventStore, stream: str) -> None:
+        total, writers = 400, 4
+
+        async def write(writer: int) -> None:
+            for n in range(writer, total, writers):
+                await store.append(f"{stream}-{writer}", [event(n)])
+
+        async def follow(own: Filter) -> list[RecordedEvent]:
+            async with closing(store.subscribe_all(after=before, filter=own)) as source:
+                return [item for item in await take(source, many(total)) if isinstance(item, RecordedEvent)]
+
+        async def follow_stream(writer: int) -> list[int]:
+            async with closing(store.subscribe_stream(f"{stream}-{writer}")) as source:
+                return numbers(await take(source, many(total // writers)))
+
+        before = await store.head()
+        async with asyncio.TaskGroup() as tasks:
+            followers = []
+            for writer in range(writers):
+                tasks.create_task(write(writer))
+            # Each begins at another moment of the writing.
+            for _ in range(8):
+                followers.append(tasks.create_task(follow(Filter(stream_prefixes=(stream,)))))
+                await asyncio.sleep(0)
+            streams = [tasks.create_task(follow_stream(writer)) for writer in range(writers)]
+        for follower in followers:
+            positions = [item.position for item in follower.result()]
+            assert positions == sorted(set(positions))
+            assert sorted(numbers(list(follower.result()))) == list(range(total))
+        for writer, follower_of_stream in enumerate(streams):
+            assert follower_of_stream.result() == list(range(writer, total, writers))
+
+    async def test_checkpoint_or_event_a_position_resumes_without_loss(self, store: EventStore, stream: str) -> None:
+        before, own = await store.head(), Filter(stream_prefixes=(stream,))
+        seen: list[int] = []
+        position = before
+        for n in range(0, 30, 3):
+            await store.append(stream, events(n, n + 1, n + 2))
+            await store.append(f"other-{stream}", events(99))
+            async with closing(store.subscribe_all(after=position, filter=own)) as source:
+                for item in await take(source, caught_up if n % 2 else many(1)):
+                    seen += numbers([item])
+                    position = max(position, item.position)
+        async with closing(store.subscribe_all(after=position, filter=own)) as source:
+            seen += numbers(await take(source, caught_up))
+        assert seen == list(range(30))
+
+    # ---- closing and coming back
+
+    async def test_a_closed_store_says_so(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        await store.close()
+        await store.close()
+        for use in (lambda: store.append(stream, events(1)), lambda: read(store, stream), lambda: store.head()):
+            with pytest.raises(StoreUnavailable, match="closed"):
+                await use()
+
+    async def test_closing_ends_subscriptions_with_an_error(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        caught = asyncio.Event()
+
+        async def follow() -> None:
+            async for item in store.subscribe_all():
+                if isinstance(item, CaughtUp):
+                    caught.set()
+
+        following = asyncio.ensure_future(follow())
+        async with asyncio.timeout(PATIENCE):
+            await caught.wait()
+            await store.close()
+            with pytest.raises(StoreUnavailable):
+                await following
+
+    async def test_what_was_acknowledged_is_there_after_reopening(
+        self, store: EventStore, stream: str, reopen: Reopen | None
+    ) -> None:
+        if reopen is None:
+            pytest.skip("this adapter cannot reopen")
+        identity, batch = await store.log_id(), events(0, 1, 2)
+        first = await store.append(stream, batch, expected=NO_STREAM)
+        tail = events(3)
+        second = await store.append(stream, tail, expected=2)
+        await store.set_metadata(stream, {"k": 1})
+        await store.close()
+        async with reopen() as again:
+            assert await again.log_id() == identity
+            assert await read(again, stream) == [(n, n) for n in range(4)]
+            assert await again.get_metadata(stream) == ({"k": 1}, 0)
+            # NO_STREAM and explicit versions are idempotent for ever.
+            assert await again.append(stream, batch, expected=NO_STREAM) == first
+            assert await again.append(stream, tail, expected=2) == second
+            assert (await again.append(stream, events(4), expected=3)).position > second.position

@@ -1,0 +1,303 @@
+"""The RabbitMQ adapter meets what a broker, its operator and foreign publishers can do to it (no broker is harmed)."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiormq
+import pytest
+from aiormq import spec
+from pamqp import frame
+from structlog.testing import capture_logs
+
+from tidings.buses import Subscription
+from tidings.buses.rabbitmq import open_rabbitmq
+from tidings.buses.rabbitmq_topology import EXCHANGE, QUEUE_BYTES
+from tidings.errors import BusUnavailable, MalformedMessage, PublishRejected, TopologyMismatch
+from tidings.message import Message, decode
+from tidings.settings import open_bus
+from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
+
+SERVICE = Subscription("inventory")
+NEEDED = {
+    "x-queue-type": "quorum",
+    "x-single-active-consumer": True,
+    "x-overflow": "drop-head",
+    "x-max-length-bytes": QUEUE_BYTES,
+}
+
+
+@asynccontextmanager
+async def another_client(url: str) -> AsyncIterator[aiormq.abc.AbstractChannel]:
+    connection = await aiormq.connect(url)
+    try:
+        yield await connection.channel()
+    finally:
+        await connection.close()
+
+
+def with_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", f":{password}@")
+
+
+# ---- connecting --------------------------------------------------------------------------
+
+
+async def test_a_wrong_password_says_whom_was_refused_and_never_the_password(amqp_url: str) -> None:
+    async with open_bus(with_password(amqp_url, "wr0ng")) as bus:
+        with pytest.raises(BusUnavailable, match=r"403 ACCESS_REFUSED.*Check user and password") as raised:
+            await bus.provision()
+    assert "wr0ng" not in f"{raised.value} {raised.value.__cause__}"
+
+
+async def test_an_unknown_vhost_says_how_to_make_it(amqp_url: str) -> None:
+    async with open_bus(f"{amqp_url}-nope") as bus:
+        with pytest.raises(BusUnavailable, match=r"vhost .*-nope.* not found.*add_vhost"):
+            await bus.provision()
+
+
+async def test_a_refused_connection_says_where(amqp_url: str) -> None:
+    async with open_bus("amqp://127.0.0.1:1/") as bus:
+        with pytest.raises(BusUnavailable, match=r"127\.0\.0\.1:1"):
+            async with bus.publisher():
+                pass
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x00\x01\x00\x00", b"", b"\x01" * 64])
+async def test_what_is_no_rabbitmq_is_unavailable(greeting: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(8)
+        writer.write(greeting)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_bus(f"amqp://127.0.0.1:{port}/") as bus, asyncio.timeout(PATIENCE):
+            with pytest.raises(BusUnavailable):
+                await bus.provision()
+
+
+async def test_a_network_that_delivers_single_bytes_changes_nothing(amqp_url: str) -> None:
+    """A proxy that hands every byte on alone, in both directions."""
+    target = urlsplit(amqp_url)
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(4096):
+                for at in range(len(data)):
+                    sink.write(data[at : at + 1])
+                    await sink.drain()
+        except ConnectionError:
+            pass
+        finally:
+            sink.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, here = await asyncio.open_connection(target.hostname, target.port)
+        await asyncio.gather(pump(reader, here), pump(there, writer))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_bus(amqp_url.replace(f":{target.port}/", f":{port}/")) as bus:
+            await bus.provision(SERVICE)
+            messages = events(20)
+            async with bus.publisher(lock="main") as publisher:
+                await send_all(publisher, messages)
+            async with bus.consume(SERVICE) as consumer:
+                assert [delivery.message for delivery in await take(consumer, 20)] == messages
+
+
+async def test_a_hundred_reconnects_leave_nothing_behind(amqp_url: str) -> None:
+    async with open_bus(amqp_url) as bus:
+        await bus.provision(SERVICE)
+        tasks, files = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+        for number in range(1, 101):
+            async with bus.publisher(lock="main") as publisher, bus.consume(SERVICE) as consumer:
+                await publisher.send(message := event(number))
+                delivery = (await take(consumer, 1))[0]
+                assert delivery.message == message
+                consumer.settle_through(delivery.tag)
+        assert len(asyncio.all_tasks()) == tasks
+        assert len(os.listdir("/proc/self/fd")) == files
+        async with another_client(amqp_url) as channel:
+            declared = await channel.queue_declare(SERVICE.queue, passive=True)
+        assert (declared.consumer_count, declared.message_count) == (0, 0)
+
+
+# ---- topology ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"x-queue-type": "classic"}, r"x-queue-type is classic, but must be quorum"),
+        ({"x-single-active-consumer": None}, r"x-single-active-consumer is none, but must be true"),
+        ({"x-overflow": "reject-publish"}, r"x-overflow is reject-publish, but must be drop-head"),
+    ],
+)
+async def test_a_queue_that_differs_is_named_with_what_to_do(
+    amqp_url: str, changed: dict[str, Any], named: str
+) -> None:
+    arguments = {name: value for name, value in (NEEDED | changed).items() if value is not None}
+    async with another_client(amqp_url) as channel:
+        await channel.queue_declare(SERVICE.queue, durable=True, arguments=arguments)
+    async with open_bus(amqp_url) as bus:
+        with pytest.raises(TopologyMismatch, match=named) as raised:
+            await bus.provision(SERVICE)
+    assert f"rabbitmqctl delete_queue {SERVICE.queue} --vhost" in str(raised.value)
+
+
+async def test_an_exchange_that_differs_is_named(amqp_url: str) -> None:
+    async with another_client(amqp_url) as channel:
+        await channel.exchange_declare(EXCHANGE, exchange_type="topic", durable=True)
+    async with open_bus(amqp_url) as bus:
+        with pytest.raises(
+            TopologyMismatch, match=r"exchange 'tidings\.events'.* its type is topic, but must be fanout"
+        ):
+            await bus.provision()
+
+
+async def test_a_queue_that_somebody_holds_for_himself_is_named(amqp_url: str) -> None:
+    async with another_client(amqp_url) as channel, open_bus(amqp_url) as bus:
+        await channel.queue_declare(SERVICE.queue, exclusive=True)
+        with pytest.raises(TopologyMismatch, match="exclusive"):
+            await bus.provision(SERVICE)
+
+
+async def test_a_lock_whose_queue_is_none_is_named(amqp_url: str) -> None:
+    async with another_client(amqp_url) as channel, open_bus(amqp_url) as bus:
+        await channel.queue_declare("tidings.relay.main", durable=True)
+        with pytest.raises(TopologyMismatch, match="is no lock"):
+            async with bus.publisher(lock="main"):
+                pass
+
+
+@pytest.mark.parametrize(("limit", "found"), [(2_000, "2000"), (None, "none")])
+async def test_another_length_limit_is_accepted_with_a_warning(amqp_url: str, limit: int | None, found: str) -> None:
+    arguments = {name: value for name, value in (NEEDED | {"x-max-length-bytes": limit}).items() if value is not None}
+    async with another_client(amqp_url) as channel:
+        await channel.queue_declare(SERVICE.queue, durable=True, arguments=arguments)
+    async with open_bus(amqp_url) as bus:
+        with capture_logs() as logs:
+            await bus.provision(SERVICE)
+        assert [(line["event"], line["found"]) for line in logs] == [("bus.queue_limit_differs", found)]
+        messages = [event(number, data=b"x" * 900) for number in range(1, 6)]
+        async with bus.publisher() as publisher:
+            await send_all(publisher, messages, window=1)
+        kept = messages if limit is None else messages[-2:]
+        async with bus.consume(SERVICE) as consumer:
+            assert [delivery.message for delivery in await take(consumer, len(kept))] == kept
+
+
+async def test_a_missing_exchange_says_what_makes_it(amqp_url: str) -> None:
+    async with open_bus(amqp_url) as bus, bus.publisher() as publisher:
+        with pytest.raises(BusUnavailable, match=r"404 .*tidings\.events.*start them again"):
+            await publisher.send(event(1))
+
+
+# ---- messages ----------------------------------------------------------------------------
+
+
+async def test_a_negative_confirm_is_a_rejection(amqp_url: str) -> None:
+    async with open_bus(amqp_url) as bus, another_client(amqp_url) as channel:
+        await bus.provision()
+        await channel.queue_declare("full", arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
+        await channel.queue_bind("full", EXCHANGE)
+        async with bus.publisher() as publisher:
+            await publisher.send(event(1))
+            with pytest.raises(PublishRejected, match="negative confirm"):
+                await publisher.send(event(2))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"tidings-metadata": b"x" * 200_000}, {"n": 2**64}, {"text": "\ud800"}, {"object": object()}],
+    ids=["too long for a frame", "no 64-bit integer", "no unicode", "no AMQP type"],
+)
+async def test_what_amqp_cannot_hold_is_rejected_and_harms_no_other(amqp_url: str, headers: dict[str, Any]) -> None:
+    async with open_bus(amqp_url) as bus:
+        await bus.provision(SERVICE)
+        async with bus.publisher() as publisher, bus.consume(SERVICE) as consumer:
+            with pytest.raises(PublishRejected, match="cannot be written as AMQP"):
+                await publisher.send(Message(body=b"", message_id="odd", type="Odd", headers=headers))
+            await publisher.send(message := event(1))
+            assert (await take(consumer, 1))[0].message == message
+
+
+async def test_foreign_messages_come_through_with_empty_fields(amqp_url: str) -> None:
+    odd: dict[str, Any] = {
+        "when": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
+        "price": Decimal("1.5"),
+        "table": {"a": [1, {"b": None}]},
+        "none": None,
+        "yes": True,
+        "float": 0.5,
+        "tidings-position": [7],
+        "cloudEvents_subject": {"a": 1},
+    }
+    async with open_bus(amqp_url) as bus, another_client(amqp_url) as channel:
+        await bus.provision(SERVICE)
+        await channel.basic_publish(b"bare", exchange=EXCHANGE, properties=spec.Basic.Properties())
+        await channel.basic_publish(
+            b"odd", exchange=EXCHANGE, properties=spec.Basic.Properties(headers=odd, content_type="text/plain")
+        )
+        async with bus.consume(SERVICE) as consumer:
+            bare, foreign = (delivery.message for delivery in await take(consumer, 2))
+    assert (bare.body, bare.type, bare.content_type, bare.headers, bare.bucket) == (b"bare", "", "", {}, None)
+    assert bare.correlation_id is bare.app_id is None
+    assert foreign.headers.keys() == odd.keys()
+    assert {type(value) for value in foreign.headers.values()} == {bytes}
+    assert foreign.headers["tidings-position"] == b"[7]"
+    for message in (bare, foreign):
+        with pytest.raises(MalformedMessage):
+            decode(message)
+
+
+UNREADABLE = {
+    "a type that is no UTF-8": b"\x00\x20" + b"\x02\xff\xfe",
+    "a header name that is no UTF-8": b"\x20\x00" + b"\x00\x00\x00\x05" + b"\x02\xff\xfet\x01",
+    "a year beyond calendars": b"\x00\x40" + b"\x7f" * 8,
+    "a table nested a thousand deep": b"\x20\x00"
+    + b"".join((7 * depth - 1 + 6).to_bytes(4, "big") + b"\x01aF" for depth in range(1_000, 0, -1))
+    + b"\x00\x00\x00\x00",
+}
+
+
+@pytest.mark.parametrize("properties", UNREADABLE.values(), ids=UNREADABLE)
+async def test_a_message_whose_properties_cannot_be_read_does_not_block_its_queue(
+    amqp_url: str, properties: bytes
+) -> None:
+    """Brokers do not check them, and common clients die of them again at each delivery: so they are sent as raw bytes."""
+    body = b"poison"
+    flags, rest = properties[:2], properties[2:]
+    payload = b"\x00\x3c\x00\x00" + len(body).to_bytes(8, "big") + flags + rest
+    bus = await open_rabbitmq(amqp_url)
+    try:
+        await bus.provision(SERVICE)
+        async with bus.publisher() as publisher:
+            (connection,) = bus.connections
+            foreign = await connection.channel()
+            connection.write(
+                frame.marshal(spec.Basic.Publish(exchange=EXCHANGE), 2),
+                b"\x02\x00\x02" + len(payload).to_bytes(4, "big") + payload + b"\xce",
+                b"\x03\x00\x02" + len(body).to_bytes(4, "big") + body + b"\xce",
+            )
+            await foreign.call(spec.Queue.Declare(queue=SERVICE.queue, passive=True), spec.Queue.DeclareOk)
+            await publisher.send(message := event(1))
+        async with bus.consume(SERVICE) as consumer:
+            poison, sound = await take(consumer, 2)
+            assert poison.message == Message(body=body, message_id="", type="", content_type="")
+            assert sound.message == message
+            consumer.settle_through(sound.tag)
+    finally:
+        await bus.close()

@@ -1,0 +1,55 @@
+"""The RabbitMQ URL: what it means, what is refused, and that its password is never shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidings.buses.rabbitmq import RabbitMQBus, open_rabbitmq
+from tidings.errors import BusUnavailable, ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://broker", "broker:5672, vhost '/', user 'guest'"),
+        ("amqp://broker/", "broker:5672, vhost '/', user 'guest'"),
+        ("amqp://me:secret@broker:1/shop", "broker:1, vhost 'shop', user 'me'"),
+        ("amqp://m%40e:se%2Fcret@broker/a%2Fb", "broker:5672, vhost 'a/b', user 'm@e'"),
+        ("amqps://broker/%2F?heartbeat=5", "broker:5671, vhost '/', user 'guest'"),
+        ("AMQP://[::1]:5", "::1:5, vhost '/', user 'guest'"),
+    ],
+)
+async def test_a_url_says_where_and_as_whom(url: str, shown: str) -> None:
+    assert repr(await open_rabbitmq(url)) == f"RabbitMQBus({shown})"
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("amqp://", "cannot be read"),
+        ("amqp://me:se/cret@broker/", "%2F"),
+        ("amqp://me:se#cret@broker/", "%23"),
+        ("amqp://me:se?cret@broker/", "%3F"),
+        ("amqp://me:secret@broker:port/", "cannot be read"),
+        ("amqp://me:secret@broker/a/b", "%2F"),
+        ("amqp://me:secret@broker/?hartbeat=5", "'hartbeat'"),
+        ("amqp://me:secret@broker/?heartbeat=0", "1 to 60"),
+        ("amqp://me:secret@broker/?heartbeat=soon", "1 to 60"),
+        ("amqp://me:secret@broker/?cafile=/ca.pem", "amqps://"),
+        ("amqps://me:secret@broker/?cafile=/no/such/file.pem", "certificates"),
+    ],
+)
+async def test_a_url_that_cannot_work_is_refused_without_showing_it(url: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint) as raised:
+        await open_rabbitmq(url)
+    assert "cret" not in str(raised.value)
+    assert "cret" not in f"{raised.value.__cause__} {raised.value.__context__}"
+
+
+async def test_a_closed_bus_says_so_without_its_password() -> None:
+    bus = await open_rabbitmq("amqp://me:secret@broker/")
+    await bus.close()
+    assert isinstance(bus, RabbitMQBus)
+    with pytest.raises(BusUnavailable, match="closed") as raised:
+        await bus.provision()
+    assert "secret" not in str(raised.value)
