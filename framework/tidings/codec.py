@@ -57,7 +57,7 @@ def encode(
             document["tidingsHandler"] = cause.handler
         if cause.traceparent:
             document["traceparent"] = cause.traceparent
-    key = event.key
+    key = event.partition_key
     if key is not None:
         if not key:
             raise SchemaError(f"event {event.wire_name!r}: its partition key {event.key_field!r} is empty")

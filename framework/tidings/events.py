@@ -84,7 +84,7 @@ class Event(BaseModel):
         cls.upcasters = _upcasters(cls, where)
 
     @property
-    def key(self) -> str | None:
+    def partition_key(self) -> str | None:
         """The partition key that this event's class asks for, None (also where the field is) for the stream's name."""
         value = None if self.key_field is None else getattr(self, self.key_field)
         return None if value is None else str(value)

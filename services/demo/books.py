@@ -23,17 +23,23 @@ from services.shipping.tables import shipments
 from tidings import Runtime, Service
 from tidings.verify import Report
 
-__all__ = ["best_countries", "read_books", "sales_of"]
+__all__ = ["best_countries", "places", "read_books", "sales_of"]
+
+
+async def places(runtime: Runtime) -> tuple[int, int, int]:
+    """Pieces on hand, reserved and shipped."""
+    sums = (func.coalesce(func.sum(stock.c[place]), 0) for place in ("on_hand", "reserved", "shipped"))
+    row = (await _rows(runtime, inventory, select(*sums)))[0]
+    return row[0], row[1], row[2]
 
 
 async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
     """Everything that the invariants need; call it when everything has settled."""
-    places = select(*(func.coalesce(func.sum(stock.c[place]), 0) for place in ("on_hand", "reserved", "shipped")))
-    ((on_hand, reserved, shipped),) = await _rows(runtime, inventory, places)
+    on_hand, reserved, shipped = await places(runtime)
     is_open = payments.c.state == State.AUTHORISED
-    ((held,),) = await _rows(runtime, payment, select(func.coalesce(func.sum(payments.c.pence), 0)).where(is_open))
+    held = await _rows(runtime, payment, select(func.coalesce(func.sum(payments.c.pence), 0)).where(is_open))
     parcels = await _rows(runtime, shipping, select(shipments.c.state, func.count()).group_by(shipments.c.state))
-    ((sold,),) = await _rows(runtime, sales, select(func.coalesce(func.sum(countries.c.pence), 0)))
+    sold = await _rows(runtime, sales, select(func.coalesce(func.sum(countries.c.pence), 0)))
     async with open_sandbox(ledger) as gateway:
         entries = await gateway.ledger()
     moved: dict[str, Decimal] = defaultdict(Decimal)
@@ -43,12 +49,12 @@ async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
         on_hand=on_hand,
         reserved=reserved,
         shipped=shipped,
-        open=pounds(held),
+        open=pounds(held[0][0]),
         ledger=moved,
         operations=len(entries),
         calls=sum(entry.calls for entry in entries),
-        shipments={state: number for state, number in parcels},
-        sales=pounds(sold),
+        shipments={row[0]: row[1] for row in parcels},
+        sales=pounds(sold[0][0]),
         dead=sum(service.dead_count for service in report.services),
         settled=report.ok,
     )
@@ -69,4 +75,5 @@ async def sales_of(runtime: Runtime, country: str) -> tuple[int, Decimal]:
 
 async def _rows(runtime: Runtime, service: Service, query: Select[Any]) -> Sequence[Row[Any]]:
     async with runtime.engine(service).connect() as connection:
-        return (await connection.execute(query)).all()
+        rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+        return rows

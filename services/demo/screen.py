@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from services.demo.tally import Tally
@@ -42,15 +41,14 @@ class Screen:
         """One line, or several, as they are."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
-    def table(self, columns: Iterable[str], rows: Iterable[tuple[str, ...]], right: Iterable[int] = ()) -> None:
-        """Rows under column titles; the columns whose numbers are in `right` are aligned to the right."""
-        to_the_right = frozenset(right)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for number, title in enumerate(columns):
-            table.add_column(title, justify="right" if number in to_the_right else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        self._console.print(table, soft_wrap=True)
+    def table(
+        self, rows: Sequence[tuple[str, ...]], *, titles: tuple[str, ...] = (), right: Sequence[int] = ()
+    ) -> None:
+        """Rows in columns as wide as they need; those whose numbers are in `right` end on one line."""
+        widths = [max(map(len, column)) for column in zip(*([titles] if titles else []), *rows, strict=True)]
+        for row in ([titles] if titles else []) + list(rows):
+            cells = (cell.rjust(n) if i in right else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, widths)))
+            self.line("  ".join(cells).rstrip(), style="dim" if row is titles else "")
 
     @asynccontextmanager
     async def live(self, what: str, total: int, tally: Tally) -> AsyncIterator[None]:
@@ -82,15 +80,18 @@ class Screen:
                 progress.update(bar, completed=_final(tally), states=states(tally), refresh=True)
 
     async def _lines(self, what: str, total: int, tally: Tally) -> None:
+        said = ""
         try:
             while True:
-                self._line(what, total, tally)
+                said = self._news(said, f"{what}: {_final(tally)} of {total} orders done; {states(tally)}")
                 await asyncio.sleep(_LINES_EVERY)
         finally:
-            self._line(what, total, tally)
+            self._news(said, f"{what}: {_final(tally)} of {total} orders done; {states(tally)}")
 
-    def _line(self, what: str, total: int, tally: Tally) -> None:
-        self.line(f"{what}: {_final(tally)} of {total} orders done; {states(tally)}; {tally.events:,} events")
+    def _news(self, said: str, text: str) -> str:
+        if text != said:
+            self.line(text)
+        return text
 
 
 def _final(tally: Tally) -> int:

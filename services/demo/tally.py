@@ -23,8 +23,6 @@ Fold = Callable[["Tally", dict[str, Any]], None]
 class Tally:
     """A fold over all events: call `hear` with each, in log order."""
 
-    position: int = -1
-    """Of the last event heard."""
     events: int = 0
     """Of services; what Tidings writes for itself is not counted."""
     orders: dict[str, str] = field(default_factory=dict)
@@ -50,7 +48,6 @@ class Tally:
 
     def hear(self, event: RecordedEvent) -> None:
         """Count one event."""
-        self.position = event.position
         if event.stream.startswith(("$", "tidings_")):
             return
         self.events += 1

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Final
 
-from sqlalchemy import Update, insert, select, update
+from sqlalchemy import Integer, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.inventory.events import (
@@ -57,7 +58,9 @@ async def take_back(event: ReturnReceived, connection: AsyncConnection) -> None:
 
 async def _book_in(connection: AsyncConnection, sku: str, **more: int) -> None:
     # Update, else insert, cannot collide: both events have the sku as their key, so one runs after the other.
-    if not await _add(connection, sku, more):
+    sums = {place: stock.c[place] + pieces for place, pieces in more.items()}
+    known = await connection.execute(update(stock).where(stock.c.sku == sku).values(sums))
+    if not known.rowcount:
         await connection.execute(insert(stock).values(sku=sku, **more))
 
 
@@ -92,34 +95,39 @@ async def release(event: OrderCancelled, context: Context, connection: AsyncConn
     """Put back what was set aside, if anything was."""
     held = await _end(connection, event.order_id, "released")
     if held:
-        for sku, quantity in held.items():
-            await _add(connection, sku, {"on_hand": quantity, "reserved": -quantity})
+        await connection.execute(PUT_BACK, held)
         _tell(context, event.order_id, StockReleased(order_id=event.order_id), "the order was cancelled")
 
 
 @inventory.on(ShipmentDispatched)
 async def ship(event: ShipmentDispatched, connection: AsyncConnection) -> None:
     """What was set aside has left the house."""
-    for sku, quantity in (await _end(connection, event.order_id, "shipped")).items():
-        await _add(connection, sku, {"reserved": -quantity, "shipped": quantity})
+    held = await _end(connection, event.order_id, "shipped")
+    if held:
+        await connection.execute(SHIP, held)
 
 
-# ---- one statement each --------------------------------------------------------------
+# ---- the statements ------------------------------------------------------------------
+
+_QUANTITY: Final = bindparam("pieces", type_=Integer)
+_THIS: Final = stock.c.sku == bindparam("article")
+
+TAKE: Final = (
+    update(stock)
+    .where(_THIS, stock.c.on_hand >= _QUANTITY)
+    .values(on_hand=stock.c.on_hand - _QUANTITY, reserved=stock.c.reserved + _QUANTITY)
+)
+PUT_BACK: Final = (
+    update(stock).where(_THIS).values(on_hand=stock.c.on_hand + _QUANTITY, reserved=stock.c.reserved - _QUANTITY)
+)
+SHIP: Final = (
+    update(stock).where(_THIS).values(reserved=stock.c.reserved - _QUANTITY, shipped=stock.c.shipped + _QUANTITY)
+)
 
 
 async def _take(connection: AsyncConnection, sku: str, quantity: int) -> bool:
     """Move from on hand to reserved, if there is enough: whatever runs at once, on hand is never below zero."""
-    enough = (stock.c.sku == sku) & (stock.c.on_hand >= quantity)
-    moved = {"on_hand": stock.c.on_hand - quantity, "reserved": stock.c.reserved + quantity}
-    return await _changed(connection, update(stock).where(enough).values(moved))
-
-
-async def _add(connection: AsyncConnection, sku: str, more: Mapping[str, int]) -> bool:
-    """Add to the columns of one article; False when it has no row."""
-    return await _changed(
-        connection,
-        update(stock).where(stock.c.sku == sku).values({name: stock.c[name] + n for name, n in more.items()}),
-    )
+    return (await connection.execute(TAKE, {"article": sku, "pieces": quantity})).rowcount == 1
 
 
 async def _remember(connection: AsyncConnection, order_id: str, wanted: Mapping[str, int]) -> None:
@@ -128,19 +136,14 @@ async def _remember(connection: AsyncConnection, order_id: str, wanted: Mapping[
     await connection.execute(insert(lines), rows)
 
 
-async def _end(connection: AsyncConnection, order_id: str, state: str) -> dict[str, int]:
-    """End a reservation that is still open; what it held, or nothing when there was none."""
+async def _end(connection: AsyncConnection, order_id: str, state: str) -> list[dict[str, object]]:
+    """End a reservation that is still open; what it held, for the statements above, or nothing when there was none."""
     is_open = (reservations.c.order_id == order_id) & (reservations.c.state == "reserved")
-    if not await _changed(connection, update(reservations).where(is_open).values(state=state)):
-        return {}
-    held = await connection.execute(
-        select(lines.c.sku, lines.c.quantity).where(lines.c.order_id == order_id).order_by(lines.c.sku)
-    )
-    return {row.sku: row.quantity for row in held}
-
-
-async def _changed(connection: AsyncConnection, statement: Update) -> bool:
-    return (await connection.execute(statement)).rowcount == 1
+    ended = await connection.execute(update(reservations).where(is_open).values(state=state))
+    if not ended.rowcount:
+        return []
+    held = select(lines.c.sku, lines.c.quantity).where(lines.c.order_id == order_id).order_by(lines.c.sku)
+    return [{"article": row.sku, "pieces": row.quantity} for row in await connection.execute(held)]
 
 
 # ---- words ---------------------------------------------------------------------------

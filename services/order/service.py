@@ -27,34 +27,45 @@ repository = orders.repository(Order)
 @orders.on(StockReserved)
 async def note_reserved(event: StockReserved, context: Context) -> None:
     """Half of what a confirmation needs."""
-    await context.change(repository, event.order_id, Order.note_reserved)
+    await context.change(repository, event.order_id, Order.note_reserved, metadata=_because(context))
 
 
 @orders.on(PaymentAuthorised)
 async def note_authorised(event: PaymentAuthorised, context: Context) -> None:
     """The other half."""
-    await context.change(repository, event.order_id, Order.note_authorised)
+    await context.change(repository, event.order_id, Order.note_authorised, metadata=_because(context))
 
 
 @orders.on(StockRejected)
 async def note_out_of_stock(event: StockRejected, context: Context) -> None:
     """An order is shipped whole or not at all."""
-    await context.change(repository, event.order_id, Order.note_failed, event.reason, "inventory")
+    await context.change(
+        repository, event.order_id, Order.note_failed, event.reason, "inventory", metadata=_because(context)
+    )
 
 
 @orders.on(PaymentDeclined)
 async def note_declined(event: PaymentDeclined, context: Context) -> None:
     """No money, no goods."""
-    await context.change(repository, event.order_id, Order.note_failed, event.reason, "payment")
+    await context.change(
+        repository, event.order_id, Order.note_failed, event.reason, "payment", metadata=_because(context)
+    )
 
 
 @orders.on(ShipmentStopped)
 async def note_stopped(event: ShipmentStopped, context: Context) -> None:
     """The customer was faster than the carrier."""
-    await context.change(repository, event.order_id, Order.note_stopped)
+    await context.change(repository, event.order_id, Order.note_stopped, metadata=_because(context))
 
 
 @orders.on(ShipmentDispatched)
 async def note_dispatched(event: ShipmentDispatched, context: Context) -> None:
     """The carrier has it."""
-    await context.change(repository, event.order_id, Order.note_dispatched)
+    await context.change(repository, event.order_id, Order.note_dispatched, metadata=_because(context))
+
+
+def _because(context: Context) -> dict[str, str]:
+    """For the order's history: who decided, and what they were told."""
+    who = context.metadata.get("actor", "somebody")
+    what = context.metadata.get("reason", context.event.type)
+    return {"actor": "order", "reason": f"{who}: {what}"}

@@ -26,7 +26,7 @@ from tidings.settings import open_bus
 from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
 
 SERVICE = Subscription("inventory")
-NEEDED = {
+NEEDED: dict[str, Any] = {
     "x-queue-type": "quorum",
     "x-single-active-consumer": True,
     "x-overflow": "drop-head",
@@ -148,7 +148,7 @@ async def test_a_hundred_reconnects_leave_nothing_behind(amqp_url: str) -> None:
 async def test_a_queue_that_differs_is_named_with_what_to_do(
     amqp_url: str, changed: dict[str, Any], named: str
 ) -> None:
-    arguments = {name: value for name, value in (NEEDED | changed).items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in (NEEDED | changed).items() if value is not None}
     async with another_client(amqp_url) as channel:
         await channel.queue_declare(SERVICE.queue, durable=True, arguments=arguments)
     async with open_bus(amqp_url) as bus:
@@ -184,7 +184,9 @@ async def test_a_lock_whose_queue_is_none_is_named(amqp_url: str) -> None:
 
 @pytest.mark.parametrize(("limit", "found"), [(2_000, "2000"), (None, "none")])
 async def test_another_length_limit_is_accepted_with_a_warning(amqp_url: str, limit: int | None, found: str) -> None:
-    arguments = {name: value for name, value in (NEEDED | {"x-max-length-bytes": limit}).items() if value is not None}
+    arguments: dict[str, Any] = {
+        name: value for name, value in (NEEDED | {"x-max-length-bytes": limit}).items() if value is not None
+    }
     async with another_client(amqp_url) as channel:
         await channel.queue_declare(SERVICE.queue, durable=True, arguments=arguments)
     async with open_bus(amqp_url) as bus:
@@ -268,7 +270,7 @@ UNREADABLE = {
     "a header name that is no UTF-8": b"\x20\x00" + b"\x00\x00\x00\x05" + b"\x02\xff\xfet\x01",
     "a year beyond calendars": b"\x00\x40" + b"\x7f" * 8,
     "a table nested a thousand deep": b"\x20\x00"
-    + b"".join((7 * depth - 1 + 6).to_bytes(4, "big") + b"\x01aF" for depth in range(1_000, 0, -1))
+    + b"".join((7 * depth).to_bytes(4, "big") + b"\x01aF" for depth in range(1_000, 0, -1))
     + b"\x00\x00\x00\x00",
 }
 
@@ -277,7 +279,7 @@ UNREADABLE = {
 async def test_a_message_whose_properties_cannot_be_read_does_not_block_its_queue(
     amqp_url: str, properties: bytes
 ) -> None:
-    """Brokers do not check them, and common clients die of them again at each delivery: so they are sent as raw bytes."""
+    """Brokers do not check them, and common clients die of each delivery: so they are sent here as raw bytes."""
     body = b"poison"
     flags, rest = properties[:2], properties[2:]
     payload = b"\x00\x3c\x00\x00" + len(body).to_bytes(8, "big") + flags + rest

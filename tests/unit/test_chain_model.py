@@ -27,12 +27,11 @@ def test_without_the_rule_a_promise_breaks(rule: str) -> None:
 
 
 def test_worlds_are_busy_enough_to_prove_something() -> None:
-    handled = removed = events = 0
+    handled = removed = 0
     for seed in range(100):
         world = World(Random(seed))
         for _ in range(300):
             world.happen()
-            events = max(events, len(world.log.events))
         world.come_to_rest()
         positions = {event.position for event in world.log.events}
         handled += len(world.ledger.effects)

@@ -216,23 +216,26 @@ class RabbitMQBus:
         except ValueError as error:
             raise ConfigurationError(f"{name!r} cannot name a lock: {error}") from error
         waiting = False
-        while True:
-            channel = await connection.channel()
-            try:
-                await channel.call(declare, commands.Queue.DeclareOk)
-                return
-            except ChannelClosed as error:
-                if error.code == 406:
-                    raise TopologyMismatch(
-                        f"queue {queue!r} of vhost {self._address.vhost!r} exists, but is no lock: {error.text}. "
-                        f"Delete it (rabbitmqctl delete_queue {queue} --vhost {self._address.vhost})."
-                    ) from error
-                if error.code != 405:
-                    raise
+        while not await self._declared(connection, declare):
             if not waiting:
+                if await self._declared(connection, commands.Queue.Declare(queue=queue, passive=True)):
+                    raise TopologyMismatch(
+                        f"queue {queue!r} of vhost {self._address.vhost!r} exists, but is no lock: nobody holds it as "
+                        f"exclusive. Delete it (rabbitmqctl delete_queue {queue} --vhost {self._address.vhost})."
+                    )
                 log.info("bus.lock_waiting", lock=name, bus=str(self._address))
                 waiting = True
             await asyncio.sleep(_LOCK_POLL * random.uniform(0.75, 1.25))
+
+    async def _declared(self, connection: Connection, declare: commands.Queue.Declare) -> bool:
+        """False when somebody else holds the queue as exclusive, or, asked passively, when there is none."""
+        try:
+            await (await connection.channel()).call(declare, commands.Queue.DeclareOk)
+        except ChannelClosed as error:
+            if error.code in (404, 405):
+                return False
+            raise
+        return True
 
     def _on_blocked(self, reason: str | None) -> None:
         if reason is None:

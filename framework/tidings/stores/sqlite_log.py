@@ -55,6 +55,9 @@ PAGE_BYTES: Final = 4 * 1024 * 1024
 WINDOW: Final = 16_384
 """Positions that one page of a filtered read looks at: bounds the time for which it holds a snapshot (some 10 ms)."""
 
+CACHE_KIB: Final = 32 * 1024
+"""The writing connection's page cache: every stream's end is somewhere else in the indexes."""
+
 APPLICATION_ID: Final = 0x54494447
 SCHEMA_VERSION: Final = 1
 SCHEMA: Final = f"""
@@ -169,6 +172,7 @@ class Database:
                 f"the event store {self.path} cannot use write-ahead logging ({mode}): put it on a local file system"
             )
         connection.execute("PRAGMA journal_size_limit = 67108864")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:

@@ -39,7 +39,7 @@ POLL: Final = 0.05
 """Seconds between looks at what other processes have appended, while somebody subscribes."""
 CACHED_STREAMS: Final = 65_536
 _ROWS: Final = (64, 32, 16, 8, 4, 2, 1)
-_INSERTS: Final = {count: "INSERT INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS}
+_INSERTS: Final = {count: "INSERT OR ROLLBACK INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS}
 
 
 # ---- the decision ------------------------------------------------------------------
@@ -75,12 +75,15 @@ def decide(
     last = facts.last
     if last == MAX_VERSION:
         raise StreamDeleted(stream)
-    wrong = WrongExpectedVersion(stream, describe(expected), last)
+
+    def wrong() -> WrongExpectedVersion:
+        return WrongExpectedVersion(stream, describe(expected), last)
+
     if expected is STREAM_EXISTS:
         if facts.soft:
             raise StreamDeleted(stream, tombstoned=False)
         if last < 0 and not has_metadata():
-            raise wrong
+            raise wrong()
     if expected is ANY or expected is STREAM_EXISTS:
         # Only the first id decides whether this is a repetition: [new, known] is written whole.
         answer = recorded(ids[0]) if ids else None
@@ -89,11 +92,11 @@ def decide(
         for id_ in ids[1:]:
             answer = recorded(id_)
             if answer is None:
-                raise wrong
+                raise wrong()
         return answer
     version = expected if isinstance(expected, int) else -1
     if version > last:
-        raise wrong
+        raise wrong()
     if version == last:
         return None  # ids are not looked at: the same id again, at the head, is written again
     answer = None
@@ -102,10 +105,10 @@ def decide(
         if there is None or there[0] != id_:
             if at == 0 and facts.soft:
                 return None
-            raise wrong
+            raise wrong()
         answer = Appended(at, there[1])
     if answer is None:
-        raise wrong
+        raise wrong()
     return answer
 
 

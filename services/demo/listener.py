@@ -1,0 +1,51 @@
+"""The demo's own ear at the log: a catch-up subscription from the first event on, read by the tally and the customers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from services.demo.customers import Customers
+from services.demo.tally import Tally
+from tidings import EventStore, RecordedEvent
+from tidings.supervision import supervised
+
+__all__ = ["Listener", "listening"]
+
+
+class Listener:
+    """Obtain one with `listening`."""
+
+    def __init__(self, store: EventStore, customers: Customers) -> None:
+        self.tally = Tally()
+        self.customers = customers
+        self.position = -1
+        """Everything up to here was heard."""
+        self._store = store
+        self._heard = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Until cancelled. A position counts as reached when the customers have reacted to it."""
+        async for item in self._store.subscribe_all():
+            if isinstance(item, RecordedEvent):
+                self.tally.hear(item)
+                await self.customers.hear(item)
+            async with self._heard:
+                self.position = item.position
+                self._heard.notify_all()
+
+    async def reached(self, position: int) -> None:
+        """Wait until everything up to a position was heard."""
+        async with self._heard:
+            await self._heard.wait_for(lambda: self.position >= position)
+
+
+@asynccontextmanager
+async def listening(store: EventStore) -> AsyncIterator[Listener]:
+    """A listener that has heard the whole history; customers react only to what comes after it."""
+    head = await store.head()
+    listener = Listener(store, Customers(since=head))
+    async with supervised(listener.run()):
+        await listener.reached(head)
+        yield listener

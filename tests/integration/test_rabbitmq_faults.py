@@ -1,0 +1,242 @@
+"""The RabbitMQ adapter over a broker that is restarted, killed, paused, starved, or run by a strict operator."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from structlog.testing import capture_logs
+
+from tidings.buses import EventBus, Subscription
+from tidings.errors import BusUnavailable, PublishRejected
+from tidings.message import Message
+from tidings.settings import open_bus
+from tidings.testing.brokers import RabbitMQNode
+from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
+
+SERVICE = Subscription("inventory")
+LIMIT = 1_048_576
+"""Bytes: `max_message_size` of this module's node, see `rabbitmq_node`."""
+
+Logs = Sequence[MutableMapping[str, Any]]
+
+
+async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def vhost(url: str) -> str:
+    return urlsplit(url).path[1:]
+
+
+async def queued(bus: EventBus) -> list[str]:
+    """The ids of everything in the queue, in order; ends at a message that is sent behind it."""
+    end = event(2**60)
+    async with bus.publisher() as publisher:
+        await publisher.send(end)
+    found: list[str] = []
+    async with bus.consume(SERVICE, prefetch=10_000) as consumer:
+        while not found or found[-1] != end.message_id:
+            found.append((await take(consumer, 1))[0].message.message_id)
+    return found[:-1]
+
+
+@asynccontextmanager
+async def sending_without_end(bus: EventBus) -> AsyncIterator[tuple[list[Message], Callable[[], Awaitable[None]]]]:
+    """256 sends in flight until the bus fails; gives what was confirmed, and a wait for the failure of all the rest."""
+    confirmed: list[Message] = []
+    numbers = iter(range(1, 10**9))
+
+    async def send(publisher: Any) -> None:
+        while True:
+            message = event(next(numbers))
+            await publisher.send(message)
+            confirmed.append(message)
+
+    async with bus.publisher() as publisher:
+        senders = [asyncio.create_task(send(publisher)) for _ in range(256)]
+
+        async def all_ended() -> None:
+            async with asyncio.timeout(PATIENCE):
+                outcomes = await asyncio.gather(*senders, return_exceptions=True)
+            assert {type(outcome) for outcome in outcomes} == {BusUnavailable}
+
+        await until(lambda: len(confirmed) > 1_000)
+        try:
+            yield confirmed, all_ended
+        finally:
+            for sender in senders:
+                sender.cancel()
+            await asyncio.gather(*senders, return_exceptions=True)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_every_send_ends_when_the_broker_does_and_what_was_confirmed_is_there_afterwards(
+    rabbitmq_node: RabbitMQNode, harmed_url: str, how: str
+) -> None:
+    async with open_bus(harmed_url) as bus:
+        await bus.provision(SERVICE)
+        async with sending_without_end(bus) as (confirmed, all_ended), bus.consume(SERVICE) as consumer:
+            await take(consumer, 10)
+            await asyncio.to_thread(getattr(rabbitmq_node, how))
+            await all_ended()
+            with pytest.raises(BusUnavailable):
+                await take(consumer, 10_000)
+        with pytest.raises(BusUnavailable):
+            await bus.provision(SERVICE)
+        await asyncio.to_thread(rabbitmq_node.start)
+        await bus.provision(SERVICE)
+        found = await queued(bus)
+    assert {message.message_id for message in confirmed} <= set(found)
+    in_order = [message.message_id for message in confirmed]
+    assert [identifier for identifier in found if identifier in set(in_order)] == in_order
+
+
+async def test_a_paused_broker_is_noticed_within_three_heartbeats_and_closing_does_not_hang(
+    rabbitmq_node: RabbitMQNode, harmed_url: str
+) -> None:
+    async with open_bus(f"{harmed_url}?heartbeat=1") as bus:
+        await bus.provision(SERVICE)
+        async with bus.publisher() as publisher, bus.consume(SERVICE) as consumer:
+            waiting = asyncio.create_task(take(consumer, 1))
+            await publisher.send(event(1))
+            await waiting
+            await asyncio.to_thread(rabbitmq_node.pause)
+            try:
+                began = time.monotonic()
+                with pytest.raises(BusUnavailable, match="nothing was heard for 2 s"):
+                    await publisher.send(event(2))
+                with pytest.raises(BusUnavailable, match="nothing was heard for 2 s"):
+                    await take(consumer, 1)
+                assert time.monotonic() - began < 4
+            finally:
+                await asyncio.to_thread(rabbitmq_node.resume)
+        async with bus.publisher() as publisher:
+            await publisher.send(event(3))
+
+
+async def test_closing_while_the_broker_is_paused_takes_a_bounded_time(
+    rabbitmq_node: RabbitMQNode, harmed_url: str
+) -> None:
+    async with open_bus(harmed_url) as bus:
+        await bus.provision()
+        async with bus.publisher():
+            await asyncio.to_thread(rabbitmq_node.pause)
+            began = time.monotonic()
+        try:
+            assert time.monotonic() - began < 5
+        finally:
+            await asyncio.to_thread(rabbitmq_node.resume)
+
+
+async def test_a_connection_that_the_operator_closes_says_his_reason(
+    rabbitmq_node: RabbitMQNode, harmed_url: str
+) -> None:
+    async with open_bus(harmed_url) as bus:
+        await bus.provision(SERVICE)
+        async with bus.consume(SERVICE) as consumer:
+            waiting = asyncio.create_task(take(consumer, 1))
+            await asyncio.to_thread(rabbitmq_node.rabbitmqctl, "close_all_connections", "moving house")
+            with pytest.raises(BusUnavailable, match=r"320 .*moving house"):
+                await waiting
+
+
+async def test_a_memory_alarm_holds_sends_back_and_lets_consumers_go_on(
+    rabbitmq_node: RabbitMQNode, harmed_url: str
+) -> None:
+    before, held_back = events(100), event(1_000)
+
+    async with open_bus(harmed_url) as bus:
+        await bus.provision(SERVICE)
+        async with bus.publisher() as publisher, bus.consume(SERVICE, prefetch=10) as consumer:
+            await send_all(publisher, before)
+            with capture_logs() as logs:
+                await asyncio.to_thread(rabbitmq_node.eval, "vm_memory_monitor:set_vm_memory_high_watermark(0.0000001)")
+                try:
+                    sending = asyncio.create_task(publisher.send(held_back))
+                    await until(lambda: any(line["event"] == "bus.blocked" for line in logs))
+                    for message in before:
+                        delivery = (await take(consumer, 1))[0]
+                        assert delivery.message == message
+                        consumer.settle_through(delivery.tag)
+                    assert not sending.done()
+                finally:
+                    await asyncio.to_thread(rabbitmq_node.eval, "vm_memory_monitor:set_vm_memory_high_watermark(0.8)")
+                async with asyncio.timeout(PATIENCE):
+                    await sending
+                await until(lambda: any(line["event"] == "bus.unblocked" for line in logs))
+            assert (await take(consumer, 1))[0].message == held_back
+    levels: Logs = [line for line in logs if line["event"] in ("bus.blocked", "bus.unblocked")]
+    assert {line["log_level"] for line in levels} == {"warning"}
+    assert "memory" in levels[0]["reason"]
+
+
+async def test_a_message_that_is_too_large_is_rejected_and_the_others_are_to_be_sent_again(harmed_url: str) -> None:
+    large = event(500, data=b"x" * (LIMIT + 1))
+    async with open_bus(harmed_url) as bus:
+        await bus.provision(SERVICE)
+        async with bus.publisher() as publisher:
+            with pytest.raises(PublishRejected, match="larger than") as raised:
+                await publisher.send(large)
+            assert raised.value.message_id == large.message_id
+            with pytest.raises(BusUnavailable):
+                await publisher.send(event(1))
+        async with bus.publisher() as publisher, asyncio.timeout(PATIENCE):
+            messages = [*events(50), large, *events(50)]
+            outcomes = await asyncio.gather(*map(publisher.send, messages), return_exceptions=True)
+        assert isinstance(outcomes[50], PublishRejected)
+        assert {type(outcome) for outcome in outcomes[:50]} <= {type(None), BusUnavailable}
+        assert {type(outcome) for outcome in outcomes[51:]} == {BusUnavailable}
+        async with bus.publisher() as publisher:
+            await publisher.send(event(1, data=b"x" * LIMIT))
+
+
+async def test_users_with_no_more_rights_than_they_need_can_work(rabbitmq_node: RabbitMQNode, harmed_url: str) -> None:
+    """The rights that deployments give: configure / write / read."""
+    place = vhost(harmed_url)
+
+    def rights(user: str, *patterns: str) -> str:
+        texts = ", ".join('<<"' + pattern.replace("\\", "\\\\") + '">>' for pattern in patterns)
+        return f'rabbit_auth_backend_internal:set_permissions(<<"{user}">>, <<"{place}">>, {texts}, <<"test">>)'
+
+    def add(user: str, *patterns: str) -> str:
+        made = f'rabbit_auth_backend_internal:add_user(<<"{user}">>, <<"pass">>, <<"test">>), '
+        return rabbitmq_node.eval(made + rights(user, *patterns))
+
+    name = r"^tidings\.inventory(\..*)?$"
+    relays = r"^tidings\.relay\..*"
+    await asyncio.to_thread(add, "relay", relays, r"^tidings\.(events|relay\..*)$", relays)
+    await asyncio.to_thread(add, "inventory", name, name, r"^tidings\.(events|partitions|inventory(\..*)?)$")
+    host = harmed_url.rpartition("@")[2]
+    async with (
+        open_bus(harmed_url) as operator,
+        open_bus(f"amqp://relay:pass@{host}") as relay,
+        open_bus(f"amqp://inventory:pass@{host}") as service,
+    ):
+        with pytest.raises(BusUnavailable, match=r"403 .*tidings\.events.*set_permissions"):
+            await relay.provision()
+        await operator.provision()
+        await relay.provision()
+        await service.provision(SERVICE)
+        with pytest.raises(BusUnavailable, match=r"403 .*tidings\.billing.*set_permissions"):
+            await service.provision(Subscription("billing"))
+        async with relay.publisher(lock="main") as publisher, service.consume(SERVICE) as consumer:
+            await publisher.send(message := event(1))
+            assert (await take(consumer, 1))[0].message == message
+        async with relay.publisher() as publisher:
+            await publisher.send(event(2))
+            await asyncio.to_thread(rabbitmq_node.eval, rights("relay", "^$", "^$", "^$"))
+            with pytest.raises(BusUnavailable, match=r"403 .*set_permissions"):  # the broker remembers rights a while
+                async with asyncio.timeout(PATIENCE):
+                    while True:
+                        await publisher.send(event(3))
+        async with service.publisher() as publisher:
+            with pytest.raises(BusUnavailable, match=r"403 .*tidings\.events.*set_permissions"):
+                await publisher.send(event(4))
