@@ -12,8 +12,9 @@ from typing import Final, TextIO
 
 import structlog
 
-from services.demo.demo import LEDGER, perform
+from services.demo.demo import perform
 from services.demo.screen import Screen
+from services.demo.stage import LEDGER
 from services.importer import BrokenFile
 from tidings.errors import TidingsError
 

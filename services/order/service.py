@@ -7,6 +7,8 @@ handler is repeated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from services.order.events import (
     PaymentAuthorised,
     PaymentDeclined,
@@ -27,45 +29,42 @@ repository = orders.repository(Order)
 @orders.on(StockReserved)
 async def note_reserved(event: StockReserved, context: Context) -> None:
     """Half of what a confirmation needs."""
-    await context.change(repository, event.order_id, Order.note_reserved, metadata=_because(context))
+    await _decide(context, event.order_id, Order.note_reserved)
 
 
 @orders.on(PaymentAuthorised)
 async def note_authorised(event: PaymentAuthorised, context: Context) -> None:
     """The other half."""
-    await context.change(repository, event.order_id, Order.note_authorised, metadata=_because(context))
+    await _decide(context, event.order_id, Order.note_authorised)
 
 
 @orders.on(StockRejected)
 async def note_out_of_stock(event: StockRejected, context: Context) -> None:
     """An order is shipped whole or not at all."""
-    await context.change(
-        repository, event.order_id, Order.note_failed, event.reason, "inventory", metadata=_because(context)
-    )
+    await _decide(context, event.order_id, Order.note_failed, event.reason, "inventory")
 
 
 @orders.on(PaymentDeclined)
 async def note_declined(event: PaymentDeclined, context: Context) -> None:
     """No money, no goods."""
-    await context.change(
-        repository, event.order_id, Order.note_failed, event.reason, "payment", metadata=_because(context)
-    )
+    await _decide(context, event.order_id, Order.note_failed, event.reason, "payment")
 
 
 @orders.on(ShipmentStopped)
 async def note_stopped(event: ShipmentStopped, context: Context) -> None:
     """The customer was faster than the carrier."""
-    await context.change(repository, event.order_id, Order.note_stopped, metadata=_because(context))
+    await _decide(context, event.order_id, Order.note_stopped)
 
 
 @orders.on(ShipmentDispatched)
 async def note_dispatched(event: ShipmentDispatched, context: Context) -> None:
     """The carrier has it."""
-    await context.change(repository, event.order_id, Order.note_dispatched, metadata=_because(context))
+    await _decide(context, event.order_id, Order.note_dispatched)
 
 
-def _because(context: Context) -> dict[str, str]:
-    """For the order's history: who decided, and what they were told."""
+async def _decide(context: Context, order_id: str, decision: Callable[..., None], *told: str) -> None:
+    """Tell the order; its history will say who told it what."""
     who = context.metadata.get("actor", "somebody")
     what = context.metadata.get("reason", context.event.type)
-    return {"actor": "order", "reason": f"{who}: {what}"}
+    why = {"actor": "order", "reason": f"{who}: {what}"}
+    await context.change(repository, order_id, decision, *told, metadata=why)

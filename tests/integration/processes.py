@@ -108,7 +108,7 @@ async def until(condition: Callable[[], bool], what: str, seconds: float = 60.0)
 
 
 async def tick(store: EventStore, first: int, count: int, keys: int = 10) -> None:
-    """Append `count` events from number `first` on, over `keys` keys, in 20 streams: order per key is by log position."""
+    """Append `count` events from number `first` on, one after the other, over `keys` keys, in 20 streams."""
     for number in range(first, first + count):
         event = encode(Ticked(key=f"key{number % keys}", number=number), id=uuid4())
         await store.append(f"ticks-{number % 20}", [event])
@@ -126,7 +126,8 @@ def _rows(database: Path, query: str) -> list[tuple[object, ...]]:
 
 def audit_of(database: Path) -> list[tuple[str, int]]:
     """Key and number of every effect, in the order in which they happened."""
-    return [(str(key), int(str(number))) for key, number in _rows(database, "SELECT key, number FROM audit ORDER BY id")]
+    rows = _rows(database, "SELECT key, number FROM audit ORDER BY id")
+    return [(str(key), int(str(number))) for key, number in rows]
 
 
 def dead_of(database: Path) -> list[str]:

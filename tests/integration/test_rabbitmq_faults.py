@@ -28,7 +28,7 @@ Logs = Sequence[MutableMapping[str, Any]]
 
 async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it looks at another process, or at a log
             await asyncio.sleep(0.01)
 
 
@@ -143,7 +143,8 @@ async def test_a_connection_that_the_operator_closes_says_his_reason(
         await bus.provision(SERVICE)
         async with bus.consume(SERVICE) as consumer:
             waiting = asyncio.create_task(take(consumer, 1))
-            await asyncio.to_thread(rabbitmq_node.rabbitmqctl, "close_all_connections", "moving house")
+            command = ("close_all_connections", "--vhost", vhost(harmed_url), "moving house")
+            await asyncio.to_thread(rabbitmq_node.rabbitmqctl, *command)
             with pytest.raises(BusUnavailable, match=r"320 .*moving house"):
                 await waiting
 
@@ -230,13 +231,10 @@ async def test_users_with_no_more_rights_than_they_need_can_work(rabbitmq_node: 
         async with relay.publisher(lock="main") as publisher, service.consume(SERVICE) as consumer:
             await publisher.send(message := event(1))
             assert (await take(consumer, 1))[0].message == message
-        async with relay.publisher() as publisher:
-            await publisher.send(event(2))
-            await asyncio.to_thread(rabbitmq_node.eval, rights("relay", "^$", "^$", "^$"))
-            with pytest.raises(BusUnavailable, match=r"403 .*set_permissions"):  # the broker remembers rights a while
-                async with asyncio.timeout(PATIENCE):
-                    while True:
-                        await publisher.send(event(3))
+        await asyncio.to_thread(rabbitmq_node.eval, rights("relay", "^$", "^$", "^$"))
+        async with relay.publisher() as publisher:  # a channel that is busy remembers its old rights
+            with pytest.raises(BusUnavailable, match=r"403 .*tidings\.events.*set_permissions"):
+                await publisher.send(event(2))
         async with service.publisher() as publisher:
             with pytest.raises(BusUnavailable, match=r"403 .*tidings\.events.*set_permissions"):
-                await publisher.send(event(4))
+                await publisher.send(event(3))

@@ -58,7 +58,7 @@ async def test_service_killed_between_commit_and_acknowledgement_repeats_no_effe
     await tick(store, 0, EVENTS)
     await until(lambda: doomed.killed, "the service killed itself")
     committed = len(audit_of(workers.database()))
-    assert 0 < committed, "it died after a commit"
+    assert committed > 0, "it died after a commit"
     workers.start("service")
     await all_arrive(workers, EVENTS)
     proves_every_effect_once_in_order(workers.database(), EVENTS)

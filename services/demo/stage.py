@@ -1,0 +1,60 @@
+"""What all acts of the demo share: the running services, the listener, the screen. And how to wait for silence."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from services.demo.listener import Listener, listening
+from services.demo.screen import Screen
+from services.demo.tally import Tally
+from services.inventory import inventory
+from services.order import orders
+from services.payment import payment
+from services.shipping import shipping
+from tidings import Runtime, Settings
+
+__all__ = ["LEDGER", "Stage", "stage"]
+
+LEDGER: Final = "gateway.db"
+"""The sandbox gateway's file in the demo's folder."""
+
+PATIENCE: Final = 120.0
+"""Seconds without silence after which the demo gives up and says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Obtain one with `stage`."""
+
+    runtime: Runtime
+    listener: Listener
+    screen: Screen
+    folder: Path
+    data: Path
+
+    @property
+    def tally(self) -> Tally:
+        """The log, added up so far."""
+        return self.listener.tally
+
+    async def silence(self) -> None:
+        """Wait until everything has settled in every service, and no customer reacts to it any more."""
+        head = -1
+        while head != (head := await self.runtime.store.head()):
+            await self.runtime.settled(timeout=PATIENCE)
+            await self.listener.reached(head)
+
+
+@asynccontextmanager
+async def stage(folder: Path, data: Path, screen: Screen) -> AsyncIterator[Stage]:
+    """Four services, the relay and a listener on the files in `folder`, whatever an earlier run left there."""
+    settings = Settings(
+        store=f"sqlite:///{folder}/events.db", bus="memory://demo", database=f"sqlite:///{folder}/{{service}}.db"
+    )
+    async with Runtime(orders, inventory, payment, shipping, settings=settings) as runtime:
+        async with listening(runtime.store) as listener:
+            yield Stage(runtime, listener, screen, folder, data)

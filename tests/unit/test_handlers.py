@@ -1,0 +1,226 @@
+"""Declaring handlers: what is injected, what is refused and how it is named, how long a retry waits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Union
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from tidings.context import Context
+from tidings.errors import ConfigurationError
+from tidings.events import Event
+from tidings.handlers import Handler, Inject, Retry, declare
+from tidings.service import Service
+
+if TYPE_CHECKING:
+    from decimal import Decimal as OnlyForChecking
+
+
+class Placed(Event):
+    pass
+
+
+class Cancelled(Event):
+    pass
+
+
+class Special(Placed):
+    pass
+
+
+class Gateway:
+    pass
+
+
+def declared(
+    function: Callable[..., Any], *events: type[Event], name: str | None = None, timeout: float = 1
+) -> Handler:
+    return declare(function, events or (Placed,), name=name, retry=Retry(), timeout=timeout)
+
+
+def wanted(handler: Handler) -> dict[str, Inject | type]:
+    return dict(handler.parameters)
+
+
+# ---- injection -----------------------------------------------------------------------
+
+
+def test_everything_that_can_be_injected_is_found_by_annotation() -> None:
+    async def handle(event: Placed, how: Context, to: AsyncSession, at: AsyncConnection, *, by: Gateway) -> None: ...
+
+    handler = declared(handle)
+    assert wanted(handler) == {
+        "event": Inject.EVENT,
+        "how": Inject.CONTEXT,
+        "to": Inject.SESSION,
+        "at": Inject.CONNECTION,
+        "by": Gateway,
+    }
+    assert handler.name == "handle"
+    assert handler.transactional
+    assert not handler.threaded
+
+
+def test_a_plain_function_is_threaded_and_not_transactional() -> None:
+    def handle(event: Placed) -> None: ...
+
+    handler = declared(handle, name="kept")
+    assert (handler.name, handler.threaded, handler.transactional) == ("kept", True, False)
+
+
+async def _newer(event: Placed | Cancelled) -> None: ...
+async def _older(event: Union[Placed, Cancelled]) -> None: ...  # noqa: UP007
+async def _any(event: Event) -> None: ...
+
+
+@pytest.mark.parametrize("function", [_newer, _older, _any])
+def test_unions_and_base_classes_accept_several_events(function: Callable[..., Any]) -> None:
+    assert wanted(declared(function, Placed, Cancelled)) == {"event": Inject.EVENT}
+
+
+def test_a_base_class_accepts_its_subclasses() -> None:
+    async def handle(event: Placed) -> None: ...
+
+    assert wanted(declared(handle, Special)) == {"event": Inject.EVENT}
+
+
+# ---- what is refused -----------------------------------------------------------------
+
+
+async def no_event(context: Context) -> None: ...
+async def narrow(event: Placed, context: Context) -> None: ...
+async def bare(event: Placed, extra) -> None: ...  # type: ignore[no-untyped-def]
+async def several(event: Placed, *extra: Gateway) -> None: ...
+async def keywords(event: Placed, **extra: Gateway) -> None: ...
+async def positional(event: Placed, /) -> None: ...
+async def optional(event: Placed, extra: Gateway | None) -> None: ...
+async def generic(event: Placed, extra: list[int]) -> None: ...
+async def anything(event: Placed, extra: Any) -> None: ...
+async def unresolved(event: Placed, extra: OnlyForChecking) -> None: ...
+async def maybe(event: Placed | None) -> None: ...
+async def missing_attribute(event: Placed, extra: "Gateway.Missing") -> None: ...  # type: ignore[name-defined]  # noqa: UP037
+async def yields(event: Placed) -> AsyncIterator[None]:
+    yield
+
+
+def plain_yields(event: Placed) -> Iterator[None]:
+    yield
+
+
+def plain_session(event: Placed, session: AsyncSession) -> None: ...
+def plain_connection(event: Placed, connection: AsyncConnection) -> None: ...
+
+
+REFUSED: list[tuple[Callable[..., Any], str]] = [
+    (no_event, "no parameter is annotated with Placed | Cancelled"),
+    (narrow, "parameter 'event' does not accept Cancelled"),
+    (bare, "parameter 'extra' has no annotation"),
+    (several, "parameter 'extra' must be an ordinary"),
+    (keywords, "parameter 'extra' must be an ordinary"),
+    (positional, "parameter 'event' must be an ordinary"),
+    (optional, "parameter 'extra'.*nothing that can be injected"),
+    (generic, "parameter 'extra'.*nothing that can be injected"),
+    (anything, "parameter 'extra'.*nothing that can be injected"),
+    (maybe, "parameter 'event'.*nothing that can be injected"),
+    (unresolved, "OnlyForChecking.*TYPE_CHECKING"),
+    (missing_attribute, "Missing"),
+    (yields, "contains a yield"),
+    (plain_yields, "contains a yield"),
+    (plain_session, "make it async"),
+    (plain_connection, "make it async"),
+]
+
+
+@pytest.mark.parametrize(("function", "says"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_signature_that_cannot_be_served_is_refused_by_handler_and_parameter(
+    function: Callable[..., Any], says: str
+) -> None:
+    events = (Placed, Cancelled) if function in (no_event, narrow) else (Placed,)
+    with pytest.raises(ConfigurationError, match=says) as refused:
+        declared(function, *events)
+    assert f"handler '{function.__name__}' ({__name__})" in str(refused.value)
+
+
+def test_events_must_be_given_and_be_events() -> None:
+    with pytest.raises(ConfigurationError, match="'narrow'.*name the events"):
+        declare(narrow, (), name=None, retry=Retry(), timeout=1)
+    for stranger in (Event, Gateway, narrow):
+        with pytest.raises(ConfigurationError, match="'narrow'.*is not a subclass of tidings.Event"):
+            declare(narrow, (stranger,), name=None, retry=Retry(), timeout=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_must_be_positive(timeout: float) -> None:
+    with pytest.raises(ConfigurationError, match="'narrow'.*must be positive"):
+        declared(narrow, timeout=timeout)
+
+
+# ---- a service's handlers ------------------------------------------------------------
+
+
+def test_the_decorator_returns_the_function_unchanged_and_registers_every_event() -> None:
+    service = Service("stock")
+    assert service.on(Placed, Cancelled)(_newer) is _newer
+    assert set(service.handlers) == {"Placed", "Cancelled"}
+    assert service.view("Placed") is Placed
+    assert service.view("Unknown") is None
+
+
+def test_a_second_handler_of_an_event_is_refused_and_both_are_named() -> None:
+    service = Service("stock")
+    service.on(Placed)(narrow)
+    with pytest.raises(ConfigurationError, match=r"'stock' handles 'Placed' twice, in 'narrow' and 'other'"):
+        service.on(Placed, name="other")(narrow)
+
+
+def test_a_second_handler_of_a_name_is_refused() -> None:
+    service = Service("stock")
+    service.on(Placed)(_any)
+    with pytest.raises(ConfigurationError, match="two handlers named '_any'"):
+        service.on(Cancelled)(_any)
+
+
+def test_two_views_of_one_wire_name_are_refused() -> None:
+    class Other(Event, name="Placed"):
+        pass
+
+    service = Service("stock")
+    service.on(Placed)(_any)
+    with pytest.raises(ConfigurationError, match="'Placed' is declared twice"):
+        service.on(Other, name="b")(_any)
+
+
+# ---- retry ---------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 10_000),
+    st.floats(0, 1e6),
+    st.one_of(st.floats(1, 1e9), st.integers(1, 10**9)),
+    st.floats(0, 1e6),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_waits_are_at_most_the_maximum_and_shortened_by_a_quarter_at_most(
+    attempt: int, delay: float, factor: float, maximum: float, chance: float
+) -> None:
+    retry = Retry(delay=delay, factor=factor, maximum=maximum)
+    longest = retry.wait(attempt, lambda: 0.0)
+    assert longest <= maximum
+    assert longest <= retry.wait(attempt + 1, lambda: 0.0)
+    assert longest * 0.75 <= retry.wait(attempt, lambda: chance) <= longest
+    if attempt == 1:
+        assert longest == min(delay, maximum)
+
+
+def test_waits_grow_by_the_factor() -> None:
+    assert [Retry().wait(n, lambda: 0.0) for n in (1, 2, 3, 7)] == pytest.approx([0.1, 0.2, 0.4, 5.0])
+
+
+@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"delay": -0.1}, {"factor": 0.9}, {"maximum": -1}], ids=str)
+def test_a_retry_that_cannot_work_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="attempts must be 1 or more"):
+        Retry(**wrong)

@@ -1,0 +1,236 @@
+"""The relay against a bus that refuses, loses and forgets on command, over a real embedded store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import pytest
+
+from tidings import EventData, EventStore, Relay, open_store
+from tidings.buses import Consumer, Subscription
+from tidings.errors import BusUnavailable, PublishRejected, StoreUnavailable, TopologyMismatch, Unroutable
+from tidings.message import MARKER, Marker, Message, decode
+from tidings.position import Accepted, Verdict
+from tidings.stores import ANY
+
+
+class ScriptedBus:
+    """Confirms everything, unless `trouble` raises for a message; remembers what was confirmed, in order."""
+
+    def __init__(self) -> None:
+        self.confirmed: list[Message] = []
+        self.sent: list[Message] = []
+        self.turns = 0
+        self.in_flight = self.most_in_flight = 0
+        self.trouble: Callable[[Message], None] = lambda message: None
+
+    async def provision(self, subscription: Subscription | None = None) -> None:
+        pass
+
+    @asynccontextmanager
+    async def publisher(self, *, lock: str | None = None) -> AsyncIterator[ScriptedBus]:
+        self.turns += 1
+        yield self
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(0)
+            self.trouble(message)
+            self.confirmed.append(message)
+        finally:
+            self.in_flight -= 1
+
+    def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> Consumer:  # type: ignore[override]
+        raise AssertionError("a relay does not consume")
+
+    async def close(self) -> None:
+        pass
+
+    @property
+    def positions(self) -> list[int]:
+        return [decode(message).event.position for message in self.confirmed if message.type != MARKER]
+
+    @property
+    def markers(self) -> list[Marker]:
+        return [Marker.decode(message) for message in self.confirmed if message.type == MARKER]
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[EventStore]:
+    async with open_store(f"memory://{uuid4()}") as opened:
+        yield opened
+
+
+@pytest.fixture
+def bus() -> ScriptedBus:
+    return ScriptedBus()
+
+
+async def fill(store: EventStore, count: int, stream: str = "things") -> list[int]:
+    """Positions of `count` new events, in several streams."""
+    return [(await store.append(f"{stream}-{n % 7}", [EventData("Thing", b"{}")])).position for n in range(count)]
+
+
+@asynccontextmanager
+async def relaying(store: EventStore, bus: ScriptedBus, **options: float) -> AsyncIterator[Relay]:
+    relay = Relay(store, bus, checkpoint_seconds=0.01, marker_seconds=options.pop("marker_seconds", 0.05))  # type: ignore[arg-type]
+    task = asyncio.create_task(relay.run())
+    try:
+        yield relay
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_every_carried_event_is_sent_in_log_order_and_reserved_streams_are_not(
+    store: EventStore, bus: ScriptedBus
+) -> None:
+    positions = await fill(store, 50)
+    await store.append("tidings_private", [EventData("Secret", b"{}")])
+    await store.append("$system", [EventData("Secret", b"{}")])
+    async with relaying(store, bus):
+        positions += await fill(store, 50)
+        await until(lambda: len(bus.positions) >= 100)
+    assert bus.positions == positions
+
+
+async def test_a_service_that_hears_everything_in_order_sees_no_gap(store: EventStore, bus: ScriptedBus) -> None:
+    await fill(store, 40)
+    async with relaying(store, bus):
+        await until(lambda: len(bus.positions) >= 40)
+        await until(lambda: bus.markers[-1].position >= max(bus.positions))
+    accepted = Accepted(range(256), -1, {})
+    for message in bus.confirmed:
+        if message.type == MARKER:
+            marker = Marker.decode(message)
+            assert accepted.hear(marker.position, marker.base, marker.touched) is not Verdict.GAP
+        else:
+            stamped = decode(message)
+            assert accepted.offer(stamped.bucket, stamped.event.position, stamped.previous) is Verdict.NEXT
+    assert accepted.reached >= max(bus.positions)
+
+
+async def test_a_restarted_relay_goes_on_after_its_checkpoint(store: EventStore, bus: ScriptedBus) -> None:
+    await fill(store, 20)
+    async with relaying(store, bus) as relay:
+        await until(lambda: len(bus.positions) >= 20)
+        while await relay.checkpoint() < max(bus.positions):
+            await asyncio.sleep(0.005)
+    successor = ScriptedBus()
+    later = await fill(store, 5)
+    async with relaying(store, successor):
+        await until(lambda: len(successor.positions) >= 5)
+    assert successor.positions == later
+    assert successor.markers[0].position < later[0], "the first marker says where it goes on"
+
+
+async def test_the_checkpoint_never_passes_an_unconfirmed_event(store: EventStore, bus: ScriptedBus) -> None:
+    positions = await fill(store, 30)
+    stuck = positions[10]
+
+    def refuse(message: Message) -> None:
+        if message.type != MARKER and decode(message).event.position == stuck:
+            raise BusUnavailable("cut")
+
+    bus.trouble = refuse
+    async with relaying(store, bus) as relay:
+        await until(lambda: bus.turns >= 3)
+        assert relay.confirmed < stuck
+        assert await relay.checkpoint() < stuck
+        bus.trouble = lambda message: None
+        await until(lambda: set(bus.positions) >= set(positions))
+
+
+async def test_nobody_bound_is_waited_for_and_nothing_is_skipped(store: EventStore, bus: ScriptedBus) -> None:
+    positions = await fill(store, 5)
+
+    def nobody(message: Message) -> None:
+        raise Unroutable("tidings.events", message.message_id)
+
+    bus.trouble = nobody
+    async with relaying(store, bus) as relay:
+        await until(lambda: bus.turns >= 2)
+        assert relay.confirmed == -1
+        bus.trouble = lambda message: None
+        await until(lambda: len(bus.positions) >= 5)
+    assert bus.positions == positions
+
+
+async def test_an_event_refused_three_times_is_left_out_and_the_chain_shows_the_gap(
+    store: EventStore, bus: ScriptedBus
+) -> None:
+    positions = [(await store.append("one", [EventData("Thing", b"{}")])).position for _ in range(6)]
+    refused = positions[2]
+
+    def refuse(message: Message) -> None:
+        if message.type != MARKER and decode(message).event.position == refused:
+            raise PublishRejected(message.message_id, "too large")
+
+    bus.trouble = refuse
+    async with relaying(store, bus):
+        await until(lambda: positions[-1] in bus.positions)
+        await until(lambda: bus.markers[-1].position >= positions[-1])
+    attempts = [m for m in bus.sent if m.type != MARKER and decode(m).event.position == refused]
+    assert len(attempts) == 3
+    assert refused not in bus.positions
+    after = next(m for m in bus.confirmed if m.type != MARKER and decode(m).event.position == positions[3])
+    assert decode(after).previous >= refused, "the next event of the bucket shows that something is missing"
+
+
+async def test_the_window_bounds_what_is_in_flight(store: EventStore, bus: ScriptedBus) -> None:
+    await fill(store, 300)
+    relay = Relay(store, bus, window=16)
+    task = asyncio.create_task(relay.run())
+    await until(lambda: len(bus.positions) >= 300)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert 1 < bus.most_in_flight <= 17  # and a marker
+
+
+async def test_an_idle_relay_goes_on_publishing_markers(store: EventStore, bus: ScriptedBus) -> None:
+    await fill(store, 3)
+    async with relaying(store, bus, marker_seconds=0.02):
+        await until(lambda: len(bus.markers) >= 5)
+    before, idle = bus.markers[-2:]
+    assert idle.position >= before.position >= max(bus.positions)
+    assert (idle.base, dict(idle.touched)) == (before.position, {}), "markers follow each other without a gap"
+
+
+async def test_a_foreign_event_in_the_checkpoint_stream_is_reported_with_the_remedy(
+    store: EventStore, bus: ScriptedBus
+) -> None:
+    relay = Relay(store, bus)
+    await store.append(relay.stream, [EventData("Odd", b"not a checkpoint")], expected=ANY)
+    with pytest.raises(StoreUnavailable, match="somebody else wrote there"):
+        await relay.checkpoint()
+
+
+async def test_a_topology_that_differs_ends_the_relay(store: EventStore, bus: ScriptedBus) -> None:
+    async def differs(subscription: Subscription | None = None) -> None:
+        raise TopologyMismatch("exchange 'tidings.events' is direct, not fanout")
+
+    bus.provision = differs  # type: ignore[method-assign]
+    with pytest.raises(TopologyMismatch):
+        await Relay(store, bus).run()
+
+
+async def test_only_two_checkpoints_are_kept(store: EventStore, bus: ScriptedBus) -> None:
+    async with relaying(store, bus) as relay:
+        for _ in range(4):
+            (position,) = await fill(store, 1)
+            while await relay.checkpoint() < position:
+                await asyncio.sleep(0.005)
+        kept = [event async for event in store.read_stream(relay.stream)]
+    assert len(kept) <= 2
