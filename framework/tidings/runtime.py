@@ -103,14 +103,17 @@ class Runtime:
 
         Raises `TimeoutError` after `timeout` seconds with the report that names what is missing.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         while True:
+            began = loop.time()
             report = await self.verify()
             if report.ok:
                 return report
-            if asyncio.get_running_loop().time() > deadline:
+            if loop.time() > deadline:
                 raise TimeoutError(f"not settled after {timeout:g} s:\n{report}")
-            await asyncio.sleep(0.02)
+            # Looking costs the more, the more is to be done: leave most of the time to those who do it.
+            await asyncio.sleep(max(0.02, 3 * (loop.time() - began)))
 
 
 async def serve(*services: Service, settings: Settings | None = None) -> None:

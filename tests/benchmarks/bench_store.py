@@ -119,17 +119,22 @@ async def measure_appends(folder: str) -> dict[str, float]:
     ):
         thread = Thread(other)
         times: list[tuple[float, float, float]] = []
+
+        def to_store(task: int, _: int) -> Awaitable[object]:
+            return store.append(f"measure-{task}", [EventData("Measured", DATA)])
+
+        def to_thread(task: int, version: int) -> Awaitable[object]:
+            return thread.append(row(task, version))
+
         for number in range(ROUNDS + 1):
             first = number * EACH
-            ways: list[Callable[[], Awaitable[None]]] = [
-                lambda first=first: tasks(lambda task, _: store.append(f"measure-{task}", [EventData("Measured", DATA)]), first),  # type: ignore[misc]
-                lambda first=first: raw(plain, first),  # type: ignore[misc]
-                lambda first=first: tasks(lambda task, version: thread.append(row(task, version)), first),  # type: ignore[misc]
-            ]
             taken = [0.0, 0.0, 0.0]
             for turn in range(3):  # each goes first in every third round
                 way = (turn + number) % 3
-                taken[way] = await seconds(ways[way]())
+                if way == 1:
+                    taken[way] = await seconds(raw(plain, first))
+                else:
+                    taken[way] = await seconds(tasks(to_thread if way else to_store, first))
             times.append((taken[0], taken[1], taken[2]))
         thread.queue.put(None)
         thread.thread.join()

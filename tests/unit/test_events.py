@@ -40,9 +40,9 @@ def test_the_key_is_a_text_or_none() -> None:
     class Numbered(Event, key="number"):
         number: int | None
 
-    assert Paid(order_id="1").key == "1"
-    assert Numbered(number=7).key == "7"
-    assert Numbered(number=None).key is None
+    assert Paid(order_id="1").partition_key == "1"
+    assert Numbered(number=7).partition_key == "7"
+    assert Numbered(number=None).partition_key is None
 
 
 @pytest.mark.parametrize("name", ["", "$x", "tidings_x", "tidings.marker"])

@@ -156,6 +156,10 @@ BAD_HEADERS: list[tuple[str, object]] = [
 ]
 
 
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) and value.isascii() else type(value).__name__
+
+
 @pytest.mark.parametrize(("name", "value"), BAD_HEADERS, ids=_shown)
 def test_a_bad_header_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(MalformedMessage) as refused:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from uuid import uuid4
 
 import pytest
@@ -46,7 +46,7 @@ class ScriptedBus:
         finally:
             self.in_flight -= 1
 
-    def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> Consumer:  # type: ignore[override]
+    def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AbstractAsyncContextManager[Consumer]:
         raise AssertionError("a relay does not consume")
 
     async def close(self) -> None:
@@ -79,7 +79,7 @@ async def fill(store: EventStore, count: int, stream: str = "things") -> list[in
 
 @asynccontextmanager
 async def relaying(store: EventStore, bus: ScriptedBus, **options: float) -> AsyncIterator[Relay]:
-    relay = Relay(store, bus, checkpoint_seconds=0.01, marker_seconds=options.pop("marker_seconds", 0.05))  # type: ignore[arg-type]
+    relay = Relay(store, bus, checkpoint_seconds=0.01, marker_seconds=options.pop("marker_seconds", 0.05))
     task = asyncio.create_task(relay.run())
     try:
         yield relay

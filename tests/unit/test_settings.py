@@ -1,0 +1,197 @@
+"""Settings, adapters by URL, and passwords that are never shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tidings.buses import EventBus
+from tidings.errors import ConfigurationError
+from tidings.settings import Settings, open_bus, open_store, redact
+from tidings.stores import EventStore
+
+NAMES = ("TIDINGS_STORE", "TIDINGS_BUS", "TIDINGS_DATABASE")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+# ---- the environment -----------------------------------------------------------------
+
+
+def test_without_any_setting_everything_is_embedded() -> None:
+    settings = Settings()
+    assert (settings.store, settings.bus, settings.database) == ("sqlite:///tidings.db", "memory://", None)
+    assert settings.database_of("stock") == "sqlite:///stock.db"
+
+
+def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, url in zip(NAMES, ("memory://a", "amqp://host", "postgresql+asyncpg://host/{service}"), strict=True):
+        monkeypatch.setenv(name, url)
+    monkeypatch.setenv("TIDINGS_TEST_AMQP", "not ours to refuse")
+    settings = Settings()
+    assert (settings.store, settings.bus) == ("memory://a", "amqp://host")
+    assert settings.database_of("stock") == "postgresql+asyncpg://host/stock"
+
+
+@pytest.mark.parametrize("bus", ["amqp://u:hush@host", "amqps://u:hush@host/v", "AMQP://u:hush@host"])
+def test_a_networked_bus_needs_a_database_named(bus: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"'stock'.*TIDINGS_DATABASE.*stock") as refused:
+        Settings(bus=bus).database_of("stock")
+    assert "hush" not in str(refused.value)
+    assert Settings(bus=bus, database="sqlite:///mine.db").database_of("stock") == "sqlite:///mine.db"
+
+
+def test_an_embedded_bus_needs_none_however_its_scheme_is_written() -> None:
+    assert Settings(bus="MEMORY://x").database_of("stock") == "sqlite:///stock.db"
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_setting_is_refused_not_taken_for_the_default(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, empty)
+        with pytest.raises(ConfigurationError):
+            Settings()
+        monkeypatch.delenv(name)
+
+
+def test_settings_are_frozen_and_strangers_are_refused_without_their_values() -> None:
+    with pytest.raises(ValidationError):
+        Settings().store = "memory://"  # type: ignore[misc]
+    with pytest.raises(ValidationError) as refused:
+        Settings(buss="amqp://u:hush@host")  # type: ignore[call-arg]
+    assert "hush" not in str(refused.value)
+
+
+def test_settings_can_be_shown() -> None:
+    settings = Settings(bus="amqp://u:hush@host", database="postgresql://u:hush@host/x?password=hush")
+    for shown in (repr(settings), str(settings), f"{settings}"):
+        assert "hush" not in shown
+        assert "amqp://u:***@host" in shown
+
+
+# ---- adapters ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url", ["sqllite:///x", "sqlite:/x", "sqlite", "", "://", "http://host", "amqp:/u:hush@host", "u:hush@host"]
+)
+def test_a_url_that_fits_no_adapter_is_refused_with_the_choices(url: str) -> None:
+    for make, choice in ((lambda: Settings(store=url), "sqlite://"), (lambda: Settings(bus=url), "amqp://")):
+        with pytest.raises(ConfigurationError, match=f"must begin with one of .*{choice}") as refused:
+            make()
+        assert "hush" not in str(refused.value)
+
+
+async def test_opening_refuses_what_fits_none() -> None:
+    for opening in (open_store("amqp://u:hush@host"), open_bus("sqlite:///x")):
+        with pytest.raises(ConfigurationError, match="no (store|bus) adapter") as refused:
+            async with opening:
+                pass
+        assert "hush" not in str(refused.value)
+
+
+async def test_embedded_adapters_open_and_close() -> None:
+    async with open_store(f"memory://{uuid4()}") as store, open_bus(f"memory://{uuid4()}") as bus:
+        assert isinstance(store, EventStore)
+        assert isinstance(bus, EventBus)
+
+
+async def test_a_missing_package_is_answered_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("tidings.buses.rabbitmq", "tidings.buses.amqp"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "aio_pika", None)
+    with pytest.raises(ConfigurationError, match=r"'aio_pika'.*pip install 'tidings\[rabbitmq\]'") as refused:
+        async with open_bus("amqp://u:hush@host"):
+            pass
+    assert "hush" not in str(refused.value)
+
+
+async def test_a_broken_module_of_our_own_is_not_taken_for_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tidings.buses.rabbitmq", None)
+    with pytest.raises(ImportError):
+        async with open_bus("amqp://host"):
+            pass
+
+
+# ---- passwords -----------------------------------------------------------------------
+
+SHOWN = {
+    "amqp://host:5672/vhost": "amqp://host:5672/vhost",
+    "amqp://user:hush@host:5672/vhost": "amqp://user:***@host:5672/vhost",
+    "amqp://:hush@host": "amqp://***@host",
+    "amqp://hush@host": "amqp://***@host",
+    "amqp://user:hu@sh@host": "amqp://user:***@host",
+    "amqp://user:hu/sh@host": "amqp://user:***@host",
+    "amqp://user:hu#sh@host": "amqp://user:***@host",
+    "amqp://user:hu?sh@host/v": "amqp://user:***@host/v",
+    "amqp://user:hu[sh@host": "amqp://user:***@host",
+    "amqp://user:hush@host:port/": "amqp://user:***@host:port/",
+    "amqp://a:hush@one,b:hush@two": "amqp://a:***@two",
+    "amqp://host/?password=hush": "amqp://host/",
+    "amqp://u:hush@host/?mail=a@b&password=hush": "amqp://u:***@b",
+    "amqp://host/v#hush": "amqp://host/v",
+    "postgresql+asyncpg://user:hush@/db?host=/tmp": "postgresql+asyncpg://user:***@/db",
+    "mssql+pyodbc:///?odbc_connect=PWD%3Dhush": "mssql+pyodbc:///",
+    "mssql://host/db;PWD=hush": "mssql://host/db",
+    "sqlite+pysqlcipher://:hush@/file.db": "sqlite+pysqlcipher://***@/file.db",
+    "sqlite:////data/me@home/x.db?mode=ro": "sqlite:////data/me@home/x.db",
+    "memory://name": "memory://name",
+    "sqlite": "sqlite",
+    "": "",
+    "user:hush@host": "<not a URL>",
+    "amqp:/user:hush@host": "<not a URL>",
+    "amqp//user:hush@host": "<not a URL>",
+    "host=db password=hush": "<not a URL>",
+    " amqp://user:hush@host": "<not a URL>",
+    "hush@host": "<not a URL>",
+}
+
+
+@pytest.mark.parametrize(("url", "shown"), SHOWN.items(), ids=[url or "empty" for url in SHOWN])
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
+SECRET = "s3CReT"
+passwords = st.tuples(st.text(max_size=8), st.text(max_size=8)).map(SECRET.join)
+TEMPLATES: list[Callable[[str], str]] = [
+    lambda password: f"amqp://user:{password}@host:5672/vhost",
+    lambda password: f"amqps://:{password}@host",
+    lambda password: f"amqp://user:{password}@host/?heartbeat=5",
+    lambda password: f"postgresql+asyncpg://user:{password}@host/db",
+    lambda password: f"sqlite+pysqlcipher://:{password}@/file.db",
+    lambda password: f"wrong://user:{password}@host",
+    lambda password: f"amqp:/user:{password}@host",
+    lambda password: f"user:{password}@host",
+]
+
+
+@pytest.mark.parametrize("template", range(len(TEMPLATES)))
+@given(password=passwords)
+def test_no_password_is_ever_shown(template: int, password: str) -> None:
+    assert SECRET not in redact(TEMPLATES[template](password))
+
+
+@given(password=passwords)
+def test_no_error_of_settings_says_a_password(password: str) -> None:
+    url = f"amqp://user:{password}@host"
+    attempts: list[Callable[[], Any]] = [
+        lambda: Settings(store=url),
+        lambda: Settings(bus="x" + url),
+        lambda: Settings(bus=url).database_of("stock"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ConfigurationError) as refused:
+            attempt()
+        assert SECRET not in str(refused.value)
