@@ -178,7 +178,7 @@ _ENDS_TRANSACTION: Final = re.compile(
 
 @contextmanager
 def guarded(connection: AsyncConnection) -> Iterator[None]:
-    """Within the block, whatever would end the transaction raises `TransactionMisuse` before it reaches the database."""
+    """Within the block, what would end the transaction raises `TransactionMisuse` before it reaches the database."""
     info = connection.sync_connection.info if connection.sync_connection is not None else {}
     info[_GUARDED] = True
     try:

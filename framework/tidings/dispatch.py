@@ -408,8 +408,8 @@ class Dispatcher:
         detail = failure.detail if failure else "".join(traceback.format_exception(error))
         self._troubles.condemned[item.event.position] = Failure(reason, detail, permanent=True)
         return Fenced(
-            f"service {self._service.name!r}: handler {item.handler.name!r} ended the transaction that its group shares "
-            f"({reason}); the group is undone, and the event at position {item.event.position} dead"
+            f"service {self._service.name!r}: handler {item.handler.name!r} ended the transaction that its group "
+            f"shares ({reason}); the group is undone, and the event at position {item.event.position} dead"
         )
 
     def _settle_prefix(self) -> None:

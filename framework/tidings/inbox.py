@@ -28,7 +28,7 @@ _BURY: Final = dead.insert()
 
 
 def _storable(value: Any) -> Any:
-    """Texts of foreign origin (an exception's message, a header) without what databases refuse: NUL, lone surrogates."""
+    """Foreign texts (an exception's message, a header) without what databases refuse: NUL and lone surrogates."""
     if not isinstance(value, str):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -48,8 +48,9 @@ NESTING: Final = 500
 """Metadata with more opening brackets than this names no partition key."""
 
 _KEY: Final = b'"partitionKey"'
-# Numbers stay texts: how long an integer may be is a setting of each interpreter, and all must find the same key.
-_READER: Final = json.JSONDecoder(parse_int=str, parse_float=str)
+# Integers are not read, only passed over: how long one may be is a setting of each interpreter, and all must find the
+# same key.
+_READER: Final = json.JSONDecoder(parse_int=len)
 
 
 def bucket_of(key: str) -> int:

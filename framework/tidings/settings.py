@@ -87,14 +87,14 @@ def redact(url: str) -> str:
     """
     scheme, separator, rest = url.partition("://")
     if not separator or not _SCHEME.fullmatch(scheme):
-        # No URL: it may be a password and a host just as well, so only a beginning that cannot be one is shown.
+        # No URL: it may be a user, a password and a host just as well, so it is shown only without any of their signs.
         return "<not a URL>" if re.search(r"[@=:\s]", url) else url
-    user, at, place = "", "", rest
-    if not (rest.startswith("/") and scheme.lower().startswith(("sqlite", "memory"))):
-        secret, at, place = rest.rpartition("@")
+    shown, place = "", rest
+    if "@" in rest and not (rest.startswith("/") and scheme.lower().startswith(("sqlite", "memory"))):
+        secret, _, place = rest.rpartition("@")
         user, colon, _ = secret.partition(":")
-        at = (f"{user}:***@" if colon and user else "***@") if at else ""
-    return f"{scheme}://{at}{re.split(r'[?#;&=]', place)[0]}"
+        shown = f"{user}:***@" if colon and user else "***@"
+    return f"{scheme}://{shown}{re.split(r'[?#;&=]', place)[0]}"
 
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")

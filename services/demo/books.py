@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import Select, func, select
 
 from services.demo.invariants import Numbers
 from services.inventory import inventory
@@ -29,8 +29,8 @@ __all__ = ["best_countries", "places", "read_books", "sales_of"]
 async def places(runtime: Runtime) -> tuple[int, int, int]:
     """Pieces on hand, reserved and shipped."""
     sums = (func.coalesce(func.sum(stock.c[place]), 0) for place in ("on_hand", "reserved", "shipped"))
-    row = (await _rows(runtime, inventory, select(*sums)))[0]
-    return row[0], row[1], row[2]
+    on_hand, reserved, shipped = (await _rows(runtime, inventory, select(*sums)))[0]
+    return on_hand, reserved, shipped
 
 
 async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
@@ -38,7 +38,9 @@ async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
     on_hand, reserved, shipped = await places(runtime)
     is_open = payments.c.state == State.AUTHORISED
     held = await _rows(runtime, payment, select(func.coalesce(func.sum(payments.c.pence), 0)).where(is_open))
-    parcels = await _rows(runtime, shipping, select(shipments.c.state, func.count()).group_by(shipments.c.state))
+    parcels = await _rows(
+        runtime, shipping, select(shipments.c.state, func.count().label("number")).group_by(shipments.c.state)
+    )
     sold = await _rows(runtime, sales, select(func.coalesce(func.sum(countries.c.pence), 0)))
     async with open_sandbox(ledger) as gateway:
         entries = await gateway.ledger()
@@ -53,7 +55,7 @@ async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
         ledger=moved,
         operations=len(entries),
         calls=sum(entry.calls for entry in entries),
-        shipments={row[0]: row[1] for row in parcels},
+        shipments={row.state: row.number for row in parcels},
         sales=pounds(sold[0][0]),
         dead=sum(service.dead_count for service in report.services),
         settled=report.ok,
@@ -73,7 +75,6 @@ async def sales_of(runtime: Runtime, country: str) -> tuple[int, Decimal]:
     return 0, Decimal()
 
 
-async def _rows(runtime: Runtime, service: Service, query: Select[Any]) -> Sequence[Row[Any]]:
+async def _rows(runtime: Runtime, service: Service, query: Select[Any]) -> Sequence[Any]:
     async with runtime.engine(service).connect() as connection:
-        rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
-        return rows
+        return (await connection.execute(query)).all()

@@ -44,8 +44,8 @@ def _say_what_is_there(demo: Stage) -> None:
     if tally.events:
         done = tally.count("dispatched") + tally.count("cancelled")
         demo.screen.line(
-            f"Continues an earlier run: {tally.events:,} events are here, with {len(tally.orders)} orders, {done} of them "
-            "done. None of it is done again."
+            f"Continues an earlier run, which left {tally.events:,} events with {len(tally.orders)} orders, {done} of them "
+            "done. What was done is not done again."
         )
 
 
@@ -54,8 +54,8 @@ async def _receive_stock(demo: Stage) -> None:
     made = await receive(stock)
     await demo.silence()
     demo.screen.line(
-        f"Stock: {made:,} of {len(stock):,} articles received now. Of the {SCARCE} best sellers there is only {SHARE} % of "
-        "what will be asked for."
+        f"Stock: {made:,} of {len(stock):,} articles received now. Of the {SCARCE} best sellers there is only {SHARE} % "
+        "of what will be asked for."
     )
 
 
@@ -119,10 +119,10 @@ async def _show_one_order(demo: Stage) -> None:
     demo.screen.table(entries, titles=("version", "when (UTC)", "what", "who", "why"), right=[0])
     for version in (1, len(entries) - 1):
         order = await repository.load(order_id, at_version=version)
-        reserved, authorised = "yes" if order.reserved else "no", "yes" if order.authorised else "no"
+        stock, money = ("yes" if there else "no" for there in (order.reserved, order.authorised))
         demo.screen.line(
-            f"At version {version}: {order.status} (reserved: {reserved}, authorised: {authorised}), {len(order.lines)} "
-            f"lines worth £{order.total:,.2f}."
+            f"At version {version}: {order.status} (stock reserved: {stock}, payment authorised: {money}), "
+            f"{len(order.lines)} lines worth £{order.total:,.2f}."
         )
 
 

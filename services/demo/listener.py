@@ -1,4 +1,4 @@
-"""The demo's own ear at the log: a catch-up subscription from the first event on, read by the tally and the customers."""
+"""The demo's own ear at the log: a catch-up subscription from the first event on, for the tally and the customers."""
 
 from __future__ import annotations
 

@@ -45,9 +45,11 @@ class Screen:
         self, rows: Sequence[tuple[str, ...]], *, titles: tuple[str, ...] = (), right: Sequence[int] = ()
     ) -> None:
         """Rows in columns as wide as they need; those whose numbers are in `right` end on one line."""
-        widths = [max(map(len, column)) for column in zip(*([titles] if titles else []), *rows, strict=True)]
-        for row in ([titles] if titles else []) + list(rows):
-            cells = (cell.rjust(n) if i in right else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, widths)))
+        everything = [titles, *rows] if titles else list(rows)
+        widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
+        for row in everything:
+            places = zip(row, widths, strict=True)
+            cells = (cell.rjust(n) if i in right else cell.ljust(n) for i, (cell, n) in enumerate(places))
             self.line("  ".join(cells).rstrip(), style="dim" if row is titles else "")
 
     @asynccontextmanager

@@ -43,10 +43,13 @@ class Stage:
 
     async def silence(self) -> None:
         """Wait until everything has settled in every service, and no customer reacts to it any more."""
-        head = -1
-        while head != (head := await self.runtime.store.head()):
+        store = self.runtime.store
+        while True:
+            head = await store.head()
             await self.runtime.settled(timeout=PATIENCE)
             await self.listener.reached(head)
+            if await store.head() == head:
+                return
 
 
 @asynccontextmanager
@@ -55,6 +58,8 @@ async def stage(folder: Path, data: Path, screen: Screen) -> AsyncIterator[Stage
     settings = Settings(
         store=f"sqlite:///{folder}/events.db", bus="memory://demo", database=f"sqlite:///{folder}/{{service}}.db"
     )
-    async with Runtime(orders, inventory, payment, shipping, settings=settings) as runtime:
-        async with listening(runtime.store) as listener:
-            yield Stage(runtime, listener, screen, folder, data)
+    async with (
+        Runtime(orders, inventory, payment, shipping, settings=settings) as runtime,
+        listening(runtime.store) as listener,
+    ):
+        yield Stage(runtime, listener, screen, folder, data)

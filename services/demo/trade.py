@@ -1,7 +1,7 @@
 """What the demo writes into the log: opening stock, the orders and returns of the file, a few live orders.
 
-Everything begins a stream of its own whose name follows from the data. So a second run tries it all again, and the store
-refuses what is there: importing twice creates nothing twice, wherever the first run was interrupted.
+Everything begins a stream of its own whose name follows from the data. So a second run tries it all again, and the
+store refuses what is there: importing twice creates nothing twice, wherever the first run was interrupted.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tidings.stores import RecordedEvent
 __all__ = ["MUTANTS", "SOUND", "Rules", "World", "outcome"]
 
 LOG: Final = UUID(int=7)
-PARTITIONS: Final = (range(0, 128), range(128, 256))
+PARTITIONS: Final = (range(128), range(128, 256))
 WINDOW: Final = 4
 LAST_TURNS: Final = 4000
 
@@ -411,7 +411,7 @@ class World:
             self.consumers.append(Consumer(self, consumer.buckets))
 
     def come_to_rest(self) -> None:
-        """No new faults: one consumer per partition, one fresh relay, a replica that catches up, a broker that works."""
+        """No new faults: one consumer per partition, one fresh relay, a broker that works."""
         newest = {consumer.buckets: consumer for consumer in self.consumers}
         for zombie in set(self.consumers) - set(newest.values()):
             self.replace(zombie)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Literal
 from uuid import UUID
@@ -104,15 +105,19 @@ def test_reserved_metadata_keys_are_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}, "\ud800", b"bytes"], ids=repr)
 def test_metadata_that_is_no_json_is_refused(value: object) -> None:
-    with pytest.raises(SchemaError, match="Ordered|OrderCreated"):
+    with pytest.raises(SchemaError, match="'OrderCreated'"):
         encode(Ordered(order_id="1"), id=ID, metadata={"actor": value})
 
 
-def test_metadata_that_contains_itself_is_refused() -> None:
+def test_metadata_that_contains_itself_or_is_too_deep_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(SchemaError):
-        encode(Ordered(order_id="1"), id=ID, metadata={"actor": endless})
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (endless, deep):
+        with pytest.raises(SchemaError):
+            encode(Ordered(order_id="1"), id=ID, metadata={"actor": value})
 
 
 def test_a_lone_surrogate_in_an_event_is_refused() -> None:
@@ -252,10 +257,8 @@ def test_data_that_does_not_fit_is_a_schema_error_that_says_where(data: bytes, v
 
 @given(st.binary(), st.binary())
 def test_whatever_the_bytes_are_decoding_returns_or_raises_schema_error(data: bytes, metadata: bytes) -> None:
-    try:
+    with suppress(SchemaError):
         decode(stored(EventData("Lifted", data, metadata)), Lifted)
-    except SchemaError:
-        pass
 
 
 def test_errors_name_fields_never_values() -> None:

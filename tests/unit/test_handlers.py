@@ -146,16 +146,16 @@ def test_a_signature_that_cannot_be_served_is_refused_by_handler_and_parameter(
 
 
 def test_events_must_be_given_and_be_events() -> None:
-    with pytest.raises(ConfigurationError, match="'narrow'.*name the events"):
+    with pytest.raises(ConfigurationError, match=r"'narrow'.*name the events"):
         declare(narrow, (), name=None, retry=Retry(), timeout=1)
     for stranger in (Event, Gateway, narrow):
-        with pytest.raises(ConfigurationError, match="'narrow'.*is not a subclass of tidings.Event"):
+        with pytest.raises(ConfigurationError, match=r"'narrow'.*is not a subclass of tidings.Event"):
             declare(narrow, (stranger,), name=None, retry=Retry(), timeout=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
 def test_a_timeout_must_be_positive(timeout: float) -> None:
-    with pytest.raises(ConfigurationError, match="'narrow'.*must be positive"):
+    with pytest.raises(ConfigurationError, match=r"'narrow'.*must be positive"):
         declared(narrow, timeout=timeout)
 
 

@@ -24,7 +24,6 @@ HEAVY = (
     "opentelemetry",
     "pydantic_settings",
 )
-OPTIONAL = ("aio_pika", "aiormq", "pamqp", "fastapi", "uvicorn", "pytest", "httpx", "rich", "grpc", "testcontainers")
 
 
 @pytest.mark.parametrize("name", tidings.__all__)
@@ -81,7 +80,7 @@ def test_every_exported_name_of_every_core_module_is_there() -> None:
     core = [
         module.name
         for module in pkgutil.iter_modules(tidings.__path__)
-        if not module.ispkg and module.name not in ("__main__",)
+        if not module.ispkg and module.name != "__main__"
     ]
     for name in core:
         module = importlib.import_module(f"tidings.{name}")
