@@ -6,7 +6,7 @@ import asyncio
 import signal
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import structlog
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Runtime", "serve"]
 
 log = structlog.get_logger("tidings.runtime")
+
+MARKER_SECONDS: Final = 1.0
+"""Within one process a marker costs next to nothing, and a service that starts late waits for one."""
 
 
 class Runtime:
@@ -51,7 +54,7 @@ class Runtime:
             self._store = await stack.enter_async_context(open_store(self.settings.store))
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))
             if self._with_relay:
-                self.relay = Relay(self._store, self._bus)
+                self.relay = Relay(self._store, self._bus, marker_seconds=MARKER_SECONDS)
                 await stack.enter_async_context(supervised(self.relay.run()))
             self._stack = stack.pop_all()
             try:

@@ -77,4 +77,5 @@ async def sales_of(runtime: Runtime, country: str) -> tuple[int, Decimal]:
 
 async def _rows(runtime: Runtime, service: Service, query: Select[Any]) -> Sequence[Any]:
     async with runtime.engine(service).connect() as connection:
-        return (await connection.execute(query)).all()
+        rows: Sequence[Any] = (await connection.execute(query)).all()
+        return rows

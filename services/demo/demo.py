@@ -44,8 +44,8 @@ def _say_what_is_there(demo: Stage) -> None:
     if tally.events:
         done = tally.count("dispatched") + tally.count("cancelled")
         demo.screen.line(
-            f"Continues an earlier run, which left {tally.events:,} events with {len(tally.orders)} orders, {done} of them "
-            "done. What was done is not done again."
+            f"Continues an earlier run, which left {tally.events:,} events with {len(tally.orders)} orders, {done} of "
+            "them done. What was done is not done again."
         )
 
 
@@ -54,8 +54,8 @@ async def _receive_stock(demo: Stage) -> None:
     made = await receive(stock)
     await demo.silence()
     demo.screen.line(
-        f"Stock: {made:,} of {len(stock):,} articles received now. Of the {SCARCE} best sellers there is only {SHARE} % "
-        "of what will be asked for."
+        f"Stock: {made:,} of {len(stock):,} articles received now. Of the {SCARCE} best sellers there is only "
+        f"{SHARE} % of what will be asked for."
     )
 
 

@@ -1,6 +1,6 @@
 """What `import tidings` costs beside the libraries that it cannot do without, and what it must not import.
 
-    python -m tests.benchmarks.bench_import
+python -m tests.benchmarks.bench_import
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much memory the relay takes while it carries 200,000 events from an embedded store to the memory bus.
 
-    python -m tests.benchmarks.bench_relay
+python -m tests.benchmarks.bench_relay
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One process of a test: the audited service, or a relay, told by its arguments where to die.
 
-    python -m tests.integration.worker service|relay [--name NAME] [--die POINT] [--after N]
+python -m tests.integration.worker service|relay [--name NAME] [--die POINT] [--after N]
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def audited(name: str) -> Service:
 
     @service.on(Ticked)
     async def note(event: Ticked, context: Context, session: AsyncSession) -> None:
-        await session.execute(
-            audit.insert().values(key=event.key, number=event.number, event_id=str(context.event.id))
-        )
+        await session.execute(audit.insert().values(key=event.key, number=event.number, event_id=str(context.event.id)))
 
     return service
 

@@ -39,7 +39,9 @@ POLL: Final = 0.05
 """Seconds between looks at what other processes have appended, while somebody subscribes."""
 CACHED_STREAMS: Final = 65_536
 _ROWS: Final = (64, 32, 16, 8, 4, 2, 1)
-_INSERTS: Final = {count: "INSERT OR ROLLBACK INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS}
+_INSERTS: Final = {
+    count: "INSERT OR ROLLBACK INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS
+}
 
 
 # ---- the decision ------------------------------------------------------------------
