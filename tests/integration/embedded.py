@@ -90,9 +90,9 @@ class World:
     bus: MemoryBus
     running: list[RunningService]
 
-    async def append(self, *events: Event, stream: str | None = None) -> None:
+    async def append(self, *events: Happened | Followed, stream: str | None = None) -> None:
         """Each key's events to its own stream, in order."""
-        of: dict[str, list[Event]] = defaultdict(list)
+        of: dict[str, list[Happened | Followed]] = defaultdict(list)
         for event in events:
             of[stream or f"{type(event).__name__}-{event.key}"].append(event)
         service = self.running[0].service
@@ -224,10 +224,11 @@ class Killing(StoreAround):
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         self.appends += 1
-        if self.when == "before" and self.appends == 40:
+        fatal = self.appends == 40
+        if fatal and self.when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         done = await self.inner.append(stream, events, expected=expected)
-        if self.when == "after" and self.appends == 40:
+        if fatal and self.when == "after":
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
@@ -236,7 +237,7 @@ async def main(folder: Path, when: str) -> None:
     service = emitting()
 
     def wrap(store: EventStore) -> EventStore:
-        return Killing(store, when)  # type: ignore[return-value]
+        return Killing(store, when)
 
     async with embedded(folder, service, wrap=wrap) as world:
         print("running", flush=True)

@@ -59,7 +59,7 @@ async def test_emissions_are_appended_once_by_a_store_that_fails_and_forgets(tmp
 
     def wrap(store: EventStore) -> EventStore:
         stores.append(Forgetful(store))
-        return stores[0]  # type: ignore[return-value]
+        return stores[0]
 
     async with embedded(tmp_path, Service("first")) as world:
         await world.append(*events)
@@ -95,7 +95,7 @@ async def test_an_append_of_unknown_outcome_is_found_even_in_a_stream_that_hides
     def wrap(store: EventStore) -> EventStore:
         around.append(Away(store))
         around[0].take = take
-        return around[0]  # type: ignore[return-value]
+        return around[0]
 
     async with embedded(tmp_path, Service("first")) as world:
         await world.append(Followed(key="a", n=-1), stream="followed-a")

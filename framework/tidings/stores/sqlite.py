@@ -26,6 +26,7 @@ from tidings.errors import (
 )
 from tidings.stores import (
     ANY,
+    APPEND_LIMIT,
     EVERYTHING,
     NO_STREAM,
     OCTETS,
@@ -44,13 +45,11 @@ from tidings.stores import sqlite_log as reading
 from tidings.stores.sqlite_log import MAX_VERSION, METADATA_TYPE, PAGE_EVENTS, Database, Page, now
 from tidings.stores.sqlite_writer import Appender, Kind, Outcome, Write, Writer
 
-__all__ = ["APPEND_LIMIT", "SqliteStore", "open_sqlite"]
+__all__ = ["SqliteStore", "open_sqlite"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-APPEND_LIMIT: Final = 1024 * 1024
-"""Bytes of one append, counted as `EventData.size`; EventStoreDB's default."""
 READERS: Final = 4
 
 
@@ -160,6 +159,8 @@ class SqliteStore:
                 raise InvalidStreamName(f"an event for stream {stream!r} has an empty type: give it a name")
             if not event.id.int:
                 raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
+            if type(event.data) is not bytes or type(event.metadata) is not bytes:
+                raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
             _check_text(event.type)
         _check_stream(stream)
         if size > APPEND_LIMIT:

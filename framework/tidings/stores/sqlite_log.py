@@ -101,6 +101,8 @@ class Database:
         """Seconds to wait for another process's transaction."""
         self._alone = threading.Lock() if path is None else None
         self._idle: deque[sqlite3.Connection] = deque()
+        self.opened_at = -1
+        """The head when the database was opened."""
         self._writer = self._open()
 
     def _connect(self) -> sqlite3.Connection:
@@ -121,10 +123,16 @@ class Database:
             # Looked at before anything is written: a file of somebody else stays as it is.
             self._is_ours(connection)
             self._enter_wal(connection)
-            connection.execute("BEGIN IMMEDIATE")  # also finds out now, not later, whether the file can be written
-            if not self._is_ours(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            if self._is_ours(connection):
+                # A write that is taken back finds out now, not at the first append, whether the file can be written.
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                connection.execute("ROLLBACK")
+            else:
                 _create(connection)
-            connection.execute("COMMIT")
+                connection.execute("COMMIT")
+            self.opened_at = head(connection)
+            log_id(connection)
         except BaseException as error:
             if connection is not None:
                 connection.close()

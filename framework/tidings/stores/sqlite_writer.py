@@ -153,8 +153,7 @@ class Appender:
     def __init__(self, database: Database, clock: Callable[[], int], *, remember_ids: bool = True) -> None:
         self._database = database
         self._clock = clock
-        with database.writing() as connection:
-            self.head = head(connection)
+        self.head = database.opened_at
         # The one place where it is decided which ids `ANY` and `STREAM_EXISTS` recognise: those above this position.
         self._ids_after = 0 if remember_ids else self.head
         self._streams: dict[str, Facts] = {}

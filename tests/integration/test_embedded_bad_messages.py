@@ -1,0 +1,115 @@
+"""What stands in a queue without being what the relay wrote: a dead letter with its reason, and the rest goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tests.integration.embedded import Happened, World, assert_once_in_order, auditing, embedded, letters, many, rows
+from tidings import EventData
+from tidings.message import Marker, Message, encode
+from tidings.position import carried
+from tidings.stores import JSON
+
+EVENTS = many(40, 7)
+OTHER_LOG = UUID("00000000-0000-0000-0000-00000000beef")
+
+
+async def good(world: World) -> Message:
+    """The message of the last event."""
+    async for event in world.store.read_all(backwards=True):
+        bucket = carried(event)
+        if bucket is not None:
+            return encode(event, log=await world.store.log_id(), previous=event.position - 1, bucket=bucket)
+    raise AssertionError
+
+
+def headers(**changes: Any) -> Any:
+    def change(message: Message) -> Message:
+        return replace(message, headers={**message.headers, **{f"tidings-{k}": v for k, v in changes.items()}})
+
+    return change
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "empty headers": (lambda message: replace(message, headers={}), "'tidings-position' is missing"),
+    "position no number": (headers(position="twelve"), "'tidings-position' is 'twelve', not an integer"),
+    "position a float": (headers(position=1.5), "not an integer"),
+    "position true": (headers(position=True), "not an integer"),
+    "position huge": (headers(position=2**70), "outside"),
+    "previous not below": (headers(previous=2**60), "not below the position"),
+    "bucket of another key": (lambda m: headers(bucket=(m.headers["tidings-bucket"] + 1) % 256)(m), "belongs to"),
+    "log no UUID": (headers(log="mine"), "not a UUID"),
+    "other log": (headers(log=str(OTHER_LOG)), "it belongs to log"),
+    "strange content": (lambda m: replace(m, content_type="text/xml"), "content type"),
+    "garbage marker": (lambda m: replace(m, type="tidings.marker", body=b"\xff\0"), "marker's body"),
+    "marker of numbers": (lambda m: replace(m, type="tidings.marker", body=b"[1]"), "marker's body"),
+    "marker of another log": (lambda m: Marker(OTHER_LOG, 5, 1, {}).encode(), "it belongs to log"),
+    "surrogates": (lambda m: Message(b"x", "\udfff", "\ud800\0", {"\ud800": "\0\udfff"}), "missing"),
+    "surrogate metadata": (headers(metadata="\ud800"), "metadata"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+async def test_a_message_that_cannot_be_read_is_dead_with_its_reason(tmp_path: Path, what: str) -> None:
+    change, reason = BAD[what]
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:20])
+        await world.settled()
+        async with world.bus.publisher() as publisher:
+            await publisher.send(change(await good(world)))
+        await world.append(*EVENTS[20:])
+        await world.settled()
+        assert_once_in_order(await rows(service), EVENTS)
+        (letter,) = await letters(service)
+        assert letter.kind == "message"
+        assert letter.reason.startswith("MalformedMessage: ")
+        assert reason in letter.reason
+        assert world.running[0].joins == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (EventData("Happened", b"not json", b'{"partitionKey":"x"}'), "SchemaError"),
+        (EventData("Happened", b'{"n": 1}', b"also not json"), "SchemaError"),
+        (EventData("Happened", b'{"key":"x"}', b'{"schemaVersion":9}'), "UnknownEventType"),
+        (EventData("Happened", b'{"key":"x"}', b'{"schemaVersion":"new"}'), "SchemaError"),
+        (EventData("Happened", b"\0\xff", content_type="application/octet-stream"), "SchemaError"),
+        (EventData("Happened", b"[" * 100_000), "SchemaError"),
+        (EventData("Unknown", b"anything"), None),
+    ],
+)
+async def test_an_event_that_does_not_fit_is_dead_and_an_unknown_type_passes_by(
+    tmp_path: Path, event: EventData, reason: str | None
+) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:20])
+        await world.store.append("foreign", [event])
+        await world.append(*EVENTS[20:])
+        await world.settled()
+        assert_once_in_order(await rows(service), EVENTS)
+        found = await letters(service)
+        assert [letter.reason.partition(":")[0] for letter in found] == ([reason] if reason else [])
+        assert [(letter.attempts, letter.data) for letter in found] == ([(1, event.data)] if reason else [])
+
+
+async def test_a_repeated_message_is_dropped(tmp_path: Path) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS)
+        await world.settled()
+        message = await good(world)
+        assert message.content_type == JSON
+        async with world.bus.publisher() as publisher:
+            for _ in range(50):
+                await publisher.send(message)
+        await world.append(Happened(key="last"))
+        await world.settled()
+        assert_once_in_order(await rows(service), [*EVENTS, Happened(key="last")])

@@ -1,0 +1,82 @@
+"""The services on the embedded runtime, in a folder of the test's own; and a few words for what tests do with them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.order import Order, repository
+from services.order.events import OrderLine
+from services.payment.gateway import Entry, open_sandbox
+from tidings import Event, Runtime, Service, Settings
+from tidings.errors import StreamNotFound
+from tidings.position import CARRIED
+
+PLACED_AT = datetime(2010, 12, 1, 8, 26, tzinfo=UTC)
+CUP = OrderLine(sku="CUP", description="RED CUP", quantity=2, unit_price=Decimal("2.55"))
+
+
+class Shop:
+    """Obtain one with `shop`."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self.folder = folder
+        self.runtime = runtime
+
+    async def place(self, order_id: str, *lines: OrderLine, country: str = "France") -> None:
+        """Order these goods."""
+        await repository.create(order_id, Order.place, lines or (CUP,), None, country, PLACED_AT)
+
+    async def tell(self, service: Service, *events: Event) -> None:
+        """Put events of others into the log, as this service understands them, and wait until all is done."""
+        for event in events:
+            await service.append("told", event)
+        await self.runtime.settled()
+
+    async def stream(self, stream: str) -> list[str]:
+        """The types of a stream's events."""
+        try:
+            return [event.type async for event in self.runtime.store.read_stream(stream)]
+        except StreamNotFound:
+            return []
+
+    async def log(self) -> list[str]:
+        """The types of all events of services."""
+        return [event.type async for event in self.runtime.store.read_all(filter=CARRIED)]
+
+    async def rows(self, service: Service, table: Any) -> list[Any]:
+        """A table of a service's database."""
+        async with self.runtime.engine(service).connect() as connection:
+            return list(await connection.execute(table.select()))
+
+    async def ledger(self) -> list[Entry]:
+        """What the gateway did."""
+        async with open_sandbox(self.folder / "gateway.db") as gateway:
+            return await gateway.ledger()
+
+    async def proves_that_all_is_settled(self) -> None:
+        """Nothing pending, nothing staged, nothing dead."""
+        report = await self.runtime.settled()
+        assert report.ok, str(report)
+        assert not any(part.dead_count for part in report.services), str(report)
+
+
+@asynccontextmanager
+async def shop(
+    folder: Path, patch: pytest.MonkeyPatch, *services: Service, bus: str | None = None
+) -> AsyncIterator[Shop]:
+    """These services and a relay on the files in `folder`."""
+    patch.setenv("PAYMENT_LEDGER", str(folder / "gateway.db"))
+    settings = Settings(
+        store=f"sqlite:///{folder}/events.db",
+        bus=bus or f"memory://{folder.name}",
+        database=f"sqlite:///{folder}/{{service}}.db",
+    )
+    async with Runtime(*services, settings=settings, relay=True) as runtime:
+        yield Shop(folder, runtime)

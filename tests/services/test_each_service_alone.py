@@ -1,0 +1,291 @@
+"""Each service on the embedded runtime, with nobody else there: what it hears, it is told by the test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+import services.inventory.events as inventory_hears
+import services.order.events as order_hears
+import services.payment.events as payment_hears
+import services.sales.service as sales_service
+import services.shipping.events as shipping_hears
+from services.inventory import inventory
+from services.inventory.tables import stock
+from services.order import Status, orders, repository
+from services.payment import payment
+from services.payment import service as payment_service
+from services.payment.gateway import Answer, GatewayUnavailable, Operation, SandboxGateway, open_sandbox
+from services.payment.tables import payments
+from services.sales import countries, sales
+from services.shipping import shipping
+from services.shipping.tables import shipments
+from tests.services.shop import Shop, shop
+
+
+@pytest.fixture
+def patch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    return monkeypatch
+
+
+# ---- order ---------------------------------------------------------------------------
+
+
+async def test_order_confirms_when_stock_and_payment_are_there(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, orders) as alone:
+        await alone.place("1")
+        await alone.tell(orders, order_hears.StockReserved(order_id="1"))
+        assert (await repository.load("1")).status is Status.PLACED
+        await alone.tell(orders, order_hears.PaymentAuthorised(order_id="1"))
+        assert (await repository.load("1")).status is Status.CONFIRMED
+        await alone.tell(orders, order_hears.ShipmentDispatched(order_id="1"))
+        assert await alone.stream("order-1") == [
+            "OrderCreated",
+            "OrderReserved",
+            "OrderAuthorised",
+            "OrderConfirmed",
+            "OrderDispatched",
+        ]
+
+
+async def test_order_cancels_with_the_reason_that_it_was_told(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, orders) as alone:
+        await alone.place("1")
+        await alone.tell(orders, order_hears.StockRejected(order_id="1", reason="out of stock: 2 of CUP"))
+        order = await repository.load("1")
+        assert (order.status, order.reason, order.by) == (Status.CANCELLED, "out of stock: 2 of CUP", "inventory")
+
+
+async def test_the_history_of_an_order_says_who_and_why(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, orders) as alone:
+        await alone.place("1")
+        why = {"actor": "inventory", "reason": "1 articles set aside"}
+        await orders.append("reservation-1", order_hears.StockReserved(order_id="1"), metadata=why)
+        await alone.runtime.settled()
+        entries = [entry async for entry in repository.history("1")]
+        assert entries[1].metadata["actor"] == "order"
+        assert entries[1].metadata["reason"] == "inventory: 1 articles set aside"
+        assert entries[1].causation_id is not None
+
+
+# ---- inventory -----------------------------------------------------------------------
+
+
+def wanted(order_id: str, **skus: int) -> inventory_hears.OrderCreated:
+    lines = tuple(inventory_hears.OrderLine(sku=sku, quantity=quantity) for sku, quantity in skus.items())
+    return inventory_hears.OrderCreated(order_id=order_id, lines=lines)
+
+
+async def on_the_shelf(alone: Shop) -> dict[str, tuple[int, int, int]]:
+    rows = await alone.rows(inventory, stock)
+    return {row.sku: (row.on_hand, row.reserved, row.shipped) for row in rows}
+
+
+async def test_inventory_reserves_ships_and_takes_back(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, inventory) as alone:
+        received = inventory_hears.GoodsReceived(sku="CUP", quantity=10)
+        await alone.tell(inventory, received, received)
+        await alone.tell(inventory, wanted("1", CUP=3))
+        assert await on_the_shelf(alone) == {"CUP": (17, 3, 0)}
+        await alone.tell(inventory, inventory_hears.ShipmentDispatched(order_id="1"))
+        assert await on_the_shelf(alone) == {"CUP": (17, 0, 3)}
+        back = inventory_hears.ReturnReceived(return_id="C1", sku="CUP", quantity=2)
+        new = inventory_hears.ReturnReceived(return_id="C2", sku="JAR", quantity=1)
+        await alone.tell(inventory, back, new)
+        assert await on_the_shelf(alone) == {"CUP": (19, 0, 3), "JAR": (1, 0, 0)}
+        assert await alone.stream("reservation-1") == ["StockReserved"]
+
+
+async def test_inventory_reserves_all_lines_or_none(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, inventory) as alone:
+        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=10))
+        await alone.tell(inventory, wanted("1", CUP=3, JAR=1, MUG=2, TIN=1, URN=1))
+        assert await on_the_shelf(alone) == {"CUP": (10, 0, 0)}
+        (rejected,) = [event async for event in alone.runtime.store.read_stream("reservation-1")]
+        assert b'"reason":"out of stock: 1 of JAR, 2 of MUG, 1 of TIN and 1 more"' in rejected.data
+        assert rejected.data.count(b'"sku"') == 4, "the event names every missing article"
+
+
+async def test_inventory_adds_up_lines_of_the_same_article(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, inventory) as alone:
+        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
+        line = inventory_hears.OrderLine(sku="CUP", quantity=2)
+        await alone.tell(inventory, inventory_hears.OrderCreated(order_id="1", lines=(line, line)))
+        assert await alone.stream("reservation-1") == ["StockRejected"]
+        assert await on_the_shelf(alone) == {"CUP": (3, 0, 0)}
+
+
+async def test_inventory_releases_once_and_only_what_was_reserved(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, inventory) as alone:
+        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
+        cancelled = inventory_hears.OrderCancelled(order_id="1")
+        await alone.tell(inventory, wanted("1", CUP=2), cancelled, cancelled)
+        await alone.tell(inventory, wanted("2", CUP=9), inventory_hears.OrderCancelled(order_id="2"))
+        assert await on_the_shelf(alone) == {"CUP": (3, 0, 0)}
+        assert await alone.stream("reservation-1") == ["StockReserved", "StockReleased"]
+        assert await alone.stream("reservation-2") == ["StockRejected"]
+
+
+async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(
+    tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    async with shop(tmp_path, patch, inventory) as alone:
+        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=50))
+        await alone.tell(inventory, *(wanted(str(number), CUP=3) for number in range(100)))
+        assert await on_the_shelf(alone) == {"CUP": (2, 48, 0)}
+        log = await alone.log()
+        assert (log.count("StockReserved"), log.count("StockRejected")) == (16, 84)
+
+
+async def test_not_even_a_mistake_can_lose_a_piece(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, inventory) as alone:
+        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=1))
+        async with alone.runtime.engine(inventory).begin() as connection:
+            for mistake in ({"on_hand": 2}, {"on_hand": -1, "reserved": 2}):
+                with pytest.raises(IntegrityError, match="CHECK constraint failed"):
+                    await connection.execute(stock.update().values(mistake))
+
+
+# ---- payment -------------------------------------------------------------------------
+
+
+def to_pay(order_id: str, amount: str) -> payment_hears.OrderCreated:
+    line = payment_hears.OrderLine(quantity=2, unit_price=Decimal(amount) / 2)
+    return payment_hears.OrderCreated(order_id=order_id, lines=(line,))
+
+
+async def states(alone: Shop) -> dict[str, tuple[str, int]]:
+    return {row.order_id: (row.state, row.pence) for row in await alone.rows(payment, payments)}
+
+
+async def test_payment_charges_a_confirmed_order_and_refunds_it(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, payment) as alone:
+        await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
+        assert await states(alone) == {"1": ("captured", 1050)}
+        await alone.tell(payment, payment_hears.OrderCancelled(order_id="1"))
+        assert await states(alone) == {"1": ("refunded", 1050)}
+        assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentCaptured", "PaymentRefunded"]
+        assert [entry.operation for entry in await alone.ledger()] == ["authorise", "capture", "refund"]
+
+
+async def test_payment_voids_what_was_not_charged(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, payment) as alone:
+        await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderCancelled(order_id="1"))
+        assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentVoided"]
+        assert [entry.operation for entry in await alone.ledger()] == ["authorise", "void"]
+
+
+async def test_payment_gives_nothing_back_that_it_never_had(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, payment) as alone:
+        await alone.tell(payment, to_pay("1", "2.90"), payment_hears.OrderCancelled(order_id="1"))
+        assert await states(alone) == {"1": ("declined", 290)}
+        assert await alone.stream("payment-1") == ["PaymentDeclined"]
+
+
+class Unreliable(SandboxGateway):
+    """Takes effect, and does not answer: the worst that a gateway can do. Only the first call with a key."""
+
+    def __init__(self, inner: SandboxGateway, failing: int) -> None:
+        self.inner = inner
+        self.failing = failing
+        self.seen: dict[str, int] = {}
+
+    def fail(self, key: str) -> None:
+        self.seen[key] = self.seen.get(key, 0) + 1
+        if self.seen[key] <= self.failing:
+            raise GatewayUnavailable("no answer")
+
+    async def authorise(self, amount: Decimal, *, reference: str, key: str) -> Answer:
+        answer = await self.inner.authorise(amount, reference=reference, key=key)
+        self.fail(key)
+        return answer
+
+    async def capture(self, authorisation: str, *, key: str) -> None:
+        await self.inner.capture(authorisation, key=key)
+        self.fail(key)
+
+
+@pytest.fixture
+def unreliable(patch: pytest.MonkeyPatch) -> None:
+    @asynccontextmanager
+    async def opened(path: str) -> AsyncIterator[Unreliable]:
+        async with open_sandbox(path) as gateway:
+            yield Unreliable(gateway, failing=2)
+
+    patch.setattr(payment_service, "open_sandbox", opened)
+
+
+@pytest.mark.usefixtures("unreliable")
+async def test_payment_survives_a_gateway_that_acts_and_does_not_answer(
+    tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    async with shop(tmp_path, patch, payment) as alone:
+        await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
+        await alone.proves_that_all_is_settled()
+        assert await states(alone) == {"1": ("captured", 1050)}
+        assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentCaptured"]
+        assert [(entry.operation, entry.calls) for entry in await alone.ledger()] == [
+            (Operation.AUTHORISE, 3),
+            (Operation.CAPTURE, 3),
+        ]
+
+
+# ---- shipping ------------------------------------------------------------------------
+
+
+def to_ship(order_id: str) -> tuple[shipping_hears.OrderCreated, shipping_hears.OrderConfirmed]:
+    created = shipping_hears.OrderCreated(order_id=order_id, country="France")
+    return created, shipping_hears.OrderConfirmed(order_id=order_id)
+
+
+async def parcels(alone: Shop) -> dict[str, str]:
+    return {row.order_id: row.state for row in await alone.rows(shipping, shipments)}
+
+
+async def test_shipping_prepares_picks_and_hands_over(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, shipping) as alone:
+        created, confirmed = to_ship("1")
+        await alone.tell(shipping, created)
+        assert await parcels(alone) == {"1": "prepared"}
+        await alone.tell(shipping, confirmed)
+        assert await parcels(alone) == {"1": "dispatched"}
+        assert await alone.stream("shipment-1") == ["ShipmentPicked", "ShipmentDispatched"]
+
+
+@pytest.mark.parametrize("news", [shipping_hears.OrderCancelled, shipping_hears.OrderCancellationRequested])
+async def test_shipping_stops_a_parcel_that_is_still_here_once(
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    news: type[shipping_hears.OrderCancelled | shipping_hears.OrderCancellationRequested],
+) -> None:
+    async with shop(tmp_path, patch, shipping) as alone:
+        created, confirmed = to_ship("1")
+        await alone.tell(shipping, created, news(order_id="1"), news(order_id="1"), confirmed)
+        assert await parcels(alone) == {"1": "stopped"}
+        assert await alone.stream("shipment-1") == ["ShipmentStopped"]
+
+
+async def test_shipping_cannot_stop_what_has_left(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, shipping) as alone:
+        await alone.tell(shipping, *to_ship("1"))
+        await alone.tell(shipping, shipping_hears.OrderCancellationRequested(order_id="1"))
+        assert await parcels(alone) == {"1": "dispatched"}
+        assert "ShipmentStopped" not in await alone.log()
+
+
+# ---- sales ---------------------------------------------------------------------------
+
+
+async def test_sales_counts_per_country_and_takes_refunds_off(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    async with shop(tmp_path, patch, sales) as alone:
+        for order_id, country in (("1", "France"), ("2", "France"), ("3", "Japan")):
+            await alone.tell(sales, sales_service.OrderCreated(order_id=order_id, country=country))
+            await alone.tell(sales, sales_service.PaymentCaptured(order_id=order_id, amount=Decimal("0.29")))
+        await alone.tell(sales, sales_service.PaymentRefunded(order_id="2", amount=Decimal("0.29")))
+        rows = {row.country: (row.sales, row.pence) for row in await alone.rows(sales, countries)}
+        assert rows == {"France": (1, 29), "Japan": (1, 29)}
