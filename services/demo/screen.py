@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -65,21 +66,20 @@ class Screen:
                 await task
 
     async def _bar(self, what: str, total: int, tally: Tally) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[states]}"),
-        )
-        with Progress(*columns, console=self._console, auto_refresh=False) as progress:
-            bar = progress.add_task(what, total=total, states="")
+        progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        task = progress.add_task(what, total=total)
+
+        def frame() -> Group:
+            progress.update(task, completed=_final(tally))
+            return Group(progress, Text(states(tally), style="dim"))
+
+        with Live(frame(), console=self._console, auto_refresh=False) as live:
             try:
                 while True:
-                    progress.update(bar, completed=_final(tally), states=states(tally), refresh=True)
+                    live.update(frame(), refresh=True)
                     await asyncio.sleep(_FRAMES_EVERY)
             finally:
-                progress.update(bar, completed=_final(tally), states=states(tally), refresh=True)
+                live.update(frame(), refresh=True)
 
     async def _lines(self, what: str, total: int, tally: Tally) -> None:
         said = ""

@@ -9,12 +9,10 @@ from uuid import uuid4
 
 import pytest
 
-pytest.register_assert_rewrite("tidings.testing.store_conformance")
-
-from tidings.stores import EventStore  # noqa: E402
-from tidings.stores.sqlite import open_sqlite  # noqa: E402
-from tidings.stores.sqlite_log import now  # noqa: E402
-from tidings.testing.store_conformance import Reopen, StoreConformance  # noqa: E402
+from tidings.stores import EventStore
+from tidings.stores.sqlite import open_sqlite
+from tidings.stores.sqlite_log import now
+from tidings.testing.store_conformance import Reopen, StoreConformance
 
 
 class Clock:

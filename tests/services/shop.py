@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from services.order import Order, repository
 from services.order.events import OrderLine
@@ -22,8 +20,12 @@ PLACED_AT = datetime(2010, 12, 1, 8, 26, tzinfo=UTC)
 CUP = OrderLine(sku="CUP", description="RED CUP", quantity=2, unit_price=Decimal("2.55"))
 
 
+OpenShop = Callable[..., AbstractAsyncContextManager["Shop"]]
+"""See the fixture `open_shop`."""
+
+
 class Shop:
-    """Obtain one with `shop`."""
+    """Obtain one with the fixture `open_shop`."""
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder = folder
@@ -68,11 +70,8 @@ class Shop:
 
 
 @asynccontextmanager
-async def shop(
-    folder: Path, patch: pytest.MonkeyPatch, *services: Service, bus: str | None = None
-) -> AsyncIterator[Shop]:
+async def shop(folder: Path, *services: Service, bus: str | None = None) -> AsyncIterator[Shop]:
     """These services and a relay on the files in `folder`."""
-    patch.setenv("PAYMENT_LEDGER", str(folder / "gateway.db"))
     settings = Settings(
         store=f"sqlite:///{folder}/events.db",
         bus=bus or f"memory://{folder.name}",

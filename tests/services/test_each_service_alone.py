@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from sqlalchemy.exc import IntegrityError
@@ -25,19 +24,13 @@ from services.payment.tables import payments
 from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
-from tests.services.shop import Shop, shop
-
-
-@pytest.fixture
-def patch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    return monkeypatch
-
+from tests.services.shop import OpenShop, Shop
 
 # ---- order ---------------------------------------------------------------------------
 
 
-async def test_order_confirms_when_stock_and_payment_are_there(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, orders) as alone:
+async def test_order_confirms_when_stock_and_payment_are_there(open_shop: OpenShop) -> None:
+    async with open_shop(orders) as alone:
         await alone.place("1")
         await alone.tell(orders, order_hears.StockReserved(order_id="1"))
         assert (await repository.load("1")).status is Status.PLACED
@@ -53,16 +46,16 @@ async def test_order_confirms_when_stock_and_payment_are_there(tmp_path: Path, p
         ]
 
 
-async def test_order_cancels_with_the_reason_that_it_was_told(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, orders) as alone:
+async def test_order_cancels_with_the_reason_that_it_was_told(open_shop: OpenShop) -> None:
+    async with open_shop(orders) as alone:
         await alone.place("1")
         await alone.tell(orders, order_hears.StockRejected(order_id="1", reason="out of stock: 2 of CUP"))
         order = await repository.load("1")
         assert (order.status, order.reason, order.by) == (Status.CANCELLED, "out of stock: 2 of CUP", "inventory")
 
 
-async def test_the_history_of_an_order_says_who_and_why(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, orders) as alone:
+async def test_the_history_of_an_order_says_who_and_why(open_shop: OpenShop) -> None:
+    async with open_shop(orders) as alone:
         await alone.place("1")
         why = {"actor": "inventory", "reason": "1 articles set aside"}
         await orders.append("reservation-1", order_hears.StockReserved(order_id="1"), metadata=why)
@@ -86,8 +79,8 @@ async def on_the_shelf(alone: Shop) -> dict[str, tuple[int, int, int]]:
     return {row.sku: (row.on_hand, row.reserved, row.shipped) for row in rows}
 
 
-async def test_inventory_reserves_ships_and_takes_back(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, inventory) as alone:
+async def test_inventory_reserves_ships_and_takes_back(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
         received = inventory_hears.GoodsReceived(sku="CUP", quantity=10)
         await alone.tell(inventory, received, received)
         await alone.tell(inventory, wanted("1", CUP=3))
@@ -101,8 +94,8 @@ async def test_inventory_reserves_ships_and_takes_back(tmp_path: Path, patch: py
         assert await alone.stream("reservation-1") == ["StockReserved"]
 
 
-async def test_inventory_reserves_all_lines_or_none(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, inventory) as alone:
+async def test_inventory_reserves_all_lines_or_none(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=10))
         await alone.tell(inventory, wanted("1", CUP=3, JAR=1, MUG=2, TIN=1, URN=1))
         assert await on_the_shelf(alone) == {"CUP": (10, 0, 0)}
@@ -111,8 +104,8 @@ async def test_inventory_reserves_all_lines_or_none(tmp_path: Path, patch: pytes
         assert rejected.data.count(b'"sku"') == 4, "the event names every missing article"
 
 
-async def test_inventory_adds_up_lines_of_the_same_article(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, inventory) as alone:
+async def test_inventory_adds_up_lines_of_the_same_article(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
         line = inventory_hears.OrderLine(sku="CUP", quantity=2)
         await alone.tell(inventory, inventory_hears.OrderCreated(order_id="1", lines=(line, line)))
@@ -120,8 +113,8 @@ async def test_inventory_adds_up_lines_of_the_same_article(tmp_path: Path, patch
         assert await on_the_shelf(alone) == {"CUP": (3, 0, 0)}
 
 
-async def test_inventory_releases_once_and_only_what_was_reserved(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, inventory) as alone:
+async def test_inventory_releases_once_and_only_what_was_reserved(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
         cancelled = inventory_hears.OrderCancelled(order_id="1")
         await alone.tell(inventory, wanted("1", CUP=2), cancelled, cancelled)
@@ -131,10 +124,8 @@ async def test_inventory_releases_once_and_only_what_was_reserved(tmp_path: Path
         assert await alone.stream("reservation-2") == ["StockRejected"]
 
 
-async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(
-    tmp_path: Path, patch: pytest.MonkeyPatch
-) -> None:
-    async with shop(tmp_path, patch, inventory) as alone:
+async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=50))
         await alone.tell(inventory, *(wanted(str(number), CUP=3) for number in range(100)))
         assert await on_the_shelf(alone) == {"CUP": (2, 48, 0)}
@@ -142,8 +133,8 @@ async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(
         assert (log.count("StockReserved"), log.count("StockRejected")) == (16, 84)
 
 
-async def test_not_even_a_mistake_can_lose_a_piece(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, inventory) as alone:
+async def test_not_even_a_mistake_can_lose_a_piece(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=1))
         async with alone.runtime.engine(inventory).begin() as connection:
             for mistake in ({"on_hand": 2}, {"on_hand": -1, "reserved": 2}):
@@ -163,8 +154,8 @@ async def states(alone: Shop) -> dict[str, tuple[str, int]]:
     return {row.order_id: (row.state, row.pence) for row in await alone.rows(payment, payments)}
 
 
-async def test_payment_charges_a_confirmed_order_and_refunds_it(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, payment) as alone:
+async def test_payment_charges_a_confirmed_order_and_refunds_it(open_shop: OpenShop) -> None:
+    async with open_shop(payment) as alone:
         await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
         assert await states(alone) == {"1": ("captured", 1050)}
         await alone.tell(payment, payment_hears.OrderCancelled(order_id="1"))
@@ -173,15 +164,15 @@ async def test_payment_charges_a_confirmed_order_and_refunds_it(tmp_path: Path, 
         assert [entry.operation for entry in await alone.ledger()] == ["authorise", "capture", "refund"]
 
 
-async def test_payment_voids_what_was_not_charged(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, payment) as alone:
+async def test_payment_voids_what_was_not_charged(open_shop: OpenShop) -> None:
+    async with open_shop(payment) as alone:
         await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderCancelled(order_id="1"))
         assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentVoided"]
         assert [entry.operation for entry in await alone.ledger()] == ["authorise", "void"]
 
 
-async def test_payment_gives_nothing_back_that_it_never_had(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, payment) as alone:
+async def test_payment_gives_nothing_back_that_it_never_had(open_shop: OpenShop) -> None:
+    async with open_shop(payment) as alone:
         await alone.tell(payment, to_pay("1", "2.90"), payment_hears.OrderCancelled(order_id="1"))
         assert await states(alone) == {"1": ("declined", 290)}
         assert await alone.stream("payment-1") == ["PaymentDeclined"]
@@ -211,20 +202,18 @@ class Unreliable(SandboxGateway):
 
 
 @pytest.fixture
-def unreliable(patch: pytest.MonkeyPatch) -> None:
+def unreliable(monkeypatch: pytest.MonkeyPatch) -> None:
     @asynccontextmanager
     async def opened(path: str) -> AsyncIterator[Unreliable]:
         async with open_sandbox(path) as gateway:
             yield Unreliable(gateway, failing=2)
 
-    patch.setattr(payment_service, "open_sandbox", opened)
+    monkeypatch.setattr(payment_service, "open_sandbox", opened)
 
 
 @pytest.mark.usefixtures("unreliable")
-async def test_payment_survives_a_gateway_that_acts_and_does_not_answer(
-    tmp_path: Path, patch: pytest.MonkeyPatch
-) -> None:
-    async with shop(tmp_path, patch, payment) as alone:
+async def test_payment_survives_a_gateway_that_acts_and_does_not_answer(open_shop: OpenShop) -> None:
+    async with open_shop(payment) as alone:
         await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
         await alone.proves_that_all_is_settled()
         assert await states(alone) == {"1": ("captured", 1050)}
@@ -247,8 +236,8 @@ async def parcels(alone: Shop) -> dict[str, str]:
     return {row.order_id: row.state for row in await alone.rows(shipping, shipments)}
 
 
-async def test_shipping_prepares_picks_and_hands_over(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, shipping) as alone:
+async def test_shipping_prepares_picks_and_hands_over(open_shop: OpenShop) -> None:
+    async with open_shop(shipping) as alone:
         created, confirmed = to_ship("1")
         await alone.tell(shipping, created)
         assert await parcels(alone) == {"1": "prepared"}
@@ -259,19 +248,18 @@ async def test_shipping_prepares_picks_and_hands_over(tmp_path: Path, patch: pyt
 
 @pytest.mark.parametrize("news", [shipping_hears.OrderCancelled, shipping_hears.OrderCancellationRequested])
 async def test_shipping_stops_a_parcel_that_is_still_here_once(
-    tmp_path: Path,
-    patch: pytest.MonkeyPatch,
+    open_shop: OpenShop,
     news: type[shipping_hears.OrderCancelled | shipping_hears.OrderCancellationRequested],
 ) -> None:
-    async with shop(tmp_path, patch, shipping) as alone:
+    async with open_shop(shipping) as alone:
         created, confirmed = to_ship("1")
         await alone.tell(shipping, created, news(order_id="1"), news(order_id="1"), confirmed)
         assert await parcels(alone) == {"1": "stopped"}
         assert await alone.stream("shipment-1") == ["ShipmentStopped"]
 
 
-async def test_shipping_cannot_stop_what_has_left(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, shipping) as alone:
+async def test_shipping_cannot_stop_what_has_left(open_shop: OpenShop) -> None:
+    async with open_shop(shipping) as alone:
         await alone.tell(shipping, *to_ship("1"))
         await alone.tell(shipping, shipping_hears.OrderCancellationRequested(order_id="1"))
         assert await parcels(alone) == {"1": "dispatched"}
@@ -281,8 +269,8 @@ async def test_shipping_cannot_stop_what_has_left(tmp_path: Path, patch: pytest.
 # ---- sales ---------------------------------------------------------------------------
 
 
-async def test_sales_counts_per_country_and_takes_refunds_off(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, patch, sales) as alone:
+async def test_sales_counts_per_country_and_takes_refunds_off(open_shop: OpenShop) -> None:
+    async with open_shop(sales) as alone:
         for order_id, country in (("1", "France"), ("2", "France"), ("3", "Japan")):
             await alone.tell(sales, sales_service.OrderCreated(order_id=order_id, country=country))
             await alone.tell(sales, sales_service.PaymentCaptured(order_id=order_id, amount=Decimal("0.29")))

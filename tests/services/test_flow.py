@@ -19,7 +19,7 @@ from services.payment.tables import payments
 from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
-from tests.services.shop import CUP, Shop, shop
+from tests.services.shop import CUP, OpenShop, Shop
 
 DATA = Path(__file__).parents[2] / "services" / "data" / "online-retail.csv"
 FOUR = (orders, inventory, payment, shipping)
@@ -63,33 +63,29 @@ async def proves_agreement(running: Shop, count: int) -> None:
     assert all(entry.calls == 1 for entry in await running.ledger())
 
 
-async def test_real_orders_reach_the_carrier_or_are_cancelled_and_all_books_agree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with shop(tmp_path, monkeypatch, *FOUR) as running:
+async def test_real_orders_reach_the_carrier_or_are_cancelled_and_all_books_agree(open_shop: OpenShop) -> None:
+    async with open_shop(*FOUR) as running:
         await trade(running, 25)
         await proves_agreement(running, 25)
 
 
-async def test_the_same_services_over_rabbitmq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amqp_url: str) -> None:
-    async with shop(tmp_path, monkeypatch, *FOUR, bus=amqp_url) as running:
+async def test_the_same_services_over_rabbitmq(open_shop: OpenShop, amqp_url: str) -> None:
+    async with open_shop(*FOUR, bus=amqp_url) as running:
         await trade(running, 25)
         await proves_agreement(running, 25)
 
 
-async def test_services_that_were_away_catch_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, monkeypatch, orders, inventory) as running:
+async def test_services_that_were_away_catch_up(open_shop: OpenShop) -> None:
+    async with open_shop(orders, inventory) as running:
         await trade(running, 10)
         await running.runtime.settled()
         assert "ShipmentDispatched" not in await running.log()
-    async with shop(tmp_path, monkeypatch, *FOUR) as running:
+    async with open_shop(*FOUR) as running:
         await proves_agreement(running, 10)
 
 
-async def test_a_service_that_joins_late_reads_the_history_and_then_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with shop(tmp_path, monkeypatch, *FOUR) as running:
+async def test_a_service_that_joins_late_reads_the_history_and_then_goes_on(open_shop: OpenShop) -> None:
+    async with open_shop(*FOUR) as running:
         await inventory.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
         await running.place("1", country="France")
         await running.runtime.settled()
@@ -109,9 +105,9 @@ async def test_a_service_that_joins_late_reads_the_history_and_then_goes_on(
     ],
 )
 async def test_when_one_side_fails_the_other_gives_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[OrderLine], by: str, gave_back: str
+    open_shop: OpenShop, lines: list[OrderLine], by: str, gave_back: str
 ) -> None:
-    async with shop(tmp_path, monkeypatch, *FOUR) as running:
+    async with open_shop(*FOUR) as running:
         await inventory.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
         await running.runtime.settled()
         await running.place("1", *lines)
@@ -121,8 +117,8 @@ async def test_when_one_side_fails_the_other_gives_back(
         assert gave_back in await running.log()
 
 
-async def test_a_customer_in_two_minds_is_cancelled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with shop(tmp_path, monkeypatch, *FOUR) as running:
+async def test_a_customer_in_two_minds_is_cancelled_once(open_shop: OpenShop) -> None:
+    async with open_shop(*FOUR) as running:
         await inventory.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
         await running.runtime.settled()
         await running.place("1")

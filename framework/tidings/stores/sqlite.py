@@ -42,7 +42,8 @@ from tidings.stores import (
     check_stream_name,
 )
 from tidings.stores import sqlite_log as reading
-from tidings.stores.sqlite_log import MAX_VERSION, METADATA_TYPE, PAGE_EVENTS, Database, Page, now
+from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
+from tidings.stores.sqlite_log import PAGE_EVENTS, Database, Page, now
 from tidings.stores.sqlite_writer import Appender, Kind, Outcome, Write, Writer
 
 __all__ = ["SqliteStore", "open_sqlite"]
@@ -170,15 +171,15 @@ class SqliteStore:
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
         _check_stream(stream)
         document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
-        return await self.append(f"$${stream}", [EventData(METADATA_TYPE, document)], expected=expected)
+        return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
 
     async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
         _check_stream(stream)
-        await self._write(Kind.DELETE, stream, (EventData(METADATA_TYPE, b""),), expected, 0)
+        await self._write(Kind.DELETE, stream, (EventData(METADATA, b""),), expected, 0)
 
     async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
         _check_stream(stream)
-        event = EventData("$streamDeleted", b"", content_type=OCTETS)
+        event = EventData(STREAM_DELETED, b"", content_type=OCTETS)
         await self._write(Kind.TOMBSTONE, stream, (event,), expected, 0)
 
     def _write(

@@ -14,40 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep, time_ns
-from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID, uuid4
 
 from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted, StreamNotFound
 from tidings.stores import Filter, RecordedEvent, StreamMetadata
-
-__all__ = [
-    "MAX_VERSION",
-    "METADATA_TYPE",
-    "Database",
-    "Page",
-    "Retention",
-    "View",
-    "condition_of",
-    "follow",
-    "head",
-    "last_version",
-    "latest_data",
-    "log_id",
-    "metadata_of",
-    "now",
-    "original_of",
-    "page_of_all",
-    "page_of_stream",
-    "retention_of",
-    "view_of",
-]
+from tidings.stores.rules import MAX_VERSION, document_of, original_of, retention_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-MAX_VERSION: Final = 2**63 - 1
-"""The version of a tombstone; as `$tb`, a soft delete (EventStoreDB's numbers)."""
-METADATA_TYPE: Final = "$metadata"
 
 PAGE_EVENTS: Final = 512
 PAGE_BYTES: Final = 4 * 1024 * 1024
@@ -109,7 +84,11 @@ class Database:
         connection = sqlite3.connect(
             self.path or ":memory:", timeout=self.busy_timeout, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA synchronous = FULL")
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _open(self) -> sqlite3.Connection:
@@ -257,45 +236,6 @@ def _create(connection: sqlite3.Connection) -> None:
 # ---- facts about streams -----------------------------------------------------------
 
 
-class Retention(NamedTuple):
-    """What a stream's metadata says about which events may still be read; 0: nothing."""
-
-    max_count: int = 0
-    max_age: int = 0
-    """Seconds."""
-    truncate_before: int = 0
-
-    @property
-    def soft_deleted(self) -> bool:
-        return self.truncate_before == MAX_VERSION
-
-
-_METASTREAM: Final = Retention(max_count=1)
-
-
-def retention_of(document: bytes) -> Retention:
-    """Retention in a metadata document; what is malformed, or no positive integer, is ignored (as in EventStoreDB)."""
-    values = _object(document)
-    return Retention(*(_natural(values.get(key)) for key in ("$maxCount", "$maxAge", "$tb")))
-
-
-def _natural(value: object) -> int:
-    return value if type(value) is int and 0 < value <= MAX_VERSION else 0
-
-
-def _object(document: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(document)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def original_of(stream: str) -> str | None:
-    """The stream whose metadata stream this is; None for an ordinary one."""
-    return stream[2:] if stream.startswith("$$") else None
-
-
 def head(connection: sqlite3.Connection) -> int:
     """Position of the last event; -1 without one."""
     (position,) = connection.execute("SELECT max(position) FROM log").fetchone()
@@ -305,7 +245,7 @@ def head(connection: sqlite3.Connection) -> int:
 def log_id(connection: sqlite3.Connection) -> UUID:
     row = connection.execute("SELECT data FROM log WHERE stream = 'tidings_log' AND version = 0").fetchone()
     try:
-        return UUID(_object(row[0])["log"])
+        return UUID(document_of(row[0])["log"])
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise StoreUnavailable(
             "the event store has lost its identity (first event of stream 'tidings_log'): restore a backup"
@@ -336,7 +276,7 @@ def metadata_of(connection: sqlite3.Connection, stream: str) -> StreamMetadata:
     """The stream's metadata. Raises `StreamDeleted`."""
     _refuse_tombstoned(connection, stream)
     document, version = latest_data(connection, f"$${stream}")
-    return StreamMetadata(_object(document), version)
+    return StreamMetadata(document_of(document), version)
 
 
 class View(NamedTuple):
@@ -350,12 +290,10 @@ class View(NamedTuple):
 def view_of(connection: sqlite3.Connection, stream: str, now: int) -> View:
     """Raises `StreamNotFound` (also for a softly deleted stream) and `StreamDeleted`."""
     last = _refuse_tombstoned(connection, stream)
-    metastream = original_of(stream) is not None
-    kept = _METASTREAM if metastream else retention_of(latest_data(connection, f"$${stream}")[0])
+    kept = retention_of(stream, latest_data(connection, f"$${stream}")[0])
     if last < 0 or kept.soft_deleted:
         raise StreamNotFound(stream)
-    first = max(last - kept.max_count + 1 if kept.max_count else 0, kept.truncate_before)
-    return View(first, last, max(now - kept.max_age * 10_000_000, 0) if kept.max_age else 0)
+    return View(kept.first(last), last, max(now - kept.max_age * 10_000_000, 0) if kept.max_age else 0)
 
 
 # ---- pages -------------------------------------------------------------------------
@@ -455,11 +393,10 @@ def follow(connection: sqlite3.Connection, stream: str, after: int, history: boo
             return Following([], max(after, last), reached, True)
     view = view._replace(first=max(view.first, min(after, MAX_VERSION - 1) + 1))
     events, more = page_of_stream(connection, stream, view, False, PAGE_EVENTS)
-    if more:
-        return Following(events, events[-1].version, reached, False)
-    return Following(
-        events, max(after, events[-1].version if events else -1, view.last if history else -1), reached, True
-    )
+    version = events[-1].version if events else after
+    if history and not more:
+        version = max(version, view.last)
+    return Following(events, version, reached, not more)
 
 
 def _page(
@@ -487,22 +424,8 @@ def _page(
         data = at + 16
         metadata = data + data_size
         end = metadata + metadata_size
-        events.append(
-            _new(
-                RecordedEvent,
-                (
-                    position,
-                    stream,
-                    version,
-                    type_,
-                    packed[data:metadata],
-                    packed[metadata:end],
-                    is_json == 1,
-                    packed[at:data],
-                    ticks,
-                ),
-            )
-        )
+        payload = packed[data:metadata], packed[metadata:end], is_json == 1, packed[at:data]
+        events.append(_new(RecordedEvent, (position, stream, version, type_, *payload, ticks)))
         at = end
     return events, len(events) == count
 

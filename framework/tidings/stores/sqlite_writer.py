@@ -1,8 +1,7 @@
-"""Appends to the SQLite log: EventStoreDB's decision, and the one thread that writes, many appends to a commit."""
+"""Appends to the SQLite log: one thread that writes, many appends to a commit. What they may do is in `rules`."""
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections import deque
@@ -15,18 +14,17 @@ from typing import Final, Protocol, TypeVar
 
 from tidings.errors import StoreError, StoreUnavailable, StreamDeleted, WrongExpectedVersion
 from tidings.stores import ANY, JSON, STREAM_EXISTS, Appended, EventData, Expected, describe
-from tidings.stores.sqlite_log import (
+from tidings.stores.rules import (
     MAX_VERSION,
-    METADATA_TYPE,
-    Database,
-    head,
-    last_version,
-    latest_data,
+    METADATA,
+    SOFT_DELETE,
+    Facts,
+    decide,
     original_of,
     retention_of,
+    truncated,
 )
-
-__all__ = ["Appender", "Facts", "Kind", "Member", "Outcome", "Write", "Writer", "decide"]
+from tidings.stores.sqlite_log import Database, head, last_version, latest_data
 
 T = TypeVar("T")
 Row = tuple[int, str, int, str, bytes, bytes, bool, bytes, int]
@@ -42,76 +40,6 @@ _ROWS: Final = (64, 32, 16, 8, 4, 2, 1)
 _INSERTS: Final = {
     count: "INSERT OR ROLLBACK INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS
 }
-
-
-# ---- the decision ------------------------------------------------------------------
-
-
-class Facts:
-    """What an append must know of a stream."""
-
-    __slots__ = ("last", "soft")
-
-    def __init__(self, last: int, soft: bool) -> None:
-        self.last = last
-        """Version of the last event; -1 without one, `MAX_VERSION` when tombstoned."""
-        self.soft = soft
-        """Deleted softly."""
-
-
-def decide(
-    stream: str,
-    facts: Facts,
-    has_metadata: Callable[[], bool],
-    expected: Expected,
-    ids: Sequence[bytes],
-    recorded: Callable[[bytes], Appended | None],
-    recorded_at: Callable[[int], tuple[bytes, int] | None],
-) -> Appended | None:
-    """None: write all of it. An answer: all of it was written before, and this is where. Else raises.
-
-    EventStoreDB's rules in its order (recorded from 24.2; `eventstoredb-protocol.md` section 2). `recorded` finds the
-    first event of the stream with an id, `recorded_at` the id and position of the one with a version. Raises
-    `WrongExpectedVersion` and `StreamDeleted`.
-    """
-    last = facts.last
-    if last == MAX_VERSION:
-        raise StreamDeleted(stream)
-
-    def wrong() -> WrongExpectedVersion:
-        return WrongExpectedVersion(stream, describe(expected), last)
-
-    if expected is STREAM_EXISTS:
-        if facts.soft:
-            raise StreamDeleted(stream, tombstoned=False)
-        if last < 0 and not has_metadata():
-            raise wrong()
-    if expected is ANY or expected is STREAM_EXISTS:
-        # Only the first id decides whether this is a repetition: [new, known] is written whole.
-        answer = recorded(ids[0]) if ids else None
-        if answer is None:
-            return None
-        for id_ in ids[1:]:
-            answer = recorded(id_)
-            if answer is None:
-                raise wrong()
-        return answer
-    version = expected if isinstance(expected, int) else -1
-    if version > last:
-        raise wrong()
-    if version == last:
-        return None  # ids are not looked at: the same id again, at the head, is written again
-    answer = None
-    for at, id_ in enumerate(ids, version + 1):
-        there = recorded_at(at)
-        if there is None or there[0] != id_:
-            if at == 0 and facts.soft:
-                return None
-            raise wrong()
-        answer = Appended(at, there[1])
-    if answer is None:
-        raise wrong()
-    return answer
 
 
 # ---- one transaction ---------------------------------------------------------------
@@ -214,11 +142,11 @@ class Appender:
         repeated = decide(
             stream,
             facts,
-            lambda: self._facts(connection, f"$${stream}").last >= 0,
             write.expected,
             [event.id.bytes for event in write.events],
-            lambda id_: self._recorded(connection, stream, id_),
-            lambda version: self._recorded_at(connection, stream, version),
+            has_metadata=lambda: self._facts(connection, f"$${stream}").last >= 0,
+            recorded=lambda id_: self._recorded(connection, stream, id_),
+            recorded_at=lambda version: self._recorded_at(connection, stream, version),
         )
         if repeated is not None:
             return repeated
@@ -230,7 +158,7 @@ class Appender:
         else:
             if facts.last < 0 and self._facts(connection, f"$${stream}").last < 0:
                 raise WrongExpectedVersion(stream, describe(write.expected), -1)
-            self._put_metadata(connection, stream, {"$tb": MAX_VERSION})
+            self._put_metadata(connection, stream, SOFT_DELETE)
         return Appended(facts.last, self._next - 1)
 
     def _append(self, connection: sqlite3.Connection, write: Write, facts: Facts, original: str | None) -> Appended:
@@ -245,27 +173,23 @@ class Appender:
             self._undelete(connection, write.stream, first)
         if original is not None:
             of = self._facts(connection, original)
-            was_soft, of.soft = of.soft, _hides_all(original, write.events[-1].data)
+            was_soft, of.soft = of.soft, retention_of(original, write.events[-1].data).soft_deleted
             if was_soft:
                 self._undelete(connection, original, of.last + 1)
         return answer
 
     def _undelete(self, connection: sqlite3.Connection, stream: str, first: int) -> None:
-        """Writing to a softly deleted stream makes it readable from the new events on: `$tb`, other keys kept."""
+        """Writing to a softly deleted stream makes it readable from the new events on."""
         self._insert(connection)
-        try:
-            values = json.loads(latest_data(connection, f"$${stream}")[0])
-        except (ValueError, RecursionError):
-            return
-        if isinstance(values, dict):
-            self._put_metadata(connection, stream, values | {"$tb": first})
+        document = truncated(latest_data(connection, f"$${stream}")[0], first)
+        if document is not None:
+            self._put_metadata(connection, stream, document)
 
-    def _put_metadata(self, connection: sqlite3.Connection, stream: str, values: dict[str, object]) -> None:
-        document = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    def _put_metadata(self, connection: sqlite3.Connection, stream: str, document: bytes) -> None:
         metastream = self._facts(connection, f"$${stream}")
         metastream.last += 1
-        self._put(f"$${stream}", metastream.last, EventData(METADATA_TYPE, document))
-        self._facts(connection, stream).soft = _hides_all(stream, document)
+        self._put(f"$${stream}", metastream.last, EventData(METADATA, document))
+        self._facts(connection, stream).soft = retention_of(stream, document).soft_deleted
 
     def _put(self, stream: str, version: int, event: EventData) -> None:
         position, id_ = self._next, event.id.bytes
@@ -293,7 +217,7 @@ class Appender:
         return facts
 
     def _read_facts(self, connection: sqlite3.Connection, stream: str, last: int) -> Facts:
-        return Facts(last, _hides_all(stream, latest_data(connection, f"$${stream}")[0]))
+        return Facts(last, retention_of(stream, latest_data(connection, f"$${stream}")[0]).soft_deleted)
 
     def _look_up(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
         """What the group will ask, in two questions instead of some for each write."""
@@ -334,11 +258,6 @@ class Appender:
         query = "SELECT id, position FROM log WHERE stream = ? AND version = ?"
         found: tuple[bytes, int] | None = connection.execute(query, (stream, version)).fetchone()
         return found
-
-
-def _hides_all(stream: str, document: bytes) -> bool:
-    """Whether this metadata deletes the stream softly. The retention of a metadata stream itself is fixed."""
-    return original_of(stream) is None and retention_of(document).soft_deleted
 
 
 def _padded(items: list[T], filler: T) -> Iterator[tuple[int, list[T]]]:
@@ -395,6 +314,7 @@ class Writer:
         self._appender = appender
         self._finish = finish
         self._queue: SimpleQueue[list[Write] | _Leaving] = SimpleQueue()
+        self._lock = threading.Lock()
         self._members: set[Member] = set()
         self._watching = 0
         self._data_version = 0
@@ -403,7 +323,8 @@ class Writer:
 
     def join(self, member: Member) -> int:
         """From now on `member` hears of every commit. Returns a position that the log had reached before."""
-        self._members = {*self._members, member}  # a new set: the thread may be walking over the old one
+        with self._lock:
+            self._members = {*self._members, member}  # a new set: the thread may be walking over the old one
         return self._appender.head
 
     def submit(self, writes: list[Write]) -> None:
@@ -411,7 +332,7 @@ class Writer:
 
     def watch(self, more: int) -> None:
         """A subscription begins to wait (+1) or ends (-1). Called in one thread per member."""
-        with _COUNTING:
+        with self._lock:
             self._watching += more
         if more > 0:
             self._queue.put([])  # the thread may be waiting without a limit
@@ -463,7 +384,7 @@ class Writer:
             member.settled(its, reached)
 
     def _dismiss(self, leaving: _Leaving) -> bool:
-        with _COUNTING:
+        with self._lock:
             self._members = self._members - {leaving.member}
         try:
             if leaving.last:
@@ -479,6 +400,3 @@ class Writer:
             if version != self._data_version:
                 self._data_version = version
                 self._tell([], head(connection))
-
-
-_COUNTING: Final = threading.Lock()

@@ -54,6 +54,7 @@ class RabbitMQNode:
         self._settings = [f"--set={name}={value}" for name, value in (settings or {}).items()]
         self._folder = tempfile.mkdtemp(prefix="tidings-rabbitmq-")
         self._guard: subprocess.Popen[bytes] | None = None
+        self._runs = self._paused = False
         self.url = ""
         """With the vhost `/`; stays the same over stops and starts."""
 
@@ -65,9 +66,11 @@ class RabbitMQNode:
             )
         port = [] if self.url else ["--port=0"]
         self.url = self._run("up", *port, *self._settings).splitlines()[-1]
+        self._runs = True
 
     def stop(self) -> None:
         """Stop it in good order; connections are closed with a word of why."""
+        self._runs = False
         self._run("down")
 
     def kill(self) -> None:
@@ -77,6 +80,7 @@ class RabbitMQNode:
         was made moments before the kill would come back without a leader, and confirm nothing for ever.
         """
         self.eval("[dets:sync(Table) || Table <- dets:all()]")
+        self._runs = False
         self._run("down", "--kill")
 
     def restart(self) -> None:
@@ -86,11 +90,13 @@ class RabbitMQNode:
 
     def pause(self) -> None:
         """SIGSTOP: connections stay open and nothing answers."""
+        self._paused = True
         self._run("pause")
 
     def resume(self) -> None:
         """SIGCONT after `pause`."""
         self._run("resume")
+        self._paused = False
 
     def rabbitmqctl(self, *arguments: str) -> str:
         """Its output. Takes about half a second; raises `subprocess.CalledProcessError`."""
@@ -116,11 +122,17 @@ class RabbitMQNode:
 
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:
+        """The URL of a vhost for one test. A test that fails may leave the node stopped or paused: that is mended."""
+        if not self._runs:
+            await asyncio.to_thread(self.start)
         url = await asyncio.to_thread(self.add_vhost)
         try:
             yield url
         finally:
-            await asyncio.to_thread(self.delete_vhost, url)
+            if self._paused:
+                await asyncio.to_thread(self.resume)
+            if self._runs:
+                await asyncio.to_thread(self.delete_vhost, url)
 
     def close(self) -> None:
         """End it and forget its data."""
@@ -149,7 +161,12 @@ class RabbitMQNode:
 
     def _run(self, *arguments: str) -> str:
         done = subprocess.run(
-            [*self._script(), *arguments], env=self._env(), stdin=subprocess.DEVNULL, capture_output=True, check=False
+            [*self._script(), *arguments],
+            env=self._env(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=90,  # seconds: longer than the script's own patience
         )
         if done.returncode != 0:
             raise subprocess.CalledProcessError(done.returncode, arguments[0], done.stdout, done.stderr)

@@ -1,0 +1,17 @@
+"""A shop to open in a folder of the test's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.services.shop import OpenShop, shop
+
+
+@pytest.fixture
+def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenShop:
+    """`async with open_shop(orders, inventory) as running`; opened again, it continues where it was closed."""
+    monkeypatch.setenv("PAYMENT_LEDGER", str(tmp_path / "gateway.db"))
+    return partial(shop, tmp_path)
