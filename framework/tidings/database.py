@@ -255,7 +255,7 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
         # A database in memory lives in one connection; it is shared, never dropped, by waiting for it.
         options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if memory else {}
         engine = create_async_engine(parsed, **options)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError) as error:
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError, ValueError) as error:
         raise ConfigurationError(
             f"TIDINGS_DATABASE {shown!r} cannot be used: {type(error).__name__}: {_first_line(error, url, shown)}. "
             "Give a SQLAlchemy URL with an async driver that is installed: sqlite:///file.db, postgresql+asyncpg://..."
@@ -267,12 +267,13 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
         async with database.transaction() as connection:
             await connection.run_sync(metadata.create_all)
             found = (await connection.execute(sa.select(sa.func.max(_schema.c.version)))).scalar()
-            if found is None:
-                await connection.execute(_schema.insert().values(version=SCHEMA))
-            elif found > SCHEMA:
+            if found is not None and found > SCHEMA:
                 raise ConfigurationError(
                     f"database {shown} has Tidings tables of version {found}, this Tidings knows {SCHEMA}: upgrade it"
                 )
+            # Written even where nothing changes: a database that cannot be written says so now.
+            write = _schema.insert() if found is None else _schema.update()
+            await connection.execute(write.values(version=SCHEMA))
             if tables is not None:
                 await connection.run_sync(tables.create_all)
         yield database

@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -386,7 +387,10 @@ class Dispatcher:
                 else:
                     await scope.undo()
         except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
-            # Without its savepoint its effects cannot be told from the group's: the whole group is undone.
+            # Without its savepoint its effects cannot be told from the group's: the whole group is undone. SQLAlchemy
+            # may believe that the transaction is over, and would hand the connection back as it is.
+            with suppress(InvalidRequestError):
+                await connection.run_sync(_roll_back)
             raise self._condemn(item, failure, error) from error
         took = self._clock() - began
         if took > SLOW_SECONDS and item.handler.name not in self._slow:
@@ -445,6 +449,7 @@ class _Scope:
     def __init__(self, connection: AsyncConnection, savepoint: AsyncTransaction) -> None:
         self._connection = connection
         self._savepoint = savepoint
+        self._whole = connection.get_transaction()
         self._session: GuardedSession | None = None
 
     def provide(self, wanted: Inject) -> Any:
@@ -465,24 +470,32 @@ class _Scope:
         return None
 
     async def keep(self) -> None:
+        self._check_whole()
         if not self._savepoint.is_active:
             raise TransactionMisuse("rollback")
         await self._savepoint.commit()
 
     async def undo(self) -> None:
+        self._check_whole()
         if self._session is not None:
             await self._session.drop()
         if self._savepoint.is_active:
             await self._savepoint.rollback()
-        elif self._connection.in_transaction():
+        else:
             # A failed flush has rolled back to it already; what the handler did afterwards goes too.
             await self._connection.run_sync(_rollback_to, self._savepoint.sync_transaction)
-        else:
-            raise TransactionMisuse("rollback")
+
+    def _check_whole(self) -> None:
+        if self._whole is None or not self._whole.is_active or self._connection.get_transaction() is not self._whole:
+            raise TransactionMisuse("commit or rollback")
 
 
 def _rollback_to(connection: Connection, savepoint: Any) -> None:
     connection.dialect.do_rollback_to_savepoint(connection, savepoint._savepoint)
+
+
+def _roll_back(connection: Connection) -> None:
+    connection.dialect.do_rollback(connection.connection)
 
 
 def _no_session(wanted: Inject) -> Any:

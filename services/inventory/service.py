@@ -103,8 +103,9 @@ async def release(event: OrderCancelled, context: Context, connection: AsyncConn
 async def ship(event: ShipmentDispatched, connection: AsyncConnection) -> None:
     """What was set aside has left the house."""
     held = await _end(connection, event.order_id, "shipped")
-    if held:
-        await connection.execute(SHIP, held)
+    if not held:
+        raise RuntimeError(f"order {event.order_id} left the house, but nothing is set aside for it; look at its log")
+    await connection.execute(SHIP, held)
 
 
 # ---- the statements ------------------------------------------------------------------

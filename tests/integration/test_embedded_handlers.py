@@ -142,8 +142,8 @@ async def test_whatever_a_handler_raises_is_its_failure_and_ends_nothing_else(tm
     async def plain(event: Happened) -> None:
         bad(event)
 
-    handler: Callable[..., Any] = {"session": with_session, "plain": plain, "thread": bad}[kind]
-    service.on(Happened, retry=Retry(attempts=2, delay=0.001))(handler)
+    kinds: dict[str, Callable[..., Any]] = {"session": with_session, "plain": plain, "thread": bad}
+    service.on(Happened, retry=Retry(attempts=2, delay=0.001))(kinds[kind])
     async with embedded(tmp_path, service) as world:
         await world.append(*(Happened(key="culprit", n=n) for n in range(len(ERRORS))), *OTHERS)
         await world.settled()
@@ -457,7 +457,7 @@ async def test_one_that_cannot_be_ended_is_named_again_and_again_and_only_its_ke
             seen.append((event.key, event.n))
 
     handler: Callable[..., Any] = in_thread if threaded else stubborn
-    service.on(Happened, retry=Retry(attempts=2, delay=0.01), timeout=0.05)(handler)
+    service.on(Happened, retry=Retry(attempts=1), timeout=0.05)(handler)
     with capture_logs() as logs:
 
         def named() -> list[Any]:

@@ -37,16 +37,9 @@ def about(order_id: str, *kinds: str, **data: Any) -> list[tuple[str, dict[str, 
     return [(kind, {"order_id": order_id, "amount": "10.00", "by": "customer", **data}) for kind in kinds]
 
 
-SOLD = (
-    "OrderCreated",
-    "PaymentAuthorised",
-    "OrderConfirmed",
-    "PaymentCaptured",
-    "ShipmentDispatched",
-    "OrderDispatched",
-)
-STOPPED = ("OrderCreated", "PaymentAuthorised", "OrderConfirmed", "PaymentCaptured", "OrderCancellationRequested")
-STOPPED += ("OrderCancelled", "PaymentRefunded")
+CHARGED = ("OrderCreated", "PaymentAuthorised", "OrderConfirmed", "PaymentCaptured")
+SOLD = (*CHARGED, "ShipmentDispatched", "OrderDispatched")
+STOPPED = (*CHARGED, "OrderCancellationRequested", "OrderCancelled", "PaymentRefunded")
 VOIDED = ("OrderCreated", "PaymentAuthorised", "OrderCancelled", "PaymentVoided")
 
 GOODS: list[tuple[str, dict[str, Any]]] = [("GoodsReceived", {"quantity": 9}), ("ReturnReceived", {"quantity": 1})]

@@ -124,6 +124,15 @@ async def test_inventory_releases_once_and_only_what_was_reserved(open_shop: Ope
         assert await alone.stream("reservation-2") == ["StockRejected"]
 
 
+async def test_goods_that_leave_without_being_set_aside_are_never_swallowed(open_shop: OpenShop) -> None:
+    async with open_shop(inventory) as alone:
+        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
+        await alone.tell(inventory, wanted("1", CUP=9), inventory_hears.ShipmentDispatched(order_id="1"))
+        alone.expects_dead = True
+        (reason,) = await alone.reasons()
+        assert reason == "RuntimeError: order 1 left the house, but nothing is set aside for it; look at its log"
+
+
 async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(open_shop: OpenShop) -> None:
     async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=50))
@@ -215,7 +224,7 @@ def unreliable(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_payment_survives_a_gateway_that_acts_and_does_not_answer(open_shop: OpenShop) -> None:
     async with open_shop(payment) as alone:
         await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
-        await alone.proves_that_all_is_settled()
+        await alone.runtime.settled()
         assert await states(alone) == {"1": ("captured", 1050)}
         assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentCaptured"]
         assert [(entry.operation, entry.calls) for entry in await alone.ledger()] == [

@@ -43,7 +43,7 @@ async def trade(running: Shop, count: int) -> None:
 
 async def proves_agreement(running: Shop, count: int) -> None:
     """All databases, the gateway and the log tell the same story, and every chapter of it once."""
-    await running.proves_that_all_is_settled()
+    await running.runtime.settled()
     found = [await repository.load(invoice.number) for invoice in some_invoices(count)]
     left = {order.id for order in found if order.status is Status.DISPATCHED}
     failed = {order.id for order in found if order.status is Status.CANCELLED}
@@ -92,7 +92,7 @@ async def test_a_service_that_joins_late_reads_the_history_and_then_goes_on(open
         await running.runtime.start(sales)
         await running.runtime.settled()
         await running.place("2", country="Japan")
-        await running.proves_that_all_is_settled()
+        await running.runtime.settled()
         rows = {row.country: (row.sales, row.pence) for row in await running.rows(sales, countries)}
         assert rows == {"France": (1, 510), "Japan": (1, 510)}
 
@@ -111,7 +111,7 @@ async def test_when_one_side_fails_the_other_gives_back(
         await inventory.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
         await running.runtime.settled()
         await running.place("1", *lines)
-        await running.proves_that_all_is_settled()
+        await running.runtime.settled()
         order = await repository.load("1")
         assert (order.status, order.by) == (Status.CANCELLED, by)
         assert gave_back in await running.log()
@@ -124,7 +124,7 @@ async def test_a_customer_in_two_minds_is_cancelled_once(open_shop: OpenShop) ->
         await running.place("1")
         for _ in range(2):
             await repository.change("1", Order.cancel, "changed my mind")
-        await running.proves_that_all_is_settled()
+        await running.runtime.settled()
         log = await running.log()
         assert log.count("OrderCancelled") == 1
         assert log.count("PaymentVoided") == 1

@@ -121,7 +121,7 @@ async def scenario(chosen: Sequence[Step]) -> None:
         await check_at_the_end(shop)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(steps)
 def test_every_interleaving_ends_with_goods_money_and_parcels_in_agreement(chosen: list[Step]) -> None:
     asyncio.run(scenario(chosen))

@@ -27,7 +27,7 @@ from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, provision
 from tidings.errors import BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
 from tidings.message import Message
 
-__all__ = ["RabbitMQBus", "open_rabbitmq"]
+__all__ = ["RabbitMQBus", "address_of", "open_rabbitmq"]
 
 _OPTIONS: Final = ("heartbeat", "cafile", "certfile", "keyfile")
 _TOO_LARGE: Final = re.compile(r"message size (\d+) (?:is )?larger than (?:configured )?max size (\d+)")
@@ -298,8 +298,9 @@ def _headers(found: Mapping[str, object]) -> dict[str, str | int | bytes]:
     return headers
 
 
-def _address(url: str) -> Address:
-    """Raises `ConfigurationError` that never shows the URL: one that cannot be read may show a password anywhere."""
+def address_of(url: str) -> Address:
+    """Where an AMQP URL leads. The `ConfigurationError` of one that cannot be read never shows it: a password may stand
+    anywhere in it."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -350,4 +351,4 @@ async def open_rabbitmq(url: str) -> RabbitMQBus:
     Options: `heartbeat` (seconds, default 10: a dead broker is noticed after twice that), and for `amqps://` `cafile`,
     `certfile`, `keyfile` (paths of PEM files).
     """
-    return RabbitMQBus(_address(url))
+    return RabbitMQBus(address_of(url))

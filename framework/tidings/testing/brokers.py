@@ -169,7 +169,9 @@ class RabbitMQNode:
             timeout=90,  # seconds: longer than the script's own patience
         )
         if done.returncode != 0:
-            raise subprocess.CalledProcessError(done.returncode, arguments[0], done.stdout, done.stderr)
+            error = subprocess.CalledProcessError(done.returncode, arguments[0], done.stdout, done.stderr)
+            error.add_note((done.stdout + done.stderr).decode(errors="replace"))
+            raise error
         return done.stdout.decode()
 
 
@@ -189,12 +191,16 @@ class _Named:
 
     async def _clear(self) -> None:
         """Queues of earlier tests stay, but nothing is bound to them any more."""
-        import aiormq
+        from pamqp import commands  # here, because only the extra `rabbitmq` brings it
 
-        connection = await aiormq.connect(self._url)
+        from tidings.buses.amqp import Connection
+        from tidings.buses.rabbitmq import address_of
+        from tidings.buses.rabbitmq_topology import EXCHANGE
+
+        connection = await Connection.open(address_of(self._url), "tidings tests")
         try:
-            channel = await connection.channel()
-            await channel.exchange_delete("tidings.events")
+            delete = commands.Exchange.Delete(exchange=EXCHANGE)
+            await (await connection.channel()).call(delete, commands.Exchange.DeleteOk)
         finally:
             await connection.close()
 

@@ -1,0 +1,205 @@
+"""The service's own database on a bad day: the service pauses and goes on, counts no attempt, loses nothing."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+from structlog.testing import capture_logs
+
+from tests.integration.embedded import (
+    Happened,
+    assert_once_in_order,
+    auditing,
+    embedded,
+    highest_watermark,
+    letters,
+    many,
+    rows,
+    settings_for,
+    until,
+)
+from tidings import Context, Service
+from tidings.errors import LogBehind, LogChanged, StoreUnavailable
+from tidings.running import RunningService
+
+EVENTS = many(200, 11)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidings.sqlite_dialect.BUSY_TIMEOUT", 0.2)
+    monkeypatch.setattr("tidings.running.REJOIN_SECONDS", (0.02, 0.1))
+
+
+@contextmanager
+def locked(service: Service, folder: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(folder / "audit.db", isolation_level=None, timeout=10)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@contextmanager
+def pragma(service: Service, harm: str, heal: str) -> Iterator[None]:
+    """Every connection is harmed as it leaves the pool."""
+    statement = harm
+
+    def apply(dbapi_connection: Any, record: object, proxy: object) -> None:
+        dbapi_connection.execute(statement)
+
+    sa.event.listen(service.engine.sync_engine, "checkout", apply)
+    yield
+    statement = heal
+
+
+def read_only(service: Service, folder: Path) -> Any:
+    return pragma(service, "PRAGMA query_only = 1", "PRAGMA query_only = 0")
+
+
+def full(service: Service, folder: Path) -> Any:
+    return pragma(service, "PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says", "with_session"),
+    [
+        (locked, "database is locked", True),
+        (locked, "database is locked", False),
+        (read_only, "readonly database", True),
+        (read_only, "readonly database", False),
+        (full, "database or disk is full", True),
+    ],
+)
+async def test_a_database_that_cannot_be_written_pauses_the_service_and_counts_no_attempt(
+    tmp_path: Path, harm: Callable[[Service, Path], Any], says: str, with_session: bool
+) -> None:
+    attempts: list[int] = []
+    first: dict[tuple[str, int], None] = {}
+    service = Service("audit")
+    if with_session:
+
+        async def see(event: Happened, context: Context, session: AsyncSession) -> None:
+            attempts.append(context.attempt)
+
+        service = auditing(effect=see)
+    else:
+
+        @service.on(Happened)
+        async def handle(event: Happened, context: Context) -> None:
+            attempts.append(context.attempt)
+            first.setdefault((event.key, event.n))
+
+    async with embedded(tmp_path, service) as world:
+        (running,) = world.running
+        await world.append(*EVENTS[:100])
+        await world.settled()
+        with capture_logs() as logs:
+            with harm(service, tmp_path):
+                await world.append(*EVENTS[100:], *(Happened(key="fill" * 2000, n=n) for n in range(30)))
+                joins = running.joins
+
+                def paused() -> bool:
+                    told = [entry for entry in logs if entry["event"] == "service.rejoining"]
+                    return len(told) >= 3 and all(says in entry["error"] for entry in told)
+
+                await until(paused)
+                assert running.joins - joins < 10
+            await world.settled()
+        everything = [*EVENTS, *(Happened(key="fill" * 2000, n=n) for n in range(30))]
+        assert_once_in_order(await rows(service) if with_session else list(first), everything)
+        assert set(attempts) == {1}
+        assert await letters(service) == []
+
+
+async def test_a_store_that_is_away_pauses_a_pass_and_nothing_is_skipped(tmp_path: Path) -> None:
+    from tests.integration.embedded import StoreAround
+    from tidings import EventStore
+
+    class Away(StoreAround):
+        calls = 0
+
+        async def head(self) -> int:
+            self.calls += 1
+            if self.calls in range(2, 6):
+                raise StoreUnavailable("away")
+            return await self.inner.head()
+
+    def wrap(store: EventStore) -> EventStore:
+        return Away(store)
+
+    service = auditing()
+    async with embedded(tmp_path, service, wrap=wrap) as world:
+        world.bus.tamper(lambda queue, message: [message] if message.bucket is None else [])  # markers only
+        await world.append(*EVENTS)
+        await world.settled()
+        assert_once_in_order(await rows(service), EVENTS)
+        assert world.running[0].joins > 1
+
+
+def _remove_log(folder: Path) -> None:
+    for file in folder.glob("log.db*"):
+        file.unlink()
+
+
+def _copy_log(source: Path, target: Path) -> None:
+    for file in source.glob("log.db*"):
+        shutil.copy(file, target)
+
+
+async def test_another_log_is_refused_by_name(tmp_path: Path) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:5])
+        await world.settled()
+        known = await world.store.log_id()
+    _remove_log(tmp_path)
+    with pytest.raises(LogChanged) as caught:
+        async with embedded(tmp_path, service):
+            pass
+    assert caught.value.known == known
+    assert isinstance(caught.value.found, UUID)
+    assert "give the service a new database" in str(caught.value)
+
+
+async def test_a_log_restored_to_an_older_state_is_refused_by_name(tmp_path: Path) -> None:
+    service, backup = auditing(), tmp_path / "backup"
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:5])
+        await world.settled()
+    backup.mkdir()
+    _copy_log(tmp_path, backup)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[5:])
+        await world.settled()
+        known = await highest_watermark(service)
+    _remove_log(tmp_path)
+    _copy_log(backup, tmp_path)
+    with pytest.raises(LogBehind) as caught:
+        async with embedded(tmp_path, service):
+            pass
+    assert caught.value.known >= known > caught.value.head
+    async with RunningOnly(tmp_path, service):
+        pass
+
+
+class RunningOnly:
+    """After a refusal the service object is free for another start."""
+
+    def __init__(self, folder: Path, service: Service) -> None:
+        (folder / "audit.db").unlink()
+        self.context = service.running(settings_for(folder))
+
+    async def __aenter__(self) -> RunningService:
+        return await self.context.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self.context.__aexit__(*error)

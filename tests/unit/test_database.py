@@ -1,0 +1,140 @@
+"""Opening the service's database: what cannot work says so, names the remedy, and never shows a password."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tidings.database import guarded, is_outage, open_database
+from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
+
+SECRET = "hunter2secret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgres://me:{SECRET}@host/db",
+        f"postgresql://me:{SECRET}@host/db",
+        f"postgresql+asyncpg://me:{SECRET}@host:port/db",
+        f"mysql+nothing://me:{SECRET}@host/db",
+        f"sqlite+pysqlite://me:{SECRET}@/x.db",
+        f"me:{SECRET}@host",
+        f"sqlite:/{SECRET}",
+        f"sqlite://{SECRET}/x.db",
+        "",
+    ],
+)
+async def test_a_url_that_cannot_work_is_a_configuration_error_without_its_password(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError) as caught:
+        async with open_database(url):
+            pass
+    if "@" in url or "?" in url:
+        assert SECRET not in str(caught.value)
+    assert "TIDINGS_DATABASE" in str(caught.value)
+
+
+async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseUnavailable, match="make sure that the folder exists"):
+        async with open_database(f"sqlite:///{tmp_path}/missing/x.db"):
+            pass
+
+
+async def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_bytes(b"no database at all" * 100)
+    with pytest.raises(DatabaseUnavailable, match="is no SQLite database"):
+        async with open_database(f"sqlite:///{tmp_path}/x.db"):
+            pass
+
+
+async def test_a_read_only_file_is_named(tmp_path: Path) -> None:
+    async with open_database(f"sqlite:///{tmp_path}/x.db"):
+        pass
+    with pytest.raises(DatabaseUnavailable, match="writable"):
+        async with open_database(f"sqlite:///file:{tmp_path}/x.db?mode=ro&uri=true"):
+            pass
+
+
+async def test_a_locked_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_database(f"sqlite:///{tmp_path}/x.db"):
+        pass
+    monkeypatch.setattr("tidings.sqlite_dialect.BUSY_TIMEOUT", 0.05)
+    with closing(sqlite3.connect(tmp_path / "x.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseUnavailable, match="another process holds the writer"):
+            async with open_database(f"sqlite:///{tmp_path}/x.db"):
+                pass
+        other.execute("ROLLBACK")
+
+
+async def test_tables_of_a_newer_version_are_refused(tmp_path: Path) -> None:
+    async with open_database(f"sqlite:///{tmp_path}/x.db"):
+        pass
+    with closing(sqlite3.connect(tmp_path / "x.db")) as other:
+        other.execute("UPDATE tidings_schema SET version = 99")
+        other.commit()
+    with pytest.raises(ConfigurationError, match="tables of version 99"):
+        async with open_database(f"sqlite:///{tmp_path}/x.db"):
+            pass
+
+
+async def test_a_wrong_statement_is_no_outage_and_an_outage_of_another_engine_is_not_ours(tmp_path: Path) -> None:
+    async with open_database(f"sqlite:///{tmp_path}/x.db") as database, database.reading() as connection:
+        with pytest.raises(sa.exc.OperationalError) as caught:
+            await connection.execute(sa.text("SELECT * FROM nowhere"))
+    assert not is_outage(caught.value)
+    other = sa.create_engine(f"sqlite:///{tmp_path}/missing/x.db")
+    with pytest.raises(sa.exc.OperationalError) as caught:
+        other.connect()
+    assert not is_outage(caught.value)
+    other.dispose()
+
+
+@pytest.mark.parametrize(
+    ("statement", "refused"),
+    [
+        ("COMMIT", True),
+        (" -- why\n commit work", True),
+        ("/* a */ /* b */ROLLBACK", True),
+        ("rollback transaction", True),
+        ("ABORT", True),
+        ("START  TRANSACTION", True),
+        ("ROLLBACK TO SAVEPOINT x", False),
+        ("rollback transaction to x", False),
+        ('SAVEPOINT "commit"', False),
+        ("SELECT 'COMMIT'", False),
+    ],
+)
+async def test_statements_that_end_a_transaction_are_refused_within_a_guard_only(
+    tmp_path: Path, statement: str, refused: bool
+) -> None:
+    async with open_database(f"sqlite:///{tmp_path}/x.db") as database, database.reading() as plain:
+        with pytest.raises(sa.exc.OperationalError) if statement == "ABORT" else _nothing():
+            await plain.execute(sa.text("SELECT 1"))
+            if statement == "ABORT":
+                await plain.execute(sa.text(statement))
+    async with open_database(f"sqlite:///{tmp_path}/x.db") as database, database.transaction() as connection:
+        await connection.execute(sa.text("SAVEPOINT x"))
+        with guarded(connection), pytest.raises(TransactionMisuse) if refused else _nothing():
+            await connection.execute(sa.text(statement))
+
+
+class _nothing:  # noqa: N801
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+async def test_a_database_in_memory_is_one_database(tmp_path: Path) -> None:
+    async with open_database("sqlite://") as database:
+        async with database.transaction() as connection:
+            await connection.execute(sa.text("CREATE TABLE x (y)"))
+        async with database.reading() as connection:
+            assert (await connection.execute(sa.text("SELECT count(*) FROM x"))).scalar() == 0
