@@ -234,7 +234,7 @@ def _remedy(error: DBAPIError | PoolTimeout) -> str:
         sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
         sqlite3.SQLITE_NOTADB: "the file is no SQLite database: is the path right?",
     }.get(code & 0xFF, "see sqlite.org/rescode.html")
-    return f"{cause}; {advice}. Nothing is lost: the service goes on by itself afterwards"
+    return f"{cause}; {advice}. Nothing is lost"
 
 
 @asynccontextmanager

@@ -139,5 +139,13 @@ def _injected(where: str, parameter: str, hint: Any, events: tuple[type[Event], 
     if isinstance(hint, type) and hint is not Any:
         if hint.__module__.startswith("sqlalchemy.ext.asyncio") and hint.__name__ in _SQLALCHEMY:
             return _SQLALCHEMY[hint.__name__]
+        if hint.__module__.startswith("sqlalchemy.orm"):
+            raise ConfigurationError(
+                f"{where}: parameter {parameter!r}: handlers get an AsyncSession, no {hint.__name__}"
+            )
+        if hint.__module__ == "builtins":
+            raise ConfigurationError(
+                f"{where}: parameter {parameter!r}: nothing of type {hint.__name__} can be injected"
+            )
         return hint
     raise ConfigurationError(f"{where}: parameter {parameter!r}: {hint!r} is nothing that can be injected")

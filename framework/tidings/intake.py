@@ -68,7 +68,8 @@ class Intake:
                         self.take(consumer, delivery)
                 raise BusUnavailable(f"queue {self._subscription.queue!r}: the bus ended the deliveries")
             except BusUnavailable as error:
-                log.warning("bus.lost", service=self._subscription.service, error=str(error), pause=pause)
+                what = "bus.lost" if self.connected else "bus.unreachable"
+                log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=pause)
             finally:
                 self.connected = False
             await asyncio.sleep(pause)

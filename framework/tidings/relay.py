@@ -30,8 +30,12 @@ WINDOW: Final = 256
 """Events in flight: beyond some hundreds more bring nothing."""
 CHECKPOINT_SECONDS: Final = 1.0
 MARKER_SECONDS: Final = 5.0
+EMBEDDED_MARKERS: Final = 1.0
+"""Within one process a marker costs next to nothing, and a service that starts late waits for one."""
 RETRY_SECONDS: Final = (0.2, 5.0)
 """First and longest pause after an error."""
+UNHEARD: Final = 4
+"""Attempts, some two seconds, after which a relay that nobody listens to says so."""
 REJECTIONS: Final = 3
 """So often one event may be refused for what it is, before it is left to the healing pass."""
 
@@ -69,7 +73,7 @@ class Relay:
     async def run(self) -> None:
         """Until cancelled. Raises `ConfigurationError` and `TopologyMismatch`, which no waiting heals."""
         first, longest = RETRY_SECONDS
-        pause = first
+        pause, unheard = first, 0
         while True:
             began = self.confirmed
             try:
@@ -87,9 +91,11 @@ class Relay:
                 if strange:
                     raise strange[0] from None
                 if self.confirmed > began:
-                    pause = first
+                    pause, unheard = first, 0
                 if isinstance(causes[0], Unroutable):
-                    log.info("relay.waiting_for_services", relay=self.name, reason=str(causes[0]), pause=pause)
+                    unheard += 1
+                    if unheard == UNHEARD:  # services that start together with the relay need a moment
+                        log.warning("relay.waiting_for_services", relay=self.name, reason=str(causes[0]))
                 else:
                     log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=pause)
             finally:
@@ -100,12 +106,12 @@ class Relay:
     async def _lead(self, publisher: Publisher) -> None:
         log_id = await self._store.log_id()
         start = self.confirmed = max(await self.checkpoint(), self.confirmed)
-        log.info("relay.leading", relay=self.name, log=str(log_id), after=start)
         async with asyncio.TaskGroup() as tasks:
             turn = _Turn(self, publisher, log_id, start, tasks)
             # The first marker tells services how far the log was published before: without it, the first event of
             # every bucket would look like a gap.
             await turn.mark()
+            log.info("relay.leading", relay=self.name, log=str(log_id), after=start)
             tasks.create_task(self._beat(turn))
             async for item in self._store.subscribe_all(after=start, filter=CARRIED):
                 if isinstance(item, RecordedEvent):

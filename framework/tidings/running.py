@@ -19,6 +19,7 @@ from tidings.healing import Pass
 from tidings.inbox import Inbox
 from tidings.intake import Intake
 from tidings.position import ALL_BUCKETS, Accepted
+from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.stores import EventStore
 from tidings.supervision import leaves, supervised
@@ -148,6 +149,8 @@ async def run_service(
             store = await stack.enter_async_context(open_store(settings.store))
         if bus is None:
             bus = await stack.enter_async_context(open_bus(settings.bus))
+            if settings.embedded_bus:  # no relay of another process can reach it
+                await stack.enter_async_context(supervised(Relay(store, bus, marker_seconds=EMBEDDED_MARKERS).run()))
         database = await stack.enter_async_context(open_database(settings.database_of(service.name), service.tables))
         running = RunningService(service, store, bus, database)
         with service.bound_to(running):

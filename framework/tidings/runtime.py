@@ -6,13 +6,13 @@ import asyncio
 import signal
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
 import structlog
 
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
-from tidings.relay import Relay
+from tidings.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.stores import EventStore
 from tidings.supervision import supervised
@@ -28,9 +28,6 @@ __all__ = ["Runtime", "serve"]
 
 log = structlog.get_logger("tidings.runtime")
 
-MARKER_SECONDS: Final = 1.0
-"""Within one process a marker costs next to nothing, and a service that starts late waits for one."""
-
 
 class Runtime:
     """An async context manager; by default everything is embedded and nothing needs to be installed.
@@ -42,7 +39,7 @@ class Runtime:
     def __init__(self, *services: Service, settings: Settings | None = None, relay: bool | None = None) -> None:
         self.settings = settings or Settings()
         self._services = services
-        self._with_relay = self.settings.bus.startswith("memory:") if relay is None else relay
+        self._with_relay = self.settings.embedded_bus if relay is None else relay
         self._stack = AsyncExitStack()
         self._running: dict[str, RunningService] = {}
         self._store: EventStore | None = None
@@ -54,8 +51,14 @@ class Runtime:
             self._store = await stack.enter_async_context(open_store(self.settings.store))
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))
             if self._with_relay:
-                self.relay = Relay(self._store, self._bus, marker_seconds=MARKER_SECONDS)
+                self.relay = Relay(
+                    self._store,
+                    self._bus,
+                    marker_seconds=EMBEDDED_MARKERS if self.settings.embedded_bus else MARKER_SECONDS,
+                )
                 await stack.enter_async_context(supervised(self.relay.run()))
+            elif self.settings.embedded_bus:
+                log.warning("runtime.no_relay", advice="no other process can carry events to a bus in this one")
             self._stack = stack.pop_all()
             try:
                 for service in self._services:
@@ -119,8 +122,11 @@ class Runtime:
             await asyncio.sleep(max(0.02, 3 * (loop.time() - began)))
 
 
-async def serve(*services: Service, settings: Settings | None = None) -> None:
-    """Run services until SIGINT or SIGTERM, then drain; a second signal ends the process at once."""
+async def serve(*services: Service, settings: Settings | None = None, relay: bool | None = None) -> None:
+    """Run services until SIGINT or SIGTERM, then drain; a second signal ends the process at once.
+
+    `relay` as for `Runtime`: `serve(relay=True)` is the relay's own process on a networked bus.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -132,7 +138,7 @@ async def serve(*services: Service, settings: Settings | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
     try:
-        async with Runtime(*services, settings=settings):
+        async with Runtime(*services, settings=settings, relay=relay):
             await stop.wait()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidings.buses import EventBus
@@ -29,6 +30,10 @@ _BUSES: Final = {
 }
 
 
+_OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL")
+"""Read by the tests and by `deploy/local`."""
+
+
 class Settings(BaseSettings):
     """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: embedded by default, so that a newcomer sets nothing.
 
@@ -44,6 +49,16 @@ class Settings(BaseSettings):
     database: str | None = None
     """The service's own: any SQLAlchemy URL; `{service}` stands for the service's name. Embedded default:
     `sqlite:///{service}.db`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_known(cls, values: Any) -> Any:
+        """A misspelt variable would otherwise run everything embedded, and nobody would notice."""
+        known = [f"TIDINGS_{name.upper()}" for name in cls.model_fields]
+        for name in os.environ:
+            if name.startswith("TIDINGS_") and name not in known and not name.startswith(_OTHER_VARIABLES):
+                raise ConfigurationError(f"{name} is no setting of Tidings; there are {', '.join(known)}")
+        return values
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         return [(name, redact(url)) for name, url in self if url is not None]
@@ -67,11 +82,16 @@ class Settings(BaseSettings):
             raise ConfigurationError("TIDINGS_DATABASE is set, but empty: name a database, or unset it")
         return url
 
+    @property
+    def embedded_bus(self) -> bool:
+        """The bus lives in this process, so the relay must, too."""
+        return self.bus.lower().startswith("memory:")
+
     def database_of(self, service: str) -> str:
         """The database URL of one service. Raises `ConfigurationError` where two hosts could each make their own."""
         if self.database is not None:
             return self.database.replace("{service}", service)
-        if not self.bus.lower().startswith("memory:"):
+        if not self.embedded_bus:
             raise ConfigurationError(
                 f"service {service!r} runs on the networked bus {redact(self.bus)} without a database of its own. Set "
                 "TIDINGS_DATABASE to one that all processes of the service share, for example "
@@ -105,7 +125,9 @@ def _adapter(known: dict[str, tuple[str, str, str]], what: str, url: str) -> tup
     found = known.get(scheme.lower())
     if not separator or found is None:
         choices = ", ".join(f"{name}://" for name in known)
-        raise ConfigurationError(f"no {what} adapter for {redact(url)!r}: the URL must begin with one of {choices}")
+        raise ConfigurationError(
+            f"TIDINGS_{what.upper()}: no {what} adapter for {redact(url)!r}: the URL must begin with one of {choices}"
+        )
     return found
 
 

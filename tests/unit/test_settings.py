@@ -197,3 +197,9 @@ def test_no_error_of_settings_says_a_password(password: str) -> None:
         with pytest.raises(ConfigurationError) as refused:
             attempt()
         assert SECRET not in str(refused.value)
+
+
+def test_a_misspelt_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDINGS_BUSS", "amqp://host")
+    with pytest.raises(ConfigurationError, match="TIDINGS_BUSS is no setting"):
+        Settings()

@@ -1,0 +1,40 @@
+"""A service inside a FastAPI application, with nothing configured: events appended by a request are handled."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient
+
+from tidings import Event, Service
+
+
+class Noted(Event):
+    text: str
+
+
+async def test_a_service_in_a_web_application_handles_what_requests_append(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    notes = Service("notes")
+    handled: asyncio.Queue[str] = asyncio.Queue()
+
+    @notes.on(Noted)
+    async def keep(event: Noted) -> None:
+        handled.put_nowait(event.text)
+
+    app = FastAPI(lifespan=notes.lifespan)
+
+    @app.post("/notes")
+    async def post(text: str) -> int:
+        return (await notes.append("notes-1", Noted(text=text))).version
+
+    async with app.router.lifespan_context(app):
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+            answer = await client.post("/notes", params={"text": "hello"})
+        assert answer.json() == 0
+        assert await asyncio.wait_for(handled.get(), 20) == "hello"
