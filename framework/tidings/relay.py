@@ -16,8 +16,16 @@ from uuid import UUID
 import structlog
 
 from tidings.buses import EventBus, Publisher
-from tidings.errors import BusError, PublishRejected, StoreUnavailable, StreamNotFound, TopologyMismatch, Unroutable
-from tidings.message import Marker, encode
+from tidings.errors import (
+    BusError,
+    BusUnavailable,
+    PublishRejected,
+    StoreUnavailable,
+    StreamNotFound,
+    TopologyMismatch,
+    Unroutable,
+)
+from tidings.message import Marker, Message, encode
 from tidings.position import CARRIED, Chain, Settled, Ticket, carried
 from tidings.stores import ANY, EventData, EventStore, RecordedEvent
 from tidings.supervision import leaves
@@ -34,6 +42,8 @@ EMBEDDED_MARKERS: Final = 1.0
 """Within one process a marker costs next to nothing, and a service that starts late waits for one."""
 RETRY_SECONDS: Final = (0.2, 5.0)
 """First and longest pause after an error."""
+CONFIRM_SECONDS: Final = 30.0
+"""A confirm that takes longer will not come: a queue without a leader swallows it, and says nothing."""
 UNHEARD: Final = 4
 """Attempts, some two seconds, after which a relay that nobody listens to says so."""
 REJECTIONS: Final = 3
@@ -52,6 +62,7 @@ class Relay:
         window: int = WINDOW,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         marker_seconds: float = MARKER_SECONDS,
+        confirm_seconds: float = CONFIRM_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -62,6 +73,7 @@ class Relay:
         self._checkpoint_seconds = checkpoint_seconds
         self._marker_seconds = marker_seconds
         self._clock = clock
+        self.confirm_seconds = confirm_seconds
         self._rejected: dict[int, int] = {}
         """Position to how often the bus refused the event."""
         self._careful_until = -1
@@ -219,7 +231,7 @@ class _Turn:
 
         async def confirm() -> None:
             try:
-                await self._publisher.send(message)
+                await self._confirmed(message)
             except PublishRejected:
                 self._relay.refused(event, self._sent)
                 raise
@@ -249,4 +261,15 @@ class _Turn:
     async def mark(self) -> None:
         position = self._relay.confirmed
         base, touched = self._chain.mark(position)
-        await self._publisher.send(Marker(self._log_id, position, base, touched).encode())
+        await self._confirmed(Marker(self._log_id, position, base, touched).encode())
+
+    async def _confirmed(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._relay.confirm_seconds):
+                await self._publisher.send(message)
+        except TimeoutError as error:
+            raise BusUnavailable(
+                f"message {message.message_id} was not confirmed within {self._relay.confirm_seconds:g} s. Is the "
+                "broker out of memory or disk (it then blocks publishers), or a queue of a service without a leader "
+                "(look at its state; a queue may be deleted: its service reads what it held from the log)?"
+            ) from error

@@ -189,6 +189,28 @@ async def test_an_event_refused_three_times_is_left_out_and_the_chain_shows_the_
     assert decode(after).previous >= refused, "the next event of the bucket shows that something is missing"
 
 
+async def test_a_confirm_that_never_comes_is_named_and_the_event_sent_again(
+    store: EventStore, bus: ScriptedBus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (position,) = await fill(store, 1)
+    swallow = asyncio.Event()
+    send = bus.send
+
+    async def send_or_hang(message: Message) -> None:
+        if message.type != MARKER and not swallow.is_set():
+            swallow.set()
+            await asyncio.Event().wait()
+        await send(message)
+
+    bus.send = send_or_hang  # type: ignore[method-assign]
+    relay = Relay(store, bus, confirm_seconds=0.05)
+    task = asyncio.create_task(relay.run())
+    await until(lambda: position in bus.positions)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert "was not confirmed within 0.05 s" in capsys.readouterr().out
+
+
 async def test_the_window_bounds_what_is_in_flight(store: EventStore, bus: ScriptedBus) -> None:
     await fill(store, 300)
     relay = Relay(store, bus, window=16)

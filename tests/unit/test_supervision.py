@@ -1,0 +1,47 @@
+"""A background task lives as long as its block; its failure is the block's, out of any exception group."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tidings.supervision import supervised
+
+
+async def test_the_failure_of_the_work_ends_the_block_with_its_own_error() -> None:
+    async def fail() -> None:
+        raise LookupError("work")
+
+    with pytest.raises(LookupError, match="work"):
+        async with supervised(fail()):
+            await asyncio.sleep(60)
+
+
+async def test_the_failure_of_the_block_ends_the_work() -> None:
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    with pytest.raises(LookupError, match="block"):
+        async with supervised(work()):
+            await asyncio.sleep(0)
+            raise LookupError("block")
+    assert ended.is_set()
+
+
+async def test_with_a_stop_event_the_work_ends_by_itself() -> None:
+    stop, ended = asyncio.Event(), list[str]()
+
+    async def work() -> None:
+        await stop.wait()
+        await asyncio.sleep(0)
+        ended.append("in its own time")
+
+    async with supervised(work(), stop=stop):
+        pass
+    assert ended == ["in its own time"]
