@@ -143,7 +143,8 @@ async def attempt(
     else:
         work = asyncio.create_task(_run(handler, arguments), name=f"handler {handler.name}")
     late = await _ended(work, handler, context)
-    raised = work.result()
+    # A handler that cancels its own task, and returns without another await, leaves the task cancelled.
+    raised = asyncio.CancelledError("the handler cancelled its own task") if work.cancelled() else work.result()
     if raised is not None and is_infrastructure(raised) and not isinstance(raised, PoolTimeout):
         raise raised
     if late:

@@ -118,6 +118,10 @@ def decode(event: RecordedEvent, view: type[E], metadata: Mapping[str, Any] | No
             for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]
         )
         raise SchemaError(f"{where} does not fit {view.__qualname__}: {problems}") from None
+    except SchemaError:
+        raise
+    except Exception as error:  # pydantic lets through what a validator raises beside ValueError and AssertionError
+        raise SchemaError(f"{where}: a validator of {view.__qualname__} failed: {type(error).__name__}") from error
 
 
 def _message(problem: Mapping[str, Any]) -> str:

@@ -113,6 +113,9 @@ class Dispatcher:
         self._settled: Settled[Step | None] = Settled()
         self._free: asyncio.Queue[_Item] = asyncio.Queue()
         self._transactional: deque[_Item] = deque()
+        self._uncommitted: set[int] = set()
+        """Buckets with effects in the group under way: who has no session would not see them, so it waits."""
+        self._deferred: list[_Item] = []
         self._finished: list[_Item] = []
         self._foreign: list[tuple[Letter, Ticket[Step | None]]] = []
         self._appended: list[UUID] = []
@@ -183,6 +186,8 @@ class Dispatcher:
             elif item.handler.transactional:
                 self._transactional.append(item)
                 self._wake.set()
+            elif item.bucket in self._uncommitted:
+                self._deferred.append(item)
             else:
                 self._free.put_nowait(item)
 
@@ -204,7 +209,8 @@ class Dispatcher:
     async def drain(self, seconds: float) -> None:
         """Begin nothing new, let what runs finish and be committed, store the floor; at most so long."""
         self._stopping = True
-        self._busy -= len(self._transactional) + self._free.qsize()
+        self._busy -= len(self._transactional) + self._free.qsize() + len(self._deferred)
+        self._deferred.clear()
         self._transactional.clear()
         while not self._free.empty():
             self._free.get_nowait()
@@ -286,6 +292,8 @@ class Dispatcher:
     def _finish(self, item: _Item) -> None:
         """Its lane goes on; the item waits for the commit."""
         self._finished.append(item)
+        if item.handler.transactional:
+            self._uncommitted.add(item.bucket)
         self._lanes.finish(item.bucket)
         self._wake.set()
         self._pump()
@@ -369,6 +377,10 @@ class Dispatcher:
             self._settled.end(ticket)
         self._busy -= len(finished)
         self.stager.add(rows, fresh=True)
+        self._uncommitted.clear()
+        for item in self._deferred:
+            self._free.put_nowait(item)
+        self._deferred.clear()
 
     async def _within(self, connection: AsyncConnection, item: _Item) -> None:
         """A handler with a session: its effects in a savepoint of the group's transaction."""

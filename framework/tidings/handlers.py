@@ -32,6 +32,10 @@ class Retry:
     permanent: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.permanent, tuple) or not all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in self.permanent
+        ):
+            raise ConfigurationError(f"Retry(permanent={self.permanent!r}): give a tuple of exception classes")
         if self.attempts < 1 or self.delay < 0 or self.factor < 1 or self.maximum < 0:
             raise ConfigurationError(f"{self}: attempts must be 1 or more, factor 1 or more, delays not negative")
 
@@ -104,7 +108,8 @@ def declare(
             f"{where}: an annotation cannot be resolved ({error}); import what it names outside 'if TYPE_CHECKING'"
         ) from error
     parameters = tuple(_parameters(where, function, events, hints))
-    threaded = not inspect.iscoroutinefunction(function)
+    # A plain wrapper around an async function returns its coroutine, which is awaited all the same.
+    threaded = not inspect.iscoroutinefunction(inspect.unwrap(function))
     wanted = {want for _, want in parameters}
     if threaded and wanted & {Inject.SESSION, Inject.CONNECTION}:
         raise ConfigurationError(f"{where}: a plain function runs in a thread and cannot use a session; make it async")

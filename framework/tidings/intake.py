@@ -80,7 +80,7 @@ class Intake:
         message = delivery.message
         step = Step(consumer, delivery.tag)
         try:
-            if message.type == MARKER:
+            if message.type == MARKER and "tidings-position" not in message.headers:
                 self._hear(Marker.decode(message), step)
             else:
                 self._offer(decode(message), step)

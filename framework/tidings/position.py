@@ -38,7 +38,7 @@ T = TypeVar("T")
 BUCKETS: Final = 256
 ALL_BUCKETS: Final = range(BUCKETS)
 
-RESERVED: Final = ("$", "tidings_")
+RESERVED: Final = ("$", "tidings_", "tidings.")
 """Streams and event types that begin so belong to the store and to Tidings; services never receive them."""
 
 CARRIED: Final = Filter(exclude_stream_prefixes=RESERVED)

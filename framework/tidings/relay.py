@@ -81,6 +81,7 @@ class Relay:
         self.confirmed = -1
         """Everything up to here was confirmed by the bus."""
         self.leading = False
+        self._log_id: UUID | None = None
 
     async def run(self) -> None:
         """Until cancelled. Raises `ConfigurationError` and `TopologyMismatch`, which no waiting heals."""
@@ -117,6 +118,9 @@ class Relay:
 
     async def _lead(self, publisher: Publisher) -> None:
         log_id = await self._store.log_id()
+        if log_id != self._log_id:  # positions, and what was known of them, belong to one log
+            self._log_id, self.confirmed, self._careful_until = log_id, -1, -1
+            self._rejected.clear()
         start = self.confirmed = max(await self.checkpoint(), self.confirmed)
         async with asyncio.TaskGroup() as tasks:
             turn = _Turn(self, publisher, log_id, start, tasks)
@@ -130,6 +134,7 @@ class Relay:
                     await self._forward(turn, item)
                 else:
                     turn.pass_by(item.position)
+            raise StoreUnavailable("the store ended the relay's subscription: it was closed, or is going down")
 
     async def _forward(self, turn: _Turn, event: RecordedEvent) -> None:
         bucket = carried(event)
@@ -155,9 +160,8 @@ class Relay:
         while True:
             await turn.moved(self._marker_seconds)
             if self.confirmed > stored and turn.carried:
-                turn.carried = False
-                await self._store_checkpoint(self.confirmed)
-                stored = self.confirmed
+                turn.carried, stored = False, self.confirmed
+                await self._store_checkpoint(stored)
             elif self._clock() - marked_at < self._marker_seconds:
                 continue
             await turn.mark()

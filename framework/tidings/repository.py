@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,7 +35,7 @@ class Changed(Generic[A]):
     events: tuple[Event, ...]
     """What was appended: empty when nothing was recorded, or it had been appended before."""
     result: Any = None
-    """What the decision returned."""
+    """What the decision returned; None when it was not taken, because a handler's earlier attempt had taken it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Repository(Generic[A]):
     ) -> Changed[A]:
         """Decide on a new aggregate; raises `WrongExpectedVersion` when its stream has events."""
         aggregate: A = self._aggregate.empty(id)
-        result = decide(aggregate, *args, **kwargs)
+        result = _decided(decide, aggregate, args, kwargs)
         if not aggregate.recorded:
             raise ConfigurationError(f"{_named(decide)} recorded nothing, so {id!r} was not created")
         return await self._append(aggregate, result, NO_STREAM, uuid4(), metadata, None, correlation_id)
@@ -105,7 +106,7 @@ class Repository(Generic[A]):
             aggregate = await self.load(id)
             if expected is not None and aggregate.version != expected:
                 raise WrongExpectedVersion(self._aggregate.stream_of(id), f"version {expected}", aggregate.version)
-            result = decide(aggregate, *args, **kwargs)
+            result = _decided(decide, aggregate, args, kwargs)
             try:
                 return await self._append(aggregate, result, aggregate.version, uuid4(), metadata, None, correlation_id)
             except WrongExpectedVersion:
@@ -135,7 +136,7 @@ class Repository(Generic[A]):
                     done = event.position
             if done >= 0:
                 return Changed(aggregate, aggregate.version, done, ())
-            result = decide(aggregate, *args, **kwargs)
+            result = _decided(decide, aggregate, args, kwargs)
             try:
                 return await self._append(aggregate, result, aggregate.version, base, metadata, cause, None)
             except WrongExpectedVersion:
@@ -212,6 +213,14 @@ class Repository(Generic[A]):
         aggregate.recorded.clear()
         aggregate.version = done.version
         return Changed(aggregate, done.version, done.position, recorded, result)
+
+
+def _decided(decide: Callable[..., Any], aggregate: Aggregate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(decide):
+        raise ConfigurationError(
+            f"{_named(decide)} is async, but a decision is pure: look things up before, and pass them as arguments"
+        )
+    return decide(aggregate, *args, **kwargs)
 
 
 def _nth(base: UUID, n: int) -> UUID:

@@ -153,13 +153,13 @@ async def run_service(
                 await stack.enter_async_context(supervised(Relay(store, bus, marker_seconds=EMBEDDED_MARKERS).run()))
         database = await stack.enter_async_context(open_database(settings.database_of(service.name), service.tables))
         running = RunningService(service, store, bus, database)
-        with service.bound_to(running):
-            if service.resources is not None:
-                yielded = await stack.enter_async_context(service.resources(service))
-                running.resources = Resources(service.name, yielded)
-            for handler in service.handlers.values():
-                running.resources.check(handler)
-            stack.enter_context(Watchdog(running))
-            async with supervised(running.serve(), stop=running.stopping):
-                await running.joined.wait()
-                yield running
+        stack.enter_context(service.bound_to(running))
+        if service.resources is not None:
+            yielded = await stack.enter_async_context(service.resources(service))
+            running.resources = Resources(service.name, yielded)
+        for handler in service.handlers.values():
+            running.resources.check(handler)
+        stack.enter_context(Watchdog(running))
+        async with supervised(running.serve(), stop=running.stopping):
+            await running.joined.wait()
+            yield running

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
+
+import structlog
 
 from tidings.aggregate import Aggregate
 from tidings.buses import EventBus, check_service_name
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from tidings.settings import Settings
 
 __all__ = ["Service"]
+
+log = structlog.get_logger("tidings.service")
 
 A = TypeVar("A", bound=Aggregate)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,6 +67,8 @@ class Service:
         self._names: dict[str, Handler] = {}
         self._types = Registry(f"service {name!r}")
         self._running: RunningService | None = None
+        self._claimed = False
+        self._died: Exception | None = None
 
     def on(
         self, *events: type[Event], name: str | None = None, retry: Retry | None = None, timeout: float = 30.0
@@ -124,6 +132,8 @@ class Service:
     @property
     def running_now(self) -> RunningService:
         """The running service. Raises `ConfigurationError` outside `running()`."""
+        if self._running is None and self._died is not None:
+            raise ConfigurationError(f"service {self.name!r} is not running any more: {self._died}") from self._died
         if self._running is None:
             raise ConfigurationError(
                 f"service {self.name!r} is not running: use it inside 'async with service.running()', a FastAPI app "
@@ -148,10 +158,17 @@ class Service:
         """
         from tidings.running import run_service
 
-        if self._running is not None:
+        if self._claimed:
             raise ConfigurationError(f"service {self.name!r} runs already in this process")
-        async with run_service(self, settings, store, bus) as running:
-            yield running
+        self._claimed, self._died = True, None
+        try:
+            async with run_service(self, settings, store, bus) as running:
+                yield running
+        except Exception as error:
+            self._died = error
+            raise
+        finally:
+            self._claimed = False
 
     @contextmanager
     def bound_to(self, running: RunningService) -> Iterator[None]:
@@ -164,9 +181,22 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[None]:
-        """For `FastAPI(lifespan=service.lifespan)`: the service runs in the web application's process and loop."""
-        async with self.running():
-            yield
+        """For `FastAPI(lifespan=service.lifespan)`: the service runs in the web application's process and loop.
+
+        When the service dies, so does the process, by SIGTERM to itself: a web server that goes on answering for a
+        service that handles nothing would be noticed by nobody.
+        """
+        serving = False
+        try:
+            async with self.running():
+                serving = True
+                yield
+                serving = False
+        except Exception as error:
+            if serving:
+                log.critical("service.died", service=self.name, error=f"{type(error).__name__}: {error}")
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
     def run(self, settings: Settings | None = None) -> None:
         """Run until SIGINT or SIGTERM, then drain; with an in-process bus the relay runs here too."""

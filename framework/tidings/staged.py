@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 from uuid import UUID
@@ -31,13 +32,17 @@ FLIGHTS: Final = 64
 _NEVER: Final = (StreamDeleted, EventTooLarge, InvalidStreamName)
 
 
-class _Row:
-    __slots__ = ("actual", "attempts", "fresh", "staged")
+FRESH_SECONDS: Final = 1.0
+"""So long nobody else can have taken over and appended the same row: a successor first has to notice and to join."""
 
-    def __init__(self, staged: StagedEvent, fresh: bool) -> None:
+
+class _Row:
+    __slots__ = ("actual", "attempts", "fresh_until", "staged")
+
+    def __init__(self, staged: StagedEvent, fresh_until: float) -> None:
         self.staged = staged
-        self.fresh = fresh
-        """Never tried yet by anyone: `ANY` cannot write it twice."""
+        self.fresh_until = fresh_until
+        """Until then (by the stager's clock) never tried by anyone: `ANY` cannot write it twice."""
         self.attempts = 0
         self.actual = -1
         """The stream's version as a refused append named it."""
@@ -52,13 +57,21 @@ class Stager:
     """
 
     def __init__(
-        self, store: EventStore, appended: Callable[[UUID], None], buried: Callable[[UUID, Letter], None]
+        self,
+        store: EventStore,
+        appended: Callable[[UUID], None],
+        buried: Callable[[UUID, Letter], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._appended = appended
         self._buried = buried
         self._lanes: Lanes[_Row] = Lanes()
         self._ready: asyncio.Queue[tuple[int, _Row]] = asyncio.Queue()
+        self._clock = clock
+        self._outage = -FRESH_SECONDS
+        """When the store was last away: what was staged before is fresh no more."""
 
     def __len__(self) -> int:
         """Events not appended yet."""
@@ -66,7 +79,7 @@ class Stager:
 
     def add(self, rows: Sequence[StagedEvent], *, fresh: bool) -> None:
         for row in rows:
-            self._lanes.push(row.bucket, _Row(row, fresh))
+            self._lanes.push(row.bucket, _Row(row, self._clock() + FRESH_SECONDS if fresh else 0.0))
         self._pump()
 
     def _pump(self) -> None:
@@ -97,14 +110,16 @@ class Stager:
     async def _append(self, row: _Row) -> None:
         while True:
             try:
-                expected: Expected | None = ANY if row.fresh else await self._resolve(row)
+                fresh = row.fresh_until > max(self._clock(), self._outage + FRESH_SECONDS)
+                row.fresh_until = 0.0
+                expected: Expected | None = ANY if fresh else await self._resolve(row)
                 if expected is not None:
-                    row.fresh = False
                     await self._store.append(row.staged.stream, [row.staged.event], expected=expected)
                 return
             except WrongExpectedVersion as error:
                 row.actual = error.actual  # somebody appended between reading and writing, or the stream hides events
             except StoreUnavailable as error:
+                self._outage = self._clock()
                 row.attempts += 1
                 pause = min(0.1 * 2**row.attempts, 5.0)
                 if row.attempts in (1, 10) or row.attempts % 100 == 0:

@@ -67,6 +67,8 @@ class ServiceReport:
 
     service: str
     floor: int
+    beyond: int = -1
+    """A floor or watermark above the end of the log: something that never was counts as settled."""
     pending_count: int = 0
     pending: list[PendingEvent] = field(default_factory=list)
     dead_count: int = 0
@@ -76,12 +78,14 @@ class ServiceReport:
 
     @property
     def ok(self) -> bool:
-        return not self.pending_count and not self.staged_count
+        return not self.pending_count and not self.staged_count and self.beyond < 0
 
     def lines(self, upto: int) -> Iterable[str]:
         state = f"settled up to position {upto}" if self.ok else f"NOT settled up to position {upto}"
         counts = f"{self.pending_count} pending, {self.staged_count} staged, {self.dead_count} dead"
         yield f"{self.service}: {state} ({counts}; floor {self.floor})"
+        if self.beyond >= 0:
+            yield f"  claims position {self.beyond}, which the log does not reach: was it restored from a backup?"
         for event in self.pending:
             where = f"{event.stream}@{event.version}, position {event.position}"
             yield f"  pending {event.type} {event.event_id} at {where}"
@@ -124,6 +128,11 @@ async def verify(store: EventStore, services: Sequence[tuple[Service, Database]]
     # The log first: what is settled afterwards can only be more.
     position = await _last_carried(store)
     views = [await _look(service, database, log_id) for service, database in services]
+    # The end last: what is settled by then cannot be above it.
+    head = await store.head()
+    for view in views:
+        highest = max(view.report.floor, *view.watermarks.values(), -1)
+        view.report.beyond = highest if highest > head else -1
     lowest = min((view.report.floor for view in views), default=position)
     if lowest < position:
         async for event in store.read_all(after=lowest, filter=CARRIED):

@@ -256,3 +256,25 @@ async def test_only_two_checkpoints_are_kept(store: EventStore, bus: ScriptedBus
                 await asyncio.sleep(0.005)
         kept = [event async for event in store.read_stream(relay.stream)]
     assert len(kept) <= 2
+
+
+async def test_positions_of_one_log_mean_nothing_in_another(store: EventStore, bus: ScriptedBus) -> None:
+    await fill(store, 30)
+    relay = Relay(store, bus)
+    task = asyncio.create_task(relay.run())
+    await until(lambda: len(bus.positions) >= 30)
+    async with open_store(f"memory://{uuid4()}") as restored:
+        expected = await fill(restored, 3)
+        relay._store = restored
+        bus.confirmed.clear()
+
+        def cut(message: Message) -> None:
+            bus.trouble = lambda message: None
+            raise BusUnavailable("cut")
+
+        bus.trouble = cut
+        await fill(store, 1)
+        await until(lambda: len(bus.positions) >= 3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert bus.positions == expected

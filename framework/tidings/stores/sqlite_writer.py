@@ -37,6 +37,8 @@ POLL: Final = 0.05
 """Seconds between looks at what other processes have appended, while somebody subscribes."""
 CACHED_STREAMS: Final = 65_536
 _ROWS: Final = (64, 32, 16, 8, 4, 2, 1)
+# OR ROLLBACK: to be able to undo one statement of many rows, SQLite would copy every page that it touches to a file
+# (measured: 16 microseconds a row instead of 5). A row that violates a constraint ends the transaction anyway.
 _INSERTS: Final = {
     count: "INSERT OR ROLLBACK INTO log VALUES " + ", ".join(["(?,?,?,?,?,?,?,?,?)"] * count) for count in _ROWS
 }

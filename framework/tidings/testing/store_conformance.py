@@ -6,9 +6,9 @@
             async with open_store("mine://...") as store:
                 yield store
 
-The store may be shared and far from empty: every test uses streams of its own, and positions that the store gave. Needs pytest-asyncio. What EventStoreDB
-24.2 answered is recorded in the project's oracle; each of its cases on appending, reading, metadata, deletion and
-catch-up subscriptions is here, by the rule that it shows.
+The store may be shared and far from empty: every test uses streams of its own, and positions that the store gave.
+Needs pytest-asyncio. What EventStoreDB 24.2 answered is recorded in the project's oracle; each of its cases on
+appending, reading, metadata, deletion and catch-up subscriptions is here, by the rule that it shows.
 """
 
 from __future__ import annotations
