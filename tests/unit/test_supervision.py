@@ -27,7 +27,7 @@ async def test_the_failure_of_the_block_ends_the_work() -> None:
         finally:
             ended.set()
 
-    with pytest.raises(LookupError, match="block"):
+    with pytest.raises(LookupError, match="block"):  # noqa: PT012 - the block is what is tested
         async with supervised(work()):
             await asyncio.sleep(0)
             raise LookupError("block")
