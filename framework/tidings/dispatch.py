@@ -276,7 +276,7 @@ class Dispatcher:
             self._wake.set()
             self._later(pause, lambda: self._again(item))
             return
-        # Holding (design, section 9) will take over here: exhausted retries become a held row instead of a dead one.
+        # Holding will take over here: exhausted retries become a held row instead of a dead one.
         log.error("event.dead", **facts)
         self._troubles.attempts.pop(position, None)
         item.letter = Letter.of_event(
