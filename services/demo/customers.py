@@ -6,13 +6,14 @@ The real file does not say when a customer called, so the demo decides it by a c
 from __future__ import annotations
 
 from binascii import crc32
+from contextlib import suppress
 from enum import Enum
 from typing import Final
 
 from services.order import Order, OrderRefused, repository
 from tidings.stores import RecordedEvent
 
-__all__ = ["LIVE", "Customers", "Mood", "mood_of"]
+__all__ = ["LIVE", "Mood", "call", "hear", "mood_of"]
 
 ONE_IN: Final = 25
 REASON: Final = "changed my mind"
@@ -33,6 +34,7 @@ class Mood(Enum):
 
 
 _MOODS: Final = {0: Mood.AT_ONCE, 1: Mood.WHEN_CONFIRMED, 2: Mood.WHEN_PICKED}
+_WAITED_FOR: Final = (Mood.WHEN_CONFIRMED.value, Mood.WHEN_PICKED.value)
 
 
 def mood_of(order_id: str) -> Mood:
@@ -42,27 +44,18 @@ def mood_of(order_id: str) -> Mood:
     return _MOODS.get(crc32(order_id.encode()) % ONE_IN, Mood.NEVER)
 
 
-class Customers:
-    """They read the log like everybody else, and call when it says what they were waiting for."""
+async def hear(event: RecordedEvent) -> None:
+    """Customers read the log like everybody else, and call when it says what they were waiting for.
 
-    def __init__(self, since: int) -> None:
-        self._since = since
-        """What happened up to this position happened in an earlier run: nobody calls about it again."""
-        self.too_late: list[str] = []
-        """Orders whose customers called when the order was dispatched already: nothing was even requested."""
+    They read all of it in every run. Calling again about an order that is cancelled or dispatched changes nothing, and
+    whoever was about to call when the last run was interrupted calls now.
+    """
+    order_id = event.stream.partition("-")[2]
+    if event.type in _WAITED_FOR and mood_of(order_id).value == event.type:
+        await call(order_id)
 
-    async def hear(self, event: RecordedEvent) -> None:
-        """Perhaps somebody calls."""
-        if event.position <= self._since or event.type not in (Mood.WHEN_CONFIRMED.value, Mood.WHEN_PICKED.value):
-            return
-        order_id = event.stream.partition("-")[2]
-        if mood_of(order_id).value == event.type:
-            await self.call(order_id)
 
-    async def call(self, order_id: str) -> None:
-        """Ask for an order to be cancelled."""
-        who = {"actor": "customer", "reason": REASON}
-        try:
-            await repository.change(order_id, Order.cancel, REASON, metadata=who)
-        except OrderRefused:
-            self.too_late.append(order_id)
+async def call(order_id: str) -> None:
+    """Ask for an order to be cancelled; one that has left already is kept."""
+    with suppress(OrderRefused):
+        await repository.change(order_id, Order.cancel, REASON, metadata={"actor": "customer", "reason": REASON})

@@ -68,7 +68,7 @@ async def _import_orders(demo: Stage) -> None:
         for found in findings:
             report.add(found)
             if isinstance(found, Invoice):
-                placed += await take_in(found, demo.data.name, demo.listener.customers)
+                placed += await take_in(found, demo.data.name)
         await demo.silence()
     seconds = time.monotonic() - began
     demo.screen.line(f"{placed} orders imported in {seconds:.1f} s, {len(coming) - placed} were there already.")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from services.demo.customers import Customers
+from services.demo import customers
 from services.demo.tally import Tally
 from tidings import EventStore, RecordedEvent
 from tidings.supervision import supervised
@@ -17,9 +17,8 @@ __all__ = ["Listener", "listening"]
 class Listener:
     """Obtain one with `listening`."""
 
-    def __init__(self, store: EventStore, customers: Customers) -> None:
+    def __init__(self, store: EventStore) -> None:
         self.tally = Tally()
-        self.customers = customers
         self.position = -1
         """Everything up to here was heard."""
         self._store = store
@@ -30,7 +29,7 @@ class Listener:
         async for item in self._store.subscribe_all():
             if isinstance(item, RecordedEvent):
                 self.tally.hear(item)
-                await self.customers.hear(item)
+                await customers.hear(item)
             async with self._heard:
                 self.position = item.position
                 self._heard.notify_all()
@@ -43,9 +42,8 @@ class Listener:
 
 @asynccontextmanager
 async def listening(store: EventStore) -> AsyncIterator[Listener]:
-    """A listener that has heard the whole history; customers react only to what comes after it."""
-    head = await store.head()
-    listener = Listener(store, Customers(since=head))
+    """A listener that has heard the whole history, and goes on hearing while the block runs."""
+    listener = Listener(store)
     async with supervised(listener.run()):
-        await listener.reached(head)
+        await listener.reached(await store.head())
         yield listener

@@ -13,7 +13,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import Final, NamedTuple, TypeVar
 
-from services.demo.customers import LIVE, Customers, Mood, mood_of
+from services.demo.customers import LIVE, Mood, call, mood_of
 from services.demo.tally import Tally
 from services.importer import Invoice, Kind
 from services.inventory import inventory
@@ -47,7 +47,7 @@ async def receive(stock: dict[str, int]) -> int:
     return await _book_in(goods, "opening stock")
 
 
-async def take_in(invoice: Invoice, source: str, customers: Customers) -> bool:
+async def take_in(invoice: Invoice, source: str) -> bool:
     """Whether an invoice is a new order. Customers who regret it at once call at once; returns are booked in."""
     source = f"invoice {invoice.number}, line {invoice.line} of {source}"
     if invoice.kind is Kind.RETURN:
@@ -59,7 +59,7 @@ async def take_in(invoice: Invoice, source: str, customers: Customers) -> bool:
     ]
     is_new = await _place(invoice.number, lines, invoice.customer, invoice.country, invoice.date, source)
     if is_new and mood_of(invoice.number) is Mood.AT_ONCE:
-        await customers.call(invoice.number)
+        await call(invoice.number)
     return is_new
 
 

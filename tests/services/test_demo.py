@@ -93,8 +93,12 @@ async def test_five_days_of_real_orders_and_a_second_run_that_does_nothing_twice
     assert "0 orders imported" in second.text
     assert "423 were there already" in second.text
     assert "from 3 sales there to 6, £75.00" in second.text
-    for same in (r"^ *(\d+)  cancelled   out of stock", r"^ *(\d+)  refused", r"£([\d,.]+) refunded"):
+    assert "Stock: 0 of 1,958 articles received now" in second.text
+    on_hand = r"^Stock: ([\d,]+) pieces on hand"
+    for same in (on_hand, r"^ *(\d+)  cancelled   out of stock", r"^ *(\d+)  refused", r"£([\d,.]+) refunded"):
         assert second.number(same) == first.number(same)
+    pieces = r"= ([\d,]+) \+ [\d,]+$"
+    assert second.number(pieces) == first.number(pieces) + 3, "more came in than the goods for the live orders"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

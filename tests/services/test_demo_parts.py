@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from decimal import Decimal
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from services.demo.customers import Mood, mood_of
 from services.demo.invariants import Numbers, checks
+from services.demo.listener import Listener
 from services.demo.screen import Screen
+from services.demo.stage import Stage
 from services.demo.stock import SCARCE, SPARE, opening_stock
 from services.demo.tally import Tally
 from services.importer import Invoice, Kind, invoices, read_rows
-from tidings import RecordedEvent
+from tidings import EventStore, RecordedEvent, Runtime
 
 DATA = Path(__file__).parents[2] / "services" / "data" / "online-retail.csv"
 
@@ -157,6 +159,50 @@ def test_some_customers_of_each_mood_are_among_the_real_orders_and_none_among_th
     assert all(moods.count(mood) >= 5 for mood in Mood)
     assert moods.count(Mood.NEVER) > len(moods) * 0.8
     assert {mood_of(f"live-{number}") for number in range(100)} == {Mood.NEVER}
+
+
+# ---- silence -------------------------------------------------------------------------
+
+
+class SlowStore:
+    """A log of two events, of which the second is shown to readers when the test says so."""
+
+    def __init__(self) -> None:
+        self.shown = asyncio.Event()
+
+    async def head(self) -> int:
+        return 2
+
+    async def subscribe_all(self) -> AsyncIterator[RecordedEvent]:
+        for position in (1, 2):
+            if position == 2:
+                await self.shown.wait()
+            yield RecordedEvent(position, "some-stream", 0, "GoodsReceived", b'{"quantity": 4}', b"", True, b"", 0)
+
+
+class SettledRuntime:
+    """Every service is faster than the demo's listener."""
+
+    def __init__(self, store: SlowStore) -> None:
+        self.store = store
+
+    async def settled(self, *, timeout: float) -> None:
+        """At once."""
+
+
+async def test_there_is_no_silence_before_the_demo_itself_has_heard_everything() -> None:
+    store = SlowStore()
+    listener = Listener(cast("EventStore", store))
+    demo = Stage(cast("Runtime", SettledRuntime(store)), listener, screen(False)[0], Path(), Path())
+    listening = asyncio.create_task(listener.run())
+    waiting = asyncio.create_task(demo.silence())
+    await listener.reached(1)
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    store.shown.set()
+    await waiting
+    assert demo.tally.received == 8
+    await listening
 
 
 # ---- screen --------------------------------------------------------------------------
