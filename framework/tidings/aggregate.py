@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from tidings.errors import ConfigurationError, UnknownEventType
 from tidings.events import Event
+from tidings.position import RESERVED
 from tidings.stores import check_stream_name
 
 __all__ = ["Aggregate", "evolves"]
@@ -63,9 +64,9 @@ class Aggregate:
         cls.category = cls.__name__.lower() if category is None else category
         where = f"aggregate {cls.__module__}.{cls.__qualname__}"
         check_stream_name(cls.category)
-        if cls.category.startswith(("$", "tidings_")) or "-" in cls.category:
+        if cls.category.startswith(RESERVED) or "-" in cls.category:
             raise ConfigurationError(
-                f"{where}: category {cls.category!r} must not begin with '$' or 'tidings_', nor contain '-'"
+                f"{where}: category {cls.category!r} must not begin with '$', 'tidings_' or 'tidings.', nor contain '-'"
             )
         cls.evolutions = {}
         for base in reversed(cls.__mro__[1:]):

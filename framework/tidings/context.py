@@ -9,6 +9,7 @@ from uuid import UUID, uuid5
 from tidings.codec import CORRELATION, Cause, encode
 from tidings.errors import ConfigurationError, EventTooLarge
 from tidings.events import Event
+from tidings.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name
 
 if TYPE_CHECKING:
@@ -88,8 +89,10 @@ class Context:
         will have. Raises at once what could never be appended: `InvalidStreamName`, `EventTooLarge`, `SchemaError`.
         """
         check_stream_name(stream)
-        if stream.startswith(("$", "tidings_")):
-            raise ConfigurationError(f"stream {stream!r}: names that begin with '$' or 'tidings_' are reserved")
+        if stream.startswith(RESERVED):
+            raise ConfigurationError(
+                f"stream {stream!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved"
+            )
         identity = self._next_identity()
         data = encode(event, id=identity, metadata=metadata, cause=self.cause)
         if data.size > APPEND_LIMIT:

@@ -18,6 +18,7 @@ from tidings.codec import encode
 from tidings.errors import ConfigurationError
 from tidings.events import Event, Registry
 from tidings.handlers import Handler, Retry, declare
+from tidings.position import RESERVED
 from tidings.repository import Repository
 from tidings.stores import ANY, Appended, EventStore, Expected
 
@@ -120,8 +121,10 @@ class Service:
         correlation_id: str | None = None,
     ) -> Appended:
         """Append events outside any handler (inside one, use `Context.emit`). Errors are the store's."""
-        if stream.startswith(("$", "tidings_")):
-            raise ConfigurationError(f"stream {stream!r}: names that begin with '$' or 'tidings_' are reserved")
+        if stream.startswith(RESERVED):
+            raise ConfigurationError(
+                f"stream {stream!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved"
+            )
         ids = [uuid4() for _ in events]
         data = [
             encode(event, id=identity, metadata=metadata, correlation_id=correlation_id or str(ids[0]))

@@ -199,3 +199,11 @@ async def test_context_names_the_attempt(settings: Settings) -> None:
         await service.append("first-1", First(name="1"))
         await runtime.settled()
     assert attempts == [1, 2, 3]
+
+
+@pytest.mark.parametrize("prefix", ["$", "tidings_", "tidings."])
+async def test_a_stream_that_is_never_carried_is_refused_before_it_is_written(settings: Settings, prefix: str) -> None:
+    service = Service("audit")
+    async with Runtime(service, settings=settings):
+        with pytest.raises(ConfigurationError, match="reserved"):
+            await service.append(f"{prefix}orders", First(name="1"))
