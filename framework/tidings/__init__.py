@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tidings.aggregate import Aggregate, evolves
 from tidings.context import Context
 from tidings.events import Event, upcaster
-from tidings.handlers import Retry
+from tidings.handlers import Hold, Retry
 from tidings.repository import Changed, HistoryEntry, Repository
 from tidings.service import Service
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
@@ -35,6 +35,7 @@ __all__ = [
     "RecordedEvent",
     "Relay",
     "Repository",
+    "Hold",
     "Retry",
     "Runtime",
     "Service",

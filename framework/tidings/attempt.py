@@ -11,14 +11,14 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.codec import decode
 from tidings.context import Context
-from tidings.database import is_outage
+from tidings.database import is_outage, waits_for_itself
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -30,21 +30,43 @@ from tidings.errors import (
     StoreUnavailable,
     TidingsError,
     TransactionMisuse,
+    WriterHeld,
 )
 from tidings.events import Event
 from tidings.handlers import Handler, Inject
+from tidings.logs import bind_handling
+from tidings.stores import RecordedEvent
 
-__all__ = ["Failure", "Resources", "attempt", "is_infrastructure"]
+__all__ = ["AtWork", "Failure", "Resources", "attempt", "is_infrastructure"]
 
 log = structlog.get_logger("tidings.attempt")
 
 INSIST_SECONDS: Final = 1.0
 """A handler over its time is cancelled again after so long."""
-PARTING_SECONDS: Final = 3.0
+PARTING_SECONDS: Final = 1.0
 """So long a service that goes waits for a handler that it cancelled."""
 
-PERMANENT: Final = (SchemaError, TransactionMisuse, ConfigurationError, EventTooLarge, InvalidStreamName)
+PERMANENT: Final = (SchemaError, TransactionMisuse, WriterHeld, ConfigurationError, EventTooLarge, InvalidStreamName)
 """Errors that the next attempt would meet again."""
+
+
+class AtWork(NamedTuple):
+    """A handler at work on an event, `since` in seconds of the monotonic clock: for whoever must name a stuck one."""
+
+    handler: Handler
+    event: RecordedEvent
+    since: float
+
+    def facts(self, now: float) -> dict[str, Any]:
+        """For a line of the log, or an answer about health."""
+        event = self.event
+        return {
+            "handler": self.handler.name,
+            "event_id": str(event.id),
+            "stream": event.stream,
+            "position": event.position,
+            "seconds": round(now - self.since, 1),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +160,17 @@ async def attempt(
         return Failure.of(error, handler)
     work: asyncio.Future[BaseException | None]
     if handler.threaded:
-        call = partial(contextvars.copy_context().run, _call, handler, arguments)
+        call = partial(contextvars.copy_context().run, _call, handler, arguments, context)
         work = asyncio.get_running_loop().run_in_executor(threads, call)
     else:
-        work = asyncio.create_task(_run(handler, arguments), name=f"handler {handler.name}")
+        work = asyncio.create_task(_run(handler, arguments, context), name=f"handler {handler.name}")
     late = await _ended(work, handler, context)
     # A handler that cancels its own task, and returns without another await, leaves the task cancelled.
     raised = asyncio.CancelledError("the handler cancelled its own task") if work.cancelled() else work.result()
+    if raised is not None and handler.transactional and waits_for_itself(raised):
+        writer_held = WriterHeld(handler.name)
+        writer_held.__cause__ = raised
+        return Failure.of(writer_held, handler)
     if raised is not None and is_infrastructure(raised) and not isinstance(raised, PoolTimeout):
         raise raised
     if late:
@@ -158,7 +184,8 @@ async def attempt(
 # task, and StopIteration cannot pass through a future.
 
 
-async def _run(handler: Handler, arguments: dict[str, Any]) -> BaseException | None:
+async def _run(handler: Handler, arguments: dict[str, Any], context: Context) -> BaseException | None:
+    bind_handling(context)
     try:
         await handler.function(**arguments)  # type: ignore[misc]
     except BaseException as error:
@@ -166,7 +193,8 @@ async def _run(handler: Handler, arguments: dict[str, Any]) -> BaseException | N
     return None
 
 
-def _call(handler: Handler, arguments: dict[str, Any]) -> BaseException | None:
+def _call(handler: Handler, arguments: dict[str, Any], context: Context) -> BaseException | None:
+    bind_handling(context)
     try:
         result = handler.function(**arguments)
         if inspect.iscoroutine(result):

@@ -23,16 +23,26 @@ __all__ = [
     "dead",
     "floors",
     "guarded",
+    "held",
     "is_outage",
     "metadata",
     "open_database",
     "outages",
     "staged",
+    "waits_for_itself",
     "watermarks",
 ]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Version of the tables below."""
+
+_UPGRADES: Final = {
+    1: (
+        "ALTER TABLE tidings_dead ADD COLUMN partition_key TEXT",
+        "ALTER TABLE tidings_dead ADD COLUMN holds_key BOOLEAN DEFAULT false NOT NULL",
+    )
+}
+"""From each older version to the next; tables that are missing are made before."""
 
 metadata = sa.MetaData()
 
@@ -82,6 +92,28 @@ staged = sa.Table(
     comment="Events that handlers emitted, until they are appended to the store",
 )
 
+held = sa.Table(
+    "tidings_held",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("bucket", sa.Integer, nullable=False),
+    sa.Column("partition_key", sa.Text, key="key", nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("ticks", sa.BigInteger, nullable=False),
+    *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
+    sa.Column("handler", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, comment="all of them; 0 for one that waits behind another"),
+    sa.Column("tries", sa.Integer, nullable=False, comment="attempts since it was held"),
+    sa.Column("due", sa.Double, nullable=False, comment="seconds since 1970"),
+    sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message, or whom it waits for"),
+    sa.Column("detail", sa.Text, comment="traceback of the last attempt"),
+    sa.Index("tidings_held_by_key", "service", "log", "key", "position"),
+    sa.Index("tidings_held_by_due", "service", "log", "due"),
+    comment="Events that failed for now, and later events of their keys; they run again when they are due",
+)
+
 dead = sa.Table(
     "tidings_dead",
     metadata,
@@ -99,6 +131,8 @@ dead = sa.Table(
     sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message"),
     sa.Column("detail", sa.Text, comment="traceback, or the headers of a message that could not be read"),
     sa.Column("died_at", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("partition_key", sa.Text, key="key"),
+    sa.Column("holds_key", sa.Boolean, nullable=False, server_default=sa.false(), comment="later events wait for it"),
     comment="Events and messages that this service gave up, whole, with the reason",
 )
 
@@ -134,6 +168,13 @@ def is_outage(error: BaseException) -> bool:
     if isinstance(error.orig, sqlite3.Error):
         return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+
+
+def waits_for_itself(error: BaseException) -> bool:
+    """Told of an error that came out of a handler with a session: it wrote through another connection to the SQLite
+    database whose one writer it holds itself, so that no waiting helps."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) if isinstance(error, DBAPIError) else 0
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class Database:
@@ -266,11 +307,14 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
     try:
         async with database.transaction() as connection:
             await connection.run_sync(metadata.create_all)
-            found = (await connection.execute(sa.select(sa.func.max(_schema.c.version)))).scalar()
+            found = await connection.scalar(sa.select(sa.func.max(_schema.c.version)))
             if found is not None and found > SCHEMA:
                 raise ConfigurationError(
                     f"database {shown} has Tidings tables of version {found}, this Tidings knows {SCHEMA}: upgrade it"
                 )
+            for version in range(found or SCHEMA, SCHEMA):
+                for statement in _UPGRADES[version]:
+                    await connection.execute(sa.text(statement))
             # Written even where nothing changes: a database that cannot be written says so now.
             write = _schema.insert() if found is None else _schema.update()
             await connection.execute(write.values(version=SCHEMA))

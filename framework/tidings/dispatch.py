@@ -1,4 +1,4 @@
-"""From lanes to handlers to the commit: effects, watermarks, emitted events and dead letters in one transaction.
+"""From lanes to handlers to the commit, in groups: what handlers did, and that it was done, become durable together.
 
 Handlers without a session run side by side, one per bucket at a time, and join the next commit. Handlers with one run
 within it, one after the other, each in its savepoint. What was taken from the bus is settled when everything before it
@@ -13,30 +13,31 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from uuid import UUID
 
 import structlog
-from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.attempt import Failure, Resources, attempt, is_infrastructure
+from tidings.attempt import Failure, Resources, attempt
 from tidings.buses import Consumer
 from tidings.codec import read_metadata
 from tidings.context import Context
-from tidings.database import Database, guarded, outages
-from tidings.errors import Fenced, TransactionMisuse
-from tidings.handlers import Handler, Inject
-from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
-from tidings.position import Lanes, Settled, Ticket
+from tidings.database import Database
+from tidings.handlers import Handler, Inject, Retry
+from tidings.held import HeldEvent, HeldRows
+from tidings.inbox import Inbox, Letter, Remembered
+from tidings.keys import Keys
+from tidings.position import Lanes, Settled
+from tidings.progress import FLOOR_SECONDS, Batch, Progress
+from tidings.savepoint import GroupBroken, in_savepoint
 from tidings.service import Service
 from tidings.staged import Stager
 from tidings.stores import EventStore, RecordedEvent
-from tidings.transaction import GuardedConnection, GuardedSession
+from tidings.work import Item, Step, Troubles
 
-__all__ = ["Dispatcher", "Step", "Troubles"]
+__all__ = ["Dispatcher"]
 
 log = structlog.get_logger("tidings.dispatch")
 
@@ -48,39 +49,16 @@ LINGER_SECONDS: Final = 0.005
 """A commit waits this long for others to join it."""
 SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
-FLOOR_SECONDS: Final = 1.0
-"""The floor is stored at most so often."""
+HELD_SECONDS: Final = 1.0
+"""So often a service looks for held events that are due, and for what operators changed."""
 
 
-class Step(NamedTuple):
-    """What to do when everything up to here is settled: settle a delivery, raise the floor, or both."""
-
-    consumer: Consumer | None = None
-    tag: int = 0
-    floor: int = -1
+def _gone() -> None:
+    raise AssertionError("an event without a handler was run")
 
 
-class Troubles:
-    """Attempts that failed, by position: they outlive a rejoin, so that an event cannot be retried for ever."""
-
-    def __init__(self) -> None:
-        self.attempts: dict[int, int] = {}
-        self.condemned: dict[int, Failure] = {}
-        """Dead without being run again: the handler ended the transaction that it was part of."""
-
-
-class _Item:
-    """An accepted event on its way through its lane."""
-
-    __slots__ = ("bucket", "emissions", "event", "handler", "letter", "ticket")
-
-    def __init__(self, event: RecordedEvent, bucket: int, handler: Handler, ticket: Ticket[Step | None]) -> None:
-        self.event = event
-        self.bucket = bucket
-        self.handler = handler
-        self.ticket = ticket
-        self.letter: Letter | None = None
-        self.emissions: list[StagedEvent] = []
+GONE: Final = Handler("gone", _gone, (), (), Retry(hold=None, hold_key=False), 1.0, threaded=True)
+"""Stands for the handler of a held event that the service does not handle any more."""
 
 
 class Dispatcher:
@@ -92,6 +70,7 @@ class Dispatcher:
         store: EventStore,
         database: Database,
         inbox: Inbox,
+        held: HeldRows,
         log_id: UUID,
         remembered: Remembered,
         resources: Resources,
@@ -102,32 +81,30 @@ class Dispatcher:
         self._service = service
         self._database = database
         self._inbox = inbox
+        self._held = held
         self._log_id = log_id
         self._resources = resources
         self._troubles = troubles
         self._clock = clock
-        self._watermarks = dict(remembered.watermarks)
-        self._floor = self._stored_floor = remembered.floor
-        self._floor_at = clock()
-        self._lanes: Lanes[_Item] = Lanes()
+        self._progress = Progress(inbox, held, remembered, clock)
+        self._lanes: Lanes[Item] = Lanes()
         self._settled: Settled[Step | None] = Settled()
-        self._free: asyncio.Queue[_Item] = asyncio.Queue()
-        self._transactional: deque[_Item] = deque()
+        self._free: asyncio.Queue[Item] = asyncio.Queue()
+        self._transactional: deque[Item] = deque()
         self._uncommitted: set[int] = set()
         """Buckets with effects in the group under way: who has no session would not see them, so it waits."""
-        self._deferred: list[_Item] = []
-        self._finished: list[_Item] = []
-        self._foreign: list[tuple[Letter, Ticket[Step | None]]] = []
-        self._appended: list[UUID] = []
-        self._never: list[Letter] = []
+        self._deferred: list[Item] = []
+        self._batch = Batch()
+        self._keys = Keys()
         self._slow: set[str] = set()
         self._wake = asyncio.Event()
+        self._look = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._idle = asyncio.Event()
         self._timers: set[asyncio.TimerHandle] = set()
         self._floor_timer: asyncio.TimerHandle | None = None
-        self._stopping = False
+        self._stopping = self._pumping = False
         self._busy = 0
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self.working: dict[int, tuple[str, float]] = {}
@@ -139,7 +116,7 @@ class Dispatcher:
     @property
     def floor(self) -> int:
         """Everything up to here is settled (durably at most a second later)."""
-        return self._floor
+        return self._progress.floor
 
     @property
     def unsettled(self) -> int:
@@ -153,7 +130,7 @@ class Dispatcher:
             if step is not None:
                 self.settle(step)
             return
-        self._lanes.push(bucket, _Item(event, bucket, handler, self._settled.begin(step)))
+        self._lanes.push(bucket, Item(event, bucket, handler, self._settled.begin(step)))
         if len(self._settled) >= 2 * self._service.prefetch:
             self._room.clear()
         self._pump()
@@ -166,7 +143,7 @@ class Dispatcher:
     def bury(self, letter: Letter, step: Step) -> None:
         """A message that is not ours: recorded, then settled."""
         log.error("message.dead", service=self._service.name, reason=letter.reason)
-        self._foreign.append((letter, self._settled.begin(step)))
+        self._batch.foreign.append((letter, self._settled.begin(step)))
         self._wake.set()
 
     async def room(self) -> None:
@@ -176,10 +153,12 @@ class Dispatcher:
     # ---- lanes to handlers ----------------------------------------------------------
 
     def _pump(self) -> None:
-        if self._stopping:
+        """Give out what the lanes have ready. What ends at once calls this again from within: once is enough."""
+        if self._stopping or self._pumping:
             return
+        self._pumping = True
         while (taken := self._lanes.take()) is not None:
-            _, item = taken
+            item = taken[1]
             self._busy += 1
             if item.event.position in self._troubles.condemned:
                 self._fail(item, self._troubles.condemned[item.event.position])
@@ -188,17 +167,21 @@ class Dispatcher:
                 self._wake.set()
             elif item.bucket in self._uncommitted:
                 self._deferred.append(item)
-            else:
+            elif not self._waits(item):
                 self._free.put_nowait(item)
+        self._pumping = False
 
     async def run(self) -> None:
         """Until cancelled, or until the database, the store or another process ends it with an error."""
         self.stager.add(await self._inbox.staged_events(), fresh=False)
+        async with self._database.reading() as connection:
+            self._keys.read(await self._held.blocked(connection), ())
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(self._service.concurrency):
                     tasks.create_task(self._work())
                 tasks.create_task(self._commit())
+                tasks.create_task(self._revive())
                 tasks.create_task(self.stager.run())
         finally:
             self._stopping = True
@@ -217,31 +200,31 @@ class Dispatcher:
         self._wake.set()
         try:
             async with asyncio.timeout(seconds):
-                while self._busy or len(self.stager) or self._appended or self._floor > self._stored_floor:
+                while self._busy or len(self.stager) or self._batch.appended or not self._progress.floor_is_stored:
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
-            log.warning("service.drain_incomplete", service=self._service.name, handlers=self._names())
-
-    def _names(self) -> list[str]:
-        return sorted({name for name, _ in self.working.values()})
+            handlers = sorted({name for name, _ in self.working.values()})
+            log.warning(
+                "service.drain_incomplete",
+                service=self._service.name,
+                handlers=handlers,
+                staged=len(self.stager),
+                advice="nothing is lost: what was not committed comes again at the next start",
+            )
 
     async def _work(self) -> None:
         while True:
             item = await self._free.get()
             context = self._context(item)
-            failure = await self._attempt(item, context, _no_session)
-            if failure is None:
-                self._succeed(item, context)
-            else:
-                self._fail(item, failure)
+            self._judge(item, context, await self._attempt(item, context, _no_session))
 
-    def _context(self, item: _Item) -> Context:
-        tried = self._troubles.attempts.get(item.event.position, 0)
+    def _context(self, item: Item) -> Context:
+        tried = self._troubles.attempts.get(item.event.position, 0) + (item.held.attempts if item.held else 0)
         metadata = read_metadata(item.event)
         return Context(self._service.name, item.handler.name, self._log_id, item.event, metadata, tried + 1)
 
-    async def _attempt(self, item: _Item, context: Context, provide: Callable[[Inject], Any]) -> Failure | None:
+    async def _attempt(self, item: Item, context: Context, provide: Callable[[Inject], Any]) -> Failure | None:
         view = self._service.view(item.event.type)
         assert view is not None
         self.working[item.event.position] = item.handler.name, self._clock()
@@ -250,55 +233,57 @@ class Dispatcher:
         finally:
             del self.working[item.event.position]
 
-    def _succeed(self, item: _Item, context: Context) -> None:
+    # ---- what came of it ---------------------------------------------------------------
+
+    def _judge(self, item: Item, context: Context, failure: Failure | None) -> None:
+        if failure is not None:
+            self._fail(item, failure)
+            return
         self._troubles.attempts.pop(item.event.position, None)
-        item.emissions = [
-            StagedEvent(item.bucket, item.event.position, stream, event) for stream, event in context.emissions
-        ]
+        item.succeed(context)
         self._finish(item)
 
-    def _fail(self, item: _Item, failure: Failure) -> None:
-        position, retry = item.event.position, item.handler.retry
-        attempts = self._troubles.attempts[position] = self._troubles.attempts.get(position, 0) + 1
-        facts = {
-            "service": self._service.name,
-            "handler": item.handler.name,
-            "event_id": str(item.event.id),
-            "stream": item.event.stream,
-            "position": position,
-            "attempt": attempts,
-            "reason": failure.reason,
-        }
-        if not failure.permanent and attempts < retry.attempts:
-            pause = retry.wait(attempts)
-            log.warning("event.retrying", pause=round(pause, 3), **facts)
+    def _fail(self, item: Item, failure: Failure) -> None:
+        """Again in the lane, or held, or dead."""
+        position = item.event.position
+        tried = self._troubles.attempts[position] = self._troubles.attempts.get(position, 0) + 1
+        pause = item.fail(failure, tried, self._service.name)
+        if pause is not None:
             self._busy -= 1
             self._wake.set()
             self._later(pause, lambda: self._again(item))
             return
-        # Holding will take over here: exhausted retries become a held row instead of a dead one.
-        log.error("event.dead", **facts)
-        self._troubles.attempts.pop(position, None)
-        item.letter = Letter.of_event(
-            item.event,
-            item.bucket,
-            handler=item.handler.name,
-            attempts=attempts,
-            reason=failure.reason,
-            detail=failure.detail,
-        )
+        del self._troubles.attempts[position]
         self._finish(item)
+        if item.postponed is not None:
+            self._later(min(item.postponed.due - time.time(), HELD_SECONDS), self._look.set)
 
-    def _finish(self, item: _Item) -> None:
+    def _waits(self, item: Item) -> bool:
+        """Whether the item is not run now, because of another one of its partition key; then it is done with."""
+        if not self._keys.must_wait(item):
+            return False
+        if item.held is None:
+            item.wait()
+            self._finish(item)
+        else:
+            self._landed(item.held)
+            self._lanes.finish(item.bucket)
+            self._busy -= 1
+            self._wake.set()
+            self._pump()
+        return True
+
+    def _finish(self, item: Item) -> None:
         """Its lane goes on; the item waits for the commit."""
-        self._finished.append(item)
+        self._batch.finished.append(item)
+        self._keys.ended(item)
         if item.handler.transactional:
             self._uncommitted.add(item.bucket)
         self._lanes.finish(item.bucket)
         self._wake.set()
         self._pump()
 
-    def _again(self, item: _Item) -> None:
+    def _again(self, item: Item) -> None:
         self._lanes.again(item.bucket)
         self._pump()
 
@@ -311,99 +296,120 @@ class Dispatcher:
         self._timers.add(timer)
         return timer
 
+    # ---- held events come back ---------------------------------------------------------
+
+    async def _revive(self) -> None:
+        """Look for held events that are due, and put them into their lanes."""
+        holds = [handler.retry.hold for handler in self._service.handlers.values()]
+        longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
+        while not self._stopping:
+            before = self._keys.flying
+            async with self._database.reading() as connection:
+                rows = await self._held.due(connection, time.time(), longest)
+            # What flew before may have been settled by a commit that this reading did not see.
+            for row in rows:
+                if row.key not in before:
+                    self._fly(row)
+            self._pump()
+            self._look.clear()
+            try:
+                async with asyncio.timeout(HELD_SECONDS):
+                    await self._look.wait()
+            except TimeoutError:
+                pass
+
+    def _fly(self, row: HeldEvent) -> None:
+        handler = self._service.handlers.get(row.event.type)
+        if handler is None:
+            handler = GONE
+            reason = f"service {self._service.name!r} has no handler for {row.event.type!r} any more"
+            self._troubles.condemned[row.event.position] = Failure(reason, "", permanent=True)
+        self._keys.fly(row.key)
+        self._lanes.push(row.bucket, Item(row.event, row.bucket, handler, None, row))
+
+    def _landed(self, row: HeldEvent) -> None:
+        if self._keys.land(row.key):
+            self._look.set()
+
     # ---- the commit -----------------------------------------------------------------
 
     async def _commit(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if 0 < len(self._finished) + len(self._transactional) + len(self._appended) < GROUP and not self._stopping:
+            if 0 < len(self._batch) + len(self._transactional) < GROUP and not self._stopping:
                 await asyncio.sleep(LINGER_SECONDS)
             self._settle_prefix()
-            while self._work_to_commit():
+            while self._transactional or self._batch or self._progress.floor_is_due(self._stopping):
                 await self._group()
                 self._settle_prefix()
             self._idle.set()
 
-    def _work_to_commit(self) -> bool:
-        return bool(
-            self._transactional
-            or self._finished
-            or self._foreign
-            or self._appended
-            or self._never
-            or (self._floor > self._stored_floor and self._floor_is_due())
-        )
-
-    def _floor_is_due(self) -> bool:
-        return self._stopping or self._clock() - self._floor_at >= FLOOR_SECONDS
-
     async def _group(self) -> None:
         """One transaction. Whatever goes wrong in it ends the dispatcher: its outcome may be unknown."""
-        async with self._database.transaction() as connection:
-            began = self._clock()
-            for nth in range(GROUP):
-                if not self._transactional or self._clock() - began > GROUP_SECONDS:
-                    break
-                alone = self._transactional[0].handler.name in self._slow
-                if alone and nth:
-                    break
-                await self._within(connection, self._transactional.popleft())
-                if alone:
-                    break
-            finished, self._finished = self._finished, []
-            foreign, self._foreign = self._foreign, []
-            appended, self._appended = self._appended, []
-            never, self._never = self._never, []
-            floor = self._floor
-            # A bucket's last item carries its watermark: items of one bucket finish in order.
-            moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in finished}
-            rows = [row for item in finished for row in item.emissions]
-            letters = [item.letter for item in finished if item.letter is not None]
-            await self._inbox.stage(connection, rows)
-            await self._inbox.bury(connection, [*letters, *never, *(letter for letter, _ in foreign)])
-            await self._inbox.unstage(connection, appended)
-            await self._inbox.move(connection, moves)
-            if floor > self._stored_floor and self._floor_is_due():
-                await self._inbox.raise_floor(connection, floor)
-                self._stored_floor, self._floor_at = floor, self._clock()
-        for bucket, (_, position) in moves.items():
-            self._watermarks[bucket] = position
-        for item in finished:
-            self._settled.end(item.ticket)
-            if self._troubles.condemned:
-                self._troubles.condemned.pop(item.event.position, None)
-        for _, ticket in foreign:
+        ran: list[Item] = []
+        complete = False
+        try:
+            async with self._database.transaction() as connection:
+                self._keys.read(await self._held.blocked(connection), self._batch.finished)
+                await self._run_transactional(connection, ran)
+                batch, self._batch = self._batch, Batch()
+                await self._progress.write(connection, batch, floor_now=self._stopping)
+                complete = True
+        except DBAPIError as error:
+            if complete and ran:
+                raise self._troubles.suspect(ran, error) from error
+            raise
+        self._progress.written(batch)
+        for item in batch.finished:
+            if item.ticket is not None:
+                self._settled.end(item.ticket)
+            if item.held is not None:
+                self._landed(item.held)
+            self._troubles.forget(item.event.position)
+        for _, ticket in batch.foreign:
             self._settled.end(ticket)
-        self._busy -= len(finished)
-        self.stager.add(rows, fresh=True)
+        self._busy -= len(batch.finished)
+        self.stager.add([row for item in batch.finished for row in item.emissions], fresh=True)
         self._uncommitted.clear()
-        for item in self._deferred:
-            self._free.put_nowait(item)
-        self._deferred.clear()
+        deferred, self._deferred = self._deferred, []
+        for item in deferred:
+            if not self._waits(item):
+                self._free.put_nowait(item)
 
-    async def _within(self, connection: AsyncConnection, item: _Item) -> None:
-        """A handler with a session: its effects in a savepoint of the group's transaction."""
+    async def _run_transactional(self, connection: AsyncConnection, ran: list[Item]) -> None:
+        """Handlers with a session, as many as share this transaction; `ran` gets those whose effects are in it."""
+        began = self._clock()
+        for nth in range(GROUP):
+            if not self._transactional or self._clock() - began > GROUP_SECONDS:
+                return
+            first = self._transactional[0]
+            alone = first.handler.name in self._slow or first.event.position in self._troubles.suspected
+            if alone and nth:
+                return
+            item = self._transactional.popleft()
+            if not self._waits(item) and await self._within(connection, item):
+                ran.append(item)
+            if alone:
+                return
+
+    async def _within(self, connection: AsyncConnection, item: Item) -> bool:
+        """A handler with a session: its effects in a savepoint of the group's transaction. True when they are kept."""
         context = self._context(item)
         began = self._clock()
-        failure: Failure | None = None
         try:
-            with outages(self._database.shown):
-                scope = _Scope(connection, await connection.begin_nested())
-                with guarded(connection):
-                    failure = await self._attempt(item, context, scope.provide)
-                    if failure is None:
-                        failure = await scope.flush(item.handler)
-                if failure is None:
-                    await scope.keep()
-                else:
-                    await scope.undo()
-        except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
-            # Without its savepoint its effects cannot be told from the group's: the whole group is undone. SQLAlchemy
-            # may believe that the transaction is over, and would hand the connection back as it is.
-            with suppress(InvalidRequestError):
-                await connection.run_sync(_roll_back)
-            raise self._condemn(item, failure, error) from error
+            failure = await in_savepoint(
+                connection, item.handler, lambda provide: self._attempt(item, context, provide)
+            )
+        except GroupBroken as broken:
+            cause = broken.__cause__
+            assert isinstance(cause, Exception)
+            failure = broken.failure or Failure(
+                f"TransactionMisuse: it ended the transaction it was part of: {cause}",
+                "".join(traceback.format_exception(cause)),
+                permanent=True,
+            )
+            raise self._troubles.condemn(item, failure, "ended the transaction that its group shares") from cause
         took = self._clock() - began
         if took > SLOW_SECONDS and item.handler.name not in self._slow:
             self._slow.add(item.handler.name)
@@ -414,19 +420,8 @@ class Dispatcher:
                 seconds=round(took, 3),
                 advice="do slow work outside the session, or in a handler without one",
             )
-        if failure is None:
-            self._succeed(item, context)
-        else:
-            self._fail(item, failure)
-
-    def _condemn(self, item: _Item, failure: Failure | None, error: Exception) -> Fenced:
-        reason = failure.reason if failure else f"TransactionMisuse: it ended the transaction it was part of: {error}"
-        detail = failure.detail if failure else "".join(traceback.format_exception(error))
-        self._troubles.condemned[item.event.position] = Failure(reason, detail, permanent=True)
-        return Fenced(
-            f"service {self._service.name!r}: handler {item.handler.name!r} ended the transaction that its group "
-            f"shares ({reason}); the group is undone, and the event at position {item.event.position} dead"
-        )
+        self._judge(item, context, failure)
+        return failure is None
 
     def _settle_prefix(self) -> None:
         consumer: Consumer | None = None
@@ -434,7 +429,7 @@ class Dispatcher:
         for step in self._settled.pop():
             if step is None:
                 continue
-            self._floor = max(self._floor, step.floor)
+            self._progress.floor = max(self._progress.floor, step.floor)
             if step.consumer is not None:
                 if consumer is not None and step.consumer is not consumer:
                     consumer.settle_through(tag)
@@ -443,71 +438,16 @@ class Dispatcher:
             consumer.settle_through(tag)
         if len(self._settled) < self._service.prefetch:
             self._room.set()
-        if self._floor > self._stored_floor and self._floor_timer not in self._timers:
+        if not self._progress.floor_is_stored and self._floor_timer not in self._timers:
             self._floor_timer = self._later(FLOOR_SECONDS, self._wake.set)
 
     def _was_appended(self, id: UUID) -> None:
-        self._appended.append(id)
+        self._batch.appended.append(id)
         self._wake.set()
 
     def _was_buried(self, id: UUID, letter: Letter) -> None:
-        self._never.append(letter)
+        self._batch.never.append(letter)
         self._was_appended(id)
-
-
-class _Scope:
-    """What one handler is given of the group's transaction."""
-
-    def __init__(self, connection: AsyncConnection, savepoint: AsyncTransaction) -> None:
-        self._connection = connection
-        self._savepoint = savepoint
-        self._whole = connection.get_transaction()
-        self._session: GuardedSession | None = None
-
-    def provide(self, wanted: Inject) -> Any:
-        if wanted is Inject.CONNECTION:
-            return GuardedConnection(self._connection)
-        self._session = self._session or GuardedSession(self._connection)
-        return self._session
-
-    async def flush(self, handler: Handler) -> Failure | None:
-        """Write what the handler left pending; what that raises is the handler's failure."""
-        try:
-            if self._session is not None:
-                await self._session.keep()
-        except Exception as error:
-            if is_infrastructure(error):
-                raise
-            return Failure.of(error, handler)
-        return None
-
-    async def keep(self) -> None:
-        self._check_whole()
-        if not self._savepoint.is_active:
-            raise TransactionMisuse("rollback")
-        await self._savepoint.commit()
-
-    async def undo(self) -> None:
-        self._check_whole()
-        if self._session is not None:
-            await self._session.drop()
-        if self._savepoint.is_active:
-            await self._savepoint.rollback()
-        else:
-            # A failed flush has rolled back to it already; what the handler did afterwards goes too.
-            await self._connection.run_sync(_rollback_to, self._savepoint.sync_transaction)
-
-    def _check_whole(self) -> None:
-        if self._whole is None or not self._whole.is_active or self._connection.get_transaction() is not self._whole:
-            raise TransactionMisuse("commit or rollback")
-
-
-def _rollback_to(connection: Connection, savepoint: Any) -> None:
-    connection.dialect.do_rollback_to_savepoint(connection, savepoint._savepoint)
-
-
-def _roll_back(connection: Connection) -> None:
-    connection.dialect.do_rollback(connection.connection)
 
 
 def _no_session(wanted: Inject) -> Any:

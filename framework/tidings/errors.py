@@ -25,7 +25,8 @@
     │   └── MalformedMessage
     └── HandlerError
         ├── HandlerTimeout
-        └── TransactionMisuse
+        ├── TransactionMisuse
+        └── WriterHeld
 
 No exception of an adapter's library crosses a port: it is the `__cause__` of one of these.
 """
@@ -60,6 +61,7 @@ __all__ = [
     "Unroutable",
     "UpcastMissing",
     "VersionNotFound",
+    "WriterHeld",
     "WrongExpectedVersion",
 ]
 
@@ -254,4 +256,15 @@ class TransactionMisuse(HandlerError):
         super().__init__(
             f"{operation}() on the injected session is not for handlers: effects and watermark are committed together, "
             "after the handler returns. Use session.begin_nested() for a part that may fail; raise to undo everything."
+        )
+
+
+class WriterHeld(HandlerError):
+    """A handler with a session wrote to the same SQLite database through another connection, and waited for itself."""
+
+    def __init__(self, handler: str) -> None:
+        self.handler = handler
+        super().__init__(
+            f"handler {handler!r} wrote to its service's database through a connection of its own while the injected "
+            "session holds the one writer that SQLite has. Write through the session."
         )

@@ -14,15 +14,39 @@ from tidings.context import Context
 from tidings.errors import ConfigurationError
 from tidings.events import Event
 
-__all__ = ["Handler", "Inject", "Retry", "declare"]
+__all__ = ["Handler", "Hold", "Inject", "Retry", "declare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What follows quick retries: the event is held, and only later events of its own partition key wait for it.
+
+    It is tried `attempts` times more, the n-th time `delay * factor**(n-1)` seconds after the failure before,
+    `maximum` at most, each shortened by up to a quarter at random; then it is dead.
+    """
+
+    attempts: int = 8
+    delay: float = 5.0
+    factor: float = 2.0
+    maximum: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.delay < 0 or self.factor < 1 or self.maximum < 0:
+            raise ConfigurationError(f"{self}: attempts must be 1 or more, factor 1 or more, delays not negative")
+
+    def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
+        """Seconds until held attempt number `attempt` (from 1)."""
+        return _backoff(self.delay, self.factor, self.maximum, attempt, random)
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Quick retries in the lane: later events of the same bucket wait meanwhile, so keep them short.
+    """What to do when a handler fails. Quick retries come first: later events of the same bucket wait meanwhile.
 
     `attempts` counts the first one. Before attempt n+1 the lane waits `delay * factor**(n-1)` seconds, `maximum` at
-    most, each shortened by up to a quarter at random. `permanent` lists further exceptions that skip retries.
+    most, each shortened by up to a quarter at random. `permanent` lists further exceptions that skip retries. `hold`
+    says how it goes on after them; with None the event is dead at once. `hold_key`: while an event is dead, later
+    events of its partition key wait until somebody retries or drops it; with False they go on, which gives up order.
     """
 
     attempts: int = 5
@@ -30,6 +54,8 @@ class Retry:
     factor: float = 2.0
     maximum: float = 5.0
     permanent: tuple[type[BaseException], ...] = ()
+    hold: Hold | None = Hold()
+    hold_key: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.permanent, tuple) or not all(
@@ -41,11 +67,15 @@ class Retry:
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
         """Seconds to wait after failed attempt number `attempt` (from 1)."""
-        try:
-            full = min(self.delay * float(self.factor) ** (attempt - 1), self.maximum)
-        except OverflowError:
-            full = self.maximum if self.delay else 0.0
-        return full * (1 - random() / 4)
+        return _backoff(self.delay, self.factor, self.maximum, attempt, random)
+
+
+def _backoff(delay: float, factor: float, maximum: float, attempt: int, random: Callable[[], float]) -> float:
+    try:
+        full = min(delay * float(factor) ** (attempt - 1), maximum)
+    except OverflowError:
+        full = maximum if delay else 0.0
+    return full * (1 - random() / 4)
 
 
 class Inject(Enum):

@@ -12,9 +12,10 @@ from typing import Final
 
 import structlog
 
-from tidings.dispatch import Dispatcher, Step
+from tidings.dispatch import Dispatcher
 from tidings.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
+from tidings.work import Step
 
 __all__ = ["Pass"]
 

@@ -20,14 +20,14 @@ from tidings.errors import Fenced, LogChanged
 from tidings.message import Message
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
-__all__ = ["Inbox", "Letter", "Remembered", "StagedEvent"]
+__all__ = ["Inbox", "Letter", "Remembered", "StagedEvent", "storable"]
 
 
 _STAGE: Final = staged.insert()
 _BURY: Final = dead.insert()
 
 
-def _storable(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """Foreign texts (an exception's message, a header) without what databases refuse: NUL and lone surrogates."""
     if not isinstance(value, str):
         return value
@@ -74,10 +74,22 @@ class Letter:
     data: bytes | None = None
     metadata: bytes | None = None
     is_json: bool | None = None
+    key: str | None = None
+    holds_key: bool = False
+    """Later events of the same partition key are held until this letter is retried or dropped."""
 
     @classmethod
     def of_event(
-        cls, event: RecordedEvent, bucket: int, *, handler: str, attempts: int, reason: str, detail: str | None
+        cls,
+        event: RecordedEvent,
+        bucket: int,
+        *,
+        key: str,
+        holds_key: bool,
+        handler: str,
+        attempts: int,
+        reason: str,
+        detail: str | None,
     ) -> Letter:
         return cls(
             "handler",
@@ -95,6 +107,8 @@ class Letter:
             event.data,
             event.metadata,
             event.is_json,
+            key,
+            holds_key,
         )
 
     @classmethod
@@ -190,6 +204,24 @@ class Inbox:
             await connection.execute(floors.insert().values(**self._own, **self._range, position=floor))
         return Remembered(floor, marks)
 
+    async def settled(self, bucket: int | None) -> int:
+        """As committed by whichever process: the bucket's watermark or the floor, whichever is higher; -1 for none.
+
+        Without a bucket, the floor alone.
+        """
+        async with self._database.reading() as connection:
+            floor = await connection.scalar(sa.select(floors.c.position).where(*self._floor_is_ours()))
+            mark = None
+            if bucket is not None:
+                mark = await connection.scalar(
+                    sa.select(watermarks.c.position).where(
+                        watermarks.c.service == self._service,
+                        watermarks.c.log == str(self._log),
+                        watermarks.c.bucket == bucket,
+                    )
+                )
+        return max(-1 if floor is None else floor, -1 if mark is None else mark)
+
     def _floor_is_ours(self) -> tuple[sa.ColumnElement[bool], ...]:
         return (
             floors.c.service == self._service,
@@ -222,7 +254,7 @@ class Inbox:
     async def bury(self, connection: AsyncConnection, letters: Iterable[Letter]) -> None:
         now = datetime.now(UTC)
         rows: list[dict[str, Any]] = [
-            self._own | {name: _storable(getattr(letter, name)) for name in Letter.__slots__} | {"died_at": now}
+            self._own | {name: storable(getattr(letter, name)) for name in Letter.__slots__} | {"died_at": now}
             for letter in letters
         ]
         if rows:

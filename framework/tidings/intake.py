@@ -11,12 +11,13 @@ from uuid import UUID
 import structlog
 
 from tidings.buses import Consumer, Delivery, EventBus, Subscription
-from tidings.dispatch import Dispatcher, Step
+from tidings.dispatch import Dispatcher
 from tidings.errors import BusUnavailable, MalformedMessage
 from tidings.healing import Pass
 from tidings.inbox import Letter
 from tidings.message import MARKER, Marker, Stamped, decode
 from tidings.position import Accepted, Verdict
+from tidings.work import Step
 
 __all__ = ["Intake"]
 
@@ -51,6 +52,8 @@ class Intake:
         self._clock = clock
         self.marker_at: float | None = None
         """When the last marker was heard, by `clock`: the pulse of the whole path."""
+        self.marker = -1
+        """What the last marker said."""
         self.connected = False
 
     async def run(self) -> None:
@@ -104,6 +107,7 @@ class Intake:
     def _hear(self, marker: Marker, step: Step) -> None:
         self._check_log(marker.log)
         self.marker_at = self._clock()
+        self.marker = max(self.marker, marker.position)
         upto = max(marker.position, *marker.touched.values(), -1)
         if self._healing.under_way:
             self._gap(upto, step)

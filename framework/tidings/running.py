@@ -13,17 +13,19 @@ import structlog
 from tidings.attempt import Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
 from tidings.database import Database, open_database
-from tidings.dispatch import Dispatcher, Troubles
+from tidings.dispatch import Dispatcher
 from tidings.errors import LogBehind
 from tidings.healing import Pass
+from tidings.held import HeldRows
 from tidings.inbox import Inbox
 from tidings.intake import Intake
-from tidings.position import ALL_BUCKETS, Accepted
+from tidings.position import ALL_BUCKETS, Accepted, bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.stores import EventStore
 from tidings.supervision import leaves, supervised
 from tidings.watchdog import Watchdog
+from tidings.work import Troubles
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -78,6 +80,41 @@ class RunningService:
         heard = self._intake.marker_at if self._intake else None
         return None if heard is None else time.monotonic() - heard
 
+    @property
+    def marker(self) -> int:
+        """The position up to which the last marker says that everything was published; -1 before the first."""
+        return self._intake.marker if self._intake else -1
+
+    @property
+    def consuming(self) -> bool:
+        """Connected to the bus. Of several processes of a service one is given messages; this may be a standby."""
+        return self._intake is not None and self._intake.connected
+
+    async def handled(self, position: int, key: str, *, timeout: float = 5.0) -> bool:
+        """Wait until the event at `position`, of a type that this service handles and with partition key `key`, is
+        settled, by whichever process of the service; False after `timeout` seconds. For reading one's own writes.
+
+        Raises `DatabaseUnavailable`.
+        """
+        return await self._settled(bucket_of(key), position, timeout)
+
+    async def reached(self, position: int, *, timeout: float = 5.0) -> bool:
+        """Wait until everything up to `position` is settled, by whichever process of the service; False after `timeout`
+        seconds. This follows the relay's markers, which come a second apart. Raises `DatabaseUnavailable`."""
+        return await self._settled(None, position, timeout)
+
+    async def _settled(self, bucket: int | None, position: int, timeout: float) -> bool:
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + timeout, 0.005
+        inbox = Inbox(self.database, self.service.name, await self.store.log_id(), ALL_BUCKETS)
+        while True:
+            if await inbox.settled(bucket) >= position:
+                return True
+            if loop.time() + pause > deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+
     def working(self) -> dict[str, float]:
         """Handlers at work now: name to seconds, the longest of each."""
         now, found = time.monotonic(), dict[str, float]()
@@ -118,7 +155,15 @@ class RunningService:
             raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
         accepted = Accepted(ALL_BUCKETS, remembered.floor, remembered.watermarks)
         self._dispatcher = dispatcher = Dispatcher(
-            service, self.store, self.database, inbox, log_id, remembered, self.resources, self._troubles
+            service,
+            self.store,
+            self.database,
+            inbox,
+            HeldRows(service.name, log_id, ALL_BUCKETS),
+            log_id,
+            remembered,
+            self.resources,
+            self._troubles,
         )
         self._healing = healing = Pass(service.name, self.store, accepted, dispatcher)
         self._intake = intake = Intake(

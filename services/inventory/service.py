@@ -31,7 +31,7 @@ from services.inventory.events import (
     StockReserved,
 )
 from services.inventory.tables import lines, metadata, reservations, stock
-from tidings import Context, Service
+from tidings import Context, Retry, Service
 
 __all__ = ["inventory"]
 
@@ -99,12 +99,16 @@ async def release(event: OrderCancelled, context: Context, connection: AsyncConn
         _tell(context, event.order_id, StockReleased(order_id=event.order_id), "the order was cancelled")
 
 
-@inventory.on(ShipmentDispatched)
+class Contradiction(Exception):
+    """Another service says what cannot be. No retry heals it; somebody has to look."""
+
+
+@inventory.on(ShipmentDispatched, retry=Retry(permanent=(Contradiction,)))
 async def ship(event: ShipmentDispatched, connection: AsyncConnection) -> None:
     """What was set aside has left the house."""
     held = await _end(connection, event.order_id, "shipped")
     if not held:
-        raise RuntimeError(f"order {event.order_id} left the house, but nothing is set aside for it; look at its log")
+        raise Contradiction(f"order {event.order_id} left the house, but nothing is set aside for it; look at its log")
     await connection.execute(SHIP, held)
 
 

@@ -54,8 +54,13 @@ async def connected(service: Service) -> AsyncIterator[PaymentGateway]:
 
 payment = Service("payment", tables=metadata, lifespan=connected)
 
-PATIENT: Final = Retry(attempts=8, delay=0.2, maximum=5.0, permanent=(GatewayRefused,))
-"""About 15 seconds of no answer before the event is set aside as dead; a refusal is set aside at once."""
+
+class Contradiction(Exception):
+    """A payment would move to a state that it cannot come to. No retry heals it; somebody has to look."""
+
+
+PATIENT: Final = Retry(permanent=(GatewayRefused, Contradiction))
+"""A gateway that does not answer is asked again, soon and then less and less often; a refusal is dead at once."""
 
 
 @payment.on(OrderCreated, retry=PATIENT)
@@ -123,7 +128,7 @@ async def _move(connection: AsyncConnection, order_id: str, to: State) -> None:
     legal = (payments.c.order_id == order_id) & (payments.c.state == AFTER[to])
     moved = await connection.execute(update(payments).where(legal).values(state=to))
     if moved.rowcount != 1:
-        raise RuntimeError(
+        raise Contradiction(
             f"the payment of order {order_id} is not {AFTER[to]}, so it cannot become {to}; look at its log"
         )
 

@@ -29,7 +29,7 @@ from tidings.stores import Appended, Expected, RecordedEvent
 from tidings.supervision import supervised
 from tidings.verify import Report, verify
 
-QUICK = Retry(attempts=3, delay=0.01)
+QUICK = Retry(attempts=3, delay=0.01, hold=None, hold_key=False)
 
 tables = sa.MetaData()
 audit = sa.Table(

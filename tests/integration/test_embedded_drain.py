@@ -130,7 +130,7 @@ async def test_one_waiting_for_its_next_attempt_does_not_hold_up_the_stop(tmp_pa
         failed.append(event.n)
         raise ValueError
 
-    service = auditing(effect=fail, retry=Retry(attempts=3, delay=60, maximum=60))
+    service = auditing(effect=fail, retry=Retry(attempts=3, delay=60, maximum=60, hold=None, hold_key=False))
     loop = asyncio.get_running_loop()
     with capture_logs() as logs:
         async with embedded(tmp_path, service) as world:

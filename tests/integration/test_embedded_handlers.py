@@ -70,7 +70,7 @@ async def test_permanent_errors_skip_retries(tmp_path: Path) -> None:
         attempts.append(context.attempt)
         raise KeyError("never")
 
-    service = auditing(effect=fail, retry=Retry(attempts=5, permanent=(KeyError,)))
+    service = auditing(effect=fail, retry=Retry(attempts=5, permanent=(KeyError,), hold=None, hold_key=False))
     async with embedded(tmp_path, service) as world:
         await world.append(CULPRIT)
         await world.settled()
@@ -82,7 +82,7 @@ async def test_order_within_the_key_holds_while_retrying_and_other_keys_go_on(tm
     failing = True
     service = Service("audit", tables=tables)
 
-    @service.on(Happened, retry=Retry(attempts=1000, delay=0.01, factor=1))
+    @service.on(Happened, retry=Retry(attempts=1000, delay=0.01, factor=1, hold=None, hold_key=False))
     async def handle(event: Happened, session: AsyncSession) -> None:
         await note(session, event)
         if failing and event.key == "culprit":
@@ -143,7 +143,7 @@ async def test_whatever_a_handler_raises_is_its_failure_and_ends_nothing_else(tm
         bad(event)
 
     kinds: dict[str, Callable[..., Any]] = {"session": with_session, "plain": plain, "thread": bad}
-    service.on(Happened, retry=Retry(attempts=2, delay=0.001))(kinds[kind])
+    service.on(Happened, retry=Retry(attempts=2, delay=0.001, hold=None, hold_key=False))(kinds[kind])
     async with embedded(tmp_path, service) as world:
         await world.append(*(Happened(key="culprit", n=n) for n in range(len(ERRORS))), *OTHERS)
         await world.settled()
@@ -404,7 +404,7 @@ async def test_session_connection_context_and_resources_are_injected_by_type(tmp
 async def test_a_handler_over_its_time_is_undone_even_when_it_swallows_the_cancellation(tmp_path: Path) -> None:
     service = Service("audit", tables=tables)
 
-    @service.on(Happened, retry=Retry(attempts=2, delay=0.01), timeout=0.05)
+    @service.on(Happened, retry=Retry(attempts=2, delay=0.01, hold=None, hold_key=False), timeout=0.05)
     async def handle(event: Happened, session: AsyncSession) -> None:
         await note(session, event)
         if event.key == "slow":
@@ -457,7 +457,7 @@ async def test_one_that_cannot_be_ended_is_named_again_and_again_and_only_its_ke
             seen.append((event.key, event.n))
 
     handler: Callable[..., Any] = in_thread if threaded else stubborn
-    service.on(Happened, retry=Retry(attempts=1), timeout=0.05)(handler)
+    service.on(Happened, retry=Retry(attempts=1, hold=None, hold_key=False), timeout=0.05)(handler)
     with capture_logs() as logs:
 
         def named() -> list[Any]:

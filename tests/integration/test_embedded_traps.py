@@ -83,7 +83,7 @@ async def test_a_handler_that_cancels_its_own_task_is_dead_and_the_rest_goes_on(
     handled: list[str] = []
     service = Service("audit", tables=tables)
 
-    @service.on(First, retry=Retry(attempts=1))
+    @service.on(First, retry=Retry(attempts=1, hold=None, hold_key=False))
     async def cancel(event: First, session: AsyncSession) -> None:
         if event.name == "suicide":
             task = asyncio.current_task()
@@ -190,7 +190,7 @@ async def test_context_names_the_attempt(settings: Settings) -> None:
     attempts: list[int] = []
     service = Service("audit")
 
-    @service.on(First, retry=Retry(attempts=3, delay=0.001))
+    @service.on(First, retry=Retry(attempts=3, delay=0.001, hold=None, hold_key=False))
     async def fail(event: First, context: Context) -> None:
         attempts.append(context.attempt)
         raise ValueError

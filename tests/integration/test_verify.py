@@ -24,7 +24,7 @@ class Ignored(Event):
 def shop() -> Service:
     service = Service("shop")
 
-    @service.on(Ordered, retry=Retry(attempts=2, delay=0.001))
+    @service.on(Ordered, retry=Retry(attempts=2, delay=0.001, hold=None))
     async def take(event: Ordered, context: Context) -> None:
         if event.order_id == "poison":
             raise ValueError("it cannot be taken")

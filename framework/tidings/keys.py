@@ -1,0 +1,63 @@
+"""Which partition keys wait, and for what: pure bookkeeping beside the lanes. No I/O.
+
+A key is blocked while it has a held event, or a dead letter that holds it. Its held events fly, as many as were read,
+through the bucket's lane; when one of them fails again, those behind it are not run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from tidings.work import Item
+
+__all__ = ["Keys"]
+
+
+class Keys:
+    """What the database says about keys, as of the last group, and what was done since."""
+
+    def __init__(self) -> None:
+        self._blocked: dict[str, int] = {}
+        self._flying: Counter[str] = Counter()
+        self._failed: set[str] = set()
+
+    def read(self, blocked: Mapping[str, int], uncommitted: Iterable[Item]) -> None:
+        """What the database holds now, and the items that will change it with the next commit."""
+        self._blocked = dict(blocked)
+        for item in uncommitted:
+            self.ended(item)
+
+    def ended(self, item: Item) -> None:
+        """It was run, or held, or is dead; the next commit will say so. Later items in its lane are judged by it."""
+        if item.blocks:
+            left = self._blocked.get(item.key, 0) + item.blocks
+            if left > 0:
+                self._blocked[item.key] = left
+            else:
+                self._blocked.pop(item.key, None)
+        if item.held is not None and not item.blocks:
+            self._failed.add(item.held.key)
+
+    def must_wait(self, item: Item) -> bool:
+        """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""
+        if item.held is not None:
+            return item.held.key in self._failed
+        return bool(self._blocked) and item.key in self._blocked
+
+    @property
+    def flying(self) -> frozenset[str]:
+        """Keys with held events in lanes, or in a commit under way: reading them again would run them twice."""
+        return frozenset(self._flying)
+
+    def fly(self, key: str) -> None:
+        self._flying[key] += 1
+
+    def land(self, key: str) -> bool:
+        """A held event has left its lane, and what came of it is durable. True when it was the key's last."""
+        self._flying[key] -= 1
+        if self._flying[key]:
+            return False
+        del self._flying[key]
+        self._failed.discard(key)
+        return True

@@ -1,0 +1,91 @@
+"""How far a service is, durably: watermarks and floor move in one transaction with what the handlers leave behind.
+
+It never begins or commits a transaction; `written` is told when the one that `write` was part of has been committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.held import HeldEvent, HeldRows
+from tidings.inbox import Inbox, Letter, Remembered
+from tidings.position import Ticket
+from tidings.work import Item, Step
+
+__all__ = ["Batch", "Progress"]
+
+FLOOR_SECONDS: Final = 1.0
+"""The floor is stored at most so often."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is to become durable together."""
+
+    finished: list[Item] = field(default_factory=list)
+    foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
+    """Messages that are no events of ours."""
+    appended: list[UUID] = field(default_factory=list)
+    """Staged events that are in the store, or given up."""
+    never: list[Letter] = field(default_factory=list)
+    """Those given up."""
+
+    def __bool__(self) -> bool:
+        return bool(self.finished or self.foreign or self.appended or self.never)
+
+    def __len__(self) -> int:
+        return len(self.finished) + len(self.foreign) + len(self.appended)
+
+
+class Progress:
+    """Made from what the inbox remembers; the watermarks here are those that were read or written last."""
+
+    def __init__(self, inbox: Inbox, held: HeldRows, remembered: Remembered, clock: Callable[[], float]) -> None:
+        self._inbox = inbox
+        self._held = held
+        self._clock = clock
+        self._watermarks = dict(remembered.watermarks)
+        self.floor = self._stored_floor = remembered.floor
+        """Everything up to here is settled (durably at most a second later)."""
+        self._stored_at = clock()
+
+    @property
+    def floor_is_stored(self) -> bool:
+        return self.floor <= self._stored_floor
+
+    def floor_is_due(self, now: bool) -> bool:
+        return not self.floor_is_stored and (now or self._clock() - self._stored_at >= FLOOR_SECONDS)
+
+    async def write(self, connection: AsyncConnection, batch: Batch, *, floor_now: bool) -> None:
+        """Raises `Fenced` when another process was here: roll back."""
+        inbox, held = self._inbox, self._held
+        fresh = [item for item in batch.finished if item.held is None]
+        letters = [item.letter for item in batch.finished if item.letter is not None]
+        await inbox.stage(connection, [row for item in batch.finished for row in item.emissions])
+        await inbox.bury(connection, [*letters, *batch.never, *(letter for letter, _ in batch.foreign)])
+        await inbox.unstage(connection, batch.appended)
+        await held.hold(connection, _postponed(fresh))
+        if len(fresh) < len(batch.finished):
+            again = [item for item in batch.finished if item.held is not None]
+            await held.postpone(connection, _postponed(again))
+            await held.release(connection, [item.event.position for item in again if item.postponed is None])
+        # A bucket's last item carries its watermark: items of one bucket finish in order.
+        moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in fresh}
+        await inbox.move(connection, moves)
+        if self.floor_is_due(floor_now):
+            self._stored_floor, self._stored_at = self.floor, self._clock()
+            await inbox.raise_floor(connection, self.floor)
+
+    def written(self, batch: Batch) -> None:
+        for item in batch.finished:
+            if item.held is None:
+                self._watermarks[item.bucket] = item.event.position
+
+
+def _postponed(items: Iterable[Item]) -> list[HeldEvent]:
+    return [item.postponed for item in items if item.postponed is not None]

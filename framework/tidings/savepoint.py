@@ -1,0 +1,112 @@
+"""One handler with a session inside the transaction that its group shares: its effects in a savepoint, kept or undone.
+
+It never ends the transaction: a handler that did, or that made it unusable, breaks the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
+
+from tidings.attempt import Failure, is_infrastructure
+from tidings.database import guarded
+from tidings.errors import TransactionMisuse
+from tidings.handlers import Handler, Inject
+from tidings.transaction import GuardedConnection, GuardedSession
+
+__all__ = ["GroupBroken", "in_savepoint"]
+
+Provide = Callable[[Inject], Any]
+
+
+class GroupBroken(Exception):
+    """The transaction of the group cannot go on; `failure` is what the handler raised, if it did."""
+
+    def __init__(self, failure: Failure | None) -> None:
+        self.failure = failure
+
+
+async def in_savepoint(
+    connection: AsyncConnection, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
+) -> Failure | None:
+    """Run one handler; its effects are kept when it succeeds, undone when it fails. Raises `GroupBroken`."""
+    failure: Failure | None = None
+    try:
+        scope = _Scope(connection, await connection.begin_nested())
+        with guarded(connection):
+            failure = await run(scope.provide)
+            if failure is None:
+                failure = await scope.flush(handler)
+        if failure is None:
+            await scope.keep()
+        else:
+            await scope.undo()
+    except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
+        if is_infrastructure(error):
+            raise
+        # Without its savepoint its effects cannot be told from the group's: the whole group is undone. SQLAlchemy may
+        # believe that the transaction is over, and would hand the connection back as it is.
+        with suppress(InvalidRequestError):
+            await connection.run_sync(_roll_back)
+        raise GroupBroken(failure) from error
+    return failure
+
+
+class _Scope:
+    """What one handler is given of the group's transaction."""
+
+    def __init__(self, connection: AsyncConnection, savepoint: AsyncTransaction) -> None:
+        self._connection = connection
+        self._savepoint = savepoint
+        self._whole = connection.get_transaction()
+        self._session: GuardedSession | None = None
+
+    def provide(self, wanted: Inject) -> Any:
+        if wanted is Inject.CONNECTION:
+            return GuardedConnection(self._connection)
+        self._session = self._session or GuardedSession(self._connection)
+        return self._session
+
+    async def flush(self, handler: Handler) -> Failure | None:
+        """Write what the handler left pending; what that raises is the handler's failure."""
+        try:
+            if self._session is not None:
+                await self._session.keep()
+        except Exception as error:
+            if is_infrastructure(error):
+                raise
+            return Failure.of(error, handler)
+        return None
+
+    async def keep(self) -> None:
+        self._check_whole()
+        if not self._savepoint.is_active:
+            raise TransactionMisuse("rollback")
+        await self._savepoint.commit()
+
+    async def undo(self) -> None:
+        self._check_whole()
+        if self._session is not None:
+            await self._session.drop()
+        if self._savepoint.is_active:
+            await self._savepoint.rollback()
+        else:
+            # A failed flush has rolled back to it already; what the handler did afterwards goes too.
+            await self._connection.run_sync(_rollback_to, self._savepoint.sync_transaction)
+
+    def _check_whole(self) -> None:
+        if self._whole is None or not self._whole.is_active or self._connection.get_transaction() is not self._whole:
+            raise TransactionMisuse("commit or rollback")
+
+
+def _rollback_to(connection: Connection, savepoint: Any) -> None:
+    connection.dialect.do_rollback_to_savepoint(connection, savepoint._savepoint)
+
+
+def _roll_back(connection: Connection) -> None:
+    connection.dialect.do_rollback(connection.connection)

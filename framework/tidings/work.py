@@ -1,0 +1,158 @@
+"""An accepted event on its way from its lane to the commit, and what a service remembers of attempts that failed."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+
+from tidings.attempt import Failure
+from tidings.buses import Consumer
+from tidings.context import Context
+from tidings.errors import Fenced
+from tidings.handlers import Handler
+from tidings.held import HeldEvent
+from tidings.inbox import Letter, StagedEvent
+from tidings.position import Ticket, partition_key
+from tidings.stores import RecordedEvent
+
+__all__ = ["Item", "Step", "Troubles"]
+
+log = structlog.get_logger("tidings.dispatch")
+
+
+class Step(NamedTuple):
+    """What to do when everything up to here is settled: settle a delivery, raise the floor, or both."""
+
+    consumer: Consumer | None = None
+    tag: int = 0
+    floor: int = -1
+
+
+class Troubles:
+    """Attempts that failed, by position: they outlive a rejoin, so that an event cannot be retried for ever."""
+
+    def __init__(self) -> None:
+        self.attempts: dict[int, int] = {}
+        self.condemned: dict[int, Failure] = {}
+        """Dead without being run again: the handler ended the transaction that it was part of, or made its commit
+        fail."""
+        self.suspected: set[int] = set()
+        """Each gets a transaction of its own: the commit of a group that it was part of failed."""
+
+    def condemn(self, item: Item, failure: Failure, what: str) -> Fenced:
+        """What to raise for a handler that did what only joining again can undo."""
+        self.condemned[item.event.position] = Failure(failure.reason, failure.detail, permanent=True)
+        return Fenced(
+            f"handler {item.handler.name!r} {what} ({failure.reason}); the group is undone, and the event at position "
+            f"{item.event.position} dead"
+        )
+
+    def suspect(self, ran: Sequence[Item], error: DBAPIError) -> Fenced:
+        """The database refused a commit for what these wrote (a deferred constraint): find out whose doing it was."""
+        reason = f"{type(error).__name__}: at the commit: {error.orig}"
+        if len(ran) == 1:
+            detail = "".join(traceback.format_exception(error))
+            return self.condemn(ran[0], Failure(reason, detail, permanent=True), "wrote what cannot be committed")
+        self.suspected.update(item.event.position for item in ran)
+        return Fenced(
+            f"the database refused to commit what {len(ran)} events wrote ({reason}); they are undone, and each of "
+            "them gets a transaction of its own"
+        )
+
+    def forget(self, position: int) -> None:
+        """It is settled."""
+        self.condemned.pop(position, None)
+        self.suspected.discard(position)
+
+
+class Item:
+    """One event, and in the end what came of it: nothing more, or a letter, or a held event."""
+
+    __slots__ = ("bucket", "emissions", "event", "handler", "held", "letter", "postponed", "ticket")
+
+    def __init__(
+        self,
+        event: RecordedEvent,
+        bucket: int,
+        handler: Handler,
+        ticket: Ticket[Step | None] | None,
+        held: HeldEvent | None = None,
+    ) -> None:
+        self.event = event
+        self.bucket = bucket
+        self.handler = handler
+        self.ticket = ticket
+        """None for a held event: its delivery was settled long ago."""
+        self.held = held
+        """The row that this event was read from; None for one that comes from the bus or a pass."""
+        self.emissions: list[StagedEvent] = []
+        self.letter: Letter | None = None
+        self.postponed: HeldEvent | None = None
+
+    @property
+    def key(self) -> str:
+        """The partition key; it is read from the metadata, so ask only where it matters."""
+        return self.held.key if self.held is not None else partition_key(self.event)
+
+    def succeed(self, context: Context) -> None:
+        self.emissions = [
+            StagedEvent(self.bucket, self.event.position, stream, event) for stream, event in context.emissions
+        ]
+
+    def fail(self, failure: Failure, tried: int, service: str) -> float | None:
+        """The verdict on a failed attempt, the `tried`-th since it was read: seconds until the next one in its lane,
+        or None when it is now held, or dead."""
+        event, held, retry = self.event, self.held, self.handler.retry
+        attempts, tries = (tried, 0) if held is None else (held.attempts + tried, held.tries + 1)
+        facts = {
+            "service": service,
+            "handler": self.handler.name,
+            "event_id": str(event.id),
+            "stream": event.stream,
+            "position": event.position,
+            "attempt": attempts,
+            "reason": failure.reason,
+        }
+        if not failure.permanent and held is None and attempts < retry.attempts:
+            pause = retry.wait(attempts)
+            log.warning("event.retrying", pause=round(pause, 3), **facts)
+            return pause
+        if not failure.permanent and retry.hold is not None and tries < retry.hold.attempts:
+            delay = retry.hold.wait(tries + 1)
+            log.warning("event.held", delay=round(delay, 3), **facts)
+            self._hold(attempts, tries, delay, failure.reason, failure.detail)
+            return None
+        log.error("event.dead", holds_key=retry.hold_key, **facts)
+        self.letter = Letter.of_event(
+            event,
+            self.bucket,
+            key=self.key,
+            holds_key=retry.hold_key,
+            handler=self.handler.name,
+            attempts=attempts,
+            reason=failure.reason,
+            detail=failure.detail,
+        )
+        return None
+
+    def wait(self) -> None:
+        """Its key is blocked: it is held without being run, and due as soon as it is the key's oldest."""
+        self._hold(0, 0, 0.0, "waits behind an earlier event of its partition key", None)
+
+    def _hold(self, attempts: int, tries: int, delay: float, reason: str, detail: str | None) -> None:
+        due = time.time() + delay
+        self.postponed = HeldEvent(
+            self.event, self.bucket, self.key, self.handler.name, attempts, tries, due, reason, detail
+        )
+
+    @property
+    def blocks(self) -> int:
+        """How many rows more than before will hold its key once this is committed."""
+        before = 0 if self.held is None else 1
+        after = 1 if self.postponed is not None or (self.letter is not None and self.letter.holds_key) else 0
+        return after - before

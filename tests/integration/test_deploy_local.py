@@ -1,0 +1,156 @@
+"""`deploy/local/rabbitmq` as a person uses it, with three nodes; and traffic while the one that leads is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.processes import Workers, audit_of, proves_every_effect_once_in_order, tick, until
+from tidings import open_bus, open_store
+from tidings.buses import Subscription
+from tidings.testing.brokers import RabbitMQCluster, cluster_for_tests
+
+SCRIPT = Path(__file__).parents[2] / "deploy" / "local" / "rabbitmq"
+EVENTS = 600
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RabbitMQCluster]:
+    with cluster_for_tests() as found:
+        yield found
+
+
+def script(folder: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=os.environ | {"TIDINGS_LOCAL": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+
+
+def pid_of(cluster: RabbitMQCluster, node: int) -> str:
+    return script(cluster.folder, "eval", f"--node={node}", "os:getpid()").stdout
+
+
+def test_up_when_all_nodes_run_prints_the_same_url_and_changes_nothing(cluster: RabbitMQCluster) -> None:
+    before = [pid_of(cluster, node) for node in (1, 2, 3)]
+    again = script(cluster.folder, "up")
+    assert (again.returncode, again.stdout.strip()) == (0, cluster.url)
+    assert [pid_of(cluster, node) for node in (1, 2, 3)] == before
+    assert len(set(before)) == 3
+
+
+def test_every_node_has_a_url_and_status_knows_them_as_one_cluster(cluster: RabbitMQCluster) -> None:
+    urls = script(cluster.folder, "url", "--all").stdout.split()
+    login, _, places = cluster.url.rstrip("/").rpartition("@")
+    assert urls == [f"{login}@{place}/" for place in places.split(",")]
+    status = script(cluster.folder, "status")
+    assert status.returncode == 0
+    assert [f"node {number} runs on {url}" for number, url in enumerate(urls, 1)] == status.stdout.splitlines()[:3]
+    assert "3 of 3 nodes" in status.stdout
+
+
+def test_up_with_another_number_of_nodes_says_what_to_do_and_does_nothing(cluster: RabbitMQCluster) -> None:
+    refused = script(cluster.folder, "up", "--nodes=1")
+    assert refused.returncode == 1
+    assert f"{cluster.folder} holds three nodes, running" in refused.stderr
+    assert f"TIDINGS_LOCAL={cluster.folder}-1 deploy/local/rabbitmq up --nodes 1" in refused.stderr
+    assert script(cluster.folder, "status").returncode == 0
+
+
+def test_a_node_that_crashed_is_started_alone_and_rejoins(cluster: RabbitMQCluster) -> None:
+    before = [pid_of(cluster, node) for node in (1, 2, 3)]
+    cluster.kill_node(2)
+    status = script(cluster.folder, "status")
+    assert status.returncode == 1
+    assert "node 2 does not run: deploy/local/rabbitmq up" in status.stdout
+    assert "2 of 3 nodes" in status.stdout
+    up = script(cluster.folder, "up")
+    assert (up.returncode, up.stdout.strip()) == (0, cluster.url)
+    after = [pid_of(cluster, node) for node in (1, 2, 3)]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] != before[1]
+    assert script(cluster.folder, "status").returncode == 0
+
+
+def test_a_paused_node_is_told_from_one_that_is_gone(cluster: RabbitMQCluster) -> None:
+    assert script(cluster.folder, "pause", "--node=3").returncode == 0
+    try:
+        status = script(cluster.folder, "status")
+        assert status.returncode == 1
+        assert "node 3 is paused: deploy/local/rabbitmq resume" in status.stdout
+        up = script(cluster.folder, "up")
+        assert up.returncode == 1
+        assert "resume" in up.stderr
+    finally:
+        assert script(cluster.folder, "resume", "--node=3").returncode == 0
+    assert script(cluster.folder, "status").returncode == 0
+
+
+async def test_the_node_that_leads_the_queue_is_killed_and_nothing_is_lost(
+    tmp_path: Path, cluster: RabbitMQCluster
+) -> None:
+    async with cluster.isolated() as url:
+        async with open_bus(url) as bus:
+            await bus.provision(Subscription("audit"))
+        assert await asyncio.to_thread(cluster.members_of, "tidings.audit", url) == [1, 2, 3]
+        with Workers(tmp_path, url) as workers:
+            relay, service = workers.start("relay"), workers.start("service")
+            async with open_store(workers.store) as store:
+                feeding = asyncio.create_task(tick(store, 0, EVENTS))
+                await until(lambda: len(audit_of(workers.database())) >= 50, "50 effects")
+                leader = await asyncio.to_thread(cluster.leader_of, "tidings.audit", url)
+                await asyncio.to_thread(cluster.kill_node, leader)
+                await feeding
+                await tick(store, EVENTS, 50)
+                await until(lambda: len(audit_of(workers.database())) >= EVENTS + 50, "every effect", 90)
+            # The queue was declared through the node that the clients are connected to, so that one led it.
+            assert "bus.lost" in service.log
+            assert "bus.node_unreachable" in service.log
+            assert "bus.node_unreachable" in relay.log
+            assert await asyncio.to_thread(cluster.leader_of, "tidings.audit", url) != leader
+            assert (relay.alive, service.alive) == (True, True)
+        proves_every_effect_once_in_order(workers.database(), EVENTS + 50)
+        await asyncio.to_thread(cluster.start)
+
+
+def test_a_port_that_is_asked_for_and_taken_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused = script(tmp_path, "up", f"--port={port}")
+    assert refused.returncode == 1
+    assert f"port {port} of 127.0.0.1 is taken" in refused.stderr
+    assert "give another" in refused.stderr
+    assert script(tmp_path, "status").returncode == 1
+
+
+def test_what_the_script_did_not_start_is_never_ended(tmp_path: Path) -> None:
+    """A pid that is used again, after the node it belonged to has gone."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        process = {"pid": other.pid, "started": "some other time"}
+        node = {"number": 1, "name": "tidings", "port": 1, "dist_port": 2, "process": process}
+        (tmp_path / "state.json").write_text(json.dumps({"epmd": process, "epmd_port": 3, "nodes": [node]}))
+        assert "does not run" in script(tmp_path, "status").stderr + script(tmp_path, "status").stdout
+        assert script(tmp_path, "pause").returncode == 1
+        assert script(tmp_path, "down", "--kill").returncode == 0
+        assert other.poll() is None
+        other.communicate(b"\n")
+    assert other.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["status", "url", "logs", "pause", "resume"])
+def test_what_needs_a_node_says_how_to_start_one(tmp_path: Path, command: str) -> None:
+    done = script(tmp_path, command)
+    assert (done.returncode, done.stderr.strip()) == (1, "does not run: deploy/local/rabbitmq up")

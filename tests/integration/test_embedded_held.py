@@ -1,0 +1,315 @@
+"""Held events and dead letters: backoff without blocking others, order per key, retried by operators exactly once."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.embedded import (
+    Happened,
+    World,
+    assert_once_in_order,
+    audit,
+    auditing,
+    count,
+    embedded,
+    letters,
+    many,
+    note,
+    rows,
+    tables,
+    until,
+)
+from tidings import Context, Hold, Retry, Service
+from tidings.database import held
+from tidings.dead import DeadLetterNotFound, DeadLetters, NotRetriable
+from tidings.errors import DatabaseUnavailable
+
+SHORT = Hold(attempts=3, delay=0.02, factor=1)
+HELD = Retry(attempts=1, hold=SHORT)
+
+
+class Moody:
+    """An effect that fails while it is in a mood."""
+
+    def __init__(self, *keys: str) -> None:
+        self.angry = set(keys)
+        self.attempts: list[tuple[str, int, int]] = []
+
+    async def __call__(self, event: Happened, context: Context, session: AsyncSession) -> None:
+        self.attempts.append((event.key, event.n, context.attempt))
+        if event.key in self.angry:
+            raise ValueError(f"{event.key} is in a mood")
+
+
+async def dead_letters(world: World) -> DeadLetters:
+    running = world.running[0]
+    return DeadLetters(running.database, running.service.name, await world.store.log_id())
+
+
+async def test_held_event_lets_other_keys_of_its_bucket_go_on_and_its_own_key_wait_in_order(tmp_path: Path) -> None:
+    moody = Moody("culprit")
+    service = auditing(effect=moody, retry=Retry(attempts=2, delay=0.001, hold=Hold(attempts=1000, delay=0.05)))
+    events = [Happened(key="culprit", n=n) for n in range(5)]
+    others = many(300, 280)  # more keys than buckets: some share the culprit's
+    async with embedded(tmp_path, service) as world:
+        await world.append(*events, *others)
+        await until(lambda: _done(service, len(others)))
+        report = await world.report()
+        assert not report.ok
+        assert report.services[0].held_count == 5
+        assert {n for key, n, _ in moody.attempts if key == "culprit"} == {0}, "the followers were not run"
+        moody.angry.clear()
+        await world.settled()
+        assert_once_in_order(await rows(service), [*events, *others])
+        assert await letters(service) == []
+        assert await count(service, held) == 0
+
+
+async def test_exhausted_event_is_dead_and_holds_its_key_until_it_is_retried_in_order(tmp_path: Path) -> None:
+    moody = Moody("culprit")
+    service = auditing(effect=moody, retry=HELD)
+    events = [Happened(key="culprit", n=n) for n in range(20)]
+    async with embedded(tmp_path, service) as world:
+        await world.append(*events, Happened(key="other"))
+        await until(lambda: _dead(service, 1))
+        assert [attempt for key, n, attempt in moody.attempts if (key, n) == ("culprit", 0)] == [1, 2, 3, 4]
+        await until(lambda: _held(service, 19))
+        moody.angry.clear()
+        await world.append(Happened(key="culprit", n=20))
+        await until(lambda: _held(service, 20))
+        dead = await dead_letters(world)
+        (letter,) = await dead.list()
+        assert (letter.kind, letter.key, letter.holds_key, letter.attempts) == ("handler", "culprit", True, 4)
+        assert await dead.retry([letter.id]) == 1
+        await world.settled()
+        assert_once_in_order(await rows(service), [*events, Happened(key="culprit", n=20), Happened(key="other")])
+        assert await dead.count() == 0
+
+
+async def test_dropping_a_dead_letter_lets_its_key_go_on(tmp_path: Path) -> None:
+    async def fail(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.n == 1:
+            raise KeyError("never")
+
+    service = auditing(effect=fail, retry=Retry(permanent=(KeyError,)))
+    async with embedded(tmp_path, service) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(4)))
+        await until(lambda: _held(service, 2))
+        dead = await dead_letters(world)
+        (letter,) = await dead.list()
+        assert await dead.drop([letter.id]) == 1
+        await world.settled()
+        assert await rows(service) == [("k", 0), ("k", 2), ("k", 3)]
+        with pytest.raises(DeadLetterNotFound, match=f"no dead letter {letter.id}"):
+            await dead.get(letter.id)
+
+
+async def test_hold_key_false_gives_up_order_and_nothing_else(tmp_path: Path) -> None:
+    moody = Moody("culprit")
+
+    async def fail_first(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.n == 0:
+            await moody(event, context, session)
+
+    service = auditing(effect=fail_first, retry=Retry(attempts=1, hold=None, hold_key=False))
+    async with embedded(tmp_path, service) as world:
+        await world.append(*(Happened(key="culprit", n=n) for n in range(3)))
+        await world.settled()
+        assert await rows(service) == [("culprit", 1), ("culprit", 2)]
+        moody.angry.clear()
+        dead = await dead_letters(world)
+        assert await dead.retry([letter.id for letter in await dead.list()]) == 1
+        await until(lambda: _done(service, 3))
+        await world.settled()
+        assert await rows(service) == [("culprit", 1), ("culprit", 2), ("culprit", 0)]
+
+
+async def test_held_events_outlive_a_restart_and_run_without_a_session_too(tmp_path: Path) -> None:
+    calls: list[int] = []
+    fails = True
+
+    def service() -> Service:
+        made = Service("plain")
+
+        @made.on(Happened, retry=Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05)))
+        async def handle(event: Happened, context: Context) -> None:
+            if fails and event.n == 0:
+                raise ValueError("not yet")
+            calls.append(event.n)
+
+        return made
+
+    first = service()
+    async with embedded(tmp_path, first) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(6)))
+        await until(lambda: _held(first, 6))
+    assert calls == []
+    fails = False
+    async with embedded(tmp_path, service()) as world:
+        await world.settled()
+    assert calls == [0, 1, 2, 3, 4, 5]
+
+
+async def test_retried_while_the_service_is_down_runs_once_when_it_starts(tmp_path: Path) -> None:
+    moody = Moody("culprit")
+    service = auditing(effect=moody, retry=Retry(attempts=1, hold=None))
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="culprit"), Happened(key="culprit", n=1))
+        await until(lambda: _held(service, 1))
+    async with embedded(tmp_path, Service("idle")) as world:
+        running = world.running[0]
+        from tidings.database import open_database
+
+        async with open_database(f"sqlite:///{tmp_path}/audit.db", tables) as database:
+            dead = DeadLetters(database, "audit", await running.store.log_id())
+            await dead.retry([letter.id for letter in await dead.list()])
+    moody.angry.clear()
+    again = auditing(effect=moody, retry=HELD)
+    async with embedded(tmp_path, again) as world:
+        await world.settled()
+        assert await rows(again) == [("culprit", 0), ("culprit", 1)]
+
+
+async def test_a_held_event_without_a_handler_any_more_is_dead_and_releases_its_key(tmp_path: Path) -> None:
+    service = auditing(effect=Moody("culprit"), retry=Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05)))
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="culprit"))
+        await until(lambda: _held(service, 1))
+    changed = Service("audit", tables=tables)
+    async with embedded(tmp_path, changed) as world:
+        await until(lambda: _dead(changed, 1))
+        (letter,) = await letters(changed)
+        assert "no handler for 'Happened' any more" in letter.reason
+        assert not letter.holds_key
+        assert (await world.settled()).services[0].held_count == 0
+
+
+async def test_a_message_that_is_no_event_cannot_be_retried(tmp_path: Path) -> None:
+    from tidings.inbox import Inbox, Letter
+    from tidings.message import Message
+    from tidings.position import ALL_BUCKETS
+
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        running = world.running[0]
+        inbox = Inbox(running.database, "audit", await world.store.log_id(), ALL_BUCKETS)
+        foreign = Message(body=b"{", message_id="x", type="Strange", content_type="")
+        async with running.database.transaction() as connection:
+            await inbox.bury(connection, [Letter.of_message(foreign, "no header")])
+        dead = await dead_letters(world)
+        (letter,) = await dead.list()
+        with pytest.raises(NotRetriable, match="no header"):
+            await dead.retry([letter.id])
+        assert await dead.count() == 1, "nothing was changed"
+
+
+async def test_a_clock_that_jumped_back_does_not_keep_an_event_held(tmp_path: Path) -> None:
+    moody = Moody("culprit")
+    service = auditing(effect=moody, retry=Retry(attempts=1, hold=Hold(attempts=9, delay=0.5, maximum=1.0)))
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="culprit"))
+        await until(lambda: _held(service, 1))
+        moody.angry.clear()
+        async with world.running[0].database.transaction() as connection:
+            await connection.execute(sa.update(held).values(due=held.c.due + 3600))
+        await world.settled()
+        assert await rows(service) == [("culprit", 0)]
+
+
+async def test_an_event_whose_commit_is_refused_is_dead_and_its_group_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deferred constraint fails at COMMIT, when nobody can tell whose row it was."""
+    monkeypatch.setattr("tidings.running.REJOIN_SECONDS", (0.01, 0.05))
+
+    async def orphan(event: Happened, context: Context, session: AsyncSession) -> None:
+        await session.execute(sa.text("PRAGMA defer_foreign_keys = ON"))
+        if event.key == "culprit":
+            await session.execute(sa.text("INSERT INTO child (parent) VALUES (4711)"))
+
+    with closing(sqlite3.connect(tmp_path / "audit.db")) as connection:
+        connection.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE child (parent INTEGER REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+    service = auditing(effect=orphan)
+    others = many(60, 9)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*others[:30], Happened(key="culprit"), *others[30:])
+        await world.settled()
+        assert_once_in_order(await rows(service), others)
+        (letter,) = await letters(service)
+        assert letter.reason.startswith("IntegrityError: at the commit: FOREIGN KEY constraint failed")
+
+
+async def test_a_handler_that_waits_for_the_writer_it_holds_is_dead_not_retried_for_ever(tmp_path: Path) -> None:
+    service = Service("audit", tables=tables)
+
+    @service.on(Happened, retry=Retry(hold=None, hold_key=False))
+    async def handle(event: Happened, session: AsyncSession) -> None:
+        await note(session, event)
+        if event.key == "culprit":
+            async with service.engine.begin() as other:
+                await other.execute(sa.insert(audit).values(key="other", n=0))
+
+    others = many(20, 5)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*others[:10], Happened(key="culprit"), *others[10:])
+        await world.settled()
+        assert_once_in_order(await rows(service), others)
+        (letter,) = await letters(service)
+        assert letter.reason.startswith("WriterHeld: handler 'handle' wrote to its service's database through")
+        assert world.running[0].joins == 1
+
+
+async def test_a_database_of_the_first_schema_is_upgraded(tmp_path: Path) -> None:
+    from tidings.database import open_database
+
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE tidings_schema (version INTEGER PRIMARY KEY)")
+        connection.execute("INSERT INTO tidings_schema VALUES (1)")
+        connection.execute(
+            "CREATE TABLE tidings_dead (id INTEGER PRIMARY KEY, service TEXT, log TEXT, kind TEXT, position BIGINT, "
+            "bucket INTEGER, version BIGINT, ticks BIGINT, event_id TEXT, stream TEXT, type TEXT, data BLOB, "
+            "metadata BLOB, is_json BOOLEAN, handler TEXT, attempts INTEGER, reason TEXT, detail TEXT, died_at TEXT)"
+        )
+        connection.execute(
+            "INSERT INTO tidings_dead (service, log, kind, attempts, reason, died_at) VALUES "
+            "('s', '00000000-0000-0000-0000-000000000000', 'message', 0, 'old', '2026-01-01 00:00:00.000000')"
+        )
+    from uuid import UUID
+
+    for _ in range(2):
+        async with open_database(f"sqlite:///{path}") as database:
+            (letter,) = await DeadLetters(database, "s", UUID(int=0)).list()
+            assert (letter.reason, letter.holds_key, letter.key) == ("old", False, None)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT version FROM tidings_schema").fetchall() == [(2,)]
+
+
+async def test_a_locked_database_is_an_outage_for_whoever_holds_no_session(tmp_path: Path) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        with closing(sqlite3.connect(tmp_path / "audit.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(DatabaseUnavailable, match="another process holds the writer"):
+                async with world.running[0].database.transaction():
+                    pass
+            other.execute("ROLLBACK")
+
+
+async def _done(service: Service, number: int) -> bool:
+    return await count(service, audit) == number
+
+
+async def _held(service: Service, number: int) -> bool:
+    return await count(service, held) == number
+
+
+async def _dead(service: Service, number: int) -> bool:
+    return len(await letters(service)) == number
