@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.attempt import Failure, Resources, attempt
+from tidings.attempt import AtWork, Failure, Resources, attempt
 from tidings.buses import Consumer
 from tidings.codec import read_metadata
 from tidings.context import Context
@@ -107,8 +107,8 @@ class Dispatcher:
         self._stopping = self._pumping = False
         self._busy = 0
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
-        self.working: dict[int, tuple[str, float]] = {}
-        """Position to the handler at work on it and since when, by `clock`: for whoever must name a stuck one."""
+        self.working: dict[int, AtWork] = {}
+        """By position; `since` is by `clock`."""
         self.stager = Stager(store, self._was_appended, self._was_buried)
 
     # ---- what comes in -------------------------------------------------------------
@@ -204,13 +204,13 @@ class Dispatcher:
                     self._idle.clear()
                     await self._idle.wait()
         except TimeoutError:
-            handlers = sorted({name for name, _ in self.working.values()})
             log.warning(
                 "service.drain_incomplete",
                 service=self._service.name,
-                handlers=handlers,
+                handlers=sorted({work.handler.name for work in self.working.values()}),
+                unfinished=[work.facts(self._clock()) for work in self.working.values()],
                 staged=len(self.stager),
-                advice="nothing is lost: what was not committed comes again at the next start",
+                advice="nothing is lost: what is not settled comes again at the next start",
             )
 
     async def _work(self) -> None:
@@ -227,7 +227,7 @@ class Dispatcher:
     async def _attempt(self, item: Item, context: Context, provide: Callable[[Inject], Any]) -> Failure | None:
         view = self._service.view(item.event.type)
         assert view is not None
-        self.working[item.event.position] = item.handler.name, self._clock()
+        self.working[item.event.position] = AtWork(item.handler, item.event, self._clock())
         try:
             return await attempt(item.handler, view, context, self._resources, provide, self._threads)
         finally:

@@ -65,7 +65,7 @@ class Intake:
                 await self._bus.provision(self._subscription)
                 async with self._bus.consume(self._subscription, prefetch=self._prefetch) as consumer:
                     log.info("service.consuming", service=self._subscription.service, queue=self._subscription.queue)
-                    self.connected = True
+                    self.connected, self.marker_at = True, None
                     pause = first
                     async for delivery in consumer:
                         self.take(consumer, delivery)

@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
 import structlog
 
-from tidings.attempt import Resources, is_infrastructure
+from tidings.attempt import AtWork, Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
 from tidings.database import Database, open_database
 from tidings.dispatch import Dispatcher
@@ -36,7 +37,7 @@ __all__ = ["RunningService", "run_service"]
 
 log = structlog.get_logger("tidings.running")
 
-DRAIN_SECONDS: Final = 4.0
+DRAIN_SECONDS: Final = 3.5
 REJOIN_SECONDS: Final = (0.1, 5.0)
 """First and longest pause before joining again."""
 
@@ -76,7 +77,7 @@ class RunningService:
 
     @property
     def marker_age(self) -> float | None:
-        """Seconds since the last marker of the relay; None before the first. Over 30 is unhealthy."""
+        """Seconds since the last marker on this connection to the bus; None before the first. Over 30 is unhealthy."""
         heard = self._intake.marker_at if self._intake else None
         return None if heard is None else time.monotonic() - heard
 
@@ -96,17 +97,17 @@ class RunningService:
 
         Raises `DatabaseUnavailable`.
         """
-        return await self._settled(bucket_of(key), position, timeout)
+        return await self._comes_to(bucket_of(key), position, timeout)
 
     async def reached(self, position: int, *, timeout: float = 5.0) -> bool:
         """Wait until everything up to `position` is settled, by whichever process of the service; False after `timeout`
         seconds. This follows the relay's markers, which come a second apart. Raises `DatabaseUnavailable`."""
-        return await self._settled(None, position, timeout)
+        return await self._comes_to(None, position, timeout)
 
-    async def _settled(self, bucket: int | None, position: int, timeout: float) -> bool:
+    async def _comes_to(self, bucket: int | None, position: int, timeout: float) -> bool:
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + timeout, 0.005
-        inbox = Inbox(self.database, self.service.name, await self.store.log_id(), ALL_BUCKETS)
+        inbox = self._inbox(await self.store.log_id())
         while True:
             if await inbox.settled(bucket) >= position:
                 return True
@@ -115,12 +116,24 @@ class RunningService:
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
+    async def settled(self) -> int:
+        """The floor as committed by whichever process of the service; -1 before the first. One look into the database:
+        raises `DatabaseUnavailable`, `StoreUnavailable`."""
+        return await self._inbox(await self.store.log_id()).settled(None)
+
+    def at_work(self) -> list[AtWork]:
+        """Handlers at work now."""
+        return list(self._dispatcher.working.values()) if self._dispatcher else []
+
     def working(self) -> dict[str, float]:
         """Handlers at work now: name to seconds, the longest of each."""
         now, found = time.monotonic(), dict[str, float]()
-        for name, since in self._dispatcher.working.values() if self._dispatcher else ():
-            found[name] = max(found.get(name, 0.0), now - since)
+        for work in self.at_work():
+            found[work.handler.name] = max(found.get(work.handler.name, 0.0), now - work.since)
         return found
+
+    def _inbox(self, log_id: UUID) -> Inbox:
+        return Inbox(self.database, self.service.name, log_id, ALL_BUCKETS)
 
     async def serve(self) -> None:
         """Until `stopping` is set. Raises what no waiting heals: configuration, another log, a log that went back."""
@@ -148,7 +161,7 @@ class RunningService:
         """From joining to the first loss of what was joined."""
         service = self.service
         log_id = await self.store.log_id()
-        inbox = Inbox(self.database, service.name, log_id, ALL_BUCKETS)
+        inbox = self._inbox(log_id)
         remembered = await inbox.join()
         head = await self.store.head()
         if remembered.highest > head:

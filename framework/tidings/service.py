@@ -201,8 +201,11 @@ class Service:
                 os.kill(os.getpid(), signal.SIGTERM)
             raise
 
-    def run(self, settings: Settings | None = None) -> None:
-        """Run until SIGINT or SIGTERM, then drain; with an in-process bus the relay runs here too."""
+    def run(self, settings: Settings | None = None, *, health: int | str | None = None) -> None:
+        """Run until SIGINT or SIGTERM, then drain; with an in-process bus the relay runs here too.
+
+        `health`: a port of this machine, or `host:port`, that answers `/live` and `/ready`.
+        """
         from tidings.runtime import serve
 
-        asyncio.run(serve(self, settings=settings))
+        asyncio.run(serve(self, settings=settings, health=health))

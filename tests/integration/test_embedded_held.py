@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -92,6 +94,35 @@ async def test_exhausted_event_is_dead_and_holds_its_key_until_it_is_retried_in_
         assert await dead.count() == 0
 
 
+@pytest.mark.parametrize("transactional", [True, False])
+async def test_whatever_fails_and_when_each_key_keeps_its_order(tmp_path: Path, transactional: bool) -> None:
+    luck = random.Random(f"{transactional}")
+    done: list[tuple[str, int]] = []
+    service = Service("audit", tables=tables)
+    unlucky = Retry(attempts=1, hold=Hold(attempts=1000, delay=0.01, factor=1))
+
+    async def with_session(event: Happened, session: AsyncSession) -> None:
+        await note(session, event)
+        if luck.random() < 0.15:
+            raise ValueError("bad luck")
+
+    async def without(event: Happened) -> None:
+        await asyncio.sleep(0)
+        if luck.random() < 0.15:
+            raise ValueError("bad luck")
+        done.append((event.key, event.n))
+
+    service.on(Happened, retry=unlucky)(with_session if transactional else without)
+    events = many(400, 12)
+    async with embedded(tmp_path, service) as world:
+        for start in range(0, len(events), 50):
+            await world.append(*events[start : start + 50])
+        await world.settled()
+        assert_once_in_order(await rows(service) if transactional else done, events)
+        assert await letters(service) == []
+        assert world.running[0].joins == 1, "no two of them collided in the database"
+
+
 async def test_dropping_a_dead_letter_lets_its_key_go_on(tmp_path: Path) -> None:
     async def fail(event: Happened, context: Context, session: AsyncSession) -> None:
         if event.n == 1:
@@ -154,6 +185,42 @@ async def test_held_events_outlive_a_restart_and_run_without_a_session_too(tmp_p
     async with embedded(tmp_path, service()) as world:
         await world.settled()
     assert calls == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_dead_letter_that_does_not_hold_its_key_does_not_keep_later_events_held(tmp_path: Path) -> None:
+    angry = {0, 1}
+
+    async def fail(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.n in angry:
+            angry.discard(event.n)
+            raise (KeyError if event.n == 0 else ValueError)("not now")
+
+    retry = Retry(attempts=1, permanent=(KeyError,), hold=SHORT, hold_key=False)
+    service = auditing(effect=fail, retry=retry)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(3)))
+        await world.settled()
+        assert await rows(service) == [("k", 1), ("k", 2)]
+
+
+async def test_thousands_may_wait_behind_one_event(tmp_path: Path) -> None:
+    fails = True
+    calls: list[int] = []
+    service = Service("plain")
+
+    @service.on(Happened, retry=Retry(attempts=1, hold=Hold(attempts=1000, delay=0.2)))
+    async def handle(event: Happened) -> None:
+        if fails:
+            raise ValueError("not yet")
+        calls.append(event.n)
+
+    async with embedded(tmp_path, service, relay=False) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(3000)))
+    async with embedded(tmp_path, service) as world:
+        await until(lambda: _held(service, 3000))
+        fails = False
+        await world.settled()
+        assert calls == list(range(3000))
 
 
 async def test_retried_while_the_service_is_down_runs_once_when_it_starts(tmp_path: Path) -> None:
@@ -244,6 +311,7 @@ async def test_an_event_whose_commit_is_refused_is_dead_and_its_group_is_done_ag
         assert_once_in_order(await rows(service), others)
         (letter,) = await letters(service)
         assert letter.reason.startswith("IntegrityError: at the commit: FOREIGN KEY constraint failed")
+        assert world.running[0].joins <= 3, "once for the group, once for the culprit"
 
 
 async def test_a_handler_that_waits_for_the_writer_it_holds_is_dead_not_retried_for_ever(tmp_path: Path) -> None:
