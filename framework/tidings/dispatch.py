@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import AtWork, Failure, Resources, attempt
+from tidings.breaker import Breaker
 from tidings.buses import Consumer
 from tidings.codec import read_metadata
 from tidings.context import Context
@@ -96,6 +97,7 @@ class Dispatcher:
         self._deferred: list[Item] = []
         self._batch = Batch()
         self._keys = Keys()
+        self.breaker = Breaker(clock)
         self._slow: set[str] = set()
         self._wake = asyncio.Event()
         self._look = asyncio.Event()
@@ -157,7 +159,7 @@ class Dispatcher:
         if self._stopping or self._pumping:
             return
         self._pumping = True
-        while (taken := self._lanes.take()) is not None:
+        while self._lanes.ready and self.breaker.admits() and (taken := self._lanes.take()) is not None:
             item = taken[1]
             self._busy += 1
             if item.event.position in self._troubles.condemned:
@@ -236,12 +238,29 @@ class Dispatcher:
     # ---- what came of it ---------------------------------------------------------------
 
     def _judge(self, item: Item, context: Context, failure: Failure | None) -> None:
-        if failure is not None:
+        if failure is None:
+            self._troubles.attempts.pop(item.event.position, None)
+            item.succeed(context)
+            if self.breaker.succeeded():
+                log.info("service.resumed", service=self._service.name)
+            self._finish(item)
+        elif self._pauses(item, failure):
+            self._give_back(item, self.breaker.wait, self._lanes.later)
+        else:
             self._fail(item, failure)
-            return
-        self._troubles.attempts.pop(item.event.position, None)
-        item.succeed(context)
-        self._finish(item)
+
+    def _pauses(self, item: Item, failure: Failure) -> bool:
+        """Whether the breaker is open: then a failure is not the event's, and no attempt is counted."""
+        if self.breaker.failed(item.key, failure.reason):
+            log.error(
+                "service.paused",
+                service=self._service.name,
+                handler=item.handler.name,
+                reason=failure.reason,
+                advice="everything fails, so only one event is tried from time to time. Mend what the handlers need; "
+                "it goes on by itself. Nothing is lost",
+            )
+        return self.breaker.opened_at is not None
 
     def _fail(self, item: Item, failure: Failure) -> None:
         """Again in the lane, or held, or dead."""
@@ -249,9 +268,7 @@ class Dispatcher:
         tried = self._troubles.attempts[position] = self._troubles.attempts.get(position, 0) + 1
         pause = item.fail(failure, tried, self._service.name)
         if pause is not None:
-            self._busy -= 1
-            self._wake.set()
-            self._later(pause, lambda: self._again(item))
+            self._give_back(item, pause, self._lanes.again)
             return
         del self._troubles.attempts[position]
         self._finish(item)
@@ -267,6 +284,7 @@ class Dispatcher:
             self._finish(item)
         else:
             self._landed(item.held)
+            self.breaker.passed_by()
             self._lanes.finish(item.bucket)
             self._busy -= 1
             self._wake.set()
@@ -277,15 +295,23 @@ class Dispatcher:
         """Its lane goes on; the item waits for the commit."""
         self._batch.finished.append(item)
         self._keys.ended(item)
+        self.breaker.passed_by()
         if item.handler.transactional:
             self._uncommitted.add(item.bucket)
         self._lanes.finish(item.bucket)
         self._wake.set()
         self._pump()
 
-    def _again(self, item: Item) -> None:
-        self._lanes.again(item.bucket)
-        self._pump()
+    def _give_back(self, item: Item, seconds: float, to: Callable[[int], None]) -> None:
+        """The item was not done: after so many seconds it is given `to` its lane again."""
+
+        def again() -> None:
+            to(item.bucket)
+            self._pump()
+
+        self._busy -= 1
+        self._wake.set()
+        self._later(seconds, again)
 
     def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         def ring() -> None:

@@ -228,6 +228,15 @@ class Lanes(Generic[T]):
         """The item given out was not done: it will be given out once more, before anything behind it."""
         self._ready.appendleft(bucket)
 
+    def later(self, bucket: int) -> None:
+        """As `again`, but the other buckets come first."""
+        self._ready.append(bucket)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` has something to give."""
+        return bool(self._ready)
+
 
 class Ticket(Generic[T]):
     """One entry of `Settled`."""

@@ -91,6 +91,14 @@ class RunningService:
         """Connected to the bus. Of several processes of a service one is given messages; this may be a standby."""
         return self._intake is not None and self._intake.connected
 
+    @property
+    def paused(self) -> str | None:
+        """Why the service tries only one event from time to time: everything fails. None while it works."""
+        breaker = self._dispatcher.breaker if self._dispatcher else None
+        if breaker is None or breaker.opened_at is None:
+            return None
+        return f"for {time.monotonic() - breaker.opened_at:.0f} s every attempt has failed, the last: {breaker.reason}"
+
     async def handled(self, position: int, key: str, *, timeout: float = 5.0) -> bool:
         """Wait until the event at `position`, of a type that this service handles and with partition key `key`, is
         settled, by whichever process of the service; False after `timeout` seconds. For reading one's own writes.

@@ -71,6 +71,9 @@ class Order(Aggregate, category="order"):
         self.status = Status.NEW
         self.reserved = False
         self.authorised = False
+        self.customer_id: str | None = None
+        self.country = ""
+        self.placed_at: datetime | None = None
         self.lines: tuple[OrderLine, ...] = ()
         self.reason = ""
         """Why it was cancelled, or why somebody wants it to be."""
@@ -163,6 +166,7 @@ class Order(Aggregate, category="order"):
     @evolves(OrderCreated)
     def _created(self, event: OrderCreated) -> None:
         self.status = Status.PLACED
+        self.customer_id, self.country, self.placed_at = event.customer_id, event.country, event.placed_at
         self.lines = event.lines
 
     @evolves(OrderReserved)

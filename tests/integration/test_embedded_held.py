@@ -123,6 +123,47 @@ async def test_whatever_fails_and_when_each_key_keeps_its_order(tmp_path: Path, 
         assert world.running[0].joins == 1, "no two of them collided in the database"
 
 
+@pytest.mark.parametrize("transactional", [True, False])
+async def test_when_everything_fails_the_service_pauses_instead_of_filling_its_dead_letters(
+    tmp_path: Path, transactional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.breaker.PAUSES", (0.02, 0.05))
+    down, attempts = True, 0
+    done: list[tuple[str, int]] = []
+    service = Service("audit", tables=tables)
+
+    def fail() -> None:
+        nonlocal attempts
+        attempts += 1
+        if down:
+            raise ConnectionError("the gateway is down")
+
+    async def with_session(event: Happened, session: AsyncSession) -> None:
+        await note(session, event)
+        fail()
+
+    async def without(event: Happened) -> None:
+        fail()
+        done.append((event.key, event.n))
+
+    service.on(Happened, retry=Retry(attempts=2, delay=0.001, hold=None))(with_session if transactional else without)
+    events = many(600, 100)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*events)
+        running = world.running[0]
+        await until(lambda: running.paused is not None)
+        before = attempts
+        await until(lambda: attempts > before + 5)
+        assert "the gateway is down" in (running.paused or "")
+        assert len(await letters(service)) <= 20, "those that failed before it was known that everything does"
+        down = False
+        await until(lambda: running.paused is None)
+        given_up = {letter.key for letter in await letters(service)}
+        await until(lambda: _settled_but(world, given_up))
+        found = await rows(service) if transactional else done
+        assert_once_in_order(found, [event for event in events if event.key not in given_up])
+
+
 async def test_dropping_a_dead_letter_lets_its_key_go_on(tmp_path: Path) -> None:
     async def fail(event: Happened, context: Context, session: AsyncSession) -> None:
         if event.n == 1:
@@ -369,6 +410,14 @@ async def test_a_locked_database_is_an_outage_for_whoever_holds_no_session(tmp_p
                 async with world.running[0].database.transaction():
                     pass
             other.execute("ROLLBACK")
+
+
+async def _settled_but(world: World, keys: set[str]) -> bool:
+    """Everything is settled but for what dead letters of these keys hold."""
+    report = (await world.report()).services[0]
+    async with world.running[0].engine.connect() as connection:
+        waiting = set(await connection.scalars(sa.select(held.c.key)))
+    return report.pending_count == 0 and waiting <= keys
 
 
 async def _done(service: Service, number: int) -> bool:

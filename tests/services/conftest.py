@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.services.counter import OpenCounter, counter
 from tests.services.shop import OpenShop, shop
 
 
@@ -15,3 +16,9 @@ def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenShop:
     """`async with open_shop(orders, inventory) as running`; opened again, it continues where it was closed."""
     monkeypatch.setenv("PAYMENT_LEDGER", str(tmp_path / "gateway.db"))
     return partial(shop, tmp_path)
+
+
+@pytest.fixture
+def open_counter(open_shop: OpenShop) -> OpenCounter:
+    """`async with open_counter() as at`: Order runs alone, and people ask it over HTTP."""
+    return partial(counter, open_shop)

@@ -1,0 +1,334 @@
+"""Order's HTTP API, with the service itself running behind it: `uvicorn services.order.api:api`. No I/O at import.
+
+* An order is placed once per `Idempotency-Key`, because the order's id is made from the key and the log begins a stream
+  once. Whatever dies between the log and the answer, the same request again gets the same order. Without a key an order
+  whose answer was lost may have been placed.
+* A version of an order is its `ETag`. `If-Match` cancels that version or nothing. Without it the order is cancelled
+  whatever has happened to it meanwhile: what is possible then, the order itself decides.
+* `GET /orders/{id}` reads the order's stream, so it never lags. `GET /orders` reads a table that follows the log:
+  writing answers wait for it a little, and `Tidings-Position`, handed on to the list, makes the list wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Final
+from uuid import NAMESPACE_URL, uuid4, uuid5
+
+import structlog
+from fastapi import Depends, Header, Path, Query, Request, Response
+
+from services.order import read_model
+from services.order.contract import ETAG, POSITION, Api, headers, problems
+from services.order.documents import (
+    Cancellation,
+    History,
+    HistoryEvent,
+    ListedStatus,
+    Moment,
+    Name,
+    NewOrder,
+    OrderDocument,
+    OrderPage,
+    OrderSummary,
+    Position,
+    Quoted,
+)
+from services.order.edge import CORRELATION_ID, Correlated, Limited, traceparent_of
+from services.order.order import CUSTOMER, Order
+from services.order.problems import HANDLERS, Problem
+from services.order.service import orders, repository
+from tidings.errors import DatabaseUnavailable, StoreUnavailable, WrongExpectedVersion
+from tidings.probes import health_routes
+
+__all__ = ["api"]
+
+log = structlog.get_logger("order.api")
+
+KEYS: Final = uuid5(NAMESPACE_URL, "urn:tidings:example:order:idempotency-key")
+"""The id of an order that was placed with a key is uuid5(KEYS, key). Changing this places repeated orders again."""
+
+WRITE_WAITS: Final = 1.0
+"""Seconds that a writing answer waits for the list. It is given in any case: the log has the event."""
+LIST_WAITS: Final = 3.0
+"""Seconds that the list waits for a position; the relay says every second how far it has come."""
+
+api = Api(
+    title="Orders",
+    version="1",
+    lifespan=orders.lifespan,
+    redirect_slashes=False,
+    exception_handlers=HANDLERS,
+)
+api.router.routes.extend(health_routes(orders))
+api.add_middleware(Limited)
+api.add_middleware(Correlated)
+
+# ---- who asks --------------------------------------------------------------------------
+
+_VISIBLE: Final = r"^[!-~]([ -~]{0,98}[!-~])?$"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and in the course of what."""
+
+    actor: str | None
+    correlation_id: str
+    traceparent: str | None
+
+    def why(self, default: str, reason: str, **more: str) -> dict[str, str]:
+        """Metadata of the events that come of it."""
+        trace = {"traceparent": self.traceparent} if self.traceparent else {}
+        return {"actor": self.actor or default, "reason": reason, **trace, **more}
+
+
+async def _caller(
+    request: Request,
+    actor: Annotated[
+        str | None,
+        Header(pattern=_VISIBLE, description="Who asks, for the history; by default the customer."),
+    ] = None,
+    x_correlation_id: Annotated[
+        str | None,
+        Header(
+            pattern=CORRELATION_ID,
+            alias="X-Correlation-ID",
+            description="By default the trace id of `traceparent`, or a new one.",
+        ),
+    ] = None,
+) -> Caller:
+    return Caller(actor, request.state.correlation_id, traceparent_of(request.headers))
+
+
+async def _json(request: Request) -> None:
+    """A body in another media type would otherwise be called an invalid one."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Problem(
+            415, "unsupported-media-type", "Send the body as application/json.", headers={"Accept": "application/json"}
+        )
+
+
+FromCaller = Annotated[Caller, Depends(_caller)]
+OrderId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def _customer(customer_id: str | None) -> str:
+    return f"customer {customer_id}" if customer_id else "guest"
+
+
+# ---- placing an order ------------------------------------------------------------------
+
+
+@api.post(
+    "/orders",
+    status_code=201,
+    dependencies=[Depends(_json)],
+    responses={
+        201: {
+            "description": "Placed.",
+            "headers": headers(ETag=ETAG, Location="The order.", Tidings_Position=POSITION),
+        },
+        **problems(400, 410, 415),
+    },
+)
+async def place_order(
+    body: NewOrder,
+    caller: FromCaller,
+    answer: Response,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            pattern=r"^[!-~]{1,255}$",
+            description="Makes the request repeatable: the same key and body always get the same order in the same "
+            "answer; the same key with another body is refused (422). Keys are for ever, and shared by all callers: "
+            "use a UUID.",
+        ),
+    ] = None,
+) -> OrderDocument:
+    """Order these goods."""
+    order_id = str(uuid5(KEYS, idempotency_key) if idempotency_key else uuid4())
+    fingerprint = body.fingerprint()
+    why = caller.why(_customer(body.customer_id), "ordered over HTTP", fingerprint=fingerprint)
+    what = (body.order_lines(), body.customer_id, body.country, body.placed_at or datetime.now(UTC))
+    try:
+        placed = await repository.create(
+            order_id, Order.place, *what, metadata=why, correlation_id=caller.correlation_id
+        )
+        order, position = placed.aggregate, placed.position
+    except WrongExpectedVersion:
+        order, position = await _placed_before(order_id, fingerprint)
+    except StoreUnavailable as error:
+        log.warning("order.unknown_outcome", order_id=order_id, error=f"{error}")
+        again = "Ask again with the same key." if idempotency_key else "With an Idempotency-Key you could ask again."
+        raise Problem(
+            503, "unavailable", f"The log does not answer: the order may be placed or not. {again}"
+        ) from error
+    answer.headers["Location"] = f"/orders/{order_id}"
+    return await _changed(answer, order, position)
+
+
+async def _placed_before(order_id: str, fingerprint: str) -> tuple[Order, int]:
+    """The order as it was placed with this key, and its position in the log."""
+    first, *_ = [entry async for entry in repository.history(order_id)]
+    if first.metadata.get("fingerprint") != fingerprint:
+        detail = "This Idempotency-Key was used for another order. Give each order a key of its own."
+        raise Problem(422, "idempotency-key-reused", detail)
+    return await repository.load(order_id, at_version=first.version), first.position
+
+
+async def _changed(answer: Response, order: Order, position: int) -> OrderDocument:
+    """Answer with the order, after the list has followed or has had its time."""
+    answer.headers["ETag"] = f'"{order.version}"'
+    if position >= 0:
+        answer.headers["Tidings-Position"] = str(position)
+        try:
+            async with asyncio.timeout(WRITE_WAITS):
+                await orders.running_now.handled(position, order.id, timeout=WRITE_WAITS)
+        except (TimeoutError, StoreUnavailable, DatabaseUnavailable) as error:
+            log.info("list.lags", order_id=order.id, position=position, error=f"{error}")
+    return OrderDocument.of(order)
+
+
+# ---- reading one order -----------------------------------------------------------------
+
+
+@api.get(
+    "/orders/{order_id}",
+    response_model=OrderDocument,
+    responses={
+        200: {"description": "The order.", "headers": headers(ETag=ETAG)},
+        304: {"description": "It still has the version that If-None-Match names.", "headers": headers(ETag=ETAG)},
+        **problems(404, 410),
+    },
+)
+async def get_order(
+    order_id: OrderId,
+    answer: Response,
+    caller: FromCaller,
+    at_version: Annotated[
+        int | None,
+        Query(ge=0, le=2**31 - 1, description="As it was at this version (from 0)."),
+    ] = None,
+    as_of: Annotated[Moment | None, Query(description="As it was at this moment (RFC 3339, with a zone).")] = None,
+    if_none_match: Annotated[
+        Quoted | None, Header(description="Versions that the caller has: then 304, without a body.")
+    ] = None,
+) -> OrderDocument | Response:
+    """One order, now or as it was."""
+    order = await repository.load(order_id, at_version=at_version, as_of=as_of)
+    tag = f'"{order.version}"'
+    if if_none_match is not None and (if_none_match == "*" or tag in _tags(if_none_match.replace("W/", ""))):
+        return Response(status_code=304, headers={"ETag": tag})
+    answer.headers["ETag"] = tag
+    return OrderDocument.of(order)
+
+
+def _tags(header: str) -> list[str]:
+    """Entity tags with their quotes. A comma inside of a tag cannot make one of ours, which are digits."""
+    return [tag.strip() for tag in header.split(",")]
+
+
+@api.get(
+    "/orders/{order_id}/history",
+    responses={200: {"description": "Its events.", "headers": headers()}, **problems(404, 410)},
+)
+async def get_history(order_id: OrderId, caller: FromCaller) -> History:
+    """What happened to an order: when, who and why."""
+    return History(order_id=order_id, events=[HistoryEvent.of(entry) async for entry in repository.history(order_id)])
+
+
+# ---- cancelling ------------------------------------------------------------------------
+
+
+@api.post(
+    "/orders/{order_id}/cancel",
+    dependencies=[Depends(_json)],
+    responses={
+        200: {"description": "Cancelled, or asked for.", "headers": headers(ETag=ETAG, Tidings_Position=POSITION)},
+        **problems(400, 404, 409, 410, 412, 415),
+    },
+)
+async def cancel_order(
+    order_id: OrderId,
+    body: Cancellation,
+    caller: FromCaller,
+    answer: Response,
+    if_match: Annotated[
+        Quoted | None, Header(description="Only if the order still has this version, else 412.")
+    ] = None,
+) -> OrderDocument:
+    """Call an order off. One that may be on its way becomes `cancelling`; look again. Twice is as good as once."""
+    order = await repository.load(order_id)
+    expected = None
+    if if_match is not None and if_match != "*":
+        if f'"{order.version}"' not in _tags(if_match):
+            raise WrongExpectedVersion(Order.stream_of(order_id), if_match, order.version)
+        expected = order.version
+    done = await repository.change(
+        order_id,
+        Order.cancel,
+        body.reason,
+        caller.actor or CUSTOMER,
+        expected=expected,
+        metadata=caller.why(_customer(order.customer_id), body.reason),
+        correlation_id=caller.correlation_id,
+    )
+    return await _changed(answer, done.aggregate, done.position)
+
+
+# ---- the list --------------------------------------------------------------------------
+
+
+@api.get(
+    "/orders",
+    responses={
+        200: {"description": "A page of the list.", "headers": headers(Link="The next page, as `next` (RFC 8288).")},
+        **problems(409),
+    },
+)
+async def list_orders(
+    request: Request,
+    answer: Response,
+    caller: FromCaller,
+    limit: Annotated[int, Query(ge=1, le=100, description="Orders on one page.")] = 20,
+    cursor: Annotated[
+        str | None,
+        Query(pattern=r"^[0-9]{1,18}$", description="What `next` of the page before says."),
+    ] = None,
+    status: Annotated[ListedStatus | None, Query()] = None,
+    customer_id: Annotated[Name | None, Query()] = None,
+    after_position: Annotated[
+        Position | None,
+        Query(description="Wait until the list has come there: what a writing answer said as Tidings-Position."),
+    ] = None,
+    tidings_position: Annotated[Position | None, Header(description="The same as `after_position`.")] = None,
+) -> OrderPage:
+    """All orders, newest first. An order placed while you turn pages moves no other order to another page."""
+    await _follow(max(after_position or 0, tidings_position or 0))
+    before = None if cursor is None else int(cursor)
+    # One more than asked for tells whether there is a next page.
+    query = read_model.page(limit + 1, before=before, status=status, customer_id=customer_id)
+    async with orders.running_now.database.reading() as connection:
+        rows = (await connection.execute(query)).all()
+    following = str(rows[limit - 1].position) if len(rows) > limit else None
+    if following is not None:
+        here = request.url.include_query_params(cursor=following).replace(scheme="", netloc="")
+        answer.headers["Link"] = f'<{here}>; rel="next"'
+    return OrderPage(orders=[OrderSummary.of(row) for row in rows[:limit]], next=following)
+
+
+async def _follow(position: int) -> None:
+    """Wait until the list has come to a position."""
+    running = orders.running_now
+    if position <= 0 or await running.reached(position, timeout=0):
+        return
+    head = await running.store.head()
+    if position > head:
+        detail = f"The log ends at position {head}: {position} is of another log, or of one that is ahead of this one."
+        raise Problem(409, "position-ahead", detail)
+    if not await running.reached(position, timeout=LIST_WAITS):
+        raise Problem(503, "list-lags", f"The list has not yet come to position {position}. Ask again.")

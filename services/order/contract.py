@@ -1,0 +1,89 @@
+"""What the OpenAPI document says beside what the code does: problems, headers, and no null where HTTP has none."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI
+
+from services.order.problems import MEDIA_TYPE
+
+__all__ = ["ETAG", "POSITION", "Api", "headers", "problems"]
+
+ETAG: Final = "The order's version, as an entity tag."
+POSITION: Final = "Of the event in the log: give it to GET /orders. Absent when nothing had to be done."
+
+
+class Api(FastAPI):
+    """FastAPI declares an optional parameter as one that may be null. In a header or a query there is no null."""
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        for path in document["paths"].values():
+            for operation in path.values():
+                for parameter in operation.get("parameters", ()):
+                    choices = parameter["schema"].pop("anyOf", [])
+                    for choice in choices:
+                        if choice != {"type": "null"}:
+                            parameter["schema"].update(choice)
+        return document
+
+
+def headers(**described: str) -> dict[str, Any]:
+    """Headers of a successful answer, with what they say."""
+    described["X-Correlation-ID"] = "The request's, or a new one."
+    return {
+        name.replace("_", "-"): {"schema": {"type": "string"}, "description": what} for name, what in described.items()
+    }
+
+
+_TEXT: Final = {"type": "string"}
+_SCHEMA: Final = {
+    "title": "Problem",
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "instance", "correlation_id"],
+    "properties": {
+        "type": {"type": "string", "format": "uri"},
+        "title": _TEXT,
+        "status": {"type": "integer"},
+        "detail": _TEXT,
+        "instance": {"type": "string", "format": "uri-reference"},
+        "correlation_id": _TEXT,
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["in", "at", "detail"],
+                "properties": {"in": _TEXT, "at": _TEXT, "detail": _TEXT},
+            },
+        },
+    },
+}
+_MEANINGS: Final = {
+    400: "The body is no JSON.",
+    404: "There is no such order, or no such version of it.",
+    409: "The order's state does not allow it, or the log has not come to the given position.",
+    410: "The order was deleted.",
+    412: "The order has changed since the version in If-Match.",
+    413: "The body, or the order, is too large.",
+    415: "The body's media type is not application/json.",
+    422: "The request is not valid; `errors` says where.",
+    500: "A fault of this service.",
+    503: "A database does not answer, or the list lags behind; ask again.",
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an operation that can answer these statuses, beside what any operation can."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in sorted({*statuses, 413, 422, 500, 503}):
+        headers = {"X-Correlation-ID": {"schema": _TEXT, "description": "The request's, or a new one."}}
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds."}
+        found[status] = {
+            "description": _MEANINGS[status],
+            "content": {MEDIA_TYPE: {"schema": _SCHEMA}},
+            "headers": headers,
+        }
+    return found

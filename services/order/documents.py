@@ -1,0 +1,232 @@
+"""What the API reads and writes, as JSON documents. They never do anything.
+
+They are not the events: those are kept for ever, these may change with the API. What they ask of a new order is that
+every service behind can keep it: lengths and numbers fit their tables, and no text has control characters.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from decimal import Decimal
+from hashlib import sha256
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from services.order.events import OrderLine
+from services.order.order import Order, Status
+from tidings.repository import HistoryEntry
+
+__all__ = [
+    "LINES",
+    "Cancellation",
+    "History",
+    "HistoryEvent",
+    "ListedStatus",
+    "Moment",
+    "Name",
+    "NewOrder",
+    "OrderDocument",
+    "OrderPage",
+    "OrderSummary",
+    "Position",
+    "Quoted",
+]
+
+LINES: Final = 500
+"""Lines of one order; with all texts at their longest it still fits one event."""
+QUANTITY: Final = 100_000
+"""Pieces in one line: 500 lines of it still fit an integer of 32 bits."""
+
+_NO_CONTROLS: Final = r"^[^\x00-\x1f\x7f]*$"
+_MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_PRICE: Final = r"^(0\.0[1-9]|0\.[1-9][0-9]?|[1-9][0-9]{0,5}(\.[0-9]{1,2})?)$"
+
+
+def _moment(value: Any) -> Any:
+    if not isinstance(value, str) or not _MOMENT.fullmatch(value):
+        raise ValueError(
+            "give a date and time with a zone (RFC 3339), such as 2010-12-01T08:26:00Z; in a URL '+' is %2B"
+        )
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str | bool):
+        raise ValueError("give a number, not text")
+    return value
+
+
+def _price(value: Any) -> Decimal:
+    if not isinstance(value, str) or not re.fullmatch(_PRICE[1:-1], value):
+        raise ValueError('give pounds as text from "0.01" to "999999.99", such as "2.55": a float cannot hold it')
+    return Decimal(value).quantize(Decimal("0.01"))
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=_NO_CONTROLS)]
+Moment = Annotated[AwareDatetime, BeforeValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})]
+Price = Annotated[
+    Decimal, BeforeValidator(_price), WithJsonSchema({"type": "string", "pattern": _PRICE}, mode="validation")
+]
+ListedStatus = Literal["placed", "confirmed", "cancelling", "cancelled", "dispatched"]
+Position = Annotated[int, Field(ge=0, le=2**53 - 1)]
+"""Of the log; what JavaScript can hold, which no log reaches."""
+Quoted = Annotated[str, Field(pattern=r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)$')]
+"""Entity tags, as If-Match has them (RFC 9110)."""
+
+# ---- what it reads: a misspelt field is a mistake, not something to ignore ---------------
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NewLine(_Asked):
+    """One article. It may stand in several lines."""
+
+    sku: Name
+    description: Annotated[str, Field(max_length=200, pattern=_NO_CONTROLS)] = ""
+    quantity: Annotated[int, Field(ge=1, le=QUANTITY), BeforeValidator(_number)]
+    unit_price: Price
+    """Pounds, as text."""
+
+
+class NewOrder(_Asked):
+    """What a customer orders."""
+
+    customer_id: Name | None = None
+    """Left out by a guest."""
+    country: Name
+    lines: Annotated[list[NewLine], Field(min_length=1, max_length=LINES)]
+    placed_at: Moment | None = None
+    """When the customer did it; by default now."""
+
+    def order_lines(self) -> list[OrderLine]:
+        return [OrderLine(**line.model_dump()) for line in self.lines]
+
+    def fingerprint(self) -> str:
+        """The same for two bodies that ask for the same, however they are written."""
+        return sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Cancellation(_Asked):
+    """Why an order shall be called off."""
+
+    reason: Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_CONTROLS)]
+
+
+# ---- what it writes ----------------------------------------------------------------------
+
+
+class LineDocument(BaseModel):
+    """One article of an order."""
+
+    sku: str
+    description: str
+    quantity: int
+    unit_price: Decimal
+    amount: Decimal
+
+
+class OrderDocument(BaseModel):
+    """An order at one version. Amounts are pounds, as text."""
+
+    id: str
+    version: int
+    status: Status
+    customer_id: str | None
+    country: str
+    placed_at: datetime | None
+    lines: list[LineDocument]
+    total: Decimal
+    reserved: bool
+    """Inventory has the goods."""
+    authorised: bool
+    """Payment has the money."""
+    cancelled_by: str | None
+    """Who cancelled it, or asked for it."""
+    reason: str | None
+    """Why."""
+
+    @classmethod
+    def of(cls, order: Order) -> Self:
+        return cls(
+            id=order.id,
+            version=order.version,
+            status=order.status,
+            customer_id=order.customer_id,
+            country=order.country,
+            placed_at=order.placed_at,
+            lines=[LineDocument(**line.model_dump(), amount=line.amount) for line in order.lines],
+            total=order.total,
+            reserved=order.reserved,
+            authorised=order.authorised,
+            cancelled_by=order.by or None,
+            reason=order.reason or None,
+        )
+
+
+class HistoryEvent(BaseModel):
+    """One event of an order: what, when, who and why."""
+
+    version: int
+    position: int
+    """In the log of all services."""
+    type: str
+    recorded_at: datetime
+    data: dict[str, Any]
+    actor: str | None
+    reason: str | None
+    correlation_id: str | None
+    causation_id: str | None
+
+    @classmethod
+    def of(cls, entry: HistoryEntry) -> Self:
+        def text(value: object) -> str | None:
+            return value if isinstance(value, str) else None  # other writers may put anything there
+
+        return cls(
+            version=entry.version,
+            position=entry.position,
+            type=entry.event.wire_name,
+            recorded_at=entry.recorded_at,
+            data=entry.event.model_dump(mode="json"),
+            actor=text(entry.metadata.get("actor")),
+            reason=text(entry.metadata.get("reason")),
+            correlation_id=text(entry.correlation_id),
+            causation_id=text(entry.causation_id),
+        )
+
+
+class History(BaseModel):
+    """All events of an order, oldest first."""
+
+    order_id: str
+    events: list[HistoryEvent]
+
+
+class OrderSummary(BaseModel):
+    """An order in the list."""
+
+    id: str
+    status: ListedStatus
+    customer_id: str | None
+    country: str
+    placed_at: str
+    lines: int
+    """How many."""
+    total: str
+    """Pounds."""
+
+    @classmethod
+    def of(cls, row: Any) -> Self:
+        return cls(id=row.order_id, **{name: getattr(row, name) for name in cls.model_fields if name != "id"})
+
+
+class OrderPage(BaseModel):
+    """Some orders, newest first."""
+
+    orders: list[OrderSummary]
+    next: str | None
+    """The `cursor` of the next page; null on the last one."""

@@ -1,0 +1,73 @@
+"""The counter of the shop: Order alone on the embedded runtime, asked over HTTP without a network."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Final
+
+from httpx import ASGITransport, AsyncClient, Response
+
+from services.order import orders
+from services.order.api import api
+from tests.services.shop import OpenShop, Shop
+
+CUPS: Final[dict[str, Any]] = {"sku": "CUP", "description": "RED CUP", "quantity": 2, "unit_price": "2.55"}
+ORDER: Final[dict[str, Any]] = {
+    "customer_id": "17850",
+    "country": "France",
+    "lines": [CUPS],
+    "placed_at": "2010-12-01T08:26:00Z",
+}
+
+OpenCounter = Callable[[], AbstractAsyncContextManager["Counter"]]
+"""See the fixture `open_counter`."""
+
+
+class Counter:
+    """Obtain one with the fixture `open_counter`."""
+
+    def __init__(self, http: AsyncClient, shop: Shop) -> None:
+        self.http = http
+        self.shop = shop
+
+    async def place(self, key: str | None = None, **other: Any) -> Response:
+        """POST /orders with `ORDER`, some of it replaced."""
+        headers = {"Idempotency-Key": key} if key is not None else {}
+        return await self.http.post("/orders", json=ORDER | other, headers=headers)
+
+    async def placed(self, **other: Any) -> str:
+        """The id of a new order."""
+        answer = await self.place(**other)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    async def cancel(self, order_id: str, **headers: str) -> Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.http.post(f"/orders/{order_id}/cancel", json={"reason": "changed my mind"}, headers=named)
+
+    async def created(self) -> int:
+        """How many orders the log has."""
+        return (await self.shop.log()).count("OrderCreated")
+
+
+def problem(answer: Response, status: int, kind: str = "") -> dict[str, Any]:
+    """The problem document of an answer that must be one."""
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json"), answer.text
+    document: dict[str, Any] = answer.json()
+    assert document["type"] == (f"urn:problem:{kind}" if kind else "about:blank"), document
+    assert document["status"] == status
+    assert document["title"]
+    assert document["detail"]
+    assert document["instance"]
+    assert document["correlation_id"] == answer.headers["X-Correlation-ID"]
+    return document
+
+
+@asynccontextmanager
+async def counter(open_shop: OpenShop) -> AsyncIterator[Counter]:
+    async with (
+        open_shop(orders) as shop,
+        AsyncClient(transport=ASGITransport(api), base_url="http://shop") as http,
+    ):
+        yield Counter(http, shop)
