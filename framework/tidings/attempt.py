@@ -46,6 +46,9 @@ INSIST_SECONDS: Final = 1.0
 PARTING_SECONDS: Final = 1.0
 """So long a service that goes waits for a handler that it cancelled."""
 
+HANDLER_TASK: Final = "handler "
+"""So the names of tasks begin that run a handler."""
+
 PERMANENT: Final = (SchemaError, TransactionMisuse, WriterHeld, ConfigurationError, EventTooLarge, InvalidStreamName)
 """Errors that the next attempt would meet again."""
 
@@ -163,7 +166,7 @@ async def attempt(
         call = partial(contextvars.copy_context().run, _call, handler, arguments, context)
         work = asyncio.get_running_loop().run_in_executor(threads, call)
     else:
-        work = asyncio.create_task(_run(handler, arguments, context), name=f"handler {handler.name}")
+        work = asyncio.create_task(_run(handler, arguments, context), name=HANDLER_TASK + handler.name)
     late = await _ended(work, handler, context)
     # A handler that cancels its own task, and returns without another await, leaves the task cancelled.
     raised = asyncio.CancelledError("the handler cancelled its own task") if work.cancelled() else work.result()

@@ -81,7 +81,21 @@ class Relay:
         self.confirmed = -1
         """Everything up to here was confirmed by the bus."""
         self.leading = False
+        self.trouble: str | None = None
+        """What interrupted the relay last; None while the bus confirms markers."""
+        self._marked_at: float | None = None
+        self._waiting_since: float | None = None
         self._log_id: UUID | None = None
+
+    @property
+    def marker_age(self) -> float | None:
+        """Seconds since the bus confirmed a marker; None before the first. Over 30 is unhealthy for one that leads."""
+        return None if self._marked_at is None else self._clock() - self._marked_at
+
+    @property
+    def waiting(self) -> float | None:
+        """Seconds spent waiting for the connection or the lock, which another relay may hold; None when not."""
+        return None if self._waiting_since is None else self._clock() - self._waiting_since
 
     async def run(self) -> None:
         """Until cancelled. Raises `ConfigurationError` and `TopologyMismatch`, which no waiting heals."""
@@ -91,8 +105,9 @@ class Relay:
             began = self.confirmed
             try:
                 await self._bus.provision()
+                self._waiting_since = self._clock()
                 async with self._bus.publisher(lock=self.name) as publisher:
-                    self.leading = True
+                    self.leading, self._waiting_since = True, None
                     await self._lead(publisher)
             except (BusError, StoreUnavailable, BaseExceptionGroup) as error:
                 causes = list(leaves(error))
@@ -103,6 +118,7 @@ class Relay:
                 ]
                 if strange:
                     raise strange[0] from None
+                self.trouble = str(causes[0])
                 if self.confirmed > began:
                     pause, unheard = first, 0
                 if isinstance(causes[0], Unroutable):
@@ -112,9 +128,13 @@ class Relay:
                 else:
                     log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=pause)
             finally:
-                self.leading = False
+                self.leading, self._waiting_since = False, None
             await asyncio.sleep(pause)
             pause = min(pause * 2, longest)
+
+    def marked(self) -> None:
+        """The bus confirmed a marker: the way to it is open."""
+        self._marked_at, self.trouble = self._clock(), None
 
     async def _lead(self, publisher: Publisher) -> None:
         log_id = await self._store.log_id()
@@ -266,6 +286,7 @@ class _Turn:
         position = self._relay.confirmed
         base, touched = self._chain.mark(position)
         await self._confirmed(Marker(self._log_id, position, base, touched).encode())
+        self._relay.marked()
 
     async def _confirmed(self, message: Message) -> None:
         try:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import time
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
+from tidings.logs import configure_logging
 from tidings.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
-from tidings.settings import Settings, open_bus, open_store
+from tidings.settings import Settings, open_bus, open_store, redact
+from tidings.signals import StopSignals
 from tidings.stores import EventStore
-from tidings.supervision import supervised
+from tidings.supervision import supervised, together
 from tidings.verify import Report, verify
 
 if TYPE_CHECKING:
@@ -33,39 +35,43 @@ class Runtime:
     """An async context manager; by default everything is embedded and nothing needs to be installed.
 
     The relay runs here when the bus lives in this process; over a network it is a process of its own, unless `relay`
-    says otherwise. Enter, start and leave in one task.
+    says otherwise; a text is its name. Enter and leave in one task. Leaving drains all services, side by side. It takes
+    no notice of signals: under `asyncio.run` Ctrl-C cancels what runs, which then comes again at the next start, and
+    ends the program with `KeyboardInterrupt`; SIGTERM kills it. Use `serve` for a process that shall end cleanly.
     """
 
-    def __init__(self, *services: Service, settings: Settings | None = None, relay: bool | None = None) -> None:
+    def __init__(self, *services: Service, settings: Settings | None = None, relay: bool | str | None = None) -> None:
         self.settings = settings or Settings()
+        self.with_relay = self.settings.embedded_bus if relay is None else bool(relay)
+        """The relay runs here."""
+        self.relay_name = relay if isinstance(relay, str) else "main"
+        self.relay: Relay | None = None
         self._services = services
-        self._with_relay = self.settings.embedded_bus if relay is None else relay
         self._stack = AsyncExitStack()
+        self._stop = asyncio.Event()
         self._running: dict[str, RunningService] = {}
+        self._tasks: asyncio.TaskGroup | None = None
         self._store: EventStore | None = None
         self._bus: EventBus | None = None
-        self.relay: Relay | None = None
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             self._store = await stack.enter_async_context(open_store(self.settings.store))
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))
-            if self._with_relay:
+            self._tasks = await stack.enter_async_context(together(self._stop))
+            if self.with_relay:
                 self.relay = Relay(
                     self._store,
                     self._bus,
+                    name=self.relay_name,
                     marker_seconds=EMBEDDED_MARKERS if self.settings.embedded_bus else MARKER_SECONDS,
                 )
-                await stack.enter_async_context(supervised(self.relay.run()))
+                self._tasks.create_task(self._carry(self.relay))
             elif self.settings.embedded_bus:
                 log.warning("runtime.no_relay", advice="no other process can carry events to a bus in this one")
+            for service in self._services:
+                await self.start(service)
             self._stack = stack.pop_all()
-            try:
-                for service in self._services:
-                    await self.start(service)
-            except BaseException as error:
-                await self._stack.__aexit__(type(error), error, error.__traceback__)
-                raise
         return self
 
     async def __aexit__(
@@ -92,9 +98,42 @@ class Runtime:
 
     async def start(self, service: Service) -> RunningService:
         """Start a service; it stops with the runtime."""
-        running = await self._stack.enter_async_context(service.running(self.settings, store=self.store, bus=self.bus))
+        if self._tasks is None:
+            raise ConfigurationError("the runtime is not running: use it inside 'async with Runtime(...)'")
+        started: asyncio.Future[RunningService] = asyncio.get_running_loop().create_future()
+        hosting = self._tasks.create_task(self._host(service, started), name=f"service {service.name}")
+        try:
+            running = await started
+        except BaseException:
+            hosting.cancel()
+            await asyncio.wait((hosting,))
+            raise
         self._running[service.name] = running
         return running
+
+    async def _host(self, service: Service, started: asyncio.Future[RunningService]) -> None:
+        """In a task of its own, so that services stop side by side."""
+        try:
+            async with service.running(self.settings, store=self.store, bus=self.bus) as running:
+                started.set_result(running)
+                await self._stop.wait()
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    async def _carry(self, relay: Relay) -> None:
+        async with supervised(relay.run()):
+            await self._stop.wait()
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """What handlers are at work on now: handler, event id, stream, position, seconds."""
+        now = time.monotonic()
+        return [
+            {"service": name, **work.facts(now)}
+            for name, running in self._running.items()
+            for work in running.at_work()
+        ]
 
     def engine(self, service: Service) -> AsyncEngine:
         """The engine of a started service's database, for reading."""
@@ -122,24 +161,58 @@ class Runtime:
             await asyncio.sleep(max(0.02, 3 * (loop.time() - began)))
 
 
-async def serve(*services: Service, settings: Settings | None = None, relay: bool | None = None) -> None:
-    """Run services until SIGINT or SIGTERM, then drain; a second signal ends the process at once.
+async def serve(
+    *services: Service,
+    settings: Settings | None = None,
+    relay: bool | str | None = None,
+    health: int | str | None = None,
+) -> None:
+    """Run services until SIGINT or SIGTERM, then drain and return; that takes less than 5 seconds, whatever hangs.
 
-    `relay` as for `Runtime`: `serve(relay=True)` is the relay's own process on a networked bus.
+    A second signal ends the process at once, with 130 or 143. `relay` as for `Runtime`: `serve(relay=True)` is the
+    relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`, that answers `/live` and
+    `/ready` (see `tidings.probes`). Where structlog is not configured yet, this does it (`tidings.logs`). For the
+    main thread; raises `ConfigurationError`, `LogChanged`, `LogBehind`, `StoreUnavailable`.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    if not structlog.is_configured():
+        configure_logging()
+    runtime = Runtime(*services, settings=settings, relay=relay)
+    with StopSignals(runtime.unfinished) as signals:
+        async with AsyncExitStack() as stack:
+            address = None
+            if health is not None:
+                from tidings.probes import Probe, answering
 
-    def on_signal(number: signal.Signals) -> None:
-        log.info("process.stopping", signal=number.name)
-        loop.remove_signal_handler(number)
-        stop.set()
+                address = await stack.enter_async_context(answering(Probe(services, runtime), health))
+            _introduce(services, runtime, address)
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(0 if signals.requested.is_set() else None) as start:
+                    signals.on_request = lambda: start.reschedule(loop.time())
+                    await stack.enter_async_context(runtime)
+            except TimeoutError:
+                if not start.expired():
+                    raise
+            finally:
+                signals.on_request = lambda: None
+            await signals.requested.wait()
+    log.info("process.stopped", services=[service.name for service in services])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
-    try:
-        async with Runtime(*services, settings=settings, relay=relay):
-            await stop.wait()
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+
+def _introduce(services: tuple[Service, ...], runtime: Runtime, health: str | None) -> None:
+    """The one line that says what this process works on; it comes before anything that may have to be waited for."""
+    settings = runtime.settings
+    if runtime.with_relay:
+        following = "events are handled as they are appended; Ctrl-C or SIGTERM drains"
+    else:
+        following = "start a relay of this store and bus if there is none; Ctrl-C or SIGTERM drains"
+    log.info(
+        "process.starting",
+        services=[service.name for service in services],
+        relay=runtime.with_relay,
+        store=redact(settings.store),
+        bus=redact(settings.bus),
+        databases=[redact(settings.database_of(service.name)) for service in services],
+        health=health,
+        next=following,
+    )

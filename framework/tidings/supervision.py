@@ -1,4 +1,4 @@
-"""A background task with the lifetime of a block: its failure ends the block, leaving the block ends it."""
+"""Background tasks with the lifetime of a block: the failure of one ends the block, leaving the block ends them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-__all__ = ["leading", "supervised"]
+__all__ = ["leading", "leaves", "supervised", "together"]
+
+
+@asynccontextmanager
+async def together(stop: asyncio.Event) -> AsyncIterator[asyncio.TaskGroup]:
+    """Tasks beside the block. On leaving, `stop` is set, and they are awaited: they end side by side.
+
+    When one fails, the others and the block are cancelled, and its own error raised, out of any exception group.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                yield tasks
+            finally:
+                stop.set()
+    except BaseExceptionGroup as group:
+        raise leading(group) from group.__cause__
 
 
 @asynccontextmanager
@@ -16,21 +32,17 @@ async def supervised(work: Coroutine[Any, Any, None], *, stop: asyncio.Event | N
 
     When the work fails, the block is cancelled and the work's own error raised, out of any exception group.
     """
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(work)
-            try:
-                yield
-            finally:
-                if stop is None:
-                    task.cancel()
-                else:
-                    stop.set()
-    except BaseExceptionGroup as group:
-        raise leading(group) from group.__cause__
+    async with together(stop or asyncio.Event()) as tasks:
+        task = tasks.create_task(work)
+        try:
+            yield
+        finally:
+            if stop is None:
+                task.cancel()
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors that an exception group holds, however deep; an error that is no group is its own leaf."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from leaves(inner)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.demo.invariants import Numbers
 from services.inventory import inventory
@@ -20,28 +21,31 @@ from services.payment.tables import State, payments
 from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
-from tidings import Runtime, Service
+from tidings import Service
 from tidings.verify import Report
 
-__all__ = ["best_countries", "places", "read_books", "sales_of"]
+__all__ = ["Engines", "best_countries", "places", "read_books", "rows_of", "sales_of"]
+
+Engines = Callable[[Service], AsyncEngine]
+"""Who has the services' databases open, for reading."""
 
 
-async def places(runtime: Runtime) -> tuple[int, int, int]:
+async def places(engines: Engines) -> tuple[int, int, int]:
     """Pieces on hand, reserved and shipped."""
     sums = (func.coalesce(func.sum(stock.c[place]), 0) for place in ("on_hand", "reserved", "shipped"))
-    on_hand, reserved, shipped = (await _rows(runtime, inventory, select(*sums)))[0]
+    on_hand, reserved, shipped = (await rows_of(engines, inventory, select(*sums)))[0]
     return on_hand, reserved, shipped
 
 
-async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
+async def read_books(engines: Engines, ledger: Path, report: Report) -> Numbers:
     """Everything that the invariants need; call it when everything has settled."""
-    on_hand, reserved, shipped = await places(runtime)
+    on_hand, reserved, shipped = await places(engines)
     is_open = payments.c.state == State.AUTHORISED
-    held = await _rows(runtime, payment, select(func.coalesce(func.sum(payments.c.pence), 0)).where(is_open))
-    parcels = await _rows(
-        runtime, shipping, select(shipments.c.state, func.count().label("number")).group_by(shipments.c.state)
+    held = await rows_of(engines, payment, select(func.coalesce(func.sum(payments.c.pence), 0)).where(is_open))
+    parcels = await rows_of(
+        engines, shipping, select(shipments.c.state, func.count().label("number")).group_by(shipments.c.state)
     )
-    sold = await _rows(runtime, sales, select(func.coalesce(func.sum(countries.c.pence), 0)))
+    sold = await rows_of(engines, sales, select(func.coalesce(func.sum(countries.c.pence), 0)))
     async with open_sandbox(ledger) as gateway:
         entries = await gateway.ledger()
     moved: dict[str, Decimal] = defaultdict(Decimal)
@@ -62,20 +66,21 @@ async def read_books(runtime: Runtime, ledger: Path, report: Report) -> Numbers:
     )
 
 
-async def best_countries(runtime: Runtime, limit: int) -> list[tuple[str, int, Decimal]]:
+async def best_countries(engines: Engines, limit: int) -> list[tuple[str, int, Decimal]]:
     """Country, sales and pounds, the best first."""
-    rows = await _rows(runtime, sales, select(countries).order_by(countries.c.pence.desc()).limit(limit))
+    rows = await rows_of(engines, sales, select(countries).order_by(countries.c.pence.desc()).limit(limit))
     return [(row.country, row.sales, pounds(row.pence)) for row in rows]
 
 
-async def sales_of(runtime: Runtime, country: str) -> tuple[int, Decimal]:
+async def sales_of(engines: Engines, country: str) -> tuple[int, Decimal]:
     """Sales and pounds of one country."""
-    for row in await _rows(runtime, sales, select(countries).where(countries.c.country == country)):
+    for row in await rows_of(engines, sales, select(countries).where(countries.c.country == country)):
         return row.sales, pounds(row.pence)
     return 0, Decimal()
 
 
-async def _rows(runtime: Runtime, service: Service, query: Select[Any]) -> Sequence[Any]:
-    async with runtime.engine(service).connect() as connection:
+async def rows_of(engines: Engines, service: Service, query: Select[Any]) -> Sequence[Any]:
+    """What one service's database answers."""
+    async with engines(service).connect() as connection:
         rows: Sequence[Any] = (await connection.execute(query)).all()
         return rows

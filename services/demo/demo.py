@@ -11,12 +11,12 @@ from services.demo.screen import Screen
 from services.demo.stage import LEDGER, Stage, stage
 from services.demo.stock import SCARCE, SHARE, opening_stock
 from services.demo.tally import Tally
-from services.demo.trade import LIVE_COUNTRY, LIVE_ORDERS, place_live, receive, take_in
+from services.demo.trade import LIVE_COUNTRY, LIVE_ORDERS, place_live, take_in
 from services.importer import Invoice, Kind, Report, invoices, read_rows
 from services.order import repository
 from services.sales import sales
 
-__all__ = ["perform"]
+__all__ = ["perform", "rehearse"]
 
 
 async def perform(folder: Path, data: Path, screen: Screen) -> bool:
@@ -39,6 +39,14 @@ async def perform(folder: Path, data: Path, screen: Screen) -> bool:
     return holds
 
 
+async def rehearse(folder: Path, data: Path, screen: Screen) -> Path:
+    """The orders of the file and nothing else; the store's file, with everything that came of them. Raises as above."""
+    async with stage(folder, data, screen) as demo:
+        await _receive_stock(demo)
+        await _import_orders(demo)
+    return folder / "events.db"
+
+
 def _say_what_is_there(demo: Stage) -> None:
     tally = demo.tally
     if tally.events:
@@ -51,7 +59,7 @@ def _say_what_is_there(demo: Stage) -> None:
 
 async def _receive_stock(demo: Stage) -> None:
     stock = opening_stock(invoices(read_rows(demo.data)))
-    made = await receive(stock)
+    made = await demo.warehouse.receive(stock)
     await demo.silence()
     demo.screen.line(
         f"Stock: {made:,} of {len(stock):,} articles received now. Of the {SCARCE} best sellers there is only "
@@ -68,7 +76,7 @@ async def _import_orders(demo: Stage) -> None:
         for found in findings:
             report.add(found)
             if isinstance(found, Invoice):
-                placed += await take_in(found, demo.data.name)
+                placed += await take_in(found, demo.data.name, demo.shop, demo.warehouse)
         await demo.silence()
     seconds = time.monotonic() - began
     demo.screen.line(f"{placed} orders imported in {seconds:.1f} s, {len(coming) - placed} were there already.")
@@ -95,7 +103,7 @@ async def _show_results(demo: Stage) -> None:
     )
     failed = 100 * (by["inventory"] + by["payment"]) / max(len(tally.orders), 1)
     demo.screen.line(f"{failed:.1f} % of the orders failed for want of stock or money.")
-    on_hand, reserved, shipped = await places(demo.runtime)
+    on_hand, reserved, shipped = await places(demo.runtime.engine)
     demo.screen.line(f"Stock: {on_hand:,} pieces on hand, {reserved:,} reserved, {shipped:,} shipped.")
     money = [f"£{tally.pounds(f'Payment{what}'):,} {what.lower()}" for what in ("Captured", "Refunded", "Voided")]
     demo.screen.line(f"Revenue: {', '.join(money)}.")
@@ -144,16 +152,16 @@ async def _join_late(demo: Stage) -> None:
         demo.screen.line(f"It has read all {before:,} events of history in {time.monotonic() - began:.1f} s.")
     else:
         demo.screen.line("It joined in an earlier run, and goes on where it stopped.")
-    best = await best_countries(demo.runtime, limit=5)
+    best = await best_countries(demo.runtime.engine, limit=5)
     rows = [(country, f"{number}", f"{amount:,}") for country, number, amount in best]
     demo.screen.table(rows, titles=("country", "sales", "£"), right=[1, 2])
 
 
 async def _sell_live(demo: Stage) -> None:
-    before, _ = await sales_of(demo.runtime, LIVE_COUNTRY)
-    await place_live(demo.tally)
+    before, _ = await sales_of(demo.runtime.engine, LIVE_COUNTRY)
+    await place_live(demo.tally, demo.shop, demo.warehouse)
     await demo.silence()
-    after, amount = await sales_of(demo.runtime, LIVE_COUNTRY)
+    after, amount = await sales_of(demo.runtime.engine, LIVE_COUNTRY)
     demo.screen.line(
         f"{LIVE_ORDERS} orders from {LIVE_COUNTRY} were placed just now, and reached it: from {before} sales there to "
         f"{after}, £{amount:,}."
@@ -167,7 +175,7 @@ async def _prove(demo: Stage) -> bool:
     report = await demo.runtime.verify()
     demo.screen.heading("Verify")
     demo.screen.line(str(report))
-    found = list(checks(demo.tally, await read_books(demo.runtime, demo.folder / LEDGER, report)))
+    found = list(checks(demo.tally, await read_books(demo.runtime.engine, demo.folder / LEDGER, report)))
     demo.screen.heading("Invariants")
     demo.screen.table([("ok" if check.holds else "BROKEN", check.what, check.numbers) for check in found])
     return all(check.holds for check in found)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from services.demo import customers
+from services.demo.customers import Customers
 from services.demo.tally import Tally
 from tidings import EventStore, RecordedEvent
 from tidings.supervision import supervised
 
-__all__ = ["Listener", "listening"]
+__all__ = ["Listener", "listening", "silence"]
 
 
 class Listener:
     """Obtain one with `listening`."""
 
-    def __init__(self, store: EventStore) -> None:
+    def __init__(self, store: EventStore, customers: Customers) -> None:
         self.tally = Tally()
         self.position = -1
         """Everything up to here was heard."""
         self._store = store
+        self._customers = customers
         self._heard = asyncio.Condition()
 
     async def run(self) -> None:
@@ -29,7 +30,7 @@ class Listener:
         async for item in self._store.subscribe_all():
             if isinstance(item, RecordedEvent):
                 self.tally.hear(item)
-                await customers.hear(item)
+                await self._customers.hear(item)
             async with self._heard:
                 self.position = item.position
                 self._heard.notify_all()
@@ -41,9 +42,19 @@ class Listener:
 
 
 @asynccontextmanager
-async def listening(store: EventStore) -> AsyncIterator[Listener]:
+async def listening(store: EventStore, customers: Customers) -> AsyncIterator[Listener]:
     """A listener that has heard the whole history, and goes on hearing while the block runs."""
-    listener = Listener(store)
+    listener = Listener(store, customers)
     async with supervised(listener.run()):
         await listener.reached(await store.head())
         yield listener
+
+
+async def silence(store: EventStore, listener: Listener, settled: Callable[[], Awaitable[object]]) -> None:
+    """Wait until everything has settled in every service, as `settled` says, and no customer reacts to it any more."""
+    while True:
+        head = await store.head()
+        await settled()
+        await listener.reached(head)
+        if await store.head() == head:
+            return

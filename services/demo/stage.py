@@ -1,16 +1,20 @@
-"""What all acts of the demo share: the running services, the listener, the screen. And how to wait for silence."""
+"""What all acts of the demo share: the running services, the listener, the shop, the screen. And how to wait for silence."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from services.demo.listener import Listener, listening
+from services.demo.customers import Customers
+from services.demo.listener import Listener, listening, silence
 from services.demo.screen import Screen
+from services.demo.shop import InProcess, Shop
 from services.demo.tally import Tally
+from services.demo.warehouse import Warehouse
 from services.inventory import inventory
 from services.order import orders
 from services.payment import payment
@@ -32,6 +36,8 @@ class Stage:
 
     runtime: Runtime
     listener: Listener
+    shop: Shop
+    warehouse: Warehouse
     screen: Screen
     folder: Path
     data: Path
@@ -43,13 +49,7 @@ class Stage:
 
     async def silence(self) -> None:
         """Wait until everything has settled in every service, and no customer reacts to it any more."""
-        store = self.runtime.store
-        while True:
-            head = await store.head()
-            await self.runtime.settled(timeout=PATIENCE)
-            await self.listener.reached(head)
-            if await store.head() == head:
-                return
+        await silence(self.runtime.store, self.listener, partial(self.runtime.settled, timeout=PATIENCE))
 
 
 @asynccontextmanager
@@ -58,8 +58,9 @@ async def stage(folder: Path, data: Path, screen: Screen) -> AsyncIterator[Stage
     settings = Settings(
         store=f"sqlite:///{folder}/events.db", bus="memory://demo", database=f"sqlite:///{folder}/{{service}}.db"
     )
+    shop = InProcess()
     async with (
         Runtime(orders, inventory, payment, shipping, settings=settings) as runtime,
-        listening(runtime.store) as listener,
+        listening(runtime.store, Customers(shop)) as listener,
     ):
-        yield Stage(runtime, listener, screen, folder, data)
+        yield Stage(runtime, listener, shop, Warehouse(runtime.store), screen, folder, data)

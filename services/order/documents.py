@@ -34,10 +34,10 @@ __all__ = [
     "Quoted",
 ]
 
-LINES: Final = 500
+LINES: Final = 800
 """Lines of one order; with all texts at their longest it still fits one event."""
 QUANTITY: Final = 100_000
-"""Pieces in one line: 500 lines of it still fit an integer of 32 bits."""
+"""Pieces in one line: 800 lines of it still fit an integer of 32 bits."""
 
 _NO_CONTROLS: Final = r"^[^\x00-\x1f\x7f]*$"
 _MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.integration.processes import Workers, audit_of, proves_every_effect_once_in_order, tick, until
 from tidings import open_bus, open_store
 from tidings.buses import Subscription
+from tidings.errors import BusUnavailable
 from tidings.testing.brokers import RabbitMQCluster, cluster_for_tests
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "local" / "rabbitmq"
@@ -99,6 +101,25 @@ def test_a_paused_node_is_told_from_one_that_is_gone(cluster: RabbitMQCluster) -
     assert script(cluster.folder, "status").returncode == 0
 
 
+async def test_a_node_that_is_gone_is_passed_over_and_not_asked_again(cluster: RabbitMQCluster) -> None:
+    login, _, places = cluster.url.rpartition("@")
+    with capture_logs() as logs:
+        async with open_bus(f"{login}@127.0.0.1:1,{places}") as bus:
+            await bus.provision()
+            await bus.provision()
+    (passed_over,) = [line["node"] for line in logs if line["event"] == "bus.node_unreachable"]
+    assert passed_over == "127.0.0.1:1"
+
+
+async def test_a_refused_password_is_not_tried_at_every_node(cluster: RabbitMQCluster) -> None:
+    places = cluster.url.rpartition("@")[2]
+    with capture_logs() as logs:
+        async with open_bus(f"amqp://tidings:wrong@{places}") as bus:
+            with pytest.raises(BusUnavailable, match=r"403 .*Check user and password"):
+                await bus.provision()
+    assert logs == []
+
+
 async def test_the_node_that_leads_the_queue_is_killed_and_nothing_is_lost(
     tmp_path: Path, cluster: RabbitMQCluster
 ) -> None:
@@ -129,7 +150,10 @@ async def test_the_node_that_leads_the_queue_is_killed_and_nothing_is_lost(
 def test_a_port_that_is_asked_for_and_taken_is_refused(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        refused = script(tmp_path, "up", f"--port={port}")
+        try:
+            refused = script(tmp_path, "up", f"--port={port}")
+        finally:
+            script(tmp_path, "down", "--kill")
     assert refused.returncode == 1
     assert f"port {port} of 127.0.0.1 is taken" in refused.stderr
     assert "give another" in refused.stderr

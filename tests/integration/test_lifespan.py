@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 
 from tidings import Event, Service
+from tidings.probes import health_routes
 
 
 class Noted(Event):
@@ -28,6 +29,7 @@ async def test_a_service_in_a_web_application_handles_what_requests_append(
         handled.put_nowait(event.text)
 
     app = FastAPI(lifespan=notes.lifespan)
+    app.router.routes.extend(health_routes(notes))
 
     @app.post("/notes")
     async def post(text: str) -> int:
@@ -36,5 +38,10 @@ async def test_a_service_in_a_web_application_handles_what_requests_append(
     async with app.router.lifespan_context(app):
         async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
             answer = await client.post("/notes", params={"text": "hello"})
+            live = await client.get("/live")
+            ready = await client.get("/ready")
         assert answer.json() == 0
+        assert (live.status_code, live.headers["content-type"]) == (200, "application/health+json")
+        assert {check["name"] for check in ready.json()["checks"]} >= {"notes.running", "notes.bus", "notes.markers"}
+        assert "/live" not in app.openapi()["paths"], "probes are not the API's"
         assert await asyncio.wait_for(handled.get(), 20) == "hello"

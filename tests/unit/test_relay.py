@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from uuid import uuid4
 
 import pytest
 
 from tidings import EventData, EventStore, Relay, open_store
-from tidings.buses import Consumer, Subscription
+from tidings.buses import Consumer, Found, Subscription
 from tidings.errors import BusUnavailable, PublishRejected, StoreUnavailable, TopologyMismatch, Unroutable
 from tidings.message import MARKER, Marker, Message, decode
 from tidings.position import Accepted, Verdict
@@ -29,6 +29,9 @@ class ScriptedBus:
 
     async def provision(self, subscription: Subscription | None = None) -> None:
         pass
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        raise AssertionError("a relay does not inspect")
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[ScriptedBus]:

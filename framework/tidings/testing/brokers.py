@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,12 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol, Self
 from urllib.parse import urlsplit
 
 import pytest
 
-__all__ = ["RabbitMQ", "RabbitMQNode", "node_for_tests", "rabbitmq_for_tests"]
+__all__ = ["RabbitMQ", "RabbitMQCluster", "RabbitMQNode", "cluster_for_tests", "node_for_tests", "rabbitmq_for_tests"]
 
 _SCRIPT: Final = Path(__file__).parents[3] / "deploy" / "local" / "rabbitmq"
 _NUMBERS: Final = itertools.count(1)
@@ -47,12 +48,15 @@ class RabbitMQNode:
     A guard process ends the node even if the tests are killed.
     """
 
+    _nodes: int = 1
+
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         """`settings` are lines for rabbitmq.conf, as `{"max_message_size": "65536"}`."""
         if not _SCRIPT.exists():
             raise FileNotFoundError(f"{_SCRIPT}: a node can only be started from a checkout of Tidings")
         self._settings = [f"--set={name}={value}" for name, value in (settings or {}).items()]
-        self._folder = tempfile.mkdtemp(prefix="tidings-rabbitmq-")
+        self.folder = tempfile.mkdtemp(prefix="tidings-rabbitmq-")
+        """`TIDINGS_LOCAL` for whoever calls the script itself."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._runs = self._paused = False
         self.url = ""
@@ -65,7 +69,7 @@ class RabbitMQNode:
                 [*self._script(), "guard"], env=self._env(), stdin=subprocess.PIPE, start_new_session=True
             )
         port = [] if self.url else ["--port=0"]
-        self.url = self._run("up", *port, *self._settings).splitlines()[-1]
+        self.url = self._run("up", f"--nodes={self._nodes}", *port, *self._settings).splitlines()[-1]
         self._runs = True
 
     def stop(self) -> None:
@@ -140,9 +144,9 @@ class RabbitMQNode:
             self._run("down", "--kill")
             self._guard.communicate()
             self._guard = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __enter__(self) -> RabbitMQNode:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:
@@ -157,7 +161,7 @@ class RabbitMQNode:
         return [sys.executable, str(_SCRIPT)]
 
     def _env(self) -> dict[str, str]:
-        return os.environ | {"TIDINGS_LOCAL": self._folder}
+        return os.environ | {"TIDINGS_LOCAL": self.folder}
 
     def _run(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -166,13 +170,41 @@ class RabbitMQNode:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
-            timeout=90,  # seconds: longer than the script's own patience
+            timeout=150,  # seconds: longer than the script's own patience
         )
         if done.returncode != 0:
             error = subprocess.CalledProcessError(done.returncode, arguments[0], done.stdout, done.stderr)
             error.add_note((done.stdout + done.stderr).decode(errors="replace"))
             raise error
         return done.stdout.decode()
+
+
+class RabbitMQCluster(RabbitMQNode):
+    """Three nodes as one cluster: what `RabbitMQNode` does to its node is done to all of them, `eval` and `rabbitmqctl`
+    on one that lives. `url` names every node."""
+
+    _nodes = 3
+
+    def kill_node(self, number: int) -> None:
+        """SIGKILL to node 1, 2 or 3 alone; `start` starts it again. See `kill` for what is flushed before."""
+        self._run("eval", f"--node={number}", "[dets:sync(Table) || Table <- dets:all()]")
+        self._run("down", "--kill", f"--node={number}")
+
+    def leader_of(self, queue: str, url: str) -> int:
+        """The number of the node that leads a quorum queue in the vhost of `url`."""
+        members, leader = self._raft(queue, url)
+        assert leader in members
+        return leader
+
+    def members_of(self, queue: str, url: str) -> list[int]:
+        """The numbers of the nodes that hold a quorum queue in the vhost of `url`, as the queue itself has it."""
+        return sorted(self._raft(queue, url)[0])
+
+    def _raft(self, queue: str, url: str) -> tuple[list[int], int]:
+        name = f'rabbit_misc:r(<<"{urlsplit(url).path[1:]}">>, queue, <<"{queue}">>)'
+        found = self.eval(f"ra:members(amqqueue:get_pid(element(2, rabbit_amqqueue:lookup({name}))))")
+        *members, leader = (int(number) for number in re.findall(r"-(\d)@localhost", found))
+        return members, leader
 
 
 class _Named:
@@ -242,10 +274,22 @@ def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
         _missing(_REMEDY)
 
 
+def _installed_or_missing() -> None:
+    if not _SCRIPT.exists() or not shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        _missing("no rabbitmq-server is installed, so none can be killed: apt-get install rabbitmq-server")
+
+
 @contextmanager
 def node_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQNode]:
     """A node that a test may harm; skips (in CI: fails) where none can be started."""
-    if not _SCRIPT.exists() or not shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-        _missing("no rabbitmq-server is installed, so none can be killed: apt-get install rabbitmq-server")
+    _installed_or_missing()
     with RabbitMQNode(settings) as node:
         yield node
+
+
+@contextmanager
+def cluster_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQCluster]:
+    """Three nodes that a test may harm (some 20 s, 400 MB); skips (in CI: fails) where none can be started."""
+    _installed_or_missing()
+    with RabbitMQCluster(settings) as cluster:
+        yield cluster

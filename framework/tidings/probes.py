@@ -1,0 +1,296 @@
+"""`/live` and `/ready` over HTTP: facts of the services and the relay of this process, gathered and judged on request.
+
+It never shows a secret, and never lets one who asks often cost more than one who asks once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
+from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, judge_live, judge_ready
+from tidings.logs import masked
+from tidings.position import CARRIED, carried
+from tidings.stores import EventStore
+from tidings.supervision import together
+
+if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
+    from tidings.running import RunningService
+    from tidings.runtime import Runtime
+    from tidings.service import Service
+
+__all__ = ["Probe", "answering", "health_routes"]
+
+T = TypeVar("T")
+
+ANSWER_SECONDS: Final = 2.0
+"""So long a database or store may take; give probes that ask a timeout of 5 s."""
+FRESH_SECONDS: Final = 0.5
+"""An answer is good for so long: whoever asks more often gets it again."""
+
+
+class Probe:
+    """Keeps what must be remembered between two looks. `runtime` is the process's, where the relay may run."""
+
+    def __init__(
+        self,
+        services: tuple[Service, ...],
+        runtime: Runtime | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._services = services
+        self._runtime = runtime
+        self._clock = clock
+        self._progress: dict[str, Progress] = {}
+        self._turn = asyncio.Lock()
+        self._last: tuple[float, Health] | None = None
+
+    async def live(self) -> Health:
+        """Answers without asking anybody: that it answers says that the loop turns."""
+        facts = []
+        for service in self._services:
+            running, known = _state(service)
+            work = self._work(running) if running is not None else ()
+            facts.append(ServiceFacts(service.name, work=work, **known))
+        return judge_live(Facts(tuple(facts)))
+
+    async def ready(self) -> Health:
+        """Asks the databases and the store, all at once and no longer than `ANSWER_SECONDS` each."""
+        async with self._turn:
+            if self._last is None or self._clock() - self._last[0] > FRESH_SECONDS:
+                services = asyncio.gather(*(self._service(service) for service in self._services))
+                facts = Facts(tuple(await services), tuple([fact async for fact in self._relays()]))
+                self._last = self._clock(), judge_ready(facts)
+            return self._last[1]
+
+    def _work(self, running: RunningService) -> tuple[Work, ...]:
+        now = time.monotonic()
+        return tuple(
+            Work(
+                work.handler.name,
+                str(work.event.id),
+                work.event.stream,
+                work.event.position,
+                now - work.since,
+                work.handler.timeout,
+            )
+            for work in running.at_work()
+        )
+
+    async def _service(self, service: Service) -> ServiceFacts:
+        running, known = _state(service)
+        if running is None or known:
+            return ServiceFacts(service.name, **known)
+        settled, database = await _answer(running.settled())
+        head, store = await _answer(running.store.head())
+        marker_age, floor, marker, now = running.marker_age, running.floor, running.marker, self._clock()
+        ours, others = self._of(f"{service.name}.floor"), self._of(f"{service.name}.settled")
+        stalled = ours.look(floor, behind=floor < marker, now=now)
+        if settled is not None:
+            others.look(settled, behind=True, now=now)
+        waiting = None
+        if settled is not None and head is not None and (marker_age is None or stalled > 0):
+            waiting, store = await _answer(_first_after(running.store, settled))
+        return ServiceFacts(
+            service.name,
+            consuming=running.consuming,
+            healing=running.healing,
+            marker_age=marker_age,
+            marker=marker,
+            floor=floor,
+            stalled=stalled,
+            work=self._work(running),
+            settled=-1 if settled is None else settled,
+            others_idle=others.idle(now),
+            waiting_event=waiting,
+            database=database,
+            store=store,
+        )
+
+    async def _relays(self) -> AsyncIterator[RelayFacts]:
+        runtime = self._runtime
+        if runtime is None or not runtime.with_relay:
+            return
+        relay = runtime.relay
+        if relay is None:
+            yield RelayFacts(runtime.relay_name, started=False)
+            return
+        confirmed = relay.confirmed
+        waiting, store = await _answer(_first_after(runtime.store, confirmed))
+        stalled = self._of("relay").look(confirmed, behind=waiting is not None, now=self._clock())
+        yield RelayFacts(
+            relay.name,
+            leading=relay.leading,
+            waiting=relay.waiting,
+            marker_age=relay.marker_age,
+            confirmed=confirmed,
+            stalled=stalled,
+            waiting_event=waiting,
+            trouble=None if relay.trouble is None else masked(relay.trouble),
+            store=store,
+        )
+
+    def _of(self, name: str) -> Progress:
+        return self._progress.setdefault(name, Progress())
+
+
+def _state(service: Service) -> tuple[RunningService | None, dict[str, Any]]:
+    try:
+        running = service.running_now
+    except ConfigurationError as error:
+        # Its cause is what ended the service; without one it has not begun.
+        return None, {"starting": True} if error.__cause__ is None else {"died": masked(str(error))}
+    if running.stopping.is_set():
+        return running, {"stopping": True}
+    return running, {} if running.joined.is_set() else {"starting": True}
+
+
+async def _answer(asking: Awaitable[T]) -> tuple[T | None, str | None]:
+    """The answer, or what came instead of it."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await asking, None
+    except TimeoutError:
+        return None, f"no answer within {ANSWER_SECONDS:g} s"
+    except (DatabaseUnavailable, StoreUnavailable) as error:
+        return None, masked(str(error))
+
+
+async def _first_after(store: EventStore, position: int) -> str | None:
+    """The first event above `position` that services are to receive, in words; None when there is none."""
+    found = [event async for event in store.read_all(after=position, filter=CARRIED, limit=_SOME)]
+    for event in found:
+        if carried(event) is not None:
+            return f"event {event.id} ({event.type}, position {event.position}) of stream {event.stream!r}"
+    return None
+
+
+_SOME: Final = 10
+"""Events to look at: the store's filter knows reserved streams, but not the reserved types that may be among them."""
+
+
+# ---- over HTTP ------------------------------------------------------------------------
+
+
+def health_routes(*services: Service) -> list[BaseRoute]:
+    """`/live` and `/ready` for a Starlette or FastAPI application that runs these services in its own process:
+
+    `app.router.routes.extend(health_routes(orders))`
+
+    They are for whoever runs the process, not for its clients, so they are not in the OpenAPI document. 200 when all is
+    well, else 503; both with what was looked at and what to do. Raises `ConfigurationError` without starlette.
+    """
+    return _routes(Probe(services))
+
+
+def _routes(probe: Probe) -> list[BaseRoute]:
+    with _extra():
+        from starlette.requests import Request
+        from starlette.responses import JSONResponse, Response
+        from starlette.routing import Route
+
+    def answers(judge: Callable[[], Awaitable[Health]]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            health = await judge()
+            return JSONResponse(
+                health.document(),
+                status_code=200 if health.ok else 503,
+                headers={"cache-control": "no-store"},
+                media_type="application/health+json",
+            )
+
+        return answer
+
+    return [
+        Route("/live", answers(probe.live), methods=["GET"], include_in_schema=False),
+        Route("/ready", answers(probe.ready), methods=["GET"], include_in_schema=False),
+    ]
+
+
+@asynccontextmanager
+async def answering(probe: Probe, address: int | str) -> AsyncIterator[str]:
+    """Answer at `address` (a port of 127.0.0.1, or `host:port`) while the block runs; yields `host:port`.
+
+    Raises `ConfigurationError` at once for an address that cannot be had, and where uvicorn is not installed.
+    """
+    with _extra():
+        import uvicorn
+        from starlette.applications import Starlette
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals are the process's: who runs the probes must not catch them."""
+            yield
+
+    listening = _listen(address)
+    host, port = listening.getsockname()[:2]
+    config = uvicorn.Config(
+        Starlette(routes=_routes(probe)),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=1,
+    )
+    server = Server(config)
+
+    async def run() -> None:
+        try:
+            await server.serve(sockets=[listening])
+        except asyncio.CancelledError:
+            if server.started:
+                await server.shutdown(sockets=[listening])
+            raise
+        finally:
+            listening.close()
+
+    async with together(asyncio.Event()) as tasks:
+        tasks.create_task(run(), name="health")
+        try:
+            yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        finally:
+            server.should_exit = True
+
+
+def _listen(address: int | str) -> socket.socket:
+    host, _, port = str(address).rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ConfigurationError(f"health={address!r} is no address: write a port, as 8080, or host:port")
+    try:
+        family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, int(port)), family=family)
+    except OSError as error:
+        remedy = (
+            f"give another port, or find who has it (ss -ltnp 'sport = :{port}')"
+            if error.errno == errno.EADDRINUSE
+            else "is it an address of this machine, and may this user listen there?"
+        )
+        raise ConfigurationError(
+            f"the health probes cannot listen at {host}:{port}: {error.strerror or error}; {remedy}"
+        ) from error
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise ConfigurationError(
+            f"health probes need the package {error.name!r}: install it with  pip install 'tidings[fastapi]'"
+        ) from error

@@ -1,0 +1,78 @@
+"""Goods that come in, written to the log as the scanner at the warehouse's door would do it: no service is asked.
+
+Everything begins a stream of its own whose name follows from the data. So a second run tries it all again, and the
+store refuses what is there: nothing comes in twice, wherever the first run was interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final, NamedTuple, TypeVar
+from uuid import uuid4
+
+from services.importer import Invoice
+from services.inventory.events import GoodsReceived, ReturnReceived
+from tidings import NO_STREAM, Event, EventStore
+from tidings.codec import encode
+from tidings.errors import WrongExpectedVersion
+
+__all__ = ["Warehouse"]
+
+T = TypeVar("T")
+
+AT_ONCE: Final = 64
+"""Deliveries and returns under way at the same time, so that they share the store's commits."""
+
+
+class _Goods(NamedTuple):
+    stream: str
+    event: Event
+
+
+class Warehouse:
+    """The door of the warehouse; each method returns how many deliveries are new."""
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+
+    async def receive(self, stock: dict[str, int]) -> int:
+        """The first deliveries of these articles: sku to pieces."""
+        goods = (_Goods(f"goods-{sku}", GoodsReceived(sku=sku, quantity=pieces)) for sku, pieces in stock.items())
+        return await self._book_in(goods, "opening stock")
+
+    async def receive_again(self, sku: str, pieces: int, run: int) -> int:
+        """One more delivery of an article, for this run of the demo."""
+        goods = _Goods(f"goods-{sku}-{run}", GoodsReceived(sku=sku, quantity=pieces))
+        return await self._book_in([goods], f"for run {run}")
+
+    async def take_back(self, invoice: Invoice, source: str) -> int:
+        """The goods of a return."""
+        return await self._book_in(_came_back(invoice), source)
+
+    async def _book_in(self, all_goods: Iterable[_Goods], reason: str) -> int:
+        made = 0
+        for together in _batches(all_goods, AT_ONCE):
+            made += sum(await asyncio.gather(*(self._append(goods, reason) for goods in together)))
+        return made
+
+    async def _append(self, goods: _Goods, reason: str) -> bool:
+        event = encode(goods.event, id=uuid4(), metadata={"actor": "warehouse", "reason": reason})
+        try:
+            await self._store.append(goods.stream, [event], expected=NO_STREAM)
+        except WrongExpectedVersion:
+            return False
+        return True
+
+
+def _came_back(invoice: Invoice) -> Iterator[_Goods]:
+    for number, goods in enumerate(invoice.goods, 1):
+        returned = ReturnReceived(return_id=invoice.number, sku=goods.sku, quantity=goods.quantity)
+        yield _Goods(f"return-{invoice.number}.{number}", returned)
+
+
+def _batches(things: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(things)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,84 @@
+"""What is well and what is not is judged on progress, and what hangs is named with what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, judge_live, judge_ready
+
+WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
+LEADS = RelayFacts("main", leading=True, marker_age=1, confirmed=9)
+STUCK = Work("reserve", "e-1", "order-7", 8, seconds=95, timeout=30)
+
+
+def wrong(health: Health) -> list[str]:
+    assert all(check.remedy for check in health.checks if not check.ok), "what is wrong comes with a remedy"
+    return [check.name for check in health.checks if not check.ok]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({}, []),
+        ({"starting": True}, ["audit.running"]),
+        ({"stopping": True}, ["audit.running"]),
+        ({"died": "LogChanged"}, ["audit.running"]),
+        ({"consuming": False}, ["audit.bus"]),
+        ({"database": "locked"}, ["audit.database"]),
+        ({"store": "no answer"}, ["audit.store"]),
+        ({"marker_age": 29}, []),
+        ({"marker_age": 31}, ["audit.markers"]),
+        ({"floor": 3, "stalled": 29}, []),
+        ({"floor": 3, "stalled": 31}, ["audit.progress"]),
+        ({"floor": 3, "stalled": 59, "work": (STUCK,)}, []),
+        ({"floor": 3, "stalled": 61, "work": (STUCK,)}, ["audit.progress"]),
+        ({"marker_age": None}, []),
+        ({"marker_age": None, "settled": -1}, ["audit.markers"]),
+        ({"marker_age": None, "waiting_event": "event 10"}, ["audit.markers"]),
+        ({"marker_age": None, "waiting_event": "event 10", "others_idle": 2}, []),
+        ({"marker_age": None, "waiting_event": "event 10", "others_idle": 31}, ["audit.markers"]),
+    ],
+)
+def test_a_service_is_ready_when_events_get_through(change: dict[str, Any], named: list[str]) -> None:
+    assert wrong(judge_ready(Facts((replace(WELL, **change),)))) == named
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({}, []),
+        ({"started": False}, ["relay.main"]),
+        ({"marker_age": 31}, ["relay.main.bus"]),
+        ({"trouble": "no service is bound to it"}, ["relay.main.bus"]),
+        ({"leading": False}, ["relay.main.bus"]),
+        ({"leading": False, "waiting": 1}, []),
+        ({"leading": False, "waiting": 1, "trouble": "lost"}, ["relay.main.bus"]),
+        ({"leading": False, "waiting": 9, "trouble": "lost"}, []),
+        ({"stalled": 31, "waiting_event": "event 10"}, ["relay.main.progress"]),
+        ({"stalled": 31}, []),
+        ({"store": "locked"}, ["relay.main.store"]),
+    ],
+)
+def test_a_relay_is_ready_when_it_leads_and_moves_or_stands_by(change: dict[str, Any], named: list[str]) -> None:
+    assert wrong(judge_ready(Facts(relays=(replace(LEADS, **change),)))) == named
+
+
+def test_a_stuck_handler_is_named_with_its_event_stream_and_seconds() -> None:
+    facts = Facts((replace(WELL, work=(STUCK,)),))
+    assert wrong(judge_live(facts)) == ["audit.handlers"]
+    told = str(judge_live(facts).document())
+    assert all(part in told for part in ("'stuck'", "reserve", "e-1", "order-7", "position 8", "95 s"))
+    assert wrong(judge_live(Facts((replace(WELL, work=(replace(STUCK, seconds=59),)),)))) == []
+
+
+def test_progress_counts_only_while_there_is_more_to_do() -> None:
+    progress = Progress()
+    assert progress.look(5, behind=False, now=0) == 0
+    assert progress.look(5, behind=False, now=100) == 0, "a quiet log is not stalled"
+    assert progress.look(5, behind=True, now=140) == 40
+    assert progress.idle(140) is None
+    assert progress.look(6, behind=True, now=150) == 0
+    assert progress.idle(160) == 10

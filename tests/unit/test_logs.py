@@ -1,0 +1,110 @@
+"""Lines are structured, carry the event they are about, never those of a neighbour, and never a secret."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from tests.integration.embedded import Happened, embedded, many
+from tidings import Context, Service
+from tidings.errors import ConfigurationError
+from tidings.logs import configure_logging
+
+log = structlog.get_logger("shop")
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    before, level, classes = root.handlers, root.level, structlog.get_config()
+    try:
+        yield io.StringIO()
+    finally:
+        root.handlers = before
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        structlog.reset_defaults()
+        if classes:
+            structlog.configure(**classes)
+
+
+def entries(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_lines_of_structlog_and_of_the_standard_library_are_json_in_one_stream(stream: io.StringIO) -> None:
+    configure_logging(stream=stream)
+    log.info("stock.reserved", count=3)
+    logging.getLogger("uvicorn.error").warning("slow %s", "client")
+    log.debug("not shown")
+    ours, theirs = entries(stream)
+    assert (ours["event"], ours["level"], ours["logger"], ours["count"]) == ("stock.reserved", "info", "shop", 3)
+    assert ours["timestamp"].endswith("Z")
+    assert (theirs["event"], theirs["level"], theirs["logger"]) == ("slow client", "warning", "uvicorn.error")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_no_password_reaches_the_log(stream: io.StringIO, as_json: bool) -> None:
+    configure_logging(json=as_json, stream=stream)
+    try:
+        password = "hidden"
+        raise ConnectionError(f"amqp://user:{password}@host is away")
+    except ConnectionError:
+        log.exception("bus.lost", urls=["postgresql://user:hidden@db/x"])
+        logging.getLogger("other").exception("at amqps://user:hidden@host:1/v")
+    assert "hidden" not in stream.getvalue()
+    assert "user:***@host" in stream.getvalue()
+
+
+def test_an_exception_is_structured_in_json(stream: io.StringIO) -> None:
+    configure_logging(stream=stream)
+    try:
+        raise LookupError("gone")
+    except LookupError:
+        log.exception("failed")
+    (told,) = entries(stream)[0]["exception"]
+    assert (told["exc_type"], told["exc_value"]) == ("LookupError", "gone")
+    assert told["frames"][0]["name"] == "test_an_exception_is_structured_in_json"
+
+
+def test_an_unknown_level_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigurationError, match="debug, info"):
+        configure_logging(level="loud")
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+async def test_handlers_side_by_side_never_mix_their_keys(tmp_path: Path, stream: io.StringIO, threaded: bool) -> None:
+    configure_logging(stream=stream)
+    service = Service("audit", concurrency=8)
+
+    def tell(event: Happened, context: Context) -> None:
+        log.info("told", key=event.key, of=str(context.event.id), at=context.position)
+
+    async def turns(event: Happened, context: Context) -> None:
+        tell(event, context)
+        await asyncio.sleep(0.002)
+        tell(event, context)
+
+    service.on(Happened, name="tell")(tell if threaded else turns)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*many(100, 20))
+        await world.settled()
+        log.info("outside")
+    told = [entry for entry in entries(stream) if entry["event"] == "told"]
+    assert len(told) == (100 if threaded else 200)
+    for entry in told:
+        assert entry["event_id"] == entry["of"]
+        assert entry["position"] == entry["at"]
+        assert entry["stream"] == f"Happened-{entry['key']}"
+        assert (entry["service"], entry["handler"], entry["attempt"]) == ("audit", "tell", 1)
+        assert entry["correlation_id"]
+    (outside,) = [entry for entry in entries(stream) if entry["event"] == "outside"]
+    assert "event_id" not in outside
