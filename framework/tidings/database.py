@@ -155,6 +155,8 @@ _SQLITE_OUTAGES: Final = frozenset(
     }
 )
 
+_PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
 
 def is_outage(error: BaseException) -> bool:
     """Is the service's own database down, locked or full? Then the error is no attempt of a handler.
@@ -253,7 +255,9 @@ def outages(database: str) -> Iterator[None]:
         yield
     except (DBAPIError, PoolTimeout) as error:
         if isinstance(error, PoolTimeout) or is_outage(error):
-            raise DatabaseUnavailable(f"database {database}: {_remedy(error)}") from error
+            code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+            passing = code is None or code & 0xFF in _PASSING
+            raise DatabaseUnavailable(f"database {database}: {_remedy(error)}", waiting_helps=passing) from error
         raise
 
 

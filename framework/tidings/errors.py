@@ -139,6 +139,11 @@ class InvalidStreamName(StoreError):
 class StoreUnavailable(StoreError):
     """The store cannot be reached, is locked, full or read-only. Appends in flight may or may not have happened."""
 
+    def __init__(self, message: str, *, waiting_helps: bool = True) -> None:
+        super().__init__(message)
+        self.waiting_helps = waiting_helps
+        """It may pass by itself: a process that starts waits for it, and ends where somebody must do something."""
+
 
 class LogChanged(StoreError):
     """The store holds another log than the one this database has followed."""
@@ -203,6 +208,11 @@ class BusUnavailable(BusError):
 
 class DatabaseUnavailable(TidingsError):
     """The service's own database is locked, full, read-only or gone. Never counted as an attempt of a handler."""
+
+    def __init__(self, message: str, *, waiting_helps: bool = True) -> None:
+        super().__init__(message)
+        self.waiting_helps = waiting_helps
+        """As in `StoreUnavailable`."""
 
 
 class Fenced(TidingsError):

@@ -101,11 +101,8 @@ class Handler:
     """Seconds per attempt."""
     threaded: bool
     """A plain function: it runs in a thread."""
-
-    @property
-    def transactional(self) -> bool:
-        """It works on the service's database: inside the transaction that moves the watermark."""
-        return any(wanted in (Inject.SESSION, Inject.CONNECTION) for _, wanted in self.parameters)
+    transactional: bool = False
+    """It works on the service's database: inside the transaction that moves the watermark."""
 
 
 _SQLALCHEMY: Final = {"AsyncSession": Inject.SESSION, "AsyncConnection": Inject.CONNECTION}
@@ -141,11 +138,12 @@ def declare(
     # A plain wrapper around an async function returns its coroutine, which is awaited all the same.
     threaded = not inspect.iscoroutinefunction(inspect.unwrap(function))
     wanted = {want for _, want in parameters}
-    if threaded and wanted & {Inject.SESSION, Inject.CONNECTION}:
+    transactional = not wanted.isdisjoint((Inject.SESSION, Inject.CONNECTION))
+    if threaded and transactional:
         raise ConfigurationError(f"{where}: a plain function runs in a thread and cannot use a session; make it async")
     if Inject.EVENT not in wanted:
         raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
-    return Handler(name, function, events, parameters, retry, timeout, threaded)
+    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional)
 
 
 def _parameters(

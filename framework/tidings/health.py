@@ -116,6 +116,8 @@ class ServiceFacts:
     floor: int = -1
     stalled: float = 0.0
     """For so long the floor has stood still below the marker."""
+    paused: str | None = None
+    """Why only one event is tried from time to time: everything fails."""
     work: tuple[Work, ...] = ()
     settled: int = -1
     """The floor as committed by whichever process of the service."""
@@ -205,6 +207,13 @@ def _service(facts: ServiceFacts) -> Iterator[Check]:
         "connected" if facts.consuming else "not connected",
         "is the broker up, and TIDINGS_BUS right? The log says what it answered (bus.unreachable, bus.lost)",
     )
+    if facts.paused is not None:
+        yield Check(
+            f"{facts.name}.attempts",
+            False,
+            facts.paused,
+            "mend what the handlers need; one event is tried from time to time, and the first success resumes the rest",
+        )
     if not facts.consuming or facts.database or facts.store:
         return  # what follows from these would only hide them
     yield _markers(facts)

@@ -14,6 +14,7 @@ from binascii import crc32
 from collections import deque
 from collections.abc import Mapping
 from enum import Enum
+from functools import lru_cache
 from typing import Final, Generic, TypeVar
 
 from tidings.stores import Filter, RecordedEvent
@@ -64,7 +65,11 @@ def partition_key(event: RecordedEvent) -> str:
     The answer depends on the bytes alone. A relay and a service that disagreed would do the event in two buckets, so
     what different interpreters read differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
     """
-    metadata = event.metadata
+    return _partition_key(event.metadata, event.stream)
+
+
+@lru_cache(maxsize=1)  # the relay asks twice for each event: for its bucket, and for its message
+def _partition_key(metadata: bytes, stream: str) -> str:
     if _KEY in metadata and not deep(metadata):
         try:
             document = _READER.decode(metadata.decode())
@@ -73,7 +78,7 @@ def partition_key(event: RecordedEvent) -> str:
                 return key
         except ValueError:
             pass
-    return event.stream
+    return stream
 
 
 def deep(document: bytes) -> bool:
@@ -263,6 +268,11 @@ class Settled(Generic[T]):
     def __len__(self) -> int:
         """Entries that `pop` has not given yet."""
         return len(self._tickets)
+
+    @property
+    def oldest(self) -> Ticket[T] | None:
+        """The first that has not ended, once `pop` has taken those before it."""
+        return self._tickets[0] if self._tickets else None
 
     def begin(self, value: T, *, done: bool = False) -> Ticket[T]:
         ticket = Ticket(value, done)

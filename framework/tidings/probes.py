@@ -108,6 +108,7 @@ class Probe:
             marker=marker,
             floor=floor,
             stalled=stalled,
+            paused=None if running.paused is None else masked(running.paused),
             work=self._work(running),
             settled=-1 if settled is None else settled,
             others_idle=others.idle(now),

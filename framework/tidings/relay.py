@@ -25,7 +25,7 @@ from tidings.errors import (
     TopologyMismatch,
     Unroutable,
 )
-from tidings.message import Marker, Message, encode
+from tidings.message import Marker, encode
 from tidings.position import CARRIED, Chain, Settled, Ticket, carried
 from tidings.stores import ANY, EventData, EventStore, RecordedEvent
 from tidings.supervision import leaves
@@ -149,6 +149,7 @@ class Relay:
             await turn.mark()
             log.info("relay.leading", relay=self.name, log=str(log_id), after=start)
             tasks.create_task(self._beat(turn))
+            tasks.create_task(turn.watch())
             async for item in self._store.subscribe_all(after=start, filter=CARRIED):
                 if isinstance(item, RecordedEvent):
                     await self._forward(turn, item)
@@ -255,7 +256,7 @@ class _Turn:
 
         async def confirm() -> None:
             try:
-                await self._confirmed(message)
+                await self._publisher.send(message)
             except PublishRejected:
                 self._relay.refused(event, self._sent)
                 raise
@@ -285,16 +286,27 @@ class _Turn:
     async def mark(self) -> None:
         position = self._relay.confirmed
         base, touched = self._chain.mark(position)
-        await self._confirmed(Marker(self._log_id, position, base, touched).encode())
-        self._relay.marked()
-
-    async def _confirmed(self, message: Message) -> None:
+        marker = Marker(self._log_id, position, base, touched).encode()
         try:
             async with asyncio.timeout(self._relay.confirm_seconds):
-                await self._publisher.send(message)
+                await self._publisher.send(marker)
         except TimeoutError as error:
-            raise BusUnavailable(
-                f"message {message.message_id} was not confirmed within {self._relay.confirm_seconds:g} s. Is the "
-                "broker out of memory or disk (it then blocks publishers), or a queue of a service without a leader "
-                "(look at its state; a queue may be deleted: its service reads what it held from the log)?"
-            ) from error
+            raise self._unconfirmed("the marker") from error
+        self._relay.marked()
+
+    async def watch(self) -> None:
+        """Raise when an event's confirm does not come. One look at the oldest in each `confirm_seconds` finds it before
+        it is twice as old, and costs nothing per event."""
+        while True:
+            oldest = self._window.oldest
+            await asyncio.sleep(self._relay.confirm_seconds)
+            if oldest is not None and not oldest.done:
+                raise self._unconfirmed("the event")
+
+    def _unconfirmed(self, what: str) -> BusUnavailable:
+        after = self._relay.confirmed
+        return BusUnavailable(
+            f"{what} after position {after} was not confirmed within {self._relay.confirm_seconds:g} s. Is the "
+            "broker out of memory or disk (it then blocks publishers), or a queue of a service without a leader "
+            "(look at its state; a queue may be deleted: its service reads what it held from the log)?"
+        )

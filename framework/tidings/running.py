@@ -20,6 +20,7 @@ from tidings.healing import Pass
 from tidings.held import HeldRows
 from tidings.inbox import Inbox
 from tidings.intake import Intake
+from tidings.opening import opened
 from tidings.position import ALL_BUCKETS, Accepted, bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
@@ -212,12 +213,15 @@ async def run_service(
     settings = settings or Settings()
     async with AsyncExitStack() as stack:
         if store is None:
-            store = await stack.enter_async_context(open_store(settings.store))
+            store = await opened(stack, lambda: open_store(settings.store), "the event store")
         if bus is None:
             bus = await stack.enter_async_context(open_bus(settings.bus))
             if settings.embedded_bus:  # no relay of another process can reach it
                 await stack.enter_async_context(supervised(Relay(store, bus, marker_seconds=EMBEDDED_MARKERS).run()))
-        database = await stack.enter_async_context(open_database(settings.database_of(service.name), service.tables))
+        url = settings.database_of(service.name)
+        database = await opened(
+            stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"
+        )
         running = RunningService(service, store, bus, database)
         stack.enter_context(service.bound_to(running))
         if service.resources is not None:

@@ -13,6 +13,7 @@ import structlog
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_logging
+from tidings.opening import opened
 from tidings.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store, redact
 from tidings.signals import StopSignals
@@ -56,7 +57,7 @@ class Runtime:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self._store = await stack.enter_async_context(open_store(self.settings.store))
+            self._store = await opened(stack, lambda: open_store(self.settings.store), "the event store")
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))
             self._tasks = await stack.enter_async_context(together(self._stop))
             if self.with_relay:
@@ -172,7 +173,8 @@ async def serve(
     A second signal ends the process at once, with 130 or 143. `relay` as for `Runtime`: `serve(relay=True)` is the
     relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`, that answers `/live` and
     `/ready` (see `tidings.probes`). Where structlog is not configured yet, this does it (`tidings.logs`). For the
-    main thread; raises `ConfigurationError`, `LogChanged`, `LogBehind`, `StoreUnavailable`.
+    main thread; raises `ConfigurationError`, `LogChanged`, `LogBehind`, and `StoreUnavailable` or
+    `DatabaseUnavailable` where waiting does not help.
     """
     if not structlog.is_configured():
         configure_logging()

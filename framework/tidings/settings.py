@@ -22,6 +22,8 @@ __all__ = ["Settings", "open_bus", "open_store", "redact"]
 _STORES: Final = {
     "sqlite": ("tidings.stores.sqlite", "open_sqlite", ""),
     "memory": ("tidings.stores.sqlite", "open_sqlite", ""),
+    "esdb": ("tidings.stores.eventstoredb", "open_eventstoredb", "eventstoredb"),
+    "esdb+discover": ("tidings.stores.eventstoredb", "open_eventstoredb", "eventstoredb"),
 }
 _BUSES: Final = {
     "memory": ("tidings.buses.memory", "open_memory", ""),
@@ -32,10 +34,14 @@ _BUSES: Final = {
 
 _OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL")
 """Read by the tests and by `deploy/local`."""
+DEBUG: Final = "TIDINGS_DEBUG"
+"""When set, the command line shows tracebacks: no setting, because it must work where settings are wrong."""
 
 
 class Settings(BaseSettings):
     """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: embedded by default, so that a newcomer sets nothing.
+
+    `TIDINGS_SERVICES` says to the command line which services there are.
 
     With a bus on the network the database must be named: two hosts with a default file each would do everything twice.
     """
@@ -49,6 +55,8 @@ class Settings(BaseSettings):
     database: str | None = None
     """The service's own: any SQLAlchemy URL; `{service}` stands for the service's name. Embedded default:
     `sqlite:///{service}.db`."""
+    services: str | None = None
+    """MODULE:SERVICE, separated by commas: those that commands without arguments are about."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,12 +64,13 @@ class Settings(BaseSettings):
         """A misspelt variable would otherwise run everything embedded, and nobody would notice."""
         known = [f"TIDINGS_{name.upper()}" for name in cls.model_fields]
         for name in os.environ:
-            if name.startswith("TIDINGS_") and name not in known and not name.startswith(_OTHER_VARIABLES):
+            if name.startswith("TIDINGS_") and name not in (*known, DEBUG) and not name.startswith(_OTHER_VARIABLES):
                 raise ConfigurationError(f"{name} is no setting of Tidings; there are {', '.join(known)}")
         return values
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        return [(name, redact(url)) for name, url in self if url is not None]
+        shown = ((name, value if name == "services" else redact(value)) for name, value in self if value is not None)
+        return list(shown)
 
     @field_validator("store")
     @classmethod
@@ -81,6 +90,21 @@ class Settings(BaseSettings):
         if url is not None and not url.strip():
             raise ConfigurationError("TIDINGS_DATABASE is set, but empty: name a database, or unset it")
         return url
+
+    @field_validator("services")
+    @classmethod
+    def _services_named(cls, names: str | None) -> str | None:
+        if names is not None and not all(name.strip() for name in names.split(",")):
+            raise ConfigurationError(
+                "TIDINGS_SERVICES is set, but names nothing between two commas: write MODULE:SERVICE,MODULE:SERVICE, "
+                "or unset it"
+            )
+        return names
+
+    @property
+    def service_names(self) -> tuple[str, ...]:
+        """What `TIDINGS_SERVICES` names; nothing when it is not set."""
+        return tuple(name.strip() for name in self.services.split(",")) if self.services is not None else ()
 
     @property
     def embedded_bus(self) -> bool:

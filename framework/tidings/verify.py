@@ -1,6 +1,7 @@
 """Is every event of the log settled in every service? Compares log, floors and watermarks, and names what is missing.
 
-It only reads. When all is well it costs a few rows per service; otherwise it reads the log above the lowest floor.
+It only reads. When all is well it costs a few rows per service; otherwise it reads the log above the lowest floor, as
+far as a limit allows.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, dead, floors, staged, watermarks
+from tidings.database import Database, dead, floors, held, staged, watermarks
 from tidings.position import ALL_BUCKETS, CARRIED, carried
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
     from tidings.service import Service
 
-__all__ = ["DeadEvent", "PendingEvent", "Report", "ServiceReport", "StagedSummary", "verify"]
+__all__ = ["DeadEvent", "HeldSummary", "PendingEvent", "Report", "ServiceReport", "StagedSummary", "verify"]
 
 NAMED: Final = 20
 """So many of each kind are named; all are counted."""
@@ -35,6 +36,22 @@ class PendingEvent:
     type: str
     stream: str
     version: int
+    ticks: int
+    """When it was recorded, as in `RecordedEvent`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSummary:
+    """Failed for now, or waiting behind one of its key that did: it runs again at `due`, seconds since 1970."""
+
+    position: int
+    event_id: str
+    type: str
+    stream: str
+    handler: str
+    attempts: int
+    due: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +84,14 @@ class ServiceReport:
 
     service: str
     floor: int
+    ran: bool = True
+    """Whether its database knows it; where it never ran, everything is pending."""
     beyond: int = -1
     """A floor or watermark above the end of the log: something that never was counts as settled."""
     pending_count: int = 0
     pending: list[PendingEvent] = field(default_factory=list)
+    held_count: int = 0
+    held: list[HeldSummary] = field(default_factory=list)
     dead_count: int = 0
     dead: list[DeadEvent] = field(default_factory=list)
     staged_count: int = 0
@@ -78,12 +99,15 @@ class ServiceReport:
 
     @property
     def ok(self) -> bool:
-        return not self.pending_count and not self.staged_count and self.beyond < 0
+        return not self.pending_count and not self.held_count and not self.staged_count and self.beyond < 0
 
     def lines(self, upto: int) -> Iterable[str]:
         state = f"settled up to position {upto}" if self.ok else f"NOT settled up to position {upto}"
-        counts = f"{self.pending_count} pending, {self.staged_count} staged, {self.dead_count} dead"
+        waiting = f", {self.held_count} held" if self.held_count else ""
+        counts = f"{self.pending_count} pending{waiting}, {self.staged_count} staged, {self.dead_count} dead"
         yield f"{self.service}: {state} ({counts}; floor {self.floor})"
+        if not self.ran:
+            yield "  has never run on this log: its database does not know it"
         if self.beyond >= 0:
             yield f"  claims position {self.beyond}, which the log does not reach: was it restored from a backup?"
         for event in self.pending:
@@ -91,6 +115,11 @@ class ServiceReport:
             yield f"  pending {event.type} {event.event_id} at {where}"
         if self.pending_count > len(self.pending):
             yield f"  and {self.pending_count - len(self.pending)} more pending"
+        for late in self.held:
+            where = f"of {late.stream}, position {late.position}, {late.attempts} attempts"
+            yield f"  held {late.type} {late.event_id} {where}: {late.reason.partition(chr(10))[0]}"
+        if self.held_count > len(self.held):
+            yield f"  and {self.held_count - len(self.held)} more held"
         for row in self.staged:
             yield f"  staged {row.type} {row.event_id} for {row.stream}, caused by position {row.cause}"
         if self.staged_count > len(self.staged):
@@ -111,10 +140,12 @@ class Report:
     position: int
     """The last event that is carried to services; what is asked is whether everything up to it is settled."""
     services: list[ServiceReport]
+    complete: bool = True
+    """False when a limit ended the counting: then there may be more pending than the report says."""
 
     @property
     def ok(self) -> bool:
-        """Every event is settled in every service: handled, or dead with its reason; and nothing is staged."""
+        """Every event is settled in every service: handled, or dead with its reason; and nothing is held or staged."""
         return all(service.ok for service in self.services)
 
     def __str__(self) -> str:
@@ -122,8 +153,13 @@ class Report:
         return "\n".join([head, *(line for service in self.services for line in service.lines(self.position))])
 
 
-async def verify(store: EventStore, services: Sequence[tuple[Service, Database]]) -> Report:
-    """Look once, now. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+async def verify(
+    store: EventStore, services: Sequence[tuple[Service, Database | None]], *, limit: int | None = None
+) -> Report:
+    """Look once, now. A service without a database has never run.
+
+    No more than `limit` events of the log are looked at. Raises `StoreUnavailable`, `DatabaseUnavailable`.
+    """
     log_id = await store.log_id()
     # The log first: what is settled afterwards can only be more.
     position = await _last_carried(store)
@@ -134,15 +170,20 @@ async def verify(store: EventStore, services: Sequence[tuple[Service, Database]]
         highest = max(view.report.floor, *view.watermarks.values(), -1)
         view.report.beyond = highest if highest > head else -1
     lowest = min((view.report.floor for view in views), default=position)
-    if lowest < position:
+    looked, complete = 0, True
+    if lowest < position and any(view.handled for view in views):
         async for event in store.read_all(after=lowest, filter=CARRIED):
             if event.position > position:
                 break
+            if looked == limit:
+                complete = False
+                break
+            looked += 1
             bucket = carried(event)
             if bucket is not None:
                 for view in views:
                     view.compare(event, bucket)
-    return Report(log_id, position, [view.report for view in views])
+    return Report(log_id, position, [view.report for view in views], complete)
 
 
 async def _last_carried(store: EventStore) -> int:
@@ -166,23 +207,35 @@ class _View:
         self.report.pending_count += 1
         if len(self.report.pending) < NAMED:
             self.report.pending.append(
-                PendingEvent(event.position, str(event.id), event.type, event.stream, event.version)
+                PendingEvent(event.position, str(event.id), event.type, event.stream, event.version, event.ticks)
             )
 
 
-async def _look(service: Service, database: Database, log_id: UUID) -> _View:
+async def _look(service: Service, database: Database | None, log_id: UUID) -> _View:
+    if database is None:
+        return _View(ServiceReport(service.name, floor=-1, ran=False), frozenset(service.handlers), {})
+
     def of(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
         return table.c.service == service.name, table.c.log == str(log_id)
 
     async with database.reading() as connection:
-        ranges = await connection.execute(sa.select(floors.c.position).where(*of(floors)))
-        report = ServiceReport(service.name, floor=min((row.position for row in ranges), default=-1))
+        ranges = list(await connection.scalars(sa.select(floors.c.position).where(*of(floors))))
+        report = ServiceReport(service.name, floor=min(ranges, default=-1), ran=bool(ranges))
         found = await connection.execute(sa.select(watermarks.c.bucket, watermarks.c.position).where(*of(watermarks)))
         marks = {row.bucket: row.position for row in found if row.bucket in ALL_BUCKETS}
         report.staged_count = await _count(connection, staged, of(staged))
         if report.staged_count:
             rows = await connection.execute(sa.select(staged).where(*of(staged)).order_by(staged.c.id).limit(NAMED))
             report.staged = [StagedSummary(row.event_id, row.type, row.stream, row.cause) for row in rows]
+        report.held_count = await _count(connection, held, of(held))
+        if report.held_count:
+            rows = await connection.execute(sa.select(held).where(*of(held)).order_by(held.c.position).limit(NAMED))
+            report.held = [
+                HeldSummary(
+                    row.position, row.event_id, row.type, row.stream, row.handler, row.attempts, row.due, row.reason
+                )
+                for row in rows
+            ]
         report.dead_count = await _count(connection, dead, of(dead))
         if report.dead_count:
             rows = await connection.execute(sa.select(dead).where(*of(dead)).order_by(dead.c.id).limit(NAMED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Service
-from tidings.errors import LogBehind, LogChanged, StoreUnavailable
+from tidings.errors import DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
 from tidings.running import RunningService
 
 EVENTS = many(200, 11)
@@ -148,6 +149,40 @@ async def test_a_store_that_is_away_pauses_a_pass_and_nothing_is_skipped(tmp_pat
 def _remove_log(folder: Path) -> None:
     for file in folder.glob("log.db*"):
         file.unlink()
+
+
+@pytest.mark.parametrize("file", ["log.db", "audit.db"])
+async def test_what_is_locked_at_the_start_is_waited_for(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.opening.PAUSES", (0.02, 0.1))
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:3])
+    with closing(sqlite3.connect(tmp_path / file, isolation_level=None, timeout=10)) as other, capture_logs() as lines:
+        other.execute("BEGIN IMMEDIATE")
+        starting = asyncio.create_task(_started(tmp_path, service))
+        await until(lambda: any(line["event"] == "process.waiting" for line in lines))
+        assert not starting.done()
+        other.execute("ROLLBACK")
+        await starting
+    what = "the event store" if file == "log.db" else "the database of service audit"
+    waits = [line for line in lines if line["event"] == "process.waiting"]
+    assert {line["waits_for"] for line in waits} == {what}
+    assert "nother process holds" in waits[0]["error"]
+
+
+async def _started(folder: Path, service: Service) -> None:
+    async with service.running(settings_for(folder)):
+        pass
+
+
+async def test_what_only_a_person_can_mend_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "audit.db").write_bytes(b"no database at all, but long enough to look like a file" * 20)
+    with pytest.raises(DatabaseUnavailable, match="is the path right"):
+        await _started(tmp_path, auditing())
+    with pytest.raises(StoreUnavailable, match="no folder"):
+        await _started(tmp_path / "missing", auditing())
 
 
 def _copy_log(source: Path, target: Path) -> None:

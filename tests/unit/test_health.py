@@ -29,6 +29,7 @@ def wrong(health: Health) -> list[str]:
         ({"consuming": False}, ["audit.bus"]),
         ({"database": "locked"}, ["audit.database"]),
         ({"store": "no answer"}, ["audit.store"]),
+        ({"paused": "every attempt has failed"}, ["audit.attempts"]),
         ({"marker_age": 29}, []),
         ({"marker_age": 31}, ["audit.markers"]),
         ({"floor": 3, "stalled": 29}, []),

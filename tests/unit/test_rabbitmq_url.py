@@ -17,6 +17,9 @@ from tidings.errors import BusUnavailable, ConfigurationError
         ("amqp://m%40e:se%2Fcret@broker/a%2Fb", "broker:5672, vhost 'a/b', user 'm@e'"),
         ("amqps://broker/%2F?heartbeat=5", "broker:5671, vhost '/', user 'guest'"),
         ("AMQP://[::1]:5", "::1:5, vhost '/', user 'guest'"),
+        ("amqp://me:secret@a,b:1,[::1]:2/shop", "a:5672,b:1,::1:2, vhost 'shop', user 'me'"),
+        ("amqp://me:se,cret@a,b", "a:5672,b:5672, vhost '/', user 'me'"),
+        ("amqps://a,b:1", "a:5671,b:1, vhost '/', user 'guest'"),
     ],
 )
 async def test_a_url_says_where_and_as_whom(url: str, shown: str) -> None:
@@ -32,6 +35,11 @@ async def test_a_url_says_where_and_as_whom(url: str, shown: str) -> None:
         ("amqp://me:se?cret@broker/", "%3F"),
         ("amqp://me:secret@broker:port/", "cannot be read"),
         ("amqp://me:secret@broker/a/b", "%2F"),
+        ("amqp://me:secret@a,", "host1:5672,host2:5672"),
+        ("amqp://me:secret@a:1,,b:1/", "host1:5672,host2:5672"),
+        ("amqp://me:secret@a:1,b:port/", "host1:5672,host2:5672"),
+        ("amqp://me:secret@a:1,me:secret@b:1/", "host1:5672,host2:5672"),
+        ("amqp://me:secret@a:1,amqp://me:secret@b:1/", "host1:5672,host2:5672"),
         ("amqp://me:secret@broker/?hartbeat=5", "'hartbeat'"),
         ("amqp://me:secret@broker/?heartbeat=0", "1 to 60"),
         ("amqp://me:secret@broker/?heartbeat=soon", "1 to 60"),
@@ -53,3 +61,14 @@ async def test_a_closed_bus_says_so_without_its_password() -> None:
     with pytest.raises(BusUnavailable, match="closed") as raised:
         await bus.provision()
     assert "secret" not in str(raised.value)
+
+
+async def test_when_no_node_of_a_cluster_lets_us_in_each_is_named_with_its_reason() -> None:
+    bus = await open_rabbitmq("amqp://me:secret@127.0.0.1:1,127.0.0.1:2/shop")
+    with pytest.raises(BusUnavailable) as raised:
+        await bus.provision()
+    said = str(raised.value)
+    assert "RabbitMQ at 127.0.0.1:1,127.0.0.1:2, vhost 'shop'" in said
+    assert "127.0.0.1:1: [Errno" in said
+    assert "127.0.0.1:2: [Errno" in said
+    assert "secret" not in said

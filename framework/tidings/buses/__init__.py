@@ -12,20 +12,21 @@ adapter stays thin. Rules that every adapter keeps, each proved by a test of `ti
 * Of several consumers of a queue one is active; when it closes, another takes over.
 * A lock has one holder; losing the connection loses it.
 * Provisioning twice changes nothing; what exists with other properties raises `TopologyMismatch` that names them.
+* Inspecting makes nothing and changes nothing, and finds out what provisioning would make or refuse.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from tidings.errors import ConfigurationError
 from tidings.message import Message
 
-__all__ = ["Consumer", "Delivery", "EventBus", "Publisher", "Subscription", "check_service_name"]
+__all__ = ["Consumer", "Delivery", "EventBus", "Found", "Publisher", "Subscription", "check_service_name"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 
@@ -49,6 +50,20 @@ class Subscription:
     @property
     def queue(self) -> str:
         return f"tidings.{self.service}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One thing that Tidings needs on the bus, and what is there in its place."""
+
+    kind: Literal["exchange", "queue"]
+    name: str
+    state: Literal["missing", "fits", "differs"]
+    detail: str = ""
+    """Of what differs: in what, and the remedy. Of what fits: what is worth knowing, if anything."""
+    messages: int | None = None
+    """Of a queue that is there: how many wait in it, without those delivered and unsettled."""
+    consumers: int | None = None
 
 
 class Delivery(NamedTuple):
@@ -86,6 +101,10 @@ class EventBus(Protocol):
 
     async def provision(self, subscription: Subscription | None = None) -> None:
         """Make the exchange and, if given, the service's queue and its binding; change nothing that exists."""
+        ...
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """What is there of what these services need: the exchange, then their queues. Raises `BusUnavailable`."""
         ...
 
     def publisher(self, *, lock: str | None = None) -> AbstractAsyncContextManager[Publisher]:

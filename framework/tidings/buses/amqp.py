@@ -10,57 +10,38 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import struct
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar, cast
 
-from pamqp import commands, frame, header
+from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.heartbeat import Heartbeat
 
+from tidings.buses.amqp_channel import (
+    BODY,
+    CONTENT,
+    FRAME,
+    HEARTBEAT,
+    METHOD,
+    AmqpError,
+    Channel,
+    ChannelClosed,
+    ConnectionLost,
+    Outcome,
+    read_method,
+)
+
 __all__ = ["Address", "AmqpError", "Channel", "ChannelClosed", "Connection", "ConnectionLost", "Outcome"]
 
-Properties = commands.Basic.Properties
-OnDelivery = Callable[[int, Properties | None, bytes], None]
-"""Called with delivery tag, properties (None if they cannot be decoded) and body."""
-
-_FRAME: Final = struct.Struct(">BHI")
-_ACK: Final = struct.Struct(">QB")
-_HEADER: Final = struct.Struct(">HHQ")
-_METHOD, _CONTENT, _BODY, _HEARTBEAT = 1, 2, 3, 8
-_END: Final = b"\xce"
-_DELIVER, _RETURN, _ACKED, _NACKED = (60 << 16) + 60, (60 << 16) + 50, (60 << 16) + 80, (60 << 16) + 120
 _ALIVE: Final = Heartbeat().marshal()
-_BIGGEST_FRAME: Final = 1 << 20
+_SMALLEST_FRAME, _BIGGEST_FRAME = 4096, 1 << 20
+"""Bytes: AMQP's `frame-min-size`, and what one frame may take here whatever the broker offers."""
+_UNREAD: Final = 16
+"""Methods on channel 0 that nobody has asked for: a broker that sends more is none."""
 
 F = TypeVar("F", bound=Frame)
-
-
-class AmqpError(Exception):
-    """What the broker said, or why it can say no more; `code` is AMQP's reply code, 0 where there is none."""
-
-    def __init__(self, text: str, code: int = 0) -> None:
-        self.text, self.code = text, code
-        super().__init__(f"{code} {text}" if code else text)
-
-
-class ConnectionLost(AmqpError):
-    """The connection could not be made, or is gone."""
-
-
-class ChannelClosed(AmqpError):
-    """The broker closed one channel, or cancelled its consumer; the connection lives on."""
-
-
-class Outcome(Enum):
-    """What became of a publish: confirmed in every queue, refused, or no queue to go to."""
-
-    CONFIRMED = "confirmed"
-    REFUSED = "refused"
-    RETURNED = "returned"
 
 
 @dataclass(frozen=True)
@@ -74,192 +55,17 @@ class Address:
     vhost: str
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     heartbeat: int = 10
+    others: tuple[tuple[str, int], ...] = ()
+    """Hosts and ports of further nodes of the same cluster."""
+
+    def each(self) -> list[Address]:
+        """One address per node, in the order given."""
+        nodes = ((self.host, self.port), *self.others)
+        return [replace(self, host=host, port=port, others=()) for host, port in nodes]
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}, vhost {self.vhost!r}, user {self.user!r}"
-
-
-@dataclass(slots=True)
-class _Publish:
-    future: asyncio.Future[Outcome]
-    key: str | None
-    returned: bool = False
-
-
-class _Content:
-    """A message that is arriving: its method, then its header, then as many body frames as the header promised."""
-
-    __slots__ = ("body", "method", "properties", "size", "tag")
-
-    def __init__(self, method: int, tag: int) -> None:
-        self.method, self.tag = method, tag
-        self.size = -1
-        self.properties: Properties | None = None
-        self.body = bytearray()
-
-
-def _method(payload: bytes) -> Frame:
-    return cast("Frame", frame.unmarshal(_FRAME.pack(_METHOD, 0, len(payload)) + payload + _END)[2])
-
-
-class Channel:
-    """One channel: calls, publishes with confirms, one consumer. Made by `Connection.channel`."""
-
-    def __init__(self, connection: Connection, number: int) -> None:
-        self._connection = connection
-        self._number = number
-        self._turn = asyncio.Lock()
-        self._reply: asyncio.Future[Frame] | None = None
-        self._content: _Content | None = None
-        self._unconfirmed: dict[int, _Publish] = {}
-        self._published = 0
-        self._on_delivery: OnDelivery | None = None
-        self._on_closed: Callable[[AmqpError], None] | None = None
-        self.closed: AmqpError | None = None
-        """Why this channel is of no more use; None while it lives."""
-        self.abandoned = 0
-        """Messages that were unconfirmed when it closed: with one, the broker's complaint is about that one."""
-
-    async def call(self, request: Frame, reply: type[F]) -> F:
-        """Send a method and wait for its reply. Raises `AmqpError`; when cancelled, the channel is of no more use."""
-        async with self._turn:
-            if self.closed is not None:
-                raise self.closed
-            self._reply = asyncio.get_running_loop().create_future()
-            self._connection.write(frame.marshal(request, self._number))
-            try:
-                answer = await self._reply
-            except asyncio.CancelledError:
-                self.fail(ChannelClosed(f"{request.name} was cancelled before its reply came"))
-                raise
-            finally:
-                self._reply = None
-        if not isinstance(answer, reply):
-            raise ConnectionLost(f"the broker answered {request.name} with {answer.name}")
-        return answer
-
-    def publish(self, exchange: str, properties: Properties, body: bytes) -> asyncio.Future[Outcome]:
-        """Send a mandatory message at once; the future is done when the broker has confirmed it.
-
-        Raises `AmqpError` on a dead channel, `ValueError` or `TypeError` for properties that no frame can hold. Returns
-        are matched by message id, and all unconfirmed messages of that id count as returned: one too many is sent
-        again, which is harmless; one too few would be lost.
-        """
-        if self.closed is not None:
-            raise self.closed
-        number, limit = self._number, self._connection.frame_max - 8
-        content = frame.marshal(header.ContentHeader(body_size=len(body), properties=properties), number)
-        if len(content) > limit + 8:
-            raise ValueError(f"its headers are {len(content)} bytes, a frame of this broker ends at {limit + 8}")
-        parts = [frame.marshal(commands.Basic.Publish(exchange=exchange, mandatory=True), number), content]
-        for start in range(0, len(body), limit):
-            part = body[start : start + limit]
-            parts += (_FRAME.pack(_BODY, number, len(part)), part, _END)
-        self._connection.write(*parts)
-        self._published += 1
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._unconfirmed[self._published] = _Publish(future, properties.message_id or None)
-        return future
-
-    async def consume(
-        self, queue: str, prefetch: int, on_delivery: OnDelivery, on_closed: Callable[[AmqpError], None]
-    ) -> None:
-        """Begin to consume: `on_delivery` for each message, `on_closed` once when no more can come."""
-        await self.call(commands.Basic.Qos(prefetch_count=prefetch), commands.Basic.QosOk)
-        self._on_delivery, self._on_closed = on_delivery, on_closed
-        await self.call(commands.Basic.Consume(queue=queue, consumer_tag="tidings"), commands.Basic.ConsumeOk)
-
-    def ack_through(self, tag: int) -> None:
-        """Settle all deliveries up to `tag`; nothing happens on a dead channel, whose tags mean nothing any more."""
-        if self.closed is None:
-            self._connection.write(frame.marshal(commands.Basic.Ack(delivery_tag=tag, multiple=True), self._number))
-
-    def fail(self, error: AmqpError) -> None:
-        """End everything that waits on this channel with `error`."""
-        if self.closed is not None:
-            return
-        self.closed = error
-        self.abandoned = len(self._unconfirmed)
-        if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(error)
-        for publish in self._unconfirmed.values():
-            if not publish.future.done():
-                publish.future.set_exception(error)
-        self._unconfirmed.clear()
-        if self._on_closed is not None:
-            self._on_closed(error)
-
-    # ---- frames of this channel ----------------------------------------------------------
-
-    def on_method(self, payload: bytes) -> None:
-        method = int.from_bytes(payload[:4], "big")
-        if method == _DELIVER:
-            at = 5 + payload[4]
-            self._content = _Content(method, int.from_bytes(payload[at : at + 8], "big"))
-        elif method in (_ACKED, _NACKED):
-            tag, flags = _ACK.unpack_from(payload, 4)
-            self._confirmed(tag, bool(flags & 1), Outcome.CONFIRMED if method == _ACKED else Outcome.REFUSED)
-        elif method == _RETURN:
-            self._content = _Content(method, 0)
-        else:
-            answer = _method(payload)
-            if isinstance(answer, commands.Channel.Close):
-                self._connection.write(frame.marshal(commands.Channel.CloseOk(), self._number))
-                self._connection.forget(self._number)
-                self.fail(ChannelClosed(answer.reply_text or "", answer.reply_code or 0))
-            elif isinstance(answer, commands.Basic.Cancel):
-                self.fail(
-                    ChannelClosed("the broker cancelled the consumer: its queue was deleted, or its node is gone")
-                )
-            elif self._reply is not None and not self._reply.done():
-                self._reply.set_result(answer)
-
-    def on_header(self, payload: bytes) -> None:
-        content = self._content
-        if content is None:
-            raise ConnectionLost("the broker sent a content header out of turn")
-        content.size = _HEADER.unpack_from(payload)[2]
-        parsed = header.ContentHeader()
-        try:
-            parsed.unmarshal(payload)
-            content.properties = parsed.properties
-        except Exception:  # whatever a foreign publisher put there must stay a matter of that message
-            content.properties = None
-        if not content.size:
-            self._arrived(content)
-
-    def on_body(self, payload: bytes) -> None:
-        content = self._content
-        if content is None:
-            raise ConnectionLost("the broker sent a content body out of turn")
-        content.body += payload
-        if len(content.body) >= content.size:
-            self._arrived(content)
-
-    def _arrived(self, content: _Content) -> None:
-        self._content = None
-        if content.method == _DELIVER:
-            if self._on_delivery is not None and self.closed is None:
-                self._on_delivery(content.tag, content.properties, bytes(content.body))
-            return
-        key = content.properties.message_id if content.properties is not None else None
-        for publish in self._unconfirmed.values():
-            if publish.key == (key or None):
-                publish.returned = True
-
-    def _confirmed(self, tag: int, multiple: bool, outcome: Outcome) -> None:
-        unconfirmed = self._unconfirmed
-        tags = [tag]
-        if multiple:
-            tags = []
-            for sent in unconfirmed:  # in the order of publishing, so this stops at the first that is newer
-                if sent > tag:
-                    break
-                tags.append(sent)
-        for sent in tags:
-            publish = unconfirmed.pop(sent, None)
-            if publish is not None and not publish.future.done():
-                publish.future.set_result(Outcome.RETURNED if publish.returned else outcome)
+        nodes = ",".join(f"{host}:{port}" for host, port in ((self.host, self.port), *self.others))
+        return f"{nodes}, vhost {self.vhost!r}, user {self.user!r}"
 
 
 class Connection(asyncio.Protocol):
@@ -272,7 +78,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._input = bytearray()
         self._output: list[bytes] = []
-        self._flushing = False
+        self._flushing = self._paused = False
+        self._line: deque[asyncio.Future[None]] = deque()
+        """Who waits for `room`, first come first served."""
         self._channels: dict[int, Channel] = {}
         self._methods: deque[Frame] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -342,6 +150,27 @@ class Connection(asyncio.Protocol):
         """A channel is closed on both sides: its number is free."""
         self._channels.pop(number, None)
 
+    @property
+    def crowded(self) -> bool:
+        """The transport holds as much as it should, or others wait for it already."""
+        return bool(self._paused or self._line)
+
+    async def room(self) -> None:
+        """Wait for the turn to write, at once after this returns; who is last in line waits longest. Returns too when
+        the connection is lost."""
+        place: asyncio.Future[None] = self._loop.create_future()
+        self._line.append(place)
+        self._next()
+        try:
+            await place
+        finally:
+            self._line.remove(place)
+            self._next()
+
+    def _next(self) -> None:
+        if self._line and not self._line[0].done() and (self.lost is not None or not self._paused):
+            self._line[0].set_result(None)
+
     def write(self, *parts: bytes) -> None:
         """Frames to send; those of one turn of the loop leave together, which brokers answer with fewer confirms."""
         self._output += parts
@@ -361,6 +190,7 @@ class Connection(asyncio.Protocol):
         for channel in list(self._channels.values()):
             channel.fail(error)
         self._channels.clear()
+        self._next()
         if self._transport is not None:
             self._transport.abort()
 
@@ -395,6 +225,8 @@ class Connection(asyncio.Protocol):
         self.write(frame.marshal(start, 0))
         tune = await self._expect(commands.Connection.Tune)
         self.frame_max = min(tune.frame_max or _BIGGEST_FRAME, _BIGGEST_FRAME)
+        if self.frame_max < _SMALLEST_FRAME:
+            raise ConnectionLost(f"it allows frames of {self.frame_max} bytes, AMQP 0-9-1 at least {_SMALLEST_FRAME}")
         answer = commands.Connection.TuneOk(tune.channel_max or 0, self.frame_max, self._heartbeat)
         self.write(frame.marshal(answer, 0), frame.marshal(commands.Connection.Open(virtual_host=address.vhost), 0))
         await self._expect(commands.Connection.OpenOk)
@@ -420,6 +252,13 @@ class Connection(asyncio.Protocol):
         if not self._gone.done():
             self._gone.set_result(None)
 
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._next()
+
     def data_received(self, data: bytes) -> None:
         self._heard = True
         buffer = self._input
@@ -427,7 +266,7 @@ class Connection(asyncio.Protocol):
         at, end = 0, len(buffer)
         try:
             while end - at >= 7 and self.lost is None:
-                kind, number, size = _FRAME.unpack_from(buffer, at)
+                kind, number, size = FRAME.unpack_from(buffer, at)
                 if kind == 65:  # "A" of "AMQP": the broker speaks another version
                     raise ConnectionLost("it speaks another protocol than AMQP 0-9-1")
                 stop = at + 8 + size
@@ -446,19 +285,19 @@ class Connection(asyncio.Protocol):
         del buffer[:at]
 
     def _received(self, kind: int, number: int, payload: bytes) -> None:
-        if kind == _HEARTBEAT:
+        if kind == HEARTBEAT:
             return
         if number == 0:
-            self._on_method(_method(payload))
+            self._on_method(read_method(payload))
             return
         channel = self._channels.get(number)
         if channel is None:
             return
-        if kind == _METHOD:
+        if kind == METHOD:
             channel.on_method(payload)
-        elif kind == _CONTENT:
+        elif kind == CONTENT:
             channel.on_header(payload)
-        elif kind == _BODY:
+        elif kind == BODY:
             channel.on_body(payload)
 
     def _on_method(self, method: Frame) -> None:
@@ -474,6 +313,8 @@ class Connection(asyncio.Protocol):
         elif isinstance(method, commands.Connection.Unblocked):
             if self._on_blocked is not None:
                 self._on_blocked(None)
+        elif len(self._methods) >= _UNREAD:
+            raise ConnectionLost(f"the broker sent {method.name} out of turn")
         else:
             self._methods.append(method)
             if self._waiter is not None and not self._waiter.done():

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 import structlog
 
-from tidings.buses import Delivery, Subscription
+from tidings.buses import Delivery, Found, Subscription
 from tidings.errors import BusUnavailable, ConfigurationError, TopologyMismatch, Unroutable
 from tidings.message import Message
 
@@ -170,10 +170,28 @@ class MemoryBus:
             return
         queue = self._broker.queues.setdefault(subscription.queue, _Queue(subscription.queue, self._limit))
         if queue.foreign:
-            raise TopologyMismatch(
-                f"queue {queue.name!r} of memory://{self._name} exists, but was not made by Tidings. Delete it "
-                "(delete_queue) and start the service again: the log brings what it held."
-            )
+            raise TopologyMismatch(self._foreign(queue))
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        self._check_open()
+        found = [Found("exchange", _EXCHANGE, "fits")]
+        for subscription in subscriptions:
+            queue = self._broker.queues.get(subscription.queue)
+            if queue is None:
+                found.append(Found("queue", subscription.queue, "missing"))
+                continue
+            counts = len(queue.ready), len(queue.consumers)
+            if queue.foreign:
+                found.append(Found("queue", queue.name, "differs", self._foreign(queue), *counts))
+            else:
+                found.append(Found("queue", queue.name, "fits", "", *counts))
+        return found
+
+    def _foreign(self, queue: _Queue) -> str:
+        return (
+            f"queue {queue.name!r} of memory://{self._name} exists, but was not made by Tidings. Delete it "
+            "(delete_queue) and start the service again: the log brings what it held."
+        )
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:

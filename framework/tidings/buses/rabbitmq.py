@@ -13,28 +13,28 @@ import random
 import re
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import structlog
 from pamqp import commands
 
-from tidings.buses import Delivery, Subscription
+from tidings.buses import Delivery, Found, Subscription
 from tidings.buses.amqp import Address, AmqpError, Channel, ChannelClosed, Connection, ConnectionLost, Outcome
-from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, provision
+from tidings.buses.amqp_content import Properties
+from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, inspect, provision
 from tidings.errors import BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
-from tidings.message import Message
+from tidings.message import BODY_LIMIT, Message
 
 __all__ = ["RabbitMQBus", "address_of", "open_rabbitmq"]
 
 _OPTIONS: Final = ("heartbeat", "cafile", "certfile", "keyfile")
 _TOO_LARGE: Final = re.compile(r"message size (\d+) (?:is )?larger than (?:configured )?max size (\d+)")
 _LOCK_POLL: Final = 1.0  # seconds, give or take a quarter
-_SHORT: Final = 255  # bytes of an AMQP short string
-
-Properties = commands.Basic.Properties
+_ABOUT_US: Final = (403, 530)
+"""Replies about user or vhost, which all nodes of a cluster share: the next node would say the same."""
 
 log = structlog.get_logger(__name__)
 
@@ -45,9 +45,13 @@ class _Publisher:
         self._channel = channel
 
     async def send(self, message: Message) -> None:
-        # No await before the frames are written: that is what keeps sends in the order in which they began.
+        # Nothing else is awaited before the frames are written: that is what keeps sends in the order in which they
+        # began.
+        channel = self._channel
+        if channel.crowded:
+            await channel.room()
         try:
-            future = self._channel.publish(EXCHANGE, _properties(message), message.body)
+            future = channel.publish(EXCHANGE, _properties(message), message.body)
         except AmqpError as error:
             raise self._bus.unavailable(error) from error
         except (ValueError, TypeError) as error:
@@ -85,7 +89,7 @@ class _Consumer:
 
     async def begin(self, channel: Channel, queue: str, prefetch: int) -> None:
         self._channel = channel
-        await channel.consume(queue, prefetch, self._on_delivery, self.end)
+        await channel.consume(queue, prefetch, self._on_delivery, self.end, body_limit=BODY_LIMIT)
 
     def __aiter__(self) -> AsyncIterator[Delivery]:
         return self
@@ -123,10 +127,12 @@ class _Consumer:
 
 
 class RabbitMQBus:
-    """An `EventBus` on one RabbitMQ node or cluster address; opens its connections on use."""
+    """An `EventBus` on one RabbitMQ node or a cluster's; opens its connections on use."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
+        self._nodes = address.each()
+        self._node = 0  # of `_nodes`: the one that let us in last
         self.connections: set[Connection] = set()
         """Those open now, for tests that cut them."""
         self._closed = False
@@ -139,6 +145,14 @@ class RabbitMQBus:
         async with self._connected("tidings provision") as connection:
             try:
                 await provision(connection, self._address.vhost, subscription)
+            except AmqpError as error:
+                raise self.unavailable(error) from error
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """As the port says. A user who may not declare is told that what exists fits: nothing more can be known."""
+        async with self._connected("tidings inspect") as connection:
+            try:
+                return await inspect(connection, self._address.vhost, subscriptions)
             except AmqpError as error:
                 raise self.unavailable(error) from error
 
@@ -198,7 +212,7 @@ class RabbitMQBus:
         if self._closed:
             raise BusUnavailable(f"{self!r} is closed")
         try:
-            connection = await Connection.open(self._address, name, on_blocked=self._on_blocked)
+            connection = await self._open(name)
         except AmqpError as error:
             raise self.unavailable(error) from error
         self.connections.add(connection)
@@ -207,6 +221,24 @@ class RabbitMQBus:
         finally:
             self.connections.discard(connection)
             await connection.close()
+
+    async def _open(self, name: str) -> Connection:
+        """To the node that let us in last, or else to the next: each has one try."""
+        began, complaints = self._node, []
+        for turn in range(len(self._nodes)):
+            number = (began + turn) % len(self._nodes)
+            node = self._nodes[number]
+            try:
+                connection = await Connection.open(node, name, on_blocked=self._on_blocked)
+            except AmqpError as error:
+                if len(self._nodes) == 1 or error.code in _ABOUT_US:
+                    raise
+                log.warning("bus.node_unreachable", node=f"{node.host}:{node.port}", error=str(error))
+                complaints.append(f"{node.host}:{node.port}: {error}")
+            else:
+                self._node = number
+                return connection
+        raise ConnectionLost("; ".join(complaints))
 
     async def _hold(self, connection: Connection, name: str) -> None:
         """Wait until this connection alone has the lock's queue. A refused declare (405) costs a channel each time."""
@@ -245,57 +277,33 @@ class RabbitMQBus:
 
 
 def _properties(message: Message) -> Properties:
-    headers = {name: bytearray(value) if type(value) is bytes else value for name, value in message.headers.items()}
     return Properties(
-        content_type=_short(message.content_type),
-        headers=cast("Any", headers),
-        delivery_mode=2,
-        correlation_id=_short(message.correlation_id),
-        message_id=_short(message.message_id),
-        message_type=_short(message.type),
-        app_id=_short(message.app_id),
+        message.headers,
+        message.content_type,
+        message.correlation_id,
+        message.message_id,
+        message.type,
+        message.app_id,
     )
-
-
-def _short(value: str | None) -> str | None:
-    """The value, or None if no AMQP short string can hold it: the headers have the same fact."""
-    if not value or len(value) > _SHORT or (not value.isascii() and len(value.encode()) > _SHORT):
-        return None
-    return value
 
 
 def _message(properties: Properties | None, body: bytes) -> Message:
     """Whatever is on the queue as a `Message`, with empty fields where a foreign publisher left them, or wrote what
-    cannot be read. Never raises: one message that did would block its queue."""
+    cannot be read."""
     if properties is None:
         return Message(body=body, message_id="", type="", content_type="")
-    headers = _headers(cast("Mapping[str, object] | None", properties.headers) or {})
+    headers, content_type, correlation_id, message_id, kind, app_id = properties
     bucket = headers.get("tidings-bucket")
     return Message(
-        body=body,
-        message_id=properties.message_id or "",
-        type=properties.message_type or "",
-        headers=headers,
-        content_type=properties.content_type or "",
-        correlation_id=properties.correlation_id,
-        app_id=properties.app_id,
-        bucket=bucket if type(bucket) is int else None,
+        body,
+        message_id or "",
+        kind or "",
+        headers,
+        content_type or "",
+        correlation_id,
+        app_id,
+        bucket if type(bucket) is int else None,
     )
-
-
-def _headers(found: Mapping[str, object]) -> dict[str, str | int | bytes]:
-    """Strings, integers and bytes as they are; anything else as the bytes of its text, which no reader of ours takes
-    for a string or a number."""
-    headers: dict[str, str | int | bytes] = {}
-    for name, value in found.items():
-        kind = type(value)
-        if kind is str or kind is int or kind is bytes:
-            headers[name] = cast("str | int | bytes", value)
-        elif isinstance(value, bytearray):
-            headers[name] = bytes(value)
-        else:
-            headers[name] = repr(value).encode("utf-8", "replace")
-    return headers
 
 
 def address_of(url: str) -> Address:
@@ -303,13 +311,22 @@ def address_of(url: str) -> Address:
     anywhere in it."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        login, _, places = parts.netloc.rpartition("@")
+        nodes = [(place.hostname, place.port) for place in map(urlsplit, (f"//{at}" for at in places.split(",")))]
     except ValueError:
-        host, parts, port = None, urlsplit(""), None
-    if not host or parts.fragment or "/" in parts.path[1:] or "@" in parts.path + parts.query:
+        parts, login, nodes = urlsplit(""), "", [(None, None)]
+    user, _, password = login.partition(":")
+    if (
+        not all(host for host, _ in nodes)
+        or parts.fragment
+        or "/" in parts.path[1:]
+        or "@" in parts.path + parts.query
+        or ("@" in login and "," in login)  # a user and password for each host
+    ):
         raise ConfigurationError(
-            "the RabbitMQ URL cannot be read: write amqp://user:password@host:5672/vhost, and in user, password and "
-            "vhost '/' as %2F, '@' as %40, '#' as %23, '?' as %3F, '%' as %25"
+            "the RabbitMQ URL cannot be read: write amqp://user:password@host:5672/vhost, or for a cluster "
+            "amqp://user:password@host1:5672,host2:5672/vhost, and in user, password and vhost '/' as %2F, '@' as %40, "
+            "'#' as %23, '?' as %3F, '%' as %25"
         )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if unknown := sorted(options.keys() - set(_OPTIONS)):
@@ -324,11 +341,14 @@ def address_of(url: str) -> Address:
         tls = _tls(options)
     elif options.keys() & {"cafile", "certfile", "keyfile"}:
         raise ConfigurationError("the RabbitMQ URL names certificates, but begins with amqp://: write amqps://")
+    default = 5672 if tls is None else 5671
+    (host, port), *others = [(host or "", port or default) for host, port in nodes]
     return Address(
         host=host,
-        port=port or (5672 if tls is None else 5671),
-        user=unquote(parts.username or "guest"),
-        password=unquote(parts.password or "guest"),
+        port=port,
+        others=tuple(others),
+        user=unquote(user or "guest"),
+        password=unquote(password or "guest"),
         vhost=unquote(parts.path[1:]) or "/",
         tls=tls,
         heartbeat=int(heartbeat),
@@ -348,6 +368,8 @@ def _tls(options: Mapping[str, str]) -> ssl.SSLContext:
 async def open_rabbitmq(url: str) -> RabbitMQBus:
     """The bus at `amqp(s)://user:password@host:port/vhost`; connects on use. Raises `ConfigurationError`.
 
+    Of a cluster any number of nodes may be named, `host1:port,host2:port`: each connection goes to the first that lets
+    it in, beginning with the one that did so last.
     Options: `heartbeat` (seconds, default 10: a dead broker is noticed after twice that), and for `amqps://` `cafile`,
     `certfile`, `keyfile` (paths of PEM files).
     """

@@ -2,7 +2,8 @@
 
 Comparing takes two steps. A passive declare says whether something exists, and needs no permission; an active one makes
 the broker compare (or make) it, and answers a difference by closing the channel with a 406, which becomes
-`TopologyMismatch`. So each declare has a channel of its own.
+`TopologyMismatch`. So each declare has a channel of its own. Inspecting declares actively only what is there; no
+declare compares without that. Bindings cannot be looked at over AMQP: provisioning makes them anew each time.
 
 `tidings.partitions` (direct, bound to the fanout; routing key = bucket, or `marker`) has its place here once a service
 can have several queues.
@@ -11,17 +12,18 @@ can have several queues.
 from __future__ import annotations
 
 import re
-from typing import Any, Final, cast
+from collections.abc import Sequence
+from typing import Any, Final, TypeVar, cast
 
 import structlog
 from pamqp import commands
 from pamqp.base import Frame
 
-from tidings.buses import Subscription
+from tidings.buses import Found, Subscription
 from tidings.buses.amqp import ChannelClosed, Connection
 from tidings.errors import TopologyMismatch
 
-__all__ = ["EXCHANGE", "LOCK", "QUEUE_BYTES", "provision"]
+__all__ = ["EXCHANGE", "LOCK", "QUEUE_BYTES", "inspect", "provision"]
 
 EXCHANGE: Final = "tidings.events"
 LOCK: Final = "tidings.relay."
@@ -41,57 +43,103 @@ _DIFFERENCE: Final = re.compile(
 )
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '.*')?", re.DOTALL)
 
+_EXCHANGE: Final = commands.Exchange.Declare(exchange=EXCHANGE, exchange_type="fanout", durable=True)
+
 log = structlog.get_logger(__name__)
+
+F = TypeVar("F", bound=Frame)
 
 
 async def provision(connection: Connection, vhost: str, subscription: Subscription | None) -> None:
     """Make the exchange and the service's queue, or see that they fit. Raises `TopologyMismatch`, `AmqpError`."""
-    await _declare(
-        connection,
-        vhost,
-        commands.Exchange.Declare(exchange=EXCHANGE, passive=True),
-        commands.Exchange.Declare(exchange=EXCHANGE, exchange_type="fanout", durable=True),
-        commands.Exchange.DeclareOk,
-    )
+    there = await _there(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk)
+    await _compare(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk, exists=there is not None)
     if subscription is None:
         return
     queue = subscription.queue
+    limit = await _queue(connection, vhost, queue, exists=await _waiting(connection, vhost, queue) is not None)
+    if limit is not None:
+        log.warning("bus.queue_limit_differs", queue=queue, vhost=vhost, wanted=QUEUE_BYTES, found=limit)
+    bind = commands.Queue.Bind(queue=queue, exchange=EXCHANGE)
+    await (await connection.channel()).call(bind, commands.Queue.BindOk)
+
+
+async def inspect(connection: Connection, vhost: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+    """What is there of what these services need. Raises `AmqpError`."""
+    found = []
+    try:
+        if await _there(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk) is None:
+            found.append(Found("exchange", EXCHANGE, "missing"))
+        else:
+            await _compare(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk, exists=True)
+            found.append(Found("exchange", EXCHANGE, "fits"))
+    except TopologyMismatch as error:
+        found.append(Found("exchange", EXCHANGE, "differs", str(error)))
+    return found + [await _inspect_queue(connection, vhost, subscription.queue) for subscription in subscriptions]
+
+
+async def _inspect_queue(connection: Connection, vhost: str, queue: str) -> Found:
+    messages = consumers = None
+    try:
+        there = await _waiting(connection, vhost, queue)
+        if there is None:
+            return Found("queue", queue, "missing")
+        messages, consumers = there.message_count, there.consumer_count
+        limit = await _queue(connection, vhost, queue, exists=True)
+    except TopologyMismatch as error:
+        return Found("queue", queue, "differs", str(error), messages, consumers)
+    detail = "" if limit is None else f"its limit is {limit} bytes, not {QUEUE_BYTES}: taken as it is"
+    return Found("queue", queue, "fits", detail, messages, consumers)
+
+
+async def _waiting(connection: Connection, vhost: str, queue: str) -> commands.Queue.DeclareOk | None:
+    return await _there(connection, vhost, commands.Queue.Declare(queue=queue), commands.Queue.DeclareOk)
+
+
+async def _queue(connection: Connection, vhost: str, queue: str, *, exists: bool) -> str | None:
+    """Make or compare a service's queue; its limit in bytes where that is another one, which is accepted."""
     arguments: dict[str, Any] = {
         "x-queue-type": "quorum",
         "x-single-active-consumer": True,
         "x-overflow": "drop-head",
         _LIMIT: QUEUE_BYTES,
     }
-    passive = commands.Queue.Declare(queue=queue, passive=True)
+    limit = None
     for _ in range(2):
         request = commands.Queue.Declare(queue=queue, durable=True, arguments=cast("Any", arguments))
-        found = await _declare(connection, vhost, passive, request, commands.Queue.DeclareOk, tolerated=_LIMIT)
+        found = await _compare(connection, vhost, request, commands.Queue.DeclareOk, exists=exists, tolerated=_LIMIT)
         if found is None:
             break
-        log.warning("bus.queue_limit_differs", queue=queue, vhost=vhost, wanted=QUEUE_BYTES, found=found)
+        limit = found
         if found.isdecimal():
             arguments[_LIMIT] = int(found)
         else:
             del arguments[_LIMIT]
-    bind = commands.Queue.Bind(queue=queue, exchange=EXCHANGE)
-    await (await connection.channel()).call(bind, commands.Queue.BindOk)
+    return limit
 
 
-async def _declare(
-    connection: Connection, vhost: str, passive: Frame, active: Frame, reply: type[Frame], *, tolerated: str = ""
-) -> str | None:
-    """None when it is as wanted; what was found of the argument `tolerated` when that alone is known to differ."""
-    exists = True
+async def _there(connection: Connection, vhost: str, wanted: Frame, reply: type[F]) -> F | None:
+    """The broker's answer to a passive declare; None when there is nothing of that name."""
+    if isinstance(wanted, commands.Queue.Declare):
+        passive: Frame = commands.Queue.Declare(queue=wanted.queue, passive=True)
+    else:
+        passive = commands.Exchange.Declare(exchange=EXCHANGE, passive=True)
     try:
-        await (await connection.channel()).call(passive, reply)
+        return await (await connection.channel()).call(passive, reply)
     except ChannelClosed as error:
         if error.code == 405:
-            raise _mismatch(vhost, active, error) from error
+            raise _mismatch(vhost, wanted, error) from error
         if error.code != 404:
             raise
-        exists = False
+        return None
+
+
+async def _compare(
+    connection: Connection, vhost: str, wanted: Frame, reply: type[Frame], *, exists: bool, tolerated: str = ""
+) -> str | None:
+    """None when it is as wanted; what was found of the argument `tolerated` when that alone is known to differ."""
     try:
-        await (await connection.channel()).call(active, reply)
+        await (await connection.channel()).call(wanted, reply)
     except ChannelClosed as error:
         if error.code == 403 and exists:
             return None  # it is there, and this user may use but not declare it: nothing more can be known
@@ -100,7 +148,7 @@ async def _declare(
         difference = _DIFFERENCE.search(error.text)
         if tolerated and difference is not None and difference["name"] == tolerated:
             return _value(difference["found"])
-        raise _mismatch(vhost, active, error) from error
+        raise _mismatch(vhost, wanted, error) from error
     return None
 
 

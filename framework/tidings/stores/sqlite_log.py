@@ -95,7 +95,9 @@ class Database:
         if self.path is not None:
             folder = Path(self.path).absolute().parent
             if not folder.is_dir():
-                raise StoreUnavailable(f"the event store {self.path} cannot be opened: there is no folder {folder}")
+                raise StoreUnavailable(
+                    f"the event store {self.path} cannot be opened: there is no folder {folder}", waiting_helps=False
+                )
         connection: sqlite3.Connection | None = None
         try:
             connection = self._connect()
@@ -203,9 +205,13 @@ class Database:
         """What SQLite said, and what to do about it."""
         remedy = _REMEDIES.get(_code(error), "See the cause")
         waited = f" (waited {self.busy_timeout:g} s)" if _code(error) == sqlite3.SQLITE_BUSY else ""
-        return StoreUnavailable(f"the event store {self.path or 'in memory'} failed: {error}{waited}. {remedy}.")
+        return StoreUnavailable(
+            f"the event store {self.path or 'in memory'} failed: {error}{waited}. {remedy}.",
+            waiting_helps=_code(error) in _PASSING,
+        )
 
 
+_PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _REMEDIES: Final = {
     sqlite3.SQLITE_BUSY: "Another process holds the file locked: end its transaction, or try again",
     sqlite3.SQLITE_FULL: "The disk, or the room that is allowed, is full: free some and try again",

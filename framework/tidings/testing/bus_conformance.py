@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tidings.buses import Consumer, Delivery, EventBus, Publisher, Subscription
+from tidings.buses import Consumer, Delivery, EventBus, Found, Publisher, Subscription
 from tidings.errors import BusUnavailable, TopologyMismatch, Unroutable
 from tidings.message import Marker, Message, decode, encode
 from tidings.position import bucket_of
@@ -107,6 +107,16 @@ async def nothing_comes(consumer: Consumer) -> bool:
     except TimeoutError:
         return True
     return False
+
+
+async def counts(bus: EventBus, subscription: Subscription, *, messages: int, consumers: int) -> None:
+    """Wait until the queue says so: brokers count a little late."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            found = (await bus.inspect([subscription]))[1]
+            if (found.messages, found.consumers) == (messages, consumers):
+                return
+            await asyncio.sleep(0.01)
 
 
 def ids(deliveries: Sequence[Delivery]) -> list[str]:
@@ -510,3 +520,63 @@ class BusConformance:
         await environment.delete_queue(occupied.queue)
         await bus.provision(occupied)
         await environment.delete_queue(occupied.queue)
+
+    # ---- inspecting ----------------------------------------------------------------------
+
+    async def test_inspecting_says_what_is_missing_and_makes_none_of_it(
+        self, environment: BusEnvironment, bus: EventBus
+    ) -> None:
+        absent = Subscription(f"absent-{secrets.token_hex(4)}")
+        for _ in range(2):
+            found = await bus.inspect([absent])
+            assert [thing.kind for thing in found] == ["exchange", "queue"]
+            assert found[1] == Found("queue", absent.queue, "missing")
+        async with environment.open() as fresh:
+            assert (await fresh.inspect([absent]))[1].state == "missing"
+            with pytest.raises(BusUnavailable):
+                async with fresh.consume(absent):
+                    pass
+
+    async def test_inspecting_finds_what_was_provisioned_with_its_messages_and_consumers(
+        self, bus: EventBus, inventory: Subscription
+    ) -> None:
+        exchange, queue = await bus.inspect([inventory])
+        assert (exchange.state, queue.state) == ("fits", "fits")
+        assert (queue.name, queue.messages, queue.consumers) == (inventory.queue, 0, 0)
+        async with bus.publisher() as publisher:
+            await send_all(publisher, events(5))
+        await counts(bus, inventory, messages=5, consumers=0)
+        async with bus.consume(inventory, prefetch=2) as consumer:
+            await take(consumer, 2)
+            await counts(bus, inventory, messages=3, consumers=1)
+
+    async def test_inspecting_takes_nothing_and_disturbs_no_consumer(
+        self, bus: EventBus, inventory: Subscription
+    ) -> None:
+        messages = events(3)
+        async with bus.publisher() as publisher, bus.consume(inventory, prefetch=1) as consumer:
+            await send_all(publisher, messages)
+            await bus.inspect([inventory])
+            first = (await take(consumer, 1))[0]
+            await bus.inspect([inventory])
+            consumer.settle_through(first.tag)
+            assert ids([first, *await take(consumer, 1)]) == [message.message_id for message in messages[:2]]
+
+    async def test_inspecting_names_what_provisioning_would_refuse(
+        self, bus: EventBus, environment: BusEnvironment, inventory: Subscription
+    ) -> None:
+        occupied = Subscription(f"occupied-{secrets.token_hex(4)}")
+        await environment.occupy(occupied.queue)
+        for _ in range(2):
+            _, differs, fits = await bus.inspect([occupied, inventory])
+            assert (differs.name, differs.state, fits.state) == (occupied.queue, "differs", "fits")
+            with pytest.raises(TopologyMismatch) as refused:
+                await bus.provision(occupied)
+            assert differs.detail == str(refused.value)
+        await environment.delete_queue(occupied.queue)
+
+    async def test_a_closed_bus_cannot_be_inspected(self, environment: BusEnvironment) -> None:
+        async with environment.open() as other:
+            await other.close()
+            with pytest.raises(BusUnavailable):
+                await other.inspect([])

@@ -1,0 +1,61 @@
+"""The commands of `tidings`, put together. It runs none of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from tidings import __version__
+from tidings.cli import dead, serving, settled, status, streams, topology
+from tidings.cli.exits import TABLE
+from tidings.settings import DEBUG
+
+__all__ = ["app"]
+
+SETTINGS = """\b
+Settings come from the environment:
+  TIDINGS_STORE     sqlite:///tidings.db, where the log is
+  TIDINGS_BUS       memory://, or amqp://user:password@host:5672/vhost
+  TIDINGS_DATABASE  sqlite:///{service}.db, any SQLAlchemy URL
+  TIDINGS_SERVICES  MODULE:SERVICE,..., for commands that name none
+"""
+
+# No rich markup: it would put help and errors into boxes, into pipes too.
+app = typer.Typer(
+    name="tidings",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=f"{SETTINGS}\n{TABLE}",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tidings {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tidings(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; as TIDINGS_DEBUG=1.")] = False,
+) -> None:
+    """Event-driven microservices: run them, look into the log, prove that nothing is missing, mend what is."""
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+app.command("run", short_help="Run a service, or a web application.")(serving.run)
+app.command("relay", short_help="Carry events from the log to the bus.")(serving.relay)
+app.command("dev", short_help="Run everything embedded, restarting on change.")(serving.dev)
+app.command("verify", short_help="Is every event settled in every service?")(settled.verify)
+app.command("status", short_help="How far are log, relay and services?")(status.status)
+app.add_typer(streams.app, name="streams", short_help="Look into the log, append to it.")
+app.add_typer(dead.app, name="dead", short_help="What services gave up: look, retry, drop.")
+app.add_typer(topology.app, name="topology", short_help="What the bus must have, has, lacks.")

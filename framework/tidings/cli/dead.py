@@ -1,0 +1,185 @@
+"""`tidings dead`: what services gave up, and what becomes of it. Nothing is retried or dropped without a yes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidings.cli.exits import NO, OK, USAGE, Refused, answering
+from tidings.cli.find import find_service, find_services
+from tidings.cli.looking import existing_database, existing_store
+from tidings.cli.output import BOLD, Json, columns, document_lines, facts, moment, paint, plain, say
+from tidings.cli.settled import Targets
+from tidings.settings import Settings
+
+if TYPE_CHECKING:
+    from tidings.dead import DeadLetter, DeadLetters
+    from tidings.service import Service
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Events that a service gave up: list, show, retry, drop.")
+
+MOST = 100_000
+"""Dead letters that --all takes at once."""
+
+Of = Annotated[
+    str | None,
+    typer.Option("--service", "-s", metavar="MODULE:SERVICE", help="By default the only one of TIDINGS_SERVICES."),
+]
+Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", help="As 'dead list' shows them.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead letter of the service.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")]
+
+
+@app.command("list")
+@answering
+async def list_(
+    services: Targets = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many of each service.")] = 100,
+    json: Json = False,
+) -> int:
+    """List the dead letters of services, oldest first."""
+    settings = Settings()
+    rows: list[tuple[Any, ...]] = []
+    for service in find_services(services or (), settings).values():
+        async with _letters(settings, service) as letters:
+            for letter in await letters.list(limit=limit) if letters else ():
+                if json:
+                    say(facts(_facts(service.name, letter)))
+                else:
+                    place = f"{letter.stream}@{letter.version}" if letter.stream and letter.version is not None else ""
+                    died = moment(letter.died_at)
+                    why = letter.reason.partition("\n")[0]
+                    rows.append((service.name, letter.id, died, letter.kind, letter.type, place or letter.stream, why))
+    if rows:
+        for line in columns(("SERVICE", "ID", "DIED", "KIND", "TYPE", "EVENT", "REASON"), rows, right=(1,)):
+            say(line)
+    elif not json:
+        print("No dead letters.", file=sys.stderr)
+    return OK
+
+
+@app.command()
+@answering
+async def show(
+    id: Annotated[int, typer.Argument(metavar="ID", help="As 'dead list' shows it.")],
+    service: Of = None,
+    json: Json = False,
+) -> int:
+    """Show one dead letter whole: the event, the reason, the traceback."""
+    settings = Settings()
+    of = _chosen(service, settings)
+    async with _letters(settings, of) as letters:
+        letter = await _existing(letters).get(id)
+    if json:
+        say(facts(_facts(of.name, letter)))
+        return OK
+    say(paint(f"dead letter {letter.id} of {of.name}: {plain(letter.reason.partition(chr(10))[0])}", BOLD))
+    for name in ("kind", "position", "stream", "version", "type", "event_id", "key", "handler", "attempts"):
+        value = getattr(letter, name)
+        if value is not None:
+            say(f"  {name:<9} {plain(str(value))}")
+    say(f"  {'died':<9} {moment(letter.died_at)}")
+    if letter.holds_key:
+        say(f"  {'holds':<9} later events of its key wait until it is retried or dropped")
+    documents = (("data", letter.data), ("metadata", letter.metadata), ("detail", (letter.detail or "").encode()))
+    for name, content in documents:
+        if content:
+            for line in document_lines(name, content, is_json=name != "detail"):
+                say(line)
+    return OK
+
+
+@app.command()
+@answering
+async def retry(ids: Ids = None, all: All = False, yes: Yes = False, service: Of = None, json: Json = False) -> int:
+    """Hand dead letters to their handlers again: mend the handler first."""
+    return await _act("retry", "retried", ids or (), all, yes, service, json)
+
+
+@app.command()
+@answering
+async def drop(ids: Ids = None, all: All = False, yes: Yes = False, service: Of = None, json: Json = False) -> int:
+    """Forget dead letters for good: nobody will handle these events in this service."""
+    return await _act("drop", "dropped", ids or (), all, yes, service, json)
+
+
+async def _act(
+    verb: str, done: str, ids: Sequence[int], everything: bool, yes: bool, target: str | None, json: bool
+) -> int:
+    if bool(ids) == everything:
+        raise Refused(USAGE, f"say which: tidings dead {verb} ID..., or --all")
+    settings = Settings()
+    service = _chosen(target, settings)
+    async with _letters(settings, service) as letters:
+        chosen, left = list(dict.fromkeys(ids)), 0
+        if everything and letters is not None:
+            found = await letters.list(limit=MOST)
+            chosen = [letter.id for letter in found if verb == "drop" or letter.kind != "message"]
+            left = len(found) - len(chosen)
+        count = 0
+        if chosen:
+            existing = _existing(letters)
+            if not _confirmed(f"{verb.capitalize()} {len(chosen)} of the dead letters of {service.name}?", yes):
+                print("Nothing was changed.", file=sys.stderr)
+                return NO
+            count = await (existing.retry(chosen) if verb == "retry" else existing.drop(chosen))
+    if json:
+        say(facts({"service": service.name, done: count, "left": left}))
+    else:
+        say(f"{count} {done}." + (f" {left} are no events and cannot be retried: drop them." if left else ""))
+    return OK
+
+
+def _confirmed(question: str, yes: bool) -> bool:
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise Refused(USAGE, f"{question} Nobody can answer here: say --yes")
+    # The event loop's own handler would wait for this very question to be answered.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return typer.confirm(question, err=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _chosen(target: str | None, settings: Settings) -> Service:
+    """The service of `--service`: MODULE:SERVICE, or the name of one of TIDINGS_SERVICES."""
+    if target is not None:
+        if target not in settings.service_names and ":" not in target:
+            for service in find_services((), settings, needed=False).values():
+                if service.name == target:
+                    return service
+        return find_service(target)
+    found = find_services((), settings)
+    if len(found) > 1:
+        names = ", ".join(service.name for service in found.values())
+        raise Refused(USAGE, f"of which service? Say --service with one of {names}")
+    return next(iter(found.values()))
+
+
+@asynccontextmanager
+async def _letters(settings: Settings, service: Service) -> AsyncIterator[DeadLetters | None]:
+    """None for a service that has never run."""
+    from tidings.dead import DeadLetters
+
+    async with existing_store(settings) as store, existing_database(settings, service.name) as database:
+        yield None if database is None else DeadLetters(database, service.name, await store.log_id())
+
+
+def _existing(letters: DeadLetters | None) -> DeadLetters:
+    if letters is None:
+        raise Refused(NO, "this service has never run here, so it has no dead letters")
+    return letters
+
+
+def _facts(service: str, letter: DeadLetter) -> dict[str, Any]:
+    return {"service": service} | asdict(letter)

@@ -1,0 +1,128 @@
+"""How commands end: exit codes, and each error as one or two lines with the remedy; no traceback, unless asked for.
+
+`TIDINGS_DEBUG=1`, or `tidings --debug COMMAND`, asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, Final, ParamSpec
+
+import typer
+
+from tidings.cli.output import plain
+from tidings.errors import (
+    BusUnavailable,
+    ConfigurationError,
+    DatabaseUnavailable,
+    InvalidStreamName,
+    LogBehind,
+    LogChanged,
+    StoreUnavailable,
+    TidingsError,
+)
+from tidings.settings import DEBUG
+from tidings.supervision import leading
+
+__all__ = ["DEFECT", "INTERRUPTED", "NO", "OK", "TABLE", "UNAVAILABLE", "USAGE", "Refused", "answering", "complain"]
+
+OK: Final = 0
+NO: Final = 1
+USAGE: Final = 2
+UNAVAILABLE: Final = 3
+DEFECT: Final = 70
+"""EX_SOFTWARE of sysexits.h."""
+INTERRUPTED: Final = 130
+"""128 + SIGINT, as shells say it."""
+
+TABLE: Final = """\b
+Exit codes:
+  0    done; of a command that serves: drained after Ctrl-C or SIGTERM
+  1    the answer is no: not settled, different, unhealthy, not found, refused
+  2    wrong usage or configuration
+  3    something is unavailable: store, bus, database, port
+  70   an error that nobody expected, in Tidings or in your code
+  130  ended by Ctrl-C; of a command that serves: by the second one
+"""
+
+P = ParamSpec("P")
+
+
+class Refused(Exception):
+    """An answer of the command line's own: `code`, and what to say."""
+
+    def __init__(self, code: int, text: str) -> None:
+        self.code = code
+        super().__init__(text)
+
+
+def _code(error: BaseException) -> int:
+    match error:
+        case Refused():
+            return error.code
+        case ConfigurationError(__cause__=OSError(errno=errno.EADDRINUSE)):
+            return UNAVAILABLE
+        case ConfigurationError() | InvalidStreamName() | LogChanged() | LogBehind():
+            return USAGE
+        case StoreUnavailable() | BusUnavailable() | DatabaseUnavailable():
+            return UNAVAILABLE
+        case TidingsError():
+            return NO
+        case KeyboardInterrupt() | typer.Abort():
+            return INTERRUPTED
+        case _:
+            return DEFECT
+
+
+def complain(error: BaseException) -> int:
+    """Say on standard error what went wrong; the exit code."""
+    error = leading(error)
+    code = _code(error)
+    if os.environ.get(DEBUG) and not isinstance(error, typer.Abort):
+        traceback.print_exception(error)
+    elif code == DEFECT:
+        # What a library says may have many lines: its last one is not better than its first.
+        said = str(error).strip().partition("\n")[0]
+        print(f"tidings: unexpected {type(error).__name__}: {plain(said)}", file=sys.stderr)
+        print(f"{DEBUG}=1 shows where it comes from.", file=sys.stderr)
+    elif code != INTERRUPTED:
+        print(f"tidings: {plain(' '.join(str(error).split()))}", file=sys.stderr)
+    return code
+
+
+def answering(
+    command: Callable[P, Coroutine[Any, Any, int | None]] | Callable[P, int | None],
+) -> Callable[P, None]:
+    """Make a function a command: run it, in an event loop if it is async, and exit with what it returns (None: 0)."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            outcome = command(*args, **kwargs)
+            code = asyncio.run(_looking(outcome)) if isinstance(outcome, Coroutine) else outcome
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has seen enough (`| head`). Python would complain once more when it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = OK
+        except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:
+            if isinstance(error, typer.Exit | typer.BadParameter):
+                raise
+            code = complain(error)
+        raise typer.Exit(code or OK)
+
+    return run
+
+
+async def _looking(work: Coroutine[Any, Any, int | None]) -> int | None:
+    """Commands that answer say little beside their answer, and say it on standard error."""
+    from tidings.logs import configure_logging
+
+    configure_logging(level="warning")
+    return await work

@@ -1,0 +1,128 @@
+"""MODULE:SERVICE on a command line to the object in the code. It imports the user's module, and nothing else of his."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tidings.cli.exits import USAGE, Refused
+from tidings.errors import TidingsError
+from tidings.service import Service
+from tidings.settings import Settings
+
+__all__ = ["find", "find_service", "find_services", "is_application"]
+
+
+def find(target: str) -> object:
+    """What `MODULE:ATTRIBUTE` names; `MODULE` alone where it has exactly one `Service`. Raises `Refused`."""
+    name, _, attribute = target.partition(":")
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise Refused(
+            USAGE, f"{target!r} is no MODULE:SERVICE: write a module as Python imports it, like shop.stock:stock"
+        )
+    module = _imported(name)
+    if not attribute:
+        return _only_service(module, name)
+    found: Any = module
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise Refused(USAGE, f"module {name!r} has no {attribute!r}. {_choices(module, name)}") from None
+    return found
+
+
+def find_service(target: str) -> Service:
+    """As `find`, and it is a `Service`."""
+    found = find(target)
+    if not isinstance(found, Service):
+        name = target.partition(":")[0]
+        hint = " A web application is for 'tidings run' alone." if is_application(found) else ""
+        choices = _choices(sys.modules[name], name)
+        raise Refused(USAGE, f"{target!r} is a {type(found).__name__}, not a tidings.Service.{hint} {choices}")
+    return found
+
+
+def find_services(targets: Sequence[str], settings: Settings, *, needed: bool = True) -> dict[str, Service]:
+    """The services that arguments, or without any `TIDINGS_SERVICES`, name; by what named them, each once."""
+    chosen = tuple(targets) or settings.service_names
+    if needed and not chosen:
+        raise Refused(USAGE, "no service is named: give MODULE:SERVICE, or set TIDINGS_SERVICES=MODULE:SERVICE,...")
+    found: dict[str, Service] = {}
+    for target in chosen:
+        service = find_service(target)
+        other = next((name for name, known in found.items() if known.name == service.name), None)
+        if other is not None and found[other] is not service:
+            raise Refused(USAGE, f"{other!r} and {target!r} are two services of one name, {service.name!r}")
+        if other is None:
+            found[target] = service
+    return found
+
+
+def is_application(found: object) -> bool:
+    """Something that can be called as ASGI 3 says: with scope, receive and send."""
+    if isinstance(found, type | Service) or not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(None, None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _imported(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name == missing or name.startswith(f"{missing}."):
+            text = (
+                f"no module {missing!r} can be found from {here}: is the name right, and is this the folder above it?"
+            )
+        else:
+            text = f"module {name!r} needs {missing!r}, which is not installed here. {_place(error)}"
+        raise Refused(USAGE, text) from error
+    except TidingsError:
+        raise
+    except Exception as error:
+        raise Refused(
+            USAGE, f"module {name!r} cannot be imported: {type(error).__name__}: {error}. {_place(error)}"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code it happened: the last frame that is none of the import machinery's."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"See {error.filename}:{error.lineno}."
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return f"See {frames[-1].filename}:{frames[-1].lineno}." if len(frames) > 1 else ""
+
+
+def _services_of(module: ModuleType) -> dict[str, Service]:
+    """By the first name that each has there."""
+    found: dict[str, Service] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Service) and all(value is not known for known in found.values()):
+            found[name] = value
+    return found
+
+
+def _only_service(module: ModuleType, name: str) -> Service:
+    found = _services_of(module)
+    if len(found) != 1:
+        raise Refused(USAGE, f"which one of module {name!r}? {_choices(module, name)}")
+    return next(iter(found.values()))
+
+
+def _choices(module: ModuleType, name: str) -> str:
+    found = [f"{name}:{attribute}" for attribute in _services_of(module)]
+    return f"Its services: {', '.join(found)}." if found else "It has no services."

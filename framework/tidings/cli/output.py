@@ -1,0 +1,162 @@
+"""Facts as text and as JSON. Foreign text reaches a terminal only with its control characters escaped.
+
+Into a pipe goes plain text: no colours, no boxes, no wrapping, one space-free word per column but the last.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, TextIO
+from uuid import UUID
+
+import typer
+
+from tidings.stores import RecordedEvent
+
+__all__ = ["Json", "columns", "event_facts", "event_lines", "facts", "moment", "one_line", "paint", "plain", "say"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+
+BOLD: Final = "1"
+DIM: Final = "2"
+RED: Final = "31"
+GREEN: Final = "32"
+
+
+def plain(text: str) -> str:
+    """The text with everything escaped that could move a cursor, change a colour or reverse the order of letters."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether to colour what goes there (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, style: str) -> str:
+    """Text that was made safe before, in an ANSI style where standard output shows one."""
+    return f"\x1b[{style}m{text}\x1b[0m" if style and colours(sys.stdout) else text
+
+
+def say(line: str) -> None:
+    """A line that was made safe before."""
+    print(line)
+
+
+def columns(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> list[str]:
+    """Aligned columns under their titles; '-' where there is nothing. The columns of `right` hold numbers."""
+    from rich.cells import cell_len
+
+    cells = [["-" if value is None or value == "" else plain(str(value)) for value in row] for row in rows]
+    widths = [max(cell_len(row[at]) for row in [list(titles), *cells]) for at in range(len(titles))]
+    numbers = set(right)
+
+    def line(row: Sequence[str]) -> str:
+        padded = []
+        for at, (text, width) in enumerate(zip(row, widths, strict=True)):
+            gap = " " * (width - cell_len(text))
+            padded.append(gap + text if at in numbers else text + gap)
+        return "  ".join(padded).rstrip()
+
+    return [paint(line(titles), BOLD), *map(line, cells)]
+
+
+# ---- JSON ----------------------------------------------------------------------------
+
+
+def facts(value: object) -> str:
+    """One line of JSON. Nothing but ASCII, so that it is safe to look at."""
+    return json.dumps(value, default=_simple)
+
+
+def _simple(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, datetime):
+        return moment(value)
+    if isinstance(value, bytes):
+        return _document(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+def _document(content: bytes) -> object:
+    """Parsed JSON; what is none is told apart from it as {"base64": ...}."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return {"base64": base64.b64encode(content).decode("ascii")}
+
+
+def event_facts(event: RecordedEvent) -> Mapping[str, Any]:
+    """A recorded event for `facts`."""
+    return {
+        "position": event.position,
+        "stream": event.stream,
+        "version": event.version,
+        "type": event.type,
+        "id": event.id,
+        "recorded_at": event.recorded_at,
+        "content_type": event.content_type,
+        "data": _document(event.data) if event.is_json else {"base64": base64.b64encode(event.data).decode("ascii")},
+        "metadata": _document(event.metadata) if event.metadata else None,
+    }
+
+
+# ---- text ----------------------------------------------------------------------------
+
+
+def moment(when: datetime) -> str:
+    """UTC to the millisecond, ISO 8601, without a space."""
+    return when.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def event_lines(event: RecordedEvent) -> list[str]:
+    """An event over several lines, whole."""
+    where = plain(f"{event.stream}@{event.version}")
+    when = moment(event.recorded_at)
+    lines = [f"{paint(where, BOLD)}  {plain(event.type)}  {when}  position {event.position}  id {event.id}"]
+    for name, content, is_json in (("data", event.data, event.is_json), ("metadata", event.metadata, True)):
+        if content:
+            lines += document_lines(name, content, is_json=is_json)
+    return lines
+
+
+def document_lines(name: str, content: bytes, *, is_json: bool = True) -> list[str]:
+    """JSON indented; other bytes as text where they are some, else the beginning of them in hexadecimal digits."""
+    shown = _text(content, is_json)
+    return [f"  {name:<9} {shown[0]}", *(f"  {'':<9} {line}" for line in shown[1:])]
+
+
+def _text(content: bytes, is_json: bool) -> list[str]:
+    if is_json:
+        try:
+            document = json.dumps(json.loads(content), indent=2, ensure_ascii=False)
+            return [plain(line) for line in document.split("\n")]
+        except (ValueError, RecursionError):
+            pass
+    try:
+        return [plain(line) for line in content.decode().split("\n")]
+    except UnicodeDecodeError:
+        more = f" ... ({len(content)} bytes; --json shows all)" if len(content) > 64 else f" ({len(content)} bytes)"
+        return [content[:64].hex(" ") + more]
+
+
+def one_line(event: RecordedEvent) -> str:
+    """An event on one line: position, time, place, type, data."""
+    where = plain(f"{event.stream}@{event.version}")
+    data = " ".join(text.strip() for text in _text(event.data, event.is_json)) if event.data else "-"
+    return f"{event.position:>8}  {moment(event.recorded_at)}  {where}  {plain(event.type)}  {paint(data, DIM)}"

@@ -1,0 +1,162 @@
+"""`tidings run`, `relay`, `dev`: they serve until Ctrl-C or SIGTERM, then drain; a second Ctrl-C ends them at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from tidings.cli.exits import OK, USAGE, Refused, answering, complain
+from tidings.cli.find import find, find_service, find_services, is_application
+from tidings.service import Service
+from tidings.settings import Settings, redact
+
+__all__ = ["dev", "relay", "run"]
+
+PARTING_SECONDS: Final = 0.25
+"""What is left of a process that has drained gets so long to end."""
+
+Level = Annotated[str, typer.Option("--log-level", help="debug, info, warning, error.")]
+Health = Annotated[
+    str | None,
+    typer.Option("--health", metavar="[HOST:]PORT", help="Answer /live and /ready there; HOST is the loopback's."),
+]
+Leash = Annotated[bool, typer.Option("--leash", hidden=True, help="End when standard input does.")]
+
+
+@answering
+def run(
+    target: Annotated[str, typer.Argument(metavar="MODULE:SERVICE", help="A Service, or an ASGI application.")],
+    reload: Annotated[bool, typer.Option("--reload", help="Start again when a .py file below here changes.")] = False,
+    host: Annotated[str, typer.Option(help="Of an ASGI application.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of an ASGI application.")] = 8000,
+    health: Health = None,
+    level: Level = "info",
+    leash: Leash = False,
+) -> int:
+    """Run a service, or a web application around one, until Ctrl-C or SIGTERM.
+
+    MODULE alone is enough where it has exactly one Service. With an embedded bus the relay runs here, too; over a
+    network it is a process of its own: tidings relay.
+    """
+    if reload:
+        from tidings.cli.reload import serve_with_reload
+
+        options = [f"--host={host}", f"--port={port}", f"--log-level={level}"]
+        options += [] if health is None else [f"--health={health}"]
+        return serve_with_reload(["run", *options, "--", target])
+    _begin(level, leash)
+    found = find(target)
+    if isinstance(found, Service):
+        from tidings.runtime import serve
+
+        return _serve(serve(found, settings=Settings(), health=_port(health)))
+    if not is_application(found):
+        find_service(target)  # says what it is, and what there is instead
+        raise Refused(USAGE, f"{target!r} is neither a tidings.Service nor an ASGI application")
+    from tidings.cli.web import bound, serve_application
+
+    return _serve(serve_application(found, bound(host, port)))
+
+
+@answering
+def relay(
+    name: Annotated[
+        str, typer.Option(help="Relays of one name take turns; each name has its own checkpoint.")
+    ] = "main",
+    health: Health = None,
+    level: Level = "info",
+) -> int:
+    """Carry events from the log to the bus, until Ctrl-C or SIGTERM. A second relay of the name waits as a standby."""
+    _begin(level, False)
+    from tidings.runtime import serve
+
+    settings = Settings()
+    if settings.embedded_bus:
+        raise Refused(
+            USAGE,
+            f"TIDINGS_BUS is {redact(settings.bus)}: no other process can be reached over it, and the relay runs where "
+            "the services do. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost for one of its own",
+        )
+    return _serve(serve(settings=settings, relay=name, health=_port(health)))
+
+
+@answering
+def dev(
+    services: Annotated[
+        list[str] | None, typer.Argument(metavar="MODULE:SERVICE", help="By default those of TIDINGS_SERVICES.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where log and databases are kept.", file_okay=False)] = Path(),
+    reload: Annotated[bool, typer.Option(help="Start again when a .py file below here changes.")] = True,
+    health: Health = None,
+    level: Level = "info",
+    leash: Leash = False,
+) -> int:
+    """Run services and relay in one process, embedded, and start again when a .py file changes.
+
+    Nothing needs to be installed: TIDINGS_STORE, TIDINGS_BUS and TIDINGS_DATABASE are not looked at.
+    """
+    if reload:
+        from tidings.cli.reload import serve_with_reload
+
+        options = [f"--folder={folder}", "--no-reload", f"--log-level={level}"]
+        options += [] if health is None else [f"--health={health}"]
+        return serve_with_reload(["dev", *options, "--", *(services or ())])
+    _begin(level, leash)
+    from tidings.runtime import serve
+
+    found = find_services(services or (), Settings())
+    here = folder.absolute()
+    here.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        store=f"sqlite:///{here / 'tidings.db'}", bus="memory://", database=f"sqlite:///{here}/{{service}}.db"
+    )
+    return _serve(serve(*found.values(), settings=settings, health=_port(health)))
+
+
+def _port(health: str | None) -> int | str | None:
+    return int(health) if health is not None and health.isdecimal() else health
+
+
+def _begin(level: str, leash: bool) -> None:
+    from tidings.logs import configure_logging
+
+    configure_logging(level=level)
+    if leash:
+        threading.Thread(target=_hold_on, name="leash", daemon=True).start()
+
+
+def _hold_on() -> None:
+    """When who started us is gone, however it went, our standard input ends."""
+    # Not through sys.stdin: its lock, held here, would abort the interpreter when it ends.
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _serve(work: Coroutine[Any, Any, None]) -> int:
+    """Run to the end; the exit code."""
+    code = OK
+    runner = asyncio.Runner()
+    try:
+        runner.run(work)
+    except (Exception, KeyboardInterrupt) as error:
+        code = complain(error)
+    # All is drained, or given up and named in the log; or a service has died, which nobody would notice while a handler
+    # that catches every cancellation, or blocks its thread, keeps the process from ending.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    last_resort = threading.Timer(PARTING_SECONDS, os._exit, (code,))
+    last_resort.daemon = True
+    last_resort.start()
+    runner.close()
+    return code

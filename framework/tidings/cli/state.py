@@ -1,0 +1,193 @@
+"""What `tidings status` knows: log, relay and services as they stand, and what of it is unhealthy. It only reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+from tidings.buses import EventBus, Found, Subscription
+from tidings.cli.looking import existing_database
+from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
+from tidings.position import CARRIED, carried
+from tidings.relay import Relay
+from tidings.settings import Settings
+from tidings.stores import EventStore
+
+if TYPE_CHECKING:
+    from tidings.database import Database
+    from tidings.service import Service
+    from tidings.verify import ServiceReport
+
+__all__ = ["LOOKED", "RelayState", "ServiceState", "State", "look"]
+
+LOOKED: Final = 10_000
+"""Events of the log that one look counts at most."""
+LATE: Final = 30.0
+"""Seconds after which an event that nobody has moved on is a reason to worry."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayState:
+    """How far a relay has published. `behind` counts events of the log after its checkpoint, `LOOKED` at most."""
+
+    name: str
+    checkpoint: int
+    behind: int
+    oldest_seconds: float | None
+    """Age of the first event that is not published."""
+
+
+@dataclass(slots=True)
+class ServiceState:
+    """How far a service is. What its database or the bus would have to say, and cannot, is None."""
+
+    service: str
+    floor: int | None = None
+    lag: int | None = None
+    """From the floor to the last event that services receive, in positions."""
+    pending: int | None = None
+    """Events that its handlers have not done; counted among `LOOKED` events."""
+    held: int | None = None
+    staged: int | None = None
+    dead: int | None = None
+    queue: str = "unknown"
+    """On the bus: missing, fits, differs; unknown where it cannot be seen from here."""
+    ready: int | None = None
+    consumers: int | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """One look. It is healthy when there are no `problems`, each of which says what to do."""
+
+    log: UUID
+    head: int
+    relay: RelayState
+    services: list[ServiceState] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+async def look(
+    settings: Settings,
+    store: EventStore,
+    bus: EventBus,
+    services: Mapping[str, Service],
+    *,
+    relay: str = "main",
+    now: float | None = None,
+) -> State:
+    """`now` is seconds since 1970. Raises `StoreUnavailable`: without the log nothing can be said."""
+    moment = time.time() if now is None else now
+    state = State(await store.log_id(), await store.head(), await _relay(store, bus, relay, moment))
+    _judge_relay(state, settings)
+    found = await _bus(settings, bus, services, state)
+    for target, service in services.items():
+        part = ServiceState(service.name)
+        state.services.append(part)
+        await _service(settings, store, target, service, part, state, moment)
+        _queue(part, found.get(Subscription(service.name).queue), target, state)
+    return state
+
+
+async def _relay(store: EventStore, bus: EventBus, name: str, now: float) -> RelayState:
+    checkpoint = await Relay(store, bus, name=name).checkpoint()
+    behind, oldest = 0, None
+    async for event in store.read_all(after=checkpoint, filter=CARRIED, limit=LOOKED):
+        if carried(event) is not None:
+            behind += 1
+            oldest = now - event.ticks / 1e7 if oldest is None else oldest
+    return RelayState(name, checkpoint, behind, oldest)
+
+
+def _judge_relay(state: State, settings: Settings) -> None:
+    relay = state.relay
+    if relay.oldest_seconds is not None and relay.oldest_seconds > LATE:
+        remedy = (
+            "with this bus it runs where the services do: tidings run, or tidings dev"
+            if settings.embedded_bus
+            else f"is one running? tidings relay --name {relay.name}"
+        )
+        state.problems.append(
+            f"relay {relay.name}: {_count(relay.behind)} events are not published, the oldest for "
+            f"{relay.oldest_seconds:.0f} s; {remedy}"
+        )
+
+
+async def _bus(settings: Settings, bus: EventBus, services: Mapping[str, Service], state: State) -> Mapping[str, Found]:
+    """By queue; nothing where the bus lives in another process, or cannot be reached."""
+    if settings.embedded_bus:
+        return {}
+    try:
+        found = await bus.inspect([Subscription(service.name) for service in services.values()])
+    except BusUnavailable as error:
+        state.problems.append(f"bus: {error}")
+        return {}
+    exchange = found[0]
+    if exchange.state == "missing":
+        state.problems.append(f"bus: exchange {exchange.name} is missing; a relay or service makes it when it starts")
+    elif exchange.state == "differs":
+        state.problems.append(f"bus: {exchange.detail}")
+    return {thing.name: thing for thing in found[1:]}
+
+
+async def _service(
+    settings: Settings, store: EventStore, target: str, service: Service, part: ServiceState, state: State, now: float
+) -> None:
+    from tidings.verify import verify
+
+    async with AsyncExitStack() as stack:
+        database: Database | None
+        try:
+            database = await stack.enter_async_context(existing_database(settings, service.name))
+            report = await verify(store, [(service, database)], limit=LOOKED)
+        except (DatabaseUnavailable, ConfigurationError) as error:
+            state.problems.append(f"{service.name}: {error}")
+            return
+    view = report.services[0]
+    part.floor, part.lag = view.floor, max(report.position - view.floor, 0)
+    part.pending, part.held, part.staged, part.dead = (
+        view.pending_count,
+        view.held_count,
+        view.staged_count,
+        view.dead_count,
+    )
+    _judge_service(view, target, state, now)
+
+
+def _judge_service(view: ServiceReport, target: str, state: State, now: float) -> None:
+    name = view.service
+    if not view.ran:
+        state.problems.append(f"{name}: has never run on this log; tidings run {target}")
+        return
+    if view.beyond >= 0:
+        state.problems.append(
+            f"{name}: claims position {view.beyond}, which the log does not reach; was the log restored from a backup?"
+        )
+    late = now - view.pending[0].ticks / 1e7 if view.pending else 0.0
+    if late > LATE:
+        state.problems.append(
+            f"{name}: {_count(view.pending_count)} events are pending, the oldest for {late:.0f} s; if the number does "
+            f"not fall: is it running (tidings run {target})? Then its log says what holds it"
+        )
+    if view.dead_count:
+        state.problems.append(f"{name}: {view.dead_count} dead letters; tidings dead list {target}")
+
+
+def _queue(part: ServiceState, found: Found | None, target: str, state: State) -> None:
+    if found is None:
+        return
+    part.queue, part.ready, part.consumers = found.state, found.messages, found.consumers
+    if found.state == "missing":
+        state.problems.append(f"{part.service}: queue {found.name} is missing; tidings run {target} makes it")
+    elif found.state == "differs":
+        state.problems.append(f"{part.service}: {found.detail}")
+    elif not found.consumers:
+        state.problems.append(f"{part.service}: nobody consumes queue {found.name}; tidings run {target}")
+
+
+def _count(number: int) -> str:
+    return f"{number} or more" if number >= LOOKED else str(number)

@@ -1,0 +1,226 @@
+"""`tidings streams`: look into the log, and append to it. It never changes what is there."""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+from collections.abc import AsyncIterator, Iterable
+from typing import Annotated, Any, Final
+from uuid import UUID, uuid4
+
+import typer
+
+from tidings.cli.exits import USAGE, Refused, answering
+from tidings.cli.looking import existing_store, writable_store
+from tidings.cli.output import Json, columns, event_facts, event_lines, facts, moment, one_line, say
+from tidings.errors import StreamNotFound
+from tidings.position import RESERVED
+from tidings.settings import Settings
+from tidings.stores import (
+    ANY,
+    EVERYTHING,
+    JSON,
+    NO_STREAM,
+    OCTETS,
+    STREAM_EXISTS,
+    EventData,
+    EventStore,
+    Expected,
+    Filter,
+    RecordedEvent,
+)
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Look into the log: list, show, tail; or append to it.")
+
+_STATES: Final = {"any": ANY, "no-stream": NO_STREAM, "exists": STREAM_EXISTS}
+
+Category = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Only streams whose name begins with NAME and '-', as order-1.")
+]
+System = Annotated[
+    bool, typer.Option("--system", help="Also the streams of Tidings ('tidings_...') and the store ('$...').")
+]
+
+
+@app.command("list")
+@answering
+async def list_(
+    category: Category = None,
+    system: System = False,
+    limit: Annotated[int, typer.Option(min=1, help="Read so many of the newest events at most.")] = 10_000,
+    json: Json = False,
+) -> None:
+    """List streams, the one that was written last first.
+
+    A store keeps no list of its streams: this reads the log backwards, as far as --limit, and shows what it meets
+    (EVENTS counts those it met; deleted streams are met, too). 10,000 events take some tenths of a second from the
+    embedded store.
+    """
+    streams: dict[str, tuple[RecordedEvent, int]] = {}
+    looked = 0
+    async with existing_store(Settings()) as store:
+        async for event in store.read_all(backwards=True, limit=limit, filter=_filter(category, system)):
+            looked += 1
+            newest, count = streams.get(event.stream, (event, 0))
+            streams[event.stream] = (newest, count + 1)
+    if json:
+        for name, (event, count) in streams.items():
+            last = {"last_type": event.type, "last_position": event.position, "last_recorded_at": event.recorded_at}
+            say(facts({"stream": name, "version": event.version, "events": count} | last))
+    elif streams:
+        rows = [
+            (name, event.version, count, event.position, moment(event.recorded_at), event.type)
+            for name, (event, count) in streams.items()
+        ]
+        titles = ("STREAM", "VERSION", "EVENTS", "POSITION", "RECORDED", "TYPE")
+        for line in columns(titles, rows, right=(1, 2, 3)):
+            say(line)
+    if looked == limit:
+        print(f"Only the newest {limit} events were read; --limit reads more.", file=sys.stderr)
+    elif not streams:
+        print("No streams.", file=sys.stderr)
+
+
+@app.command()
+@answering
+async def show(
+    stream: Annotated[str, typer.Argument(metavar="STREAM")],
+    start: Annotated[int | None, typer.Option("--from", min=0, metavar="VERSION", help="Begin there.")] = None,
+    backwards: Annotated[bool, typer.Option("--backwards", "-b", help="From the end, or --from, downwards.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most so many events.")] = None,
+    json: Json = False,
+) -> None:
+    """Show a stream's events whole, with data and metadata."""
+    async with existing_store(Settings()) as store:
+        async for event in store.read_stream(stream, start=start, backwards=backwards, limit=limit):
+            if json:
+                say(facts(event_facts(event)))
+            else:
+                for line in event_lines(event):
+                    say(line)
+
+
+@app.command()
+@answering
+async def tail(
+    stream: Annotated[str | None, typer.Argument(metavar="STREAM", help="By default all streams.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new events, until Ctrl-C.")] = False,
+    count: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last events.")] = 10,
+    category: Category = None,
+    system: System = False,
+    json: Json = False,
+) -> None:
+    """Show the last events, one per line: position, time, stream@version, type, data."""
+    if stream is not None and (category or system):
+        raise Refused(USAGE, "give either a STREAM, or --category and --system for all of them")
+    async with existing_store(Settings()) as store:
+        if stream is not None:
+            events = _of_stream(store, stream, count, follow)
+        else:
+            events = _of_all(store, _filter(category, system), count, follow)
+        async for event in events:
+            print(facts(event_facts(event)) if json else one_line(event), flush=follow)
+
+
+async def _of_stream(store: EventStore, stream: str, count: int, follow: bool) -> AsyncIterator[RecordedEvent]:
+    after = -1
+    try:
+        last = [event async for event in store.read_stream(stream, backwards=True, limit=max(count, 1))]
+    except StreamNotFound:
+        if not follow:
+            raise
+        last = []
+    for event in reversed(last):
+        after = event.version
+        if count:
+            yield event
+    if follow:
+        async for item in store.subscribe_stream(stream, after_version=after):
+            if isinstance(item, RecordedEvent):
+                yield item
+
+
+async def _of_all(store: EventStore, filter: Filter, count: int, follow: bool) -> AsyncIterator[RecordedEvent]:
+    after = await store.head()
+    if count:
+        last = [event async for event in store.read_all(backwards=True, limit=count, filter=filter)]
+        for event in reversed(last):
+            after = event.position
+            yield event
+    if follow:
+        async for item in store.subscribe_all(after=after, filter=filter):
+            if isinstance(item, RecordedEvent):
+                yield item
+
+
+@app.command()
+@answering
+async def append(
+    stream: Annotated[str, typer.Argument(metavar="STREAM")],
+    type: Annotated[str, typer.Argument(metavar="TYPE", help="The event's wire name.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSON; '-' reads it from standard input.")] = "{}",
+    metadata: Annotated[
+        str, typer.Option(metavar="JSON", help='An object; "partitionKey" in it orders events across streams.')
+    ] = "{}",
+    expected: Annotated[
+        str, typer.Option(metavar="any|no-stream|exists|VERSION", help="What the stream must be like.")
+    ] = "any",
+    id: Annotated[UUID | None, typer.Option(metavar="UUID", help="The event's id; by default a new one.")] = None,
+    octets: Annotated[bool, typer.Option("--octets", help="DATA is not JSON, but bytes.")] = False,
+    json: Json = False,
+) -> None:
+    """Append one event, and print its version and position.
+
+    With --id and --expected no-stream or a VERSION, it can be repeated without being written twice.
+    """
+    for what, name in (("stream", stream), ("type", type)):
+        if name.startswith(RESERVED):
+            raise Refused(USAGE, f"{what} {name!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved")
+    content = sys.stdin.buffer.read() if data == "-" else data.encode("utf-8", "surrogateescape")
+    if not octets:
+        _parsed("DATA", content, "; --octets takes anything")
+    identity = id or uuid4()
+    document = _parsed("--metadata", metadata.encode("utf-8", "surrogateescape"), "")
+    if not isinstance(document, dict):
+        raise Refused(USAGE, '--metadata is JSON, but no object: write it as \'{"actor": "me"}\'')
+    packed = json_.dumps({"$correlationId": str(identity)} | document, ensure_ascii=False, separators=(",", ":"))
+    event = EventData(type, content, packed.encode("utf-8", "backslashreplace"), OCTETS if octets else JSON, identity)
+    async with writable_store(Settings()) as store:
+        done = await store.append(stream, [event], expected=_expected(expected))
+    if json:
+        say(facts({"stream": stream, "version": done.version, "position": done.position, "id": identity}))
+    else:
+        for line in columns(
+            ("STREAM", "VERSION", "POSITION", "ID"), [(stream, done.version, done.position, identity)], right=(1, 2)
+        ):
+            say(line)
+
+
+def _parsed(what: str, content: bytes, more: str) -> Any:
+    try:
+        return json_.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Refused(USAGE, f"{what} is not JSON: {error}{more}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is Python's, JSON has none")
+
+
+def _expected(text: str) -> Expected:
+    if text in _STATES:
+        return _STATES[text]
+    if text.isdecimal():
+        return int(text)
+    raise Refused(
+        USAGE, f"--expected {text!r}: write any, no-stream, exists, or the version of the stream's last event"
+    )
+
+
+def _filter(category: str | None, system: bool) -> Filter:
+    included: Iterable[str] = (f"{category}-",) if category else ()
+    if system and not category:
+        return EVERYTHING
+    return Filter(stream_prefixes=tuple(included), exclude_stream_prefixes=() if system else RESERVED)

@@ -1,0 +1,116 @@
+"""The command line over a real RabbitMQ: relay, standby and services as processes, topology, status."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+import pytest
+
+from tests.integration.commands import Command, Commands
+from tests.integration.processes import until
+
+
+@pytest.fixture
+def commands(tmp_path: Path, amqp_url: str) -> Iterator[Commands]:
+    settings = {
+        "TIDINGS_BUS": amqp_url,
+        "TIDINGS_DATABASE": "sqlite:///{service}.db",
+        "TIDINGS_SERVICES": "shop:shop",
+    }
+    with Commands(tmp_path, settings) as opened:
+        yield opened
+
+
+def objects(command: Command) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in command.out.splitlines()]
+
+
+async def healthy(commands: Commands) -> None:
+    """`status` says so, sooner or later."""
+    async with asyncio.timeout(60):
+        while (await commands.run("status")).process.returncode != 0:
+            await asyncio.sleep(0.2)
+
+
+async def test_relay_and_service_carry_an_event_are_seen_by_status_and_end_with_0(commands: Commands) -> None:
+    relay, service = commands.start("relay"), commands.start("run", "shop")
+    await commands.append("Placed", '{"number": 1}')
+    await until(lambda: commands.handled == ["placed 1 by version 1"], "it is handled")
+    await healthy(commands)
+    (state,) = objects(await commands.run("status", "--json"))
+    (part,) = state["services"]
+    assert (part["queue"], part["ready"], part["consumers"], part["pending"]) == ("fits", 0, 1, 0)
+    assert (await commands.run("verify")).process.returncode == 0
+    for command in (service, relay):
+        command.signal(signal.SIGTERM)
+        assert await command.ended() == 0
+    ended = await commands.run("status")
+    assert ended.process.returncode == 1
+    assert "UNHEALTHY  shop: nobody consumes queue tidings.shop; tidings run shop:shop" in ended.out
+
+
+async def test_a_second_relay_waits_as_a_standby_says_so_and_takes_over(commands: Commands) -> None:
+    service = commands.start("run", "shop")
+    first = commands.start("relay", "--name=main")
+    await until(lambda: "relay.leading" in first.err, "the first leads")
+    second = commands.start("relay", "--name=main")
+    await until(lambda: "bus.lock_waiting" in second.err, "the second waits")
+    other = commands.start("relay", "--name=another")
+    await until(lambda: "relay.leading" in other.err, "a relay of another name leads beside it")
+    assert "relay.leading" not in second.err
+    first.process.kill()
+    await until(lambda: "relay.leading" in second.err, "the second takes over")
+    await commands.append("Placed", '{"number": 1}')
+    await until(lambda: commands.handled == ["placed 1 by version 1"], "it is handled once")
+    for command in (second, other, service):
+        command.signal(signal.SIGINT)
+        assert await command.ended() == 0
+
+
+async def test_a_standby_ends_with_0_too(commands: Commands) -> None:
+    assert (await commands.run("topology", "apply")).process.returncode == 0
+    first = commands.start("relay")
+    await until(lambda: "relay.leading" in first.err, "the first leads, because somebody would hear it")
+    second = commands.start("relay")
+    await until(lambda: "bus.lock_waiting" in second.err, "the second waits")
+    second.signal(signal.SIGTERM)
+    assert await second.ended() == 0
+
+
+async def test_topology_is_planned_without_being_made_then_applied(commands: Commands) -> None:
+    for _ in range(2):
+        plan = await commands.run("topology", "plan", "--json")
+        assert plan.process.returncode == 0
+        assert [(thing["kind"], thing["name"], thing["state"]) for thing in objects(plan)] == [
+            ("exchange", "tidings.events", "missing"),
+            ("queue", "tidings.shop", "missing"),
+        ]
+    diff = await commands.run("topology", "diff")
+    assert diff.process.returncode == 1
+    assert [line.split()[:3] for line in diff.out.splitlines()[1:]] == [
+        ["exchange", "tidings.events", "missing"],
+        ["queue", "tidings.shop", "missing"],
+    ]
+    applied = await commands.run("topology", "apply")
+    assert applied.process.returncode == 0
+    assert applied.out.splitlines()[2].split() == ["queue", "tidings.shop", "fits", "0", "0", "keep"]
+    diff = await commands.run("topology", "diff")
+    assert (diff.process.returncode, diff.out) == (0, "No differences.\n")
+
+
+async def test_a_queue_of_somebody_else_is_named_and_left_alone(commands: Commands, amqp_url: str) -> None:
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue("tidings.shop", durable=True)
+        for name in ("diff", "apply"):
+            command = await commands.run("topology", name)
+            assert command.process.returncode == 1
+            assert "tidings.shop: queue 'tidings.shop'" in command.out
+            assert "rabbitmqctl delete_queue tidings.shop" in command.out
+        await channel.declare_queue("tidings.shop", passive=True)

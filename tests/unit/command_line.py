@@ -1,0 +1,96 @@
+"""The command line in this process, for tests: what a command printed and how it ended, with logging left as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+from typer.testing import CliRunner
+
+from tidings import Context, Event, Service, Settings
+from tidings.cli.app import app
+from tidings.handlers import Retry
+from tidings.runtime import Runtime
+
+__all__ = ["Ended", "OrderCreated", "Poisoned", "invoke", "other", "run_shop", "shop"]
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    root, configured, config = logging.getLogger(), structlog.is_configured(), structlog.get_config()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers, root.level = handlers, level
+        if configured:
+            structlog.configure(**config)
+        else:
+            structlog.reset_defaults()
+
+
+def invoke(*arguments: str, input: str | bytes | None = None) -> Ended:
+    """`tidings ARGUMENTS`, with nobody at the terminal."""
+    with _logging_kept():
+        result = CliRunner().invoke(app, list(arguments), input=input, prog_name="tidings")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+# ---- services that the tests name as tests.unit.command_line:shop ------------------------
+
+
+class OrderCreated(Event):
+    order_id: str
+
+
+class Poisoned(Event):
+    pass
+
+
+shop = Service("shop")
+other = Service("other")
+
+
+@shop.on(OrderCreated)
+async def take(event: OrderCreated, context: Context) -> None:
+    """Nothing is done, and done it is."""
+
+
+@shop.on(Poisoned, retry=Retry(attempts=1, permanent=(ValueError,)))
+async def die(event: Poisoned) -> None:
+    """Becomes a dead letter."""
+    raise ValueError("it is \x1b[31mpoison")
+
+
+def run_shop(folder: Path, *events: tuple[str, Event]) -> None:
+    """Run `shop` embedded in a folder until these events of streams, too, are settled."""
+
+    async def work() -> None:
+        settings = Settings(
+            store=f"sqlite:///{folder}/tidings.db", bus="memory://", database=f"sqlite:///{folder}/{{service}}.db"
+        )
+        async with Runtime(shop, settings=settings) as runtime:
+            for stream, event in events:
+                await shop.append(stream, event)
+            await runtime.settled()
+
+    _run(work())
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    with structlog.testing.capture_logs():
+        asyncio.run(work)

@@ -1,0 +1,119 @@
+"""`tidings dead`: listed, shown, retried and dropped, and nothing of it without a yes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop
+
+SHOP = "tests.unit.command_line:shop"
+OTHER = "tests.unit.command_line:other"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two dead letters of `shop`, and an event that was handled."""
+    for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
+        monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
+    monkeypatch.setenv("TIDINGS_SERVICES", SHOP)
+    monkeypatch.chdir(tmp_path)
+    run_shop(tmp_path, ("bad-1", Poisoned()), ("order-1", OrderCreated(order_id="1")), ("bad-2", Poisoned()))
+    return tmp_path
+
+
+def listed() -> list[dict[str, Any]]:
+    ended = invoke("dead", "list", "--json")
+    assert ended.code == 0
+    return [json.loads(line) for line in ended.out.splitlines()]
+
+
+def ids() -> list[str]:
+    return [str(letter["id"]) for letter in listed()]
+
+
+def test_dead_letters_are_listed_with_their_reasons() -> None:
+    assert [(row["service"], row["stream"], row["type"]) for row in listed()] == [
+        ("shop", "bad-1", "Poisoned"),
+        ("shop", "bad-2", "Poisoned"),
+    ]
+    ended = invoke("dead", "list")
+    titles, first, _ = ended.out.splitlines()
+    assert titles.split() == ["SERVICE", "ID", "DIED", "KIND", "TYPE", "EVENT", "REASON"]
+    assert first.split()[:2] == ["shop", ids()[0]]
+    assert first.endswith(r"ValueError: it is \x1b[31mpoison")
+    assert "bad-1@0" in first
+
+
+def test_one_is_shown_whole_with_its_traceback() -> None:
+    number = ids()[0]
+    ended = invoke("dead", "show", number)
+    assert ended.code == 0
+    assert f"dead letter {number} of shop: ValueError" in ended.out
+    assert "bad-1" in ended.out
+    assert "Traceback" in ended.out
+    assert "\x1b" not in ended.out
+    (letter,) = (json.loads(line) for line in invoke("dead", "show", number, "--json").out.splitlines())
+    assert (letter["data"], letter["handler"]) == ({}, "die")
+
+
+def test_an_unknown_id_is_1_and_nothing_is_changed() -> None:
+    for command in (["show", "999"], ["drop", ids()[0], "999", "--yes"], ["retry", "999", "--yes"]):
+        ended = invoke("dead", *command)
+        assert (ended.code, ended.out) == (1, "")
+        assert "no dead letter 999" in ended.err
+    assert len(listed()) == 2
+
+
+@pytest.mark.parametrize("verb", ["retry", "drop"])
+def test_nothing_is_done_without_a_yes_where_nobody_can_answer(verb: str) -> None:
+    for which in (ids()[:1], ["--all"]):
+        ended = invoke("dead", verb, *which)
+        assert (ended.code, ended.out) == (2, "")
+        assert "say --yes" in ended.err
+    assert len(listed()) == 2
+
+
+@pytest.mark.parametrize("verb", ["retry", "drop"])
+def test_which_ones_must_be_said_and_only_in_one_way(verb: str) -> None:
+    for which in ([], ["1", "--all"]):
+        ended = invoke("dead", verb, *which, "--yes")
+        assert ended.code == 2
+        assert "ID..., or --all" in ended.err
+    assert len(listed()) == 2
+
+
+def test_what_is_dropped_is_gone_and_the_rest_is_not() -> None:
+    first, second = ids()
+    ended = invoke("dead", "drop", first, first, "--yes")
+    assert (ended.code, ended.out) == (0, "1 dropped.\n")
+    assert ids() == [second]
+    assert invoke("dead", "drop", "--all", "--yes", "--json").out == '{"service": "shop", "dropped": 1, "left": 0}\n'
+    assert invoke("dead", "list").err == "No dead letters.\n"
+    assert invoke("dead", "drop", "--all", "--yes").out == "0 dropped.\n"
+
+
+def test_what_is_retried_waits_for_the_service() -> None:
+    ended = invoke("dead", "retry", ids()[1], "--yes")
+    assert (ended.code, ended.out) == (0, "1 retried.\n")
+    assert [row["stream"] for row in listed()] == ["bad-1"]
+    (report,) = (json.loads(line) for line in invoke("verify", "--json").out.splitlines())
+    assert report["ok"] is False
+    assert report["services"][0]["held"][0]["stream"] == "bad-2"
+    assert "held Poisoned" in invoke("verify").out
+
+
+def test_of_several_services_one_must_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDINGS_SERVICES", f"{SHOP},{OTHER}")
+    number = ids()[0]
+    ended = invoke("dead", "show", number)
+    assert ended.code == 2
+    assert "--service with one of shop, other" in ended.err
+    for name in ("shop", SHOP):
+        assert invoke("dead", "show", number, "--service", name).code == 0
+    ended = invoke("dead", "show", number, "--service", "other")
+    assert ended.code == 1
+    assert "has never run here" in ended.err
