@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint types pytest bench format broker clean
+.PHONY: help demo demo-rabbitmq test lint types pytest bench format broker clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
+	@echo "make demo-rabbitmq"
+	@echo "             the same as processes over RabbitMQ, some of them killed on the way"
 	@echo "make test    lint, types and tests, against a real RabbitMQ"
 	@echo "make bench   the speed and memory that the README speaks of, as ratios"
 	@echo "make format  let ruff format the code"
@@ -20,6 +22,9 @@ $(INSTALLED): pyproject.toml deploy/local/venv
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m services.demo
+
+demo-rabbitmq: $(INSTALLED)
+	@$(BIN)/python -m services.demo.fleet
 
 test: lint types pytest
 
@@ -36,7 +41,7 @@ pytest: $(INSTALLED) broker
 broker: $(INSTALLED)
 	@deploy/local/rabbitmq install
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) broker
 	$(BIN)/python -m tests.benchmarks
 
 format: $(INSTALLED)
