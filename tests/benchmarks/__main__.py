@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import bench_import, bench_relay, bench_store
+from tests.benchmarks import (
+    bench_bus,
+    bench_fleet,
+    bench_import,
+    bench_latency,
+    bench_relay,
+    bench_service,
+    bench_store,
+)
 
-sys.exit(max(bench.main() for bench in (bench_import, bench_store, bench_relay)))
+BENCHES = (bench_import, bench_store, bench_relay, bench_bus, bench_service, bench_latency, bench_fleet)
+
+sys.exit(max([bench.main() for bench in BENCHES]))

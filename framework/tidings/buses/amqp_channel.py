@@ -234,8 +234,7 @@ class Channel:
         if content is None:
             raise ConnectionLost("the broker sent a content body out of turn")
         content.missing -= len(payload)
-        if len(content.body) <= self._body_limit:
-            content.body += payload[: self._body_limit + 1 - len(content.body)]
+        content.body += payload[: self._body_limit + 1 - len(content.body)]
         if content.missing <= 0:
             self._arrived(content)
 

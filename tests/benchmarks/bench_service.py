@@ -1,0 +1,191 @@
+"""A service from its quorum queue to the committed watermark, beside FastStream's subscriber on a queue like it.
+
+    python -m tests.benchmarks.bench_service
+
+Both queues are filled by the same publishes, and each side has its turn alone. The clock starts before anything is
+asked of the broker (FastStream's connection is made before, ours within), and stops when the last message was handled:
+ours when the database says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import sqlalchemy as sa
+from faststream import AckPolicy
+from faststream.rabbit import Channel, QueueType, RabbitBroker, RabbitQueue
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from tests.benchmarks.path import (
+    PREFETCH,
+    Measured,
+    drop_queue,
+    fill,
+    make_queue,
+    messages_of,
+    publish,
+    verdict,
+    with_broker,
+)
+from tidings import EventStore, Service, Settings, open_bus, open_store
+from tidings.buses import Subscription
+from tidings.message import Message
+from tidings.testing.brokers import RabbitMQ
+
+ROUNDS = 4
+EVENTS = {"without session": 12_000, "one INSERT": 2_500}
+FLOORS = {"without session": 2.5, "one INSERT": 1.0}
+
+tables = sa.MetaData()
+effects = sa.Table("effects", tables, sa.Column("number", sa.Integer, primary_key=True), sa.Column("key", sa.String))
+
+
+class Counter:
+    """Knows when all was handled."""
+
+    def __init__(self, events: int) -> None:
+        self.left = events
+        self.ended = asyncio.Event()
+
+    def count(self) -> None:
+        self.left -= 1
+        if not self.left:
+            self.ended.set()
+
+
+# ---- ours --------------------------------------------------------------------------------
+
+
+def service_of(counter: Counter, insert: bool) -> Service:
+    service = Service("bench", tables=tables, prefetch=PREFETCH)
+    if insert:
+
+        @service.on(Measured)
+        async def write(event: Measured, session: AsyncSession) -> None:
+            await session.execute(sa.insert(effects).values(number=event.number, key=event.key))
+            counter.count()
+
+    else:
+
+        @service.on(Measured)
+        async def see(event: Measured) -> None:
+            counter.count()
+
+    return service
+
+
+async def committed(database: Path, watermarks: int) -> None:
+    """Wait until the sum of the stored watermarks says that every bucket's last event is committed."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        while True:
+            [(found,)] = connection.execute("SELECT sum(position) FROM tidings_watermarks WHERE position > 0")
+            if found == watermarks:
+                return
+            await asyncio.sleep(0.002)
+
+
+async def tidings(url: str, folder: Path, store: EventStore, messages: list[Message], insert: bool) -> float:
+    counter = Counter(len(messages))
+    last = {message.bucket: int(message.headers["tidings-position"]) for message in messages}
+    settings = Settings(store="memory://", bus=url, database=f"sqlite:///{folder}/ours.db")
+    async with open_bus(url) as bus, service_of(counter, insert).running(settings, store=store, bus=bus):
+        began = time.perf_counter()
+        await counter.ended.wait()
+        await committed(folder / "ours.db", sum(last.values()))
+        return time.perf_counter() - began
+
+
+# ---- the peer ----------------------------------------------------------------------------
+
+Handle = Callable[[Measured], Awaitable[None]]
+
+
+def durable(connection: sqlite3.Connection, record: object) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+@asynccontextmanager
+async def inserting(folder: Path, counter: Counter) -> AsyncIterator[Handle]:
+    """One transaction per message, on one pooled aiosqlite connection: SQLite has one writer, and handlers that wait
+    for the pool do better than handlers that find the database locked."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{folder}/peer.db", pool_size=1, max_overflow=0, pool_timeout=300)
+    sa.event.listen(engine.sync_engine, "connect", durable)
+    async with engine.begin() as connection:
+        await connection.run_sync(tables.create_all)
+    sessions = async_sessionmaker(engine)
+
+    async def write(event: Measured) -> None:
+        async with sessions.begin() as session:
+            await session.execute(sa.insert(effects).values(number=event.number, key=event.key))
+        counter.count()
+
+    yield write
+    await engine.dispose()
+
+
+@asynccontextmanager
+async def seeing(folder: Path, counter: Counter) -> AsyncIterator[Handle]:
+    async def see(event: Measured) -> None:
+        counter.count()
+
+    yield see
+
+
+async def faststream(url: str, folder: Path, events: int, insert: bool) -> float:
+    """Acknowledged after processing, no logger, no replies, the queue as it is."""
+    counter = Counter(events)
+    async with (inserting if insert else seeing)(folder, counter) as handle:
+        broker = RabbitBroker(url, default_channel=Channel(prefetch_count=PREFETCH), logger=None)
+        queue = RabbitQueue(Subscription("peer").queue, queue_type=QueueType.QUORUM, durable=True, declare=False)
+        broker.subscriber(queue, ack_policy=AckPolicy.REJECT_ON_ERROR, no_reply=True)(handle)
+        async with broker:
+            began = time.perf_counter()
+            await broker.start()
+            await counter.ended.wait()
+            return time.perf_counter() - began
+
+
+# ---- the rows ----------------------------------------------------------------------------
+
+
+async def measure_row(url: str, folder: Path, store: EventStore, messages: list[Message], row: str) -> int:
+    insert = row == "one INSERT"
+    ours: list[float] = []
+    peer: list[float] = []
+    for number in range(ROUNDS + 1):
+        for name in ("bench", "peer"):
+            await make_queue(url, name)
+        await publish(url, messages)
+        place = folder / f"{insert}-{number}"
+        place.mkdir()
+        for way in (ours, peer) if number % 2 else (peer, ours):
+            if way is ours:
+                way.append(await tidings(url, place, store, messages, insert))
+            else:
+                way.append(await faststream(url, place, len(messages), insert))
+        for name in ("bench", "peer"):
+            await drop_queue(url, name)
+    return verdict(f"service, handler {row} / FastStream", ours[1:], peer[1:], FLOORS[row], len(messages))
+
+
+async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
+    async with open_store(f"sqlite:///{folder}/events.db") as store:
+        await fill(store, max(EVENTS.values()))
+        messages = await messages_of(store)
+        return max([await measure_row(url, folder, store, messages[: EVENTS[row]], row) for row in EVENTS])
+
+
+def main() -> int:
+    """Exit status 1 when a floor is missed."""
+    return with_broker(measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

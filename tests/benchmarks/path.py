@@ -1,0 +1,145 @@
+"""What the rows about RabbitMQ share: the broker, the events, their messages, the peer's message, the verdict.
+
+It measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from uuid import uuid4
+
+import aio_pika
+import pytest
+import structlog
+
+from tidings import Event, EventStore, open_bus
+from tidings.buses import Subscription
+from tidings.buses.rabbitmq_topology import EXCHANGE
+from tidings.codec import encode
+from tidings.message import Message
+from tidings.message import encode as message_of
+from tidings.position import Chain, carried
+from tidings.testing.brokers import RabbitMQ, rabbitmq_for_tests
+
+WINDOW = 256
+"""Confirms in flight."""
+PREFETCH = 1000
+STREAMS, KEYS = 64, 500
+
+
+class Measured(Event, key="key"):
+    """200 bytes as JSON."""
+
+    key: str
+    number: int
+    text: str
+
+
+def measured(number: int) -> Measured:
+    event = Measured(key=f"key-{number * 7919 % KEYS:03}", number=number, text="")
+    return event.model_copy(update={"text": "x" * (200 - len(event.model_dump_json()))})
+
+
+async def fill(store: EventStore, count: int) -> None:
+    """Append `count` events as a service does."""
+    for first in range(0, count, 500):
+        for stream in range(STREAMS):
+            numbers = range(first + stream, min(first + 500, count), STREAMS)
+            if numbers:
+                events = [encode(measured(number), id=uuid4()) for number in numbers]
+                await store.append(f"measured-{stream}", events)
+
+
+async def messages_of(store: EventStore) -> list[Message]:
+    """What the relay would publish, markers left out: 13 headers each."""
+    chain, log, messages = Chain(-1), await store.log_id(), []
+    async for event in store.read_all():
+        if (bucket := carried(event)) is not None:
+            previous = chain.stamp(bucket, event.position)
+            messages.append(message_of(event, log=log, previous=previous, bucket=bucket))
+    assert all(len(message.headers) == 13 for message in messages)
+    return messages
+
+
+def peers_message(message: Message) -> aio_pika.Message:
+    """The same message as aio-pika sends it."""
+    return aio_pika.Message(
+        message.body,
+        headers={
+            name: bytearray(value) if isinstance(value, bytes) else value for name, value in message.headers.items()
+        },
+        content_type=message.content_type,
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        correlation_id=message.correlation_id,
+        message_id=message.message_id,
+        type=message.type,
+        app_id=message.app_id,
+    )
+
+
+async def publish(url: str, messages: Sequence[Message]) -> None:
+    """Into every queue that is bound, in order, all confirmed."""
+    async with open_bus(url) as bus, bus.publisher() as publisher:
+        for first in range(0, len(messages), WINDOW):
+            await asyncio.gather(*(publisher.send(message) for message in messages[first : first + WINDOW]))
+
+
+async def make_queue(url: str, service: str) -> None:
+    """A service's queue, as Tidings makes it: quorum, bound to every event. Peers use one like it."""
+    async with open_bus(url) as bus:
+        await bus.provision(Subscription(service))
+
+
+async def drop_queue(url: str, service: str) -> None:
+    async with await aio_pika.connect(url) as connection, await connection.channel() as channel:
+        await channel.queue_delete(Subscription(service).queue)
+
+
+@asynccontextmanager
+async def aio_pika_exchange(url: str) -> AsyncIterator[aio_pika.abc.AbstractExchange]:
+    """The exchange on a channel with confirms, where a message that reaches no queue raises."""
+    async with (
+        await aio_pika.connect(url) as connection,
+        connection.channel(publisher_confirms=True, on_return_raises=True) as channel,
+    ):
+        yield await channel.get_exchange(EXCHANGE)
+
+
+async def seconds(work: Awaitable[object]) -> float:
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
+
+
+def verdict(row: str, ours: Sequence[float], peer: Sequence[float], floor: float, count: int) -> int:
+    """Print the row's rates and the median of the rounds' ratios; 1 when it is below the floor."""
+    ratio = median(theirs / mine for mine, theirs in zip(ours, peer, strict=True))
+    print(
+        f"{row}: {ratio:.2f} x (floor {floor:.2f}) {'ok' if ratio >= floor else 'MISSED'}; "
+        f"tidings {count / median(ours):,.0f}/s, peer {count / median(peer):,.0f}/s, {len(ours)} rounds",
+        flush=True,
+    )
+    return int(ratio < floor)
+
+
+def with_broker(measure: Callable[[str, Path, RabbitMQ], Awaitable[int]]) -> int:
+    """Run `measure(url, folder, broker)` on a broker and an empty folder of its own."""
+
+    async def run(broker: RabbitMQ, folder: str) -> int:
+        async with broker.isolated() as url:
+            return await measure(url, Path(folder), broker)
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    try:
+        with rabbitmq_for_tests() as broker, tempfile.TemporaryDirectory() as folder:
+            return asyncio.run(run(broker, folder))
+    except (pytest.skip.Exception, pytest.fail.Exception) as missing:
+        print(f"NOT MEASURED: {missing}")
+        return 1
