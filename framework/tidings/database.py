@@ -20,7 +20,9 @@ from tidings.settings import redact
 
 __all__ = [
     "Database",
+    "connected",
     "dead",
+    "file_of",
     "floors",
     "guarded",
     "held",
@@ -28,6 +30,7 @@ __all__ = [
     "metadata",
     "open_database",
     "outages",
+    "prepared",
     "staged",
     "waits_for_itself",
     "watermarks",
@@ -277,17 +280,16 @@ def _remedy(error: DBAPIError | PoolTimeout) -> str:
         sqlite3.SQLITE_FULL: "the disk is full: free some space",
         sqlite3.SQLITE_IOERR: "the disk failed or is full: look at the system's log",
         sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
-        sqlite3.SQLITE_NOTADB: "the file is no SQLite database: is the path right?",
+        sqlite3.SQLITE_NOTADB: "the file is no SQLite database: check the path",
     }.get(code & 0xFF, "see sqlite.org/rescode.html")
     return f"{cause}; {advice}. Nothing is lost"
 
 
 @asynccontextmanager
-async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIterator[Database]:
-    """The engine for any SQLAlchemy URL, with Tidings' and the service's tables made where they are missing.
+async def connected(url: str) -> AsyncIterator[Database]:
+    """The engine for any SQLAlchemy URL; it connects on use, and makes nothing.
 
-    `sqlite:///path` runs on Tidings' own dialect. Raises `ConfigurationError` for a URL or driver that cannot work,
-    or tables of a newer Tidings; `DatabaseUnavailable`.
+    `sqlite:///path` runs on Tidings' own dialect. Raises `ConfigurationError` for a URL or driver that cannot work.
     """
     shown = redact(url)
     try:
@@ -296,9 +298,8 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
             from tidings import sqlite_dialect
 
             parsed = parsed.set(drivername="sqlite+tidings")
-        memory = parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:")
         # A database in memory lives in one connection; it is shared, never dropped, by waiting for it.
-        options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if memory else {}
+        options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if file_of(url) == "" else {}
         engine = create_async_engine(parsed, **options)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError, ValueError) as error:
         raise ConfigurationError(
@@ -307,26 +308,73 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
         ) from None
     if parsed.drivername == "sqlite+tidings":
         sqlite_dialect.register(engine.sync_engine)
-    database = Database(engine, shown)
     try:
-        async with database.transaction() as connection:
-            await connection.run_sync(metadata.create_all)
-            found = await connection.scalar(sa.select(sa.func.max(_schema.c.version)))
-            if found is not None and found > SCHEMA:
-                raise ConfigurationError(
-                    f"database {shown} has Tidings tables of version {found}, this Tidings knows {SCHEMA}: upgrade it"
-                )
-            for version in range(found or SCHEMA, SCHEMA):
-                for statement in _UPGRADES[version]:
-                    await connection.execute(sa.text(statement))
-            # Written even where nothing changes: a database that cannot be written says so now.
-            write = _schema.insert() if found is None else _schema.update()
-            await connection.execute(write.values(version=SCHEMA))
-            if tables is not None:
-                await connection.run_sync(tables.create_all)
-        yield database
+        yield Database(engine, shown)
     finally:
         await engine.dispose()
+
+
+def file_of(url: str) -> str | None:
+    """The file of an SQLite URL, "" for a database in memory; None for a server's, and for what is no URL."""
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            return None
+    except (ArgumentError, ValueError):
+        return None
+    return "" if parsed.database in (None, "", ":memory:") else parsed.database
+
+
+@asynccontextmanager
+async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIterator[Database]:
+    """As `connected`, with Tidings' and the service's tables made where they are missing.
+
+    Raises `ConfigurationError` also for tables of a newer Tidings; `DatabaseUnavailable`.
+    """
+    async with connected(url) as database:
+        await _prepare(database, tables)
+        yield database
+
+
+async def _prepare(database: Database, tables: sa.MetaData | None) -> None:
+    async with database.transaction() as connection:
+        await connection.run_sync(metadata.create_all)
+        found = await _version(connection)
+        if found is not None and found > SCHEMA:
+            raise ConfigurationError(
+                f"database {database.shown} has Tidings tables of version {found}, this Tidings knows {SCHEMA}: "
+                "upgrade it"
+            )
+        for version in range(found or SCHEMA, SCHEMA):
+            for statement in _UPGRADES[version]:
+                await connection.execute(sa.text(statement))
+        # Written even where nothing changes: a database that cannot be written says so now.
+        write = _schema.insert() if found is None else _schema.update()
+        await connection.execute(write.values(version=SCHEMA))
+        if tables is not None:
+            await connection.run_sync(tables.create_all)
+
+
+async def prepared(database: Database) -> bool:
+    """Whether a service has run on this database. It only reads.
+
+    Raises `ConfigurationError` for tables of another version, `DatabaseUnavailable`.
+    """
+    async with database.reading() as connection:
+        if not await connection.run_sync(lambda sync: sa.inspect(sync).has_table(_schema.name)):
+            return False
+        found = await _version(connection)
+    if found is not None and found != SCHEMA:
+        remedy = "start the service, which upgrades it" if found < SCHEMA else "use the Tidings that made it"
+        raise ConfigurationError(
+            f"database {database.shown} has Tidings tables of version {found}, this Tidings looks at {SCHEMA}: {remedy}"
+        )
+    return found is not None
+
+
+async def _version(connection: AsyncConnection) -> int | None:
+    version: int | None = await connection.scalar(sa.select(sa.func.max(_schema.c.version)))
+    return version
 
 
 def _first_line(error: Exception, url: str, shown: str) -> str:

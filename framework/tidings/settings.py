@@ -32,8 +32,8 @@ _BUSES: Final = {
 }
 
 
-_OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL")
-"""Read by the tests and by `deploy/local`."""
+_OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL", "TIDINGS_SERVER_")
+"""Read by the tests, by `deploy/local` and by `tidings server`."""
 DEBUG: Final = "TIDINGS_DEBUG"
 """When set, the command line shows tracebacks: no setting, because it must work where settings are wrong."""
 

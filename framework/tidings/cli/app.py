@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tidings import __version__
-from tidings.cli import dead, serving, settled, status, streams, topology
+from tidings.cli import dead, server, serving, settled, status, streams, topology
 from tidings.cli.exits import TABLE
 from tidings.settings import DEBUG
 
@@ -54,6 +54,7 @@ def tidings(
 app.command("run", short_help="Run a service, or a web application.")(serving.run)
 app.command("relay", short_help="Carry events from the log to the bus.")(serving.relay)
 app.command("dev", short_help="Run everything embedded, restarting on change.")(serving.dev)
+app.command("server", short_help="Serve EventStoreDB's protocol from a file.")(server.server)
 app.command("verify", short_help="Is every event settled in every service?")(settled.verify)
 app.command("status", short_help="How far are log, relay and services?")(status.status)
 app.add_typer(streams.app, name="streams", short_help="Look into the log, append to it.")

@@ -61,45 +61,12 @@ async def existing_database(settings: Settings, service: str) -> AsyncIterator[D
 
     Raises `ConfigurationError` for a URL that cannot work or tables of another version, `DatabaseUnavailable`.
     """
-    import sqlalchemy as sa
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-    from sqlalchemy.ext.asyncio import create_async_engine
-
-    from tidings import sqlite_dialect
-    from tidings.database import SCHEMA, Database, metadata
+    from tidings.database import connected, file_of, prepared
 
     url = settings.database_of(service)
-    shown = redact(url)
-    try:
-        parsed = make_url(url)
-        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
-        if parsed.drivername == "sqlite":
-            parsed = parsed.set(drivername="sqlite+tidings")
-        absent = file in ("", ":memory:") or (file and not file.startswith("file:") and _absent(file))
-        engine = create_async_engine(parsed) if not absent else None
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError, ValueError) as error:
-        raise ConfigurationError(
-            f"TIDINGS_DATABASE {shown!r} cannot be used: {type(error).__name__}. Give a SQLAlchemy URL with an async "
-            "driver that is installed: sqlite:///file.db, postgresql+asyncpg://..."
-        ) from error
-    if engine is None:
+    file = file_of(url)
+    if file == "" or (file and not file.startswith("file:") and _absent(file)):
         yield None
         return
-    if parsed.drivername == "sqlite+tidings":
-        sqlite_dialect.register(engine.sync_engine)
-    database = Database(engine, shown)
-    try:
-        async with database.reading() as connection:
-            schema = metadata.tables["tidings_schema"]
-            found = None
-            if await connection.run_sync(lambda sync: sa.inspect(sync).has_table(schema.name)):
-                found = await connection.scalar(sa.select(sa.func.max(schema.c.version)))
-        if found is not None and found != SCHEMA:
-            remedy = "start the service, which upgrades it" if found < SCHEMA else "use the Tidings that made it"
-            raise ConfigurationError(
-                f"database {shown} has Tidings tables of version {found}, this Tidings looks at {SCHEMA}: {remedy}"
-            )
-        yield None if found is None else database
-    finally:
-        await engine.dispose()
+    async with connected(url) as database:
+        yield database if await prepared(database) else None

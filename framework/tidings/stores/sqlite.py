@@ -55,14 +55,15 @@ READERS: Final = 4
 
 
 async def open_sqlite(
-    url: str, *, clock: Callable[[], int] = now, busy_timeout: float = 5.0, remember_ids: bool = True
-) -> EventStore:
+    url: str, *, clock: Callable[[], int] = now, busy_timeout: float = 5.0, remember_ids: bool = True, stride: int = 1
+) -> SqliteStore:
     """Open, and if need be create, the store that `url` names.
 
     `sqlite:///relative/path`, `sqlite:////absolute/path`, or `memory://name`, which all of a process share while one of
     them has it open (the options are then those of the first). `clock` gives ticks of 100 ns since 1970;
     `busy_timeout` is how many seconds to wait for another process's transaction. With `remember_ids=False` the store
-    forgets at opening, as EventStoreDB does, which ids `ANY` and `STREAM_EXISTS` appends had.
+    forgets at opening, as EventStoreDB does, which ids `ANY` and `STREAM_EXISTS` appends had. `stride` is the distance
+    of the positions that are given from now on: above 1 not every number between two positions is one.
 
     Raises `ConfigurationError` for a URL that cannot be meant, a file of another application, a newer schema;
     `StoreUnavailable` for a file that cannot be opened for writing.
@@ -72,7 +73,7 @@ async def open_sqlite(
         with _SHARING:
             log = _IN_MEMORY.get(name)
             if log is None:
-                log = _IN_MEMORY[name] = Log(Database(None, busy_timeout), clock, remember_ids)
+                log = _IN_MEMORY[name] = Log(Database(None, busy_timeout), clock, remember_ids, stride)
             log.users += 1
         return SqliteStore(log, name)
     opener = ThreadPoolExecutor(1, thread_name_prefix="tidings-sqlite-open")
@@ -83,7 +84,7 @@ async def open_sqlite(
     except asyncio.CancelledError:
         opening.add_done_callback(_close_unused)
         raise
-    log = Log(database, clock, remember_ids)
+    log = Log(database, clock, remember_ids, stride)
     log.users = 1
     return SqliteStore(log, None)
 
@@ -120,12 +121,12 @@ def _target(url: str) -> tuple[str | None, str]:
 class Log:
     """One log that is open: its database, the thread that writes, the threads that read; shared by the stores on it."""
 
-    def __init__(self, database: Database, clock: Callable[[], int], remember_ids: bool) -> None:
+    def __init__(self, database: Database, clock: Callable[[], int], remember_ids: bool, stride: int) -> None:
         self.database = database
         self.clock = clock
         self.users = 0
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="tidings-sqlite-reader")
-        self.writer = Writer(database, Appender(database, clock, remember_ids=remember_ids), self._finish)
+        self.writer = Writer(database, Appender(database, clock, remember_ids, stride), self._finish)
 
     def _finish(self) -> None:
         self.readers.shutdown()
@@ -153,6 +154,26 @@ class SqliteStore:
     # ---- writing
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        return await self.begin(Kind.APPEND, stream, events, expected)
+
+    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
+        _check_stream(stream)
+        document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+        return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
+
+    async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
+        await self.begin(Kind.DELETE, stream, [EventData(METADATA, b"")], expected)
+
+    async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
+        await self.begin(Kind.TOMBSTONE, stream, [EventData(STREAM_DELETED, b"", content_type=OCTETS)], expected)
+
+    def begin(
+        self, kind: Kind, stream: str, events: Sequence[EventData], expected: Expected
+    ) -> asyncio.Future[Appended]:
+        """Hand a write over without waiting for it; writes that are begun one after the other are applied in that order.
+
+        For whoever has many in flight. What can be refused without a look at the log is raised here and now.
+        """
         size = 0
         for event in events:
             size += event.size
@@ -166,21 +187,7 @@ class SqliteStore:
         _check_stream(stream)
         if size > APPEND_LIMIT:
             raise EventTooLarge(stream, size, APPEND_LIMIT)
-        return await self._write(Kind.APPEND, stream, tuple(events), expected, size)
-
-    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
-        _check_stream(stream)
-        document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
-        return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
-
-    async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
-        _check_stream(stream)
-        await self._write(Kind.DELETE, stream, (EventData(METADATA, b""),), expected, 0)
-
-    async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
-        _check_stream(stream)
-        event = EventData(STREAM_DELETED, b"", content_type=OCTETS)
-        await self._write(Kind.TOMBSTONE, stream, (event,), expected, 0)
+        return self._write(kind, stream, tuple(events), expected, size)
 
     def _write(
         self, kind: Kind, stream: str, events: tuple[EventData, ...], expected: Expected, size: int
@@ -228,7 +235,7 @@ class SqliteStore:
         self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
     ) -> AsyncIterator[RecordedEvent]:
         _check_stream(stream)
-        view = await self._read(reading.view_of, stream, self._log.clock())
+        view = await self.look(reading.view_of, stream, self._log.clock())
         if start is not None:
             view = (
                 view._replace(last=min(view.last, start)) if backwards else view._replace(first=max(view.first, start))
@@ -236,7 +243,7 @@ class SqliteStore:
         left = MAX_VERSION if limit is None else limit
         more = True
         while more and left > 0 and view.first <= view.last:
-            events, more = await self._read(reading.page_of_stream, stream, view, backwards, min(PAGE_EVENTS, left))
+            events, more = await self.look(reading.page_of_stream, stream, view, backwards, min(PAGE_EVENTS, left))
             for event in events:
                 yield event
             left -= len(events)
@@ -252,7 +259,7 @@ class SqliteStore:
         before, end = MAX_VERSION, False
         while not end and left > 0:
             count = min(PAGE_EVENTS, left)
-            page = await self._read(reading.page_of_all, after, before, backwards, condition, count)
+            page = await self.look(reading.page_of_all, after, before, backwards, condition, count)
             for event in page.events:
                 yield event
             left -= len(page.events)
@@ -268,11 +275,11 @@ class SqliteStore:
         condition = _condition(filter)
         behind = True
         page = Page([], after, False)
-        self._log.writer.watch(+1)
+        self.watch(+1)
         try:
             while True:
                 after = page.reached
-                page = await self._read(reading.page_of_all, after, MAX_VERSION, False, condition, PAGE_EVENTS)
+                page = await self.look(reading.page_of_all, after, MAX_VERSION, False, condition, PAGE_EVENTS)
                 for event in page.events:
                     yield event
                 told = page.events[-1].position if page.events else after
@@ -284,19 +291,19 @@ class SqliteStore:
                 if behind:
                     behind = False
                     yield CaughtUp(page.reached)
-                await self._beyond(page.reached)
+                await self.beyond(page.reached)
         finally:
-            self._log.writer.watch(-1)
+            self.watch(-1)
 
     async def subscribe_stream(
         self, stream: str, *, after_version: int = -1
     ) -> AsyncIterator[RecordedEvent | CaughtUp]:
         _check_stream(stream)
         behind = True
-        self._log.writer.watch(+1)
+        self.watch(+1)
         try:
             while True:
-                page = await self._read(reading.follow, stream, after_version, behind, self._log.clock())
+                page = await self.look(reading.follow, stream, after_version, behind, self._log.clock())
                 for event in page.events:
                     yield event
                     if event.version == MAX_VERSION:
@@ -307,11 +314,11 @@ class SqliteStore:
                 if behind:
                     behind = False
                     yield CaughtUp(page.reached)
-                await self._beyond(page.reached)
+                await self.beyond(page.reached)
         finally:
-            self._log.writer.watch(-1)
+            self.watch(-1)
 
-    async def _beyond(self, position: int) -> None:
+    async def beyond(self, position: int) -> None:
         """Wait until the log goes on behind `position`. Raises `StoreUnavailable` when the store is closed."""
         while self._head <= position:
             self._check_usable()
@@ -328,24 +335,29 @@ class SqliteStore:
                 waiter.set_result(None)
 
     async def head(self) -> int:
-        return await self._read(reading.head)
+        return await self.look(reading.head)
 
     async def log_id(self) -> UUID:
-        return await self._read(reading.log_id)
+        return await self.look(reading.log_id)
 
     async def get_metadata(self, stream: str) -> StreamMetadata:
         _check_stream(stream)
-        return await self._read(reading.metadata_of, stream)
+        return await self.look(reading.metadata_of, stream)
 
-    async def _read(
+    async def look(
         self, job: Callable[Concatenate[sqlite3.Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
+        """`job(connection, ...)` on a thread that reads. The connection is the job's own for as long as it runs."""
         self._check_usable()
         return await self._loop.run_in_executor(
             self._log.readers, lambda: self._log.database.read(job, *args, **kwargs)
         )
 
     # ---- closing
+
+    def watch(self, more: int) -> None:
+        """Somebody begins (+1) or ends (-1) to wait for what other processes append: see `beyond`."""
+        self._log.writer.watch(more)
 
     def _check_usable(self) -> None:
         if self._closing:

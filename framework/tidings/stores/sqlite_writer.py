@@ -80,9 +80,12 @@ class Appender:
     long as the log's head shows that nobody else has written: everything that happens to a stream is an append.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], int], *, remember_ids: bool = True) -> None:
+    def __init__(
+        self, database: Database, clock: Callable[[], int], remember_ids: bool = True, stride: int = 1
+    ) -> None:
         self._database = database
         self._clock = clock
+        self._stride = stride
         self.head = database.opened_at
         # The one place where it is decided which ids `ANY` and `STREAM_EXISTS` recognise: those above this position.
         self._ids_after = 0 if remember_ids else self.head
@@ -90,7 +93,7 @@ class Appender:
         self._known: dict[tuple[str, bytes], Appended | None] = {}
         self._pending: dict[tuple[str, bytes], Appended] = {}
         self._rows: list[Row] = []
-        self._next = 0
+        self._last = 0
 
     def commit(self, writes: Sequence[Write]) -> list[Outcome]:
         """The outcome of each, durable when this returns. Never raises."""
@@ -121,7 +124,7 @@ class Appender:
         (last,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
         if last != self.head or len(self._streams) > CACHED_STREAMS:
             self._streams.clear()
-        self._next = last + 1
+        self._last = last
         self._rows.clear()
         self._look_up(connection, writes)
         outcomes: list[Outcome] = []
@@ -132,7 +135,7 @@ class Appender:
                 outcomes.append(refusal)
         self._insert(connection)
         connection.execute("COMMIT")
-        self.head = self._next - 1
+        self.head = self._last
         return outcomes
 
     def _apply(self, connection: sqlite3.Connection, write: Write) -> Appended:
@@ -161,16 +164,16 @@ class Appender:
             if facts.last < 0 and self._facts(connection, f"$${stream}").last < 0:
                 raise WrongExpectedVersion(stream, describe(write.expected), -1)
             self._put_metadata(connection, stream, SOFT_DELETE)
-        return Appended(facts.last, self._next - 1)
+        return Appended(facts.last, self._last)
 
     def _append(self, connection: sqlite3.Connection, write: Write, facts: Facts, original: str | None) -> Appended:
         if not write.events:
-            return Appended(facts.last, self._next - 1)
+            return Appended(facts.last, self._last)
         first = facts.last + 1
         for event in write.events:
             facts.last += 1
             self._put(write.stream, facts.last, event)
-        answer = Appended(facts.last, self._next - 1)
+        answer = Appended(facts.last, self._last)
         if facts.soft:
             self._undelete(connection, write.stream, first)
         if original is not None:
@@ -194,13 +197,13 @@ class Appender:
         self._facts(connection, stream).soft = retention_of(stream, document).soft_deleted
 
     def _put(self, stream: str, version: int, event: EventData) -> None:
-        position, id_ = self._next, event.id.bytes
+        position, id_ = self._last + self._stride, event.id.bytes
         is_json = event.content_type == JSON
         self._rows.append(
             (position, stream, version, event.type, event.data, event.metadata, is_json, id_, self._clock())
         )
         self._pending.setdefault((stream, id_), Appended(version, position))
-        self._next = position + 1
+        self._last = position
 
     def _insert(self, connection: sqlite3.Connection) -> None:
         """What was decided so far. Many rows to a statement: see `sqlite_log._page` for the reason."""

@@ -1,0 +1,61 @@
+"""`tidings server`: an EventStoreDB-compatible server over the embedded store, as a process."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tidings.cli.exits import USAGE, Refused, answering
+
+__all__ = ["server"]
+
+
+@answering
+def server(
+    db: Annotated[str | None, typer.Option(metavar="PATH", help="Database file; made when it is not there.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Keep the log in memory, and lose it at the end.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 2113,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="TLS and users; a certificate is made when none is given.")
+    ] = False,
+    certificate: Annotated[str | None, typer.Option(metavar="FILE", help="PEM file with the certificate.")] = None,
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="PEM file with its key.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen elsewhere than on this machine without TLS and users.")
+    ] = False,
+    remember_ids: Annotated[
+        bool,
+        typer.Option("--remember-ids", help="Keep the ids of ANY appends over a restart, as EventStoreDB does not."),
+    ] = False,
+    projections: Annotated[
+        bool, typer.Option("--projections", help="Run $by_category and $by_event_type from the start.")
+    ] = False,
+) -> int:
+    """Serve EventStoreDB's protocol from a file until Ctrl-C or SIGTERM: for tests, laptops and small machines.
+
+    Clients connect with esdb://127.0.0.1:2113?tls=false. Users for --tls come from the environment:
+    TIDINGS_SERVER_USERS=name:password,...
+    """
+    try:
+        from tidings.server import run_server
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "esdbclient", "kurrentdbclient", "h2", "google"):
+            raise
+        raise Refused(
+            USAGE,
+            f"tidings server needs the package {error.name!r}: install it with  pip install 'tidings[eventstoredb]'",
+        ) from error
+    return run_server(
+        db,
+        host=host,
+        port=port,
+        memory=memory,
+        tls=tls,
+        certificate=certificate,
+        key=key,
+        insecure=insecure,
+        remember_ids=remember_ids,
+        projections=projections,
+    )

@@ -1,0 +1,8 @@
+"""An EventStoreDB-compatible server over the embedded store, for tests, laptops and small machines. No cluster."""
+
+from __future__ import annotations
+
+from tidings.server.running import main, run_server
+from tidings.server.serving import DEFAULT_PORT, EventStoreServer
+
+__all__ = ["DEFAULT_PORT", "EventStoreServer", "main", "run_server"]

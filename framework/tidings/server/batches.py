@@ -1,0 +1,256 @@
+"""`Streams.BatchAppend`: many appends on one call, applied and answered in the order in which they were sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Final, NamedTuple
+
+from tidings.errors import EventTooLarge, StoreError, StreamDeleted, WrongExpectedVersion
+from tidings.server.calls import Send
+from tidings.server.protocol import any_pb2, empty_pb2, packed, shared, status, streams
+from tidings.server.refusals import Code, Refusal
+from tidings.server.security import Access
+from tidings.server.wire import Malformed, event_data, expected_version, stream_name, uuid_of
+from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
+from tidings.stores.sqlite import SqliteStore
+from tidings.stores.sqlite_writer import Kind
+
+__all__ = ["IN_FLIGHT", "batch_append"]
+
+IN_FLIGHT: Final = 4096
+"""Appends of one call that may wait for their commit; more requests are then not read."""
+BYTES_IN_FLIGHT: Final = 32 * 1024 * 1024
+"""Of events, likewise."""
+UNFINISHED: Final = 1024
+"""Appends of one call whose last part has not come."""
+TIMEOUT: Final = 2.0
+"""Seconds that an append may take until its last part has come: EventStoreDB's write timeout."""
+
+
+class _Unfinished:
+    """An append of which more parts may come."""
+
+    def __init__(self, options: Any) -> None:
+        self.identifier = options.stream_identifier
+        self.stream = stream_name(options.stream_identifier)
+        self.expected = expected_version(options, "expected_stream_position", "stream_position")
+        self.events: list[EventData] = []
+        self.size = 0
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class _Answer(NamedTuple):
+    """What is to be answered, now or when the append is settled."""
+
+    correlation: Any
+    identifier: Any
+    expected: Expected
+    outcome: asyncio.Future[Appended] | Any
+    size: int = 0
+
+
+class _Answers:
+    """What is to be answered, in order, within the limits."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[_Answer | None] = asyncio.Queue(IN_FLIGHT)
+        self._bytes = 0
+        self._less = asyncio.Event()
+
+    async def put(self, answer: _Answer | None) -> None:
+        while self._bytes > BYTES_IN_FLIGHT:
+            self._less.clear()
+            await self._less.wait()
+        self._bytes += answer.size if answer else 0
+        await self._queue.put(answer)
+
+    def put_late(self, answer: _Answer) -> None:
+        """From a timer, which cannot wait: an answer too many is dropped."""
+        if not self._queue.full():
+            self._queue.put_nowait(answer)
+
+    async def get(self) -> _Answer | None:
+        return await self._queue.get()
+
+    def more(self) -> bool:
+        return not self._queue.empty()
+
+    def settled(self, answer: _Answer) -> None:
+        self._bytes -= answer.size
+        self._less.set()
+
+
+async def batch_append(store: SqliteStore, access: Access, user: str, requests: AsyncIterator[Any], send: Send) -> None:
+    """The call as a whole: it ends when the client has sent everything and was answered everything."""
+    answers = _Answers()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_reply(answers, send))
+        await _accept(store, access, user, requests, answers)
+        await answers.put(None)
+
+
+async def _reply(answers: _Answers, send: Send) -> None:
+    """In order, and together what is settled together."""
+    ready: list[bytes] = []
+    while True:
+        if ready and not answers.more():
+            await send(ready)
+            ready = []
+        answer = await answers.get()
+        if answer is None:
+            break
+        outcome = answer.outcome
+        if isinstance(outcome, asyncio.Future) and not outcome.done():
+            if ready:
+                await send(ready)
+                ready = []
+            await asyncio.wait([outcome])
+        ready.append(packed(_response(answer)))
+        answers.settled(answer)
+    if ready:
+        await send(ready)
+
+
+async def _accept(
+    store: SqliteStore, access: Access, user: str, requests: AsyncIterator[Any], answers: _Answers
+) -> None:
+    unfinished: dict[bytes, _Unfinished] = {}
+    loop = asyncio.get_running_loop()
+
+    def expire(key: bytes, correlation: Any) -> None:
+        late = unfinished.pop(key, None)
+        if late is not None:
+            answers.put_late(_Answer(correlation, late.identifier, late.expected, _timeout()))
+
+    try:
+        async for request in requests:
+            correlation = request.correlation_id
+            identifier = request.options.stream_identifier
+            try:
+                key = uuid_of(correlation).bytes
+                append = unfinished.get(key)
+                if request.HasField("options"):
+                    seconds = _requested(request.options)
+                    if not request.options.HasField("stream_identifier"):
+                        raise Malformed("Required field StreamIdentifier not set.")
+                    if seconds <= 0:
+                        await answers.put(_Answer(correlation, identifier, ANY, _timeout()))
+                        continue
+                    await access.check(user, "$w", stream_name(identifier))
+                    if append is None:
+                        append = _Unfinished(request.options)
+                        if not request.is_final:
+                            if len(unfinished) >= UNFINISHED:
+                                raise Malformed(f"More than {UNFINISHED} appends are unfinished on this call.")
+                            unfinished[key] = append
+                            append.timer = loop.call_later(min(seconds, TIMEOUT), expire, key, correlation)
+                if append is None:
+                    continue
+                identifier = append.identifier
+                for proposed in request.proposed_messages:
+                    event = event_data(proposed)
+                    append.size += event.size
+                    append.events.append(event)
+                if append.size > APPEND_LIMIT:
+                    raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
+                if request.is_final:
+                    _forget(unfinished, key)
+                    outcome: Any = store.begin(Kind.APPEND, append.stream, append.events, append.expected)
+                    outcome.add_done_callback(_seen)
+                    await answers.put(_Answer(correlation, identifier, append.expected, outcome, append.size))
+            except (Malformed, Refusal, EventTooLarge, StoreError) as error:
+                if isinstance(error, EventTooLarge):
+                    _forget(unfinished, key)
+                await answers.put(_Answer(correlation, identifier, ANY, _error(error, ANY)))
+    finally:
+        for append in unfinished.values():
+            if append.timer is not None:
+                append.timer.cancel()
+
+
+def _seen(outcome: asyncio.Future[Appended]) -> None:
+    """The client may have gone before its answer: that is no error that nobody looked at."""
+    if not outcome.cancelled():
+        outcome.exception()
+
+
+def _forget(unfinished: dict[bytes, _Unfinished], key: bytes) -> None:
+    append = unfinished.pop(key, None)
+    if append is not None and append.timer is not None:
+        append.timer.cancel()
+
+
+def _requested(options: Any) -> float:
+    """Seconds that the client gives the append."""
+    if options.WhichOneof("deadline_option") == "deadline":
+        return int(options.deadline.seconds) + int(options.deadline.nanos) / 1e9
+    return TIMEOUT
+
+
+# ---- answers -----------------------------------------------------------------------
+
+
+def _response(answer: _Answer) -> Any:
+    response = streams.BatchAppendResp(correlation_id=answer.correlation, stream_identifier=answer.identifier)
+    outcome = answer.outcome
+    if not isinstance(outcome, asyncio.Future):
+        response.error.CopyFrom(outcome)
+        return response
+    error = outcome.exception()
+    if error is not None:
+        response.error.CopyFrom(_error(error, answer.expected))
+        return response
+    appended = outcome.result()
+    success = response.success
+    success.position.commit_position = success.position.prepare_position = appended.position
+    if appended.version < 0:
+        success.no_stream.SetInParent()
+    else:
+        success.current_revision = appended.version
+    return response
+
+
+def _error(error: BaseException, expected: Expected) -> Any:
+    if isinstance(error, WrongExpectedVersion):
+        return _status(Code.ALREADY_EXISTS, "WrongExpectedVersion", _wrong(error, expected))
+    if isinstance(error, StreamDeleted):
+        identifier = shared.StreamIdentifier(stream_name=error.stream.encode())
+        deleted = shared.StreamDeleted(stream_identifier=identifier)
+        return _status(Code.NOT_FOUND, f"Event stream '{error.stream}' is deleted.", deleted)
+    if isinstance(error, EventTooLarge):
+        exceeded = shared.MaximumAppendSizeExceeded(maxAppendSize=APPEND_LIMIT)
+        return _status(Code.INVALID_ARGUMENT, f"Maximum Append Size of {APPEND_LIMIT} Exceeded.", exceeded)
+    if isinstance(error, Refusal) and error.code is Code.PERMISSION_DENIED:
+        return _status(error.code, error.details, shared.AccessDenied())
+    if isinstance(error, Malformed | Refusal):
+        says = error.details if isinstance(error, Refusal) else str(error)
+        return _status(Code.INVALID_ARGUMENT, says, shared.BadRequest(message=says))
+    return _status(Code.UNKNOWN, str(error), shared.Unknown())
+
+
+def _timeout() -> Any:
+    return _status(Code.DEADLINE_EXCEEDED, "Timeout", shared.Timeout())
+
+
+def _status(code: Code, message: str, details: Any) -> Any:
+    details_any = any_pb2.Any()
+    details_any.Pack(details)
+    return status.Status(code=int(code), message=message, details=details_any)  # type: ignore[arg-type]
+
+
+def _wrong(error: WrongExpectedVersion, expected: Expected) -> Any:
+    wrong = shared.WrongExpectedVersion()
+    if error.actual < 0:
+        wrong.current_no_stream.CopyFrom(empty_pb2.Empty())
+    else:
+        wrong.current_stream_revision = error.actual
+    if isinstance(expected, int):
+        wrong.expected_stream_position = expected
+    elif expected is ANY:
+        wrong.expected_any.CopyFrom(empty_pb2.Empty())
+    elif expected is STREAM_EXISTS:
+        wrong.expected_stream_exists.CopyFrom(empty_pb2.Empty())
+    elif expected is NO_STREAM:
+        wrong.expected_no_stream.CopyFrom(empty_pb2.Empty())
+    return wrong

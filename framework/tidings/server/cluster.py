@@ -1,0 +1,74 @@
+"""EventStoreDB's services `Gossip` and `ServerFeatures`, and gRPC's own health: one node, which leads itself.
+
+`ServerFeatures`' messages are in no client package: they are three fields, written here as bytes.
+"""
+
+from __future__ import annotations
+
+from time import time
+from typing import Any, Final
+from uuid import uuid4
+
+from tidings.server.calls import Call, Method, Send
+from tidings.server.protocol import gossip, shared
+
+__all__ = ["VERSION", "Cluster"]
+
+VERSION: Final = "24.2.0"
+"""The EventStoreDB whose behaviour this server keeps."""
+
+
+class Cluster:
+    """What a client asks of a node before it uses it. `methods` are those that the node offers."""
+
+    def __init__(self, host: str, port: int, methods: list[Method]) -> None:
+        self._host, self._port = host, port
+        self._offered = [method.path for method in methods]
+        self._id = uuid4()
+
+    def methods(self) -> list[Method]:
+        return [
+            Method("/event_store.client.gossip.Gossip/Read", shared.Empty, unary=self.gossip),
+            Method(
+                "/event_store.client.server_features.ServerFeatures/GetSupportedMethods",
+                shared.Empty,
+                unary=self.supported,
+            ),
+            Method("/grpc.health.v1.Health/Check", shared.Empty, unary=self.healthy),
+            Method("/grpc.health.v1.Health/Watch", shared.Empty, streaming=self.watch_health),
+        ]
+
+    async def gossip(self, request: Any, call: Call) -> Any:
+        member = gossip.MemberInfo(
+            instance_id=shared.UUID(string=str(self._id)),
+            time_stamp=int(time() * 10_000_000),
+            state=gossip.MemberInfo.Leader,
+            is_alive=True,
+            http_end_point=gossip.EndPoint(address=self._host, port=self._port),
+        )
+        return gossip.ClusterInfo(members=[member])
+
+    async def supported(self, request: Any, call: Call) -> bytes:
+        """`SupportedMethods`: methods = 1 (method_name = 1, service_name = 2), event_store_server_version = 2."""
+        answer = b""
+        for path in self._offered:
+            _, service, method = path.split("/")
+            answer += _field(1, _field(1, method.lower().encode()) + _field(2, service.encode()))
+        return answer + _field(2, VERSION.encode())
+
+    async def healthy(self, request: Any, call: Call) -> bytes:
+        """`HealthCheckResponse`: status = 1, SERVING."""
+        return b"\x08\x01"
+
+    async def watch_health(self, request: Any, call: Call, send: Send) -> None:
+        """Says it once: it changes only when the connection ends."""
+        await send([b"\x08\x01"])
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    size, length = len(value), b""
+    while size > 0x7F:
+        length += bytes([size & 0x7F | 0x80])
+        size >>= 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + value

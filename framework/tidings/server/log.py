@@ -1,0 +1,182 @@
+"""The log as the server reads it: pages of events with links resolved, for any filter. It never writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+from tidings.errors import StreamDeleted, StreamNotFound
+from tidings.server.wire import Resolved
+from tidings.stores import RecordedEvent
+from tidings.stores import sqlite_log as reading
+from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
+from tidings.stores.sqlite import SqliteStore
+from tidings.stores.sqlite_log import PAGE_EVENTS, View
+
+__all__ = ["LINK", "Batch", "Choice", "ServedLog", "target_of"]
+
+T = TypeVar("T")
+
+LINK: Final = "$>"
+_EVERYTHING: Final = ("", ())
+_HIDDEN: Final = re.compile(r"\$epoch-information$|\$persistentsubscription-\$all::.*-(?:checkpoint|parked)$")
+
+
+class Choice(NamedTuple):
+    """Which events of `$all` are wanted. Regular expressions are searched for, not anchored, as EventStoreDB does."""
+
+    by_type: bool = False
+    """The condition is about the event's type, otherwise about its stream."""
+    prefixes: tuple[str, ...] = ()
+    pattern: re.Pattern[str] | None = None
+
+    def wants(self, event: RecordedEvent) -> bool:
+        text = event.type if self.by_type else event.stream
+        if self.pattern is not None:
+            return self.pattern.search(text) is not None
+        return not self.prefixes or text.startswith(self.prefixes)
+
+
+def hidden(event: RecordedEvent) -> bool:
+    """Events that `$all` never shows: EventStoreDB's own bookkeeping of subscriptions to `$all`."""
+    return event.stream[:1] == "$" and _HIDDEN.match(event.stream) is not None
+
+
+class Batch(NamedTuple):
+    """A piece of `$all`."""
+
+    events: list[Resolved]
+    """What was wanted."""
+    after: list[int]
+    """For each of them, how many events were considered before it, itself included."""
+    considered: list[int]
+    """The positions of all events that were considered, wanted or not."""
+    reached: int
+    """The next piece begins behind it."""
+    end: bool
+
+
+class ServedLog:
+    """Reads one store. Every method takes one look at it, on a thread of its own."""
+
+    def __init__(self, store: SqliteStore, clock: Callable[[], int]) -> None:
+        self.store = store
+        self._clock = clock
+
+    async def all(
+        self, choice: Choice | None, resolve: bool, *, after: int, before: int, backwards: bool, count: int
+    ) -> Batch:
+        """A piece of `$all` between two positions, both exclusive; looks at `count` events at most."""
+
+        def job(connection: sqlite3.Connection) -> Batch:
+            page = reading.page_of_all(connection, after, before, backwards, _EVERYTHING, min(count, PAGE_EVENTS))
+            events: list[Resolved] = []
+            ranks: list[int] = []
+            considered: list[int] = []
+            for event in page.events:
+                if hidden(event):
+                    continue
+                considered.append(event.position)
+                if choice is None or choice.wants(event):
+                    ranks.append(len(considered))
+                    events.append(self._resolve(connection, event) if resolve else (event, None))
+            return Batch(events, ranks, considered, page.reached, page.end)
+
+        return await self.store.look(job)
+
+    async def view(self, stream: str) -> tuple[View, int]:
+        """What may be read of a stream, and its last version. Raises `StreamNotFound` and `StreamDeleted`."""
+
+        def job(connection: sqlite3.Connection) -> tuple[View, int]:
+            view = reading.view_of(connection, stream, self._clock())
+            return view, view.last
+
+        return await self.store.look(job)
+
+    async def stream(
+        self, stream: str, view: View, resolve: bool, *, backwards: bool, count: int
+    ) -> tuple[list[Resolved], int, bool]:
+        """A piece of a stream, the version of its last event, and whether there is more."""
+
+        def job(connection: sqlite3.Connection) -> tuple[list[Resolved], int, bool]:
+            events, more = reading.page_of_stream(connection, stream, view, backwards, min(count, PAGE_EVENTS))
+            last = events[-1].version if events else -1
+            return self._all_resolved(connection, events, resolve), last, more
+
+        return await self.store.look(job)
+
+    async def follow(
+        self, stream: str, after: int, history: bool, resolve: bool
+    ) -> tuple[list[Resolved], reading.Following]:
+        """What comes behind a version of a stream: see `sqlite_log.follow`."""
+
+        def job(connection: sqlite3.Connection) -> tuple[list[Resolved], reading.Following]:
+            piece = reading.follow(connection, stream, after, history, self._clock())
+            return self._all_resolved(connection, piece.events, resolve), piece
+
+        return await self.store.look(job)
+
+    async def is_record(self, position: int) -> bool:
+        """Whether an event has this position."""
+        query = "SELECT 1 FROM log WHERE position = ?"
+        return await self.store.look(lambda connection: connection.execute(query, (position,)).fetchone() is not None)
+
+    async def last_version(self, stream: str) -> int:
+        """-1 without events, `MAX_VERSION` when tombstoned."""
+        return await self.store.look(reading.last_version, stream)
+
+    async def head(self) -> int:
+        return await self.store.head()
+
+    # ---- links
+
+    def _all_resolved(
+        self, connection: sqlite3.Connection, events: Sequence[RecordedEvent], resolve: bool
+    ) -> list[Resolved]:
+        if not resolve:
+            return [(event, None) for event in events]
+        return [self._resolve(connection, event) for event in events]
+
+    def _resolve(self, connection: sqlite3.Connection, event: RecordedEvent) -> Resolved:
+        if event.type != LINK:
+            return event, None
+        target = target_of(event)
+        if target is None:
+            return event, None  # a payload that names no event: the link is shown as it is
+        version, stream = target
+        try:
+            view = reading.view_of(connection, stream, self._clock())
+        except (StreamNotFound, StreamDeleted):
+            return None, event
+        if not view.first <= version <= view.last:
+            return None, event
+        events, _ = reading.page_of_stream(connection, stream, View(version, version, view.since), False, 1)
+        return (events[0] if events else None), event
+
+
+def target_of(link: RecordedEvent) -> tuple[int, str] | None:
+    """The version and stream that a link names; None for a payload that names none."""
+    version, separator, stream = link.data.partition(b"@")
+    if not separator or not stream or not re.fullmatch(rb"[0-9]{1,19}", version) or int(version) > MAX_VERSION:
+        return None
+    try:
+        return int(version), stream.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def is_system(event: RecordedEvent) -> bool:
+    """An event of the store's own, which no projection links to."""
+    return event.type in (METADATA, STREAM_DELETED, LINK) or event.stream.startswith("$")
+
+
+def json_object(data: bytes) -> dict[str, object]:
+    """A JSON object, or an empty one for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

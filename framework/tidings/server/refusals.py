@@ -1,0 +1,178 @@
+"""What the server answers when it refuses: gRPC status codes, EventStoreDB's words and trailers. It decides nothing.
+
+The texts are EventStoreDB's own, because clients tell errors apart by them.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from tidings.errors import StoreError, StoreUnavailable, StreamDeleted
+from tidings.stores import APPEND_LIMIT
+
+__all__ = [
+    "Code",
+    "Refusal",
+    "access_denied",
+    "group_dropped",
+    "group_exists",
+    "group_failed",
+    "group_full",
+    "group_missing",
+    "invalid_argument",
+    "missing_metadata",
+    "of_store_error",
+    "stream_deleted",
+    "thrown",
+    "too_large",
+    "unimplemented",
+    "unknown",
+    "wrong_version",
+]
+
+
+class Code(IntEnum):
+    """gRPC's status codes."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class Refusal(Exception):
+    """Ends a call with a status other than OK. Trailers are sent as ASCII; what is not becomes escapes."""
+
+    def __init__(self, code: Code, details: str, **trailers: str | int) -> None:
+        self.code = code
+        self.details = details
+        self.trailers = [
+            (name.replace("_", "-"), str(value).encode("ascii", "backslashreplace").decode())
+            for name, value in trailers.items()
+        ]
+        super().__init__(f"{code.name}: {details}")
+
+
+def thrown() -> Refusal:
+    """The answer to a request that makes no sense: EventStoreDB's handler throws, and says no more than that."""
+    return Refusal(Code.UNKNOWN, "Exception was thrown by handler.")
+
+
+def unknown(kind: str, result: str) -> Refusal:
+    return Refusal(Code.UNKNOWN, f"Unexpected {kind}: {result}")
+
+
+def invalid_argument(details: str) -> Refusal:
+    return Refusal(Code.INVALID_ARGUMENT, details)
+
+
+def unimplemented(what: str) -> Refusal:
+    return Refusal(Code.UNIMPLEMENTED, f"{what} is not supported by the Tidings server")
+
+
+def access_denied() -> Refusal:
+    return Refusal(Code.PERMISSION_DENIED, "Access Denied", exception="access-denied")
+
+
+# ---- streams -----------------------------------------------------------------------
+
+
+def stream_deleted(stream: str) -> Refusal:
+    return Refusal(
+        Code.FAILED_PRECONDITION,
+        f"Event stream '{stream}' is deleted.",
+        exception="stream-deleted",
+        stream_name=stream,
+    )
+
+
+def wrong_version(operation: str, stream: str, expected: int, actual: int) -> Refusal:
+    """`expected` as EventStoreDB numbers it: -1 no stream, -2 any, -4 an existing stream."""
+    return Refusal(
+        Code.FAILED_PRECONDITION,
+        f"{operation} failed due to WrongExpectedVersion. "
+        f"Stream: {stream}, Expected version: {expected}, Actual version: {actual}",
+        exception="wrong-expected-version",
+        stream_name=stream,
+        expected_version=expected,
+        actual_version=actual,
+    )
+
+
+def too_large() -> Refusal:
+    return Refusal(
+        Code.INVALID_ARGUMENT,
+        f"Maximum Append Size of {APPEND_LIMIT} Exceeded.",
+        exception="maximum-append-size-exceeded",
+        maximum_append_size=APPEND_LIMIT,
+    )
+
+
+def missing_metadata(name: str) -> Refusal:
+    return Refusal(
+        Code.INVALID_ARGUMENT,
+        f"Required Metadata Property '{name}' is missing",
+        exception="missing-required-metadata-property",
+        required_metadata_properties="type,content-type",
+    )
+
+
+def of_store_error(error: StoreError) -> Refusal:
+    """What a failure of the store that the caller has no rule of its own for becomes on the wire."""
+    if isinstance(error, StreamDeleted):
+        return stream_deleted(error.stream)
+    if isinstance(error, StoreUnavailable):
+        return Refusal(Code.UNAVAILABLE, str(error))
+    return thrown()
+
+
+# ---- persistent subscriptions ------------------------------------------------------
+
+
+def _group(code: Code, details: str, exception: str, stream: str, group: str, **more: str) -> Refusal:
+    return Refusal(
+        code, details, exception=f"persistent-subscription-{exception}", stream_name=stream, group_name=group, **more
+    )
+
+
+def group_missing(stream: str, group: str) -> Refusal:
+    details = f"Subscription group {group} on stream {stream} does not exist."
+    return _group(Code.NOT_FOUND, details, "does-not-exist", stream, group)
+
+
+def group_exists(stream: str, group: str) -> Refusal:
+    details = f"Subscription group {group} on stream {stream} exists."
+    return _group(Code.ALREADY_EXISTS, details, "exists", stream, group)
+
+
+def group_failed(stream: str, group: str, reason: str) -> Refusal:
+    details = f"Subscription group {group} on stream {stream} failed: '{reason}'"
+    return _group(Code.INTERNAL, details, "failed", stream, group, reason=reason)
+
+
+def group_dropped(stream: str, group: str) -> Refusal:
+    details = f"Subscription group {group} on stream {stream} was dropped."
+    return _group(Code.CANCELLED, details, "dropped", stream, group)
+
+
+def group_full(stream: str, group: str) -> Refusal:
+    return Refusal(
+        Code.FAILED_PRECONDITION,
+        f"Maximum subscriptions reached for subscription group {group} on stream {stream}.",
+        exception="maximum-subscribers-reached",
+        stream_name=stream,
+        group_name=group,
+    )

@@ -1,0 +1,133 @@
+"""`Streams.Read` as a catch-up subscription: history, the word that it is caught up, then what is appended, for ever.
+
+It keeps nothing for a subscriber that does not read on: the next piece is read from the log when it asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from tidings.errors import StreamDeleted
+from tidings.server.calls import Send
+from tidings.server.filters import choice_of
+from tidings.server.log import Batch, ServedLog
+from tidings.server.protocol import packed, streams
+from tidings.server.refusals import stream_deleted
+from tidings.server.wire import Encode, Malformed, stream_name
+from tidings.stores.rules import MAX_VERSION
+
+__all__ = ["follow_all", "follow_stream"]
+
+PAGE = 512
+WINDOW = 32
+"""Events of a filter's window when the request names none: EventStoreDB's own page."""
+
+
+def _confirmation() -> bytes:
+    confirmation = streams.ReadResp.SubscriptionConfirmation(subscription_id=str(uuid4()))
+    return packed(streams.ReadResp(confirmation=confirmation))
+
+
+def _caught_up() -> bytes:
+    return packed(streams.ReadResp(caught_up=streams.ReadResp.CaughtUp()))
+
+
+def _checkpoint(position: int) -> bytes:
+    checkpoint = streams.ReadResp.Checkpoint(commit_position=position, prepare_position=position)
+    return packed(streams.ReadResp(checkpoint=checkpoint))
+
+
+async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
+    """One stream behind a revision, exclusive. A missing or softly deleted one is waited for."""
+    wanted = options.stream
+    stream = stream_name(wanted.stream_identifier)
+    start = wanted.WhichOneof("revision_option")
+    log.store.watch(+1)
+    try:
+        try:
+            last = await log.last_version(stream)
+            if last == MAX_VERSION:
+                raise StreamDeleted(stream)
+            after = {"end": last, "revision": min(wanted.revision, MAX_VERSION)}.get(start or "", -1)
+            history = True
+            # Asked for once before the confirmation: a stream that is closed refuses instead of confirming.
+            events, piece = await log.follow(stream, after, history, options.resolve_links)
+            await send([_confirmation()])
+            while True:
+                if events:
+                    await send([encode(event) for event in events])
+                if piece.version == MAX_VERSION:
+                    raise StreamDeleted(stream)
+                after = piece.version
+                if piece.end:
+                    if history:
+                        history = False
+                        await send([_caught_up()])
+                    await log.store.beyond(piece.reached)
+                events, piece = await log.follow(stream, after, history, options.resolve_links)
+        except StreamDeleted:
+            raise stream_deleted(stream) from None
+    finally:
+        log.store.watch(-1)
+
+
+async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
+    """The whole log behind a position, exclusive.
+
+    With a filter, checkpoints say how far it was looked: after every window times the multiplier, and where history
+    ends. A checkpoint is the position of an event that was considered, and never goes back.
+    """
+    wanted = options.all
+    choice, interval = None, 0
+    if options.WhichOneof("filter_option") == "filter":
+        choice = choice_of(options.filter)
+        multiplier = options.filter.checkpointIntervalMultiplier
+        if multiplier == 0:
+            raise Malformed("checkpointIntervalMultiplier")
+        interval = (options.filter.max or WINDOW) * multiplier
+    start = wanted.WhichOneof("all_option")
+    log.store.watch(+1)
+    try:
+        head = await log.head()
+        after = {"end": head, "position": min(wanted.position.commit_position, MAX_VERSION)}.get(start or "", -1)
+        await send([_confirmation()])
+        behind, counted, told = True, 0, after
+        while True:
+            batch = await log.all(
+                choice, options.resolve_links, after=after, before=MAX_VERSION, backwards=False, count=PAGE
+            )
+            answers, counted, told = _answers(batch, encode, interval, counted, told)
+            if batch.end and behind:
+                behind = False
+                if interval and batch.considered and batch.considered[-1] > told:
+                    told, counted = batch.considered[-1], 0
+                    answers.append(_checkpoint(told))
+                answers.append(_caught_up())
+            if answers:
+                await send(answers)
+            after = batch.reached
+            if batch.end:
+                await log.store.beyond(after)
+    finally:
+        log.store.watch(-1)
+
+
+def _answers(batch: Batch, encode: Encode, interval: int, counted: int, told: int) -> tuple[list[bytes], int, int]:
+    """Events with the checkpoints between them, how many were considered since the last one, and where it was."""
+    if not interval:
+        return [encode(event) for event in batch.events], 0, told
+    answers: list[bytes] = []
+    at = 0
+    due = interval - counted
+    for event, rank in zip(batch.events, batch.after, strict=True):
+        while due < rank:
+            told = batch.considered[due - 1]
+            answers.append(_checkpoint(told))
+            at, due = due, due + interval
+        answers.append(encode(event))
+    while due <= len(batch.considered):
+        told = batch.considered[due - 1]
+        answers.append(_checkpoint(told))
+        at, due = due, due + interval
+    return answers, (counted + len(batch.considered)) if at == 0 else len(batch.considered) - at, told

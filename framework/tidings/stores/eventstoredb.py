@@ -1,0 +1,390 @@
+"""The store on EventStoreDB: `esdb://` by gRPC. It knows events and no frames, and reads and writes at the leader.
+
+Addresses, discovery, TLS, credentials and what is rare (delete, tombstone) are esdbclient's own; the two hot calls,
+Read and BatchAppend, run on `grpc_h2`. A lost connection is made again behind the scenes, for `seconds`; then it is
+`StoreUnavailable`. Everything that can be repaired at the server is that, too, a refused password included: who tries
+again will succeed then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from tidings.errors import StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
+from tidings.stores import (
+    ANY,
+    EVERYTHING,
+    NO_STREAM,
+    STREAM_EXISTS,
+    Appended,
+    CaughtUp,
+    Checkpoint,
+    EventData,
+    EventStore,
+    Expected,
+    Filter,
+    RecordedEvent,
+    StreamMetadata,
+    describe,
+)
+from tidings.stores import eventstoredb_wire as wire
+from tidings.stores.eventstoredb_appends import Appends, Write
+from tidings.stores.eventstoredb_leader import LOG_STREAM, Leader, Trying
+from tidings.stores.grpc_call import CallFailed, ConnectionLost, Status
+from tidings.stores.grpc_h2 import Connection
+from tidings.stores.rules import METADATA, document_of
+
+__all__ = ["EventStoreDB", "open_eventstoredb"]
+
+QUIET_SECONDS: Final = 1.0
+"""A subscription on which nothing has come for so long is probed."""
+_ACTUAL: Final = re.compile(r"Actual version: (-?\d+)")
+
+
+async def open_eventstoredb(url: str) -> EventStore:
+    """The store that `url` names, in EventStoreDB's own scheme: `esdb://user:password@host:2113?tlsCaFile=...`,
+    `esdb://host:2113?tls=false`, `esdb+discover://...`. It connects on use.
+
+    Of its options `DefaultDeadline` (seconds) is how long a call and the search for a server may take, and
+    `KeepAliveInterval` and `KeepAliveTimeout` (milliseconds) when a silent server is given up. Raises
+    `ConfigurationError`.
+    """
+    return EventStoreDB(url)
+
+
+class EventStoreDB:
+    """`EventStore` on one node or a cluster. It belongs to the event loop in which it was opened; close it there."""
+
+    def __init__(self, url: str) -> None:
+        self._leader = Leader(url)
+        self._appends = Appends(self._leader, self.find)
+        self._task = asyncio.create_task(self._appends.run(), name="tidings-eventstoredb-appends")
+
+    def __repr__(self) -> str:
+        return f"EventStoreDB({self._leader.place})"
+
+    @property
+    def connections(self) -> set[Connection]:
+        """Those open now, for tests that look at them."""
+        return self._leader.connections
+
+    # ---- writing -------------------------------------------------------------------------
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        size = wire.check_events(stream, events)
+        self._leader.check_usable()
+        if isinstance(expected, int) and expected < 0:  # what `Appended.version` says of a stream without events
+            expected = NO_STREAM
+        try:
+            return await self._appends.submit(stream, tuple(events), expected, size)
+        except StreamDeleted:
+            if expected is STREAM_EXISTS:
+                raise await self._how_deleted(stream) from None
+            raise
+
+    async def _how_deleted(self, stream: str) -> StreamDeleted:
+        """EventStoreDB answers `STREAM_EXISTS` alike for both; reading tells them apart."""
+        try:
+            async for _ in self.read_stream(stream, limit=1):
+                break
+        except StreamDeleted as error:
+            return error
+        except StreamNotFound:
+            pass
+        return StreamDeleted(stream, tombstoned=False)
+
+    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
+        wire.check(stream)
+        document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+        try:
+            return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
+        except StreamDeleted as error:
+            raise StreamDeleted(stream, tombstoned=error.tombstoned) from None
+
+    async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
+        await self._rare(stream, expected, self._leader.client.delete_stream)
+
+    async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
+        await self._rare(stream, expected, self._leader.client.tombstone_stream)
+
+    async def _rare(self, stream: str, expected: Expected, operation: Callable[..., Awaitable[object]]) -> None:
+        """By the client, which repeats what failed once: both operations may be repeated."""
+        wire.check(stream)
+        leader = self._leader
+        await leader.persistently(_nothing)
+        version = wire.client_version(NO_STREAM if expected == -1 else expected)
+        try:
+            async with asyncio.timeout(2 * leader.seconds):
+                await operation(stream, current_version=version, timeout=leader.seconds / 2)
+        except Exception as error:
+            # The two clients' names differ in this ending; NotFound is their word for a wrong version of nothing.
+            kind, text = type(error).__name__.removesuffix("Error"), str(error)
+            actual = _ACTUAL.search(text)
+            if kind == "NotFound":
+                raise WrongExpectedVersion(stream, describe(expected), -1) from error
+            if kind in ("WrongCurrentVersion", "WrongExpectedVersion") and actual is not None:
+                raise WrongExpectedVersion(stream, describe(expected), int(actual[1])) from error
+            if "Deleted" in kind or "Tombstoned" in kind:
+                raise StreamDeleted(stream) from error
+            raise StoreUnavailable(
+                f"EventStoreDB at {self._leader.place} did not delete stream {stream!r}: {error!r}"
+            ) from error
+
+    # ---- reading -------------------------------------------------------------------------
+
+    async def read_stream(
+        self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
+    ) -> AsyncIterator[RecordedEvent]:
+        wire.check(stream)
+        if start is not None and start < 0:
+            if backwards:
+                limit, start = 0, None
+            else:
+                start = 0
+        left = None if limit is None else max(limit, 1)  # a count of 0 is an error there, a missing stream is one here
+        trying = Trying(self._leader)
+        while True:
+            try:
+                request = wire.read_stream_request(stream, start, backwards=backwards, count=left)
+                async for responses in self._responses(request, trying):
+                    for response in responses:
+                        if response.HasField("event"):
+                            event = wire.recorded(response.event.event)
+                            if limit == 0:
+                                return
+                            yield event
+                            start = event.version + (-1 if backwards else 1)
+                            if left is not None:
+                                left -= 1
+                        elif response.HasField("stream_not_found"):
+                            raise StreamNotFound(stream)
+                return
+            except (CallFailed, ConnectionLost) as error:
+                _raise_deleted(error, stream)
+                await trying.again(error)
+                if left == 0 or (start is not None and start < 0):
+                    return
+
+    async def read_all(
+        self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent]:
+        served, left, before = wire.served(filter), limit, -1
+        trying = Trying(self._leader)
+        while left is None or left > 0:
+            # Forwards the place itself is sent once more; backwards, after a loss, the whole end is.
+            count = left + 1 if left is not None and served and before < 0 else None
+            try:
+                request = wire.read_all_request(after, filter, backwards=backwards, count=count)
+                async for responses in self._responses(request, trying):
+                    for response in responses:
+                        if not response.HasField("event"):
+                            continue
+                        event = wire.recorded(response.event.event)
+                        position = event.position
+                        if position <= after:
+                            if backwards:
+                                return
+                            continue
+                        if (before >= 0 and position >= before) or not (served or filter.matches(event)):
+                            continue
+                        yield event
+                        if backwards:
+                            before = position
+                        else:
+                            after = position
+                        if left is not None:
+                            left -= 1
+                            if not left:
+                                return
+                return
+            except (CallFailed, ConnectionLost) as error:
+                await trying.again(error)
+
+    async def subscribe_all(
+        self, *, after: int = -1, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
+        served, at, told, suspected = wire.served(filter), after, False, -1
+        trying = Trying(self._leader)
+        while True:
+            try:
+                request = wire.read_all_request(at, filter, subscribe=True)
+                async for responses in self._responses(request, trying, quiet=QUIET_SECONDS):
+                    if not responses:  # nothing came: did nothing happen?
+                        head = await self.head()
+                        waiting = [event async for event in self.read_all(after=at, filter=filter, limit=1)]
+                        if waiting:
+                            if suspected == at:
+                                raise ConnectionLost(f"the subscription does not bring what is behind position {at}")
+                            suspected = at
+                        elif head > at:
+                            at = head
+                            yield Checkpoint(at)
+                        if not (waiting or told):
+                            told = True
+                            yield CaughtUp(at)
+                    for response in responses:
+                        if response.HasField("event"):
+                            event = wire.recorded(response.event.event)
+                            if event.position > at:
+                                at = event.position
+                                if served or filter.matches(event):
+                                    yield event
+                        elif response.HasField("checkpoint"):
+                            if response.checkpoint.commit_position > at:
+                                at = response.checkpoint.commit_position
+                                yield Checkpoint(at)
+                        elif response.HasField("caught_up"):
+                            told = True
+                            yield CaughtUp(at)
+                raise ConnectionLost("the server ended the subscription")
+            except (CallFailed, ConnectionLost) as error:
+                await trying.again(error)
+
+    async def subscribe_stream(
+        self, stream: str, *, after_version: int = -1
+    ) -> AsyncIterator[RecordedEvent | CaughtUp]:
+        wire.check(stream)
+        version, position, told = after_version, -1, False
+        trying = Trying(self._leader)
+        while True:
+            try:
+                start = None if version < 0 else version
+                request = wire.read_stream_request(stream, start, subscribe=True)
+                async for responses in self._responses(request, trying, quiet=QUIET_SECONDS):
+                    if not responses:
+                        await self.head()
+                        if not told:
+                            told = True
+                            yield CaughtUp(position)
+                    for response in responses:
+                        if response.HasField("event"):
+                            event = wire.recorded(response.event.event)
+                            if event.version > version:
+                                version, position = event.version, event.position
+                                yield event
+                        elif response.HasField("caught_up"):
+                            told = True
+                            yield CaughtUp(position)
+                raise ConnectionLost("the server ended the subscription")
+            except (CallFailed, ConnectionLost) as error:
+                _raise_deleted(error, stream)
+                await trying.again(error)
+
+    async def head(self) -> int:
+        return await self._leader.persistently(self._leader.head)
+
+    async def log_id(self) -> UUID:
+        leader = self._leader
+        await leader.persistently(_nothing)
+        if leader.log is None:
+            identity = uuid4()
+            event = EventData("tidings_LogCreated", json.dumps({"log": str(identity)}).encode(), id=identity)
+            with suppress(WrongExpectedVersion):  # somebody else was first
+                await self.append(LOG_STREAM, [event], expected=NO_STREAM)
+            leader.log = await leader.persistently(leader.identity)
+            if leader.log is None:
+                raise StoreUnavailable(
+                    f"the first event of stream {LOG_STREAM!r}, the log's identity, cannot be read: it was deleted, or "
+                    "the user may not read it. Positions of a log without identity mean nothing: restore a backup"
+                )
+        return leader.log
+
+    async def get_metadata(self, stream: str) -> StreamMetadata:
+        wire.check(stream)
+        try:
+            async for event in self.read_stream(f"$${stream}", backwards=True, limit=1):
+                return StreamMetadata(document_of(event.data), event.version)
+        except StreamNotFound:
+            pass
+        except StreamDeleted as error:
+            raise StreamDeleted(stream, tombstoned=error.tombstoned) from None
+        return StreamMetadata({}, -1)
+
+    async def find(self, write: Write) -> Appended | Expected:
+        """Where an append of unknown outcome is in the log; if it is not, the version to append at. Raises
+        `StreamDeleted`, `StoreUnavailable`."""
+        if not write.events:
+            return write.expected
+        wanted = write.events[-1].id.bytes
+        deleted: StreamDeleted | None = None
+        newest, whole = -1, False
+        try:
+            async for event in self.read_stream(write.stream, backwards=True):
+                newest = max(newest, event.version)
+                if event.id_bytes == wanted:
+                    return Appended(event.version, event.position)
+                whole = event.version == 0 or event.position <= write.floor
+                if whole:
+                    break
+        except StreamNotFound:
+            pass
+        except StreamDeleted as error:
+            deleted = error
+        if not whole:  # what the stream does not show any more, the log still does
+            async for event in self.read_all(after=write.floor, filter=Filter(stream_prefixes=(write.stream,))):
+                if event.id_bytes == wanted and event.stream == write.stream:
+                    return Appended(event.version, event.position)
+        if deleted is not None:
+            raise deleted
+        if newest >= 0:
+            return newest
+        return STREAM_EXISTS if write.expected is STREAM_EXISTS else NO_STREAM
+
+    # ---- calls ---------------------------------------------------------------------------
+
+    async def _responses(
+        self, request: bytes, trying: Trying, *, quiet: float | None = None
+    ) -> AsyncIterator[list[wire.Response]]:
+        """What a Read brings, many at a time. With `quiet`, an empty list when nothing came for so many seconds.
+
+        A call that brings nothing for long is checked on by another one: a stopped server leaves it hanging for ever.
+        """
+        leader, parse = self._leader, wire.Response.FromString
+        leader.check_usable()
+        connection = await leader.connected()
+        with await leader.call(wire.READ, connection) as call:
+            call.send(request, end=True)
+            while True:
+                trying.check()
+                try:
+                    async with asyncio.timeout(quiet or leader.seconds / 2):
+                        messages = await call.receive()
+                except TimeoutError:
+                    if quiet is None:
+                        await leader.head(connection)
+                    else:
+                        yield []
+                    continue
+                trying.progressed()
+                if not messages:
+                    return
+                yield [parse(message) for message in messages]
+
+    async def close(self) -> None:
+        """End: appends that began are finished, reads and subscriptions raise `StoreUnavailable` at their next step."""
+        leader, appends = self._leader, self._appends
+        if not leader.closed:
+            leader.closed = True
+            await appends.finish(leader.seconds)
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            appends.fail(StoreUnavailable("the event store was closed before the append was answered"))
+            await leader.close()
+        await asyncio.wait([self._task])
+
+
+async def _nothing(connection: object) -> None:
+    """What needs the connection only, or that there was one."""
+
+
+def _raise_deleted(error: CallFailed | ConnectionLost, stream: str) -> None:
+    if isinstance(error, CallFailed) and error.status is Status.FAILED_PRECONDITION and "is deleted" in error.details:
+        raise StreamDeleted(stream) from error
+    if isinstance(error, CallFailed) and error.trailers.get("exception") == "stream-deleted":
+        raise StreamDeleted(stream) from error

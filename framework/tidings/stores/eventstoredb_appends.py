@@ -1,0 +1,317 @@
+"""Appends in flight on one BatchAppend call, and what becomes of them when it is lost. It never repeats `ANY` blindly.
+
+The server applies the appends of one call in the order in which they were sent, and answers each. When the call is
+lost, the outcome of those without an answer is unknown. `NO_STREAM` and explicit versions are then sent again: they are
+idempotent. The ids of `ANY` and `STREAM_EXISTS` appends live in a bounded memory of the server, which a restart clears
+(measured on EventStoreDB 24.2): for those the log is asked first, and then they are appended at the version just read.
+New appends wait until that is done, so that none overtakes an older one of its stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
+from typing import Final
+
+import structlog
+
+from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
+from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
+from tidings.stores.eventstoredb_leader import Leader
+from tidings.stores.eventstoredb_wire import BATCH_APPEND, Answer, Undecided, append_request, number_of, outcome_of
+from tidings.stores.grpc_call import Call, ConnectionLost
+from tidings.stores.grpc_h2 import Connection
+from tidings.supervision import leaves
+
+__all__ = ["Appends", "Write"]
+
+log = structlog.get_logger("tidings.stores.eventstoredb")
+
+RESOLVING: Final = 32
+"""Streams whose appends of unknown outcome are looked for at once."""
+PAUSE_SECONDS: Final = (0.02, 0.5)
+"""First and longest pause before connecting again."""
+
+Outcome = Appended | StoreError
+
+
+class Write:
+    """One append."""
+
+    __slots__ = ("answer", "changes", "events", "expected", "floor", "future", "repeated", "since", "size", "stream")
+
+    def __init__(
+        self, stream: str, events: Sequence[EventData], expected: Expected, size: int, future: asyncio.Future[Appended]
+    ) -> None:
+        self.stream, self.events, self.expected, self.size, self.future = stream, events, expected, size, future
+        self.floor = -1
+        """A position that the log had reached before the append was first sent: it can only be behind it."""
+        self.changes = 0
+        """Which log it was first sent to, by `Leader.changes`."""
+        self.repeated = False
+        """It may have been applied before."""
+        self.since = 0.0
+        """When it began to wait for a connection."""
+        self.answer: asyncio.Future[Outcome] | None = None
+        """Who repeats it waits here for the answer; else it goes to the caller at once."""
+
+    def settle(self, outcome: Outcome) -> None:
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_result(outcome)
+        elif self.answer is None:
+            self.tell(outcome)
+
+    def tell(self, outcome: Outcome) -> None:
+        """The caller hears it, unless it has gone."""
+        if not self.future.done():
+            if isinstance(outcome, StoreError):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+
+
+class Appends:
+    """Every append of one store. `run` belongs to the store's own task."""
+
+    def __init__(self, leader: Leader, find: Callable[[Write], Awaitable[Appended | Expected]]) -> None:
+        """`find` tells where an append of unknown outcome is in the log; if it is not, the version to append at."""
+        self._leader = leader
+        self._find = find
+        self._loop = asyncio.get_running_loop()
+        self._numbers = count(1)
+        self._flights: dict[int, Write] = {}
+        """Sent and not answered, in the order of sending."""
+        self._unknown: list[Write] = []
+        """Sent on a call that was lost, in that order."""
+        self._queue: deque[Write] = deque()
+        self._call: Call | None = None
+        """Takes new appends; None while there is none, or those before them are not settled."""
+        self._connection: Connection | None = None
+        self._live = False
+        """What was unknown is settled on the present call."""
+        self._wanted = asyncio.Event()
+        self._troubled = asyncio.Event()
+        self._reason: BaseException | None = None
+
+    def submit(
+        self, stream: str, events: Sequence[EventData], expected: Expected, size: int
+    ) -> asyncio.Future[Appended]:
+        """Hand over an append. No await before that: it keeps appends in the order in which they began."""
+        write = Write(stream, events, expected, size, self._loop.create_future())
+        write.since = self._loop.time()
+        call = self._call
+        if call is not None and not call.over and self._connection is not None and not self._connection.leaving:
+            self._send(call, write)
+        else:
+            if call is not None:
+                self._call = None
+                call.send(end=True)  # the server answers what it has, and ends the call
+            self._queue.append(write)
+            self._wanted.set()
+        return write.future
+
+    @property
+    def idle(self) -> bool:
+        return not (self._flights or self._unknown or self._queue)
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for the answers to what was begun, but no longer."""
+        waiting = [write.future for write in (*self._flights.values(), *self._unknown, *self._queue)]
+        if waiting:
+            await asyncio.wait(waiting, timeout=seconds)
+
+    def fail(self, error: StoreError) -> None:
+        """Tell everybody who waits."""
+        for write in (*self._flights.values(), *self._unknown, *self._queue):
+            write.tell(error)
+        self._flights.clear()
+        self._unknown.clear()
+        self._queue.clear()
+
+    def _send(self, call: Call, write: Write, expected: Expected | None = None) -> None:
+        number = next(self._numbers)
+        if not write.repeated:
+            write.floor, write.changes = self._leader.known, self._leader.changes
+        expected = write.expected if expected is None else expected
+        call.send(append_request(number, write.stream, write.events, expected, self._leader.seconds))
+        self._flights[number] = write
+
+    # ---- the life of calls ---------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled: a call while there is something to append, and another one when it is lost."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._expire())
+            first, longest = PAUSE_SECONDS
+            pause, attempts = first, 0
+            while True:
+                await self._wanted.wait()
+                try:
+                    await self._session()
+                except Exception as error:
+                    if self._live:
+                        pause, attempts = first, 0
+                    cause = next(iter(leaves(error)))
+                    self._lost(cause)
+                    if not self.idle:
+                        attempts += 1
+                        if attempts in (1, 10) or attempts % 100 == 0:
+                            unknown = len(self._unknown)
+                            log.warning(
+                                "store.appends_interrupted", error=str(cause), unknown=unknown, attempts=attempts
+                            )
+                        await asyncio.sleep(pause)
+                        pause = min(pause * 2, longest)
+
+    async def _session(self) -> None:
+        """One call, up to its end or loss."""
+        self._live = False
+        connection = await self._leader.connected()
+        call = await self._leader.call(BATCH_APPEND, connection)
+        with call:
+            async with asyncio.TaskGroup() as tasks:
+                receiving = tasks.create_task(self._receive(call))
+                watching = tasks.create_task(self._watch(connection))
+                await self._settle_unknown(call)
+                for write in self._queue:
+                    if not write.future.done():
+                        self._send(call, write)
+                self._queue.clear()
+                self._wanted.clear()
+                self._troubled.clear()
+                self._call, self._connection, self._live = call, connection, True
+                await receiving
+                watching.cancel()
+        self._call = None
+
+    def _lost(self, cause: BaseException) -> None:
+        """What is not settled has an unknown outcome from now on, and waits for another call."""
+        self._call = None
+        for write in self._flights.values():
+            if write.answer is None:
+                self._doubt(write)
+        self._flights.clear()
+        self._unknown = [write for write in self._unknown if not write.future.done()]
+        for write in self._unknown:
+            write.answer = None
+        self._reason = cause
+        verdict = self._leader.judge(cause)
+        if verdict is not None:
+            self.fail(verdict)
+        if self.idle:
+            self._wanted.clear()
+        else:
+            self._wanted.set()
+            self._troubled.set()
+
+    def _doubt(self, write: Write) -> None:
+        write.repeated, write.since = True, self._loop.time()
+        self._unknown.append(write)
+
+    async def _receive(self, call: Call) -> None:
+        leader, flights = self._leader, self._flights
+        while messages := await call.receive():
+            for message in messages:
+                answer = Answer.FromString(message)
+                write = flights.pop(number_of(answer), None)
+                if write is None:
+                    continue
+                outcome = outcome_of(answer, write.stream, write.expected, write.size)
+                if isinstance(outcome, Appended):
+                    if outcome.position > leader.known:
+                        leader.known = outcome.position
+                elif isinstance(outcome, Undecided):
+                    if write.answer is None:  # as unknown as what is lost, and before it
+                        self._doubt(write)
+                    raise outcome
+                write.settle(outcome)
+        if flights or not self._live:
+            raise ConnectionLost("the server ended the call of the appends before it had answered them")
+
+    async def _watch(self, connection: Connection) -> None:
+        """The oldest append in flight must be answered within half of the time that a call may take: the other half is
+        for finding another leader. Turns are counted, not seconds: a loop that was blocked must not blame the server.
+        """
+        oldest, turns = None, 0
+        while True:
+            await asyncio.sleep(self._leader.seconds / 8)
+            now = next(iter(self._flights), None)
+            turns = turns + 1 if now is not None and now == oldest else 0
+            oldest = now
+            if turns == 4:
+                reason = f"an append was not answered within {self._leader.seconds / 2:g} s"
+                self._leader.distrust(reason, connection)
+                raise ConnectionLost(reason)
+
+    async def _expire(self) -> None:
+        """Appends that find no connection for too long are given up: their callers hear why."""
+        seconds = self._leader.seconds
+        while True:
+            await self._troubled.wait()
+            await asyncio.sleep(min(seconds / 20, 0.25))
+            limit = self._loop.time() - seconds
+            late = [write for write in (*self._unknown, *self._queue) if write.since <= limit]
+            for write in late:
+                outcome = "may or may not have been appended" if write.repeated else "was not appended"
+                write.tell(
+                    StoreUnavailable(
+                        f"{len(write.events)} event(s) for stream {write.stream!r}: EventStoreDB was not there for "
+                        f"{seconds:g} s ({self._reason}). What was to be appended {outcome}"
+                    )
+                )
+            self._unknown = [write for write in self._unknown if not write.future.done()]
+            self._queue = deque(write for write in self._queue if not write.future.done())
+
+    # ---- unknown outcomes ----------------------------------------------------------------
+
+    async def _settle_unknown(self, call: Call) -> None:
+        """Find out about, or repeat, what was lost: in order within a stream, streams side by side."""
+        streams: dict[str, list[Write]] = {}
+        for write in self._unknown:
+            if not write.future.done():
+                streams.setdefault(write.stream, []).append(write)
+        room = asyncio.Semaphore(RESOLVING)
+
+        async def settle(writes: list[Write]) -> None:
+            async with room:
+                for write in writes:
+                    if not write.future.done():
+                        write.tell(await self._again(call, write))
+
+        async with asyncio.TaskGroup() as tasks:
+            for writes in streams.values():
+                tasks.create_task(settle(writes))
+        self._unknown.clear()
+
+    async def _again(self, call: Call, write: Write) -> Outcome:
+        expected = write.expected
+        if write.changes != self._leader.changes:
+            return StoreUnavailable(
+                f"EventStoreDB at {self._leader.place} now holds another log; what was to be appended to stream "
+                f"{write.stream!r} may or may not be in the one before"
+            )
+        while True:
+            if write.expected is ANY or write.expected is STREAM_EXISTS:
+                try:
+                    found = await self._find(write)
+                except StoreError as error:
+                    return error
+                if isinstance(found, Appended):
+                    return found
+                expected = found
+            write.answer = self._loop.create_future()
+            self._send(call, write, expected)
+            outcome = await write.answer
+            write.answer = None
+            if isinstance(outcome, WrongExpectedVersion):
+                if expected is write.expected:
+                    # It was applied, and then more happened (a soft delete, another append): the log knows.
+                    try:
+                        again = await self._find(write)
+                    except StoreError:
+                        return outcome
+                    return again if isinstance(again, Appended) else outcome
+                continue  # somebody appended between reading and writing
+            return outcome

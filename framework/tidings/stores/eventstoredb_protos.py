@@ -1,0 +1,35 @@
+"""EventStoreDB's generated messages and client, from whichever of esdbclient and kurrentdbclient is installed.
+
+It never defines a message itself. Both register the same message names with protobuf, so that only one of them can be
+imported in a process; esdbclient is taken where both could be found.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Final
+
+__all__ = ["CLIENT", "AsyncClient", "StreamState", "shared_pb2", "streams_pb2"]
+
+CLIENT: Final = "kurrentdbclient" if importlib.util.find_spec("esdbclient") is None else "esdbclient"
+"""The package that the messages come from."""
+
+if TYPE_CHECKING:
+    # The two differ in names alone, so one stands for both.
+    from esdbclient import AsyncEventStoreDBClient as AsyncClient
+    from esdbclient import StreamState
+    from esdbclient.protos.Grpc import shared_pb2, streams_pb2
+else:
+    try:
+        _client = importlib.import_module(CLIENT)
+    except ModuleNotFoundError as error:
+        if error.name != CLIENT:
+            raise
+        # Of the two, name the one that the extra `eventstoredb` brings.
+        raise ModuleNotFoundError("No module named 'esdbclient'", name="esdbclient") from None
+    AsyncClient = _client.AsyncEventStoreDBClient if CLIENT == "esdbclient" else _client.AsyncKurrentDBClient
+    StreamState = _client.StreamState
+    _PROTOS: Final = "esdbclient.protos.Grpc" if CLIENT == "esdbclient" else "kurrentdbclient.protos.v1"
+    shared_pb2 = importlib.import_module(f"{_PROTOS}.shared_pb2")
+    streams_pb2 = importlib.import_module(f"{_PROTOS}.streams_pb2")

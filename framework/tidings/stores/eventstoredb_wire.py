@@ -1,0 +1,285 @@
+"""Between the port's events and EventStoreDB's messages: requests, answers, what an error means. It does no I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+from tidings.errors import (
+    EventTooLarge,
+    InvalidStreamName,
+    StoreError,
+    StoreUnavailable,
+    StreamDeleted,
+    WrongExpectedVersion,
+)
+from tidings.stores import (
+    ANY,
+    JSON,
+    NO_STREAM,
+    STREAM_EXISTS,
+    Appended,
+    EventData,
+    Expected,
+    Filter,
+    RecordedEvent,
+    check_stream_name,
+    describe,
+)
+from tidings.stores.eventstoredb_protos import StreamState, shared_pb2, streams_pb2
+from tidings.stores.rules import MAX_VERSION
+
+__all__ = [
+    "BATCH_APPEND",
+    "EVENT_LIMIT",
+    "Answer",
+    "READ",
+    "Response",
+    "Undecided",
+    "append_request",
+    "check",
+    "check_events",
+    "client_version",
+    "number_of",
+    "outcome_of",
+    "read_all_request",
+    "read_stream_request",
+    "recorded",
+    "served",
+]
+
+READ: Final = "/event_store.client.streams.Streams/Read"
+BATCH_APPEND: Final = "/event_store.client.streams.Streams/BatchAppend"
+
+EVENT_LIMIT: Final = 16_000_000
+"""Bytes of one append that any server could take; one over its gRPC limit would end the call that all appends share."""
+
+WINDOW: Final = 32
+"""Events of the log between two checkpoints of a filtered subscription."""
+
+Response = streams_pb2.ReadResp
+Answer = streams_pb2.BatchAppendResp
+_Options = streams_pb2.ReadReq.Options
+_Record = streams_pb2.ReadResp.ReadEvent.RecordedEvent
+
+_EMPTY: Final = shared_pb2.Empty()
+_TEXT: Final = _Options.UUIDOption(string=_EMPTY)
+
+
+class Undecided(Exception):
+    """The server could not say whether it appended: it timed out, or lost its leadership on the way."""
+
+
+# ---- what may be asked for -----------------------------------------------------------
+
+
+def check(stream: str) -> None:
+    """Raise `InvalidStreamName` for a name that cannot be sent."""
+    check_stream_name(stream)
+    _check_text(stream)
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidStreamName(f"{text!r} has characters that UTF-8 cannot express (lone surrogates)") from error
+
+
+def check_events(stream: str, events: Sequence[EventData]) -> int:
+    """Their size in bytes. Raises `InvalidStreamName` and `EventTooLarge` for what the server would refuse."""
+    check(stream)
+    size = 0
+    for event in events:
+        size += event.size
+        if not event.type:
+            raise InvalidStreamName(f"an event for stream {stream!r} has an empty type: give it a name")
+        if not event.id.int:
+            raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
+        if type(event.data) is not bytes or type(event.metadata) is not bytes:
+            raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
+        _check_text(event.type)
+        _check_text(event.content_type)
+    if size > EVENT_LIMIT:
+        raise EventTooLarge(stream, size, EVENT_LIMIT)
+    return size
+
+
+# ---- reading -------------------------------------------------------------------------
+
+
+def read_stream_request(
+    stream: str, start: int | None, *, backwards: bool = False, count: int | None = None, subscribe: bool = False
+) -> bytes:
+    """`start` is inclusive for a read and exclusive for a subscription; None: the beginning, or the end."""
+    name = shared_pb2.StreamIdentifier(stream_name=stream.encode())
+    if start is not None:
+        place = _Options.StreamOptions(stream_identifier=name, revision=min(start, MAX_VERSION))
+    elif backwards:
+        place = _Options.StreamOptions(stream_identifier=name, end=_EMPTY)
+    else:
+        place = _Options.StreamOptions(stream_identifier=name, start=_EMPTY)
+    return _request(_Options(stream=place, no_filter=_EMPTY), backwards, count, subscribe)
+
+
+def read_all_request(
+    start: int, filter: Filter, *, backwards: bool = False, count: int | None = None, subscribe: bool = False
+) -> bytes:
+    """Forwards from position `start`, inclusive for a read and exclusive for a subscription, -1 for the beginning;
+    backwards always from the end."""
+    if backwards:
+        place = _Options.AllOptions(end=_EMPTY)
+    elif start < 0:
+        place = _Options.AllOptions(start=_EMPTY)
+    else:
+        at = min(start, MAX_VERSION)
+        place = _Options.AllOptions(position=_Options.Position(commit_position=at, prepare_position=at))
+    options = _Options(all=place)
+    conditions = _conditions(filter)
+    if conditions is None:
+        options.no_filter.CopyFrom(_EMPTY)
+    else:
+        options.filter.CopyFrom(conditions)
+    return _request(options, backwards, count, subscribe)
+
+
+def _request(options: _Options, backwards: bool, count: int | None, subscribe: bool) -> bytes:
+    options.read_direction = _Options.Backwards if backwards else _Options.Forwards
+    options.uuid_option.CopyFrom(_TEXT)
+    if subscribe:
+        options.subscription.SetInParent()
+    else:
+        options.count = MAX_VERSION if count is None else count
+    message: bytes = streams_pb2.ReadReq(options=options).SerializeToString()
+    return message
+
+
+def _conditions(filter: Filter) -> _Options.FilterOptions | None:
+    """What of the filter the server evaluates: it looks at the stream's name or at the type, not at both."""
+    included, excluded = filter.stream_prefixes, filter.exclude_stream_prefixes
+    for text in (*filter.types, *included, *excluded):
+        _check_text(text)
+    conditions = _Options.FilterOptions(max=WINDOW, checkpointIntervalMultiplier=1)
+    expression = _Options.FilterOptions.Expression
+    if included and not excluded:
+        conditions.stream_identifier.CopyFrom(expression(prefix=included))
+    elif excluded:
+        conditions.stream_identifier.CopyFrom(
+            expression(regex=f"^(?!{_alternatives(excluded)}){_alternatives(included)}")
+        )
+    elif filter.types:
+        conditions.event_type.CopyFrom(expression(regex=f"^{_alternatives(filter.types)}$"))
+    else:
+        return None
+    return conditions
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    return f"(?:{'|'.join(re.escape(text) for text in texts)})"
+
+
+def served(filter: Filter) -> bool:
+    """The server evaluates all of the filter, so that what it sends need not be looked at again, and it may count."""
+    return not filter.types
+
+
+def recorded(record: _Record) -> RecordedEvent:
+    """An event as the server sends it."""
+    facts = record.metadata
+    return RecordedEvent(
+        record.commit_position,
+        record.stream_identifier.stream_name.decode(),
+        record.stream_revision,
+        facts["type"],
+        record.data,
+        record.custom_metadata,
+        facts["content-type"] == JSON,
+        bytes.fromhex(record.id.string.replace("-", "")),
+        int(facts["created"] or 0),
+    )
+
+
+# ---- appending -----------------------------------------------------------------------
+
+
+def append_request(number: int, stream: str, events: Sequence[EventData], expected: Expected, seconds: float) -> bytes:
+    """One append of a BatchAppend call; its answer has the same `number`."""
+    message = streams_pb2.BatchAppendReq(
+        correlation_id=shared_pb2.UUID(structured=shared_pb2.UUID.Structured(least_significant_bits=number)),
+        proposed_messages=[
+            streams_pb2.BatchAppendReq.ProposedMessage(
+                id=shared_pb2.UUID(string=str(event.id)),
+                metadata={"type": event.type, "content-type": event.content_type},
+                custom_metadata=event.metadata,
+                data=event.data,
+            )
+            for event in events
+        ],
+        is_final=True,
+    )
+    options = message.options
+    options.stream_identifier.stream_name = stream.encode()
+    options.deadline.seconds = max(1, int(seconds))
+    if expected is ANY:
+        options.any.SetInParent()
+    elif expected is NO_STREAM:
+        options.no_stream.SetInParent()
+    elif expected is STREAM_EXISTS:
+        options.stream_exists.SetInParent()
+    else:
+        options.stream_position = min(expected, MAX_VERSION)
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def number_of(answer: Answer) -> int:
+    """Which append the answer is about."""
+    identity = answer.correlation_id
+    return UUID(identity.string).int if identity.string else identity.structured.least_significant_bits
+
+
+def outcome_of(answer: Answer, stream: str, expected: Expected, size: int) -> Appended | StoreError | Undecided:
+    """What became of the append. A deleted stream is said to be tombstoned: for `STREAM_EXISTS` it may not be."""
+    if answer.HasField("success"):
+        success = answer.success
+        version = success.current_revision if success.HasField("current_revision") else -1
+        return Appended(version, success.position.commit_position if success.HasField("position") else -1)
+    error = answer.error
+    details = error.details
+    kind = details.type_url.rpartition(".")[2]
+    match kind:
+        case "WrongExpectedVersion":
+            wrong = shared_pb2.WrongExpectedVersion()
+            details.Unpack(wrong)
+            actual = wrong.current_stream_revision if wrong.HasField("current_stream_revision") else -1
+            return WrongExpectedVersion(stream, describe(expected), actual)
+        case "StreamDeleted":
+            return StreamDeleted(stream)
+        case "MaximumAppendSizeExceeded":
+            limit = shared_pb2.MaximumAppendSizeExceeded()
+            details.Unpack(limit)
+            return EventTooLarge(stream, size, limit.maxAppendSize)
+        case "AccessDenied":
+            return StoreUnavailable(
+                f"EventStoreDB denies the append to stream {stream!r}: give the user of TIDINGS_STORE write access to "
+                "it ($acl in the stream's metadata), or name another user"
+            )
+        case "BadRequest":
+            bad = shared_pb2.BadRequest()
+            details.Unpack(bad)
+            return StoreError(f"EventStoreDB refuses the append to stream {stream!r}: {bad.message}")
+        case "InvalidTransaction":
+            return StoreError(f"EventStoreDB refuses the append to stream {stream!r}: invalid transaction")
+    return Undecided(f"{kind or 'no reason'} {error.message}".rstrip())
+
+
+def client_version(expected: Expected) -> int | StreamState:
+    """An expected version in the words of EventStoreDB's client."""
+    if expected is ANY:
+        return StreamState.ANY
+    if expected is STREAM_EXISTS:
+        return StreamState.EXISTS
+    return StreamState.NO_STREAM if expected is NO_STREAM else expected

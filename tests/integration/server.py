@@ -1,0 +1,128 @@
+"""The server as a process, and calls to it that no client library would make."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+from tidings.server.protocol import shared, streams
+from tidings.server.running import PASSWORDS
+from tidings.stores.grpc_h2 import Address, Connection
+
+__all__ = ["STREAMS", "ServerProcess", "appends", "connected", "message", "named", "raw"]
+
+STREAMS = "/event_store.client.streams.Streams"
+
+
+class ServerProcess:
+    """`python -m tidings.server`, ready when the block begins."""
+
+    def __init__(self, db: Path | None, *options: str, port: int = 0, users: str = "", size_limit: int = 0) -> None:
+        where = ["--memory"] if db is None else ["--db", str(db)]
+        self._command = [sys.executable, "-m", "tidings.server", *where, "--port", str(port), *options]
+        if size_limit:
+            self._command = ["sh", "-c", f'ulimit -f {size_limit}; trap "" XFSZ; exec "$@"', "sh", *self._command]
+        self._environment = os.environ | {PASSWORDS: users}
+        self.process: subprocess.Popen[str] | None = None
+        self.said = ""
+
+    def start(self) -> Self:
+        self.process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment
+        )
+        assert self.process.stdout is not None
+        timer = threading.Timer(30, self.process.kill)
+        timer.start()
+        self.said = self.process.stdout.readline()
+        timer.cancel()
+        return self
+
+    @property
+    def uri(self) -> str:
+        found = re.search(r"esdb://\S+?(?=[\s,]|$)", self.said)
+        assert found, self.said or self.end()
+        return found[0]
+
+    @property
+    def port(self) -> int:
+        found = re.search(r":(\d+)", self.uri.removeprefix("esdb:"))
+        assert found
+        return int(found[1])
+
+    def end(self) -> str:
+        """What it said of its end; waits for it."""
+        assert self.process is not None
+        return self.process.communicate(timeout=30)[1]
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[Connection]:
+    connection = await Connection.open(Address("127.0.0.1", port))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def raw(connection: Connection, path: str, *requests: bytes) -> list[bytes]:
+    """All answers of a call whose requests are these bytes. Raises `CallFailed`."""
+    with await connection.call(path, timeout=20) as call:
+        call.send(*requests, end=True)
+        answers: list[bytes] = []
+        while got := await call.receive():
+            answers += got
+        return answers
+
+
+def named(stream: str | bytes) -> shared.StreamIdentifier:
+    return shared.StreamIdentifier(stream_name=stream if isinstance(stream, bytes) else stream.encode())
+
+
+def message(kind: Any, data: bytes = b"{}", type: str = "T", **more: Any) -> Any:
+    metadata = {"type": type, "content-type": "application/json"}
+    return kind(**{"id": shared.UUID(string=str(uuid4())), "metadata": metadata, "data": data} | more)
+
+
+def appends(stream: str | bytes, *datas: bytes) -> list[bytes]:
+    """The requests of an `Append` that expects any version."""
+    options = streams.AppendReq.Options(stream_identifier=named(stream), any=shared.Empty())
+    kind = streams.AppendReq.ProposedMessage
+    requests = [streams.AppendReq(options=options)]
+    requests += [streams.AppendReq(proposed_message=message(kind, data)) for data in datas]
+    return [request.SerializeToString() for request in requests]
+
+
+async def in_thread(function: Any, *arguments: Any) -> Any:
+    """For the client that blocks."""
+    return await asyncio.wait_for(asyncio.to_thread(function, *arguments), 60)
