@@ -4,8 +4,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KURRENT := .venv-kurrentdb
+KURRENT_INSTALLED := $(KURRENT)/.installed
 
-.PHONY: help demo demo-rabbitmq test lint types pytest bench format broker clean
+.PHONY: help demo demo-rabbitmq test lint types pytest kurrentdb bench format broker clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -26,7 +28,7 @@ demo: $(INSTALLED)
 demo-rabbitmq: $(INSTALLED)
 	@$(BIN)/python -m services.demo.fleet
 
-test: lint types pytest
+test: lint types pytest kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -37,6 +39,15 @@ types: $(INSTALLED)
 
 pytest: $(INSTALLED) broker
 	$(BIN)/pytest
+
+# kurrentdbclient is the successor of esdbclient, and cannot be installed beside it.
+kurrentdb: $(KURRENT_INSTALLED)
+	$(KURRENT)/bin/pytest -p no:cacheprovider tests/conformance/test_eventstoredb_store.py
+
+$(KURRENT_INSTALLED): pyproject.toml deploy/local/venv
+	@echo "installing into $(KURRENT) (once) ..."
+	@deploy/local/venv $(KURRENT) kurrentdb,tests
+	@touch $@
 
 broker: $(INSTALLED)
 	@deploy/local/rabbitmq install
@@ -49,4 +60,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(KURRENT) var .mypy_cache .ruff_cache .pytest_cache .hypothesis
