@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,14 +78,15 @@ def end(process: Process, how: signal.Signals) -> None:
     if not runs(process):
         return
     pid = process["pid"]
-    os.kill(pid, how)
-    if how != signal.SIGKILL:
-        os.kill(pid, signal.SIGCONT)  # one that is paused could not hear it
-    until = time.monotonic() + STOPPED_WITHIN
-    while runs(process):
-        if time.monotonic() > until:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+    with suppress(ProcessLookupError):  # gone since it was looked at
+        os.kill(pid, how)
+        if how != signal.SIGKILL:
+            os.kill(pid, signal.SIGCONT)  # one that is paused could not hear it
+        until = time.monotonic() + STOPPED_WITHIN
+        while runs(process):
+            if time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def free_port(wanted: int, taken: Collection[int] = ()) -> int:

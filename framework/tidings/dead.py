@@ -18,6 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import Database, dead, held, staged
 from tidings.errors import TidingsError
+from tidings.inbox import storable
+from tidings.position import partition_key
+from tidings.stores import RecordedEvent
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable"]
 
@@ -108,7 +111,8 @@ class DeadLetters:
         `DeadLetterNotFound`, `NotRetriable`.
         """
         async with self._database.transaction() as connection:
-            for row in await self._take(connection, ids):
+            taken = await self._take(connection, ids)
+            for row in taken:
                 kept = {name: getattr(row, name) for name in _KEPT}
                 if row.kind == "message":
                     raise NotRetriable(self._service, row.id, row.reason)
@@ -116,16 +120,15 @@ class DeadLetters:
                     await connection.execute(staged.insert().values(self._staged(row)))
                     continue
                 waits = {"attempts": 0, "tries": 0, "due": time.time(), "reason": "retried", "detail": None}
-                where = {"position": row.position, "bucket": row.bucket, "key": row.key, "handler": row.handler}
+                where = {"position": row.position, "bucket": row.bucket, "key": _key_of(row), "handler": row.handler}
                 await connection.execute(held.insert().values(self._own | where | kept | waits))
-        return len(ids)
+        return len(taken)
 
     async def drop(self, ids: Sequence[int]) -> int:
         """Forget them for good, all of them or none; what waited for their partition keys goes on. Raises
         `DeadLetterNotFound`."""
         async with self._database.transaction() as connection:
-            await self._take(connection, ids)
-        return len(ids)
+            return len(await self._take(connection, ids))
 
     async def _take(self, connection: AsyncConnection, ids: Sequence[int]) -> Sequence[sa.Row[Any]]:
         wanted = set(ids)
@@ -142,3 +145,22 @@ class DeadLetters:
     def _staged(self, row: sa.Row[Any]) -> dict[str, Any]:
         names = ("bucket", "event_id", "stream", "type", "data", "metadata", "is_json")
         return self._own | {"cause": row.position} | {name: getattr(row, name) for name in names}
+
+
+def _key_of(row: sa.Row[Any]) -> str:
+    """The partition key; letters of the first schema are without."""
+    if row.key is not None:
+        return str(row.key)
+    event = RecordedEvent(
+        row.position,
+        row.stream,
+        row.version,
+        row.type,
+        row.data,
+        row.metadata,
+        row.is_json,
+        UUID(row.event_id).bytes,
+        row.ticks,
+    )
+    key: str = storable(partition_key(event))
+    return key

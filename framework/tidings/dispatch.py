@@ -11,13 +11,14 @@ import asyncio
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 from uuid import UUID
 
 import structlog
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import AtWork, Failure, Resources, attempt
@@ -26,6 +27,7 @@ from tidings.buses import Consumer
 from tidings.codec import read_metadata
 from tidings.context import Context
 from tidings.database import Database
+from tidings.errors import DatabaseUnavailable
 from tidings.handlers import Handler, Inject, Retry
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
@@ -52,6 +54,8 @@ SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
 HELD_SECONDS: Final = 1.0
 """So often a service looks for held events that are due, and for what operators changed."""
+FLYING: Final = 1024
+"""Partition keys whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""
 
 
 def _gone() -> None:
@@ -97,6 +101,9 @@ class Dispatcher:
         self._deferred: list[Item] = []
         self._batch = Batch()
         self._keys = Keys()
+        self._stale = False
+        """Operators may have changed what blocks keys: read it again. What this process does, it knows; what another
+        process does, fences it."""
         self.breaker = Breaker(clock)
         self._slow: set[str] = set()
         self._wake = asyncio.Event()
@@ -106,7 +113,11 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._timers: set[asyncio.TimerHandle] = set()
         self._floor_timer: asyncio.TimerHandle | None = None
-        self._stopping = self._pumping = False
+        self._stopping = False
+        self._pumping = True
+        """Nothing is given out before `run` knows which keys are blocked; from then on, while `_pump` is at it."""
+        self.active = asyncio.Event()
+        """Set while the bus gives this process messages. Whoever stands by leaves held events to the one at work."""
         self._busy = 0
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self.working: dict[int, AtWork] = {}
@@ -178,6 +189,8 @@ class Dispatcher:
         self.stager.add(await self._inbox.staged_events(), fresh=False)
         async with self._database.reading() as connection:
             self._keys.read(await self._held.blocked(connection), ())
+        self._pumping = False
+        self._pump()
         try:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(self._service.concurrency):
@@ -329,20 +342,29 @@ class Dispatcher:
         holds = [handler.retry.hold for handler in self._service.handlers.values()]
         longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
         while not self._stopping:
-            before = self._keys.flying
-            async with self._database.reading() as connection:
-                rows = await self._held.due(connection, time.time(), longest)
-            # What flew before may have been settled by a commit that this reading did not see.
-            for row in rows:
-                if row.key not in before:
-                    self._fly(row)
-            self._pump()
+            await self.active.wait()
             self._look.clear()
+            self._stale = True
+            # What flies now may be settled by a commit that this reading does not see.
+            flying = self._keys.flying
+            if len(flying) < FLYING:
+                for row in await self._due(longest, flying):
+                    self._fly(row)
+                self._pump()
             try:
                 async with asyncio.timeout(HELD_SECONDS):
                     await self._look.wait()
             except TimeoutError:
                 pass
+
+    async def _due(self, longest: float, flying: Collection[str]) -> list[HeldEvent]:
+        try:
+            async with self._database.reading() as connection:
+                return await self._held.due(connection, time.time(), longest, flying)
+        except DatabaseUnavailable as error:
+            if isinstance(error.__cause__, PoolTimeout):
+                return []  # handlers hold all connections (a database in memory has one): no reason to end them
+            raise
 
     def _fly(self, row: HeldEvent) -> None:
         handler = self._service.handlers.get(row.event.type)
@@ -377,7 +399,9 @@ class Dispatcher:
         complete = False
         try:
             async with self._database.transaction() as connection:
-                self._keys.read(await self._held.blocked(connection), self._batch.finished)
+                if self._stale:
+                    self._keys.read(await self._held.blocked(connection), self._batch.finished)
+                    self._stale = False
                 await self._run_transactional(connection, ran)
                 batch, self._batch = self._batch, Batch()
                 await self._progress.write(connection, batch, floor_now=self._stopping)

@@ -7,7 +7,7 @@ transaction that it belongs to; nothing here begins or commits one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -59,22 +59,31 @@ class HeldRows:
         )
         self._release = held.delete().where(*this)
         older, grave = held.alias(), dead.alias()
+        free = ~sa.exists().where(
+            *self._of(grave, buckets),
+            grave.c.holds_key,
+            grave.c.key == held.c.key,
+            grave.c.position < held.c.position,
+        )
         self._first = (
             sa.select(held.c.key)
             .where(
                 *self._mine,
+                held.c.key.not_in(sa.bindparam("besides", expanding=True)),
                 (held.c.due <= sa.bindparam("now")) | (held.c.due > sa.bindparam("absurd")),
                 ~sa.exists().where(
                     *self._of(older, buckets), older.c.key == held.c.key, older.c.position < held.c.position
                 ),
-                ~sa.exists().where(
-                    *self._of(grave, buckets),
-                    grave.c.holds_key,
-                    grave.c.key == held.c.key,
-                    grave.c.position < held.c.position,
-                ),
+                free,
             )
             .order_by(held.c.due)
+            .limit(AT_ONCE)
+        )
+        # A dead letter that holds its key may stand between held events, older ones having been retried.
+        self._due = (
+            sa.select(held)
+            .where(*self._mine, held.c.key.in_(sa.bindparam("keys", expanding=True)), free)
+            .order_by(held.c.position)
             .limit(AT_ONCE)
         )
 
@@ -89,18 +98,19 @@ class HeldRows:
         """Each blocked key with the number of rows that block it."""
         return {row.key: row.rows for row in await connection.execute(self._blocked)}
 
-    async def due(self, connection: AsyncConnection, now: float, longest: float) -> list[HeldEvent]:
-        """What may run now, each key's events together and in order, `AT_ONCE` at most.
+    async def due(
+        self, connection: AsyncConnection, now: float, longest: float, besides: Collection[str]
+    ) -> list[HeldEvent]:
+        """What may run now, of other keys than `besides`; each key's events in order, `AT_ONCE` at most.
 
         A due time further away than `longest` seconds was written by a clock that jumped: it counts as now.
         """
-        first = await connection.scalars(self._first, {"now": now, "absurd": now + longest})
+        first = await connection.scalars(self._first, {"now": now, "absurd": now + longest, "besides": list(besides)})
         keys = list(first)
         if not keys:
             return []
-        query = sa.select(held).where(*self._mine, held.c.key.in_(keys)).order_by(held.c.position).limit(AT_ONCE)
         found = []
-        for row in await connection.execute(query):
+        for row in await connection.execute(self._due, {"keys": keys}):
             event = RecordedEvent(
                 row.position,
                 row.stream,

@@ -244,7 +244,8 @@ class Inbox:
         if moved != len(rows):
             raise Fenced(
                 f"service {self._service!r}: another process moved {len(rows) - moved} of the watermarks of buckets "
-                f"{sorted(moves)}; this group was rolled back. Are two processes of the service active at once?"
+                f"{sorted(moves)}; this group was rolled back. Are two processes of the service active at once? "
+                "Stop one: on a bus in memory a service is one process"
             )
 
     async def raise_floor(self, connection: AsyncConnection, position: int) -> None:

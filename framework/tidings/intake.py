@@ -12,9 +12,9 @@ import structlog
 
 from tidings.buses import Consumer, Delivery, EventBus, Subscription
 from tidings.dispatch import Dispatcher
-from tidings.errors import BusUnavailable, MalformedMessage
+from tidings.errors import BusUnavailable, Fenced, MalformedMessage
 from tidings.healing import Pass
-from tidings.inbox import Letter
+from tidings.inbox import Inbox, Letter
 from tidings.message import MARKER, Marker, Stamped, decode
 from tidings.position import Accepted, Verdict
 from tidings.work import Step
@@ -25,6 +25,8 @@ log = structlog.get_logger("tidings.intake")
 
 RECONNECT_SECONDS: Final = (0.2, 5.0)
 """First and longest pause between attempts to reach the bus."""
+STANDBY_SECONDS: Final = 10.0
+"""Markers come every 5 s: who has been given nothing for so long was a standby, and another process did the work."""
 
 
 class Intake:
@@ -35,6 +37,7 @@ class Intake:
         subscription: Subscription,
         bus: EventBus,
         log_id: UUID,
+        inbox: Inbox,
         accepted: Accepted,
         dispatcher: Dispatcher,
         healing: Pass,
@@ -45,6 +48,7 @@ class Intake:
         self._subscription = subscription
         self._bus = bus
         self._log_id = log_id
+        self._inbox = inbox
         self._accepted = accepted
         self._dispatcher = dispatcher
         self._healing = healing
@@ -57,17 +61,22 @@ class Intake:
         self.connected = False
 
     async def run(self) -> None:
-        """Until cancelled. Raises `TopologyMismatch` and `ConfigurationError`, which no waiting heals."""
+        """Until cancelled. Raises `TopologyMismatch` and `ConfigurationError`, which no waiting heals, and `Fenced`."""
         first, longest = RECONNECT_SECONDS
         pause = first
         while True:
             try:
                 await self._bus.provision(self._subscription)
                 async with self._bus.consume(self._subscription, prefetch=self._prefetch) as consumer:
-                    log.info("service.consuming", service=self._subscription.service, queue=self._subscription.queue)
+                    log.info("service.connected", service=self._subscription.service, queue=self._subscription.queue)
                     self.connected, self.marker_at = True, None
                     pause = first
+                    connected_at, chosen = self._clock(), False
                     async for delivery in consumer:
+                        if not chosen:
+                            chosen = True
+                            await self._take_over(self._clock() - connected_at)
+                            self._dispatcher.active.set()
                         self.take(consumer, delivery)
                 raise BusUnavailable(f"queue {self._subscription.queue!r}: the bus ended the deliveries")
             except BusUnavailable as error:
@@ -75,8 +84,23 @@ class Intake:
                 log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=pause)
             finally:
                 self.connected = False
+                self._dispatcher.active.clear()
             await asyncio.sleep(pause)
             pause = min(pause * 2, longest)
+
+    async def _take_over(self, waited: float) -> None:
+        """The first delivery on a connection: of all processes of the service, the bus has chosen this one.
+
+        What a standby knew when it joined may be long ago. Its first commit would be fenced, but what its handlers do
+        outside of the database would be done again before that: so it joins again, and raises `Fenced`.
+        """
+        service, floor = self._subscription.service, self._dispatcher.floor
+        if waited > STANDBY_SECONDS and (settled := await self._inbox.settled(None)) > floor:
+            raise Fenced(
+                f"service {service!r}: taking over from another process, which has settled everything up to position "
+                f"{settled}; this one knew of position {floor}"
+            )
+        log.info("service.consuming", service=service, queue=self._subscription.queue)
 
     def take(self, consumer: Consumer, delivery: Delivery) -> None:
         """One delivery: accepted, dropped, or recorded as dead; it never raises for what a message says."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tidings.runtime import Runtime
     from tidings.service import Service
 
-__all__ = ["Probe", "answering", "health_routes"]
+__all__ = ["Probe", "answering", "health_routes", "listening_at"]
 
 T = TypeVar("T")
 
@@ -64,11 +65,13 @@ class Probe:
         return judge_live(Facts(tuple(facts)))
 
     async def ready(self) -> Health:
-        """Asks the databases and the store, all at once and no longer than `ANSWER_SECONDS` each."""
+        """Asks the databases and the store, all at once, and then the store for what waits: no longer than
+        `ANSWER_SECONDS` each time."""
         async with self._turn:
             if self._last is None or self._clock() - self._last[0] > FRESH_SECONDS:
                 services = asyncio.gather(*(self._service(service) for service in self._services))
-                facts = Facts(tuple(await services), tuple([fact async for fact in self._relays()]))
+                relays, found = await asyncio.gather(self._relays(), services)
+                facts = Facts(tuple(found), relays)
                 self._last = self._clock(), judge_ready(facts)
             return self._last[1]
 
@@ -90,8 +93,9 @@ class Probe:
         running, known = _state(service)
         if running is None or known:
             return ServiceFacts(service.name, **known)
-        settled, database = await _answer(running.settled())
-        head, store = await _answer(running.store.head())
+        (settled, database), (head, store) = await asyncio.gather(
+            _answer(running.settled()), _answer(running.store.head())
+        )
         marker_age, floor, marker, now = running.marker_age, running.floor, running.marker, self._clock()
         ours, others = self._of(f"{service.name}.floor"), self._of(f"{service.name}.settled")
         stalled = ours.look(floor, behind=floor < marker, now=now)
@@ -117,27 +121,28 @@ class Probe:
             store=store,
         )
 
-    async def _relays(self) -> AsyncIterator[RelayFacts]:
+    async def _relays(self) -> tuple[RelayFacts, ...]:
         runtime = self._runtime
         if runtime is None or not runtime.with_relay:
-            return
+            return ()
         relay = runtime.relay
         if relay is None:
-            yield RelayFacts(runtime.relay_name, started=False)
-            return
+            return (RelayFacts(runtime.relay_name, started=False),)
         confirmed = relay.confirmed
         waiting, store = await _answer(_first_after(runtime.store, confirmed))
         stalled = self._of("relay").look(confirmed, behind=waiting is not None, now=self._clock())
-        yield RelayFacts(
-            relay.name,
-            leading=relay.leading,
-            waiting=relay.waiting,
-            marker_age=relay.marker_age,
-            confirmed=confirmed,
-            stalled=stalled,
-            waiting_event=waiting,
-            trouble=None if relay.trouble is None else masked(relay.trouble),
-            store=store,
+        return (
+            RelayFacts(
+                relay.name,
+                leading=relay.leading,
+                waiting=relay.waiting,
+                marker_age=relay.marker_age,
+                confirmed=confirmed,
+                stalled=stalled,
+                waiting_event=waiting,
+                trouble=None if relay.trouble is None else masked(relay.trouble),
+                store=store,
+            ),
         )
 
     def _of(self, name: str) -> Progress:
@@ -233,7 +238,7 @@ async def answering(probe: Probe, address: int | str) -> AsyncIterator[str]:
             """Signals are the process's: who runs the probes must not catch them."""
             yield
 
-    listening = _listen(address)
+    listening = listening_at(*_host_and_port(address), "the health probes")
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
         Starlette(routes=_routes(probe)),
@@ -266,23 +271,34 @@ async def answering(probe: Probe, address: int | str) -> AsyncIterator[str]:
             server.should_exit = True
 
 
-def _listen(address: int | str) -> socket.socket:
+def _host_and_port(address: int | str) -> tuple[str, int]:
     host, _, port = str(address).rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
     if not port.isdecimal() or not 0 <= int(port) <= 65535:
         raise ConfigurationError(f"health={address!r} is no address: write a port, as 8080, or host:port")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def listening_at(host: str, port: int, what: str) -> socket.socket:
+    """A listening socket for `what`, so that an address that cannot be had is known before anything starts.
+
+    Raises `ConfigurationError`; its cause says whether the address is in use.
+    """
     try:
-        family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, int(port)), family=family)
-    except OSError as error:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
         remedy = (
             f"give another port, or find who has it (ss -ltnp 'sport = :{port}')"
-            if error.errno == errno.EADDRINUSE
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             else "is it an address of this machine, and may this user listen there?"
         )
-        raise ConfigurationError(
-            f"the health probes cannot listen at {host}:{port}: {error.strerror or error}; {remedy}"
-        ) from error
+        raise ConfigurationError(f"{what} cannot listen at {host}:{port}: {_said(error)}; {remedy}") from error
+
+
+def _said(error: OSError | UnicodeError) -> str:
+    if isinstance(error, OSError) and error.errno and error.errno > 0:  # below 0: of getaddrinfo
+        return os.strerror(error.errno)
+    return str(error)
 
 
 @contextmanager

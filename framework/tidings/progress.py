@@ -66,17 +66,18 @@ class Progress:
         inbox, held = self._inbox, self._held
         fresh = [item for item in batch.finished if item.held is None]
         letters = [item.letter for item in batch.finished if item.letter is not None]
-        await inbox.stage(connection, [row for item in batch.finished for row in item.emissions])
-        await inbox.bury(connection, [*letters, *batch.never, *(letter for letter, _ in batch.foreign)])
-        await inbox.unstage(connection, batch.appended)
-        await held.hold(connection, _postponed(fresh))
+        # First what fences a process that is not alone: it would stumble over rows that the other has written.
+        # A bucket's last item carries its watermark: items of one bucket finish in order.
+        moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in fresh}
+        await inbox.move(connection, moves)
         if len(fresh) < len(batch.finished):
             again = [item for item in batch.finished if item.held is not None]
             await held.postpone(connection, _postponed(again))
             await held.release(connection, [item.event.position for item in again if item.postponed is None])
-        # A bucket's last item carries its watermark: items of one bucket finish in order.
-        moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in fresh}
-        await inbox.move(connection, moves)
+        await held.hold(connection, _postponed(fresh))
+        await inbox.stage(connection, [row for item in batch.finished for row in item.emissions])
+        await inbox.bury(connection, [*letters, *batch.never, *(letter for letter, _ in batch.foreign)])
+        await inbox.unstage(connection, batch.appended)
         if self.floor_is_due(floor_now):
             self._stored_floor, self._stored_at = self.floor, self._clock()
             await inbox.raise_floor(connection, self.floor)

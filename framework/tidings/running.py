@@ -61,6 +61,7 @@ class RunningService:
         self._dispatcher: Dispatcher | None = None
         self._intake: Intake | None = None
         self._healing: Pass | None = None
+        self._joined: Inbox | None = None
 
     @property
     def engine(self) -> AsyncEngine:
@@ -102,15 +103,19 @@ class RunningService:
 
     async def handled(self, position: int, key: str, *, timeout: float = 5.0) -> bool:
         """Wait until the event at `position`, of a type that this service handles and with partition key `key`, is
-        settled, by whichever process of the service; False after `timeout` seconds. For reading one's own writes.
+        handled, or after its failures held or dead, by whichever process of the service; False after `timeout` seconds.
+        For reading one's own writes.
 
         Raises `DatabaseUnavailable`.
         """
         return await self._comes_to(bucket_of(key), position, timeout)
 
     async def reached(self, position: int, *, timeout: float = 5.0) -> bool:
-        """Wait until everything up to `position` is settled, by whichever process of the service; False after `timeout`
-        seconds. This follows the relay's markers, which come a second apart. Raises `DatabaseUnavailable`."""
+        """Wait until every event up to `position` is handled, held or dead, by whichever process of the service; False
+        after `timeout` seconds. This follows the relay's markers, which come a second apart.
+
+        Raises `DatabaseUnavailable`.
+        """
         return await self._comes_to(None, position, timeout)
 
     async def _comes_to(self, bucket: int | None, position: int, timeout: float) -> bool:
@@ -126,9 +131,10 @@ class RunningService:
             pause = min(1.5 * pause, 0.1)
 
     async def settled(self) -> int:
-        """The floor as committed by whichever process of the service; -1 before the first. One look into the database:
-        raises `DatabaseUnavailable`, `StoreUnavailable`."""
-        return await self._inbox(await self.store.log_id()).settled(None)
+        """The floor as committed by whichever process of the service; -1 before the first. One look into the database,
+        which does not ask the store once the service has joined: raises `DatabaseUnavailable`, `StoreUnavailable`."""
+        inbox = self._joined or self._inbox(await self.store.log_id())
+        return await inbox.settled(None)
 
     def at_work(self) -> list[AtWork]:
         """Handlers at work now."""
@@ -172,6 +178,7 @@ class RunningService:
         log_id = await self.store.log_id()
         inbox = self._inbox(log_id)
         remembered = await inbox.join()
+        self._joined = inbox
         head = await self.store.head()
         if remembered.highest > head:
             raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
@@ -189,7 +196,14 @@ class RunningService:
         )
         self._healing = healing = Pass(service.name, self.store, accepted, dispatcher)
         self._intake = intake = Intake(
-            Subscription(service.name), self.bus, log_id, accepted, dispatcher, healing, prefetch=service.prefetch
+            Subscription(service.name),
+            self.bus,
+            log_id,
+            inbox,
+            accepted,
+            dispatcher,
+            healing,
+            prefetch=service.prefetch,
         )
         self.joins += 1
         log.info("service.joined", service=service.name, log=str(log_id), floor=remembered.floor, joins=self.joins)

@@ -204,7 +204,9 @@ async def serve(
 def _introduce(services: tuple[Service, ...], runtime: Runtime, health: str | None) -> None:
     """The one line that says what this process works on; it comes before anything that may have to be waited for."""
     settings = runtime.settings
-    if runtime.with_relay:
+    if not services:
+        following = "events are published as they are appended; Ctrl-C or SIGTERM drains"
+    elif runtime.with_relay:
         following = "events are handled as they are appended; Ctrl-C or SIGTERM drains"
     else:
         following = "start a relay of this store and bus if there is none; Ctrl-C or SIGTERM drains"

@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     store: str = "sqlite:///tidings.db"
-    """`sqlite:///relative/path`, `sqlite:////absolute/path`, `memory://name`."""
+    """`sqlite:///relative/path`, `sqlite:////absolute/path`, `memory://name`, `esdb://...`, `esdb+discover://...`."""
     bus: str = "memory://"
     """`memory://name` (one process), `amqp://user:password@host:5672/vhost`, `amqps://...`."""
     database: str | None = None

@@ -6,7 +6,7 @@ far as a limit allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -92,6 +92,8 @@ class ServiceReport:
     pending: list[PendingEvent] = field(default_factory=list)
     held_count: int = 0
     held: list[HeldSummary] = field(default_factory=list)
+    held_due: float | None = None
+    """When the first held event that waits for nothing but its time has its turn, seconds since 1970."""
     dead_count: int = 0
     dead: list[DeadEvent] = field(default_factory=list)
     staged_count: int = 0
@@ -215,7 +217,7 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
     if database is None:
         return _View(ServiceReport(service.name, floor=-1, ran=False), frozenset(service.handlers), {})
 
-    def of(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
+    def of(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
         return table.c.service == service.name, table.c.log == str(log_id)
 
     async with database.reading() as connection:
@@ -236,6 +238,7 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
                 )
                 for row in rows
             ]
+            report.held_due = await _first_due(connection, of)
         report.dead_count = await _count(connection, dead, of(dead))
         if report.dead_count:
             rows = await connection.execute(sa.select(dead).where(*of(dead)).order_by(dead.c.id).limit(NAMED))
@@ -246,6 +249,20 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
                 for row in rows
             ]
     return _View(report, frozenset(service.handlers), marks)
+
+
+async def _first_due(
+    connection: AsyncConnection, of: Callable[[sa.FromClause], tuple[sa.ColumnElement[bool], ...]]
+) -> float | None:
+    """Of the oldest held event of each key, where no dead letter holds the key."""
+
+    def before(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
+        return (*of(table), table.c.key == held.c.key, table.c.position < held.c.position)
+
+    older = held.alias()
+    waits = sa.exists().where(*before(older)) | sa.exists().where(*before(dead), dead.c.holds_key)
+    due: float | None = await connection.scalar(sa.select(sa.func.min(held.c.due)).where(*of(held), ~waits))
+    return due
 
 
 async def _count(connection: AsyncConnection, table: sa.Table, where: Sequence[sa.ColumnElement[bool]]) -> int:

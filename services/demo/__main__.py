@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["PAYMENT_LEDGER"] = str(folder / LEDGER)
         with (folder / "demo.log").open("a", encoding="utf-8") as log:
-            _log_to(log)
+            log_to(log)
             return 0 if asyncio.run(perform(folder, chosen.data, screen)) else 1
     except KeyboardInterrupt:
         screen.line(f"\nInterrupted. What was done is kept in {folder}: run it again, and it continues there.")
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _log_to(file: TextIO) -> None:
+def log_to(file: TextIO) -> None:
     """The services' logs as JSON lines in a file, so that the screen stays readable."""
     structlog.configure(
         processors=[

@@ -1,4 +1,4 @@
-"""What all acts of the demo share: the running services, the listener, the shop, the screen. And how to wait for silence."""
+"""What all acts of the demo share: the running services, the listener, the shop. And how to wait for silence."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import sys
 
 from tests.benchmarks import (
     bench_bus,
+    bench_eventstoredb,
     bench_fleet,
     bench_import,
     bench_latency,
@@ -14,6 +15,15 @@ from tests.benchmarks import (
     bench_store,
 )
 
-BENCHES = (bench_import, bench_store, bench_relay, bench_bus, bench_service, bench_latency, bench_fleet)
+BENCHES = (
+    bench_import,
+    bench_store,
+    bench_eventstoredb,
+    bench_relay,
+    bench_bus,
+    bench_service,
+    bench_latency,
+    bench_fleet,
+)
 
 sys.exit(max([bench.main() for bench in BENCHES]))

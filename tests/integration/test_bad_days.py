@@ -354,8 +354,8 @@ async def test_an_embedded_service_started_twice_does_everything_once_and_says_s
     with Workers(tmp_path, "memory://") as workers:
         async with open_store(workers.store) as store:
             first, second = workers.start("service"), workers.start("service")
-            await says(first, "service.consuming")
-            await says(second, "service.consuming")
+            await says(first, "service.connected")
+            await says(second, "service.connected")
             await tick(store, 0, 5 * SOME)
             await all_arrive(workers, 5 * SOME)
             assert (first.alive, second.alive) == (True, True)
@@ -427,7 +427,7 @@ async def test_yesterdays_service_beside_todays_loses_nothing_and_says_what_it_c
 async def test_a_database_of_tomorrows_tidings_ends_the_process_with_the_remedy(tmp_path: Path) -> None:
     with Workers(tmp_path, "memory://") as workers:
         service = workers.start("service")
-        await says(service, "service.consuming")
+        await says(service, "service.connected")
         assert await service.stop() == 0
         with closing(sqlite3.connect(workers.database())) as connection, connection:
             connection.execute("UPDATE tidings_schema SET version = version + 1")

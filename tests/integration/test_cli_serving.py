@@ -44,7 +44,7 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
 
 async def serving(command: Command, count: int = 1) -> None:
     """A service consumes, for the `count`th time."""
-    await until(lambda: command.err.count("service.consuming") >= count, "the service consumes")
+    await until(lambda: command.err.count("service.connected") >= count, "the service consumes")
 
 
 def free_port() -> int:
@@ -138,6 +138,7 @@ async def test_a_web_application_answers_drains_its_service_and_ends_with_0(comm
     port = free_port()
     command = commands.start("run", "web:api", f"--port={port}")
     await serving(command)
+    assert f'"url": "http://127.0.0.1:{port}"' in command.err, "a newcomer sees where to look"
 
     def answer() -> bool:
         try:
@@ -160,9 +161,24 @@ async def test_a_port_in_use_is_3_and_named_before_anything_starts(commands: Com
         port = other.getsockname()[1]
         command = await commands.run("run", "web:api", f"--port={port}")
     assert command.process.returncode == 3
-    assert command.err.startswith(f"tidings: port {port} of 127.0.0.1 is in use")
+    assert command.err.startswith(f"tidings: the application cannot listen at 127.0.0.1:{port}: Address already in use")
     assert command.err.count("\n") == 1
     assert not (commands.folder / "tidings.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--host=192.0.2.1", "cannot listen at 192.0.2.1:8000: Cannot assign requested address; is it an address of"),
+        ("--health=8080", "--health is for a service"),
+    ],
+)
+async def test_what_an_application_cannot_have_is_2_and_one_line(commands: Commands, option: str, said: str) -> None:
+    (commands.folder / "web.py").write_text(API)
+    command = await commands.run("run", "web:plain", option)
+    assert command.process.returncode == 2
+    assert said in command.err
+    assert command.err.count("\n") == 1
 
 
 async def test_health_answers_where_it_is_asked_to_and_its_port_in_use_is_3(commands: Commands) -> None:
@@ -271,6 +287,7 @@ async def test_a_second_ctrl_c_ends_parent_and_child_at_once(commands: Commands)
     await until(lambda: "process.stopping" in command.err, "it drains")
     command.signal(signal.SIGINT)
     assert await command.ended() == 130
+    assert "process.ended_at_once" in command.err, "the child says what it leaves"
 
 
 # ---- terminals -----------------------------------------------------------------------
@@ -278,7 +295,7 @@ async def test_a_second_ctrl_c_ends_parent_and_child_at_once(commands: Commands)
 
 async def test_ctrl_c_typed_at_a_terminal_drains_dev_once(commands: Commands) -> None:
     command = commands.at_terminal("dev", "shop")
-    await until(lambda: "service.consuming" in command.out, "it consumes")
+    await until(lambda: "service.connected" in command.out, "it consumes")
     await commands.append("Slow")
     await until(lambda: "slow begun" in commands.handled, "the handler began")
     command.type("\x03")

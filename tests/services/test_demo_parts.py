@@ -14,13 +14,15 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from services.demo.customers import Mood, mood_of
+from services.demo.customers import Customers, Mood, mood_of
 from services.demo.invariants import Numbers, checks
 from services.demo.listener import Listener
 from services.demo.screen import Screen
+from services.demo.shop import InProcess
 from services.demo.stage import Stage
 from services.demo.stock import SCARCE, SPARE, opening_stock
 from services.demo.tally import Tally
+from services.demo.warehouse import Warehouse
 from services.importer import Invoice, Kind, invoices, read_rows
 from tidings import EventStore, RecordedEvent, Runtime
 
@@ -192,8 +194,10 @@ class SettledRuntime:
 
 async def test_there_is_no_silence_before_the_demo_itself_has_heard_everything() -> None:
     store = SlowStore()
-    listener = Listener(cast("EventStore", store))
-    demo = Stage(cast("Runtime", SettledRuntime(store)), listener, screen(False)[0], Path(), Path())
+    log, shop = cast("EventStore", store), InProcess()
+    listener = Listener(log, Customers(shop))
+    runtime = cast("Runtime", SettledRuntime(store))
+    demo = Stage(runtime, listener, shop, Warehouse(log), screen(False)[0], Path(), Path())
     listening = asyncio.create_task(listener.run())
     waiting = asyncio.create_task(demo.silence())
     await listener.reached(1)

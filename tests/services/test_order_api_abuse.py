@@ -161,9 +161,9 @@ async def test_the_largest_order_is_taken_and_listed(open_counter: OpenCounter) 
         assert len(body) < BODY_LIMIT
         answer = await at.http.post("/orders", content=body, headers=JSON)
         assert answer.status_code == 201, answer.text
-        assert answer.json()["total"] == "49999999500000.00"
+        assert answer.json()["total"] == "79999999200000.00"
         page = (await at.http.get("/orders")).json()
-        assert page["orders"][0]["total"] == "49999999500000.00"
+        assert page["orders"][0]["total"] == "79999999200000.00"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_what_is_dropped_is_gone_and_the_rest_is_not() -> None:
 
 def test_what_is_retried_waits_for_the_service() -> None:
     ended = invoke("dead", "retry", ids()[1], "--yes")
-    assert (ended.code, ended.out) == (0, "1 retried.\n")
+    assert (ended.code, ended.out) == (0, "1 retried. Its handler runs again as soon as the service does.\n")
     assert [row["stream"] for row in listed()] == ["bad-1"]
     (report,) = (json.loads(line) for line in invoke("verify", "--json").out.splitlines())
     assert report["ok"] is False

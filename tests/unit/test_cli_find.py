@@ -110,6 +110,18 @@ def test_arguments_come_before_the_setting_and_the_setting_before_nothing() -> N
         find_services((), Settings())
 
 
+def test_a_service_may_be_called_by_its_name_where_the_setting_names_it() -> None:
+    settings = Settings(services="several:stock,several:orders")
+    assert list(find_services(("order",), settings)) == ["several:orders"]
+    assert list(find_services(("several:stock", "stock"), settings)) == ["several:stock"]
+    with pytest.raises(Refused, match="no module 'orders' can be found"):
+        find_services(("orders",), settings)
+
+
+def test_a_file_is_refused_with_the_module_that_it_is() -> None:
+    assert refused("several.py") == ("'several.py' is a file: write the module as Python imports it, several:SERVICE")
+
+
 def test_a_service_named_twice_counts_once_and_two_of_one_name_are_refused() -> None:
     assert len(find_services(("onlyone", "onlyone:alias"), Settings())) == 1
     with pytest.raises(Refused, match="two services of one name"):

@@ -112,6 +112,29 @@ def test_dead_letters_are_a_problem_with_the_command_that_shows_them(folder: Pat
     assert state.problems == [f"shop: 1 dead letters; tidings dead list {SHOP}"]
 
 
+def test_held_events_that_nobody_runs_when_they_are_due_are_a_problem(folder: Path) -> None:
+    run_shop(folder, ("bad-1", Poisoned()))
+    assert invoke("dead", "retry", "1", "--service", SHOP, "--yes").code == 0
+    fresh = seen()
+    assert (fresh.problems, fresh.services[0].held) == ([], 1)
+    (problem,) = seen(later=LATE + 5).problems
+    assert problem.startswith("shop: of 1 held events the first was due 35 s ago, and nobody ran it")
+    assert f"tidings run {SHOP}" in problem
+
+
+def test_counts_that_ended_early_say_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_shop(folder)
+    write(*((f"order-{n}", "OrderCreated") for n in range(5)), checkpoint=-1)
+    assert not any("+" in line for line in invoke("status", SHOP).out.splitlines())
+    monkeypatch.setattr("tidings.cli.state.LOOKED", 3)
+    ended = invoke("status", SHOP)
+    assert "checkpoint -1, 3+ behind" in ended.out
+    assert "3+" in next(line for line in ended.out.splitlines() if line.startswith("shop")).split()
+    late = seen(later=LATE + 5).problems
+    assert any("3 or more events are pending" in problem for problem in late)
+    assert any("3 or more events are not published" in problem for problem in late)
+
+
 def test_a_service_that_never_ran_is_a_problem_and_is_not_made_by_looking(folder: Path) -> None:
     write(("order-1", "OrderCreated"))
     state = seen()

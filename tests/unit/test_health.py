@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tidings import Runtime, Service, Settings
 from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, judge_live, judge_ready
+from tidings.probes import Probe
 
 WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
 LEADS = RelayFacts("main", leading=True, marker_age=1, confirmed=9)
@@ -83,3 +87,25 @@ def test_progress_counts_only_while_there_is_more_to_do() -> None:
     assert progress.idle(140) is None
     assert progress.look(6, behind=True, now=150) == 0
     assert progress.idle(160) == 10
+
+
+async def test_a_store_that_hangs_is_not_taken_for_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.probes.ANSWER_SECONDS", 0.05)
+    service = Service("audit")
+    settings = Settings(store=f"sqlite:///{tmp_path}/log.db", database=f"sqlite:///{tmp_path}/audit.db")
+
+    async def hang(*_: object) -> int:
+        await asyncio.Event().wait()
+        return 0
+
+    async with Runtime(service, settings=settings) as runtime:
+        for what in ("head", "log_id"):
+            monkeypatch.setattr(runtime.store, what, hang)
+        health = await Probe((service,), runtime).ready()
+        monkeypatch.undo()
+    checks = {check.name: check for check in health.checks}
+    assert checks["audit.database"].ok
+    assert checks["audit.store"].detail == "no answer within 0.05 s"
+    assert "TIDINGS_STORE" in checks["audit.store"].remedy

@@ -16,7 +16,7 @@ import structlog
 from tests.integration.embedded import Happened, embedded, many
 from tidings import Context, Service
 from tidings.errors import ConfigurationError
-from tidings.logs import configure_logging
+from tidings.logs import configure_logging, masked
 
 log = structlog.get_logger("shop")
 
@@ -62,6 +62,25 @@ def test_no_password_reaches_the_log(stream: io.StringIO, as_json: bool) -> None
         logging.getLogger("other").exception("at amqps://user:hidden@host:1/v")
     assert "hidden" not in stream.getvalue()
     assert "user:***@host" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("at (amqp://u:hush@h:1/v), again", "at (amqp://u:***@h:1/v), again"),
+        ("urls='amqp://u:hush@h/v'\n\tnext", "urls='amqp://u:***@h/v'\n\tnext"),
+        ("http://first,amqp://u:hu@sh@h/v", "http://first,amqp:***@h/v"),
+        ("=://u:hush@h", "=://u:***@h"),
+        ("mail me@home about http://plain/x", "mail me@home about http://plain/x"),
+    ],
+)
+def test_passwords_are_masked_wherever_a_url_stands(said: str, shown: str) -> None:
+    assert masked(said) == shown
+
+
+def test_a_megabyte_made_to_take_long_is_masked_at_once() -> None:
+    made = "@" + "a://" * 250_000
+    assert masked(made) == made, "it has no password; with a pattern that tries each place this test takes minutes"
 
 
 def test_an_exception_is_structured_in_json(stream: io.StringIO) -> None:

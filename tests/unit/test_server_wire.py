@@ -104,9 +104,11 @@ def test_expressions_are_searched_for_and_prefixes_are_alternatives() -> None:
     assert not Choice(False, ("x",)).wants(recorded())
 
 
-def test_bookkeeping_of_groups_on_all_is_hidden_and_that_of_others_is_not() -> None:
+def test_the_stores_own_bookkeeping_is_hidden_and_that_of_others_is_not() -> None:
     assert hidden(recorded("$persistentsubscription-$all::g-checkpoint"))
     assert hidden(recorded("$persistentsubscription-$all::g-parked"))
+    assert hidden(recorded("tidings_log"))
+    assert not hidden(recorded("tidings_relay-1"))
     assert not hidden(recorded("$persistentsubscription-s::g-parked"))
     assert not hidden(recorded("s"))
 

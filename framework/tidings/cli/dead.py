@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidings.cli.exits import NO, OK, USAGE, Refused, answering
-from tidings.cli.find import find_service, find_services
+from tidings.cli.find import find_services, named
 from tidings.cli.looking import existing_database, existing_store
 from tidings.cli.output import BOLD, Json, columns, document_lines, facts, moment, paint, plain, say
 from tidings.cli.settled import Targets
@@ -31,7 +31,9 @@ MOST = 100_000
 
 Of = Annotated[
     str | None,
-    typer.Option("--service", "-s", metavar="MODULE:SERVICE", help="By default the only one of TIDINGS_SERVICES."),
+    typer.Option(
+        "--service", "-s", metavar="MODULE:SERVICE", help="Or its name; by default the only one of TIDINGS_SERVICES."
+    ),
 ]
 Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", help="As 'dead list' shows them.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter of the service.")]
@@ -89,7 +91,11 @@ async def show(
     say(f"  {'died':<9} {moment(letter.died_at)}")
     if letter.holds_key:
         say(f"  {'holds':<9} later events of its key wait until it is retried or dropped")
-    documents = (("data", letter.data), ("metadata", letter.metadata), ("detail", (letter.detail or "").encode()))
+    documents = (
+        ("data", letter.data),
+        ("metadata", letter.metadata),
+        ("detail", (letter.detail or "").rstrip().encode()),
+    )
     for name, content in documents:
         if content:
             for line in document_lines(name, content, is_json=name != "detail"):
@@ -134,7 +140,8 @@ async def _act(
     if json:
         say(facts({"service": service.name, done: count, "left": left}))
     else:
-        say(f"{count} {done}." + (f" {left} are no events and cannot be retried: drop them." if left else ""))
+        more = "" if verb == "drop" else " Its handler runs again as soon as the service does."
+        say(f"{count} {done}.{more}" + (f" {left} are no events and cannot be retried: drop them." if left else ""))
     return OK
 
 
@@ -152,13 +159,8 @@ def _confirmed(question: str, yes: bool) -> bool:
 
 
 def _chosen(target: str | None, settings: Settings) -> Service:
-    """The service of `--service`: MODULE:SERVICE, or the name of one of TIDINGS_SERVICES."""
     if target is not None:
-        if target not in settings.service_names and ":" not in target:
-            for service in find_services((), settings, needed=False).values():
-                if service.name == target:
-                    return service
-        return find_service(target)
+        return named(target, settings)[1]
     found = find_services((), settings)
     if len(found) > 1:
         names = ", ".join(service.name for service in found.values())

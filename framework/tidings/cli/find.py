@@ -16,12 +16,14 @@ from tidings.errors import TidingsError
 from tidings.service import Service
 from tidings.settings import Settings
 
-__all__ = ["find", "find_service", "find_services", "is_application"]
+__all__ = ["find", "find_service", "find_services", "is_application", "named"]
 
 
 def find(target: str) -> object:
     """What `MODULE:ATTRIBUTE` names; `MODULE` alone where it has exactly one `Service`. Raises `Refused`."""
     name, _, attribute = target.partition(":")
+    if target.endswith(".py"):
+        raise Refused(USAGE, f"{target!r} is a file: write the module as Python imports it, {target[:-3]}:SERVICE")
     if not name or name.startswith(".") or "/" in name or "\\" in name:
         raise Refused(
             USAGE, f"{target!r} is no MODULE:SERVICE: write a module as Python imports it, like shop.stock:stock"
@@ -55,14 +57,23 @@ def find_services(targets: Sequence[str], settings: Settings, *, needed: bool = 
     if needed and not chosen:
         raise Refused(USAGE, "no service is named: give MODULE:SERVICE, or set TIDINGS_SERVICES=MODULE:SERVICE,...")
     found: dict[str, Service] = {}
-    for target in chosen:
-        service = find_service(target)
+    for given in chosen:
+        target, service = (given, find_service(given)) if given in settings.service_names else named(given, settings)
         other = next((name for name, known in found.items() if known.name == service.name), None)
         if other is not None and found[other] is not service:
             raise Refused(USAGE, f"{other!r} and {target!r} are two services of one name, {service.name!r}")
         if other is None:
             found[target] = service
     return found
+
+
+def named(given: str, settings: Settings) -> tuple[str, Service]:
+    """What a person writes, MODULE:SERVICE or the name of one of the services of TIDINGS_SERVICES: as the former."""
+    if ":" not in given:
+        for target, service in find_services((), settings, needed=False).items():
+            if service.name == given:
+                return target, service
+    return given, find_service(given)
 
 
 def is_application(found: object) -> bool:

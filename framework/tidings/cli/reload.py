@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ from tidings.cli.exits import INTERRUPTED, OK
 __all__ = ["python_files", "serve_with_reload"]
 
 POLL_SECONDS: Final = 0.5
+AT_ONCE_SECONDS: Final = 1.0
+"""So long a child has after a second signal to say what it leaves."""
 DRAIN_SECONDS: Final = 10.0
 """A child that takes longer to drain is killed: what it had not committed is done again."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -113,7 +116,10 @@ class _Reloader:
         for _ in range(int(DRAIN_SECONDS / 0.05)):
             if child.poll() is not None:
                 return child.returncode
-            if self._signal(0.05):
+            if again := self._signal(0.05):
+                child.send_signal(again)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(AT_ONCE_SECONDS)
                 child.kill()
                 child.wait()
                 return None

@@ -62,9 +62,14 @@ def run(
     if not is_application(found):
         find_service(target)  # says what it is, and what there is instead
         raise Refused(USAGE, f"{target!r} is neither a tidings.Service nor an ASGI application")
-    from tidings.cli.web import bound, serve_application
+    if health is not None:
+        raise Refused(
+            USAGE,
+            f"--health is for a service; {target!r} answers itself, with the routes of tidings.probes.health_routes",
+        )
+    from tidings.cli.web import serve_application
 
-    return _serve(serve_application(found, bound(host, port)))
+    return _serve(serve_application(found, host, port))
 
 
 @answering

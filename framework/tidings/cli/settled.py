@@ -16,7 +16,8 @@ from tidings.settings import Settings
 __all__ = ["Targets", "verify"]
 
 Targets = Annotated[
-    list[str] | None, typer.Argument(metavar="MODULE:SERVICE", help="By default those of TIDINGS_SERVICES.")
+    list[str] | None,
+    typer.Argument(metavar="MODULE:SERVICE", help="Or a name of one in TIDINGS_SERVICES; by default all of them."),
 ]
 
 

@@ -39,6 +39,8 @@ class RelayState:
     behind: int
     oldest_seconds: float | None
     """Age of the first event that is not published."""
+    complete: bool = True
+    """False when `LOOKED` ended the counting: there may be more behind."""
 
 
 @dataclass(slots=True)
@@ -51,6 +53,8 @@ class ServiceState:
     """From the floor to the last event that services receive, in positions."""
     pending: int | None = None
     """Events that its handlers have not done; counted among `LOOKED` events."""
+    complete: bool = True
+    """False when `LOOKED` ended the counting: there may be more pending."""
     held: int | None = None
     staged: int | None = None
     dead: int | None = None
@@ -95,12 +99,13 @@ async def look(
 
 async def _relay(store: EventStore, bus: EventBus, name: str, now: float) -> RelayState:
     checkpoint = await Relay(store, bus, name=name).checkpoint()
-    behind, oldest = 0, None
+    looked, behind, oldest = 0, 0, None
     async for event in store.read_all(after=checkpoint, filter=CARRIED, limit=LOOKED):
+        looked += 1
         if carried(event) is not None:
             behind += 1
             oldest = now - event.ticks / 1e7 if oldest is None else oldest
-    return RelayState(name, checkpoint, behind, oldest)
+    return RelayState(name, checkpoint, behind, oldest, complete=looked < LOOKED)
 
 
 def _judge_relay(state: State, settings: Settings) -> None:
@@ -112,7 +117,7 @@ def _judge_relay(state: State, settings: Settings) -> None:
             else f"is one running? tidings relay --name {relay.name}"
         )
         state.problems.append(
-            f"relay {relay.name}: {_count(relay.behind)} events are not published, the oldest for "
+            f"relay {relay.name}: {_count(relay.behind, relay.complete)} events are not published, the oldest for "
             f"{relay.oldest_seconds:.0f} s; {remedy}"
         )
 
@@ -148,6 +153,7 @@ async def _service(
             state.problems.append(f"{service.name}: {error}")
             return
     view = report.services[0]
+    part.complete = report.complete
     part.floor, part.lag = view.floor, max(report.position - view.floor, 0)
     part.pending, part.held, part.staged, part.dead = (
         view.pending_count,
@@ -155,10 +161,10 @@ async def _service(
         view.staged_count,
         view.dead_count,
     )
-    _judge_service(view, target, state, now)
+    _judge_service(view, report.complete, target, state, now)
 
 
-def _judge_service(view: ServiceReport, target: str, state: State, now: float) -> None:
+def _judge_service(view: ServiceReport, complete: bool, target: str, state: State, now: float) -> None:
     name = view.service
     if not view.ran:
         state.problems.append(f"{name}: has never run on this log; tidings run {target}")
@@ -170,8 +176,14 @@ def _judge_service(view: ServiceReport, target: str, state: State, now: float) -
     late = now - view.pending[0].ticks / 1e7 if view.pending else 0.0
     if late > LATE:
         state.problems.append(
-            f"{name}: {_count(view.pending_count)} events are pending, the oldest for {late:.0f} s; if the number does "
-            f"not fall: is it running (tidings run {target})? Then its log says what holds it"
+            f"{name}: {_count(view.pending_count, complete)} events are pending, the oldest for {late:.0f} s; if the "
+            f"number does not fall: is it running (tidings run {target})? Then its log says what holds it"
+        )
+    overdue = now - view.held_due if view.held_due is not None else 0.0
+    if overdue > LATE:
+        state.problems.append(
+            f"{name}: of {view.held_count} held events the first was due {overdue:.0f} s ago, and nobody ran it; is it "
+            f"running (tidings run {target})? Then its log says what holds it"
         )
     if view.dead_count:
         state.problems.append(f"{name}: {view.dead_count} dead letters; tidings dead list {target}")
@@ -189,5 +201,5 @@ def _queue(part: ServiceState, found: Found | None, target: str, state: State) -
         state.problems.append(f"{part.service}: nobody consumes queue {found.name}; tidings run {target}")
 
 
-def _count(number: int) -> str:
-    return f"{number} or more" if number >= LOOKED else str(number)
+def _count(number: int, complete: bool) -> str:
+    return str(number) if complete else f"{number} or more"

@@ -37,9 +37,10 @@ async def status(
 ) -> int:
     """Show how far log, relay and services are; exit code 1 when something is unhealthy, with what to do.
 
-    LAG is from a service's floor to the last event, in positions. READY and CONSUMERS are the queue's on the bus; an
-    embedded bus lives in the services' process and cannot be seen from here. With --watch a terminal is redrawn; into a
-    pipe goes a line per change.
+    LAG is from a service's floor to the last event, in positions. PENDING and 'behind' are counted among 10,000 events
+    of the log; 42+ is 42 or more. READY and CONSUMERS are the queue's on the bus; an embedded bus lives in the
+    services' process and cannot be seen from here. With --watch a terminal is redrawn; into a pipe goes a line per
+    change.
     """
     settings = Settings()
     found = find_services(services or (), settings, needed=False)
@@ -103,16 +104,24 @@ def _line(state: State) -> str:
     return " ".join([*parts, f"problems={len(state.problems)}"])
 
 
+def _count(number: int | None, complete: bool) -> str | None:
+    return None if number is None else f"{number}{'' if complete else '+'}"
+
+
 def _lines(state: State) -> list[str]:
     relay = state.relay
     late = "" if relay.oldest_seconds is None else f", the oldest for {relay.oldest_seconds:.0f} s"
+    behind = _count(relay.behind, relay.complete)
     lines = [
         f"{paint('log', BOLD)}    {state.log}  head {state.head}",
-        f"{paint('relay', BOLD)}  {plain(relay.name)}  checkpoint {relay.checkpoint}, {relay.behind} behind{late}",
+        f"{paint('relay', BOLD)}  {plain(relay.name)}  checkpoint {relay.checkpoint}, {behind} behind{late}",
     ]
     if state.services:
         names = ("service", "floor", "lag", "pending", "held", "staged", "dead", "ready", "consumers", "queue")
-        rows = [[getattr(part, name) for name in names] for part in state.services]
+        rows = [
+            [_count(part.pending, part.complete) if name == "pending" else getattr(part, name) for name in names]
+            for part in state.services
+        ]
         lines += columns([name.upper() for name in names], rows, right=range(1, 9))
     if not state.problems:
         return [*lines, paint("healthy", GREEN)]

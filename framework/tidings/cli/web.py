@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import structlog
+
 from tidings.cli.exits import UNAVAILABLE, USAGE, Refused
+from tidings.probes import listening_at
 from tidings.signals import StopSignals
 
-__all__ = ["bound", "serve_application"]
+__all__ = ["serve_application"]
+
+log = structlog.get_logger("tidings.cli.web")
 
 GRACE_SECONDS: Final = 1
 """For requests under way; after them the application's lifespan drains its services."""
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A listening address of our own, so that one in use is known before anything starts. Raises `Refused`."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise Refused(USAGE, f"--host {host!r} is no address of this machine: {error}") from error
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
-        listening.setblocking(False)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            text = f"port {port} of {host} is in use: end what uses it (ss -ltnp 'sport = :{port}'), or say --port"
-            raise Refused(UNAVAILABLE, text) from error
-        raise Refused(UNAVAILABLE, f"cannot listen on port {port} of {host}: {error.strerror}; say --port") from error
-    return listening
-
-
-async def serve_application(application: Any, listening: socket.socket) -> None:
+async def serve_application(application: Any, host: str, port: int) -> None:
     """Until SIGINT or SIGTERM, then drain, as `tidings.runtime.serve` does.
 
-    Raises what the application's lifespan raised, at its start or later.
+    Raises `ConfigurationError` for an address that cannot be had, before anything starts, and what the application's
+    lifespan raised, at its start or later.
     """
     try:
         import uvicorn
@@ -76,6 +59,11 @@ async def serve_application(application: Any, listening: socket.socket) -> None:
 
     config = uvicorn.Config(watched, log_config=None, timeout_graceful_shutdown=GRACE_SECONDS)
     server = Server(config)
+    listening = listening_at(host, port, "the application")
+    host, port = listening.getsockname()[:2]
+    log.info(
+        "process.starting", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", next="Ctrl-C or SIGTERM drains"
+    )
     try:
         with StopSignals() as signals:
             signals.on_request = lambda: setattr(server, "should_exit", True)

@@ -8,12 +8,12 @@ from typing import Any, Final, NamedTuple
 
 from tidings.errors import EventTooLarge, StoreError, StreamDeleted, WrongExpectedVersion
 from tidings.server.calls import Send
+from tidings.server.log import ServedLog
 from tidings.server.protocol import any_pb2, empty_pb2, packed, shared, status, streams
 from tidings.server.refusals import Code, Refusal
 from tidings.server.security import Access
 from tidings.server.wire import Malformed, event_data, expected_version, stream_name, uuid_of
 from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
-from tidings.stores.sqlite import SqliteStore
 from tidings.stores.sqlite_writer import Kind
 
 __all__ = ["IN_FLIGHT", "batch_append"]
@@ -48,6 +48,9 @@ class _Answer(NamedTuple):
     expected: Expected
     outcome: asyncio.Future[Appended] | Any
     size: int = 0
+    stream: str = ""
+    before: int = -1
+    """How far the log had come when the append was begun."""
 
 
 class _Answers:
@@ -81,16 +84,16 @@ class _Answers:
         self._less.set()
 
 
-async def batch_append(store: SqliteStore, access: Access, user: str, requests: AsyncIterator[Any], send: Send) -> None:
+async def batch_append(log: ServedLog, access: Access, user: str, requests: AsyncIterator[Any], send: Send) -> None:
     """The call as a whole: it ends when the client has sent everything and was answered everything."""
     answers = _Answers()
     async with asyncio.TaskGroup() as group:
-        group.create_task(_reply(answers, send))
-        await _accept(store, access, user, requests, answers)
+        group.create_task(_reply(log, answers, send))
+        await _accept(log, access, user, requests, answers)
         await answers.put(None)
 
 
-async def _reply(answers: _Answers, send: Send) -> None:
+async def _reply(log: ServedLog, answers: _Answers, send: Send) -> None:
     """In order, and together what is settled together."""
     ready: list[bytes] = []
     while True:
@@ -106,15 +109,13 @@ async def _reply(answers: _Answers, send: Send) -> None:
                 await send(ready)
                 ready = []
             await asyncio.wait([outcome])
-        ready.append(packed(_response(answer)))
+        ready.append(packed(_response(answer, await _is_hidden(log, answer))))
         answers.settled(answer)
     if ready:
         await send(ready)
 
 
-async def _accept(
-    store: SqliteStore, access: Access, user: str, requests: AsyncIterator[Any], answers: _Answers
-) -> None:
+async def _accept(log: ServedLog, access: Access, user: str, requests: AsyncIterator[Any], answers: _Answers) -> None:
     unfinished: dict[bytes, _Unfinished] = {}
     loop = asyncio.get_running_loop()
 
@@ -156,9 +157,12 @@ async def _accept(
                     raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
                 if request.is_final:
                     _forget(unfinished, key)
-                    outcome: Any = store.begin(Kind.APPEND, append.stream, append.events, append.expected)
+                    before = log.store.heard if append.events else -1
+                    outcome: Any = log.store.begin(Kind.APPEND, append.stream, append.events, append.expected)
                     outcome.add_done_callback(_seen)
-                    await answers.put(_Answer(correlation, identifier, append.expected, outcome, append.size))
+                    size, stream = append.size, append.stream
+                    answer = _Answer(correlation, identifier, append.expected, outcome, size, stream, before)
+                    await answers.put(answer)
             except (Malformed, Refusal, EventTooLarge, StoreError) as error:
                 if isinstance(error, EventTooLarge):
                     _forget(unfinished, key)
@@ -191,7 +195,16 @@ def _requested(options: Any) -> float:
 # ---- answers -----------------------------------------------------------------------
 
 
-def _response(answer: _Answer) -> Any:
+async def _is_hidden(log: ServedLog, answer: _Answer) -> bool:
+    """It was appended before, and nobody can read it any more: EventStoreDB does not say then where it is."""
+    outcome = answer.outcome
+    if not isinstance(outcome, asyncio.Future) or outcome.exception() is not None:
+        return False
+    appended = outcome.result()
+    return appended.position <= answer.before and not await log.is_readable(answer.stream, appended.version)
+
+
+def _response(answer: _Answer, hidden: bool) -> Any:
     response = streams.BatchAppendResp(correlation_id=answer.correlation, stream_identifier=answer.identifier)
     outcome = answer.outcome
     if not isinstance(outcome, asyncio.Future):
@@ -203,7 +216,10 @@ def _response(answer: _Answer) -> Any:
         return response
     appended = outcome.result()
     success = response.success
-    success.position.commit_position = success.position.prepare_position = appended.position
+    if hidden:
+        success.no_position.SetInParent()
+    else:
+        success.position.commit_position = success.position.prepare_position = appended.position
     if appended.version < 0:
         success.no_stream.SetInParent()
     else:

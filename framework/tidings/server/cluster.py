@@ -1,11 +1,14 @@
-"""EventStoreDB's services `Gossip` and `ServerFeatures`, and gRPC's own health: one node, which leads itself.
+"""EventStoreDB's services `Gossip`, `ServerFeatures`, `Monitoring`, and gRPC's health: one node, its own leader.
 
-`ServerFeatures`' messages are in no client package: they are three fields, written here as bytes.
+The messages of the last three are in no client package: they are a few fields, written here as bytes.
 """
 
 from __future__ import annotations
 
-from time import time
+import asyncio
+import os
+import resource
+from time import monotonic, time
 from typing import Any, Final
 from uuid import uuid4
 
@@ -16,6 +19,8 @@ __all__ = ["VERSION", "Cluster"]
 
 VERSION: Final = "24.2.0"
 """The EventStoreDB whose behaviour this server keeps."""
+STATS_PERIOD: Final = 30.0
+"""Seconds between statistics."""
 
 
 class Cluster:
@@ -25,6 +30,7 @@ class Cluster:
         self._host, self._port = host, port
         self._offered = [method.path for method in methods]
         self._id = uuid4()
+        self._since = monotonic()
 
     def methods(self) -> list[Method]:
         return [
@@ -34,6 +40,7 @@ class Cluster:
                 shared.Empty,
                 unary=self.supported,
             ),
+            Method("/event_store.client.monitoring.Monitoring/Stats", shared.Empty, streaming=self.stats, endless=True),
             Method("/grpc.health.v1.Health/Check", shared.Empty, unary=self.healthy),
             Method("/grpc.health.v1.Health/Watch", shared.Empty, streaming=self.watch_health),
         ]
@@ -55,6 +62,21 @@ class Cluster:
             _, service, method = path.split("/")
             answer += _field(1, _field(1, method.lower().encode()) + _field(2, service.encode()))
         return answer + _field(2, VERSION.encode())
+
+    async def stats(self, request: Any, call: Call, send: Send) -> None:
+        """`StatsResp`: stats = 1, a map of texts (key = 1, value = 2). The request's own wishes are not looked at."""
+        while True:
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            stats = {
+                "es-version": VERSION,
+                "proc-id": os.getpid(),
+                "proc-uptime-s": round(monotonic() - self._since),
+                "proc-cpu-s": round(usage.ru_utime + usage.ru_stime, 3),
+                "proc-mem-max-kib": usage.ru_maxrss,
+            }
+            entries = (_field(1, name.encode()) + _field(2, str(value).encode()) for name, value in stats.items())
+            await send([b"".join(_field(1, entry) for entry in entries)])
+            await asyncio.sleep(STATS_PERIOD)
 
     async def healthy(self, request: Any, call: Call) -> bytes:
         """`HealthCheckResponse`: status = 1, SERVING."""

@@ -18,7 +18,7 @@ def choice_of(filter: Any) -> Choice:
     """From `FilterOptions` of a read or of a persistent subscription. Raises `Malformed`.
 
     EventStoreDB's expressions are .NET's; what clients build (anchors, alternatives, a negative look-ahead) means the
-    same here, save that `$` must not match before a last line break.
+    same here.
     """
     kind = filter.WhichOneof("filter")
     if kind is None:

@@ -54,6 +54,8 @@ class Group:
         self._signals: dict[Consumer, asyncio.Event] = {}
         self._saved = Mark(-1, 0)
         self._saved_at = monotonic()
+        self._stored = -1
+        """What the log holds as checkpoint; `_saved` may still be on its way."""
         self._dropped: Refusal | None = None
 
     def _fresh(self, start: Mark) -> Delivery:
@@ -71,8 +73,11 @@ class Group:
                 tasks.create_task(self._feed())
                 tasks.create_task(self._tick())
                 tasks.create_task(self._write())
+        except Exception:  # a fault in one group is not to end the server
+            log.exception("group.failed", group=self.settings.key, advice="update it, or restart the subsystem")
         finally:
             self._dropped = group_dropped(self.settings.stream, self.settings.group)
+            self.ready.set()
             for signal in self._signals.values():
                 signal.set()
 
@@ -134,8 +139,9 @@ class Group:
                 mark = Mark((resolved[1] or resolved[0]).position, seen + rank)  # type: ignore[union-attr]
                 items.append(Item(resolved, mark, before))
                 before = mark
-            reached = batch.considered[-1] if batch.considered else at
-            return items, Mark(max(reached, at), seen + len(batch.considered)), batch.reached if batch.end else -1
+            # Not the last that was considered: a piece may hold nothing but what `$all` hides.
+            reached = Mark(max(batch.reached, at), seen + len(batch.considered))
+            return items, reached, batch.reached if batch.end else -1
         head = await self._log.head()
         try:
             view, _ = await self._log.view(self.settings.stream)
@@ -238,6 +244,7 @@ class Group:
             await self._store.set_metadata(self.checkpoint_stream, {"$maxCount": 2})
         data = json.dumps(position_text(at, self.settings.from_all)).encode()
         await self._store.append(self.checkpoint_stream, [EventData("$SubscriptionCheckpoint", data)])
+        self._stored = at
 
     async def _load_checkpoint(self) -> int | None:
         last = await self._last_event(self.checkpoint_stream)
@@ -247,7 +254,7 @@ class Group:
             return None
         at = position_of(text) if isinstance(text, str) else None
         if at is not None:
-            self._saved = Mark(at, 0)
+            self._saved, self._stored = Mark(at, 0), at
         return at
 
     async def _last_event(self, stream: str) -> bytes:
@@ -331,8 +338,8 @@ class Group:
         info = persistent.SubscriptionInfo()
         settings.describe(info)
         info.status = "Live" if self._live else "Behind"
-        if self._saved.at >= 0:
-            info.last_checkpointed_event_position = position_text(self._saved.at, settings.from_all)
+        if self._stored >= 0:
+            info.last_checkpointed_event_position = position_text(self._stored, settings.from_all)
         if delivery.reached.at >= 0 and delivery.reached.seen:
             info.last_known_event_position = position_text(delivery.reached.at, settings.from_all)
         info.parked_message_count = await self.parked_count()

@@ -98,6 +98,8 @@ class Linker:
                     await self._store.beyond(after)
         except StoreError as error:
             log.warning("projections.stopped", reason=str(error))
+        except Exception:  # a fault here is not to end the server
+            log.exception("projections.failed", advice="they begin again when one of their streams is read")
         finally:
             self._store.watch(-1)
 

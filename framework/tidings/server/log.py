@@ -22,7 +22,9 @@ T = TypeVar("T")
 
 LINK: Final = "$>"
 _EVERYTHING: Final = ("", ())
-_HIDDEN: Final = re.compile(r"\$epoch-information$|\$persistentsubscription-\$all::.*-(?:checkpoint|parked)$")
+_HIDDEN: Final = re.compile(
+    r"tidings_log$|\$epoch-information$|\$persistentsubscription-\$all::.*-(?:checkpoint|parked)$"
+)
 
 
 class Choice(NamedTuple):
@@ -41,8 +43,8 @@ class Choice(NamedTuple):
 
 
 def hidden(event: RecordedEvent) -> bool:
-    """Events that `$all` never shows: EventStoreDB's own bookkeeping of subscriptions to `$all`."""
-    return event.stream[:1] == "$" and _HIDDEN.match(event.stream) is not None
+    """Events that `$all` never shows: EventStoreDB's own bookkeeping, and the embedded store's, which is its like."""
+    return event.stream[:1] in "$t" and _HIDDEN.match(event.stream) is not None
 
 
 class Batch(NamedTuple):
@@ -116,6 +118,19 @@ class ServedLog:
         def job(connection: sqlite3.Connection) -> tuple[list[Resolved], reading.Following]:
             piece = reading.follow(connection, stream, after, history, self._clock())
             return self._all_resolved(connection, piece.events, resolve), piece
+
+        return await self.store.look(job)
+
+    async def is_readable(self, stream: str, version: int) -> bool:
+        """Whether neither deletion nor retention hides the event."""
+
+        def job(connection: sqlite3.Connection) -> bool:
+            try:
+                view = reading.view_of(connection, stream, self._clock())
+            except (StreamNotFound, StreamDeleted):
+                return False
+            view = view._replace(first=max(view.first, version), last=min(view.last, version))
+            return bool(reading.page_of_stream(connection, stream, view, False, 1)[0])
 
         return await self.store.look(job)
 

@@ -98,16 +98,20 @@ class Streams:
             raise thrown()
         stream, expected = stream_name(options.stream_identifier), expected_version(options)
         await self._access.check(call.user, "$w", stream)
+        before = self._store.heard
         try:
             appended = await self._store.begin(Kind.APPEND, stream, events, expected)
         except WrongExpectedVersion as error:
             return _refused(expected, error.actual)
         except EventTooLarge:
             raise too_large() from None
-        return _accepted(appended)
+        # EventStoreDB does not say where a repeated event is when nobody can read it any more.
+        hidden = bool(events) and appended.position <= before
+        hidden = hidden and not await self._log.is_readable(stream, appended.version)
+        return _accepted(appended, hidden)
 
     async def batch_append(self, requests: AsyncIterator[Any], call: Call, send: Send) -> None:
-        await batch_append(self._store, self._access, call.user, requests, send)
+        await batch_append(self._log, self._access, call.user, requests, send)
 
     async def delete(self, request: Any, call: Call) -> Any:
         appended = await self._close(call, request.options, Kind.DELETE, EventData(METADATA, b""))
@@ -129,9 +133,12 @@ class Streams:
             raise wrong_version("Delete", stream, expected_code(expected), error.actual) from None
 
 
-def _accepted(appended: Appended) -> Any:
-    position = streams.AppendResp.Position(commit_position=appended.position, prepare_position=appended.position)
-    success = streams.AppendResp.Success(position=position)
+def _accepted(appended: Appended, hidden: bool) -> Any:
+    success = streams.AppendResp.Success()
+    if hidden:
+        success.no_position.CopyFrom(_NOTHING)
+    else:
+        success.position.commit_position = success.position.prepare_position = appended.position
     if appended.version < 0:
         success.no_stream.CopyFrom(_NOTHING)
     else:

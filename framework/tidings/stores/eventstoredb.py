@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -152,18 +152,19 @@ class EventStoreDB:
         while True:
             try:
                 request = wire.read_stream_request(stream, start, backwards=backwards, count=left)
-                async for responses in self._responses(request, trying):
-                    for response in responses:
-                        if response.HasField("event"):
-                            event = wire.recorded(response.event.event)
-                            if limit == 0:
-                                return
-                            yield event
-                            start = event.version + (-1 if backwards else 1)
-                            if left is not None:
-                                left -= 1
-                        elif response.HasField("stream_not_found"):
-                            raise StreamNotFound(stream)
+                async with aclosing(self._responses(request, trying)) as source:
+                    async for responses in source:
+                        for response in responses:
+                            if response.HasField("event"):
+                                event = wire.recorded(response.event.event)
+                                if limit == 0:
+                                    return
+                                yield event
+                                start = event.version + (-1 if backwards else 1)
+                                if left is not None:
+                                    left -= 1
+                            elif response.HasField("stream_not_found"):
+                                raise StreamNotFound(stream)
                 return
             except (CallFailed, ConnectionLost) as error:
                 _raise_deleted(error, stream)
@@ -181,27 +182,28 @@ class EventStoreDB:
             count = left + 1 if left is not None and served and before < 0 else None
             try:
                 request = wire.read_all_request(after, filter, backwards=backwards, count=count)
-                async for responses in self._responses(request, trying):
-                    for response in responses:
-                        if not response.HasField("event"):
-                            continue
-                        event = wire.recorded(response.event.event)
-                        position = event.position
-                        if position <= after:
+                async with aclosing(self._responses(request, trying)) as source:
+                    async for responses in source:
+                        for response in responses:
+                            if not response.HasField("event"):
+                                continue
+                            event = wire.recorded(response.event.event)
+                            position = event.position
+                            if position <= after:
+                                if backwards:
+                                    return
+                                continue
+                            if (before >= 0 and position >= before) or not (served or filter.matches(event)):
+                                continue
+                            yield event
                             if backwards:
-                                return
-                            continue
-                        if (before >= 0 and position >= before) or not (served or filter.matches(event)):
-                            continue
-                        yield event
-                        if backwards:
-                            before = position
-                        else:
-                            after = position
-                        if left is not None:
-                            left -= 1
-                            if not left:
-                                return
+                                before = position
+                            else:
+                                after = position
+                            if left is not None:
+                                left -= 1
+                                if not left:
+                                    return
                 return
             except (CallFailed, ConnectionLost) as error:
                 await trying.again(error)
@@ -209,39 +211,43 @@ class EventStoreDB:
     async def subscribe_all(
         self, *, after: int = -1, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
-        served, at, told, suspected = wire.served(filter), after, False, -1
+        served, at, told = wire.served(filter), after, False
+        suspected: int | None = None
         trying = Trying(self._leader)
         while True:
             try:
                 request = wire.read_all_request(at, filter, subscribe=True)
-                async for responses in self._responses(request, trying, quiet=QUIET_SECONDS):
-                    if not responses:  # nothing came: did nothing happen?
-                        head = await self.head()
-                        waiting = [event async for event in self.read_all(after=at, filter=filter, limit=1)]
-                        if waiting:
-                            if suspected == at:
-                                raise ConnectionLost(f"the subscription does not bring what is behind position {at}")
-                            suspected = at
-                        elif head > at:
-                            at = head
-                            yield Checkpoint(at)
-                        if not (waiting or told):
-                            told = True
-                            yield CaughtUp(at)
-                    for response in responses:
-                        if response.HasField("event"):
-                            event = wire.recorded(response.event.event)
-                            if event.position > at:
-                                at = event.position
-                                if served or filter.matches(event):
-                                    yield event
-                        elif response.HasField("checkpoint"):
-                            if response.checkpoint.commit_position > at:
-                                at = response.checkpoint.commit_position
+                async with aclosing(self._responses(request, trying, quiet=QUIET_SECONDS)) as source:
+                    async for responses in source:
+                        if not responses:  # nothing came: did nothing happen?
+                            head = await self.head()
+                            waiting = [event async for event in self.read_all(after=at, filter=filter, limit=1)]
+                            if waiting:
+                                if suspected == at:
+                                    raise ConnectionLost(
+                                        f"the subscription does not bring what is behind position {at}"
+                                    )
+                                suspected = at
+                            elif head > at:
+                                at = head
                                 yield Checkpoint(at)
-                        elif response.HasField("caught_up"):
-                            told = True
-                            yield CaughtUp(at)
+                            if not (waiting or told):
+                                told = True
+                                yield CaughtUp(at)
+                        for response in responses:
+                            if response.HasField("event"):
+                                event = wire.recorded(response.event.event)
+                                if event.position > at:
+                                    at = event.position
+                                    if served or filter.matches(event):
+                                        yield event
+                            elif response.HasField("checkpoint"):
+                                if response.checkpoint.commit_position > at:
+                                    at = response.checkpoint.commit_position
+                                    yield Checkpoint(at)
+                            elif response.HasField("caught_up"):
+                                told = True
+                                yield CaughtUp(at)
                 raise ConnectionLost("the server ended the subscription")
             except (CallFailed, ConnectionLost) as error:
                 await trying.again(error)
@@ -256,21 +262,22 @@ class EventStoreDB:
             try:
                 start = None if version < 0 else version
                 request = wire.read_stream_request(stream, start, subscribe=True)
-                async for responses in self._responses(request, trying, quiet=QUIET_SECONDS):
-                    if not responses:
-                        await self.head()
-                        if not told:
-                            told = True
-                            yield CaughtUp(position)
-                    for response in responses:
-                        if response.HasField("event"):
-                            event = wire.recorded(response.event.event)
-                            if event.version > version:
-                                version, position = event.version, event.position
-                                yield event
-                        elif response.HasField("caught_up"):
-                            told = True
-                            yield CaughtUp(position)
+                async with aclosing(self._responses(request, trying, quiet=QUIET_SECONDS)) as source:
+                    async for responses in source:
+                        if not responses:
+                            await self._leader.persistently(self._leader.identity)  # is anybody there?
+                            if not told:
+                                told = True
+                                yield CaughtUp(position)
+                        for response in responses:
+                            if response.HasField("event"):
+                                event = wire.recorded(response.event.event)
+                                if event.version > version:
+                                    version, position = event.version, event.position
+                                    yield event
+                            elif response.HasField("caught_up"):
+                                told = True
+                                yield CaughtUp(position)
                 raise ConnectionLost("the server ended the subscription")
             except (CallFailed, ConnectionLost) as error:
                 _raise_deleted(error, stream)
@@ -340,7 +347,7 @@ class EventStoreDB:
 
     async def _responses(
         self, request: bytes, trying: Trying, *, quiet: float | None = None
-    ) -> AsyncIterator[list[wire.Response]]:
+    ) -> AsyncGenerator[list[wire.Response], None]:
         """What a Read brings, many at a time. With `quiet`, an empty list when nothing came for so many seconds.
 
         A call that brings nothing for long is checked on by another one: a stopped server leaves it hanging for ever.
@@ -357,7 +364,7 @@ class EventStoreDB:
                         messages = await call.receive()
                 except TimeoutError:
                     if quiet is None:
-                        await leader.head(connection)
+                        await leader.identity(connection)  # is anybody there?
                     else:
                         yield []
                     continue

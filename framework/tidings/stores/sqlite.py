@@ -34,7 +34,6 @@ from tidings.stores import (
     CaughtUp,
     Checkpoint,
     EventData,
-    EventStore,
     Expected,
     Filter,
     RecordedEvent,
@@ -170,7 +169,7 @@ class SqliteStore:
     def begin(
         self, kind: Kind, stream: str, events: Sequence[EventData], expected: Expected
     ) -> asyncio.Future[Appended]:
-        """Hand a write over without waiting for it; writes that are begun one after the other are applied in that order.
+        """Hand a write over without waiting for it; writes are applied in the order in which they are begun.
 
         For whoever has many in flight. What can be refused without a look at the log is raised here and now.
         """
@@ -333,6 +332,11 @@ class SqliteStore:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+    @property
+    def heard(self) -> int:
+        """A position that the log had reached when this store last heard of it: `head`, without a look."""
+        return self._head
 
     async def head(self) -> int:
         return await self.look(reading.head)

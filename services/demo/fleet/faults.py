@@ -1,0 +1,156 @@
+"""What goes wrong in the middle of the trade, one thing after the other, and how long until all was well again.
+
+Each fault must bite: it waits until orders were accepted, or events left waiting, or requests lost, because of it. One
+that nobody would have noticed proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Final, NamedTuple
+
+from services.demo.fleet.processes import free_ports
+from services.demo.fleet.scene import SALES, Scene, until
+from services.demo.fleet.traffic import Traffic
+from services.demo.screen import Screen
+from services.inventory import inventory
+from services.order import orders
+from services.payment import payment
+from services.shipping import shipping
+from tidings.buses import Subscription
+from tidings.supervision import supervised
+
+__all__ = ["ACTS", "ENOUGH", "Act", "disturb"]
+
+FEW: Final = 3
+"""Invoices, at least, that come right before each act, and as many at its moment."""
+WITHIN: Final = 120.0
+"""Seconds from a fault until all is ready again; then the demo gives up."""
+TRICKLE: Final = 1.0
+"""Seconds from one invoice to the next while something is broken: people go on ordering."""
+
+
+class Act(NamedTuple):
+    """`happen` yields sentences as it goes on; when it ends, everything runs again, though not all of it is ready."""
+
+    title: str
+    happen: Callable[[Scene, Traffic], AsyncIterator[str]]
+
+
+async def _relay_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    relay = scene.children["relay"]
+    pid, before = relay.pid, traffic.done
+    await relay.kill()
+    await traffic.reached(before + 1)
+    yield f"Process {pid} is dead. Invoices taken in meanwhile, into the log: {traffic.done - before}."
+    await relay.start()
+    yield f"Started again as process {relay.pid}."
+
+
+async def _services_die(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    both = (inventory, payment)
+    pids = [scene.children[service.name].pid for service in both]
+    await asyncio.gather(*(scene.children[service.name].kill() for service in both))
+    waiting: dict[str, int] = {}
+
+    async def all_wait() -> bool:
+        for service in both:
+            waiting[service.name] = (await scene.unsettled(service)).pending_count
+        return all(waiting.values())
+
+    await until(all_wait, "events that wait for the dead services")
+    events = " and ".join(f"{number} for {name}" for name, number in waiting.items())
+    yield f"Processes {pids[0]} and {pids[1]} are dead. Events wait: {events}."
+    for service in both:
+        await scene.children[service.name].start()
+    yield f"Started again as processes {' and '.join(str(scene.children[service.name].pid) for service in both)}."
+
+
+async def _broker_restarts(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    before = traffic.done
+    await scene.broker.down()
+    await traffic.reached(before + 1)
+    yield f"It is down. Invoices taken in meanwhile, into the log: {traffic.done - before}."
+    await scene.broker.up()
+    yield "It is up again."
+
+
+async def _queue_is_deleted(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    queue = Subscription(shipping.name).queue
+    await scene.children[shipping.name].kill()  # so that the queue fills
+
+    async def fills() -> bool:
+        found = await scene.bus.inspect([Subscription(shipping.name)])
+        return any(thing.name == queue and thing.messages for thing in found)
+
+    await until(fills, f"messages in queue {queue}")
+    lost = await scene.broker.delete(queue)
+    if not lost:
+        raise TimeoutError(f"queue {queue} was deleted, but nothing was in it, so nothing was tried")
+    yield f"Shipping was killed, so that its queue filled; then it was deleted with {lost} messages, which are lost."
+    await scene.children[shipping.name].start()
+    yield f"Started again as process {scene.children[shipping.name].pid}, it makes its queue, and reads what was lost."
+
+
+async def _api_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    order, before = scene.children[orders.name], scene.shop.asked_again
+    pid = order.pid
+    await traffic.reached(traffic.done + 1)  # others are in the middle of it then
+    await order.kill()
+
+    async def noticed() -> bool:
+        return scene.shop.asked_again > before
+
+    await until(noticed, "a request that was lost with the API")
+    yield f"Process {pid} is dead in the middle of requests. Customers ask again, with the same Idempotency-Key."
+    await order.start()
+    yield f"Started again as process {order.pid}."
+
+
+async def _sales_joins(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    sales = await scene.start_service(SALES, free_ports(1)[0])
+    yield f"Process {sales.pid} is sales, new here: {scene.listener.tally.events:,} events wait for it."
+
+
+ACTS: Final = (
+    Act("The relay is killed (SIGKILL)", _relay_dies),
+    Act("Inventory and Payment are killed (SIGKILL)", _services_die),
+    Act("RabbitMQ is restarted", _broker_restarts),
+    Act("Shipping's queue is deleted", _queue_is_deleted),
+    Act("Order and its HTTP API are killed (SIGKILL)", _api_dies),
+    Act("A fifth service joins", _sales_joins),
+)
+ENOUGH: Final = 3 * FEW * len(ACTS)
+"""Invoices that a file must have, so that each act meets some."""
+
+
+async def disturb(scene: Scene, traffic: Traffic, screen: Screen, clock: Callable[[], float] = time.monotonic) -> None:
+    """One act after the other while orders come in. Raises `TimeoutError` for a fault that did not bite, `NotReady`.
+
+    Some invoices come right before each act, so that their events are on their way, and as many at its moment; then
+    they trickle in until all is ready again.
+    """
+    some = traffic.total // (3 * len(ACTS))
+    for number, act in enumerate(ACTS, 1):
+        await traffic.go_on(traffic.done + some)
+        await traffic.reached(traffic.limit)
+        screen.line(f"\n{number}. {act.title}, with {traffic.done} of {traffic.total} invoices taken in.")
+        await traffic.go_on(traffic.limit + some)
+        began = clock()
+        try:
+            async with asyncio.timeout(WITHIN), supervised(_trickle(traffic)):
+                async for sentence in act.happen(scene, traffic):
+                    screen.line(f"   {sentence}")
+                await scene.ready()
+        except TimeoutError as error:
+            raise TimeoutError(f"{act.title}: {error or f'not over after {WITHIN:g} s'}") from None
+        screen.line(f"   All processes were ready {clock() - began:.1f} s after it.")
+        await traffic.reached(traffic.limit)
+
+
+async def _trickle(traffic: Traffic) -> None:
+    while True:
+        await asyncio.sleep(TRICKLE)
+        await traffic.go_on(traffic.limit + 1)

@@ -1,0 +1,158 @@
+"""Everything that plays a part: the broker, the processes, the log and the databases beside them. It starts things, and
+can say what is unsettled; it breaks nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.demo.customers import Customers
+from services.demo.fleet.broker import Broker, broker
+from services.demo.fleet.processes import READY_WITHIN, Child, Fleet, environment, fleet, free_ports
+from services.demo.fleet.shop import OverHttp, over_http
+from services.demo.listener import Listener, listening, silence
+from services.demo.stage import LEDGER, PATIENCE
+from services.demo.warehouse import Warehouse
+from services.inventory import inventory
+from services.order import orders
+from services.payment import payment
+from services.sales import sales
+from services.shipping import shipping
+from tidings import EventStore, Service
+from tidings.buses import EventBus, Subscription
+from tidings.database import Database, open_database
+from tidings.settings import open_bus, open_store
+from tidings.verify import Report, ServiceReport, verify
+
+__all__ = ["FOUR", "SALES", "TARGETS", "Scene", "scene", "until"]
+
+FOUR: Final = (orders, inventory, payment, shipping)
+SALES: Final = sales
+TARGETS: Final = {service.name: f"services.{service.name}:{service.name}" for service in (*FOUR, sales)} | {
+    orders.name: "services.order:orders"
+}
+"""Each service as the command line calls it."""
+API: Final = "services.order.api:api"
+"""Order runs inside of its HTTP API."""
+
+
+@dataclass(slots=True)
+class Scene:
+    """Obtain one with `scene`."""
+
+    folder: Path
+    broker: Broker
+    fleet: Fleet
+    store: EventStore
+    bus: EventBus
+    shop: OverHttp
+    warehouse: Warehouse
+    listener: Listener
+    stack: AsyncExitStack
+    received: int = 0
+    """Articles that came in at the beginning."""
+    children: dict[str, Child] = field(default_factory=dict)
+    """By name: relay, order, inventory, ..."""
+    databases: dict[str, Database] = field(default_factory=dict)
+
+    def engine(self, service: Service) -> AsyncEngine:
+        """For reading beside the running service."""
+        return self.databases[service.name].engine
+
+    async def start(self, name: str, *command: str, port: int, option: str = "--health") -> Child:
+        """Start a command; returns before it is ready."""
+        child = await self.fleet.start(name, [*command, option, str(port)], port)
+        self.children[name] = child
+        return child
+
+    async def start_service(self, service: Service, port: int) -> Child:
+        """Start a service that has no HTTP API of its own."""
+        return await self.start(service.name, "run", TARGETS[service.name], port=port)
+
+    async def ready(self) -> None:
+        """Wait until all processes are."""
+        await asyncio.gather(*(child.ready() for child in self.children.values()))
+
+    async def all_listen(self) -> bool:
+        """Whether somebody consumes the queue of each of the four."""
+        found = await self.bus.inspect([Subscription(service.name) for service in FOUR])
+        return sum(bool(thing.consumers) for thing in found) == len(FOUR)
+
+    async def look_into(self, service: Service) -> None:
+        """Open the database of a service that is ready."""
+        url = f"sqlite:///{self.folder}/{service.name}.db"
+        self.databases[service.name] = await self.stack.enter_async_context(open_database(url, service.tables))
+
+    async def verify(self, *services: Service) -> Report:
+        """As it is now, in these services or in all."""
+        chosen = services or tuple(service for service in (*FOUR, SALES) if service.name in self.databases)
+        return await verify(self.store, [(service, self.databases[service.name]) for service in chosen])
+
+    async def unsettled(self, service: Service) -> ServiceReport:
+        """What waits for one service."""
+        return (await self.verify(service)).services[0]
+
+    async def silence(self) -> None:
+        """Wait until everything has settled in every service, and no customer reacts to it any more."""
+        await silence(self.store, self.listener, self._settled)
+
+    async def _settled(self) -> None:
+        report = await self.verify()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PATIENCE
+        while not report.ok:
+            if loop.time() > deadline:
+                raise TimeoutError(f"not settled after {PATIENCE:g} s:\n{report}")
+            await asyncio.sleep(0.2)
+            report = await self.verify()
+
+
+@asynccontextmanager
+async def scene(folder: Path, stock: dict[str, int]) -> AsyncIterator[Scene]:
+    """A broker, the relay and four services, all of them ready, and the stock in the log; leaving ends them.
+
+    Raises `BrokerRefused`, `NotReady`, and `Died` when a process ends by itself.
+    """
+    async with AsyncExitStack() as stack:
+        rabbitmq = await stack.enter_async_context(broker(folder / "rabbitmq"))
+        env = environment(folder, rabbitmq.url, list(TARGETS.values()))
+        store = await stack.enter_async_context(open_store(env["TIDINGS_STORE"]))
+        bus = await stack.enter_async_context(open_bus(env["TIDINGS_BUS"]))
+        processes = await stack.enter_async_context(fleet(folder, env))
+        relay, order, *others = free_ports(2 + len(FOUR[1:]))
+        shop = await stack.enter_async_context(over_http(order))
+        listener = await stack.enter_async_context(listening(store, Customers(shop)))
+        found = Scene(folder, rabbitmq, processes, store, bus, shop, Warehouse(store), listener, stack)
+        await found.start(orders.name, "run", API, port=order, option="--port")
+        for service, port in zip(FOUR[1:], others, strict=True):
+            await found.start_service(service, port)
+        found.received = await found.warehouse.receive(stock)  # meanwhile: the log needs none of them
+        # The relay last: its first marker then finds every queue, and nobody waits for the next one.
+        await until(found.all_listen, "each service consumes its queue", READY_WITHIN)
+        await found.start("relay", "relay", port=relay)
+        await found.ready()
+        for service in FOUR:
+            await found.look_into(service)
+        yield found
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
+    """Wait for what other processes bring about. Raises `TimeoutError`."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not await condition():
+        if loop.time() > deadline:
+            raise TimeoutError(f"after {seconds:g} s still not: {what}")
+        await asyncio.sleep(0.05)
+
+
+def ledger(folder: Path) -> Path:
+    """The gateway's."""
+    return folder / LEDGER

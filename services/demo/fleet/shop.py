@@ -1,0 +1,93 @@
+"""Order's HTTP API as the demo's customers meet it: they ask again, with the same key, until they have an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+from uuid import uuid5
+
+import httpx
+
+from services.demo.shop import REASON, Purchase
+from services.order.api import KEYS
+
+__all__ = ["OverHttp", "ShopFailed", "over_http"]
+
+PATIENCE: Final = 60.0
+"""Seconds for which a customer asks again."""
+PAUSES: Final = (0.1, 1.0)
+"""Seconds: the first, and the longest."""
+
+
+class ShopFailed(Exception):
+    """An answer that nobody expected, or none for too long."""
+
+
+class OverHttp:
+    """A `Shop`. Obtain one with `over_http`."""
+
+    def __init__(self, client: httpx.AsyncClient, patience: float = PATIENCE) -> None:
+        self._client = client
+        self._patience = patience
+        self._numbers: dict[str, str] = {}
+        self.answered = 0
+        """Orders that the API said yes to."""
+        self.asked_again = 0
+        """Requests that were lost, or refused for the moment, and made once more."""
+
+    async def place(self, purchase: Purchase) -> bool:
+        """The invoice's number is the Idempotency-Key, and the order's id is made from that. Always true: an API
+        answers a repeated request as it did the first. Raises `ShopFailed`.
+        """
+        order_id = str(uuid5(KEYS, purchase.number))
+        self._numbers[order_id] = purchase.number
+        document: dict[str, Any] = {
+            "country": purchase.country,
+            "placed_at": purchase.at.isoformat(),
+            "lines": [line.model_dump(mode="json") for line in purchase.lines],
+        }
+        if purchase.customer is not None:
+            document["customer_id"] = purchase.customer
+        answer = await self._ask("/orders", document, {"Idempotency-Key": purchase.number})
+        if answer.status_code != 201 or answer.json()["id"] != order_id:
+            raise ShopFailed(f"invoice {purchase.number} was answered {answer.status_code}: {answer.text[:500]}")
+        self.answered += 1
+        return True
+
+    async def cancel(self, number: str) -> None:
+        """See `Shop.cancel`. Raises `ShopFailed`."""
+        answer = await self._ask(f"/orders/{uuid5(KEYS, number)}/cancel", {"reason": REASON}, {})
+        if answer.status_code not in (200, 409):  # 409: it has left already
+            raise ShopFailed(f"cancelling {number} was answered {answer.status_code}: {answer.text[:500]}")
+
+    def number_of(self, order_id: str) -> str:
+        """See `Shop.number_of`."""
+        return self._numbers.get(order_id, "")
+
+    async def _ask(self, path: str, document: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+        """POST, again and again while there is no answer, or 503."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        pause, longest = PAUSES
+        while True:
+            try:
+                answer = await self._client.post(path, json=document, headers=headers)
+                if answer.status_code != 503:
+                    return answer
+                said = answer.text[:500]
+            except httpx.TransportError as error:
+                said = f"{type(error).__name__} {error}".strip()
+            if loop.time() > deadline:
+                raise ShopFailed(f"POST {path} has had no answer for {self._patience:g} s: {said}")
+            self.asked_again += 1
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+
+
+@asynccontextmanager
+async def over_http(port: int) -> AsyncIterator[OverHttp]:
+    """The shop at a port of this machine."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15, trust_env=False) as client:
+        yield OverHttp(client)

@@ -1,0 +1,112 @@
+"""Requests and answers of EventStoreDB as messages: filters say there what they say here, errors become the port's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidings.errors import EventTooLarge, InvalidStreamName, StoreError, StoreUnavailable, StreamDeleted
+from tidings.position import CARRIED
+from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, Filter, RecordedEvent
+from tidings.stores import eventstoredb_wire as wire
+from tidings.stores.eventstoredb_protos import shared_pb2, streams_pb2
+
+NAMES = st.text(st.sampled_from("ab.$-_*[ (é\n"), min_size=1, max_size=5)
+PREFIXES = st.lists(st.text(st.sampled_from("ab.$-*[ (é"), min_size=1, max_size=2), max_size=3).map(tuple)
+
+
+def passes(filter: Filter, event: RecordedEvent) -> bool:
+    """As the server does it: one expression, on the name or the type, prefixes or a pattern that is searched for."""
+    options = streams_pb2.ReadReq.FromString(wire.read_all_request(-1, filter)).options
+    kind = options.filter.WhichOneof("filter")
+    if kind is None:
+        return True
+    text = event.stream if kind == "stream_identifier" else event.type
+    expression = getattr(options.filter, kind)
+    if expression.regex:
+        return re.search(expression.regex, text) is not None
+    return text.startswith(tuple(expression.prefix))
+
+
+@given(NAMES, NAMES, PREFIXES, PREFIXES, st.lists(NAMES, max_size=2).map(tuple))
+def test_the_server_leaves_out_nothing_that_matches(
+    stream: str, type: str, included: tuple[str, ...], excluded: tuple[str, ...], types: tuple[str, ...]
+) -> None:
+    wanted = Filter(types=types, stream_prefixes=included, exclude_stream_prefixes=excluded)
+    event = RecordedEvent(8, stream, 0, type, b"", b"", True, bytes(16), 0)
+    if wanted.matches(event):
+        assert passes(wanted, event)
+    elif wire.served(wanted):  # nobody looks again
+        assert not passes(wanted, event)
+
+
+def test_the_relays_filter_is_the_servers_work() -> None:
+    assert wire.served(CARRIED)
+    event = RecordedEvent(8, "orders", 0, "T", b"", b"", True, bytes(16), 0)
+    assert passes(CARRIED, event)
+    for stream in ("$$orders", "$ce-x", "tidings_relay-main", "tidings.x"):
+        assert not passes(CARRIED, event._replace(stream=stream))
+
+
+@pytest.mark.parametrize(
+    ("expected", "field"),
+    [(ANY, "any"), (NO_STREAM, "no_stream"), (STREAM_EXISTS, "stream_exists"), (7, "stream_position")],
+)
+def test_an_append_says_what_it_expects(expected: Expected, field: str) -> None:
+    event = EventData("T", b"d", b"m", "text/plain", UUID(int=5))
+    request = streams_pb2.BatchAppendReq.FromString(wire.append_request(9, "s", [event], expected, 3.0))
+    assert request.options.WhichOneof("expected_stream_position") == field
+    assert (request.options.deadline.seconds, request.is_final) == (3, True)
+    [message] = request.proposed_messages
+    assert UUID(message.id.string) == event.id
+    assert dict(message.metadata) == {"type": "T", "content-type": "text/plain"}
+    answer = streams_pb2.BatchAppendResp(correlation_id=request.correlation_id)
+    assert wire.number_of(answer) == 9
+    answer.correlation_id.string = str(UUID(int=9))
+    assert wire.number_of(answer) == 9
+
+
+def refusal(details: Any, expected: Expected = ANY) -> Appended | StoreError | wire.Undecided:
+    answer = streams_pb2.BatchAppendResp()
+    answer.error.details.Pack(details)
+    return wire.outcome_of(answer, "s", expected, 5)
+
+
+def test_a_refused_append_becomes_an_error_of_the_port() -> None:
+    assert isinstance(refusal(shared_pb2.StreamDeleted()), StreamDeleted)
+    large = refusal(shared_pb2.MaximumAppendSizeExceeded(maxAppendSize=4))
+    assert isinstance(large, EventTooLarge)
+    assert (large.size, large.limit) == (5, 4)
+    denied = refusal(shared_pb2.AccessDenied())
+    assert isinstance(denied, StoreUnavailable)
+    assert "$acl" in str(denied)
+    assert "no such thing" in str(refusal(shared_pb2.BadRequest(message="no such thing")))
+
+
+def test_what_the_server_cannot_say_is_undecided() -> None:
+    for unknown in (shared_pb2.Timeout(), shared_pb2.Unknown(), shared_pb2.Empty()):
+        assert isinstance(refusal(unknown), wire.Undecided)
+
+
+def test_what_would_end_the_call_of_all_appends_is_not_sent() -> None:
+    with pytest.raises(EventTooLarge):
+        wire.check_events("s", [EventData("T", b"x" * (wire.EVENT_LIMIT + 1))])
+    for stream, event in (("\ud800", EventData("T", b"")), ("s", EventData("\ud800", b""))):
+        with pytest.raises(InvalidStreamName):
+            wire.check_events(stream, [event])
+    with pytest.raises(TypeError):
+        wire.check_events("s", [EventData("T", "text")])  # type: ignore[arg-type]
+
+
+def test_positions_and_versions_beyond_what_there_can_be_are_sent_as_the_last() -> None:
+    for request in (
+        wire.read_all_request(2**70, Filter()),
+        wire.read_stream_request("s", 2**70),
+        wire.append_request(1, "s", [], 2**70, 1.0),
+    ):
+        assert request

@@ -1,0 +1,206 @@
+"""Which events of a key run and which wait, against a model that knows the database, the lane and the uncommitted."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidings.attempt import Failure
+from tidings.handlers import Handler, Hold, Retry
+from tidings.held import HeldEvent
+from tidings.keys import Keys
+from tidings.stores import RecordedEvent
+from tidings.work import Item
+
+
+def event(position: int, key: str) -> RecordedEvent:
+    return RecordedEvent(position, key, position, "Happened", b"{}", b"{}", True, UUID(int=position).bytes, 0)
+
+
+def handler(hold_key: bool) -> Handler:
+    retry = Retry(attempts=1, hold=Hold(attempts=10), hold_key=hold_key)
+    return Handler("handle", lambda: None, (), (), retry, 1.0, threaded=True)
+
+
+def fresh(position: int, key: str, *, hold_key: bool = True) -> Item:
+    return Item(event(position, key), 0, handler(hold_key), None)
+
+
+def revived(row: HeldEvent, *, hold_key: bool = True) -> Item:
+    return Item(row.event, 0, handler(hold_key), None, row)
+
+
+def row(position: int, key: str) -> HeldEvent:
+    return HeldEvent(event(position, key), 0, key, "handle", 1, 0, 0.0, "failed", None)
+
+
+def fail(item: Item, *, permanent: bool = False) -> Item:
+    assert item.fail(Failure("ValueError: no", "", permanent), 1, "service") is None
+    return item
+
+
+def test_an_event_that_failed_blocks_its_key_and_no_other() -> None:
+    keys = Keys()
+    keys.ended(fail(fresh(1, "a")))
+    assert keys.must_wait(fresh(2, "a"))
+    assert not keys.must_wait(fresh(2, "b"))
+
+
+def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
+    for holds in (True, False):
+        keys = Keys()
+        keys.ended(fail(fresh(1, "a", hold_key=holds), permanent=True))
+        assert keys.must_wait(fresh(2, "a")) is holds
+
+
+def test_a_held_event_that_becomes_a_dead_letter_without_a_hold_lets_those_behind_it_go_on() -> None:
+    keys = Keys()
+    keys.read({"a": 2}, ())
+    keys.fly("a")
+    keys.fly("a")
+    keys.ended(fail(revived(row(1, "a"), hold_key=False), permanent=True))
+    assert not keys.must_wait(revived(row(2, "a")))
+    assert keys.must_wait(fresh(3, "a")), "the second is held still"
+
+
+def test_a_key_whose_flight_met_a_failure_flies_again_when_all_of_it_has_landed() -> None:
+    keys = Keys()
+    keys.read({"a": 2}, ())
+    keys.fly("a")
+    keys.fly("a")
+    keys.ended(fail(revived(row(1, "a"))))
+    assert keys.must_wait(revived(row(2, "a")))
+    assert not keys.land("a")
+    assert keys.flying == {"a"}
+    assert keys.must_wait(revived(row(2, "a"))), "the first is not committed yet"
+    assert keys.land("a")
+    assert keys.flying == frozenset()
+    assert not keys.must_wait(revived(row(2, "a")))
+
+
+def test_what_an_operator_took_away_is_known_with_the_next_reading() -> None:
+    keys = Keys()
+    keys.read({"a": 1}, ())
+    assert keys.must_wait(fresh(2, "a"))
+    keys.read({}, ())
+    assert not keys.must_wait(fresh(2, "a"))
+
+
+@dataclass
+class Database:
+    """What is committed: held events and dead letters that hold, by key; and which events are done with."""
+
+    held: dict[str, list[HeldEvent]] = field(default_factory=dict)
+    graves: dict[str, int] = field(default_factory=dict)
+
+    def blocked(self) -> dict[str, int]:
+        numbers = {key: len(rows) + self.graves.get(key, 0) for key, rows in self.held.items()}
+        return {key: number for key, number in (self.graves | numbers).items() if number}
+
+    def write(self, item: Item) -> None:
+        rows = self.held.setdefault(item.key, [])
+        if item.held is not None:
+            rows.remove(item.held)
+        if item.postponed is not None:
+            rows.append(item.postponed)
+            rows.sort(key=lambda each: each.event.position)
+        elif item.letter is not None and item.letter.holds_key:
+            self.graves[item.key] = self.graves.get(item.key, 0) + 1
+
+
+@dataclass
+class World:
+    """One bucket: its lane, the next commit, and what the service believes of its keys."""
+
+    keys: Keys = field(default_factory=Keys)
+    database: Database = field(default_factory=Database)
+    lane: deque[Item] = field(default_factory=deque)
+    batch: list[Item] = field(default_factory=list)
+    ran: list[tuple[str, int]] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)
+    """Dead: they need not have run for later ones to run."""
+    appended: int = 0
+
+    def append(self, key: str) -> None:
+        self.appended += 1
+        self.lane.append(fresh(self.appended, key))
+
+    def look(self) -> None:
+        before = self.keys.flying
+        for key, rows in self.database.held.items():
+            if key not in before and not self.database.graves.get(key):
+                for each in rows:
+                    self.keys.fly(key)
+                    self.lane.append(revived(each))
+
+    def step(self, outcome: str) -> None:
+        if not self.lane:
+            return
+        item = self.lane.popleft()
+        if self.keys.must_wait(item):
+            if item.held is not None:
+                self.keys.land(item.held.key)
+                return
+            item.wait()
+        elif outcome == "succeeds":
+            self.ran.append((item.key, item.event.position))
+        else:
+            fail(item, permanent=outcome == "dies")
+            if item.letter is not None:
+                self.gone.add(item.event.position)
+        self.batch.append(item)
+        self.keys.ended(item)
+
+    def commit(self) -> None:
+        batch, self.batch = self.batch, []
+        for item in batch:
+            self.database.write(item)
+        for item in batch:
+            if item.held is not None:
+                self.keys.land(item.held.key)
+
+    def read(self) -> None:
+        self.keys.read(self.database.blocked(), self.batch)
+
+    def drop(self) -> None:
+        """The operator gives up whatever is dead."""
+        self.database.graves.clear()
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("append"), st.sampled_from("ab")),
+    st.tuples(st.just("step"), st.sampled_from(["succeeds", "succeeds", "fails", "dies"])),
+    st.tuples(st.sampled_from(["commit", "read", "look", "drop"]), st.just("")),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ACTIONS, max_size=80))
+def test_whatever_fails_each_key_runs_in_order_and_nothing_waits_for_ever(actions: list[tuple[str, str]]) -> None:
+    world = World()
+    for name, argument in actions:
+        if name == "append":
+            world.append(argument)
+        elif name == "step":
+            world.step(argument)
+        else:
+            getattr(world, name)()
+    rounds = 0
+    while world.lane or world.batch or any(world.database.held.values()):
+        rounds += 1
+        assert rounds < 5, "what is left is run and committed, and what that lets fly is run and committed"
+        world.drop()
+        world.read()
+        while world.lane:
+            world.step("succeeds")
+        world.commit()
+        world.look()
+    for key in "ab":
+        positions = [position for of, position in world.ran if of == key]
+        assert positions == sorted(set(positions)), f"{key}: once, and in order"
+    assert {position for _, position in world.ran} | world.gone == set(range(1, world.appended + 1))
+    assert world.keys.flying == frozenset()
