@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Final
 
 from services.demo.customers import Customers
 from services.demo.tally import Tally
 from tidings import EventStore, RecordedEvent
+from tidings.errors import StoreUnavailable
 from tidings.supervision import supervised
 
 __all__ = ["Listener", "listening", "silence"]
+
+AGAIN: Final = 0.2
+"""Seconds until it asks a store again that is away."""
 
 
 class Listener:
@@ -26,14 +31,19 @@ class Listener:
         self._heard = asyncio.Condition()
 
     async def run(self) -> None:
-        """Until cancelled. A position counts as reached when the customers have reacted to it."""
-        async for item in self._store.subscribe_all():
-            if isinstance(item, RecordedEvent):
-                self.tally.hear(item)
-                await self._customers.hear(item)
-            async with self._heard:
-                self.position = item.position
-                self._heard.notify_all()
+        """Until cancelled; when the store goes away, it goes on where it was as soon as the store is back. A position
+        counts as reached when the customers have reacted to it."""
+        while True:
+            try:
+                async for item in self._store.subscribe_all(after=self.position):
+                    if isinstance(item, RecordedEvent):
+                        self.tally.hear(item)
+                        await self._customers.hear(item)
+                    async with self._heard:
+                        self.position = item.position
+                        self._heard.notify_all()
+            except StoreUnavailable:
+                await asyncio.sleep(AGAIN)
 
     async def reached(self, position: int) -> None:
         """Wait until everything up to a position was heard."""

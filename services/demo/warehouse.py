@@ -16,7 +16,7 @@ from services.importer import Invoice
 from services.inventory.events import GoodsReceived, ReturnReceived
 from tidings import NO_STREAM, Event, EventStore
 from tidings.codec import encode
-from tidings.errors import WrongExpectedVersion
+from tidings.errors import StoreUnavailable, WrongExpectedVersion
 
 __all__ = ["Warehouse"]
 
@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 AT_ONCE: Final = 64
 """Deliveries and returns under way at the same time, so that they share the store's commits."""
+
+TRIES: Final = 60
+AGAIN: Final = 1.0
+"""Seconds until the scanner tries again when the store is away: the same event, which begins its stream once."""
 
 
 class _Goods(NamedTuple):
@@ -59,10 +63,17 @@ class Warehouse:
 
     async def _append(self, goods: _Goods, reason: str) -> bool:
         event = encode(goods.event, id=uuid4(), metadata={"actor": "warehouse", "reason": reason})
-        try:
-            await self._store.append(goods.stream, [event], expected=NO_STREAM)
-        except WrongExpectedVersion:
-            return False
+        for left in range(TRIES - 1, -1, -1):
+            try:
+                await self._store.append(goods.stream, [event], expected=NO_STREAM)
+            except WrongExpectedVersion:
+                return False
+            except StoreUnavailable:
+                if not left:
+                    raise
+                await asyncio.sleep(AGAIN)
+            else:
+                break
         return True
 
 

@@ -24,8 +24,8 @@ from services.demo.fleet.scene import TARGETS
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "services" / "data" / "online-retail.csv"
-INVOICES = 60
-"""Of which two are dropped, two are returns, and four are declined."""
+INVOICES = 66
+"""Of which two are dropped, three are returns, and five are declined."""
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -96,7 +96,7 @@ class Demo:
     def left_nothing_running(self) -> bool:
         """No process that it named, and no broker."""
         pids = re.findall(r"^[a-z]+ +(\d+)  tidings ", self.text, re.MULTILINE)
-        assert len(pids) == 5
+        assert len(pids) == 6
         port = re.search(r"^TIDINGS_BUS=amqp://\S+?:(\d+)/", self.text, re.MULTILINE)
         assert port
         with socket.socket() as probe:
@@ -137,19 +137,19 @@ async def test_real_orders_through_killed_processes_a_restarted_broker_and_a_del
         text = run.text
     assert status == 0, text
     for place, act in enumerate(ACTS, 1):
-        assert re.search(rf"^{place}\. {re.escape(act.title)}, with \d+ of 58 invoices taken in", text, re.MULTILINE)
+        assert re.search(rf"^{place}\. {re.escape(act.title)}, with \d+ of 64 invoices taken in", text, re.MULTILINE)
     assert text.count("All processes were ready") == len(ACTS)
     assert re.search(r"Events wait: [1-9]\d* for inventory and [1-9]\d* for payment", text)
     assert re.search(r"deleted with [1-9]\d* messages, which are lost", text)
-    assert re.search(r"^All 56 orders were answered.* [1-9]\d* requests had to be made again", text, re.MULTILINE)
-    equal = {"orders": "56", "lines": "905", "returns": "2", "gross value": "£23,597.80", "payment declines": "4"}
+    assert re.search(r"^All 61 orders were answered.* [1-9]\d* requests had to be made again", text, re.MULTILINE)
+    equal = {"orders": "61", "lines": "1,003", "returns": "3", "gross value": "£24,681.50", "payment declines": "5"}
     for what, number in equal.items():
         assert re.search(rf"^{what} +{number} +{number}  equal$", text, re.MULTILINE), text
     assert "all settled up to position" in text
     assert len(re.findall(r"^\w+: settled up to position \d+ \(0 pending, 0 staged, 0 dead", text, re.MULTILINE)) == 5
     assert "BROKEN" not in text
     assert len(re.findall(r"^ok  ", text, re.MULTILINE)) == 8 + 7
-    assert "All 6 processes drained after SIGTERM and ended with exit status 0" in text
+    assert "All 7 processes drained after SIGTERM and ended with exit status 0" in text
     assert "\x1b" not in text
     assert run.left_nothing_running()
 
@@ -169,7 +169,7 @@ async def test_ctrl_c_in_the_middle_ends_every_process_and_the_broker(tmp_path: 
 
 
 def one_service(folder: Path) -> dict[str, str]:
-    return environment(folder, "memory://", [TARGETS["sales"]])
+    return environment(folder, f"sqlite:///{folder}/events.db", "memory://", [TARGETS["sales"]])
 
 
 async def test_a_process_that_dies_by_itself_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
@@ -258,4 +258,4 @@ def test_a_file_with_too_few_invoices_for_the_faults_is_refused(
 ) -> None:
     few.write_text("".join(few.read_text(encoding="utf-8").splitlines(keepends=True)[:100]), encoding="utf-8")
     assert main(["--folder", str(tmp_path / "runs"), "--data", str(few)]) == 1
-    assert re.search(r"Stopped: .*few\.csv has \d+ orders and returns: 54 are needed", capfd.readouterr().out)
+    assert re.search(r"Stopped: .*few\.csv has \d+ orders and returns: 63 are needed", capfd.readouterr().out)

@@ -47,7 +47,7 @@ async def perform(folder: Path, data: Path, screen: Screen) -> bool:
     coming = [found for found in invoices(read_rows(data)) if isinstance(found, Invoice)]
     if len(coming) < ENOUGH:
         raise TooFew(f"{data} has {len(coming)} orders and returns: {ENOUGH} are needed for the faults to meet some")
-    screen.heading(f"Tidings over RabbitMQ: a relay and five services as processes, in {folder}")
+    screen.heading(f"Tidings over RabbitMQ: event store, relay and five services as processes, in {folder}")
     alone, place = folder / "embedded", folder / "fleet"
     for made in (alone, place):
         made.mkdir(parents=True)
@@ -80,7 +80,7 @@ def _introduce(play: Scene, screen: Screen) -> None:
     screen.line("RabbitMQ runs, started by deploy/local/rabbitmq. So do, each as a process of its own:")
     rows = [(name, f"{child.pid}", f"tidings {' '.join(child.arguments)}") for name, child in play.children.items()]
     screen.table(rows, titles=("name", "process", "command"), right=[1])
-    told = settings(play.folder, redact(play.broker.url), list(TARGETS.values()))
+    told = settings(play.folder, play.fleet.env["TIDINGS_STORE"], redact(play.broker.url), list(TARGETS.values()))
     screen.line("\n".join(f"{name}={value}" for name, value in told.items()), style="dim")
 
 

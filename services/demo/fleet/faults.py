@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple
 
 from services.demo.fleet.processes import free_ports
-from services.demo.fleet.scene import SALES, Scene, until
+from services.demo.fleet.scene import SALES, STORE, Scene, until
 from services.demo.fleet.traffic import Traffic
 from services.demo.screen import Screen
 from services.inventory import inventory
@@ -37,6 +37,20 @@ class Act(NamedTuple):
 
     title: str
     happen: Callable[[Scene, Traffic], AsyncIterator[str]]
+
+
+async def _store_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
+    store, before = scene.children[STORE], scene.shop.asked_again
+    pid = store.pid
+    await store.kill()
+
+    async def noticed() -> bool:
+        return scene.shop.asked_again > before
+
+    await until(noticed, "a request that could not be answered without the log")
+    yield f"Process {pid} is dead, and nobody can order. Customers ask again, with the same Idempotency-Key."
+    await store.start()
+    yield f"Started again as process {store.pid}."
 
 
 async def _relay_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
@@ -115,6 +129,7 @@ async def _sales_joins(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
 
 
 ACTS: Final = (
+    Act("The event store is killed (SIGKILL)", _store_dies),
     Act("The relay is killed (SIGKILL)", _relay_dies),
     Act("Inventory and Payment are killed (SIGKILL)", _services_die),
     Act("RabbitMQ is restarted", _broker_restarts),

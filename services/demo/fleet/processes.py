@@ -49,8 +49,9 @@ class NotReady(Exception):
 class Child:
     """One command, of which one process runs at a time. Obtain one with `Fleet.start`."""
 
-    def __init__(self, fleet: Fleet, name: str, arguments: Sequence[str], port: int) -> None:
+    def __init__(self, fleet: Fleet, name: str, arguments: Sequence[str], port: int, probed: bool) -> None:
         self.name, self.arguments, self.port = name, tuple(arguments), port
+        self._probed = probed
         self.log = fleet.folder / f"{name}.log"
         self._fleet = fleet
         self._process: asyncio.subprocess.Process | None = None
@@ -90,11 +91,16 @@ class Child:
         self._fleet.tasks.create_task(self._watch(process))
 
     async def ready(self, within: float = READY_WITHIN) -> None:
-        """Wait until it says at /ready that events get through. Raises `NotReady` after so many seconds."""
+        """Wait until it says at /ready that events get through; the event store, which has no such page, until it
+        listens. Raises `NotReady` after so many seconds."""
         loop = asyncio.get_running_loop()
         deadline, said = loop.time() + within, "it does not answer"
         while True:
-            with suppress(httpx.TransportError):
+            with suppress(httpx.TransportError, OSError):
+                if not self._probed:
+                    _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    writer.close()
+                    return
                 answer = await self._fleet.client.get(f"http://127.0.0.1:{self.port}/ready")
                 if answer.status_code == 200:
                     return
@@ -137,17 +143,20 @@ class Fleet:
         self.folder, self.env, self.group, self.client, self.tasks = folder, dict(env), group, client, tasks
         self.children: list[Child] = []
 
-    async def start(self, name: str, arguments: Sequence[str], port: int) -> Child:
-        """Start `tidings ARGUMENTS`, which answers /ready at `port`; its output is added to NAME.log."""
-        child = Child(self, name, arguments, port)
+    async def start(self, name: str, arguments: Sequence[str], port: int, *, probed: bool = True) -> Child:
+        """Start `tidings ARGUMENTS`, which answers /ready at `port`, or with `probed=False` listens there; its output
+        is added to NAME.log."""
+        child = Child(self, name, arguments, port, probed)
         self.children.append(child)
         await child.start()
         return child
 
     async def stop(self) -> dict[str, int]:
-        """SIGTERM to all; exit statuses by name."""
-        statuses = await asyncio.gather(*(child.stop() for child in self.children))
-        return {child.name: status for child, status in zip(self.children, statuses, strict=True)}
+        """SIGTERM to all, at last to the one that was started first: the others need it. Exit statuses by name."""
+        first, *others = self.children
+        statuses = await asyncio.gather(*(child.stop() for child in others))
+        named = {child.name: status for child, status in zip(others, statuses, strict=True)}
+        return named | {first.name: await first.stop()}
 
 
 @asynccontextmanager
@@ -189,16 +198,16 @@ def free_ports(count: int) -> list[int]:
     raise OSError(f"of 200 TCP ports of 127.0.0.1 between 20000 and 32000 only {len(found)} are free")
 
 
-def environment(folder: Path, bus: str, services: Sequence[str]) -> dict[str, str]:
+def environment(folder: Path, store: str, bus: str, services: Sequence[str]) -> dict[str, str]:
     """What every process is told: where the log is, the bus, the databases, the gateway's ledger."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TIDINGS_", "PAYMENT_"))}
-    return kept | settings(folder, bus, services)
+    return kept | settings(folder, store, bus, services)
 
 
-def settings(folder: Path, bus: str, services: Sequence[str]) -> dict[str, str]:
+def settings(folder: Path, store: str, bus: str, services: Sequence[str]) -> dict[str, str]:
     """The part of `environment` that a user would have to set."""
     return {
-        "TIDINGS_STORE": f"sqlite:///{folder}/events.db",
+        "TIDINGS_STORE": store,
         "TIDINGS_BUS": bus,
         "TIDINGS_DATABASE": f"sqlite:///{folder}/{{service}}.db",
         "TIDINGS_SERVICES": ",".join(services),

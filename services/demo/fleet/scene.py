@@ -31,7 +31,7 @@ from tidings.database import Database, open_database
 from tidings.settings import open_bus, open_store
 from tidings.verify import Report, ServiceReport, verify
 
-__all__ = ["FOUR", "SALES", "TARGETS", "Scene", "scene", "until"]
+__all__ = ["FOUR", "SALES", "STORE", "TARGETS", "Scene", "scene", "until"]
 
 FOUR: Final = (orders, inventory, payment, shipping)
 SALES: Final = sales
@@ -39,6 +39,8 @@ TARGETS: Final = {service.name: f"services.{service.name}:{service.name}" for se
     orders.name: "services.order:orders"
 }
 """Each service as the command line calls it."""
+STORE: Final = "store"
+"""The process that serves the log, as EventStoreDB would."""
 API: Final = "services.order.api:api"
 """Order runs inside of its HTTP API."""
 
@@ -59,7 +61,7 @@ class Scene:
     received: int = 0
     """Articles that came in at the beginning."""
     children: dict[str, Child] = field(default_factory=dict)
-    """By name: relay, order, inventory, ..."""
+    """By name: store, relay, order, inventory, ..."""
     databases: dict[str, Database] = field(default_factory=dict)
 
     def engine(self, service: Service) -> AsyncEngine:
@@ -116,20 +118,24 @@ class Scene:
 
 @asynccontextmanager
 async def scene(folder: Path, stock: dict[str, int]) -> AsyncIterator[Scene]:
-    """A broker, the relay and four services, all of them ready, and the stock in the log; leaving ends them.
+    """A broker, an event store, the relay and four services, all ready, and the stock in the log; leaving ends them.
 
     Raises `BrokerRefused`, `NotReady`, and `Died` when a process ends by itself.
     """
     async with AsyncExitStack() as stack:
         rabbitmq = await stack.enter_async_context(broker(folder / "rabbitmq"))
-        env = environment(folder, rabbitmq.url, list(TARGETS.values()))
+        log, relay, order, *others = free_ports(3 + len(FOUR[1:]))
+        env = environment(folder, f"esdb://127.0.0.1:{log}?tls=false", rabbitmq.url, list(TARGETS.values()))
+        processes = await stack.enter_async_context(fleet(folder, env))
+        serving = ("server", "--db", str(folder / "events.db"), "--port", str(log))
+        eventstore = await processes.start(STORE, serving, log, probed=False)
+        await eventstore.ready()
         store = await stack.enter_async_context(open_store(env["TIDINGS_STORE"]))
         bus = await stack.enter_async_context(open_bus(env["TIDINGS_BUS"]))
-        processes = await stack.enter_async_context(fleet(folder, env))
-        relay, order, *others = free_ports(2 + len(FOUR[1:]))
         shop = await stack.enter_async_context(over_http(order))
         listener = await stack.enter_async_context(listening(store, Customers(shop)))
         found = Scene(folder, rabbitmq, processes, store, bus, shop, Warehouse(store), listener, stack)
+        found.children[STORE] = eventstore
         await found.start(orders.name, "run", API, port=order, option="--port")
         for service, port in zip(FOUR[1:], others, strict=True):
             await found.start_service(service, port)
