@@ -62,7 +62,11 @@ class ServerProcess:
     def end(self) -> str:
         """What it said of its end; waits for it."""
         assert self.process is not None
-        return self.process.communicate(timeout=30)[1]
+        try:
+            return self.process.communicate(timeout=30)[1]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         assert self.process is not None

@@ -199,6 +199,16 @@ async def test_a_group_on_all_filters_and_starts_where_it_is_told(events: list[N
     assert start.startswith("C:")
 
 
+async def test_a_group_that_reads_one_by_one_gets_past_what_all_hides(events: list[NewEvent]) -> None:
+    def question(client: EventStoreDBClient) -> list[bytes]:
+        put(client, "s", events)
+        client.create_subscription_to_all("g", filter_exclude=(), read_batch_size=1)
+        with client.read_subscription_to_all("g") as subscription:
+            return taken(subscription, 7)
+
+    assert (await asked(question))[1:] == [event.data for event in events]
+
+
 async def test_the_checkpoint_of_a_filtered_group_passes_what_it_does_not_want(tmp_path: Path) -> None:
     db = tmp_path / "log.db"
 

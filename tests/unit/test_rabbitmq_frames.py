@@ -128,6 +128,18 @@ async def test_one_confirm_can_settle_many_and_a_return_marks_its_message() -> N
         await futures[3]
 
 
+async def test_a_return_without_an_id_loses_no_message_whose_id_was_too_long_to_send() -> None:
+    link = connection()
+    publishing = await channel(link)
+    future = publishing.publish("x", Properties({}, message_id="i" * 256), b"")
+    link.data_received(
+        frame.marshal(commands.Basic.Return(312, "NO_ROUTE", "x", ""), 1)
+        + frame.marshal(header.ContentHeader(properties=Theirs()), 1)
+        + frame.marshal(commands.Basic.Ack(1), 1)
+    )
+    assert future.result() is Outcome.RETURNED
+
+
 async def test_two_messages_of_one_id_are_both_returned_rather_than_one_lost() -> None:
     link = connection()
     publishing = await channel(link)

@@ -134,8 +134,9 @@ class Channel:
         """Send a mandatory message at once; the future is done when the broker has confirmed it.
 
         Raises `AmqpError` on a dead channel, `ValueError` or `TypeError` for properties that no frame can hold. Returns
-        are matched by message id, and all unconfirmed messages of that id count as returned: one too many is sent
-        again, which is harmless; one too few would be lost.
+        are matched by message id, and all unconfirmed messages of that id count as returned, or all there are if the
+        return shows none (an id over 255 bytes is not sent): one too many is sent again, which is harmless; one too
+        few would be lost.
         """
         if self.closed is not None:
             raise self.closed
@@ -244,9 +245,9 @@ class Channel:
             if self._on_delivery is not None and self.closed is None:
                 self._on_delivery(content.tag, content.properties, bytes(content.body))
             return
-        key = content.properties.message_id if content.properties is not None else None
+        key = (content.properties.message_id if content.properties is not None else None) or None
         for publish in self._unconfirmed.values():
-            if publish.key == (key or None):
+            if key is None or publish.key == key:
                 publish.returned = True
 
     def _confirmed(self, tag: int, multiple: bool, outcome: Outcome) -> None:

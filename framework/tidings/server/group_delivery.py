@@ -95,7 +95,7 @@ class Delivery:
         self.reached = start
         """How far the source was read."""
         self._handed = start
-        self._turn = 0
+        self._turn = -1 if strategy == "RoundRobin" else 0
         self._pins: dict[int, Consumer] = {}
 
     # ---- what comes in
@@ -116,7 +116,10 @@ class Delivery:
         """Its unanswered events are tried again at once, however often they were tried before."""
         if consumer not in self.consumers:
             return
-        self.consumers.remove(consumer)
+        place = self.consumers.index(consumer)
+        del self.consumers[place]
+        if place < self._turn or (place == self._turn and self.strategy == "RoundRobin"):
+            self._turn -= 1  # so that nobody is passed over
         self.told.discard(consumer)
         self._pins = {bucket: owner for bucket, owner in self._pins.items() if owner is not consumer}
         for item in list(consumer.unanswered.values()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 from urllib.parse import quote
@@ -30,7 +29,8 @@ from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
 from tidings.errors import StoreError
-from tidings.server.calls import FRAME_LIMIT, Call, Method
+from tidings.server.calls import Call, Method
+from tidings.server.http2_stream import Stream, seconds_of
 from tidings.server.protocol import packed
 from tidings.server.refusals import Code, Refusal, of_store_error, thrown
 from tidings.server.wire import Malformed
@@ -51,59 +51,9 @@ FLUSH: Final = 256 * 1024
 Authenticate = Callable[[Mapping[str, str]], Awaitable[str]]
 """From a call's metadata to the user's name; raises `Refusal`."""
 
-_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-
-
-def _seconds(timeout: str) -> float | None:
-    """gRPC's timeout header; None for one that cannot be read, which is then ignored."""
-    digits, unit = timeout[:-1], timeout[-1:]
-    if unit not in _UNITS or not digits.isascii() or not digits.isdigit() or len(digits) > 8:
-        return None
-    return int(digits) * _UNITS[unit]
-
-
-class _Stream:
-    """One call as the connection sees it: what came of its requests, and what waits for it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.buffer = bytearray()
-        self.messages: deque[bytes] = deque()
-        self.unread = 0
-        """Bytes that the client may not send again until the handler has taken them."""
-        self.half_closed = False
-        self.cut_short = False
-        """The server leaves, and takes no more requests although the client may have some."""
-        self.endless = False
-        self.headers_sent = False
-        self.failure: Refusal | None = None
-        self.waiter: asyncio.Future[None] | None = None
-        self.writable: asyncio.Future[None] | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    def feed(self, data: bytes) -> None:
-        buffer = self.buffer
-        buffer += data
-        at = 0
-        while len(buffer) - at >= 5 and self.failure is None:
-            size = int.from_bytes(buffer[at + 1 : at + 5])
-            if size > FRAME_LIMIT:
-                details = f"Received message larger than max ({size} vs. {FRAME_LIMIT})"
-                self.failure = Refusal(Code.RESOURCE_EXHAUSTED, details)
-            elif buffer[at]:
-                self.failure = Refusal(
-                    Code.UNIMPLEMENTED, "compressed messages are not supported: send them as they are"
-                )
-            elif len(buffer) - at < 5 + size:
-                break
-            else:
-                self.messages.append(bytes(buffer[at + 5 : at + 5 + size]))
-                at += 5 + size
-        del buffer[:at]
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+NO_TIME: Final = 1e-3
+"""Seconds. A call that is given no more is not begun: EventStoreDB has never answered by then, and clients round a
+timeout of 0 up to this."""
 
 
 class Connection(asyncio.Protocol):
@@ -143,7 +93,7 @@ class Connection(asyncio.Protocol):
             },
         )
         self._h2.max_inbound_frame_size = 1 << 18
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._paused = False
         self._leaving = False
         self._last = 0
@@ -221,7 +171,7 @@ class Connection(asyncio.Protocol):
         headers = {
             bytes(name).decode("ascii", "replace"): bytes(value).decode("utf-8", "replace") for name, value in fields
         }
-        stream = _Stream(number)
+        stream = Stream(number)
         self._last = max(self._last, number)
         if not headers.get("content-type", "").startswith("application/grpc"):
             self._h2.send_headers(number, [(b":status", b"415")], end_stream=True)
@@ -245,7 +195,7 @@ class Connection(asyncio.Protocol):
             self._taken(stream)
         stream.wake()
 
-    def _taken(self, stream: _Stream) -> None:
+    def _taken(self, stream: Stream) -> None:
         """The handler has what came: the client may send as much again."""
         size, stream.unread = stream.unread, 0
         if size:
@@ -278,7 +228,7 @@ class Connection(asyncio.Protocol):
 
     # ---- calls
 
-    async def _serve(self, stream: _Stream, headers: dict[str, str]) -> None:
+    async def _serve(self, stream: Stream, headers: dict[str, str]) -> None:
         outcome: Refusal | None = None
         try:
             path = headers.get(":path", "")
@@ -287,14 +237,16 @@ class Connection(asyncio.Protocol):
                 raise Refusal(Code.UNIMPLEMENTED, f"{path} is not supported by the Tidings server")
             stream.endless = method.endless
             call = Call(headers, self.peer, await self._authenticate(headers))
-            seconds = _seconds(headers.get("grpc-timeout", ""))
+            seconds = seconds_of(headers.get("grpc-timeout", ""))
+            if seconds is not None and seconds <= NO_TIME:
+                raise _too_late()
             try:
                 async with asyncio.timeout(seconds):
                     await self._answer(stream, method, call)
                 if stream.cut_short:
                     raise _LEAVING
             except TimeoutError:
-                raise Refusal(Code.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
+                raise _too_late() from None
         except Exception as error:
             outcome = self._refusal(error, headers)
         finally:
@@ -311,7 +263,7 @@ class Connection(asyncio.Protocol):
             log.error("call.failed", method=headers.get(":path"), exc_info=error)
         return thrown()
 
-    async def _answer(self, stream: _Stream, method: Method, call: Call) -> None:
+    async def _answer(self, stream: Stream, method: Method, call: Call) -> None:
         requests: Any = self._requests(stream, method)
         if not method.requests_stream:
             async for first in requests:
@@ -329,7 +281,7 @@ class Connection(asyncio.Protocol):
 
             await method.streaming(requests, call, send)
 
-    async def _requests(self, stream: _Stream, method: Method) -> AsyncIterator[Any]:
+    async def _requests(self, stream: Stream, method: Method) -> AsyncIterator[Any]:
         parse = method.request.FromString
         while True:
             while stream.messages:
@@ -351,7 +303,7 @@ class Connection(asyncio.Protocol):
             finally:
                 stream.waiter = None
 
-    async def _send(self, stream: _Stream, batch: list[bytes]) -> None:
+    async def _send(self, stream: Stream, batch: list[bytes]) -> None:
         """Return when the batch has left for the socket. Waits for the client's windows and for the socket."""
         frames = bytearray()
         for message in batch:
@@ -382,7 +334,7 @@ class Connection(asyncio.Protocol):
     def _room(self, number: int) -> int:
         return int(min(self._h2.local_flow_control_window(number), self._h2.max_outbound_frame_size))
 
-    def _finish(self, stream: _Stream, outcome: Refusal | None) -> None:
+    def _finish(self, stream: Stream, outcome: Refusal | None) -> None:
         """Send the status, unless the call is over already."""
         if self._streams.pop(stream.number, None) is None or self._transport is None:
             return
@@ -406,7 +358,7 @@ class Connection(asyncio.Protocol):
         if self._leaving and not self.busy:
             self._quiet()
 
-    def _end(self, stream: _Stream) -> None:
+    def _end(self, stream: Stream) -> None:
         """The client, or the connection, has ended the call."""
         self._streams.pop(stream.number, None)
         if stream.task is not None:
@@ -444,6 +396,10 @@ class Connection(asyncio.Protocol):
         self._flush()
         if self._transport is not None:
             self._transport.close()
+
+
+def _too_late() -> Refusal:
+    return Refusal(Code.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
 
 _LEAVING: Final = Refusal(Code.UNAVAILABLE, "Server Is Not Ready")

@@ -138,7 +138,8 @@ class Projections:
         self._access.check_operator(call.user)
         async with self._changing:
             projection = self._named(request.options.name)
-            if projection.running or projection.name in SYSTEM:
+            # Without a query it cannot run, whatever was asked of it.
+            if (projection.running and projection.query) or projection.name in SYSTEM:
                 raise Refusal(Code.UNKNOWN, "Envelope callback expected Updated, received OperationFailed instead")
             del self._known[projection.name]
             await self._save()

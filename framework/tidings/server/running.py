@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from tidings.errors import ConfigurationError, TidingsError
+from tidings.logs import configure_logging
 from tidings.server.serving import DEFAULT_PORT, EventStoreServer
 
 __all__ = ["main", "run_server"]
@@ -33,6 +34,7 @@ def run_server(
     projections: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM, then drain. Returns an exit code: 0, 2 for options, 1 for anything else."""
+    configure_logging()
     try:
         if (db is None) != memory:
             raise ConfigurationError("where is the log? Give a database, or say memory, and not both")

@@ -1,0 +1,66 @@
+"""One gRPC call as its connection sees it: messages cut from its bytes, and what waits for it. It touches no socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final
+
+from tidings.server.calls import FRAME_LIMIT
+from tidings.server.refusals import Code, Refusal
+
+__all__ = ["Stream", "seconds_of"]
+
+_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+
+def seconds_of(timeout: str) -> float | None:
+    """gRPC's timeout header; None for one that cannot be read, which is then ignored."""
+    digits, unit = timeout[:-1], timeout[-1:]
+    if unit not in _UNITS or not digits.isascii() or not digits.isdigit() or len(digits) > 8:
+        return None
+    return int(digits) * _UNITS[unit]
+
+
+class Stream:
+    """One call as the connection sees it: what came of its requests, and what waits for it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.buffer = bytearray()
+        self.messages: deque[bytes] = deque()
+        self.unread = 0
+        """Bytes that the client may not send again until the handler has taken them."""
+        self.half_closed = False
+        self.cut_short = False
+        """The server leaves, and takes no more requests although the client may have some."""
+        self.endless = False
+        self.headers_sent = False
+        self.failure: Refusal | None = None
+        self.waiter: asyncio.Future[None] | None = None
+        self.writable: asyncio.Future[None] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def feed(self, data: bytes) -> None:
+        buffer = self.buffer
+        buffer += data
+        at = 0
+        while len(buffer) - at >= 5 and self.failure is None:
+            size = int.from_bytes(buffer[at + 1 : at + 5])
+            if size > FRAME_LIMIT:
+                details = f"Received message larger than max ({size} vs. {FRAME_LIMIT})"
+                self.failure = Refusal(Code.RESOURCE_EXHAUSTED, details)
+            elif buffer[at]:
+                self.failure = Refusal(
+                    Code.UNIMPLEMENTED, "compressed messages are not supported: send them as they are"
+                )
+            elif len(buffer) - at < 5 + size:
+                break
+            else:
+                self.messages.append(bytes(buffer[at + 5 : at + 5 + size]))
+                at += 5 + size
+        del buffer[:at]
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
