@@ -4,10 +4,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SERVED := embedded_exactly_once.py embedded_emits.py embedded_handlers.py embedded_held.py embedded_held_corners.py \
+	embedded_held_stress.py embedded_traps.py verify.py rabbitmq_path.py
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 
-.PHONY: help demo demo-rabbitmq test lint types pytest kurrentdb bench format broker clean
+.PHONY: help demo demo-rabbitmq test lint types pytest served kurrentdb bench format broker clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -28,7 +30,7 @@ demo: $(INSTALLED)
 demo-rabbitmq: $(INSTALLED)
 	@$(BIN)/python -m services.demo.fleet
 
-test: lint types pytest kurrentdb
+test: lint types pytest served kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -39,6 +41,10 @@ types: $(INSTALLED)
 
 pytest: $(INSTALLED) broker
 	$(BIN)/pytest
+
+# The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
+served: $(INSTALLED) broker
+	TIDINGS_TEST_STORE=server $(BIN)/pytest $(addprefix tests/integration/test_, $(SERVED))
 
 # kurrentdbclient is the successor of esdbclient, and cannot be installed beside it.
 kurrentdb: $(KURRENT_INSTALLED)

@@ -20,7 +20,8 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tidings import ANY, Context, Event, EventData, EventStore, Relay, Retry, Service, Settings, open_bus, open_store
+from tests.integration.served import open_log
+from tidings import ANY, Context, Event, EventData, EventStore, Relay, Retry, Service, Settings, open_bus
 from tidings.buses.memory import MemoryBus
 from tidings.database import dead, staged, watermarks
 from tidings.errors import StreamNotFound
@@ -134,7 +135,7 @@ async def embedded(
     """The services on the files of `folder`, with a bus of their own and a relay whose markers come quickly."""
     settings = settings_for(folder)
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(settings.store))
+        store = await stack.enter_async_context(open_log(folder))
         bus = await stack.enter_async_context(open_bus(settings.bus))
         assert isinstance(bus, MemoryBus)
         seen = wrap(store) if wrap else store

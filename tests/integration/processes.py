@@ -9,12 +9,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
+from tests.integration.served import SERVED
 from tests.integration.worker import Ticked
 from tidings import EventStore
 from tidings.codec import encode
@@ -66,8 +67,13 @@ class Workers:
         self.store = f"sqlite:///{folder}/events.db"
         self.bus = bus
         self._all: list[Worker] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        if SERVED:
+            from tests.integration.server import ServerProcess
+
+            self.store = self._stack.enter_context(ServerProcess(self.folder / "events.db")).uri
         return self
 
     def __exit__(
@@ -78,6 +84,7 @@ class Workers:
                 worker.kill()
             if kind is not None:
                 print(worker.log[-4000:])
+        self._stack.close()
 
     def start(self, role: str, *options: str) -> Worker:
         log = self.folder / f"{len(self._all)}-{role}.log"

@@ -23,7 +23,8 @@ from tests.integration.embedded import (
     settings_for,
     until,
 )
-from tidings import Context, Relay, Service, open_bus, open_store
+from tests.integration.served import open_log
+from tidings import Context, Relay, Service, open_bus
 from tidings.message import Message
 from tidings.supervision import supervised
 from tidings.verify import verify
@@ -165,7 +166,7 @@ async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
     one, zombie, events = auditing(), auditing(), many(1000, 29)
     first, second = settings_for(tmp_path), settings_for(tmp_path)
     async with (
-        open_store(first.store) as store,
+        open_log(tmp_path) as store,
         open_bus(first.bus) as bus,
         open_bus(second.bus) as other_bus,
         one.running(first, store=store, bus=bus) as running,

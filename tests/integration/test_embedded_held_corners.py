@@ -25,7 +25,8 @@ from tests.integration.embedded import (
     tables,
     until,
 )
-from tidings import Hold, Relay, Retry, Service, open_bus, open_store
+from tests.integration.served import open_log
+from tidings import Hold, Relay, Retry, Service, open_bus
 from tidings.database import dead, held
 from tidings.dead import DeadLetters
 from tidings.held import HeldRows
@@ -63,7 +64,7 @@ async def test_a_standby_leaves_held_events_alone_and_takes_them_over(
 
     active, standby, settings = named("active"), named("standby"), settings_for(tmp_path)
     culprits, others = ([Happened(key=key, n=n) for n in range(10)] for key in ("culprit", "other"))
-    async with open_store(settings.store) as store, open_bus(settings.bus) as bus:
+    async with open_log(tmp_path) as store, open_bus(settings.bus) as bus:
         serving = active.running(settings, store=store, bus=bus)
         await serving.__aenter__()
         async with (
@@ -166,7 +167,7 @@ async def test_a_handler_that_keeps_the_only_connection_is_waited_for(
 
     service, settings = auditing(effect=linger), settings_for(tmp_path)
     settings = settings.model_copy(update={"database": "sqlite://"})
-    async with open_store(settings.store) as store, open_bus(settings.bus) as bus:
+    async with open_log(tmp_path) as store, open_bus(settings.bus) as bus:
         relay = Relay(store, bus, marker_seconds=0.05, checkpoint_seconds=0.02)
         async with service.running(settings, store=store, bus=bus) as running, supervised(relay.run()):
             service.engine.sync_engine.pool._timeout = 0.02  # type: ignore[attr-defined]

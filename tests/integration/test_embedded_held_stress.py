@@ -20,7 +20,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from tests.integration.embedded import Happened, audit, settings_for, tables, until
-from tidings import Context, Event, EventStore, Hold, Relay, Retry, Service, Settings, open_bus, open_store
+from tests.integration.served import open_log
+from tidings import Context, Event, EventStore, Hold, Relay, Retry, Service, Settings, open_bus
 from tidings.buses.memory import MemoryBus
 from tidings.database import Database, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters
@@ -203,7 +204,7 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
     chance, settings = fate.random, settings_for(tmp_path)
     events: list[Happened | Told] = []
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(settings.store))
+        store = await stack.enter_async_context(open_log(tmp_path))
         bus = await stack.enter_async_context(open_bus(settings.bus))
         assert isinstance(bus, MemoryBus)
         relay = Relay(store, bus, marker_seconds=0.05, checkpoint_seconds=0.02)

@@ -10,6 +10,8 @@ from esdbclient.exceptions import NotFound, OperationFailed
 
 from tests.integration.server import STREAMS, appends, connected, in_thread
 from tidings.server import EventStoreServer
+from tidings.server.group_delivery import Consumer, Delivery, Item, Mark
+from tidings.stores import RecordedEvent
 from tidings.stores.grpc_call import CallFailed, Status
 
 EVENTS = [NewEvent("T", b"%d" % n, content_type="application/octet-stream") for n in range(4)]
@@ -66,3 +68,24 @@ async def test_a_call_that_comes_without_time_is_not_begun(timeout: str) -> None
                 client.get_stream("s")
 
         await in_thread(read)
+
+
+def test_round_robin_passes_nobody_over_when_a_consumer_leaves() -> None:
+    state = Delivery("RoundRobin", 1, 10.0, Mark(-1, 0))
+    first, second, third = consumers = [Consumer(9) for _ in range(3)]
+    for consumer in consumers:
+        state.join(consumer)
+    offer(state, 0)
+    assert first.unanswered
+    state.done(first, list(first.unanswered))
+    state.leave(first)
+    offer(state, 1)
+    assert (len(second.unanswered), len(third.unanswered)) == (1, 0)
+
+
+def offer(state: Delivery, version: int) -> None:
+    event = RecordedEvent(version + 1, "s", version, "T", b"", b"", True, bytes([version] * 16), 0)
+    state.offer(
+        [Item((event, None), Mark(version, version + 1), Mark(version - 1, version))], Mark(version, version + 1)
+    )
+    state.dispatch(0.0)

@@ -3,7 +3,8 @@
 Comparing takes two steps. A passive declare says whether something exists, and needs no permission; an active one makes
 the broker compare (or make) it, and answers a difference by closing the channel with a 406, which becomes
 `TopologyMismatch`. So each declare has a channel of its own. Inspecting declares actively only what is there; no
-declare compares without that, so what somebody deletes between the two is made anew, empty and unbound. Bindings cannot be looked at over AMQP: provisioning makes them anew each time.
+declare compares without that, so what somebody deletes between the two is made anew, empty and unbound. Bindings cannot
+be looked at over AMQP: provisioning makes them anew each time.
 
 `tidings.partitions` (direct, bound to the fanout; routing key = bucket, or `marker`) has its place here once a service
 can have several queues.

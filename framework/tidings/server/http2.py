@@ -54,6 +54,9 @@ Authenticate = Callable[[Mapping[str, str]], Awaitable[str]]
 NO_TIME: Final = 1e-3
 """Seconds. A call that is given no more is not begun: EventStoreDB has never answered by then, and clients round a
 timeout of 0 up to this."""
+LATENESS: Final = 0.1
+"""Seconds until such a call is refused. The client's own clock ends it before: grpc's asyncio client takes a refusal
+that comes while it is still sending for an internal error."""
 
 
 class Connection(asyncio.Protocol):
@@ -239,6 +242,7 @@ class Connection(asyncio.Protocol):
             call = Call(headers, self.peer, await self._authenticate(headers))
             seconds = seconds_of(headers.get("grpc-timeout", ""))
             if seconds is not None and seconds <= NO_TIME:
+                await asyncio.sleep(LATENESS)
                 raise _too_late()
             try:
                 async with asyncio.timeout(seconds):
