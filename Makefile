@@ -9,13 +9,15 @@ SERVED := embedded_exactly_once.py embedded_emits.py embedded_handlers.py embedd
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 
-.PHONY: help demo demo-rabbitmq test lint types pytest served kurrentdb bench format broker clean
+.PHONY: help demo demo-rabbitmq test test-all lint types pytest served kurrentdb bench format broker clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
 	@echo "make demo-rabbitmq"
 	@echo "             the same as processes over RabbitMQ, some of them killed on the way"
 	@echo "make test    lint, types and tests, against a real RabbitMQ"
+	@echo "make test-all"
+	@echo "             the same, and again with the log behind tidings server, and with kurrentdbclient"
 	@echo "make bench   the speed and memory that the README speaks of, as ratios"
 	@echo "make format  let ruff format the code"
 
@@ -30,7 +32,9 @@ demo: $(INSTALLED)
 demo-rabbitmq: $(INSTALLED)
 	@$(BIN)/python -m services.demo.fleet
 
-test: lint types pytest served kurrentdb
+test: lint types pytest
+
+test-all: test served kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check

@@ -171,7 +171,7 @@ class HeldRows:
         if rows != 1:
             raise Fenced(
                 f"service {self._service!r}: the held event at position {position} was settled by another process; "
-                "this group was rolled back. Are two processes of the service active at once?"
+                "this group was rolled back. Are two processes of the service active at once? Stop one"
             )
 
 

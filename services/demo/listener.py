@@ -42,6 +42,7 @@ class Listener:
                     async with self._heard:
                         self.position = item.position
                         self._heard.notify_all()
+                return
             except StoreUnavailable:
                 await asyncio.sleep(AGAIN)
 

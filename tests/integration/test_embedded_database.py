@@ -179,7 +179,7 @@ async def _started(folder: Path, service: Service) -> None:
 
 async def test_what_only_a_person_can_mend_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "audit.db").write_bytes(b"no database at all, but long enough to look like a file" * 20)
-    with pytest.raises(DatabaseUnavailable, match="is the path right"):
+    with pytest.raises(DatabaseUnavailable, match="no SQLite database: check the path"):
         await _started(tmp_path, auditing())
     with pytest.raises(StoreUnavailable, match="no folder"):
         await _started(tmp_path / "missing", auditing())

@@ -25,6 +25,7 @@ from services.demo.tally import Tally
 from services.demo.warehouse import Warehouse
 from services.importer import Invoice, Kind, invoices, read_rows
 from tidings import EventStore, RecordedEvent, Runtime
+from tidings.errors import StoreUnavailable
 
 DATA = Path(__file__).parents[2] / "services" / "data" / "online-retail.csv"
 
@@ -167,17 +168,21 @@ def test_some_customers_of_each_mood_are_among_the_real_orders_and_none_among_th
 
 
 class SlowStore:
-    """A log of two events, of which the second is shown to readers when the test says so."""
+    """A log of two events: after the first it goes away once, and shows the second when the test says so."""
 
     def __init__(self) -> None:
         self.shown = asyncio.Event()
+        self.failed = False
 
     async def head(self) -> int:
         return 2
 
-    async def subscribe_all(self) -> AsyncIterator[RecordedEvent]:
-        for position in (1, 2):
+    async def subscribe_all(self, *, after: int) -> AsyncIterator[RecordedEvent]:
+        for position in range(max(after, 0) + 1, 3):
             if position == 2:
+                if not self.failed:
+                    self.failed = True
+                    raise StoreUnavailable("away for a moment")
                 await self.shown.wait()
             yield RecordedEvent(position, "some-stream", 0, "GoodsReceived", b'{"quantity": 4}', b"", True, b"", 0)
 
