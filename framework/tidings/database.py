@@ -298,6 +298,10 @@ async def connected(url: str) -> AsyncIterator[Database]:
             from tidings import sqlite_dialect
 
             parsed = parsed.set(drivername="sqlite+tidings")
+        elif parsed.get_backend_name() == "sqlite" and parsed.drivername != "sqlite+tidings":
+            raise ArgumentError(
+                f"of SQLite, Tidings uses its own driver: write sqlite:///, not {parsed.drivername}:///"
+            )
         # A database in memory lives in one connection; it is shared, never dropped, by waiting for it.
         options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if file_of(url) == "" else {}
         engine = create_async_engine(parsed, **options)

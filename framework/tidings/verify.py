@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import Database, dead, floors, held, staged, watermarks
 from tidings.position import ALL_BUCKETS, CARRIED, carried
+from tidings.printable import plain
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ class Report:
 
     def __str__(self) -> str:
         head = f"log {self.log}: {'all settled' if self.ok else 'NOT all settled'} up to position {self.position}"
-        return "\n".join([head, *(line for service in self.services for line in service.lines(self.position))])
+        lines = (plain(line) for service in self.services for line in service.lines(self.position))
+        return "\n".join([head, *lines])
 
 
 async def verify(

@@ -98,3 +98,17 @@ async def test_a_service_that_never_ran_has_everything_pending(settings: Setting
     (part,) = report.services
     assert (part.pending_count, len(part.pending)) == (30, 20)
     assert "and 10 more pending" in str(report)
+
+
+async def test_what_a_report_quotes_cannot_move_a_cursor(settings: Settings) -> None:
+    service = Service("shop")
+
+    @service.on(Ordered, retry=Retry(attempts=1, hold=None))
+    async def take(event: Ordered) -> None:
+        raise ValueError("\x1b[2J\u202eall is well")
+
+    async with Runtime(service, settings=settings) as runtime:
+        await service.append("order-1", Ordered(order_id="1"))
+        text = str(await runtime.settled())
+    assert "ValueError: \\x1b[2J\\u202eall is well" in text
+    assert all(line.isprintable() for line in text.split("\n"))

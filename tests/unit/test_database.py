@@ -23,6 +23,7 @@ SECRET = "hunter2secret"
         f"postgresql+asyncpg://me:{SECRET}@host:port/db",
         f"mysql+nothing://me:{SECRET}@host/db",
         f"sqlite+pysqlite://me:{SECRET}@/x.db",
+        "sqlite+aiosqlite:///x.db",
         f"me:{SECRET}@host",
         f"sqlite:/{SECRET}",
         f"sqlite://{SECRET}/x.db",

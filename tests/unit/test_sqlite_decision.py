@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -62,7 +63,7 @@ class Model:
 
     def check(self, stream: str, expected: Expected, ids: list[object]) -> int | None:
         """The version to answer with, when everything is there already."""
-        if END in (self.last(stream), self.last(stream.removeprefix("$$"))):
+        if self.last(stream) == END or (self.last(stream) < 0 and self.last(stream.removeprefix("$$")) == END):
             raise StreamDeleted(stream)
         there, last = self.of(stream), self.last(stream)
         wrong = WrongExpectedVersion(stream, str(expected), last)
@@ -97,7 +98,7 @@ class Model:
             self.check(f"$${stream}", operation.expected, [fresh])
             document = {"$tb": operation.tb, "k": 1}
             version = self.put(f"$${stream}", document)
-            if was_soft:
+            if was_soft and self.last(stream) != END:
                 self.put(f"$${stream}", document | {"$tb": self.last(stream) + 1})
             return version
         self.check(stream, operation.expected, [fresh])
@@ -158,7 +159,7 @@ def shape(outcome: object) -> object:
     return type(outcome) if isinstance(outcome, Exception) else outcome
 
 
-async def compare(stores: list[EventStore], history: list[tuple[int, list[Operation]]]) -> None:
+async def compare(stores: Sequence[EventStore], history: list[tuple[int, list[Operation]]]) -> None:
     model = Model()
     start = await stores[0].head()
     for writer, group in history:

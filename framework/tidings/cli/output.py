@@ -17,6 +17,7 @@ from uuid import UUID
 
 import typer
 
+from tidings.printable import plain
 from tidings.stores import RecordedEvent
 
 __all__ = ["Json", "columns", "event_facts", "event_lines", "facts", "moment", "one_line", "paint", "plain", "say"]
@@ -27,17 +28,6 @@ BOLD: Final = "1"
 DIM: Final = "2"
 RED: Final = "31"
 GREEN: Final = "32"
-
-
-def plain(text: str) -> str:
-    """The text with everything escaped that could move a cursor, change a colour or reverse the order of letters."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode("ascii")
 
 
 def colours(stream: TextIO) -> bool:

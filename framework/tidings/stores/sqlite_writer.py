@@ -142,7 +142,8 @@ class Appender:
         stream = write.stream
         facts = self._facts(connection, stream)
         original = original_of(stream)
-        if original is not None and self._facts(connection, original).last == MAX_VERSION:
+        if original is not None and facts.last < 0 and self._facts(connection, original).last == MAX_VERSION:
+            # EventStoreDB looks at the original only where the metadata stream has no event of its own.
             raise StreamDeleted(stream)
         repeated = decide(
             stream,
@@ -179,7 +180,7 @@ class Appender:
         if original is not None:
             of = self._facts(connection, original)
             was_soft, of.soft = of.soft, retention_of(original, write.events[-1].data).soft_deleted
-            if was_soft:
+            if was_soft and of.last != MAX_VERSION:
                 self._undelete(connection, original, of.last + 1)
         return answer
 
