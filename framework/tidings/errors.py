@@ -188,7 +188,7 @@ class Unroutable(BusError):
 
 
 class PublishRejected(BusError):
-    """The broker refused one message for what it is (negative confirm, over the size limit)."""
+    """One message is refused for what it is: over the size limit, or not to be written as AMQP. Do not repeat it."""
 
     def __init__(self, message_id: str, reason: str) -> None:
         self.message_id, self.reason = message_id, reason

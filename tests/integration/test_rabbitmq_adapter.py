@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import aiormq
 import pytest
@@ -17,11 +18,12 @@ from aiormq import spec
 from pamqp import frame
 from structlog.testing import capture_logs
 
+from tidings import EventData, Relay, open_store
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq import open_rabbitmq
 from tidings.buses.rabbitmq_topology import EXCHANGE, QUEUE_BYTES
 from tidings.errors import BusUnavailable, MalformedMessage, PublishRejected, TopologyMismatch
-from tidings.message import Message, decode
+from tidings.message import MARKER, Message, decode
 from tidings.settings import open_bus
 from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
 
@@ -41,6 +43,16 @@ async def another_client(url: str) -> AsyncIterator[aiormq.abc.AbstractChannel]:
         yield await connection.channel()
     finally:
         await connection.close()
+
+
+@asynccontextmanager
+async def running(relay: Relay) -> AsyncIterator[None]:
+    task = asyncio.create_task(relay.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def with_password(url: str, password: str) -> str:
@@ -210,15 +222,59 @@ async def test_a_missing_exchange_says_what_makes_it(amqp_url: str) -> None:
 # ---- messages ----------------------------------------------------------------------------
 
 
-async def test_a_negative_confirm_is_a_rejection(amqp_url: str) -> None:
+async def make_full_queue(channel: aiormq.abc.AbstractChannel) -> None:
+    """A queue that takes one message, and answers each further one with a negative confirm."""
+    await channel.queue_declare("full", arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
+    await channel.queue_bind("full", EXCHANGE)
+
+
+async def test_a_negative_confirm_means_to_send_again_once_the_queue_can(amqp_url: str) -> None:
     async with open_bus(amqp_url) as bus, another_client(amqp_url) as channel:
         await bus.provision()
-        await channel.queue_declare("full", arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
-        await channel.queue_bind("full", EXCHANGE)
+        await make_full_queue(channel)
         async with bus.publisher() as publisher:
             await publisher.send(event(1))
-            with pytest.raises(PublishRejected, match="negative confirm"):
+            with pytest.raises(BusUnavailable, match=r"negative confirm.*sent again.*broker's log"):
                 await publisher.send(event(2))
+            await channel.queue_purge("full")
+            await publisher.send(event(2))
+
+
+async def test_a_relay_leaves_no_event_out_however_often_a_queue_cannot_take_it(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.relay.RETRY_SECONDS", (0.1, 0.1))
+    async with (
+        open_store(f"memory://{uuid4()}") as store,
+        open_bus(amqp_url) as bus,
+        another_client(amqp_url) as channel,
+    ):
+        for _ in range(5):
+            await store.append("one", [EventData("Thing", b"{}")])
+        await bus.provision(SERVICE)
+        await make_full_queue(channel)
+        relay = Relay(store, bus)
+
+        def nacked() -> int:
+            return sum(line["event"] == "relay.interrupted" and "negative confirm" in line["error"] for line in logs)
+
+        with capture_logs() as logs:
+            async with asyncio.timeout(PATIENCE), running(relay):
+                for times in range(1, 6):  # each turn's marker fits in, and the first event after it does not
+                    while nacked() < times:
+                        await asyncio.sleep(0.005)
+                    await channel.queue_purge("full")
+                await channel.queue_delete("full")
+                while relay.confirmed < await store.head():
+                    await asyncio.sleep(0.005)
+        assert not [line for line in logs if line["event"] == "relay.left_out"]
+        async with bus.consume(SERVICE) as consumer, asyncio.timeout(PATIENCE):
+            versions: list[int] = []  # in the order in which they came first
+            while len(versions) < 5:
+                message = (await anext(aiter(consumer))).message
+                if message.type != MARKER and (version := decode(message).event.version) not in versions:
+                    versions.append(version)
+        assert versions == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

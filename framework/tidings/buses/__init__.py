@@ -17,11 +17,12 @@ adapter stays thin. Rules that every adapter keeps, each proved by a test of `ti
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from tidings.errors import ConfigurationError
 from tidings.message import Message
@@ -79,8 +80,16 @@ class Publisher(Protocol):
     async def send(self, message: Message) -> None:
         """Return when the broker has confirmed. Run several at once: they go out in the order in which they began.
 
-        Raises `Unroutable` (no queue took it), `PublishRejected` (this message is refused), `BusUnavailable` (the
-        outcome is unknown: send again).
+        Raises `Unroutable` (no queue took it), `PublishRejected` (this message is refused for what it is, and would be
+        again), `BusUnavailable` (the outcome is unknown, or a queue could not take it now: send again).
+        """
+        ...
+
+    async def begin(self, message: Message) -> asyncio.Future[Any]:
+        """As `send`, without a task for each message in flight: return when the message went out, which waits only for
+        a broker that reads too slowly. The future is done when the broker has confirmed; its result means nothing.
+
+        Both this and the future raise what `send` does. Whoever begins looks at the future's exception.
         """
         ...
 

@@ -25,6 +25,9 @@ __all__ = ["AmqpError", "Channel", "ChannelClosed", "ConnectionLost", "Outcome"]
 OnDelivery = Callable[[int, Properties | None, bytes], None]
 """Called with delivery tag, properties (None if they cannot be decoded) and body."""
 
+Blame = Callable[["Outcome | AmqpError"], Exception]
+"""Given why a message was not confirmed, what its future raises."""
+
 FRAME: Final = struct.Struct(">BHI")
 METHOD, CONTENT, BODY, HEARTBEAT = 1, 2, 3, 8
 END: Final = b"\xce"
@@ -62,7 +65,18 @@ class Outcome(Enum):
 class _Publish:
     future: asyncio.Future[Outcome]
     key: str | None
+    blame: Blame | None
     returned: bool = False
+
+    def end(self, outcome: Outcome | AmqpError) -> None:
+        if self.future.done():  # its user gave it up
+            return
+        if outcome is not Outcome.CONFIRMED and self.blame is not None:
+            self.future.set_exception(self.blame(outcome))
+        elif isinstance(outcome, AmqpError):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
 
 class _Content:
@@ -130,8 +144,11 @@ class Channel:
         """Wait until the socket takes more. Who waits first publishes first, and at once after this returns."""
         await self._connection.room()
 
-    def publish(self, exchange: str, properties: Properties, body: bytes) -> asyncio.Future[Outcome]:
-        """Send a mandatory message at once; the future is done when the broker has confirmed it.
+    def publish(
+        self, exchange: str, properties: Properties, body: bytes, blame: Blame | None = None
+    ) -> asyncio.Future[Outcome]:
+        """Send a mandatory message at once; the future is done when the broker has said what became of it. With
+        `blame`, it raises what that makes of anything but a confirm.
 
         Raises `AmqpError` on a dead channel, `ValueError` or `TypeError` for properties that no frame can hold. Returns
         are matched by message id, and all unconfirmed messages of that id count as returned, or all there are if the
@@ -155,7 +172,7 @@ class Channel:
         self._connection.write(*parts)
         self._published += 1
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._unconfirmed[self._published] = _Publish(future, properties.message_id or None)
+        self._unconfirmed[self._published] = _Publish(future, properties.message_id or None, blame)
         return future
 
     async def consume(
@@ -190,8 +207,7 @@ class Channel:
         if self._reply is not None and not self._reply.done():
             self._reply.set_exception(error)
         for publish in self._unconfirmed.values():
-            if not publish.future.done():
-                publish.future.set_exception(error)
+            publish.end(error)
         self._unconfirmed.clear()
         if self._on_closed is not None:
             self._on_closed(error)
@@ -261,5 +277,5 @@ class Channel:
                 tags.append(sent)
         for sent in tags:
             publish = unconfirmed.pop(sent, None)
-            if publish is not None and not publish.future.done():
-                publish.future.set_result(Outcome.RETURNED if publish.returned else outcome)
+            if publish is not None:
+                publish.end(Outcome.RETURNED if publish.returned else outcome)

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import structlog
@@ -78,6 +78,9 @@ class _Publisher:
         self._lost: str | None = None
 
     async def send(self, message: Message) -> None:
+        await self.begin(message)
+
+    async def begin(self, message: Message) -> asyncio.Future[Any]:
         broker = self._broker
         if self._lost is not None:
             raise BusUnavailable(self._lost)
@@ -92,6 +95,9 @@ class _Publisher:
         broker.sent += 1
         if broker.sent % _TURN == 0:
             await asyncio.sleep(0)
+        confirmed = asyncio.get_running_loop().create_future()
+        confirmed.set_result(None)
+        return confirmed
 
     def lose(self, reason: str) -> None:
         if self._lost is None:

@@ -15,7 +15,8 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from functools import partial
+from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import structlog
@@ -25,7 +26,7 @@ from tidings.buses import Delivery, Found, Subscription
 from tidings.buses.amqp import Address, AmqpError, Channel, ChannelClosed, Connection, ConnectionLost, Outcome
 from tidings.buses.amqp_content import Properties
 from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, inspect, provision
-from tidings.errors import BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
+from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
 from tidings.message import BODY_LIMIT, Message
 
 __all__ = ["RabbitMQBus", "address_of", "open_rabbitmq"]
@@ -45,29 +46,37 @@ class _Publisher:
         self._channel = channel
 
     async def send(self, message: Message) -> None:
+        await (await self.begin(message))
+
+    async def begin(self, message: Message) -> asyncio.Future[Any]:
         # Nothing else is awaited before the frames are written: that is what keeps sends in the order in which they
         # began.
         channel = self._channel
         if channel.crowded:
             await channel.room()
         try:
-            future = channel.publish(EXCHANGE, _properties(message), message.body)
+            return channel.publish(EXCHANGE, _properties(message), message.body, partial(self._blame, message))
         except AmqpError as error:
             raise self._bus.unavailable(error) from error
         except (ValueError, TypeError) as error:
             raise PublishRejected(message.message_id, f"it cannot be written as AMQP: {error}") from error
-        try:
-            outcome = await future
-        except AmqpError as error:
-            if self._refused(error, message):
-                raise PublishRejected(message.message_id, error.text) from error
-            raise self._bus.unavailable(error) from error
-        if outcome is Outcome.RETURNED:
-            raise Unroutable(EXCHANGE, message.message_id)
-        if outcome is Outcome.REFUSED:
-            raise PublishRejected(
-                message.message_id, "negative confirm: a queue could not take it; see the broker's log"
+
+    def _blame(self, message: Message, end: Outcome | AmqpError) -> BusError:
+        """What the port says of a message that was not confirmed."""
+        if end is Outcome.RETURNED:
+            return Unroutable(EXCHANGE, message.message_id)
+        if not isinstance(end, AmqpError):  # for what the queue is, full or without a majority: any message's fate
+            return BusUnavailable(
+                f"negative confirm of message {message.message_id}: a queue could not take it. It is sent again; if it "
+                "repeats, the broker's log says which queue, and why."
             )
+        error: BusError
+        if self._refused(end, message):
+            error = PublishRejected(message.message_id, end.text)
+        else:
+            error = self._bus.unavailable(end)
+        error.__cause__ = end
+        return error
 
     def _refused(self, error: AmqpError, message: Message) -> bool:
         """Whether the channel was closed for this message: for its size, or because it was alone on its way."""

@@ -189,6 +189,23 @@ class BusConformance:
             outcomes = await asyncio.gather(*map(publisher.send, events(WINDOW)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [Unroutable] * WINDOW
 
+    async def test_what_is_begun_goes_out_in_order_and_its_futures_end_with_the_confirms(
+        self, bus: EventBus, inventory: Subscription
+    ) -> None:
+        messages = events(WINDOW)
+        async with bus.publisher() as publisher, asyncio.timeout(PATIENCE):
+            await asyncio.gather(*[await publisher.begin(message) for message in messages])
+        async with bus.consume(inventory) as consumer:
+            assert [delivery.message for delivery in await take(consumer, WINDOW)] == messages
+
+    async def test_what_is_begun_and_reaches_no_queue_is_unroutable(self, bus: EventBus) -> None:
+        await bus.provision()
+        message = event(1)
+        async with bus.publisher() as publisher, asyncio.timeout(PATIENCE):
+            with pytest.raises(Unroutable) as raised:
+                await (await publisher.begin(message))
+        assert raised.value.message_id == message.message_id
+
     async def test_a_message_sent_twice_at_once_arrives_twice(self, bus: EventBus, inventory: Subscription) -> None:
         message = event(1)
         async with bus.publisher() as publisher:
