@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -211,7 +212,13 @@ def _shown(value: object) -> str:
 def _moment(ticks: int) -> str:
     """RFC 3339 with all seven digits of the store's 100 ns, because AMQP's own timestamp has whole seconds."""
     seconds, fraction = divmod(ticks, 10_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:07d}Z"
+    return f"{_second(seconds)}.{fraction:07d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(seconds: int) -> str:
+    """Events come in the order of time, and many in one second."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def _ticks(moment: str) -> int:

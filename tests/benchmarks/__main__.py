@@ -11,6 +11,7 @@ from tests.benchmarks import (
     bench_import,
     bench_latency,
     bench_relay,
+    bench_server,
     bench_service,
     bench_store,
 )
@@ -19,6 +20,7 @@ BENCHES = (
     bench_import,
     bench_store,
     bench_eventstoredb,
+    bench_server,
     bench_relay,
     bench_bus,
     bench_service,

@@ -19,7 +19,7 @@ from tidings.server.protocol import shared, streams
 from tidings.server.running import PASSWORDS
 from tidings.stores.grpc_h2 import Address, Connection
 
-__all__ = ["STREAMS", "ServerProcess", "appends", "connected", "message", "named", "raw"]
+__all__ = ["STREAMS", "ServerProcess", "appends", "batch", "connected", "message", "named", "raw"]
 
 STREAMS = "/event_store.client.streams.Streams"
 
@@ -125,6 +125,18 @@ def appends(stream: str | bytes, *datas: bytes) -> list[bytes]:
     requests = [streams.AppendReq(options=options)]
     requests += [streams.AppendReq(proposed_message=message(kind, data)) for data in datas]
     return [request.SerializeToString() for request in requests]
+
+
+def batch(stream: str) -> bytes:
+    """A whole request of a `BatchAppend`, which expects any version."""
+    options = streams.BatchAppendReq.Options(stream_identifier=named(stream))
+    options.any.SetInParent()
+    kind = streams.BatchAppendReq.ProposedMessage
+    id_ = shared.UUID(string=str(uuid4()))
+    proposed = kind(id=id_, metadata={"type": "T", "content-type": "application/json"}, data=b"{}")
+    request = streams.BatchAppendReq(correlation_id=id_, options=options, proposed_messages=[proposed], is_final=True)
+    data: bytes = request.SerializeToString()
+    return data
 
 
 async def in_thread(function: Any, *arguments: Any) -> Any:

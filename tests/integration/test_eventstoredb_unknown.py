@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ async def test_a_server_that_ends_in_order_answers_what_it_took_and_the_next_tak
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_whatever_is_lost_on_the_way_every_append_happens_once_and_in_order(tmp_path: Path, seed: int) -> None:
-    """Connections break and answers vanish at random, while tasks append by all kinds of expected versions."""
+    """Connections break, answers vanish, and servers that forget ids come and go at random, while tasks append by all
+    kinds of expected versions."""
     dice, each, tasks = random.Random(seed), 60, 6
     done = 0
 
@@ -165,7 +167,8 @@ async def test_whatever_is_lost_on_the_way_every_append_happens_once_and_in_orde
         done += len(versions)
         assert versions == sorted(versions)
 
-    async with behind_a_proxy() as (store, proxy), serving(proxy, tmp_path / "log.db"):
+    async with behind_a_proxy() as (store, proxy), AsyncExitStack() as server:
+        await server.enter_async_context(serving(proxy, tmp_path / "log.db"))
         writing = [asyncio.ensure_future(write(store, task)) for task in range(tasks)]
         while not all(task.done() for task in writing):
             enough = done + dice.randrange(1, 50)
@@ -174,6 +177,9 @@ async def test_whatever_is_lost_on_the_way_every_append_happens_once_and_in_orde
             proxy.mute = dice.random() < 0.6
             for _ in range(dice.randrange(20)):
                 await asyncio.sleep(0.001)
+            if dice.random() < 0.3:
+                await server.aclose()
+                await server.enter_async_context(serving(proxy, tmp_path / "log.db"))
             proxy.cut()
             proxy.mute = False
         await asyncio.gather(*writing)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from esdbclient import EventStoreDBClient, NewEvent, StreamState
-from esdbclient.exceptions import NotFound, OperationFailed
+from esdbclient.exceptions import FailedPrecondition, NotFound, OperationFailed, StreamIsDeleted, WrongCurrentVersion
+from structlog.testing import capture_logs
 
 from tests.integration.server import STREAMS, appends, connected, in_thread
 from tidings.server import EventStoreServer
+from tidings.server.calls import Call, Method, Send
 from tidings.server.group_delivery import Consumer, Delivery, Item, Mark
-from tidings.stores import RecordedEvent
+from tidings.server.http2 import Connection
+from tidings.server.log import ServedLog
+from tidings.server.protocol import shared
+from tidings.stores import ANY, EventData, RecordedEvent
 from tidings.stores.grpc_call import CallFailed, Status
+from tidings.stores.sqlite import open_sqlite
 
 EVENTS = [NewEvent("T", b"%d" % n, content_type="application/octet-stream") for n in range(4)]
 
@@ -54,6 +61,30 @@ async def test_a_projection_without_a_query_never_runs_and_may_be_deleted_at_onc
         await in_thread(delete, server.uri)
 
 
+async def test_metadata_that_a_stream_had_before_its_tombstone_can_be_set_after_it() -> None:
+    def use(uri: str) -> int:
+        with EventStoreDBClient(uri) as client:
+            for stream in ("with", "without"):
+                client.append_to_stream(stream, current_version=StreamState.NO_STREAM, events=EVENTS)
+            client.set_stream_metadata("with", metadata={"k": 1}, current_version=StreamState.NO_STREAM)
+            client.delete_stream("with", current_version=StreamState.ANY)  # its metadata says so: nothing is undone
+            for stream in ("with", "without"):
+                client.tombstone_stream(stream, current_version=StreamState.ANY)
+            client.set_stream_metadata("with", metadata={"k": 2}, current_version=1)
+            client.set_stream_metadata("with", metadata={"k": 3}, current_version=StreamState.ANY)
+            with pytest.raises(WrongCurrentVersion):
+                client.set_stream_metadata("with", metadata={"k": 4}, current_version=1)
+            with pytest.raises(FailedPrecondition):
+                client.set_stream_metadata("without", metadata={"k": 1}, current_version=StreamState.ANY)
+            with pytest.raises(StreamIsDeleted):
+                client.get_stream("with")
+            written = client.read_all(filter_exclude=(), filter_include=(r"\$metadata",))
+            return len([event for event in written if event.stream_name == "$$with"])
+
+    async with EventStoreServer() as server:
+        assert await in_thread(use, server.uri) == 4
+
+
 @pytest.mark.parametrize("timeout", ["0n", "1n", "1000u", "1m"])
 async def test_a_call_that_comes_without_time_is_not_begun(timeout: str) -> None:
     async with EventStoreServer() as server, connected(server.port) as connection:
@@ -68,6 +99,67 @@ async def test_a_call_that_comes_without_time_is_not_begun(timeout: str) -> None
                 client.get_stream("s")
 
         await in_thread(read)
+
+
+async def test_a_handler_that_answers_a_client_that_has_gone_is_no_failure() -> None:
+    began, answered = asyncio.Event(), asyncio.Event()
+
+    async def handler(request: object, call: Call, send: Send) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            try:
+                await send([b"late"])
+            finally:
+                answered.set()
+
+    async def anybody(metadata: object) -> str:
+        return ""
+
+    methods = {"/a/b": Method("/a/b", shared.Empty, streaming=handler)}
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks, asyncio.timeout(20):
+            serving = await asyncio.get_running_loop().create_server(
+                lambda: Connection(methods, anybody, tasks, set(), lambda: None), "127.0.0.1", 0
+            )
+            async with serving, connected(serving.sockets[0].getsockname()[1]) as connection:
+                call = await connection.call("/a/b")
+                call.send(b"", end=True)
+                await began.wait()
+                call.cancel()
+                await answered.wait()
+    assert [entry["event"] for entry in logs] == []
+
+
+async def test_a_quiet_stream_is_noticed_behind_many_events_of_others() -> None:
+    store = await open_sqlite("memory://")
+    try:
+        served = ServedLog(store, lambda: 0)
+        for stream, count in (("busy", 1500), ("quiet", 1), ("busy", 1500)):
+            await store.append(stream, [EventData("T", b"") for _ in range(count)], expected=ANY)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(served.touched("quiet", 0) for _ in range(3)))
+    finally:
+        await store.close()
+
+
+async def test_a_quiet_stream_is_followed_past_what_is_written_to_others() -> None:
+    def follow(uri: str) -> list[tuple[str, bytes]]:
+        with EventStoreDBClient(uri) as client:
+            subscriptions = [client.subscribe_to_stream(f"s-{n}", timeout=20) for n in range(3)]
+            filtered = [client.subscribe_to_all(filter_include=(r"Last",), timeout=20) for _ in range(2)]
+            for n in range(700):
+                client.append_to_stream("busy", current_version=n - 1 if n else StreamState.NO_STREAM, events=EVENTS[0])
+            for n in range(3):
+                last = NewEvent("Last", b"%d" % n, content_type="application/octet-stream")
+                client.append_to_stream(f"s-{n}", current_version=StreamState.NO_STREAM, events=last)
+            one = [next(subscription) for subscription in subscriptions]
+            all_ = [next(subscription) for subscription in filtered for _ in range(3)]
+            return [(event.stream_name, event.data) for event in (*one, *all_)]
+
+    async with EventStoreServer() as server:
+        assert await in_thread(follow, server.uri) == [(f"s-{n}", b"%d" % n) for n in range(3)] * 3
 
 
 def test_round_robin_passes_nobody_over_when_a_consumer_leaves() -> None:

@@ -9,14 +9,13 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from esdbclient import EventStoreDBClient, NewEvent, StreamState
 
-from tests.integration.server import STREAMS, ServerProcess, appends, connected, named, raw
+from tests.integration.server import STREAMS, ServerProcess, appends, batch, connected, raw
 from tidings.server import EventStoreServer
-from tidings.server.protocol import shared, streams
+from tidings.server.protocol import projections, shared, streams
 from tidings.stores import ANY, EventData
 from tidings.stores.eventstoredb import open_eventstoredb
 from tidings.stores.grpc_call import Call, CallFailed, Status
@@ -89,7 +88,7 @@ def test_a_second_server_on_the_database_says_so_and_ends(db: Path) -> None:
         says = second.end()
         assert first.process is not None
         assert second.process is not None
-        assert second.process.returncode == 2
+        assert second.process.returncode == 3
         assert f"process {first.process.pid}" in says
         assert "Traceback" not in says
     with ServerProcess(db) as third:
@@ -150,17 +149,6 @@ async def until_unavailable(call: Call) -> int:
     return answers
 
 
-def batch(stream: str) -> bytes:
-    options = streams.BatchAppendReq.Options(stream_identifier=named(stream))
-    options.any.SetInParent()
-    kind = streams.BatchAppendReq.ProposedMessage
-    id_ = shared.UUID(string=str(uuid4()))
-    proposed = kind(id=id_, metadata={"type": "T", "content-type": "application/json"}, data=b"{}")
-    request = streams.BatchAppendReq(correlation_id=id_, options=options, proposed_messages=[proposed], is_final=True)
-    data: bytes = request.SerializeToString()
-    return data
-
-
 async def test_appends_to_a_full_disk_fail_and_the_server_lives_on(db: Path) -> None:
     with ServerProcess(db, size_limit=2048) as server:  # of 512 bytes
         async with connected(server.port) as connection:
@@ -199,15 +187,67 @@ def test_a_database_of_another_application_is_refused(db: Path) -> None:
 
 
 async def test_a_taken_port_is_named(db: Path) -> None:
+    second = ServerProcess(db)
     async with EventStoreServer() as server:
-        says = await asyncio.to_thread(lambda: ServerProcess(db, port=server.port).start().end())
-    assert str(server.port) in says
-    assert "Traceback" not in says
+        second = ServerProcess(db, port=server.port)
+        says = await asyncio.to_thread(lambda: second.start().end())
+    assert second.process is not None
+    assert second.process.returncode == 3
+    assert says.startswith(f"tidings: the server cannot listen at 127.0.0.1:{server.port}: Address already in use")
+    assert str(db.name) not in await asyncio.to_thread(os.listdir, db.parent)
 
 
 def test_without_a_database_nothing_is_served() -> None:
     server = ServerProcess(None, "--db", "also.db").start()
     assert "not both" in server.end()
+    assert server.process is not None
+    assert server.process.returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_the_server_with_0(db: Path, number: signal.Signals) -> None:
+    with ServerProcess(db) as server:
+        assert server.process is not None
+        server.process.send_signal(number)
+        server.end()
+        assert server.process.returncode == 0
+
+
+async def test_a_second_ctrl_c_ends_a_draining_server_at_once_with_130(db: Path) -> None:
+    with ServerProcess(db) as server:
+        async with connected(server.port) as connection:
+            assert server.process is not None
+            assert server.process.stderr is not None
+            state = await connection.call("/event_store.client.projections.Projections/State")
+            create = projections.CreateReq.Options(continuous=projections.CreateReq.Options.Continuous(name="never"))
+            path = "/event_store.client.projections.Projections/Create"
+            await raw(connection, path, projections.CreateReq(options=create).SerializeToString())
+            # EventStoreDB never answers this, so that the drain takes all the time that it may.
+            asked = projections.StateReq(options=projections.StateReq.Options(name="never"))
+            state.send(asked.SerializeToString(), end=True)
+            await raw(connection, f"{STREAMS}/Append", *appends("s", b"{}"))
+            server.process.send_signal(signal.SIGINT)
+            said = ""
+            while "process.stopping" not in said:
+                said = await asyncio.to_thread(server.process.stderr.readline)
+                assert said
+            server.process.send_signal(signal.SIGINT)
+            await asyncio.to_thread(server.end)
+            assert server.process.returncode == 130
+
+
+async def test_an_append_of_which_only_a_part_has_come_is_not_written_by_the_drain(db: Path) -> None:
+    with ServerProcess(db) as server:
+        async with connected(server.port) as connection:
+            with await connection.call(f"{STREAMS}/Append") as call:
+                call.send(*appends("half", b"1", b"2")[:2])
+                await raw(connection, f"{STREAMS}/Append", *appends("whole", b"{}"))  # the part has come before this
+                stopping = asyncio.create_task(asyncio.to_thread(server.stop))
+                assert await until_unavailable(call) == 0
+            assert await stopping == 0
+    with closing(sqlite3.connect(db)) as connection_:
+        written = connection_.execute("SELECT stream FROM log WHERE stream IN ('half', 'whole')").fetchall()
+    assert written == [("whole",)]
 
 
 async def test_group_checkpoints_survive_kill_9(db: Path, clients: list[EventStoreDBClient]) -> None:

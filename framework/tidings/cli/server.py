@@ -32,7 +32,7 @@ def server(
     projections: Annotated[
         bool, typer.Option("--projections", help="Run $by_category and $by_event_type from the start.")
     ] = False,
-) -> int:
+) -> None:
     """Serve EventStoreDB's protocol from a file until Ctrl-C or SIGTERM: for tests, laptops and small machines.
 
     Clients connect with esdb://127.0.0.1:2113?tls=false. Users for --tls come from the environment:
@@ -47,7 +47,7 @@ def server(
             USAGE,
             f"tidings server needs the package {error.name!r}: install it with  pip install 'tidings[eventstoredb]'",
         ) from error
-    return run_server(
+    run_server(
         db,
         host=host,
         port=port,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidings.server.running import main, run_server
+from tidings.server.running import run_server
 from tidings.server.serving import DEFAULT_PORT, EventStoreServer
 
-__all__ = ["DEFAULT_PORT", "EventStoreServer", "main", "run_server"]
+__all__ = ["DEFAULT_PORT", "EventStoreServer", "run_server"]

@@ -18,7 +18,8 @@ def choice_of(filter: Any) -> Choice:
     """From `FilterOptions` of a read or of a persistent subscription. Raises `Malformed`.
 
     EventStoreDB's expressions are .NET's; what clients build (anchors, alternatives, a negative look-ahead) means the
-    same here.
+    same here. As there, nothing ends an expression that backtracks without end, such as `(a+)+$`: whoever may read
+    `$all` can keep the server busy with one, until somebody kills the process.
     """
     kind = filter.WhichOneof("filter")
     if kind is None:

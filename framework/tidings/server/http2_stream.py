@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from typing import Final
+from urllib.parse import quote
 
+import structlog
+
+from tidings.errors import StoreError
 from tidings.server.calls import FRAME_LIMIT
-from tidings.server.refusals import Code, Refusal
+from tidings.server.refusals import Code, Refusal, of_store_error, thrown
+from tidings.server.wire import Malformed
 
-__all__ = ["Stream", "seconds_of"]
+__all__ = ["HEADERS", "Gone", "Stream", "refusal_of", "seconds_of", "trailers_of"]
+
+log = structlog.get_logger(__name__)
 
 _UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
@@ -64,3 +71,38 @@ class Stream:
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
+
+
+# ---- how it ends -------------------------------------------------------------------
+
+HEADERS: Final = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_MESSAGE: Final = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
+_PLAIN: Final = f"%{_MESSAGE}"
+
+
+class Gone(Exception):
+    """The client has ended the call, or its connection: nobody hears the answer."""
+
+
+def refusal_of(error: Exception, path: str) -> Refusal:
+    """What the caller is told of an error in the handler. One that nobody expected is logged."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, StoreError):
+        return of_store_error(error)
+    if not isinstance(error, Malformed | Gone):
+        log.error("call.failed", method=path, exc_info=error)
+    return thrown()
+
+
+def trailers_of(outcome: Refusal | None) -> list[tuple[bytes, bytes]]:
+    """The status as it travels; None: all went well."""
+    if outcome is None:
+        return [(b"grpc-status", b"0")]
+    return [
+        (b"grpc-status", b"%d" % outcome.code),
+        (b"grpc-message", quote(outcome.details, safe=_MESSAGE).encode()),
+        *((name.encode(), quote(value, safe=_PLAIN).encode()) for name, value in outcome.trailers),
+    ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.wire import Resolved
@@ -67,12 +68,40 @@ class ServedLog:
     def __init__(self, store: SqliteStore, clock: Callable[[], int]) -> None:
         self.store = store
         self._clock = clock
+        self._looks: dict[object, asyncio.Future[Any]] = {}
 
     async def all(
         self, choice: Choice | None, resolve: bool, *, after: int, before: int, backwards: bool, count: int
     ) -> Batch:
         """A piece of `$all` between two positions, both exclusive; looks at `count` events at most."""
+        return await self.store.look(self._piece_of_all(choice, resolve, after, before, backwards, count))
 
+    async def news(self, choice: Choice | None, resolve: bool, after: int) -> Batch:
+        """As `all` for who follows the log at its end, where many ask the same at once: one look answers all of them.
+
+        It may be a look that began a moment ago: what it misses is behind `reached`.
+        """
+        job = self._piece_of_all(choice, resolve, after, MAX_VERSION, False, PAGE_EVENTS)
+        return await self._shared((choice, resolve, after), job)
+
+    async def touched(self, stream: str, reached: int) -> None:
+        """Until the stream has an event behind the position. Followers of quiet streams share one look at what came."""
+        touched: set[str] = set()
+        while stream not in touched:
+            await self.store.beyond(reached)
+            touched, reached = await self._shared(reached, _streams_behind(reached))
+
+    async def _shared(self, key: object, job: Callable[[sqlite3.Connection], T]) -> T:
+        look = self._looks.get(key)
+        if look is None:
+            look = self._looks[key] = asyncio.ensure_future(self.store.look(job))
+            look.add_done_callback(lambda done: (self._looks.pop(key), done.cancelled() or done.exception()))
+        found: T = await asyncio.shield(look)  # who leaves does not take it from the others
+        return found
+
+    def _piece_of_all(
+        self, choice: Choice | None, resolve: bool, after: int, before: int, backwards: bool, count: int
+    ) -> Callable[[sqlite3.Connection], Batch]:
         def job(connection: sqlite3.Connection) -> Batch:
             page = reading.page_of_all(connection, after, before, backwards, _EVERYTHING, min(count, PAGE_EVENTS))
             events: list[Resolved] = []
@@ -87,7 +116,7 @@ class ServedLog:
                     events.append(self._resolve(connection, event) if resolve else (event, None))
             return Batch(events, ranks, considered, page.reached, page.end)
 
-        return await self.store.look(job)
+        return job
 
     async def view(self, stream: str) -> tuple[View, int]:
         """What may be read of a stream, and its last version. Raises `StreamNotFound` and `StreamDeleted`."""
@@ -170,6 +199,20 @@ class ServedLog:
             return None, event
         events, _ = reading.page_of_stream(connection, stream, View(version, version, view.since), False, 1)
         return (events[0] if events else None), event
+
+
+def _streams_behind(after: int) -> Callable[[sqlite3.Connection], tuple[set[str], int]]:
+    """Which streams have events behind the position, and how far that was looked."""
+
+    def job(connection: sqlite3.Connection) -> tuple[set[str], int]:
+        reached = max(reading.head(connection), after)  # first: what comes meanwhile is seen, or left for the next look
+        query = "SELECT stream, position FROM log WHERE position > ? ORDER BY position LIMIT ?"
+        rows = connection.execute(query, (after, PAGE_EVENTS)).fetchall()
+        if len(rows) == PAGE_EVENTS:
+            reached = rows[-1][1]
+        return {stream for stream, _ in rows}, reached
+
+    return job
 
 
 def target_of(link: RecordedEvent) -> tuple[int, str] | None:

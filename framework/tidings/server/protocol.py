@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 # The client packages bring protobuf, which has no types of its own.
 from google.protobuf import any_pb2, empty_pb2, struct_pb2  # type: ignore[import-untyped]
 
-from tidings.errors import ConfigurationError
+from tidings.stores.eventstoredb_protos import PROTOS, shared_pb2, streams_pb2
 
 if TYPE_CHECKING:
     from esdbclient.protos.Grpc import gossip_pb2 as gossip
     from esdbclient.protos.Grpc import persistent_pb2 as persistent
     from esdbclient.protos.Grpc import projections_pb2 as projections
-    from esdbclient.protos.Grpc import shared_pb2 as shared
     from esdbclient.protos.Grpc import status_pb2 as status
-    from esdbclient.protos.Grpc import streams_pb2 as streams
 
 __all__ = [
-    "PACKAGES",
     "any_pb2",
     "empty_pb2",
     "gossip",
@@ -33,27 +29,11 @@ __all__ = [
     "struct_pb2",
 ]
 
-PACKAGES: Final = {"esdbclient": "esdbclient.protos.Grpc", "kurrentdbclient": "kurrentdbclient.protos.v1"}
-"""The packages that carry the messages, in the order in which they are looked for. One process cannot import both."""
-
-
-def _messages(name: str) -> Any:
-    for package, messages in PACKAGES.items():
-        if find_spec(package) is not None:
-            return import_module(f"{messages}.{name}_pb2")
-    raise ConfigurationError(
-        "EventStoreDB's messages come with its client package, and none is installed: "
-        "pip install 'tidings[eventstoredb]'"
-    )
-
-
+shared, streams = shared_pb2, streams_pb2
 if not TYPE_CHECKING:
-    shared = _messages("shared")
-    status = _messages("status")
-    streams = _messages("streams")
-    persistent = _messages("persistent")
-    gossip = _messages("gossip")
-    projections = _messages("projections")
+    gossip, persistent, projections, status = (
+        import_module(f"{PROTOS}.{name}_pb2") for name in ("gossip", "persistent", "projections", "status")
+    )
 
 
 def packed(message: Any) -> bytes:

@@ -108,6 +108,10 @@ class _User:
         return hmac.compare_digest(_hashed(password, self.salt), self.hashed)
 
 
+_NOBODY: Final = _User("", (), b"", b"")
+"""Stands for a user that is not known: the refusal takes as long as that of a wrong password."""
+
+
 class Access:
     """Decides about calls. One that is `open` lets everybody do everything, as EventStoreDB does when insecure."""
 
@@ -185,8 +189,8 @@ class Access:
             name, _, password = base64.b64decode(credentials, validate=True).decode().partition(":")
         except (binascii.Error, UnicodeDecodeError):
             name = password = ""
-        user = self._users.get(name)
-        if scheme.lower() != "basic" or user is None or not await asyncio.to_thread(user.has, password):
+        user = self._users.get(name, _NOBODY)
+        if scheme.lower() != "basic" or not await asyncio.to_thread(user.has, password):
             raise Refusal(Code.UNAUTHENTICATED, "Unauthenticated")
         if len(self._known) >= _REMEMBERED:
             self._known.clear()

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Final, Self
 from uuid import uuid4
 
-from tidings.errors import ConfigurationError
+from tidings.errors import ConfigurationError, StoreUnavailable
+from tidings.probes import listening_at
 from tidings.server.cluster import Cluster
 from tidings.server.group_service import PersistentSubscriptions
 from tidings.server.http2 import Connection
@@ -47,8 +48,8 @@ class EventStoreServer:
     it is started again; `remember_ids` keeps them. `projections` runs `$by_category` and `$by_event_type` from the
     start; without it they begin when somebody reads one of their streams.
 
-    Raises `ConfigurationError` for options that do not go together or a database that another server has,
-    `StoreUnavailable`, and `OSError` for an address that cannot be bound.
+    Raises `ConfigurationError` for options that do not go together and for an address that cannot be had, and
+    `StoreUnavailable`, for a database that another server has too.
     """
 
     def __init__(
@@ -143,6 +144,9 @@ class EventStoreServer:
             if self._db is not None:
                 stack.enter_context(_alone(self._db))
                 url = f"sqlite:///{self._db}"
+            # Before the log is opened: what cannot listen leaves no trace. Who connects already is served in a moment.
+            listening = stack.enter_context(listening_at(self.host, self.port, "the server"))
+            self.port = listening.getsockname()[1]
             store = await open_sqlite(url, remember_ids=self._remember_ids, stride=STRIDE)
             stack.push_async_callback(store.close)
             await _begin_log(store)
@@ -163,12 +167,9 @@ class EventStoreServer:
                 loop = asyncio.get_running_loop()
                 server = await loop.create_server(
                     lambda: Connection(by_path, access.authenticate, tasks, self._connections, self._idle.set),
-                    self.host,
-                    self.port,
+                    sock=listening,
                     ssl=context,
-                    backlog=1024,
                 )
-                self.port = server.sockets[0].getsockname()[1]
                 name = "localhost" if is_loopback(self.host) else self.host
                 by_path |= {method.path: method for method in Cluster(name, self.port, methods).methods()}
                 stack.callback(server.close)
@@ -239,7 +240,7 @@ def _alone(db: str) -> ExitStack:
         lock.seek(0)
         process = lock.read(32).strip() or "unknown"
         stack.close()
-        raise ConfigurationError(
+        raise StoreUnavailable(
             f"another server has the database {db} (process {process}): connect to that one, or stop it"
         ) from None
     lock.truncate(0)

@@ -64,7 +64,7 @@ async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send
                     if history:
                         history = False
                         await send([_caught_up()])
-                    await log.store.beyond(piece.reached)
+                    await log.touched(stream, piece.reached)
                 events, piece = await log.follow(stream, after, history, options.resolve_links)
         except StreamDeleted:
             raise stream_deleted(stream) from None
@@ -94,9 +94,12 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
         await send([_confirmation()])
         behind, counted, told = True, 0, after
         while True:
-            batch = await log.all(
-                choice, options.resolve_links, after=after, before=MAX_VERSION, backwards=False, count=PAGE
-            )
+            if behind:
+                batch = await log.all(
+                    choice, options.resolve_links, after=after, before=MAX_VERSION, backwards=False, count=PAGE
+                )
+            else:
+                batch = await log.news(choice, options.resolve_links, after)
             answers, counted, told = _answers(batch, encode, interval, counted, told)
             if batch.end and behind:
                 behind = False

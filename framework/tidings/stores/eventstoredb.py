@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Final
@@ -31,7 +30,6 @@ from tidings.stores import (
     Filter,
     RecordedEvent,
     StreamMetadata,
-    describe,
 )
 from tidings.stores import eventstoredb_wire as wire
 from tidings.stores.eventstoredb_appends import Appends, Write
@@ -44,7 +42,6 @@ __all__ = ["EventStoreDB", "open_eventstoredb"]
 
 QUIET_SECONDS: Final = 1.0
 """A subscription on which nothing has come for so long is probed."""
-_ACTUAL: Final = re.compile(r"Actual version: (-?\d+)")
 
 
 async def open_eventstoredb(url: str) -> EventStore:
@@ -79,6 +76,7 @@ class EventStoreDB:
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         size = wire.check_events(stream, events)
         self._leader.check_usable()
+        wire.check_expected(expected)
         if isinstance(expected, int) and expected < 0:  # what `Appended.version` says of a stream without events
             expected = NO_STREAM
         try:
@@ -123,16 +121,7 @@ class EventStoreDB:
             async with asyncio.timeout(2 * leader.seconds):
                 await operation(stream, current_version=version, timeout=leader.seconds / 2)
         except Exception as error:
-            # The two clients' names differ in this ending; NotFound is their word for a wrong version of nothing.
-            kind, text = type(error).__name__.removesuffix("Error"), str(error)
-            actual = _ACTUAL.search(text)
-            if kind == "NotFound":
-                raise WrongExpectedVersion(stream, describe(expected), -1) from error
-            if kind in ("WrongCurrentVersion", "WrongExpectedVersion") and actual is not None:
-                raise WrongExpectedVersion(stream, describe(expected), int(actual[1])) from error
-            if "Deleted" in kind or "Tombstoned" in kind:
-                raise StreamDeleted(stream) from error
-            raise StoreUnavailable(
+            raise wire.refused_deletion(error, stream, expected) or StoreUnavailable(
                 f"EventStoreDB at {self._leader.place} did not delete stream {stream!r}: {error!r}"
             ) from error
 
@@ -257,6 +246,7 @@ class EventStoreDB:
     ) -> AsyncIterator[RecordedEvent | CaughtUp]:
         wire.check(stream)
         version, position, told = after_version, -1, False
+        suspected: int | None = None
         trying = Trying(self._leader)
         while True:
             try:
@@ -264,9 +254,14 @@ class EventStoreDB:
                 request = wire.read_stream_request(stream, start, subscribe=True)
                 async with aclosing(self._responses(request, trying, quiet=QUIET_SECONDS)) as source:
                     async for responses in source:
-                        if not responses:
-                            await self._leader.persistently(self._leader.identity)  # is anybody there?
-                            if not told:
+                        if not responses:  # is anybody there, and is there something that should have come?
+                            waiting = await self._is_behind(stream, version)
+                            if waiting and suspected == version:
+                                raise ConnectionLost(
+                                    f"the subscription does not bring what is behind version {version}"
+                                )
+                            suspected = version if waiting else None
+                            if not (waiting or told):
                                 told = True
                                 yield CaughtUp(position)
                         for response in responses:
@@ -283,6 +278,13 @@ class EventStoreDB:
                 _raise_deleted(error, stream)
                 await trying.again(error)
 
+    async def _is_behind(self, stream: str, version: int) -> bool:
+        """There is an event of the stream behind that version."""
+        with suppress(StreamNotFound, StreamDeleted):
+            async for _ in self.read_stream(stream, start=version + 1, limit=1):
+                return True
+        return False
+
     async def head(self) -> int:
         return await self._leader.persistently(self._leader.head)
 
@@ -292,7 +294,7 @@ class EventStoreDB:
         if leader.log is None:
             identity = uuid4()
             event = EventData("tidings_LogCreated", json.dumps({"log": str(identity)}).encode(), id=identity)
-            with suppress(WrongExpectedVersion):  # somebody else was first
+            with suppress(WrongExpectedVersion, StreamDeleted):  # somebody else was first, or did harm
                 await self.append(LOG_STREAM, [event], expected=NO_STREAM)
             leader.log = await leader.persistently(leader.identity)
             if leader.log is None:
@@ -374,16 +376,23 @@ class EventStoreDB:
                 yield [parse(message) for message in messages]
 
     async def close(self) -> None:
-        """End: appends that began are finished, reads and subscriptions raise `StoreUnavailable` at their next step."""
+        """End: appends that began are finished, reads and subscriptions raise `StoreUnavailable` at their next step.
+
+        May be called again, also when the first time was cancelled: that gives up the appends at once.
+        """
         leader, appends = self._leader, self._appends
-        if not leader.closed:
-            leader.closed = True
+        leader.closed = True
+        try:
             await appends.finish(leader.seconds)
+        finally:
             self._task.cancel()
-            await asyncio.wait([self._task])
-            appends.fail(StoreUnavailable("the event store was closed before the append was answered"))
-            await leader.close()
+            appends.fail(
+                StoreUnavailable(
+                    "the event store was closed before the append was answered: it may or may not have happened"
+                )
+            )
         await asyncio.wait([self._task])
+        await leader.close()
 
 
 async def _nothing(connection: object) -> None:

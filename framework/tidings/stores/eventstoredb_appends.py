@@ -21,9 +21,9 @@ from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.eventstoredb_leader import Leader
 from tidings.stores.eventstoredb_wire import BATCH_APPEND, Answer, Undecided, append_request, number_of, outcome_of
-from tidings.stores.grpc_call import Call, ConnectionLost
+from tidings.stores.grpc_call import Call, CallFailed, ConnectionLost
 from tidings.stores.grpc_h2 import Connection
-from tidings.supervision import leaves
+from tidings.supervision import leading
 
 __all__ = ["Appends", "Write"]
 
@@ -94,11 +94,15 @@ class Appends:
         self._wanted = asyncio.Event()
         self._troubled = asyncio.Event()
         self._reason: BaseException | None = None
+        self._broken: BaseException | None = None
+        """The error in this program that ended `run`: nobody would answer an append any more."""
 
     def submit(
         self, stream: str, events: Sequence[EventData], expected: Expected, size: int
     ) -> asyncio.Future[Appended]:
         """Hand over an append. No await before that: it keeps appends in the order in which they began."""
+        if self._broken is not None:
+            raise self._ended(self._broken)
         write = Write(stream, events, expected, size, self._loop.create_future())
         write.since = self._loop.time()
         call = self._call
@@ -141,7 +145,23 @@ class Appends:
     # ---- the life of calls ---------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled: a call while there is something to append, and another one when it is lost."""
+        """Until cancelled. Who waits, or comes later, hears of an error that nobody foresaw; it is logged, too."""
+        try:
+            await self._sessions()
+        except Exception as error:
+            self._broken = leading(error)
+            log.error("store.appends_ended", exc_info=error)
+            self.fail(self._ended(self._broken))
+
+    def _ended(self, error: BaseException) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"appending to EventStoreDB at {self._leader.place} has ended by an error in the adapter ({error!r}): the "
+            "log of this process has the traceback. What waits may or may not have been appended; open the store again",
+            waiting_helps=False,
+        )
+
+    async def _sessions(self) -> None:
+        """A call while there is something to append, and another one when it is lost."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._expire())
             first, longest = PAUSE_SECONDS
@@ -153,7 +173,9 @@ class Appends:
                 except Exception as error:
                     if self._live:
                         pause, attempts = first, 0
-                    cause = next(iter(leaves(error)))
+                    cause = leading(error)
+                    if not isinstance(cause, CallFailed | ConnectionLost | Undecided | StoreError):
+                        log.error("store.appends_failed", exc_info=error)
                     self._lost(cause)
                     if not self.idle:
                         attempts += 1
@@ -191,7 +213,8 @@ class Appends:
         self._call = None
         for write in self._flights.values():
             if write.answer is None:
-                self._doubt(write)
+                write.repeated, write.since = True, self._loop.time()
+                self._unknown.append(write)
         self._flights.clear()
         self._unknown = [write for write in self._unknown if not write.future.done()]
         for write in self._unknown:
@@ -206,16 +229,13 @@ class Appends:
             self._wanted.set()
             self._troubled.set()
 
-    def _doubt(self, write: Write) -> None:
-        write.repeated, write.since = True, self._loop.time()
-        self._unknown.append(write)
-
     async def _receive(self, call: Call) -> None:
         leader, flights = self._leader, self._flights
         while messages := await call.receive():
             for message in messages:
                 answer = Answer.FromString(message)
-                write = flights.pop(number_of(answer), None)
+                number = number_of(answer)
+                write = flights.get(number)
                 if write is None:
                     continue
                 outcome = outcome_of(answer, write.stream, write.expected, write.size)
@@ -223,9 +243,8 @@ class Appends:
                     if outcome.position > leader.known:
                         leader.known = outcome.position
                 elif isinstance(outcome, Undecided):
-                    if write.answer is None:  # as unknown as what is lost, and before it
-                        self._doubt(write)
-                    raise outcome
+                    raise outcome  # it stays in flight: as unknown as those behind it
+                del flights[number]
                 write.settle(outcome)
         if flights or not self._live:
             raise ConnectionLost("the server ended the call of the appends before it had answered them")
@@ -237,11 +256,12 @@ class Appends:
         oldest, turns = None, 0
         while True:
             await asyncio.sleep(self._leader.seconds / 8)
-            now = next(iter(self._flights), None)
+            # Of a call that takes no more (it has no flights then), those who wait for its end are the oldest.
+            now = next(iter(self._flights), 0 if self._live and self._queue else None)
             turns = turns + 1 if now is not None and now == oldest else 0
             oldest = now
             if turns == 4:
-                reason = f"an append was not answered within {self._leader.seconds / 2:g} s"
+                reason = f"the oldest append was not answered within {self._leader.seconds / 2:g} s"
                 self._leader.distrust(reason, connection)
                 raise ConnectionLost(reason)
 
@@ -296,6 +316,12 @@ class Appends:
             if write.expected is ANY or write.expected is STREAM_EXISTS:
                 try:
                     found = await self._find(write)
+                except StoreUnavailable as error:
+                    return StoreUnavailable(
+                        f"{len(write.events)} event(s) for stream {write.stream!r} may or may not have been appended, "
+                        f"and the log could not be asked: {error}",
+                        waiting_helps=error.waiting_helps,
+                    )
                 except StoreError as error:
                     return error
                 if isinstance(found, Appended):

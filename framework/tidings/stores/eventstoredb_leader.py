@@ -175,7 +175,15 @@ class Leader:
     # ---- calls ---------------------------------------------------------------------------
 
     async def call(self, path: str, connection: Connection, timeout: float | None = None) -> Call:
-        return await connection.call(path, self._metadata, timeout=timeout)
+        """Begin a call. Raises `ConnectionLost`, also when the server lets no more calls begin for `seconds`."""
+        try:
+            async with asyncio.timeout(self.seconds):
+                return await connection.call(path, self._metadata, timeout=timeout)
+        except TimeoutError:
+            raise ConnectionLost(
+                "as many calls are open as the server allows on one connection: end reads and subscriptions that are "
+                "not needed, or open a second store for them"
+            ) from None
 
     async def head(self, connection: Connection) -> int:
         """The position of the log's last event, -1 without one."""
@@ -186,7 +194,12 @@ class Leader:
 
     async def identity(self, connection: Connection) -> UUID | None:
         """The log's; None when it has none that can be read."""
-        found = await self._first(connection, wire.read_stream_request(LOG_STREAM, 0, count=1))
+        try:
+            found = await self._first(connection, wire.read_stream_request(LOG_STREAM, 0, count=1))
+        except CallFailed as error:
+            if error.status is Status.FAILED_PRECONDITION:  # a tombstone
+                return None
+            raise
         try:
             return None if found is None or found.version else UUID(document_of(found.data)["log"])
         except (TypeError, KeyError, ValueError, AttributeError):
@@ -238,11 +251,12 @@ class Leader:
                     "default only administrators read $all. Grant it ($acl), or name another user in TIDINGS_STORE"
                 )
             case CallFailed(trailers={"exception": "not-leader"}):
-                leader = f"{error.trailers.get('leader-endpoint-host')}:{error.trailers.get('leader-endpoint-port')}"
+                host, port = (error.trailers.get(f"leader-endpoint-{part}", "") for part in ("host", "port"))
+                leader = f"{host}:{port}" if host and port.isdecimal() else None
                 if not self._cluster:
                     return StoreUnavailable(
-                        f"EventStoreDB at {self.place} is not the leader of its cluster ({leader} is): name all its "
-                        "nodes in TIDINGS_STORE, esdb://one,two,three, or use esdb+discover://"
+                        f"EventStoreDB at {self.place} is not the leader of its cluster ({leader or 'another'} is): "
+                        "name all its nodes in TIDINGS_STORE, esdb://one,two,three, or use esdb+discover://"
                     )
                 self._redirected = leader
                 self.distrust("it is not the leader")

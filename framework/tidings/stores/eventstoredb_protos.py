@@ -10,10 +10,12 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-__all__ = ["CLIENT", "AsyncClient", "StreamState", "shared_pb2", "streams_pb2"]
+__all__ = ["CLIENT", "PROTOS", "AsyncClient", "StreamState", "shared_pb2", "streams_pb2"]
 
 CLIENT: Final = "kurrentdbclient" if importlib.util.find_spec("esdbclient") is None else "esdbclient"
 """The package that the messages come from."""
+PROTOS: Final = "esdbclient.protos.Grpc" if CLIENT == "esdbclient" else "kurrentdbclient.protos.v1"
+"""Where in it they are."""
 
 if TYPE_CHECKING:
     # The two differ in names alone, so one stands for both.
@@ -30,6 +32,5 @@ else:
         raise ModuleNotFoundError("No module named 'esdbclient'", name="esdbclient") from None
     AsyncClient = _client.AsyncEventStoreDBClient if CLIENT == "esdbclient" else _client.AsyncKurrentDBClient
     StreamState = _client.StreamState
-    _PROTOS: Final = "esdbclient.protos.Grpc" if CLIENT == "esdbclient" else "kurrentdbclient.protos.v1"
-    shared_pb2 = importlib.import_module(f"{_PROTOS}.shared_pb2")
-    streams_pb2 = importlib.import_module(f"{_PROTOS}.streams_pb2")
+    shared_pb2 = importlib.import_module(f"{PROTOS}.shared_pb2")
+    streams_pb2 = importlib.import_module(f"{PROTOS}.streams_pb2")

@@ -41,12 +41,14 @@ __all__ = [
     "append_request",
     "check",
     "check_events",
+    "check_expected",
     "client_version",
     "number_of",
     "outcome_of",
     "read_all_request",
     "read_stream_request",
     "recorded",
+    "refused_deletion",
     "served",
 ]
 
@@ -56,6 +58,9 @@ BATCH_APPEND: Final = "/event_store.client.streams.Streams/BatchAppend"
 EVENT_LIMIT: Final = 16_000_000
 """Bytes of one append that any server could take; one over its gRPC limit would end the call that all appends share."""
 
+OVERHEAD: Final = 128
+"""Bytes that an event takes in a request at most, besides what counts towards its size."""
+
 WINDOW: Final = 32
 """Events of the log between two checkpoints of a filtered subscription."""
 
@@ -64,6 +69,7 @@ Answer = streams_pb2.BatchAppendResp
 _Options = streams_pb2.ReadReq.Options
 _Record = streams_pb2.ReadResp.ReadEvent.RecordedEvent
 
+_ACTUAL: Final = re.compile(r"Actual version: (-?\d+)")
 _EMPTY: Final = shared_pb2.Empty()
 _TEXT: Final = _Options.UUIDOption(string=_EMPTY)
 
@@ -92,7 +98,7 @@ def _check_text(text: str) -> None:
 def check_events(stream: str, events: Sequence[EventData]) -> int:
     """Their size in bytes. Raises `InvalidStreamName` and `EventTooLarge` for what the server would refuse."""
     check(stream)
-    size = 0
+    size = whole = 0
     for event in events:
         size += event.size
         if not event.type:
@@ -103,9 +109,16 @@ def check_events(stream: str, events: Sequence[EventData]) -> int:
             raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
         _check_text(event.type)
         _check_text(event.content_type)
-    if size > EVENT_LIMIT:
-        raise EventTooLarge(stream, size, EVENT_LIMIT)
+        whole += event.size + len(event.content_type) + OVERHEAD
+    if whole > EVENT_LIMIT:
+        raise EventTooLarge(stream, whole, EVENT_LIMIT)
     return size
+
+
+def check_expected(expected: Expected) -> None:
+    """Raise `TypeError` for what is no expected version: found out when it is sent, it would fail its neighbours."""
+    if not isinstance(expected, int) and expected not in (ANY, NO_STREAM, STREAM_EXISTS):
+        raise TypeError(f"expected={expected!r}: an expected version is an int, ANY, NO_STREAM or STREAM_EXISTS")
 
 
 # ---- reading -------------------------------------------------------------------------
@@ -274,6 +287,18 @@ def outcome_of(answer: Answer, stream: str, expected: Expected, size: int) -> Ap
         case "InvalidTransaction":
             return StoreError(f"EventStoreDB refuses the append to stream {stream!r}: invalid transaction")
     return Undecided(f"{kind or 'no reason'} {error.message}".rstrip())
+
+
+def refused_deletion(error: Exception, stream: str, expected: Expected) -> StoreError | None:
+    """What an error of EventStoreDB's client means for a delete; None when it tells nothing about the stream."""
+    # The two clients' names differ in this ending; NotFound is their word for a wrong version of nothing.
+    kind = type(error).__name__.removesuffix("Error")
+    actual = _ACTUAL.search(str(error))
+    if kind == "NotFound":
+        return WrongExpectedVersion(stream, describe(expected), -1)
+    if kind in ("WrongCurrentVersion", "WrongExpectedVersion") and actual is not None:
+        return WrongExpectedVersion(stream, describe(expected), int(actual[1]))
+    return StreamDeleted(stream) if "Deleted" in kind or "Tombstoned" in kind else None
 
 
 def client_version(expected: Expected) -> int | StreamState:
