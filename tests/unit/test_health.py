@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from tidings import Runtime, Service, Settings
 from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, judge_live, judge_ready
-from tidings.probes import Probe
+from tidings.probes import Probe, listening_at
 
 WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
 LEADS = RelayFacts("main", leading=True, marker_age=1, confirmed=9)
@@ -109,3 +110,13 @@ async def test_a_store_that_hangs_is_not_taken_for_the_database(
     assert checks["audit.database"].ok
     assert checks["audit.store"].detail == "no answer within 0.05 s"
     assert "TIDINGS_STORE" in checks["audit.store"].remedy
+
+
+def test_what_listens_is_known_to_be_tcp_so_that_small_answers_are_not_delayed() -> None:
+    with listening_at("127.0.0.1", 0, "a test") as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+        accepting = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", accepting)):
+            accepted, _ = listening.accept()
+            with accepted:
+                assert accepted.proto == socket.IPPROTO_TCP
