@@ -9,7 +9,7 @@ SERVED := embedded_exactly_once.py embedded_emits.py embedded_handlers.py embedd
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 
-.PHONY: help demo demo-rabbitmq test test-all lint types pytest served kurrentdb bench format broker clean
+.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served kurrentdb bench format broker clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -17,7 +17,7 @@ help:
 	@echo "             the same as processes over RabbitMQ, some of them killed on the way"
 	@echo "make test    lint, types and tests, against a real RabbitMQ"
 	@echo "make test-all"
-	@echo "             the same, and again with the log behind tidings server, and with kurrentdbclient"
+	@echo "             the same, all faults, the log behind tidings server, and kurrentdbclient"
 	@echo "make bench   the speed and memory that the README speaks of, as ratios"
 	@echo "make format  let ruff format the code"
 
@@ -34,7 +34,7 @@ demo-rabbitmq: $(INSTALLED)
 
 test: lint types pytest
 
-test-all: test served kurrentdb
+test-all: test faults served kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -44,7 +44,10 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 pytest: $(INSTALLED) broker
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not faults"
+
+faults: $(INSTALLED) broker
+	$(BIN)/pytest -m faults
 
 # The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
 served: $(INSTALLED) broker

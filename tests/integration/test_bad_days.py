@@ -37,6 +37,9 @@ SOME = 100
 HOUR = 3600
 
 
+pytestmark = pytest.mark.faults
+
+
 @pytest.fixture
 async def workers(tmp_path: Path, harmed_url: str) -> AsyncIterator[Workers]:
     with Workers(tmp_path, harmed_url) as found:

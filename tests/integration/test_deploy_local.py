@@ -24,6 +24,9 @@ SCRIPT = Path(__file__).parents[2] / "deploy" / "local" / "rabbitmq"
 EVENTS = 600
 
 
+pytestmark = pytest.mark.faults
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RabbitMQCluster]:
     with cluster_for_tests() as found:

@@ -27,7 +27,7 @@ DATA = ROOT / "services" / "data" / "online-retail.csv"
 INVOICES = 66
 """Of which two are dropped, three are returns, and five are declined."""
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.faults]
 
 
 @pytest.fixture
