@@ -54,7 +54,7 @@ class Event(BaseModel):
     """
 
     # JSON has no NaN and no infinity: an event with one could be written, but never read.
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
     wire_name: ClassVar[str] = ""
     schema_version: ClassVar[int] = 1
@@ -88,6 +88,11 @@ class Event(BaseModel):
         """The partition key that this event's class asks for, None (also where the field is) for the stream's name."""
         value = None if self.key_field is None else getattr(self, self.key_field)
         return None if value is None else str(value)
+
+
+# This class has no fields and no instances: building its validator would be much of what importing Tidings costs.
+# Its subclasses are built when they are declared, so that what is wrong with them is said there.
+Event.model_config["defer_build"] = False
 
 
 def _upcasters(cls: type[Event], where: str) -> dict[int, Upcaster]:

@@ -103,3 +103,10 @@ def test_a_registry_holds_one_class_per_wire_name() -> None:
     assert registry.get("PaymentTaken") is Paid
     assert registry.get("Paid") is None
     assert list(registry) == [Paid]
+
+
+def test_an_event_is_built_when_it_is_declared_so_that_what_is_wrong_is_said_there() -> None:
+    class Early(Event):
+        number: int
+
+    assert Early.__pydantic_complete__
