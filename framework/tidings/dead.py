@@ -18,9 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import Database, dead, held, staged
 from tidings.errors import TidingsError
-from tidings.inbox import storable
+from tidings.inbox import recorded, storable
 from tidings.position import partition_key
-from tidings.stores import RecordedEvent
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable"]
 
@@ -151,16 +150,5 @@ def _key_of(row: sa.Row[Any]) -> str:
     """The partition key; letters of the first schema are without."""
     if row.key is not None:
         return str(row.key)
-    event = RecordedEvent(
-        row.position,
-        row.stream,
-        row.version,
-        row.type,
-        row.data,
-        row.metadata,
-        row.is_json,
-        UUID(row.event_id).bytes,
-        row.ticks,
-    )
-    key: str = storable(partition_key(event))
+    key: str = storable(partition_key(recorded(row)))
     return key

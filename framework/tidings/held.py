@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import dead, held
 from tidings.errors import Fenced
-from tidings.inbox import storable
+from tidings.inbox import recorded, storable
 from tidings.stores import RecordedEvent
 
 __all__ = ["HeldEvent", "HeldRows"]
@@ -111,17 +111,7 @@ class HeldRows:
             return []
         found = []
         for row in await connection.execute(self._due, {"keys": keys}):
-            event = RecordedEvent(
-                row.position,
-                row.stream,
-                row.version,
-                row.type,
-                row.data,
-                row.metadata,
-                row.is_json,
-                UUID(row.event_id).bytes,
-                row.ticks,
-            )
+            event = recorded(row)
             found.append(
                 HeldEvent(
                     event, row.bucket, row.key, row.handler, row.attempts, row.tries, row.due, row.reason, row.detail

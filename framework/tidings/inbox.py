@@ -20,7 +20,7 @@ from tidings.errors import Fenced, LogChanged
 from tidings.message import Message
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
-__all__ = ["Inbox", "Letter", "Remembered", "StagedEvent", "storable"]
+__all__ = ["Inbox", "Letter", "Remembered", "StagedEvent", "recorded", "storable"]
 
 
 _STAGE: Final = staged.insert()
@@ -32,6 +32,21 @@ def storable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def recorded(row: sa.Row[Any]) -> RecordedEvent:
+    """The event that a held or dead row keeps."""
+    return RecordedEvent(
+        row.position,
+        row.stream,
+        row.version,
+        row.type,
+        row.data,
+        row.metadata,
+        row.is_json,
+        UUID(row.event_id).bytes,
+        row.ticks,
+    )
 
 
 class Remembered(NamedTuple):

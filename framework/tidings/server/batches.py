@@ -10,7 +10,7 @@ from tidings.errors import EventTooLarge, StoreError, StreamDeleted, WrongExpect
 from tidings.server.calls import Send
 from tidings.server.log import ServedLog
 from tidings.server.protocol import any_pb2, empty_pb2, packed, shared, status, streams
-from tidings.server.refusals import Code, Refusal
+from tidings.server.refusals import Refusal, Status
 from tidings.server.security import Access
 from tidings.server.wire import Malformed, event_data, expected_version, stream_name, uuid_of
 from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
@@ -229,27 +229,27 @@ def _response(answer: _Answer, hidden: bool) -> Any:
 
 def _error(error: BaseException, expected: Expected) -> Any:
     if isinstance(error, WrongExpectedVersion):
-        return _status(Code.ALREADY_EXISTS, "WrongExpectedVersion", _wrong(error, expected))
+        return _status(Status.ALREADY_EXISTS, "WrongExpectedVersion", _wrong(error, expected))
     if isinstance(error, StreamDeleted):
         identifier = shared.StreamIdentifier(stream_name=error.stream.encode())
         deleted = shared.StreamDeleted(stream_identifier=identifier)
-        return _status(Code.NOT_FOUND, f"Event stream '{error.stream}' is deleted.", deleted)
+        return _status(Status.NOT_FOUND, f"Event stream '{error.stream}' is deleted.", deleted)
     if isinstance(error, EventTooLarge):
         exceeded = shared.MaximumAppendSizeExceeded(maxAppendSize=APPEND_LIMIT)
-        return _status(Code.INVALID_ARGUMENT, f"Maximum Append Size of {APPEND_LIMIT} Exceeded.", exceeded)
-    if isinstance(error, Refusal) and error.code is Code.PERMISSION_DENIED:
+        return _status(Status.INVALID_ARGUMENT, f"Maximum Append Size of {APPEND_LIMIT} Exceeded.", exceeded)
+    if isinstance(error, Refusal) and error.code is Status.PERMISSION_DENIED:
         return _status(error.code, error.details, shared.AccessDenied())
     if isinstance(error, Malformed | Refusal):
         says = error.details if isinstance(error, Refusal) else str(error)
-        return _status(Code.INVALID_ARGUMENT, says, shared.BadRequest(message=says))
-    return _status(Code.UNKNOWN, str(error), shared.Unknown())
+        return _status(Status.INVALID_ARGUMENT, says, shared.BadRequest(message=says))
+    return _status(Status.UNKNOWN, str(error), shared.Unknown())
 
 
 def _timeout() -> Any:
-    return _status(Code.DEADLINE_EXCEEDED, "Timeout", shared.Timeout())
+    return _status(Status.DEADLINE_EXCEEDED, "Timeout", shared.Timeout())
 
 
-def _status(code: Code, message: str, details: Any) -> Any:
+def _status(code: Status, message: str, details: Any) -> Any:
     details_any = any_pb2.Any()
     details_any.Pack(details)
     return status.Status(code=int(code), message=message, details=details_any)  # type: ignore[arg-type]

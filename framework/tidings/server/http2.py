@@ -30,7 +30,7 @@ from hyperframe.frame import GoAwayFrame
 from tidings.server.calls import Call, Method
 from tidings.server.http2_stream import HEADERS, Gone, Stream, refusal_of, seconds_of, trailers_of
 from tidings.server.protocol import packed
-from tidings.server.refusals import Code, Refusal, thrown
+from tidings.server.refusals import Refusal, Status, thrown
 
 __all__ = ["Authenticate", "Connection"]
 
@@ -234,7 +234,7 @@ class Connection(asyncio.Protocol):
             path = headers.get(":path", "")
             method = self._methods.get(path)
             if method is None:
-                raise Refusal(Code.UNIMPLEMENTED, f"{path} is not supported by the Tidings server")
+                raise Refusal(Status.UNIMPLEMENTED, f"{path} is not supported by the Tidings server")
             stream.endless = method.endless
             call = Call(headers, self.peer, await self._authenticate(headers))
             seconds = seconds_of(headers.get("grpc-timeout", ""))
@@ -281,7 +281,7 @@ class Connection(asyncio.Protocol):
                 try:
                     request = parse(message)
                 except Exception:  # protobuf's own DecodeError, which each of its implementations has elsewhere
-                    raise Refusal(Code.INTERNAL, "Failed to deserialize message") from None
+                    raise Refusal(Status.INTERNAL, "Failed to deserialize message") from None
                 yield request
             if stream.failure is not None:
                 raise stream.failure
@@ -390,7 +390,7 @@ class Connection(asyncio.Protocol):
 
 
 def _too_late() -> Refusal:
-    return Refusal(Code.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    return Refusal(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
 
-_LEAVING: Final = Refusal(Code.UNAVAILABLE, "Server Is Not Ready")
+_LEAVING: Final = Refusal(Status.UNAVAILABLE, "Server Is Not Ready")

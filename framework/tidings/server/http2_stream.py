@@ -11,7 +11,7 @@ import structlog
 
 from tidings.errors import StoreError
 from tidings.server.calls import FRAME_LIMIT
-from tidings.server.refusals import Code, Refusal, of_store_error, thrown
+from tidings.server.refusals import Refusal, Status, of_store_error, thrown
 from tidings.server.wire import Malformed
 
 __all__ = ["HEADERS", "Gone", "Stream", "refusal_of", "seconds_of", "trailers_of"]
@@ -56,10 +56,10 @@ class Stream:
             size = int.from_bytes(buffer[at + 1 : at + 5])
             if size > FRAME_LIMIT:
                 details = f"Received message larger than max ({size} vs. {FRAME_LIMIT})"
-                self.failure = Refusal(Code.RESOURCE_EXHAUSTED, details)
+                self.failure = Refusal(Status.RESOURCE_EXHAUSTED, details)
             elif buffer[at]:
                 self.failure = Refusal(
-                    Code.UNIMPLEMENTED, "compressed messages are not supported: send them as they are"
+                    Status.UNIMPLEMENTED, "compressed messages are not supported: send them as they are"
                 )
             elif len(buffer) - at < 5 + size:
                 break

@@ -14,7 +14,7 @@ from tidings.server.group_settings import ALL
 from tidings.server.links import Linker
 from tidings.server.log import ServedLog
 from tidings.server.protocol import packed, projections, shared, struct_pb2
-from tidings.server.refusals import Code, Refusal, thrown, unimplemented
+from tidings.server.refusals import Refusal, Status, thrown, unimplemented
 from tidings.server.security import Access
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
@@ -97,7 +97,7 @@ class Projections:
         try:
             return self._known[name]
         except KeyError:
-            raise Refusal(Code.NOT_FOUND, f"Projection '{name}' was not found.") from None
+            raise Refusal(Status.NOT_FOUND, f"Projection '{name}' was not found.") from None
 
     # ---- changes
 
@@ -119,7 +119,7 @@ class Projections:
             raise thrown()
         async with self._changing:
             if projection.name in self._known:
-                raise Refusal(Code.UNKNOWN, "Envelope callback expected Updated, received Conflict instead")
+                raise Refusal(Status.UNKNOWN, "Envelope callback expected Updated, received Conflict instead")
             self._known[projection.name] = projection
             await self._save()
         return projections.CreateResp()
@@ -140,7 +140,7 @@ class Projections:
             projection = self._named(request.options.name)
             # Without a query it cannot run, whatever was asked of it.
             if (projection.running and projection.query) or projection.name in SYSTEM:
-                raise Refusal(Code.UNKNOWN, "Envelope callback expected Updated, received OperationFailed instead")
+                raise Refusal(Status.UNKNOWN, "Envelope callback expected Updated, received OperationFailed instead")
             del self._known[projection.name]
             await self._save()
         return projections.DeleteResp()

@@ -5,13 +5,12 @@ The texts are EventStoreDB's own, because clients tell errors apart by them.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 from tidings.errors import StoreError, StoreUnavailable, StreamDeleted
 from tidings.stores import APPEND_LIMIT
+from tidings.stores.grpc_call import Status
 
 __all__ = [
-    "Code",
+    "Status",
     "Refusal",
     "access_denied",
     "group_dropped",
@@ -31,32 +30,10 @@ __all__ = [
 ]
 
 
-class Code(IntEnum):
-    """gRPC's status codes."""
-
-    OK = 0
-    CANCELLED = 1
-    UNKNOWN = 2
-    INVALID_ARGUMENT = 3
-    DEADLINE_EXCEEDED = 4
-    NOT_FOUND = 5
-    ALREADY_EXISTS = 6
-    PERMISSION_DENIED = 7
-    RESOURCE_EXHAUSTED = 8
-    FAILED_PRECONDITION = 9
-    ABORTED = 10
-    OUT_OF_RANGE = 11
-    UNIMPLEMENTED = 12
-    INTERNAL = 13
-    UNAVAILABLE = 14
-    DATA_LOSS = 15
-    UNAUTHENTICATED = 16
-
-
 class Refusal(Exception):
     """Ends a call with a status other than OK. Trailers are sent as ASCII; what is not becomes escapes."""
 
-    def __init__(self, code: Code, details: str, **trailers: str | int) -> None:
+    def __init__(self, code: Status, details: str, **trailers: str | int) -> None:
         self.code = code
         self.details = details
         self.trailers = [
@@ -68,23 +45,23 @@ class Refusal(Exception):
 
 def thrown() -> Refusal:
     """The answer to a request that makes no sense: EventStoreDB's handler throws, and says no more than that."""
-    return Refusal(Code.UNKNOWN, "Exception was thrown by handler.")
+    return Refusal(Status.UNKNOWN, "Exception was thrown by handler.")
 
 
 def unknown(kind: str, result: str) -> Refusal:
-    return Refusal(Code.UNKNOWN, f"Unexpected {kind}: {result}")
+    return Refusal(Status.UNKNOWN, f"Unexpected {kind}: {result}")
 
 
 def invalid_argument(details: str) -> Refusal:
-    return Refusal(Code.INVALID_ARGUMENT, details)
+    return Refusal(Status.INVALID_ARGUMENT, details)
 
 
 def unimplemented(what: str) -> Refusal:
-    return Refusal(Code.UNIMPLEMENTED, f"{what} is not supported by the Tidings server")
+    return Refusal(Status.UNIMPLEMENTED, f"{what} is not supported by the Tidings server")
 
 
 def access_denied() -> Refusal:
-    return Refusal(Code.PERMISSION_DENIED, "Access Denied", exception="access-denied")
+    return Refusal(Status.PERMISSION_DENIED, "Access Denied", exception="access-denied")
 
 
 # ---- streams -----------------------------------------------------------------------
@@ -92,7 +69,7 @@ def access_denied() -> Refusal:
 
 def stream_deleted(stream: str) -> Refusal:
     return Refusal(
-        Code.FAILED_PRECONDITION,
+        Status.FAILED_PRECONDITION,
         f"Event stream '{stream}' is deleted.",
         exception="stream-deleted",
         stream_name=stream,
@@ -102,7 +79,7 @@ def stream_deleted(stream: str) -> Refusal:
 def wrong_version(operation: str, stream: str, expected: int, actual: int) -> Refusal:
     """`expected` as EventStoreDB numbers it: -1 no stream, -2 any, -4 an existing stream."""
     return Refusal(
-        Code.FAILED_PRECONDITION,
+        Status.FAILED_PRECONDITION,
         f"{operation} failed due to WrongExpectedVersion. "
         f"Stream: {stream}, Expected version: {expected}, Actual version: {actual}",
         exception="wrong-expected-version",
@@ -114,7 +91,7 @@ def wrong_version(operation: str, stream: str, expected: int, actual: int) -> Re
 
 def too_large() -> Refusal:
     return Refusal(
-        Code.INVALID_ARGUMENT,
+        Status.INVALID_ARGUMENT,
         f"Maximum Append Size of {APPEND_LIMIT} Exceeded.",
         exception="maximum-append-size-exceeded",
         maximum_append_size=APPEND_LIMIT,
@@ -123,7 +100,7 @@ def too_large() -> Refusal:
 
 def missing_metadata(name: str) -> Refusal:
     return Refusal(
-        Code.INVALID_ARGUMENT,
+        Status.INVALID_ARGUMENT,
         f"Required Metadata Property '{name}' is missing",
         exception="missing-required-metadata-property",
         required_metadata_properties="type,content-type",
@@ -135,14 +112,14 @@ def of_store_error(error: StoreError) -> Refusal:
     if isinstance(error, StreamDeleted):
         return stream_deleted(error.stream)
     if isinstance(error, StoreUnavailable):
-        return Refusal(Code.UNAVAILABLE, str(error))
+        return Refusal(Status.UNAVAILABLE, str(error))
     return thrown()
 
 
 # ---- persistent subscriptions ------------------------------------------------------
 
 
-def _group(code: Code, details: str, exception: str, stream: str, group: str, **more: str) -> Refusal:
+def _group(code: Status, details: str, exception: str, stream: str, group: str, **more: str) -> Refusal:
     return Refusal(
         code, details, exception=f"persistent-subscription-{exception}", stream_name=stream, group_name=group, **more
     )
@@ -150,27 +127,27 @@ def _group(code: Code, details: str, exception: str, stream: str, group: str, **
 
 def group_missing(stream: str, group: str) -> Refusal:
     details = f"Subscription group {group} on stream {stream} does not exist."
-    return _group(Code.NOT_FOUND, details, "does-not-exist", stream, group)
+    return _group(Status.NOT_FOUND, details, "does-not-exist", stream, group)
 
 
 def group_exists(stream: str, group: str) -> Refusal:
     details = f"Subscription group {group} on stream {stream} exists."
-    return _group(Code.ALREADY_EXISTS, details, "exists", stream, group)
+    return _group(Status.ALREADY_EXISTS, details, "exists", stream, group)
 
 
 def group_failed(stream: str, group: str, reason: str) -> Refusal:
     details = f"Subscription group {group} on stream {stream} failed: '{reason}'"
-    return _group(Code.INTERNAL, details, "failed", stream, group, reason=reason)
+    return _group(Status.INTERNAL, details, "failed", stream, group, reason=reason)
 
 
 def group_dropped(stream: str, group: str) -> Refusal:
     details = f"Subscription group {group} on stream {stream} was dropped."
-    return _group(Code.CANCELLED, details, "dropped", stream, group)
+    return _group(Status.CANCELLED, details, "dropped", stream, group)
 
 
 def group_full(stream: str, group: str) -> Refusal:
     return Refusal(
-        Code.FAILED_PRECONDITION,
+        Status.FAILED_PRECONDITION,
         f"Maximum subscriptions reached for subscription group {group} on stream {stream}.",
         exception="maximum-subscribers-reached",
         stream_name=stream,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tidings.errors import ConfigurationError, StreamDeleted, StreamNotFound
-from tidings.server.refusals import Code, Refusal, access_denied
+from tidings.server.refusals import Refusal, Status, access_denied
 from tidings.stores import OCTETS, EventData
 from tidings.stores.rules import document_of
 from tidings.stores.sqlite import SqliteStore
@@ -191,7 +191,7 @@ class Access:
             name = password = ""
         user = self._users.get(name, _NOBODY)
         if scheme.lower() != "basic" or not await asyncio.to_thread(user.has, password):
-            raise Refusal(Code.UNAUTHENTICATED, "Unauthenticated")
+            raise Refusal(Status.UNAUTHENTICATED, "Unauthenticated")
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
         self._known[digest] = name

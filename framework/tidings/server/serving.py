@@ -20,7 +20,7 @@ from tidings.server.group_service import PersistentSubscriptions
 from tidings.server.http2 import Connection
 from tidings.server.log import ServedLog
 from tidings.server.projections import Projections
-from tidings.server.refusals import Code, Refusal
+from tidings.server.refusals import Refusal, Status
 from tidings.server.security import DEFAULT_PASSWORD, Access, generated_certificate, is_loopback, tls_context
 from tidings.server.streams import Streams
 from tidings.stores.sqlite import SqliteStore, open_sqlite
@@ -215,7 +215,7 @@ class EventStoreServer:
         except TimeoutError:
             pass
         for connection in list(self._connections):
-            connection.drop(Refusal(Code.UNAVAILABLE, "Server Is Not Ready"))
+            connection.drop(Refusal(Status.UNAVAILABLE, "Server Is Not Ready"))
 
 
 async def _begin_log(store: SqliteStore) -> None:

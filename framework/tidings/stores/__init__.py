@@ -41,6 +41,7 @@ __all__ = [
     "StreamMetadata",
     "StreamState",
     "check_stream_name",
+    "check_text",
     "describe",
 ]
 
@@ -189,6 +190,15 @@ def check_stream_name(stream: str) -> None:
     """Raise `InvalidStreamName` for a name that EventStoreDB refuses: empty, or `$$` with nothing behind it."""
     if not stream or stream == "$$":
         raise InvalidStreamName(f"{stream!r} is not a stream name: give at least one character (behind '$$', too)")
+
+
+def check_text(text: str) -> None:
+    """Raise `InvalidStreamName` for a stream or type that UTF-8 cannot express."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidStreamName(f"{text!r} has characters that UTF-8 cannot express (lone surrogates)") from error
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from tidings.stores import (
     Filter,
     RecordedEvent,
     check_stream_name,
+    check_text,
     describe,
 )
 from tidings.stores.eventstoredb_protos import StreamState, shared_pb2, streams_pb2
@@ -84,15 +85,7 @@ class Undecided(Exception):
 def check(stream: str) -> None:
     """Raise `InvalidStreamName` for a name that cannot be sent."""
     check_stream_name(stream)
-    _check_text(stream)
-
-
-def _check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidStreamName(f"{text!r} has characters that UTF-8 cannot express (lone surrogates)") from error
+    check_text(stream)
 
 
 def check_events(stream: str, events: Sequence[EventData]) -> int:
@@ -107,8 +100,8 @@ def check_events(stream: str, events: Sequence[EventData]) -> int:
             raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
         if type(event.data) is not bytes or type(event.metadata) is not bytes:
             raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
-        _check_text(event.type)
-        _check_text(event.content_type)
+        check_text(event.type)
+        check_text(event.content_type)
         whole += event.size + len(event.content_type) + OVERHEAD
     if whole > EVENT_LIMIT:
         raise EventTooLarge(stream, whole, EVENT_LIMIT)
@@ -174,7 +167,7 @@ def _conditions(filter: Filter) -> _Options.FilterOptions | None:
     """What of the filter the server evaluates: it looks at the stream's name or at the type, not at both."""
     included, excluded = filter.stream_prefixes, filter.exclude_stream_prefixes
     for text in (*filter.types, *included, *excluded):
-        _check_text(text)
+        check_text(text)
     conditions = _Options.FilterOptions(max=WINDOW, checkpointIntervalMultiplier=1)
     expression = _Options.FilterOptions.Expression
     if included and not excluded:

@@ -39,6 +39,7 @@ from tidings.stores import (
     RecordedEvent,
     StreamMetadata,
     check_stream_name,
+    check_text,
 )
 from tidings.stores import sqlite_log as reading
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
@@ -182,7 +183,7 @@ class SqliteStore:
                 raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
             if type(event.data) is not bytes or type(event.metadata) is not bytes:
                 raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
-            _check_text(event.type)
+            check_text(event.type)
         _check_stream(stream)
         if size > APPEND_LIMIT:
             raise EventTooLarge(stream, size, APPEND_LIMIT)
@@ -389,18 +390,10 @@ class SqliteStore:
 
 def _check_stream(stream: str) -> None:
     check_stream_name(stream)
-    _check_text(stream)
-
-
-def _check_text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidStreamName(f"{text!r} has characters that UTF-8 cannot express (lone surrogates)") from error
+    check_text(stream)
 
 
 def _condition(filter: Filter) -> tuple[str, tuple[str, ...]]:
     for text in (*filter.types, *filter.stream_prefixes, *filter.exclude_stream_prefixes):
-        _check_text(text)
+        check_text(text)
     return reading.condition_of(filter)
