@@ -10,6 +10,7 @@ from uuid import UUID
 from pydantic import ValidationError
 from pydantic_core import to_json
 
+from tidings.documents import check, parse
 from tidings.errors import ConfigurationError, SchemaError, UnknownEventType, UpcastMissing
 from tidings.events import Event
 from tidings.position import NESTING, deep
@@ -86,8 +87,8 @@ def read_metadata(event: RecordedEvent) -> dict[str, Any]:
     if not event.metadata:
         return {}
     try:
-        document = json.loads(event.metadata)
-    except (ValueError, RecursionError):
+        document = parse(event.metadata)
+    except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
 
@@ -103,6 +104,10 @@ def decode(event: RecordedEvent, view: type[E], metadata: Mapping[str, Any] | No
     where = f"event {event.type!r} at {event.stream}@{event.version} (position {event.position})"
     if type(written) is not int or written < 1:
         raise SchemaError(f"{where}: its metadata's schemaVersion is no version number")
+    try:
+        check(event.data)
+    except ValueError as error:
+        raise SchemaError(f"{where}: its data cannot be read: {error}") from None
     try:
         if written == view.schema_version:
             return view.model_validate_json(event.data)
@@ -132,8 +137,8 @@ def _message(problem: Mapping[str, Any]) -> str:
 def _lift(event: RecordedEvent, view: type[Event], written: int, where: str) -> bytes:
     """The event's data as the current version writes it: JSON again, so that old and new are validated alike."""
     try:
-        document = json.loads(event.data)
-    except (ValueError, RecursionError) as error:
+        document = parse(event.data)
+    except ValueError as error:
         raise SchemaError(f"{where}: its data is not JSON") from error
     for version in range(written, view.schema_version):
         step = view.upcasters.get(version)

@@ -21,6 +21,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from tidings.errors import ConfigurationError
+from tidings.printable import plain, plain_lines
 
 if TYPE_CHECKING:
     from tidings.context import Context
@@ -30,6 +31,8 @@ __all__ = ["bind_handling", "configure_logging", "masked"]
 _LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 _THEIR_OWN: Final = ("uvicorn", "uvicorn.error", "uvicorn.access")
 """Loggers that come with handlers of their own, and keep what they log from the root."""
+_TALKATIVE: Final = ("hpack",)
+"""Below INFO they say, and show, every header of every call."""
 
 
 def configure_logging(*, json: bool | None = None, level: str = "info", stream: TextIO | None = None) -> None:
@@ -60,7 +63,7 @@ def configure_logging(*, json: bool | None = None, level: str = "info", stream: 
         columns = ConsoleRenderer(
             colors=terminal and not os.environ.get("NO_COLOR"), exception_formatter=plain_traceback
         )
-        rendering = [format_exc_info, _mask, columns]
+        rendering = [format_exc_info, _mask, _escape, columns]
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         ProcessorFormatter(foreign_pre_chain=facts, processors=[ProcessorFormatter.remove_processors_meta, *rendering])
@@ -72,6 +75,8 @@ def configure_logging(*, json: bool | None = None, level: str = "info", stream: 
         theirs = logging.getLogger(name)
         theirs.handlers.clear()
         theirs.propagate = True
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(number, logging.INFO))
     logging.captureWarnings(True)
     structlog.configure(
         processors=[*facts, ProcessorFormatter.wrap_for_formatter],
@@ -118,6 +123,18 @@ def _redacted(word: str) -> str:
 
 def _mask(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:
     return {key: masked(value) for key, value in entry.items()}
+
+
+def _escape(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:
+    """What an event or a peer wrote must neither steer the terminal nor look like an entry of its own. Only texts: of
+    anything else the renderer shows the `repr`."""
+    return {
+        plain(key): (plain_lines if key in _IN_LINES else plain)(value) if isinstance(value, str) else value
+        for key, value in entry.items()
+    }
+
+
+_IN_LINES: Final = ("exception", "stack")
 
 
 # structlog's own variables, taken once from what it hands out: setting them costs 0.9 µs per event, going through

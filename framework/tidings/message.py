@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+from tidings.documents import parse
 from tidings.errors import MalformedMessage
-from tidings.position import BUCKETS, bucket_of, partition_key
+from tidings.position import BUCKETS, RESERVED, bucket_of, partition_key
 from tidings.stores import EPOCH, JSON, OCTETS, RecordedEvent
 
 __all__ = ["BODY_LIMIT", "MARKER", "Marker", "Message", "Stamped", "decode", "encode"]
@@ -107,7 +108,7 @@ def decode(message: Message) -> Stamped:
     if previous >= position:
         raise MalformedMessage(f"header 'tidings-previous' is {previous}, not below the position {position}")
     bucket = _integer(headers, "tidings-bucket", 0, BUCKETS - 1)
-    stream = _text(headers, "cloudEvents_subject")
+    stream = _name(headers, "cloudEvents_subject")
     key = _text(headers, "cloudEvents_partitionkey")
     if bucket_of(key) != bucket:
         raise MalformedMessage(
@@ -124,7 +125,7 @@ def decode(message: Message) -> Stamped:
         position=position,
         stream=stream,
         version=_integer(headers, "tidings-version", 0),
-        type=_text(headers, "cloudEvents_type"),
+        type=_name(headers, "cloudEvents_type"),
         data=message.body,
         metadata=bytes(metadata),
         is_json=message.content_type == JSON,
@@ -163,18 +164,18 @@ class Marker(NamedTuple):
         if len(message.body) > 64 * BUCKETS:
             raise MalformedMessage(f"a marker of {len(message.body)} bytes is none of ours")
         try:
-            body = json.loads(message.body)
-            touched = {int(bucket): _integer(body["touched"], bucket, 0) for bucket in body["touched"]}
-            if not all(0 <= bucket < BUCKETS for bucket in touched):
-                raise MalformedMessage("a marker names a bucket that does not exist")
+            body = parse(message.body)
+            touched = {_BUCKETS[bucket]: _integer(body["touched"], bucket, 0) for bucket in body["touched"]}
             return cls(_uuid(body, "log"), _integer(body, "position", -1), _integer(body, "base", -1), touched)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MalformedMessage(
                 f"a marker's body cannot be read: {type(error).__name__} {_shown(str(error))}"
             ) from error
 
 
 _BIGGEST: Final = 2**63 - 1
+_BUCKETS: Final = {str(bucket): bucket for bucket in range(BUCKETS)}
+"""Each in the one way in which markers write it."""
 
 
 def _integer(values: Mapping[str, Any], name: str, low: int, high: int = _BIGGEST) -> int:
@@ -190,7 +191,19 @@ def _text(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not value:
         raise MalformedMessage(f"{name!r} is {_shown(value)}, not a text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise MalformedMessage(f"{name!r} is {_shown(value)}, which UTF-8 cannot express") from None
     return value
+
+
+def _name(values: Mapping[str, Any], name: str) -> str:
+    text = _text(values, name)
+    if text.startswith(RESERVED):
+        raise MalformedMessage(f"{name!r} is {_shown(text)}: names that begin so are reserved, and never carried")
+    return text
 
 
 def _uuid(values: Mapping[str, Any], name: str) -> UUID:

@@ -84,6 +84,13 @@ async def test_another_host_than_the_certificate_is_for_is_named(server: EventSt
         await refused(url(server, TlsCaFile=other.certificate), "certificate is refused")
 
 
+async def test_a_host_that_the_certificate_does_not_name_is_named(server: EventStoreServer) -> None:
+    """It is for localhost and 127.0.0.1; 127.0.0.2 leads to the same machine."""
+    async with EventStoreServer(host="0.0.0.0", tls=True, users={"admin": SECRET}) as everywhere:
+        elsewhere = url(everywhere).replace("@localhost", "@127.0.0.2")
+        await refused(elsewhere, "certificate is refused.*its host must be one that the certificate is for")
+
+
 async def test_tls_on_one_side_only_is_named(server: EventStoreServer) -> None:
     async with opened(f"esdb://localhost:{server.port}?Tls=false&DefaultDeadline=1") as store:
         with pytest.raises(StoreUnavailable, match="does it want TLS"):
@@ -98,6 +105,9 @@ async def test_tls_on_one_side_only_is_named(server: EventStoreServer) -> None:
     [
         ("esdb://host:2113", "Username and password are required"),
         ("esdb://host:2113?Tls=maybe", "maybe"),
+        ("esdb://a:b@host:2113?TlsVerifyCert=false", "always verified"),
+        ("esdb://a:b@host:2113?tls=true&tlsverifycert=False&TlsVerifyCert=true", "always verified"),
+        ("esdb+discover://a:b@host?tlsVerifyCert=", "always verified"),
         ("esdb://host:2113?Tls=false&Unknown=1", "UNKNOWN"),
         ("esdb://?Tls=false", "No targets"),
         ("esdb+discover://a,b?Tls=false", "More than one target"),

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from tidings.dead import DeadLetter, DeadLetters
     from tidings.service import Service
 
-__all__ = ["app"]
+__all__ = ["app", "confirmed"]
 
 app = typer.Typer(no_args_is_help=True, help="Events that a service gave up: list, show, retry, drop.")
 
 MOST = 100_000
 """Dead letters that --all takes at once."""
+BIGGEST = 2**63 - 1
+"""What a database's integers hold."""
 
 Of = Annotated[
     str | None,
@@ -35,7 +37,7 @@ Of = Annotated[
         "--service", "-s", metavar="MODULE:SERVICE", help="Or its name; by default the only one of TIDINGS_SERVICES."
     ),
 ]
-Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", help="As 'dead list' shows them.")]
+Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", min=1, max=BIGGEST, help="As 'dead list' shows them.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter of the service.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")]
 
@@ -44,7 +46,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where
 @answering
 async def list_(
     services: Targets = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many of each service.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=BIGGEST, help="At most so many of each service.")] = 100,
     json: Json = False,
 ) -> int:
     """List the dead letters of services, oldest first."""
@@ -71,7 +73,7 @@ async def list_(
 @app.command()
 @answering
 async def show(
-    id: Annotated[int, typer.Argument(metavar="ID", help="As 'dead list' shows it.")],
+    id: Annotated[int, typer.Argument(metavar="ID", min=1, max=BIGGEST, help="As 'dead list' shows it.")],
     service: Of = None,
     json: Json = False,
 ) -> int:
@@ -133,7 +135,7 @@ async def _act(
         count = 0
         if chosen:
             existing = _existing(letters)
-            if not _confirmed(f"{verb.capitalize()} {len(chosen)} of the dead letters of {service.name}?", yes):
+            if not confirmed(f"{verb.capitalize()} {len(chosen)} of the dead letters of {service.name}?", yes):
                 print("Nothing was changed.", file=sys.stderr)
                 return NO
             count = await (existing.retry(chosen) if verb == "retry" else existing.drop(chosen))
@@ -145,7 +147,8 @@ async def _act(
     return OK
 
 
-def _confirmed(question: str, yes: bool) -> bool:
+def confirmed(question: str, yes: bool) -> bool:
+    """A person says yes, now or with --yes. Raises `Refused` where nobody can answer."""
     if yes:
         return True
     if not sys.stdin.isatty():

@@ -27,6 +27,7 @@ from tidings.errors import (
     StoreUnavailable,
     TidingsError,
 )
+from tidings.printable import plain_lines
 from tidings.settings import DEBUG
 from tidings.supervision import leading
 
@@ -85,7 +86,7 @@ def complain(error: BaseException) -> int:
     error = leading(error)
     code = _code(error)
     if os.environ.get(DEBUG) and not isinstance(error, typer.Abort):
-        traceback.print_exception(error)
+        print(plain_lines("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     elif code == DEFECT:
         # What a library says may have many lines: its last one is not better than its first.
         said = str(error).strip().partition("\n")[0]

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import typer
 
+from tidings.documents import parse
 from tidings.printable import plain
 from tidings.stores import RecordedEvent
 
@@ -86,8 +87,8 @@ def _simple(value: object) -> object:
 def _document(content: bytes) -> object:
     """Parsed JSON; what is none is told apart from it as {"base64": ...}."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return parse(content)
+    except ValueError:
         return {"base64": base64.b64encode(content).decode("ascii")}
 
 
@@ -134,9 +135,9 @@ def document_lines(name: str, content: bytes, *, is_json: bool = True) -> list[s
 def _text(content: bytes, is_json: bool) -> list[str]:
     if is_json:
         try:
-            document = json.dumps(json.loads(content), indent=2, ensure_ascii=False)
+            document = json.dumps(parse(content), indent=2, ensure_ascii=False)
             return [plain(line) for line in document.split("\n")]
-        except (ValueError, RecursionError):
+        except ValueError:
             pass
     try:
         return [plain(line) for line in content.decode().split("\n")]

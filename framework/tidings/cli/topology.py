@@ -1,18 +1,28 @@
-"""`tidings topology`: what the bus must have for these services, and what it has. It deletes nothing."""
+"""`tidings topology`: what the bus must have for these services, and what it has; users for it. It deletes nothing."""
 
 from __future__ import annotations
 
+import json as json_
+import os
+import secrets as random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tidings.buses import Found, Subscription
 from tidings.cli.exits import NO, OK, USAGE, Refused, answering
 from tidings.cli.find import find_services
-from tidings.cli.output import Json, columns, facts, say
+from tidings.cli.looking import subscriptions_of
+from tidings.cli.output import Json, columns, facts, plain, say
 from tidings.cli.settled import Targets
 from tidings.errors import TopologyMismatch
 from tidings.settings import Settings, open_bus, redact
+
+if TYPE_CHECKING:
+    from tidings.service import Service
 
 __all__ = ["app"]
 
@@ -25,7 +35,7 @@ _PLAN = {"missing": "make", "fits": "keep", "differs": "delete it by hand, then 
 @answering
 async def plan(services: Targets = None, json: Json = False) -> int:
     """Show what is needed, what is there, and what 'apply' would do."""
-    _show(await _found(*_chosen(services)), json)
+    _show(await _found(*await _needed(services)), json)
     return OK
 
 
@@ -33,7 +43,7 @@ async def plan(services: Targets = None, json: Json = False) -> int:
 @answering
 async def diff(services: Targets = None, json: Json = False) -> int:
     """Show only what is missing or differs; exit code 1 when anything does."""
-    found = [thing for thing in await _found(*_chosen(services)) if thing.state != "fits"]
+    found = [thing for thing in await _found(*await _needed(services)) if thing.state != "fits"]
     _show(found, json)
     if not found and not json:
         say("No differences.")
@@ -48,7 +58,7 @@ async def apply(services: Targets = None, json: Json = False) -> int:
     What exists with other properties is left alone and named (exit code 1). Services and relay do the same when they
     start.
     """
-    settings, subscriptions = _chosen(services)
+    settings, subscriptions = await _needed(services)
     async with open_bus(settings.bus) as bus:
         for subscription in subscriptions:
             try:
@@ -60,7 +70,61 @@ async def apply(services: Targets = None, json: Json = False) -> int:
     return OK if all(thing.state == "fits" for thing in found) else NO
 
 
-def _chosen(targets: Sequence[str] | None) -> tuple[Settings, list[Subscription]]:
+@app.command()
+@answering
+async def export(
+    services: Targets = None,
+    relay: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A relay's name; by default 'main'.")] = None,
+    secrets: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Passwords, a JSON object by user; those it lacks are made and added."),
+    ] = None,
+) -> int:
+    """Print RabbitMQ definitions: a user for each service and relay who may do only what it needs, and the exchanges.
+
+    'rabbitmqctl import_definitions FILE' takes them. They hold salted hashes; the passwords themselves are in the file
+    of --secrets alone, and without it nobody can log in before 'rabbitmqctl change_password USER'. Users are named as
+    their queues: tidings.SERVICE, tidings.relay.NAME. The vhost is that of TIDINGS_BUS, which need not answer.
+    """
+    settings, chosen = _chosen(services)
+    async with open_bus(settings.bus):  # complains of the URL, or of a missing package
+        from tidings.buses.rabbitmq import address_of
+        from tidings.buses.rabbitmq_permissions import definitions, relay_user, service_user
+
+    names, relays = [service.name for service in chosen], list(dict.fromkeys(relay or ("main",)))
+    users = [*map(relay_user, relays), *map(service_user, names)]
+    passwords = _passwords(secrets, users) if secrets is not None else {}
+    say(json_.dumps(definitions(address_of(settings.bus).vhost, names, relays, passwords), indent=2))
+    if secrets is None:
+        print("Imported like this, these users have no passwords; --secrets FILE makes some.", file=sys.stderr)
+    return OK
+
+
+def _passwords(file: Path, users: Sequence[str]) -> dict[str, str]:
+    """What the file has, and for whom it has nothing a new one, kept there before anybody hears of its hash."""
+    try:
+        known = json_.loads(file.read_bytes()) if file.exists() else {}
+        if not isinstance(known, dict) or not all(isinstance(word, str) and word for word in known.values()):
+            raise ValueError("it is no object of texts")
+        if missing := [user for user in users if user not in known]:
+            known |= {user: random.token_urlsafe(24) for user in missing}
+            fresh = file.with_name(f"{file.name}.new")
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as writing:
+                json_.dump(known, writing, indent=2)
+                writing.flush()
+                os.fsync(writing.fileno())
+            fresh.replace(file)
+    except (OSError, ValueError, RecursionError) as error:
+        # Never with a part of the file, which json's own errors do not quote either.
+        raise Refused(
+            USAGE,
+            f"the passwords in {str(file)!r} cannot be kept: {error}. Name a file that this user may write, with JSON "
+            'as {"tidings.order": "..."} in it, or none yet',
+        ) from error
+    return known
+
+
+def _chosen(targets: Sequence[str] | None) -> tuple[Settings, list[Service]]:
     settings = Settings()
     if settings.embedded_bus:
         raise Refused(
@@ -68,8 +132,12 @@ def _chosen(targets: Sequence[str] | None) -> tuple[Settings, list[Subscription]
             f"TIDINGS_BUS is {redact(settings.bus)}: such a bus lives in the process of its services, which make there "
             "what they need. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost",
         )
-    services = find_services(targets or (), settings)
-    return settings, [Subscription(service.name) for service in services.values()]
+    return settings, list(find_services(targets or (), settings).values())
+
+
+async def _needed(targets: Sequence[str] | None) -> tuple[Settings, list[Subscription]]:
+    settings, services = _chosen(targets)
+    return settings, [part for service in services for part in await subscriptions_of(settings, service)]
 
 
 async def _found(settings: Settings, subscriptions: Sequence[Subscription]) -> list[Found]:
@@ -91,4 +159,4 @@ def _show(found: Sequence[Found], json: bool) -> None:
             say(line)
     for thing in found:
         if thing.detail:
-            say(f"{thing.name}: {thing.detail}")
+            say(plain(f"{thing.name}: {thing.detail}"))  # what the broker says may quote others

@@ -188,7 +188,7 @@ class Access:
         try:
             name, _, password = base64.b64decode(credentials, validate=True).decode().partition(":")
         except (binascii.Error, UnicodeDecodeError):
-            name = password = ""
+            name = password = ""  # of nobody  # nosec B105
         user = self._users.get(name, _NOBODY)
         if scheme.lower() != "basic" or not await asyncio.to_thread(user.has, password):
             raise Refusal(Status.UNAUTHENTICATED, "Unauthenticated")

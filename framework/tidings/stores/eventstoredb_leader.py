@@ -13,7 +13,7 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final, NamedTuple, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 from uuid import UUID
 
 from tidings.errors import ConfigurationError, StoreError, StoreUnavailable
@@ -340,14 +340,27 @@ def _from_milliseconds(option: int | None, default: float) -> float:
 
 
 def _client(url: str) -> AsyncClient:
-    query = urlsplit(url).query
-    if not any(name.lower() == "gossiptimeout" for name in parse_qs(query)):
+    try:
+        parts = urlsplit(url)
+        options = [(name.lower(), value.lower()) for name, value in parse_qsl(parts.query, keep_blank_values=True)]
+    except ValueError as error:
+        raise ConfigurationError(f"TIDINGS_STORE cannot be meant: {error}") from None
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise ConfigurationError(  # an error of the client would quote what it takes for a port or an option
+            "TIDINGS_STORE cannot be meant: in user and password write '/' as %2F, '@' as %40, '#' as %23, '?' as %3F"
+        )
+    if any(name == "tlsverifycert" and value != "true" for name, value in options):
+        raise ConfigurationError(
+            "TIDINGS_STORE has the option tlsVerifyCert: certificates are always verified, because whoever is between "
+            "could read and forge everything otherwise. For your own authority name its certificate: tlsCaFile=..."
+        )
+    if "gossiptimeout" not in dict(options):
         # A paused node answers no gossip: five seconds for each would use up what a search may take.
-        url += ("&" if query else "?") + "GossipTimeout=1"
+        url += ("&" if parts.query else "?") + "GossipTimeout=1"
     try:
         return AsyncClient(url)
     except ValueError as error:
-        text = re.sub(r":? ?[a-z+]+://\S+", "", str(error))  # it repeats the URL with the password
+        text = re.split(r":? ?[\w+]*://", str(error))[0]  # it repeats the URL with the password
         raise ConfigurationError(f"TIDINGS_STORE cannot be meant: {text}") from None
     except OSError as error:
         raise ConfigurationError(f"TIDINGS_STORE names a file that cannot be read: {error}") from error

@@ -274,14 +274,15 @@ def _padded(items: list[T], filler: T) -> Iterator[tuple[int, list[T]]]:
         yield count, piece + [filler] * (count - len(piece))
 
 
+# Only numbers of placeholders are formatted into these.
 _LAST: Final = {
-    count: f"WITH wanted (stream) AS (VALUES {', '.join(['(?)'] * count)}) SELECT wanted.stream, "
+    count: f"WITH wanted (stream) AS (VALUES {', '.join(['(?)'] * count)}) SELECT wanted.stream, "  # nosec
     "coalesce((SELECT max(version) FROM log WHERE log.stream = wanted.stream), -1) FROM wanted"
     for count in _ROWS
 }
 # The first recording of an id is the one that counts.
 _FIND: Final = {
-    count: f"WITH wanted (stream, id) AS (VALUES {', '.join(['(?, ?)'] * count)}) "
+    count: f"WITH wanted (stream, id) AS (VALUES {', '.join(['(?, ?)'] * count)}) "  # nosec
     "SELECT log.stream, log.id, log.version, min(log.position) FROM wanted CROSS JOIN log "
     "ON log.stream = wanted.stream AND log.id = wanted.id WHERE log.position > ? GROUP BY log.stream, log.id"
     for count in _ROWS

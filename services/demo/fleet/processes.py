@@ -187,7 +187,7 @@ def _guard() -> subprocess.Popen[bytes]:
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that nobody has, below those that clients get: one stays free over a restart."""
     found: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 200):
+    for port in random.sample(range(20_000, 32_000), 200):  # no secret  # nosec B311
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with suppress(OSError):
