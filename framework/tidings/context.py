@@ -33,10 +33,17 @@ class Emission(NamedTuple):
 class Context:
     """Injected by annotation. One per event and attempt."""
 
-    __slots__ = ("_count", "attempt", "emissions", "event", "handler", "log", "metadata", "service")
+    __slots__ = ("_count", "attempt", "emissions", "event", "handler", "log", "metadata", "replayed", "service")
 
     def __init__(
-        self, service: str, handler: str, log: UUID, event: RecordedEvent, metadata: dict[str, Any], attempt: int
+        self,
+        service: str,
+        handler: str,
+        log: UUID,
+        event: RecordedEvent,
+        metadata: dict[str, Any],
+        attempt: int,
+        replayed: bool = False,
     ) -> None:
         self.service = service
         self.handler = handler
@@ -47,6 +54,9 @@ class Context:
         """The event's whole metadata document, the user's keys among them."""
         self.attempt = attempt
         """1 for the first attempt; counted since the process joined."""
+        self.replayed = replayed
+        """The service had settled this event before a replay sent it back. False for one that had been held or dead
+        until then, because it was never done."""
         self.emissions: list[Emission] = []
         self._count = 0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -20,6 +22,7 @@ from tidings.settings import redact
 
 __all__ = [
     "Database",
+    "begun",
     "connected",
     "dead",
     "file_of",
@@ -30,24 +33,46 @@ __all__ = [
     "metadata",
     "open_database",
     "outages",
+    "partitions",
     "prepared",
+    "replays",
     "staged",
     "waits_for_itself",
     "watermarks",
 ]
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 """Version of the tables below."""
 
 _UPGRADES: Final = {
     1: (
-        "ALTER TABLE tidings_dead ADD COLUMN partition_key TEXT",
-        "ALTER TABLE tidings_dead ADD COLUMN holds_key BOOLEAN DEFAULT false NOT NULL",
-    )
+        ("tidings_dead", "partition_key", "TEXT"),
+        ("tidings_dead", "holds_key", "BOOLEAN DEFAULT false NOT NULL"),
+    ),
+    2: (
+        ("tidings_floors", "active", "VARCHAR(36)"),
+        ("tidings_floors", "asked", "VARCHAR(36)"),
+        ("tidings_watermarks", "replays", "INTEGER DEFAULT 0 NOT NULL"),
+        ("tidings_held", "replayed", "BOOLEAN DEFAULT false NOT NULL"),
+        ("tidings_dead", "replayed", "BOOLEAN DEFAULT false NOT NULL"),
+    ),
 }
-"""From each older version to the next; tables that are missing are made before."""
+"""Columns that each older version lacks; tables that are missing are made whole before."""
+
+_FORMER_INDEXES: Final = ("tidings_held_by_key", "tidings_held_by_due")
 
 metadata = sa.MetaData()
+
+
+class _Moment(sa.TypeDecorator[datetime]):
+    """SQLite forgets that it was given UTC."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return value if value is None or value.tzinfo is not None else value.replace(tzinfo=UTC)
+
 
 _NAME = sa.String(100)
 _LOG = sa.String(36)
@@ -59,7 +84,18 @@ watermarks = sa.Table(
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("replays", sa.Integer, nullable=False, server_default="0", comment="how often it was sent back"),
     comment="Per bucket: position of the last event whose effects are committed",
+)
+
+replays = sa.Table(
+    "tidings_replay",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("upto", sa.BigInteger, nullable=False),
+    comment="Per bucket: how far it had been settled when a replay sent it back; no replay lowers it",
 )
 
 floors = sa.Table(
@@ -70,7 +106,31 @@ floors = sa.Table(
     sa.Column("first_bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("last_bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("active", sa.String(36), comment="process at work on the range; null after a clean end"),
+    sa.Column("asked", sa.String(36), comment="process that asks the one at work to give the range up"),
     comment="Per bucket range: everything up to here is settled",
+)
+
+begun = sa.Table(
+    "tidings_begun",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("bucket", sa.Integer, nullable=False),
+    sa.Column("times", sa.Integer, nullable=False),
+    comment="Events that are being handled, noted only after an unclean end",
+)
+
+partitions = sa.Table(
+    "tidings_partitions",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False, comment="rises by one with each resizing"),
+    sa.Column("rebound", sa.Integer, nullable=False, comment="epoch whose queues were made"),
+    sa.Column("former", sa.Integer, nullable=False, comment="largest count that there was"),
+    comment="Into how many partitions a service is divided; without a row, into one that was never resized",
 )
 
 _event_columns = (
@@ -112,10 +172,14 @@ held = sa.Table(
     sa.Column("due", sa.Double, nullable=False, comment="seconds since 1970"),
     sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message, or whom it waits for"),
     sa.Column("detail", sa.Text, comment="traceback of the last attempt"),
-    sa.Index("tidings_held_by_key", "service", "log", "key", "position"),
-    sa.Index("tidings_held_by_due", "service", "log", "due"),
+    sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
+    sa.Index("tidings_held_keys", "service", "log", "key", "position", "bucket", "attempts"),
     comment="Events that failed for now, and later events of their keys; they run again when they are due",
 )
+
+_failed: Final = held.c.attempts > sa.literal_column("0")
+# Without those that wait behind another: they are due as soon as it is gone, and may be many.
+sa.Index("tidings_held_failed", held.c.service, held.c.log, held.c.due, sqlite_where=_failed, postgresql_where=_failed)
 
 dead = sa.Table(
     "tidings_dead",
@@ -133,10 +197,18 @@ dead = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message"),
     sa.Column("detail", sa.Text, comment="traceback, or the headers of a message that could not be read"),
-    sa.Column("died_at", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("died_at", _Moment, nullable=False),
     sa.Column("partition_key", sa.Text, key="key"),
     sa.Column("holds_key", sa.Boolean, nullable=False, server_default=sa.false(), comment="later events wait for it"),
+    sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
     comment="Events and messages that this service gave up, whole, with the reason",
+)
+
+sa.Index(
+    "tidings_dead_holding",
+    *(dead.c.service, dead.c.log, dead.c.key, dead.c.position, dead.c.bucket),
+    sqlite_where=sa.text("holds_key = 1"),
+    postgresql_where=dead.c.holds_key,
 )
 
 _schema = sa.Table("tidings_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
@@ -189,8 +261,14 @@ class Database:
         self.engine = engine
         self.shown = shown
         """The URL without its password."""
+        file = engine.url.database if engine.dialect.name == "sqlite" else None
+        self.file = None if file in (None, "", ":memory:") or file.startswith("file:") else file
+        """Where it is a file of this machine."""
         self.one_writer = engine.dialect.name == "sqlite"
         """All transactions that write share one writer; elsewhere every lane may have its own."""
+        self.turn: AbstractAsyncContextManager[object] = asyncio.Lock() if self.one_writer else nullcontext()
+        """Around the transactions of dispatchers: a handler may hold the one writer for longer than those that wait
+        for it would bear."""
         level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
         self._writing = engine.execution_options(tidings_writing=True, **level)
         sa.event.listen(engine.sync_engine, "handle_error", _mark)
@@ -294,11 +372,11 @@ async def connected(url: str) -> AsyncIterator[Database]:
     shown = redact(url)
     try:
         parsed = make_url(url)
-        if parsed.drivername == "sqlite":
+        if parsed.drivername in ("sqlite", "sqlite+tidings"):
             from tidings import sqlite_dialect
 
             parsed = parsed.set(drivername="sqlite+tidings")
-        elif parsed.get_backend_name() == "sqlite" and parsed.drivername != "sqlite+tidings":
+        elif parsed.get_backend_name() == "sqlite":
             raise ArgumentError(
                 f"of SQLite, Tidings uses its own driver: write sqlite:///, not {parsed.drivername}:///"
             )
@@ -350,13 +428,28 @@ async def _prepare(database: Database, tables: sa.MetaData | None) -> None:
                 "upgrade it"
             )
         for version in range(found or SCHEMA, SCHEMA):
-            for statement in _UPGRADES[version]:
-                await connection.execute(sa.text(statement))
+            for table, column, kind in _UPGRADES[version]:
+                if column not in await connection.run_sync(_columns, table):
+                    await connection.execute(sa.text(f"ALTER TABLE {table} ADD COLUMN {column} {kind}"))
+        await connection.run_sync(_index)
         # Written even where nothing changes: a database that cannot be written says so now.
         write = _schema.insert() if found is None else _schema.update()
         await connection.execute(write.values(version=SCHEMA))
         if tables is not None:
             await connection.run_sync(tables.create_all)
+
+
+def _index(connection: sa.Connection) -> None:
+    """Tables that were made by an older version lack indexes, and keep some that nobody uses."""
+    for table in (held, dead):
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
+    for name in _FORMER_INDEXES:
+        connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
+
+
+def _columns(connection: sa.Connection, table: str) -> set[str]:
+    return {column["name"] for column in sa.inspect(connection).get_columns(table)}
 
 
 async def prepared(database: Database) -> bool:
@@ -382,4 +475,6 @@ async def _version(connection: AsyncConnection) -> int | None:
 
 
 def _first_line(error: Exception, url: str, shown: str) -> str:
+    if isinstance(error, ValueError):  # it quotes what it takes for the port, which may be a part of the password
+        return "its port is no number"
     return str(error).replace(url, shown).partition("\n")[0]

@@ -21,9 +21,9 @@ from tidings.errors import TidingsError
 from tidings.inbox import recorded, storable
 from tidings.position import partition_key
 
-__all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable"]
+__all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]
 
-_KEPT: Final = ("version", "ticks", "event_id", "stream", "type", "data", "metadata", "is_json")
+_KEPT: Final = ("version", "ticks", "event_id", "stream", "type", "data", "metadata", "is_json", "replayed")
 
 
 class DeadLetterNotFound(TidingsError):
@@ -112,15 +112,12 @@ class DeadLetters:
         async with self._database.transaction() as connection:
             taken = await self._take(connection, ids)
             for row in taken:
-                kept = {name: getattr(row, name) for name in _KEPT}
                 if row.kind == "message":
                     raise NotRetriable(self._service, row.id, row.reason)
                 if row.kind == "staged":
                     await connection.execute(staged.insert().values(self._staged(row)))
                     continue
-                waits = {"attempts": 0, "tries": 0, "due": time.time(), "reason": "retried", "detail": None}
-                where = {"position": row.position, "bucket": row.bucket, "key": _key_of(row), "handler": row.handler}
-                await connection.execute(held.insert().values(self._own | where | kept | waits))
+                await connection.execute(held.insert().values(self._own | held_again(row, "retried")))
         return len(taken)
 
     async def drop(self, ids: Sequence[int]) -> int:
@@ -144,6 +141,13 @@ class DeadLetters:
     def _staged(self, row: sa.Row[Any]) -> dict[str, Any]:
         names = ("bucket", "event_id", "stream", "type", "data", "metadata", "is_json")
         return self._own | {"cause": row.position} | {name: getattr(row, name) for name in names}
+
+
+def held_again(row: sa.Row[Any], reason: str) -> dict[str, Any]:
+    """A dead letter of kind `handler` as a row of the held events that is due now, its attempts counted anew."""
+    kept = {name: getattr(row, name) for name in _KEPT}
+    where = {"position": row.position, "bucket": row.bucket, "key": _key_of(row), "handler": row.handler}
+    return kept | where | {"attempts": 0, "tries": 0, "due": time.time(), "reason": reason, "detail": None}
 
 
 def _key_of(row: sa.Row[Any]) -> str:

@@ -11,14 +11,13 @@ import asyncio
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 from uuid import UUID
 
 import structlog
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import AtWork, Failure, Resources, attempt
@@ -28,12 +27,14 @@ from tidings.codec import read_metadata
 from tidings.context import Context
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
-from tidings.handlers import Handler, Inject, Retry
-from tidings.held import HeldEvent, HeldRows
+from tidings.guard import Guard
+from tidings.handlers import Inject
+from tidings.held import HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
 from tidings.keys import Keys
 from tidings.position import Lanes, Settled
 from tidings.progress import FLOOR_SECONDS, Batch, Progress
+from tidings.revival import HELD_SECONDS, Revival
 from tidings.savepoint import GroupBroken, in_savepoint
 from tidings.service import Service
 from tidings.staged import Stager
@@ -52,18 +53,8 @@ LINGER_SECONDS: Final = 0.005
 """A commit waits this long for others to join it."""
 SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
-HELD_SECONDS: Final = 1.0
-"""So often a service looks for held events that are due, and for what operators changed."""
-FLYING: Final = 1024
-"""Partition keys whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""
-
-
-def _gone() -> None:
-    raise AssertionError("an event without a handler was run")
-
-
-GONE: Final = Handler("gone", _gone, (), (), Retry(hold=None, hold_key=False), 1.0, threaded=True)
-"""Stands for the handler of a held event that the service does not handle any more."""
+PARTING_SECONDS: Final = 0.2
+"""So long a service that stops tries to say that it ended cleanly; who cannot is only taken for one that crashed."""
 
 
 class Dispatcher:
@@ -91,7 +82,7 @@ class Dispatcher:
         self._resources = resources
         self._troubles = troubles
         self._clock = clock
-        self._progress = Progress(inbox, held, remembered, clock)
+        self._know(remembered)
         self._lanes: Lanes[Item] = Lanes()
         self._settled: Settled[Step | None] = Settled()
         self._free: asyncio.Queue[Item] = asyncio.Queue()
@@ -101,30 +92,46 @@ class Dispatcher:
         self._deferred: list[Item] = []
         self._batch = Batch()
         self._keys = Keys()
-        self._stale = False
-        """Operators may have changed what blocks keys: read it again. What this process does, it knows; what another
-        process does, fences it."""
+        self._revival = Revival(service, database, held, self._keys, troubles, self._push, self._pump, inbox.fence)
+        self._guard = Guard(service, database, inbox, troubles, clock)
+        self._caution = self._guard.caution
+        self._to_note: asyncio.Queue[Item] = asyncio.Queue()
         self.breaker = Breaker(clock)
         self._slow: set[str] = set()
         self._wake = asyncio.Event()
-        self._look = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._idle = asyncio.Event()
         self._timers: set[asyncio.TimerHandle] = set()
         self._floor_timer: asyncio.TimerHandle | None = None
+        self._beside: asyncio.TimerHandle | None = None
         self._stopping = False
         self._pumping = True
         """Nothing is given out before `run` knows which keys are blocked; from then on, while `_pump` is at it."""
-        self.active = asyncio.Event()
-        """Set while the bus gives this process messages. Whoever stands by leaves held events to the one at work."""
+        self._at_work = self._draining = False
         self._busy = 0
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self.working: dict[int, AtWork] = {}
         """By position; `since` is by `clock`."""
-        self.stager = Stager(store, self._was_appended, self._was_buried)
+        self.stager = Stager(store, self._was_appended, self._was_buried, clock=clock)
+
+    def _know(self, remembered: Remembered) -> None:
+        self._progress = Progress(self._inbox, self._held, remembered, self._clock)
+        self._replay = remembered.replay
 
     # ---- what comes in -------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Nothing was taken that is not settled, and nothing waits to be written."""
+        waits = self._busy or self._lanes or self._settled or self._batch or self.stager
+        return not waits and self._progress.floor_is_stored
+
+    async def begin(self, remembered: Remembered) -> None:
+        """Go on from what another process has left, instead of from what was known before; only while `idle`."""
+        self._know(remembered)
+        self._revival.stale = True
+        self.stager.add(await self._inbox.staged_events(), since=None)
 
     @property
     def floor(self) -> int:
@@ -143,7 +150,8 @@ class Dispatcher:
             if step is not None:
                 self.settle(step)
             return
-        self._lanes.push(bucket, Item(event, bucket, handler, self._settled.begin(step)))
+        replayed = self._replay.covers(bucket, event.position)
+        self._push(Item(event, bucket, handler, self._settled.begin(step), replayed=replayed))
         if len(self._settled) >= 2 * self._service.prefetch:
             self._room.clear()
         self._pump()
@@ -165,28 +173,73 @@ class Dispatcher:
 
     # ---- lanes to handlers ----------------------------------------------------------
 
+    async def take_over(self) -> None:
+        """The bus has begun to give this process messages; before that, it runs nothing. After another process that
+        ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
+        await self._guard.take_over()
+        self._at_work = True
+        self._revival.active.set()
+
+    def stand_by(self) -> None:
+        """The bus gives this process nothing any more: held events are left to the one at work."""
+        self._revival.active.clear()
+
+    def _push(self, item: Item) -> None:
+        self._lanes.push(item.bucket, item)
+
     def _pump(self) -> None:
         """Give out what the lanes have ready. What ends at once calls this again from within: once is enough."""
         if self._stopping or self._pumping:
             return
         self._pumping = True
-        while self._lanes.ready and self.breaker.admits() and (taken := self._lanes.take()) is not None:
+        while self._lanes.ready and not self._caution.wait() and self.breaker.admits():
+            taken = self._lanes.take()
+            assert taken is not None
             item = taken[1]
             self._busy += 1
-            if item.event.position in self._troubles.condemned:
+            if item.replayed and self._is_passed_over(item):
+                self._finish(item)
+            elif item.event.position in self._troubles.condemned:
                 self._fail(item, self._troubles.condemned[item.event.position])
-            elif item.handler.transactional:
-                self._transactional.append(item)
-                self._wake.set()
-            elif item.bucket in self._uncommitted:
-                self._deferred.append(item)
-            elif not self._waits(item):
-                self._free.put_nowait(item)
+            elif self._caution.on:
+                self._caution.taken(item)
+                self._to_note.put_nowait(item)
+            else:
+                self._give_out(item)
         self._pumping = False
+        if self._lanes.ready and self._beside not in self._timers and (pause := self._caution.wait()):
+            self._beside = self._later(pause, self._pump)
+
+    def _is_passed_over(self, item: Item) -> bool:
+        """A replay does not run it: its handler is not to be run again, or a held row will run it."""
+        return item.held is None and (not item.handler.replay or item.event.position in self._replay.waiting)
+
+    def _give_out(self, item: Item) -> None:
+        """To the handlers of its kind."""
+        if item.handler.transactional:
+            self._transactional.append(item)
+            self._wake.set()
+        elif item.bucket in self._uncommitted:
+            self._deferred.append(item)
+        elif not self._waits(item):
+            self._free.put_nowait(item)
+
+    async def _note(self) -> None:
+        """What is run after an unclean end is written down before."""
+        while True:
+            item = await self._to_note.get()
+            await self._guard.note(item)
+            self._give_out(item)
+
+    def _ended(self, position: int) -> None:
+        """Whatever came of the attempt: it did not end the process."""
+        if self._caution.ended(position):
+            self._batch.noted.append(position)
+            self._wake.set()
 
     async def run(self) -> None:
         """Until cancelled, or until the database, the store or another process ends it with an error."""
-        self.stager.add(await self._inbox.staged_events(), fresh=False)
+        self.stager.add(await self._inbox.staged_events(), since=None)
         async with self._database.reading() as connection:
             self._keys.read(await self._held.blocked(connection), ())
         self._pumping = False
@@ -196,22 +249,30 @@ class Dispatcher:
                 for _ in range(self._service.concurrency):
                     tasks.create_task(self._work())
                 tasks.create_task(self._commit())
-                tasks.create_task(self._revive())
+                tasks.create_task(self._note())
+                tasks.create_task(self._revival.run())
                 tasks.create_task(self.stager.run())
         finally:
             self._stopping = True
             self._threads.shutdown(wait=False)
             for timer in self._timers:
                 timer.cancel()
+            self._guard.close()
+            if self._at_work and self._draining:
+                await self._part()
 
     async def drain(self, seconds: float) -> None:
-        """Begin nothing new, let what runs finish and be committed, store the floor; at most so long."""
-        self._stopping = True
-        self._busy -= len(self._transactional) + self._free.qsize() + len(self._deferred)
+        """Begin nothing new, let what runs finish and be committed, store the floor; at most so long. Then cancel
+        `run`, which ends what is left, and says that this was a clean end."""
+        self._stopping = self._draining = True
+        self.stand_by()
+        self._busy -= len(self._transactional) + len(self._deferred)
         self._deferred.clear()
         self._transactional.clear()
-        while not self._free.empty():
-            self._free.get_nowait()
+        for queue in (self._free, self._to_note):
+            while not queue.empty():
+                queue.get_nowait()
+                self._busy -= 1
         self._wake.set()
         try:
             async with asyncio.timeout(seconds):
@@ -228,6 +289,14 @@ class Dispatcher:
                 advice="nothing is lost: what is not settled comes again at the next start",
             )
 
+    async def _part(self) -> None:
+        """Say that this process ended cleanly, if the database can be told now."""
+        try:
+            async with asyncio.timeout(PARTING_SECONDS):
+                await self._guard.leave()
+        except (TimeoutError, DatabaseUnavailable) as error:
+            log.info("service.left_unsaid", service=self._service.name, reason=str(error) or "the database is busy")
+
     async def _work(self) -> None:
         while True:
             item = await self._free.get()
@@ -237,16 +306,21 @@ class Dispatcher:
     def _context(self, item: Item) -> Context:
         tried = self._troubles.attempts.get(item.event.position, 0) + (item.held.attempts if item.held else 0)
         metadata = read_metadata(item.event)
-        return Context(self._service.name, item.handler.name, self._log_id, item.event, metadata, tried + 1)
+        return Context(
+            self._service.name, item.handler.name, self._log_id, item.event, metadata, tried + 1, item.replayed
+        )
 
     async def _attempt(self, item: Item, context: Context, provide: Callable[[Inject], Any]) -> Failure | None:
         view = self._service.view(item.event.type)
         assert view is not None
         self.working[item.event.position] = AtWork(item.handler, item.event, self._clock())
+        self._guard.begin(item)
         try:
             return await attempt(item.handler, view, context, self._resources, provide, self._threads)
         finally:
             del self.working[item.event.position]
+            self._guard.end(item)
+            self._ended(item.event.position)
 
     # ---- what came of it ---------------------------------------------------------------
 
@@ -286,7 +360,7 @@ class Dispatcher:
         del self._troubles.attempts[position]
         self._finish(item)
         if item.postponed is not None:
-            self._later(min(item.postponed.due - time.time(), HELD_SECONDS), self._look.set)
+            self._later(min(item.postponed.due - time.time(), HELD_SECONDS), self._revival.look.set)
 
     def _waits(self, item: Item) -> bool:
         """Whether the item is not run now, because of another one of its partition key; then it is done with."""
@@ -296,7 +370,8 @@ class Dispatcher:
             item.wait()
             self._finish(item)
         else:
-            self._landed(item.held)
+            self._revival.landed(item.held)
+            self._ended(item.event.position)
             self.breaker.passed_by()
             self._lanes.finish(item.bucket)
             self._busy -= 1
@@ -306,6 +381,7 @@ class Dispatcher:
 
     def _finish(self, item: Item) -> None:
         """Its lane goes on; the item waits for the commit."""
+        self._ended(item.event.position)
         self._batch.finished.append(item)
         self._keys.ended(item)
         self.breaker.passed_by()
@@ -335,50 +411,6 @@ class Dispatcher:
         self._timers.add(timer)
         return timer
 
-    # ---- held events come back ---------------------------------------------------------
-
-    async def _revive(self) -> None:
-        """Look for held events that are due, and put them into their lanes."""
-        holds = [handler.retry.hold for handler in self._service.handlers.values()]
-        longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
-        while not self._stopping:
-            await self.active.wait()
-            self._look.clear()
-            self._stale = True
-            # What flies now may be settled by a commit that this reading does not see.
-            flying = self._keys.flying
-            if len(flying) < FLYING:
-                for row in await self._due(longest, flying):
-                    self._fly(row)
-                self._pump()
-            try:
-                async with asyncio.timeout(HELD_SECONDS):
-                    await self._look.wait()
-            except TimeoutError:
-                pass
-
-    async def _due(self, longest: float, flying: Collection[str]) -> list[HeldEvent]:
-        try:
-            async with self._database.reading() as connection:
-                return await self._held.due(connection, time.time(), longest, flying)
-        except DatabaseUnavailable as error:
-            if isinstance(error.__cause__, PoolTimeout):
-                return []  # handlers hold all connections (a database in memory has one): no reason to end them
-            raise
-
-    def _fly(self, row: HeldEvent) -> None:
-        handler = self._service.handlers.get(row.event.type)
-        if handler is None:
-            handler = GONE
-            reason = f"service {self._service.name!r} has no handler for {row.event.type!r} any more"
-            self._troubles.condemned[row.event.position] = Failure(reason, "", permanent=True)
-        self._keys.fly(row.key)
-        self._lanes.push(row.bucket, Item(row.event, row.bucket, handler, None, row))
-
-    def _landed(self, row: HeldEvent) -> None:
-        if self._keys.land(row.key):
-            self._look.set()
-
     # ---- the commit -----------------------------------------------------------------
 
     async def _commit(self) -> None:
@@ -396,12 +428,12 @@ class Dispatcher:
     async def _group(self) -> None:
         """One transaction. Whatever goes wrong in it ends the dispatcher: its outcome may be unknown."""
         ran: list[Item] = []
-        complete = False
+        complete, began = False, self._clock()
         try:
-            async with self._database.transaction() as connection:
-                if self._stale:
+            async with self._database.turn, self._database.transaction() as connection:
+                if self._revival.stale:
                     self._keys.read(await self._held.blocked(connection), self._batch.finished)
-                    self._stale = False
+                    self._revival.stale = False
                 await self._run_transactional(connection, ran)
                 batch, self._batch = self._batch, Batch()
                 await self._progress.write(connection, batch, floor_now=self._stopping)
@@ -415,17 +447,24 @@ class Dispatcher:
             if item.ticket is not None:
                 self._settled.end(item.ticket)
             if item.held is not None:
-                self._landed(item.held)
+                self._revival.landed(item.held)
+            if item.emissions:
+                # Before a replay, the same may have been emitted and appended.
+                before = self._replay.covers(item.bucket, item.event.position)
+                self.stager.add(item.emissions, since=None if before else began)
             self._troubles.forget(item.event.position)
+        for position in batch.noted:
+            self._caution.cleared(position)
         for _, ticket in batch.foreign:
             self._settled.end(ticket)
         self._busy -= len(batch.finished)
-        self.stager.add([row for item in batch.finished for row in item.emissions], fresh=True)
         self._uncommitted.clear()
         deferred, self._deferred = self._deferred, []
         for item in deferred:
             if not self._waits(item):
                 self._free.put_nowait(item)
+        if batch.noted:
+            self._pump()
 
     async def _run_transactional(self, connection: AsyncConnection, ran: list[Item]) -> None:
         """Handlers with a session, as many as share this transaction; `ran` gets those whose effects are in it."""

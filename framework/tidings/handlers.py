@@ -103,6 +103,8 @@ class Handler:
     """A plain function: it runs in a thread."""
     transactional: bool = False
     """It works on the service's database: inside the transaction that moves the watermark."""
+    replay: bool = True
+    """A replay runs it again; False for one with effects outside of the service's database."""
 
 
 _SQLALCHEMY: Final = {"AsyncSession": Inject.SESSION, "AsyncConnection": Inject.CONNECTION}
@@ -115,6 +117,7 @@ def declare(
     name: str | None,
     retry: Retry,
     timeout: float,
+    replay: bool = True,
 ) -> Handler:
     """Read the signature. Raises `ConfigurationError` that names handler and parameter."""
     name = name or str(getattr(function, "__name__", function))
@@ -143,7 +146,7 @@ def declare(
         raise ConfigurationError(f"{where}: a plain function runs in a thread and cannot use a session; make it async")
     if Inject.EVENT not in wanted:
         raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
-    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional)
+    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay)
 
 
 def _parameters(

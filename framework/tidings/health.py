@@ -129,6 +129,8 @@ class ServiceFacts:
     """What the database answered instead of an answer."""
     store: str | None = None
     """What the store answered instead of an answer."""
+    partitions: tuple[ServiceFacts, ...] = ()
+    """Where the service is divided: of each partition what can differ among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,18 @@ def _service(facts: ServiceFacts) -> Iterator[Check]:
         )
     if not facts.consuming or facts.database or facts.store:
         return  # what follows from these would only hide them
+    if not facts.partitions:
+        yield from _path(facts)
+        return
+    wrong = [check for part in facts.partitions for check in _path(part) if not check.ok]
+    yield from wrong
+    if not wrong:
+        all_, here = len(facts.partitions), sum(part.marker_age is not None for part in facts.partitions)
+        detail = f"{here} of {all_} partitions are at work here, {all_ - here} stand by"
+        yield Check(f"{facts.name}.partitions", True, f"{detail}; everything up to position {facts.settled} is settled")
+
+
+def _path(facts: ServiceFacts) -> Iterator[Check]:
     yield _markers(facts)
     if facts.marker_age is not None:
         yield _progress(facts)

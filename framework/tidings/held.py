@@ -14,17 +14,19 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import dead, held
+from tidings.database import dead, floors, held, watermarks
 from tidings.errors import Fenced
 from tidings.inbox import recorded, storable
 from tidings.stores import RecordedEvent
 
-__all__ = ["HeldEvent", "HeldRows"]
+__all__ = ["AT_ONCE", "HeldEvent", "HeldRows"]
 
 AT_ONCE: Final = 256
 """Held events read at once: what is due, with its followers."""
 
 _HOLD: Final = held.insert()
+_NONE: Final = sa.literal_column("0")
+"""As the index of those that failed has it: of a parameter no database could know that it fits."""
 
 
 class HeldEvent(NamedTuple):
@@ -39,6 +41,8 @@ class HeldEvent(NamedTuple):
     due: float
     reason: str
     detail: str | None
+    replayed: bool = False
+    """It had been settled before a replay ran it again."""
 
 
 class HeldRows:
@@ -48,9 +52,12 @@ class HeldRows:
         self._service = service
         self._own = {"service": service, "log": str(log)}
         self._mine = self._of(held, buckets)
-        holding = sa.select(dead.c.key).where(*self._of(dead, buckets), dead.c.holds_key)
-        keys = sa.union_all(sa.select(held.c.key).where(*self._mine), holding).subquery()
-        self._blocked = sa.select(keys.c.key, sa.func.count().label("rows")).group_by(keys.c.key)
+        holding = (*self._of(dead, buckets), dead.c.holds_key)
+        # Each in the order of its index, which spares sorting all of it.
+        self._blocked = sa.union_all(
+            sa.select(held.c.key, sa.func.count()).where(*self._mine).group_by(held.c.key),
+            sa.select(dead.c.key, sa.func.count()).where(*holding).group_by(dead.c.key),
+        )
         this = (held.c.service == service, held.c.log == str(log), held.c.position == sa.bindparam("of_position"))
         self._postpone = (
             held.update()
@@ -58,34 +65,90 @@ class HeldRows:
             .values({name: sa.bindparam(f"new_{name}") for name in ("attempts", "tries", "due", "reason", "detail")})
         )
         self._release = held.delete().where(*this)
-        older, grave = held.alias(), dead.alias()
-        free = ~sa.exists().where(
-            *self._of(grave, buckets),
-            grave.c.holds_key,
-            grave.c.key == held.c.key,
-            grave.c.position < held.c.position,
-        )
-        self._first = (
+        besides = held.c.key.not_in(sa.bindparam("besides", expanding=True))
+        self._failed = (
             sa.select(held.c.key)
             .where(
                 *self._mine,
-                held.c.key.not_in(sa.bindparam("besides", expanding=True)),
+                held.c.attempts > _NONE,
                 (held.c.due <= sa.bindparam("now")) | (held.c.due > sa.bindparam("absurd")),
-                ~sa.exists().where(
-                    *self._of(older, buckets), older.c.key == held.c.key, older.c.position < held.c.position
-                ),
-                free,
+                besides,
+                self._oldest(held),
+                *self._free(held),
             )
             .order_by(held.c.due)
+            .limit(AT_ONCE)
+        )
+
+        def turn(*where: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
+            """Keys whose oldest event has waited for another one, which is gone."""
+            waiting = (
+                sa.select(
+                    held.c.key,
+                    sa.func.min(held.c.position).label("position"),
+                    sa.func.min(held.c.bucket).label("bucket"),
+                )
+                .where(*self._mine, held.c.attempts == _NONE, besides, *where)
+                .group_by(held.c.key)
+                .subquery()
+            )
+            return (
+                sa.select(waiting.c.key)
+                .where(self._oldest(waiting), *self._free(waiting))
+                .order_by(waiting.c.position)
+                .limit(AT_ONCE)
+            )
+
+        self._turn = turn()
+        self._turn_after = turn(held.c.key.in_(sa.bindparam("after", expanding=True)))
+        # First which rows, and that from the index: the rest of a row may be large, and many may wait behind one.
+        first = (
+            sa.select(held.c.position)
+            .where(*self._mine, held.c.key.in_(sa.bindparam("keys", expanding=True)))
+            .order_by(held.c.position)
             .limit(AT_ONCE)
         )
         # A dead letter that holds its key may stand between held events, older ones having been retried.
         self._due = (
             sa.select(held)
-            .where(*self._mine, held.c.key.in_(sa.bindparam("keys", expanding=True)), free)
+            .where(held.c.service == service, held.c.log == str(log), held.c.position.in_(first), *self._free(held))
             .order_by(held.c.position)
-            .limit(AT_ONCE)
         )
+
+    def _oldest(self, event: sa.FromClause) -> sa.ColumnElement[bool]:
+        """No held event of its key is older. Buckets are left out, so that the index answers: a key has one bucket."""
+        older = held.alias()
+        return ~sa.exists().where(
+            older.c.service == self._own["service"],
+            older.c.log == self._own["log"],
+            older.c.key == event.c.key,
+            older.c.position < event.c.position,
+        )
+
+    def _free(self, event: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
+        """No dead letter before it holds its key; and what was held when a replay began has its turn when the replay
+        comes to its position."""
+        grave = dead.alias()
+        holding = sa.exists().where(
+            grave.c.service == self._own["service"],
+            grave.c.log == self._own["log"],
+            grave.c.holds_key,
+            grave.c.key == event.c.key,
+            grave.c.position < event.c.position,
+        )
+        reached = sa.exists().where(
+            watermarks.c.service == self._own["service"],
+            watermarks.c.log == self._own["log"],
+            watermarks.c.bucket == event.c.bucket,
+            watermarks.c.position >= event.c.position,
+        ) | sa.exists().where(
+            floors.c.service == self._own["service"],
+            floors.c.log == self._own["log"],
+            floors.c.first_bucket <= event.c.bucket,
+            floors.c.last_bucket >= event.c.bucket,
+            floors.c.position >= event.c.position,
+        )
+        return ~holding, reached
 
     def _of(self, table: Any, buckets: range) -> tuple[sa.ColumnElement[bool], ...]:
         return (
@@ -96,17 +159,31 @@ class HeldRows:
 
     async def blocked(self, connection: AsyncConnection) -> dict[str, int]:
         """Each blocked key with the number of rows that block it."""
-        return {row.key: row.rows for row in await connection.execute(self._blocked)}
+        found: dict[str, int] = {}
+        for key, rows in await connection.execute(self._blocked):
+            found[key] = found.get(key, 0) + rows
+        return found
 
     async def due(
-        self, connection: AsyncConnection, now: float, longest: float, besides: Collection[str]
+        self,
+        connection: AsyncConnection,
+        now: float,
+        longest: float,
+        besides: Collection[str],
+        after: Collection[str] | None = None,
     ) -> list[HeldEvent]:
         """What may run now, of other keys than `besides`; each key's events in order, `AT_ONCE` at most.
 
-        A due time further away than `longest` seconds was written by a clock that jumped: it counts as now.
+        A due time further away than `longest` seconds was written by a clock that jumped: it counts as now. What only
+        waited for an older event is looked for in the keys `after`, whose events were run, or in all of them, which
+        takes as long as there are held events.
         """
-        first = await connection.scalars(self._first, {"now": now, "absurd": now + longest, "besides": list(besides)})
-        keys = list(first)
+        other = {"besides": list(besides)}
+        keys = list(await connection.scalars(self._failed, {"now": now, "absurd": now + longest, **other}))
+        if after is None:
+            keys += await connection.scalars(self._turn, other)
+        elif after:
+            keys += await connection.scalars(self._turn_after, {"after": list(after), **other})
         if not keys:
             return []
         found = []
@@ -114,7 +191,16 @@ class HeldRows:
             event = recorded(row)
             found.append(
                 HeldEvent(
-                    event, row.bucket, row.key, row.handler, row.attempts, row.tries, row.due, row.reason, row.detail
+                    event,
+                    row.bucket,
+                    row.key,
+                    row.handler,
+                    row.attempts,
+                    row.tries,
+                    row.due,
+                    row.reason,
+                    row.detail,
+                    row.replayed,
                 )
             )
         return found
@@ -139,6 +225,7 @@ class HeldRows:
                         "metadata": row.event.metadata,
                         "is_json": row.event.is_json,
                         "handler": row.handler,
+                        "replayed": row.replayed,
                     }
                     | _changing(row)
                     for row in rows

@@ -6,7 +6,7 @@ Every write takes the connection of the transaction that it belongs to; nothing 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -15,12 +15,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, dead, floors, staged, watermarks
+from tidings.database import Database, begun, dead, floors, held, replays, staged, watermarks
 from tidings.errors import Fenced, LogChanged
 from tidings.message import Message
+from tidings.partitions import layout_of
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
-__all__ = ["Inbox", "Letter", "Remembered", "StagedEvent", "recorded", "storable"]
+__all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "recorded", "storable"]
 
 
 _STAGE: Final = staged.insert()
@@ -49,11 +50,25 @@ def recorded(row: sa.Row[Any]) -> RecordedEvent:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """How far replays sent a bucket range back (`tidings.replay`)."""
+
+    upto: Mapping[int, int] = field(default_factory=dict)
+    """By bucket: up to here everything had been settled before."""
+    waiting: frozenset[int] = frozenset()
+    """Positions of held events, never done, that the replay has not come to: it leaves them to their rows."""
+
+    def covers(self, bucket: int, position: int) -> bool:
+        return position <= self.upto.get(bucket, -1)
+
+
 class Remembered(NamedTuple):
     """The durable state of one bucket range, as found when joining."""
 
     floor: int
     watermarks: dict[int, int]
+    replay: Replay = Replay()
 
     @property
     def highest(self) -> int:
@@ -92,6 +107,8 @@ class Letter:
     key: str | None = None
     holds_key: bool = False
     """Later events of the same partition key are held until this letter is retried or dropped."""
+    replayed: bool = False
+    """It failed when a replay ran it again."""
 
     @classmethod
     def of_event(
@@ -105,6 +122,7 @@ class Letter:
         attempts: int,
         reason: str,
         detail: str | None,
+        replayed: bool = False,
     ) -> Letter:
         return cls(
             "handler",
@@ -124,6 +142,7 @@ class Letter:
             event.is_json,
             key,
             holds_key,
+            replayed,
         )
 
     @classmethod
@@ -159,13 +178,24 @@ class Letter:
 class Inbox:
     """One service's rows about one log and one range of buckets."""
 
-    def __init__(self, database: Database, service: str, log: UUID, buckets: range) -> None:
+    def __init__(
+        self, database: Database, service: str, log: UUID, buckets: range, *, epoch: int | None = None
+    ) -> None:
+        """With `epoch`, it joins only while the service is laid out as in that epoch."""
         self._database = database
+        self._epoch = epoch
         self._service = service
         self._log = log
-        self._buckets = buckets
+        self.buckets = buckets
         self._own = {"service": service, "log": str(log)}
         self._range = {"first_bucket": buckets.start, "last_bucket": buckets.stop - 1}
+        self._replays: dict[int, int] = {}
+        """By bucket: how often it had been sent back when this process joined. What it knew before a replay is true no
+        more, even where the watermark stands as before, or will again."""
+        self._replay = Replay()
+        self._sent_back = sa.select(watermarks.c.replays).where(
+            watermarks.c.service == service, watermarks.c.log == str(log), watermarks.c.bucket == buckets.start
+        )
         self._move = (
             watermarks.update()
             .where(
@@ -173,6 +203,7 @@ class Inbox:
                 watermarks.c.log == str(log),
                 watermarks.c.bucket == sa.bindparam("of_bucket"),
                 watermarks.c.position == sa.bindparam("from_position"),
+                watermarks.c.replays == sa.bindparam("at_replays"),
             )
             .values(position=sa.bindparam("to_position"))
         )
@@ -180,6 +211,9 @@ class Inbox:
             floors.update()
             .where(*self._floor_is_ours(), floors.c.position < sa.bindparam("to_position"))
             .values(position=sa.bindparam("to_position"))
+        )
+        self._forget = begun.delete().where(
+            begun.c.service == service, begun.c.log == str(log), begun.c.position == sa.bindparam("of_position")
         )
         self._unstage = staged.delete().where(
             staged.c.service == service, staged.c.log == str(log), staged.c.event_id == sa.bindparam("appended")
@@ -189,35 +223,63 @@ class Inbox:
         """Read the range's state, making its rows the first time.
 
         Raises `LogChanged` when only another log was followed so far, `Fenced` when another process made the rows at
-        the same moment.
+        the same moment, or when the service was resized.
         """
         try:
-            async with self._database.transaction() as connection:
+            async with self._database.turn, self._database.transaction() as connection:
                 return await self._join(connection)
         except IntegrityError as error:
             raise Fenced(f"service {self._service!r}: another process joined at the same moment") from error
 
     async def _join(self, connection: AsyncConnection) -> Remembered:
+        if self._epoch is not None:
+            layout = await layout_of(connection, self._service, locked=True)
+            if layout is None or layout.epoch != self._epoch:
+                raise Fenced(f"service {self._service!r} was resized, and this process has not heard of it yet")
         logs = set(
             await connection.scalars(sa.select(floors.c.log).where(floors.c.service == self._service).distinct())
         )
         if logs and str(self._log) not in logs:
             raise LogChanged(f"service {self._service!r}", UUID(min(logs)), self._log)
         known = await connection.execute(
-            sa.select(watermarks.c.bucket, watermarks.c.position).where(
+            sa.select(watermarks.c.bucket, watermarks.c.position, watermarks.c.replays).where(
                 watermarks.c.service == self._service, watermarks.c.log == str(self._log)
             )
         )
-        marks = {bucket: position for bucket, position in known if bucket in self._buckets}
+        found = [row for row in known if row.bucket in self.buckets]
+        marks = {row.bucket: row.position for row in found}
+        self._replays = dict.fromkeys(self.buckets, 0) | {row.bucket: row.replays for row in found}
         floor = await connection.scalar(sa.select(floors.c.position).where(*self._floor_is_ours()))
-        missing = [self._own | {"bucket": bucket, "position": -1} for bucket in self._buckets if bucket not in marks]
+        missing = [self._own | {"bucket": bucket, "position": -1} for bucket in self.buckets if bucket not in marks]
         if missing:
             await connection.execute(watermarks.insert(), missing)
             marks |= dict.fromkeys((row["bucket"] for row in missing), -1)
         if floor is None:
             floor = -1
             await connection.execute(floors.insert().values(**self._own, **self._range, position=floor))
-        return Remembered(floor, marks)
+        self._replay = await self._find_replay(connection, floor, marks)
+        return Remembered(floor, marks, self._replay)
+
+    async def _find_replay(self, connection: AsyncConnection, floor: int, marks: Mapping[int, int]) -> Replay:
+        first, last = self.buckets.start, self.buckets.stop - 1
+        rows = await connection.execute(
+            sa.select(replays.c.bucket, replays.c.upto).where(
+                replays.c.service == self._service,
+                replays.c.log == str(self._log),
+                replays.c.bucket.between(first, last),
+            )
+        )
+        if not (upto := {row.bucket: row.upto for row in rows}):
+            return Replay()
+        rows = await connection.execute(
+            sa.select(held.c.bucket, held.c.position).where(
+                held.c.service == self._service,
+                held.c.log == str(self._log),
+                held.c.bucket.between(first, last),
+                held.c.position > floor,
+            )
+        )
+        return Replay(upto, frozenset(row.position for row in rows if row.position > marks[row.bucket]))
 
     async def settled(self, bucket: int | None) -> int:
         """As committed by whichever process: the bucket's watermark or the floor, whichever is higher; -1 for none.
@@ -241,13 +303,60 @@ class Inbox:
         return (
             floors.c.service == self._service,
             floors.c.log == str(self._log),
-            floors.c.first_bucket == self._buckets.start,
-            floors.c.last_bucket == self._buckets.stop - 1,
+            floors.c.first_bucket == self.buckets.start,
+            floors.c.last_bucket == self.buckets.stop - 1,
+        )
+
+    async def occupy(self, connection: AsyncConnection, process: str) -> tuple[str, dict[int, int]] | None:
+        """`process` is at work on the range from now on. None when nobody left it uncleanly; else the other process,
+        and notes: position to the number of unclean ends with that event under way (`tidings.crashes`)."""
+        ours = floors.update().where(*self._floor_is_ours())
+        before = await connection.scalar(sa.select(floors.c.active).where(*self._floor_is_ours()))
+        if before is not None and before != process:
+            notes = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))
+            await connection.execute(ours.values(active=process, asked=None))
+            return before, {row.position: row.times for row in notes}
+        await connection.execute(begun.delete().where(*self._notes_are_ours()))
+        await connection.execute(ours.values(active=process, asked=None))
+        return None
+
+    async def leave(self, connection: AsyncConnection, process: str) -> None:
+        """`process` ends cleanly; nothing is said of another one that has taken over."""
+        mine = floors.update().where(*self._floor_is_ours(), floors.c.active == process)
+        if (await connection.execute(mine.values(active=None))).rowcount:
+            await connection.execute(begun.delete().where(*self._notes_are_ours()))
+
+    async def note(self, connection: AsyncConnection, position: int, bucket: int, times: int) -> None:
+        """Should the process end now, it was the so-manieth unclean end with this event under way."""
+        await connection.execute(self._forget, {"of_position": position})
+        await connection.execute(
+            begun.insert().values(**self._own, position=position, bucket=bucket, times=times),
+        )
+
+    async def forget_notes(self, connection: AsyncConnection, positions: Iterable[int]) -> None:
+        """These events ended, and the process did not."""
+        rows = [{"of_position": position} for position in positions]
+        if rows:
+            await connection.execute(self._forget, rows)
+
+    def _notes_are_ours(self) -> tuple[sa.ColumnElement[bool], ...]:
+        return (
+            begun.c.service == self._service,
+            begun.c.log == str(self._log),
+            begun.c.bucket.between(self.buckets.start, self.buckets.stop - 1),
         )
 
     async def move(self, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]]) -> None:
         """Compare and set watermarks, bucket to (from, to). Raises `Fenced` when any stood elsewhere: roll back."""
-        rows = [{"of_bucket": bucket, "from_position": old, "to_position": new} for bucket, (old, new) in moves.items()]
+        rows = [
+            {
+                "of_bucket": bucket,
+                "from_position": old,
+                "to_position": new,
+                "at_replays": self._replays[bucket],
+            }
+            for bucket, (old, new) in moves.items()
+        ]
         if not rows:
             return
         if len(rows) == 1 or connection.dialect.supports_sane_multi_rowcount:
@@ -263,8 +372,16 @@ class Inbox:
                 "Stop one: on a bus in memory a service is one process"
             )
 
+    async def fence(self, connection: AsyncConnection) -> None:
+        """Raises `Fenced` when a replay has sent the service back since this process joined. In a transaction that
+        writes, none can until its end."""
+        found = await connection.scalar(self._sent_back.with_for_update(read=True))
+        if found != self._replays[self.buckets.start]:
+            raise Fenced(f"service {self._service!r}: a replay was asked for; joining again where it begins")
+
     async def raise_floor(self, connection: AsyncConnection, position: int) -> None:
-        """Never lowers it: two processes may each know something true."""
+        """Never lowers it: two processes may each know something true. `fence` goes before: after a replay, what they
+        know is not."""
         await connection.execute(self._raise, {"to_position": position})
 
     async def bury(self, connection: AsyncConnection, letters: Iterable[Letter]) -> None:
@@ -275,6 +392,17 @@ class Inbox:
         ]
         if rows:
             await connection.execute(_BURY, rows)
+
+    async def emitted_before(self, connection: AsyncConnection, rows: Iterable[StagedEvent]) -> set[str]:
+        """Ids of those whose cause is replayed and that wait for their append already, or were given up: they are not
+        staged a second time."""
+        ids = [str(row.event.id) for row in rows if self._replay.covers(row.bucket, row.cause)]
+        found: set[str] = set()
+        for table in (staged, dead) if ids else ():
+            of = (table.c.service == self._service, table.c.log == str(self._log), table.c.event_id.in_(ids))
+            kind = (dead.c.kind == "staged",) if table is dead else ()
+            found.update(await connection.scalars(sa.select(table.c.event_id).where(*of, *kind)))
+        return found
 
     async def stage(self, connection: AsyncConnection, rows: Sequence[StagedEvent]) -> None:
         if rows:
@@ -309,7 +437,7 @@ class Inbox:
                 .where(
                     staged.c.service == self._service,
                     staged.c.log == str(self._log),
-                    staged.c.bucket.between(self._buckets.start, self._buckets.stop - 1),
+                    staged.c.bucket.between(self.buckets.start, self.buckets.stop - 1),
                 )
                 .order_by(staged.c.id)
             )

@@ -17,16 +17,17 @@ from tidings.healing import Pass
 from tidings.inbox import Inbox, Letter
 from tidings.message import MARKER, Marker, Stamped, decode
 from tidings.position import Accepted, Verdict
+from tidings.supervision import supervised
 from tidings.work import Step
 
 __all__ = ["Intake"]
 
 log = structlog.get_logger("tidings.intake")
 
-RECONNECT_SECONDS: Final = (0.2, 5.0)
+RECONNECT_SECONDS: Final = (0.2, 1.5)
 """First and longest pause between attempts to reach the bus."""
-STANDBY_SECONDS: Final = 10.0
-"""Markers come every 5 s: who has been given nothing for so long was a standby, and another process did the work."""
+SILENCE_SECONDS: Final = 10.0
+"""Without a marker for so long: see whether the queue still is bound."""
 
 
 class Intake:
@@ -59,6 +60,11 @@ class Intake:
         self.marker = -1
         """What the last marker said."""
         self.connected = False
+        self._holding = asyncio.Event()
+
+    def hold(self) -> None:
+        """Take nothing more, and keep the connection: nobody else is given the queue before `run` is cancelled."""
+        self._holding.set()
 
     async def run(self) -> None:
         """Until cancelled. Raises `TopologyMismatch` and `ConfigurationError`, which no waiting heals, and `Fenced`."""
@@ -71,35 +77,54 @@ class Intake:
                     log.info("service.connected", service=self._subscription.service, queue=self._subscription.queue)
                     self.connected, self.marker_at = True, None
                     pause = first
-                    connected_at, chosen = self._clock(), False
-                    async for delivery in consumer:
-                        if not chosen:
-                            chosen = True
-                            await self._take_over(self._clock() - connected_at)
-                            self._dispatcher.active.set()
-                        self.take(consumer, delivery)
+                    chosen = False
+                    async with supervised(self._stay_bound()):
+                        async for delivery in consumer:
+                            if not chosen and not self._holding.is_set():
+                                chosen = True
+                                await self._take_over()
+                            if self._holding.is_set():
+                                await asyncio.Event().wait()
+                            self.take(consumer, delivery)
                 raise BusUnavailable(f"queue {self._subscription.queue!r}: the bus ended the deliveries")
             except BusUnavailable as error:
                 what = "bus.lost" if self.connected else "bus.unreachable"
                 log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=pause)
             finally:
                 self.connected = False
-                self._dispatcher.active.clear()
+                self._dispatcher.stand_by()
             await asyncio.sleep(pause)
             pause = min(pause * 2, longest)
 
-    async def _take_over(self, waited: float) -> None:
+    async def _stay_bound(self) -> None:
+        """Bind the queue again while no marker comes: when somebody unbinds it, or deletes the exchange, which the
+        relay makes anew without bindings, no bus tells a consumer. Raises `TopologyMismatch`."""
+        while True:
+            await asyncio.sleep(SILENCE_SECONDS / 2)
+            if self.marker_at is None or self._clock() - self.marker_at >= SILENCE_SECONDS:
+                try:
+                    await self._bus.provision(self._subscription)
+                except BusUnavailable as error:  # what was connected before may still be: its own loss ends it
+                    log.warning("bus.silent", service=self._subscription.service, error=str(error))
+
+    async def _take_over(self) -> None:
         """The first delivery on a connection: of all processes of the service, the bus has chosen this one.
 
         What a standby knew when it joined may be long ago. Its first commit would be fenced, but what its handlers do
-        outside of the database would be done again before that: so it joins again, and raises `Fenced`.
+        outside of the database would be done again before that: so it joins again, in its place in the line. With
+        work of an earlier connection at hand it cannot; where another process has done more since, it raises `Fenced`.
         """
         service, floor = self._subscription.service, self._dispatcher.floor
-        if waited > STANDBY_SECONDS and (settled := await self._inbox.settled(None)) > floor:
+        if self._dispatcher.idle and not self._healing.under_way:
+            remembered = await self._inbox.join()
+            self._accepted.begin(remembered.floor, remembered.watermarks)
+            await self._dispatcher.begin(remembered)
+        elif (settled := await self._inbox.settled(None)) > floor:
             raise Fenced(
                 f"service {service!r}: taking over from another process, which has settled everything up to position "
                 f"{settled}; this one knew of position {floor}"
             )
+        await self._dispatcher.take_over()
         log.info("service.consuming", service=service, queue=self._subscription.queue)
 
     def take(self, consumer: Consumer, delivery: Delivery) -> None:
@@ -124,6 +149,7 @@ class Intake:
         if verdict is Verdict.NEXT:
             self._dispatcher.submit(event, stamped.bucket, step)
         elif verdict is Verdict.DUPLICATE:
+            log.debug("event.repeated", service=self._subscription.service, position=event.position)
             self._dispatcher.settle(step)
         else:
             self._gap(event.position, step)

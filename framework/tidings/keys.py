@@ -45,6 +45,10 @@ class Keys:
             return item.held.key in self._failed
         return bool(self._blocked) and item.key in self._blocked
 
+    def blocks(self, key: str) -> bool:
+        """Something of the key is held, or dead and holds it."""
+        return key in self._blocked
+
     @property
     def flying(self) -> frozenset[str]:
         """Keys with held events in lanes, or in a commit under way: reading them again would run them twice."""

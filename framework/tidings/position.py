@@ -145,6 +145,10 @@ class Accepted:
 
     def __init__(self, buckets: range, floor: int, watermarks: Mapping[int, int]) -> None:
         self.buckets = buckets
+        self.begin(floor, watermarks)
+
+    def begin(self, floor: int, watermarks: Mapping[int, int]) -> None:
+        """What was known before is forgotten: this is durable, and nothing else was accepted."""
         self.reached = floor
         """Everything at or below it was accepted in every bucket of the range; a pass begins here."""
         self._tails = {bucket: at for bucket, at in watermarks.items() if at > floor}

@@ -10,8 +10,9 @@ import errno
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
@@ -24,6 +25,8 @@ from tidings.supervision import together
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
+    from tidings.attempt import AtWork
+    from tidings.partition import Partition
     from tidings.running import RunningService
     from tidings.runtime import Runtime
     from tidings.service import Service
@@ -60,7 +63,7 @@ class Probe:
         facts = []
         for service in self._services:
             running, known = _state(service)
-            work = self._work(running) if running is not None else ()
+            work = _work(running.at_work()) if running is not None else ()
             facts.append(ServiceFacts(service.name, work=work, **known))
         return judge_live(Facts(tuple(facts)))
 
@@ -75,50 +78,50 @@ class Probe:
                 self._last = self._clock(), judge_ready(facts)
             return self._last[1]
 
-    def _work(self, running: RunningService) -> tuple[Work, ...]:
-        now = time.monotonic()
-        return tuple(
-            Work(
-                work.handler.name,
-                str(work.event.id),
-                work.event.stream,
-                work.event.position,
-                now - work.since,
-                work.handler.timeout,
-            )
-            for work in running.at_work()
-        )
-
     async def _service(self, service: Service) -> ServiceFacts:
+        from tidings.partitions import lowest
+
         running, known = _state(service)
-        if running is None or known:
-            return ServiceFacts(service.name, **known)
-        (settled, database), (head, store) = await asyncio.gather(
-            _answer(running.settled()), _answer(running.store.head())
+        if running is None or known or not running.partitions:
+            return ServiceFacts(service.name, **(known or {"starting": True}))
+        (ranges, database), (head, store) = await asyncio.gather(
+            _answer(running.ranges()), _answer(running.store.head())
         )
-        marker_age, floor, marker, now = running.marker_age, running.floor, running.marker, self._clock()
-        ours, others = self._of(f"{service.name}.floor"), self._of(f"{service.name}.settled")
-        stalled = ours.look(floor, behind=floor < marker, now=now)
-        if settled is not None:
-            others.look(settled, behind=True, now=now)
-        waiting = None
-        if settled is not None and head is not None and (marker_age is None or stalled > 0):
+        floors = {row.first: row.floor for row in ranges or ()}
+        now = self._clock()
+        parts = [self._partition(part, None if ranges is None else floors, now) for part in running.partitions]
+        settled, waiting = lowest(ranges or ()), None
+        if ranges is not None and head is not None and any(p.marker_age is None or p.stalled > 0 for p in parts):
             waiting, store = await _answer(_first_after(running.store, settled))
-        return ServiceFacts(
-            service.name,
+        parts = [replace(part, waiting_event=waiting) for part in parts]
+        return replace(
+            parts[0],
+            name=service.name,
             consuming=running.consuming,
-            healing=running.healing,
-            marker_age=marker_age,
-            marker=marker,
-            floor=floor,
-            stalled=stalled,
             paused=None if running.paused is None else masked(running.paused),
-            work=self._work(running),
-            settled=-1 if settled is None else settled,
-            others_idle=others.idle(now),
-            waiting_event=waiting,
+            settled=settled,
             database=database,
             store=store,
+            partitions=tuple(parts) if len(parts) > 1 else (),
+        )
+
+    def _partition(self, part: Partition, floors: Mapping[int, int] | None, now: float) -> ServiceFacts:
+        """`floors` is what is committed, by first bucket; None where the database did not answer."""
+        name = part.subscription.queue.removeprefix("tidings.")
+        ours, others = self._of(f"{name} floor"), self._of(f"{name} settled")
+        settled = -1 if floors is None else floors.get(part.subscription.buckets.start, -1)
+        if floors is not None:
+            others.look(settled, behind=True, now=now)
+        return ServiceFacts(
+            name,
+            healing=part.healing,
+            marker_age=part.marker_age,
+            marker=part.marker,
+            floor=part.floor,
+            stalled=ours.look(part.floor, behind=part.floor < part.marker, now=now),
+            work=_work(part.at_work()),
+            settled=settled,
+            others_idle=others.idle(now),
         )
 
     async def _relays(self) -> tuple[RelayFacts, ...]:
@@ -147,6 +150,21 @@ class Probe:
 
     def _of(self, name: str) -> Progress:
         return self._progress.setdefault(name, Progress())
+
+
+def _work(found: Iterable[AtWork]) -> tuple[Work, ...]:
+    now = time.monotonic()
+    return tuple(
+        Work(
+            work.handler.name,
+            str(work.event.id),
+            work.event.stream,
+            work.event.position,
+            now - work.since,
+            work.handler.timeout,
+        )
+        for work in found
+    )
 
 
 def _state(service: Service) -> tuple[RunningService | None, dict[str, Any]]:

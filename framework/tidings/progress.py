@@ -34,12 +34,14 @@ class Batch:
     """Staged events that are in the store, or given up."""
     never: list[Letter] = field(default_factory=list)
     """Those given up."""
+    noted: list[int] = field(default_factory=list)
+    """Positions of events that were noted before they were run, and have ended (`tidings.crashes`)."""
 
     def __bool__(self) -> bool:
-        return bool(self.finished or self.foreign or self.appended or self.never)
+        return bool(self.finished or self.foreign or self.appended or self.never or self.noted)
 
     def __len__(self) -> int:
-        return len(self.finished) + len(self.foreign) + len(self.appended)
+        return len(self.finished) + len(self.foreign) + len(self.appended) + len(self.noted)
 
 
 class Progress:
@@ -70,15 +72,24 @@ class Progress:
         # A bucket's last item carries its watermark: items of one bucket finish in order.
         moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in fresh}
         await inbox.move(connection, moves)
+        floor_is_due = self.floor_is_due(floor_now)
+        if floor_is_due or len(fresh) < len(batch.finished):
+            await inbox.fence(connection)
         if len(fresh) < len(batch.finished):
             again = [item for item in batch.finished if item.held is not None]
             await held.postpone(connection, _postponed(again))
             await held.release(connection, [item.event.position for item in again if item.postponed is None])
         await held.hold(connection, _postponed(fresh))
-        await inbox.stage(connection, [row for item in batch.finished for row in item.emissions])
+        emissions = [row for item in batch.finished for row in item.emissions]
+        if before := await inbox.emitted_before(connection, emissions):
+            for item in batch.finished:
+                item.emissions = [row for row in item.emissions if str(row.event.id) not in before]
+            emissions = [row for item in batch.finished for row in item.emissions]
+        await inbox.stage(connection, emissions)
         await inbox.bury(connection, [*letters, *batch.never, *(letter for letter, _ in batch.foreign)])
         await inbox.unstage(connection, batch.appended)
-        if self.floor_is_due(floor_now):
+        await inbox.forget_notes(connection, batch.noted)
+        if floor_is_due:
             self._stored_floor, self._stored_at = self.floor, self._clock()
             await inbox.raise_floor(connection, self.floor)
 

@@ -7,7 +7,6 @@ log. Leadership only saves work.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,18 +16,18 @@ from uuid import UUID
 import structlog
 
 from tidings.buses import EventBus, Publisher
+from tidings.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.errors import (
     BusError,
     BusUnavailable,
     PublishRejected,
     StoreUnavailable,
-    StreamNotFound,
     TopologyMismatch,
     Unroutable,
 )
 from tidings.message import Marker, encode
 from tidings.position import CARRIED, Chain, Settled, Ticket, carried
-from tidings.stores import ANY, EventData, EventStore, RecordedEvent
+from tidings.stores import EventStore, RecordedEvent
 from tidings.supervision import leaves
 
 __all__ = ["Relay"]
@@ -41,7 +40,7 @@ CHECKPOINT_SECONDS: Final = 1.0
 MARKER_SECONDS: Final = 5.0
 EMBEDDED_MARKERS: Final = 1.0
 """Within one process a marker costs next to nothing, and a service that starts late waits for one."""
-RETRY_SECONDS: Final = (0.2, 5.0)
+RETRY_SECONDS: Final = (0.2, 1.5)
 """First and longest pause after an error."""
 CONFIRM_SECONDS: Final = 30.0
 """A confirm that takes longer will not come: a queue without a leader swallows it, and says nothing."""
@@ -67,7 +66,7 @@ class Relay:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
-        self.stream = f"tidings_relay-{name}"
+        self.stream = checkpoint_stream(name)
         self._store = store
         self._bus = bus
         self._window = window
@@ -137,12 +136,26 @@ class Relay:
         """The bus confirmed a marker: the way to it is open."""
         self._marked_at, self.trouble = self._clock(), None
 
+    async def _start(self) -> int:
+        """Where the log was published up to. A checkpoint above its end is no such place: then the end is."""
+        start, head = max(await self.checkpoint(), self.confirmed), await self._store.head()
+        if start > head:
+            log.error(
+                "relay.beyond_the_log",
+                relay=self.name,
+                checkpoint=start,
+                head=head,
+                advice="somebody else wrote the checkpoint, or a replica lags; it begins at the end of the log, and "
+                "services read from the log what they miss",
+            )
+        return min(start, head)
+
     async def _lead(self, publisher: Publisher) -> None:
         log_id = await self._store.log_id()
         if log_id != self._log_id:  # positions, and what was known of them, belong to one log
             self._log_id, self.confirmed, self._careful_until = log_id, -1, -1
             self._rejected.clear()
-        start = self.confirmed = max(await self.checkpoint(), self.confirmed)
+        start = self.confirmed = await self._start()
         async with asyncio.TaskGroup() as tasks:
             turn = _Turn(self, publisher, log_id, start)
             # The first marker tells services how far the log was published before: without it, the first event of
@@ -196,27 +209,10 @@ class Relay:
 
     async def checkpoint(self) -> int:
         """The stored checkpoint, -1 when there is none. Raises `StoreUnavailable` for one that cannot be read."""
-        try:
-            async for event in self._store.read_stream(self.stream, backwards=True, limit=1):
-                try:
-                    position = json.loads(event.data)["position"]
-                    if type(position) is int and position >= -1:
-                        return position
-                except (ValueError, KeyError, TypeError):
-                    pass
-                raise StoreUnavailable(
-                    f"stream {self.stream!r} holds a checkpoint at version {event.version} that is none: somebody else "
-                    "wrote there. Append a right one, or delete the stream: the relay then sends everything again"
-                )
-        except StreamNotFound:
-            pass
-        return -1
+        return await read_checkpoint(self._store, self.name)
 
     async def _store_checkpoint(self, position: int) -> None:
-        event = EventData("tidings_Checkpoint", json.dumps({"position": position}).encode())
-        done = await self._store.append(self.stream, [event], expected=ANY)
-        if done.version == 0:
-            await self._store.set_metadata(self.stream, {"$maxCount": 2})
+        await write_checkpoint(self._store, self.name, position)
 
 
 class _Turn:

@@ -1,31 +1,32 @@
-"""A running service: join, work until fenced or cut off, pause, join again; drain when told to stop."""
+"""A running service: its partitions as its database lays them out, laid out anew when it is resized, and what all know.
+
+Each process of a service runs every partition; the bus decides which of them it is given. So this never asks where the
+other processes are, and they come and go as they like.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
-from uuid import UUID
 
 import structlog
 
-from tidings.attempt import AtWork, Resources, is_infrastructure
-from tidings.buses import EventBus, Subscription
+from tidings.attempt import AtWork, Resources
+from tidings.balance import asked_of, to_ask
+from tidings.buses import EventBus
 from tidings.database import Database, open_database
-from tidings.dispatch import Dispatcher
-from tidings.errors import LogBehind
-from tidings.healing import Pass
-from tidings.held import HeldRows
-from tidings.inbox import Inbox
-from tidings.intake import Intake
+from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.opening import opened
-from tidings.position import ALL_BUCKETS, Accepted, bucket_of
+from tidings.partition import DRAIN_SECONDS, Partition, persistently
+from tidings.partitions import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
+from tidings.position import bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.stores import EventStore
-from tidings.supervision import leaves, supervised
+from tidings.supervision import supervised
 from tidings.watchdog import Watchdog
 from tidings.work import Troubles
 
@@ -38,68 +39,85 @@ __all__ = ["RunningService", "run_service"]
 
 log = structlog.get_logger("tidings.running")
 
-DRAIN_SECONDS: Final = 3.5
-REJOIN_SECONDS: Final = (0.1, 5.0)
-"""First and longest pause before joining again."""
+LOOK_SECONDS: Final = 1.0
+"""So often a process looks whether the service was resized, and whether another process asks for a partition."""
+BALANCE_LOOKS: Final = 3
+"""Every so many looks it asks for one itself: what was asked before has mostly come by then."""
+REBIND_SECONDS: Final = (0.2, 5.0)
+"""First and longest pause between attempts to make queues anew."""
 
 
 class RunningService:
     """What `service.running()` yields."""
 
-    def __init__(self, service: Service, store: EventStore, bus: EventBus, database: Database) -> None:
+    def __init__(
+        self,
+        service: Service,
+        store: EventStore,
+        bus: EventBus,
+        database: Database,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.service = service
         self.store = store
         self.bus = bus
         self.database = database
         self.resources = Resources(service.name, None)
         self.joined = asyncio.Event()
-        """Set after the first join."""
+        """Set after the first join of every partition."""
         self.stopping = asyncio.Event()
-        self.joins = 0
-        """How often the service has joined: more than 1 after it was fenced or cut off from database or store."""
+        self.partitions: list[Partition] = []
+        """As the service is laid out now; none before the first join."""
+        self._clock = clock
         self._troubles = Troubles()
-        self._dispatcher: Dispatcher | None = None
-        self._intake: Intake | None = None
-        self._healing: Pass | None = None
-        self._joined: Inbox | None = None
 
     @property
     def engine(self) -> AsyncEngine:
         return self.database.engine
 
     @property
+    def joins(self) -> int:
+        """How often the service has joined as it is laid out now, in the partition where that was most often: more than
+        1 after it was fenced, cut off from database or store, or has given a partition up to another process."""
+        return max((part.joins for part in self.partitions), default=0)
+
+    @property
     def floor(self) -> int:
-        """Everything up to this position is settled; -1 before the first join."""
-        return self._dispatcher.floor if self._dispatcher else -1
+        """Everything up to this position is settled, as far as this process knows; -1 before the first join."""
+        return min((part.floor for part in self.partitions), default=-1)
 
     @property
     def healing(self) -> bool:
         """A pass over the log is under way."""
-        return self._healing is not None and self._healing.under_way
+        return any(part.healing for part in self.partitions)
 
     @property
     def marker_age(self) -> float | None:
-        """Seconds since the last marker on this connection to the bus; None before the first. Over 30 is unhealthy."""
-        heard = self._intake.marker_at if self._intake else None
-        return None if heard is None else time.monotonic() - heard
+        """Seconds since the last marker on this connection to the bus, where that is longest; None before the first.
+        Over 30 is unhealthy."""
+        return max((age for part in self.partitions if (age := part.marker_age) is not None), default=None)
 
     @property
     def marker(self) -> int:
         """The position up to which the last marker says that everything was published; -1 before the first."""
-        return self._intake.marker if self._intake else -1
+        return max((part.marker for part in self.partitions), default=-1)
 
     @property
     def consuming(self) -> bool:
-        """Connected to the bus. Of several processes of a service one is given messages; this may be a standby."""
-        return self._intake is not None and self._intake.connected
+        """Connected to the bus. Of several processes of a service one is given a partition's messages; this may be a
+        standby."""
+        return bool(self.partitions) and all(part.consuming for part in self.partitions)
 
     @property
     def paused(self) -> str | None:
         """Why the service tries only one event from time to time: everything fails. None while it works."""
-        breaker = self._dispatcher.breaker if self._dispatcher else None
-        if breaker is None or breaker.opened_at is None:
-            return None
-        return f"for {time.monotonic() - breaker.opened_at:.0f} s every attempt has failed, the last: {breaker.reason}"
+        for part in self.partitions:
+            breaker = part.dispatcher.breaker if part.dispatcher else None
+            if breaker is not None and breaker.opened_at is not None:
+                seconds = self._clock() - breaker.opened_at
+                return f"for {seconds:.0f} s every attempt has failed, the last: {breaker.reason}"
+        return None
 
     async def handled(self, position: int, key: str, *, timeout: float = 5.0) -> bool:
         """Wait until the event at `position`, of a type that this service handles and with partition key `key`, is
@@ -121,9 +139,9 @@ class RunningService:
     async def _comes_to(self, bucket: int | None, position: int, timeout: float) -> bool:
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + timeout, 0.005
-        inbox = self._inbox(await self.store.log_id())
+        log_id = await self.store.log_id()
         while True:
-            if await inbox.settled(bucket) >= position:
+            if await settled(self.database, self.service.name, log_id, bucket) >= position:
                 return True
             if loop.time() + pause > deadline:
                 return False
@@ -133,90 +151,119 @@ class RunningService:
     async def settled(self) -> int:
         """The floor as committed by whichever process of the service; -1 before the first. One look into the database,
         which does not ask the store once the service has joined: raises `DatabaseUnavailable`, `StoreUnavailable`."""
-        inbox = self._joined or self._inbox(await self.store.log_id())
-        return await inbox.settled(None)
+        return lowest(await self.ranges())
+
+    async def ranges(self) -> list[Range]:
+        """Of each partition what is committed, by whichever process; else as `settled`."""
+        known = self.partitions[0].log_id if self.partitions else None
+        log_id = known or await self.store.log_id()
+        async with self.database.reading() as connection:
+            return await ranges_of(connection, self.service.name, log_id)
 
     def at_work(self) -> list[AtWork]:
         """Handlers at work now."""
-        return list(self._dispatcher.working.values()) if self._dispatcher else []
+        return [work for part in self.partitions for work in part.at_work()]
 
     def working(self) -> dict[str, float]:
         """Handlers at work now: name to seconds, the longest of each."""
-        now, found = time.monotonic(), dict[str, float]()
+        now, found = self._clock(), dict[str, float]()
         for work in self.at_work():
             found[work.handler.name] = max(found.get(work.handler.name, 0.0), now - work.since)
         return found
 
-    def _inbox(self, log_id: UUID) -> Inbox:
-        return Inbox(self.database, self.service.name, log_id, ALL_BUCKETS)
-
     async def serve(self) -> None:
         """Until `stopping` is set. Raises what no waiting heals: configuration, another log, a log that went back."""
-        first, longest = REJOIN_SECONDS
-        pause = first
-        while not self.stopping.is_set():
-            began = time.monotonic()
-            try:
-                await self._session()
-            except Exception as error:
-                causes = list(leaves(error))
-                strange = [cause for cause in causes if not is_infrastructure(cause)]
-                if strange:
-                    raise strange[0] from None
-                if time.monotonic() - began > longest:
-                    pause = first
-                log.warning("service.rejoining", service=self.service.name, error=str(causes[0]), pause=pause)
-            try:
-                async with asyncio.timeout(pause):
-                    await self.stopping.wait()
-            except TimeoutError:
-                pause = min(pause * 2, longest)
+        await persistently(self._as_laid_out, self.stopping, self._clock, service=self.service.name)
 
-    async def _session(self) -> None:
-        """From joining to the first loss of what was joined."""
+    async def _as_laid_out(self) -> None:
+        """Run the partitions until the service is resized, or stops."""
         service = self.service
-        log_id = await self.store.log_id()
-        inbox = self._inbox(log_id)
-        remembered = await inbox.join()
-        self._joined = inbox
-        head = await self.store.head()
-        if remembered.highest > head:
-            raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
-        accepted = Accepted(ALL_BUCKETS, remembered.floor, remembered.watermarks)
-        self._dispatcher = dispatcher = Dispatcher(
-            service,
-            self.store,
-            self.database,
-            inbox,
-            HeldRows(service.name, log_id, ALL_BUCKETS),
-            log_id,
-            remembered,
-            self.resources,
-            self._troubles,
-        )
-        self._healing = healing = Pass(service.name, self.store, accepted, dispatcher)
-        self._intake = intake = Intake(
-            Subscription(service.name),
-            self.bus,
-            log_id,
-            inbox,
-            accepted,
-            dispatcher,
-            healing,
-            prefetch=service.prefetch,
-        )
-        self.joins += 1
-        log.info("service.joined", service=service.name, log=str(log_id), floor=remembered.floor, joins=self.joins)
+        layout = await lay_out(self.database, service.name, service.partitions)
+        ready = asyncio.Event()
+        self.partitions = parts = [
+            Partition(
+                service,
+                subscription,
+                layout.epoch,
+                self.store,
+                self.bus,
+                self.database,
+                self.resources,
+                self._troubles,
+                ready,
+                clock=self._clock,
+            )
+            for subscription in layout.subscriptions
+        ]
         async with asyncio.TaskGroup() as tasks:
-            working = tasks.create_task(dispatcher.run())
-            taking = [tasks.create_task(healing.run()), tasks.create_task(intake.run())]
-            self.joined.set()
-            await self.stopping.wait()
-            for task in taking:
+            beside = [tasks.create_task(self._rebind(layout, ready)), tasks.create_task(self._join(parts))]
+            for part in parts:
+                tasks.create_task(part.serve())
+            await self._watch(layout)
+            for task in beside:
                 task.cancel()
-            await dispatcher.drain(DRAIN_SECONDS)
-            working.cancel()
-        log.info("service.stopped", service=service.name, floor=dispatcher.floor)
+            for part in parts:
+                part.leave(DRAIN_SECONDS)
+
+    async def _join(self, parts: Sequence[Partition]) -> None:
+        for part in parts:
+            await part.joined.wait()
+        self.joined.set()
+
+    async def _rebind(self, layout: Layout, ready: asyncio.Event) -> None:
+        """Make the queues of this layout where they are of an older one, and take away those of any other."""
+        if not layout.queues_are_old:
+            ready.set()
+        doomed = layout.strays + (layout.subscriptions if layout.queues_are_old else [])
+        pause, longest = REBIND_SECONDS
+        while doomed:
+            try:
+                await self.bus.delete(doomed)
+                if layout.queues_are_old:
+                    for subscription in layout.subscriptions:
+                        await self.bus.provision(subscription)
+                    await was_rebound(self.database, layout)
+                    log.info("service.rebound", service=layout.service, partitions=layout.count, epoch=layout.epoch)
+                break
+            except (BusUnavailable, DatabaseUnavailable) as error:
+                log.warning("service.not_rebound", service=layout.service, error=str(error), next_attempt_in=pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+        ready.set()
+
+    # ---- what other processes and operators want ---------------------------------------
+
+    async def _watch(self, layout: Layout) -> None:
+        """Until the service stops, or is laid out in another way."""
+        looks = 0
+        while not self.stopping.is_set():
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self.stopping.wait()
+                return
+            except TimeoutError:
+                looks += 1
+            try:
+                async with self.database.reading() as connection:
+                    found = await layout_of(connection, layout.service)
+                if found is not None and found.epoch != layout.epoch:
+                    log.info("service.resized", service=layout.service, partitions=found.count, before=layout.count)
+                    return
+                if layout.count > 1:
+                    await self._balance(await self.ranges(), asking=looks % BALANCE_LOOKS == 0 and self.consuming)
+            except (DatabaseUnavailable, StoreUnavailable):
+                continue  # the partitions notice it themselves, and say so
+
+    async def _balance(self, ranges: Sequence[Range], *, asking: bool) -> None:
+        me, wanted = self._troubles.process, set(asked_of(ranges, self._troubles.process))
+        for part in self.partitions:
+            if part.subscription.buckets.start in wanted:
+                part.give_up()
+        asks = to_ask(ranges, me) if asking else {}
+        if not asks:
+            return
+        log.info("service.asks", service=self.service.name, partitions=len(asks))
+        await ask_for(self.database, self.service.name, asks, me)
 
 
 @asynccontextmanager

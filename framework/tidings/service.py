@@ -13,7 +13,7 @@ from uuid import uuid4
 import structlog
 
 from tidings.aggregate import Aggregate
-from tidings.buses import EventBus, check_service_name
+from tidings.buses import EventBus, check_partitions, check_service_name
 from tidings.codec import encode
 from tidings.errors import ConfigurationError
 from tidings.events import Event, Registry
@@ -44,7 +44,9 @@ class Service:
 
     `tables` are created in the service's database when it starts. `lifespan(service)` is an async context manager
     around the running service; what it yields (one object, or a tuple of them) is injected into handlers by type.
-    `concurrency` bounds the handlers without a session that run at once; `prefetch` the messages taken but not settled.
+    `concurrency` bounds the handlers without a session that run at once; `prefetch` the messages taken but not settled:
+    both in each partition. `partitions`, 1 to 256, is into how many the service is divided, so that as many processes
+    can work at once: what its database says must agree. Without it, the database says (a new one: 1).
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Service:
         lifespan: Lifespan | None = None,
         concurrency: int = 64,
         prefetch: int = 1000,
+        partitions: int | None = None,
     ) -> None:
         if concurrency < 1 or prefetch < 1:
             raise ConfigurationError(f"service {name!r}: concurrency and prefetch must be 1 or more")
@@ -63,6 +66,7 @@ class Service:
         self.resources = lifespan
         self.concurrency = concurrency
         self.prefetch = prefetch
+        self.partitions = partitions if partitions is None else check_partitions(partitions)
         self.handlers: dict[str, Handler] = {}
         """By wire name."""
         self._names: dict[str, Handler] = {}
@@ -72,19 +76,25 @@ class Service:
         self._died: Exception | None = None
 
     def on(
-        self, *events: type[Event], name: str | None = None, retry: Retry | None = None, timeout: float = 30.0
+        self,
+        *events: type[Event],
+        name: str | None = None,
+        retry: Retry | None = None,
+        timeout: float = 30.0,
+        replay: bool = True,
     ) -> Callable[[F], F]:
         """Handle these events; returns the function unchanged.
 
         Parameters are injected by annotation: the event, `Context`, SQLAlchemy's `AsyncSession` or `AsyncConnection`,
         or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
         exactly once, in order per partition key; others at least once: give them `context.idempotency_key()`.
+        `replay=False` is for handlers with such other effects: `tidings replay` does not run them again.
         Raises `ConfigurationError` for a second handler of an event, a name used twice, or a signature that cannot be
         served.
         """
 
         def register(function: F) -> F:
-            handler = declare(function, events, name=name, retry=retry or Retry(), timeout=timeout)
+            handler = declare(function, events, name=name, retry=retry or Retry(), timeout=timeout, replay=replay)
             if handler.name in self._names:
                 raise ConfigurationError(
                     f"service {self.name!r} has two handlers named {handler.name!r}: give one of them name=..., "

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -25,7 +25,7 @@ import structlog
 from tidings.attempt import HANDLER_TASK
 from tidings.errors import ConfigurationError
 
-__all__ = ["STOP_SECONDS", "StopSignals"]
+__all__ = ["STOP_SECONDS", "StopSignals", "left_behind"]
 
 log = structlog.get_logger("tidings.signals")
 
@@ -67,7 +67,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.requested.is_set() and (left := self._left_behind()):
+        if self.requested.is_set() and (left := left_behind(self._threads)):
             log.warning(
                 "process.hangs",
                 left=left,
@@ -106,24 +106,6 @@ class StopSignals:
         self.requested.set()
         self.on_request()
 
-    def _left_behind(self) -> list[str]:
-        """What was begun within the block and would be waited for: threads, with their place, and handlers."""
-        deadline = time.monotonic() + THREADS_SECONDS
-        deaf = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(HANDLER_TASK)]
-        while True:
-            frames = sys._current_frames()
-            left: dict[str, threading.Thread] = {}
-            for thread in set(threading.enumerate()) - self._threads:
-                frame = frames.get(thread.ident or 0)
-                if thread.daemon or frame is None or frame.f_code.co_filename == concurrent.futures.thread.__file__:
-                    continue  # the last is an executor's thread without work, which ends when the interpreter says so
-                left[f"{thread.name} in {frame.f_code.co_qualname}, {frame.f_code.co_filename}:{frame.f_lineno}"] = (
-                    thread
-                )
-            if not left or time.monotonic() > deadline:
-                return sorted([*left, *deaf])
-            next(iter(left.values())).join(deadline - time.monotonic())
-
     def _leave(self, status: int, what: str, **facts: Any) -> None:
         """End the process, with a line that says what becomes of what it did."""
 
@@ -149,3 +131,21 @@ class StopSignals:
             telling.start()
             telling.join(FLUSH_SECONDS)
         os._exit(status)
+
+
+def left_behind(before: Set[threading.Thread]) -> list[str]:
+    """What was begun since there were these threads, and would be waited for: threads, with their place, and
+    handlers."""
+    deadline = time.monotonic() + THREADS_SECONDS
+    deaf = [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(HANDLER_TASK)]
+    while True:
+        frames = sys._current_frames()
+        left: dict[str, threading.Thread] = {}
+        for thread in set(threading.enumerate()) - before:
+            frame = frames.get(thread.ident or 0)
+            if thread.daemon or frame is None or frame.f_code.co_filename == concurrent.futures.thread.__file__:
+                continue  # the last is an executor's thread without work, which ends when the interpreter says so
+            left[f"{thread.name} in {frame.f_code.co_qualname}, {frame.f_code.co_filename}:{frame.f_lineno}"] = thread
+        if not left or time.monotonic() > deadline:
+            return sorted([*left, *deaf])
+        next(iter(left.values())).join(deadline - time.monotonic())

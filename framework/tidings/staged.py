@@ -77,9 +77,10 @@ class Stager:
         """Events not appended yet."""
         return len(self._lanes)
 
-    def add(self, rows: Sequence[StagedEvent], *, fresh: bool) -> None:
+    def add(self, rows: Sequence[StagedEvent], *, since: float | None) -> None:
+        """`since`: when, at the earliest, rows were committed that nobody tried yet; None for rows of any age."""
         for row in rows:
-            self._lanes.push(row.bucket, _Row(row, self._clock() + FRESH_SECONDS if fresh else 0.0))
+            self._lanes.push(row.bucket, _Row(row, 0.0 if since is None else since + FRESH_SECONDS))
         self._pump()
 
     def _pump(self) -> None:

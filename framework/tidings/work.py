@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
+from uuid import uuid4
 
 import structlog
 from sqlalchemy.exc import DBAPIError
@@ -37,6 +38,8 @@ class Troubles:
     """Attempts that failed, by position: they outlive a rejoin, so that an event cannot be retried for ever."""
 
     def __init__(self) -> None:
+        self.process: Final = str(uuid4())
+        """Who marks a range as its own: every process has another one (`tidings.crashes`)."""
         self.attempts: dict[int, int] = {}
         self.condemned: dict[int, Failure] = {}
         """Dead without being run again: the handler ended the transaction that it was part of, or made its commit
@@ -73,7 +76,7 @@ class Troubles:
 class Item:
     """One event, and in the end what came of it: nothing more, or a letter, or a held event."""
 
-    __slots__ = ("bucket", "emissions", "event", "handler", "held", "letter", "postponed", "ticket")
+    __slots__ = ("bucket", "emissions", "event", "handler", "held", "letter", "postponed", "replayed", "ticket")
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class Item:
         handler: Handler,
         ticket: Ticket[Step | None] | None,
         held: HeldEvent | None = None,
+        *,
+        replayed: bool = False,
     ) -> None:
         self.event = event
         self.bucket = bucket
@@ -90,6 +95,8 @@ class Item:
         """None for a held event: its delivery was settled long ago."""
         self.held = held
         """The row that this event was read from; None for one that comes from the bus or a pass."""
+        self.replayed = replayed
+        """It had been settled before a replay."""
         self.emissions: list[StagedEvent] = []
         self.letter: Letter | None = None
         self.postponed: HeldEvent | None = None
@@ -137,6 +144,7 @@ class Item:
             attempts=attempts,
             reason=failure.reason,
             detail=failure.detail,
+            replayed=self.replayed,
         )
         return None
 
@@ -147,7 +155,7 @@ class Item:
     def _hold(self, attempts: int, tries: int, delay: float, reason: str, detail: str | None) -> None:
         due = time.time() + delay
         self.postponed = HeldEvent(
-            self.event, self.bucket, self.key, self.handler.name, attempts, tries, due, reason, detail
+            self.event, self.bucket, self.key, self.handler.name, attempts, tries, due, reason, detail, self.replayed
         )
 
     @property

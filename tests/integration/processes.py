@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -39,11 +38,6 @@ class Worker:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
-
-    @property
-    def killed(self) -> bool:
-        """It was ended by SIGKILL."""
-        return self._process.poll() == -signal.SIGKILL
 
     @property
     def log(self) -> str:

@@ -150,7 +150,7 @@ async def test_a_pass_takes_no_more_than_twice_the_prefetch(tmp_path: Path) -> N
         nonlocal highest
         if event.key == "k0":
             await gate.wait()
-        dispatcher = running._dispatcher
+        dispatcher = running.partitions[0].dispatcher
         assert dispatcher is not None
         highest = max(highest, dispatcher.unsettled)
         seen.append((event.key, event.n))
@@ -159,7 +159,7 @@ async def test_a_pass_takes_no_more_than_twice_the_prefetch(tmp_path: Path) -> N
         await world.append(*events)
     async with embedded(tmp_path, service) as world:
         (running,) = world.running
-        dispatcher = running._dispatcher
+        dispatcher = running.partitions[0].dispatcher
         assert dispatcher is not None
         await until(lambda: dispatcher.unsettled >= 400)
         for _ in range(50):

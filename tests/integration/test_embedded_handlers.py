@@ -265,7 +265,7 @@ MISUSES: dict[str, Callable[[AsyncSession], Awaitable[None]]] = {
 async def test_a_handler_that_ends_its_transaction_is_dead_and_its_neighbours_are_whole(
     tmp_path: Path, misuse: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.running.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
     calls: list[int] = []
 
     async def meddle(event: Happened, context: Context, session: AsyncSession) -> None:
@@ -287,7 +287,7 @@ async def test_a_handler_that_ends_its_transaction_is_dead_and_its_neighbours_ar
 async def test_a_commit_behind_sqlalchemys_back_is_noticed_and_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.running.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
 
     async def meddle(event: Happened, context: Context, session: AsyncSession) -> None:
         if event.key == "culprit":

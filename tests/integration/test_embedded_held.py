@@ -334,7 +334,7 @@ async def test_an_event_whose_commit_is_refused_is_dead_and_its_group_is_done_ag
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A deferred constraint fails at COMMIT, when nobody can tell whose row it was."""
-    monkeypatch.setattr("tidings.running.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
 
     async def orphan(event: Happened, context: Context, session: AsyncSession) -> None:
         await session.execute(sa.text("PRAGMA defer_foreign_keys = ON"))
@@ -383,6 +383,10 @@ async def test_a_database_of_the_first_schema_is_upgraded(tmp_path: Path) -> Non
         connection.execute("CREATE TABLE tidings_schema (version INTEGER PRIMARY KEY)")
         connection.execute("INSERT INTO tidings_schema VALUES (1)")
         connection.execute(
+            "CREATE TABLE tidings_floors (service TEXT, log TEXT, first_bucket INTEGER, last_bucket INTEGER, "
+            "position BIGINT)"
+        )
+        connection.execute(
             "CREATE TABLE tidings_dead (id INTEGER PRIMARY KEY, service TEXT, log TEXT, kind TEXT, position BIGINT, "
             "bucket INTEGER, version BIGINT, ticks BIGINT, event_id TEXT, stream TEXT, type TEXT, data BLOB, "
             "metadata BLOB, is_json BOOLEAN, handler TEXT, attempts INTEGER, reason TEXT, detail TEXT, died_at TEXT)"
@@ -398,7 +402,8 @@ async def test_a_database_of_the_first_schema_is_upgraded(tmp_path: Path) -> Non
             (letter,) = await DeadLetters(database, "s", UUID(int=0)).list()
             assert (letter.reason, letter.holds_key, letter.key) == ("old", False, None)
     with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT version FROM tidings_schema").fetchall() == [(2,)]
+        assert connection.execute("SELECT version FROM tidings_schema").fetchall() == [(3,)]
+        assert connection.execute("SELECT active FROM tidings_floors").fetchall() == []
 
 
 async def test_a_locked_database_is_an_outage_for_whoever_holds_no_session(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ async def lives(fate: Fate, settings: Settings, store: EventStore, bus: MemoryBu
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.running.REJOIN_SECONDS", (0.005, 0.02))
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.005, 0.02))
     monkeypatch.setattr("tidings.running.DRAIN_SECONDS", 0.02)
     monkeypatch.setattr("tidings.breaker.PAUSES", (0.01, 0.03))
     monkeypatch.setattr("tidings.dispatch.HELD_SECONDS", 0.03)

@@ -14,9 +14,9 @@ from structlog.testing import capture_logs
 
 from tidings.buses import Delivery, EventBus, Subscription
 from tidings.dispatch import Dispatcher
-from tidings.errors import Fenced
+from tidings.errors import BusUnavailable, Fenced
 from tidings.healing import Pass
-from tidings.inbox import Inbox
+from tidings.inbox import Inbox, Remembered
 from tidings.intake import Intake
 from tidings.message import Marker
 from tidings.position import ALL_BUCKETS, Accepted
@@ -46,19 +46,33 @@ class Silent:
         await asyncio.Event().wait()
 
 
-async def taking(bus: Silent, *, known: int, settled: int) -> list[str]:
-    """What a process logs that knew of floor `known` where `settled` is committed; raises what ends it."""
+async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) -> tuple[list[str], list[int]]:
+    """What a process logs, and floors that it began from anew, that knew of floor `known` where `settled` is committed;
+    raises what ends it."""
+    begun: list[int] = []
+    accepted = Accepted(ALL_BUCKETS, known, {})
 
     async def committed(bucket: int | None) -> int:
         return settled
 
-    dispatcher: Any = SimpleNamespace(floor=known, settle=lambda step: None, active=asyncio.Event())
+    async def join() -> Remembered:
+        return Remembered(settled, {})
+
+    async def begin(remembered: Remembered) -> None:
+        begun.append(accepted.reached)
+
+    async def take_over() -> None:
+        pass
+
+    dispatcher: Any = SimpleNamespace(
+        floor=known, idle=idle, settle=lambda step: None, take_over=take_over, begin=begin, stand_by=lambda: None
+    )
     intake = Intake(
         Subscription("shop"),
         cast("EventBus", bus),
         LOG,
-        cast("Inbox", SimpleNamespace(settled=committed)),
-        Accepted(ALL_BUCKETS, known, {}),
+        cast("Inbox", SimpleNamespace(settled=committed, join=join)),
+        accepted,
         cast("Dispatcher", dispatcher),
         cast("Pass", SimpleNamespace(under_way=False, start=lambda upto: None)),
         prefetch=10,
@@ -74,17 +88,48 @@ async def taking(bus: Silent, *, known: int, settled: int) -> list[str]:
             await running
         except asyncio.CancelledError:
             assert intake.marker == 9, "the delivery was taken"
-    return [line["event"] for line in logs]
+    return [line["event"] for line in logs], begun
+
+
+CHOSEN = ["service.connected", "service.consuming"]
 
 
 async def test_a_process_says_that_it_consumes_when_it_is_given_something() -> None:
-    assert await taking(Silent(1), known=6, settled=6) == ["service.connected", "service.consuming"]
+    assert await taking(Silent(1), known=6, settled=6) == (CHOSEN, [6])
 
 
 async def test_a_standby_that_takes_over_begins_where_the_other_process_ended() -> None:
+    assert await taking(Silent(1), known=6, settled=8) == (CHOSEN, [8])
+
+
+async def test_work_of_an_earlier_connection_is_gone_on_with_while_nobody_else_did_any() -> None:
+    assert await taking(Silent(1), known=6, settled=6, idle=False) == (CHOSEN, [])
+
+
+async def test_work_of_an_earlier_connection_is_given_up_where_another_process_has_gone_on() -> None:
     with pytest.raises(Fenced, match=r"taking over from another process, .* up to position 8; .* knew of position 6"):
-        await taking(Silent(3600), known=6, settled=8)
+        await taking(Silent(1), known=6, settled=8, idle=False)
 
 
-async def test_a_long_silence_alone_makes_nobody_join_again() -> None:
-    assert await taking(Silent(3600), known=6, settled=6) == ["service.connected", "service.consuming"]
+class Unbound(Silent):
+    """Brings nothing before it was provisioned three times; the second time it cannot be reached."""
+
+    provisioned = 0
+
+    async def provision(self, subscription: Subscription | None = None) -> None:
+        self.provisioned += 1
+        if self.provisioned == 2:
+            raise BusUnavailable("not now")
+
+    async def _deliveries(self) -> AsyncIterator[Delivery]:
+        while self.provisioned < 3:
+            await asyncio.sleep(0.001)
+        async for delivery in super()._deliveries():
+            yield delivery
+
+
+async def test_a_service_that_hears_no_marker_binds_its_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay makes a deleted exchange anew, but not the bindings of the services."""
+    monkeypatch.setattr("tidings.intake.SILENCE_SECONDS", 0.01)
+    events, _ = await taking(Unbound(1), known=6, settled=6)
+    assert events == ["service.connected", "bus.silent", "service.consuming"]

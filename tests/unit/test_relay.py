@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from uuid import uuid4
 
 import pytest
+from structlog.testing import capture_logs
 
 from tidings import EventData, EventStore, Relay, open_store
 from tidings.buses import Consumer, Found, Subscription
@@ -34,6 +35,9 @@ class ScriptedBus:
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
         raise AssertionError("a relay does not inspect")
+
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        raise AssertionError("a relay does not delete")
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[ScriptedBus]:
@@ -272,6 +276,19 @@ async def test_a_foreign_event_in_the_checkpoint_stream_is_reported_with_the_rem
     await store.append(relay.stream, [EventData("Odd", b"not a checkpoint")], expected=ANY)
     with pytest.raises(StoreUnavailable, match="somebody else wrote there"):
         await relay.checkpoint()
+
+
+async def test_a_checkpoint_above_the_end_of_the_log_is_reported_and_what_follows_is_sent(
+    store: EventStore, bus: ScriptedBus
+) -> None:
+    beyond = EventData("tidings_Checkpoint", b'{"position": 1000000}')
+    await store.append("tidings_relay-main", [beyond], expected=ANY)
+    with capture_logs() as logs:
+        async with relaying(store, bus):
+            await until(lambda: bool(bus.markers))
+            later = await fill(store, 3)
+            await until(lambda: bus.positions == later)
+    assert [line["checkpoint"] for line in logs if line["event"] == "relay.beyond_the_log"] == [1000000]
 
 
 async def test_a_topology_that_differs_ends_the_relay(store: EventStore, bus: ScriptedBus) -> None:

@@ -4,7 +4,7 @@ The bus may lose, repeat and reorder: the log is the truth, and duplicates and g
 adapter stays thin. Rules that every adapter keeps, each proved by a test of `tidings.testing.bus_conformance`:
 
 * A message is confirmed only after every bound queue has it; a message that reaches no queue raises `Unroutable`.
-* A marker (no bucket) reaches every queue; an event the queues of its bucket.
+* A marker (no bucket) reaches every queue; an event each service's queue of its bucket.
 * Deliveries come in the queue's order; those not settled come again to the next consumer.
 * At most `prefetch` deliveries are unsettled at a time.
 * `settle_through` settles everything up to its tag, and is harmless on a consumer that is gone.
@@ -13,6 +13,7 @@ adapter stays thin. Rules that every adapter keeps, each proved by a test of `ti
 * A lock has one holder; losing the connection loses it.
 * Provisioning twice changes nothing; what exists with other properties raises `TopologyMismatch` that names them.
 * Inspecting makes nothing and changes nothing, and finds out what provisioning would make or refuse.
+* Deleting takes away the queues that it is given, and leaves every other one alone; none is no error.
 """
 
 from __future__ import annotations
@@ -26,8 +27,18 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from tidings.errors import ConfigurationError
 from tidings.message import Message
+from tidings.position import BUCKETS
 
-__all__ = ["Consumer", "Delivery", "EventBus", "Found", "Publisher", "Subscription", "check_service_name"]
+__all__ = [
+    "Consumer",
+    "Delivery",
+    "EventBus",
+    "Found",
+    "Publisher",
+    "Subscription",
+    "check_partitions",
+    "check_service_name",
+]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 
@@ -42,15 +53,33 @@ def check_service_name(name: str) -> str:
     return name
 
 
+def check_partitions(count: int) -> int:
+    """Raises `ConfigurationError` for a number of partitions that no service can have: a bucket cannot be divided."""
+    if type(count) is not int or not 1 <= count <= BUCKETS:
+        raise ConfigurationError(f"a service has 1 to {BUCKETS} partitions, not {count!r}")
+    return count
+
+
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """What a service needs from the bus: its queue, bound to every event."""
+    """What one partition of a service needs from the bus: a queue, bound to the events of its buckets, and to markers.
+
+    A service that is not divided is one partition with all buckets.
+    """
 
     service: str
+    index: int = 0
+    count: int = 1
+    """Of partitions, 1 to `BUCKETS`."""
 
     @property
     def queue(self) -> str:
-        return f"tidings.{self.service}"
+        return f"tidings.{self.service}" if self.count == 1 else f"tidings.{self.service}.{self.index}"
+
+    @property
+    def buckets(self) -> range:
+        """The ranges of a service's partitions cover all buckets, each once."""
+        return range(BUCKETS * self.index // self.count, BUCKETS * (self.index + 1) // self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +138,15 @@ class EventBus(Protocol):
     """Obtain one with `async with tidings.settings.open_bus(url) as bus`."""
 
     async def provision(self, subscription: Subscription | None = None) -> None:
-        """Make the exchange and, if given, the service's queue and its binding; change nothing that exists."""
+        """Make the exchange and, if given, the partition's queue and its bindings; change nothing that exists."""
+        ...
+
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        """Delete the queues of these, with what waits in them. Raises `BusUnavailable`."""
         ...
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
-        """What is there of what these services need: the exchange, then their queues. Raises `BusUnavailable`."""
+        """What is there of what these need: exchanges, then the queues in their order. Raises `BusUnavailable`."""
         ...
 
     def publisher(self, *, lock: str | None = None) -> AbstractAsyncContextManager[Publisher]:

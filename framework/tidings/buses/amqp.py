@@ -249,7 +249,9 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.fail(ConnectionLost(f"the connection broke: {exc or 'the other side closed it'}"))
+        error = ConnectionLost(f"the connection broke: {exc or 'the other side closed it'}")
+        error.__cause__ = exc  # a client certificate that is refused is heard of only after TLS 1.3's handshake
+        self.fail(error)
         if not self._gone.done():
             self._gone.set_result(None)
 
@@ -270,6 +272,8 @@ class Connection(asyncio.Protocol):
                 kind, number, size = FRAME.unpack_from(buffer, at)
                 if kind == 65:  # "A" of "AMQP": the broker speaks another version
                     raise ConnectionLost("it speaks another protocol than AMQP 0-9-1")
+                if kind == 21:  # an alert of TLS
+                    raise ConnectionLost("it speaks TLS, so its URL begins with amqps://")
                 stop = at + 8 + size
                 if size > self.frame_max:
                     raise ConnectionLost("it sends what is no AMQP frame")

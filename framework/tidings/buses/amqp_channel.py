@@ -107,8 +107,8 @@ class Channel:
         self._content: _Content | None = None
         self._unconfirmed: dict[int, _Publish] = {}
         self._published = 0
-        self._publish: dict[str, bytes] = {}
-        """Exchange to the method frame that begins every message to it."""
+        self._publish: dict[tuple[str, str], bytes] = {}
+        """Exchange and routing key to the method frame that begins every message to them."""
         self._on_delivery: OnDelivery | None = None
         self._body_limit = 0
         self._on_closed: Callable[[AmqpError], None] | None = None
@@ -135,6 +135,12 @@ class Channel:
             raise ConnectionLost(f"the broker answered {request.name} with {answer.name}")
         return answer
 
+    def tell(self, request: Frame) -> None:
+        """Send a method that asks for no reply: what the broker has against it, the next call raises."""
+        if self.closed is not None:
+            raise self.closed
+        self._connection.write(frame.marshal(request, self._number))
+
     @property
     def crowded(self) -> bool:
         """The broker reads slower than it is sent to: `room` before the next publish."""
@@ -145,7 +151,7 @@ class Channel:
         await self._connection.room()
 
     def publish(
-        self, exchange: str, properties: Properties, body: bytes, blame: Blame | None = None
+        self, exchange: str, properties: Properties, body: bytes, blame: Blame | None = None, *, routing_key: str = ""
     ) -> asyncio.Future[Outcome]:
         """Send a mandatory message at once; the future is done when the broker has said what became of it. With
         `blame`, it raises what that makes of anything but a confirm.
@@ -161,10 +167,10 @@ class Channel:
         content = pack(properties, len(body))
         if len(content) > limit:
             raise ValueError(f"its headers are {len(content) + 8} bytes, a frame of this broker ends at {limit + 8}")
-        method = self._publish.get(exchange)
+        method = self._publish.get((exchange, routing_key))
         if method is None:
-            method = frame.marshal(commands.Basic.Publish(exchange=exchange, mandatory=True), number)
-            self._publish[exchange] = method
+            publish = commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=True)
+            method = self._publish[exchange, routing_key] = frame.marshal(publish, number)
         parts = [method, FRAME.pack(CONTENT, number, len(content)), content, END]
         for start in range(0, len(body), limit):
             part = body[start : start + limit]

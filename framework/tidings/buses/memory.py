@@ -45,6 +45,8 @@ class _Queue:
         self.name = name
         self.limit = limit
         self.foreign = foreign
+        self.buckets: set[int] = set()
+        """Bound to the events of these, and to markers."""
         self.ready: deque[Message] = deque()
         self.consumers: deque[_Consumer] = deque()
 
@@ -84,9 +86,11 @@ class _Publisher:
         broker = self._broker
         if self._lost is not None:
             raise BusUnavailable(self._lost)
-        if not broker.queues:
+        bucket = message.bucket
+        queues = [queue for queue in broker.queues.values() if bucket is None or bucket in queue.buckets]
+        if not queues:
             raise Unroutable(_EXCHANGE, message.message_id)
-        for queue in broker.queues.values():
+        for queue in queues:
             if broker.tamper is None:
                 queue.push(message)
             else:
@@ -177,6 +181,12 @@ class MemoryBus:
         queue = self._broker.queues.setdefault(subscription.queue, _Queue(subscription.queue, self._limit))
         if queue.foreign:
             raise TopologyMismatch(self._foreign(queue))
+        queue.buckets.update(subscription.buckets)
+
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        self._check_open()
+        for subscription in subscriptions:
+            self.delete_queue(subscription.queue)
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
         self._check_open()
@@ -284,7 +294,10 @@ class MemoryBus:
 
 async def open_memory(url: str) -> MemoryBus:
     """The bus `memory://name`; without a name, the one called "". Raises `ConfigurationError` for anything more."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigurationError(f"{url!r} is no memory bus: {error}") from None
     if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigurationError(f"{url!r} is no memory bus: write memory://name, without a path or options")
     return MemoryBus(parts.netloc)

@@ -11,29 +11,33 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import structlog
-from pamqp import commands
+from pamqp import commands, frame
 
 from tidings.buses import Delivery, Found, Subscription
 from tidings.buses.amqp import Address, AmqpError, Channel, ChannelClosed, Connection, ConnectionLost, Outcome
 from tidings.buses.amqp_content import Properties
-from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, inspect, provision
+from tidings.buses.amqp_tls import FILES, context_of, refuse_blindness, remedy_of
+from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
 from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
 from tidings.message import BODY_LIMIT, Message
 
 __all__ = ["RabbitMQBus", "address_of", "open_rabbitmq"]
 
-_OPTIONS: Final = ("heartbeat", "cafile", "certfile", "keyfile")
+_OPTIONS: Final = ("heartbeat", *FILES)
 _TOO_LARGE: Final = re.compile(r"message size (\d+) (?:is )?larger than (?:configured )?max size (\d+)")
 _LOCK_POLL: Final = 1.0  # seconds, give or take a quarter
+_LOCK_HEARTBEAT: Final = 3
+"""Seconds. RabbitMQ gives up a silent connection, and the lock that it holds, after two to three times the heartbeat:
+so a standby leads within 9 s and the poll of a leader that is paused, or whose network swallows everything."""
 _ABOUT_US: Final = (403, 530)
 """Replies about user or vhost, which all nodes of a cluster share: the next node would say the same."""
 
@@ -55,7 +59,8 @@ class _Publisher:
         if channel.crowded:
             await channel.room()
         try:
-            return channel.publish(EXCHANGE, _properties(message), message.body, partial(self._blame, message))
+            blame, key = partial(self._blame, message), routing_key(message.bucket)
+            return channel.publish(EXCHANGE, _properties(message), message.body, blame, routing_key=key)
         except AmqpError as error:
             raise self._bus.unavailable(error) from error
         except (ValueError, TypeError) as error:
@@ -157,6 +162,14 @@ class RabbitMQBus:
             except AmqpError as error:
                 raise self.unavailable(error) from error
 
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        """As the port says."""
+        async with self._connected("tidings delete") as connection:
+            try:
+                await delete(connection, subscriptions)
+            except AmqpError as error:
+                raise self.unavailable(error) from error
+
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
         """As the port says. A user who may not declare is told that what exists fits: nothing more can be known."""
         async with self._connected("tidings inspect") as connection:
@@ -169,7 +182,12 @@ class RabbitMQBus:
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:
         """As the port says. A message over the broker's `max_message_size` closes the channel: it alone is
         `PublishRejected`, whatever else was on its way is `BusUnavailable`."""
-        async with self._connected("tidings publisher" if lock is None else f"tidings relay {lock}") as connection:
+        connected = (
+            self._connected("tidings publisher")
+            if lock is None
+            else self._connected(f"tidings relay {lock}", min(self._address.heartbeat, _LOCK_HEARTBEAT))
+        )
+        async with connected as connection:
             try:
                 if lock is not None:
                     await self._hold(connection, lock)
@@ -203,9 +221,16 @@ class RabbitMQBus:
             case 403 if isinstance(error, ConnectionLost):
                 remedy = "Check user and password in TIDINGS_BUS; a percent sign or '/' in them must be percent-encoded"
             case 403:
-                remedy = f"Grant what it lacks: rabbitmqctl set_permissions --vhost {address.vhost} {address.user} …"
+                remedy = (
+                    "Let an administrator import what 'tidings topology export' prints (it brings the exchanges and "
+                    f"the permissions), or grant it: rabbitmqctl set_permissions --vhost {address.vhost} "
+                    f"{address.user} …"
+                )
             case 404:
-                remedy = "It is made when a service or relay starts; if it was deleted, start them again"
+                remedy = (
+                    "Relay and services make it anew by themselves; where they may not, import what 'tidings topology "
+                    "export' prints"
+                )
             case 530:
                 remedy = (
                     f"Make the vhost (rabbitmqctl add_vhost {address.vhost}), let the user in, or correct TIDINGS_BUS"
@@ -213,15 +238,17 @@ class RabbitMQBus:
             case 406:
                 remedy = "Connect again; if it repeats, the broker's log says more"
             case _:
-                remedy = "Connect again once it is there; check host and port in TIDINGS_BUS if it never was"
+                remedy = remedy_of(error) or (
+                    "Connect again once it is there; check host and port in TIDINGS_BUS if it never was"
+                )
         return BusUnavailable(f"{known}. {remedy}.")
 
     @asynccontextmanager
-    async def _connected(self, name: str) -> AsyncIterator[Connection]:
+    async def _connected(self, name: str, heartbeat: int | None = None) -> AsyncIterator[Connection]:
         if self._closed:
             raise BusUnavailable(f"{self!r} is closed")
         try:
-            connection = await self._open(name)
+            connection = await self._open(name, heartbeat or self._address.heartbeat)
         except AmqpError as error:
             raise self.unavailable(error) from error
         self.connections.add(connection)
@@ -231,12 +258,13 @@ class RabbitMQBus:
             self.connections.discard(connection)
             await connection.close()
 
-    async def _open(self, name: str) -> Connection:
+    async def _open(self, name: str, heartbeat: int) -> Connection:
         """To the node that let us in last, or else to the next: each has one try."""
         began, complaints = self._node, []
+        last: AmqpError | None = None
         for turn in range(len(self._nodes)):
             number = (began + turn) % len(self._nodes)
-            node = self._nodes[number]
+            node = replace(self._nodes[number], heartbeat=heartbeat)
             try:
                 connection = await Connection.open(node, name, on_blocked=self._on_blocked)
             except AmqpError as error:
@@ -244,10 +272,11 @@ class RabbitMQBus:
                     raise
                 log.warning("bus.node_unreachable", node=f"{node.host}:{node.port}", error=str(error))
                 complaints.append(f"{node.host}:{node.port}: {error}")
+                last = error
             else:
                 self._node = number
                 return connection
-        raise ConnectionLost("; ".join(complaints))
+        raise ConnectionLost("; ".join(complaints)) from last
 
     async def _hold(self, connection: Connection, name: str) -> None:
         """Wait until this connection alone has the lock's queue. A refused declare (405) costs a channel each time."""
@@ -266,7 +295,7 @@ class RabbitMQBus:
                     )
                 log.info("bus.lock_waiting", lock=name, bus=str(self._address))
                 waiting = True
-            await asyncio.sleep(_LOCK_POLL * random.uniform(0.75, 1.25))
+            await asyncio.sleep(_LOCK_POLL * random.uniform(0.75, 1.25))  # no secret  # nosec B311
 
     async def _declared(self, connection: Connection, declare: commands.Queue.Declare) -> bool:
         """False when somebody else holds the queue as exclusive, or, asked passively, when there is none."""
@@ -319,9 +348,12 @@ def address_of(url: str) -> Address:
     """Where an AMQP URL leads. The `ConfigurationError` of one that cannot be read never shows it: a password may stand
     anywhere in it."""
     try:
+        url.encode()  # what no text is, the environment may hold all the same
         parts = urlsplit(url)
         login, _, places = parts.netloc.rpartition("@")
         nodes = [(place.hostname, place.port) for place in map(urlsplit, (f"//{at}" for at in places.split(",")))]
+        for host, _ in nodes:
+            (host or "").encode("idna")  # as the resolver does
     except ValueError:
         parts, login, nodes = urlsplit(""), "", [(None, None)]
     user, _, password = login.partition(":")
@@ -339,6 +371,7 @@ def address_of(url: str) -> Address:
         )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if unknown := sorted(options.keys() - set(_OPTIONS)):
+        refuse_blindness(unknown[0])
         raise ConfigurationError(
             f"the RabbitMQ URL has the unknown option {unknown[0]!r}; known: {', '.join(_OPTIONS)}"
         )
@@ -347,31 +380,26 @@ def address_of(url: str) -> Address:
         raise ConfigurationError(f"the RabbitMQ URL says heartbeat={heartbeat!r}: it must be 1 to 60 seconds")
     tls = None
     if parts.scheme.lower() == "amqps":
-        tls = _tls(options)
-    elif options.keys() & {"cafile", "certfile", "keyfile"}:
+        tls = context_of(options)
+    elif options.keys() & set(FILES):
         raise ConfigurationError("the RabbitMQ URL names certificates, but begins with amqp://: write amqps://")
     default = 5672 if tls is None else 5671
     (host, port), *others = [(host or "", port or default) for host, port in nodes]
+    vhost = unquote(parts.path[1:]) or "/"
+    try:
+        frame.marshal(commands.Connection.Open(virtual_host=vhost), 0)
+    except ValueError as error:
+        raise ConfigurationError(f"the RabbitMQ URL names a vhost of {len(vhost)} characters: {error}") from None
     return Address(
         host=host,
         port=port,
         others=tuple(others),
         user=unquote(user or "guest"),
         password=unquote(password or "guest"),
-        vhost=unquote(parts.path[1:]) or "/",
+        vhost=vhost,
         tls=tls,
         heartbeat=int(heartbeat),
     )
-
-
-def _tls(options: Mapping[str, str]) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=options.get("cafile"))
-        if "certfile" in options:
-            context.load_cert_chain(options["certfile"], options.get("keyfile"))
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(f"the certificates that the RabbitMQ URL names cannot be read: {error}") from error
-    return context
 
 
 async def open_rabbitmq(url: str) -> RabbitMQBus:
@@ -379,7 +407,8 @@ async def open_rabbitmq(url: str) -> RabbitMQBus:
 
     Of a cluster any number of nodes may be named, `host1:port,host2:port`: each connection goes to the first that lets
     it in, beginning with the one that did so last.
-    Options: `heartbeat` (seconds, default 10: a dead broker is noticed after twice that), and for `amqps://` `cafile`,
+    Options: `heartbeat` (seconds, default 10: a dead broker is noticed after twice that; a relay's is 3 at most, so
+    that a standby need not wait for long), and for `amqps://` `cafile`,
     `certfile`, `keyfile` (paths of PEM files).
     """
     return RabbitMQBus(address_of(url))

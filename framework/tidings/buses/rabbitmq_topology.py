@@ -1,4 +1,4 @@
-"""What Tidings needs on RabbitMQ: one fanout exchange, one quorum queue per service. It makes, compares, never changes.
+"""What Tidings needs on RabbitMQ: exchanges, and a quorum queue per partition of a service. It compares, never changes.
 
 Comparing takes two steps. A passive declare says whether something exists, and needs no permission; an active one makes
 the broker compare (or make) it, and answers a difference by closing the channel with a 406, which becomes
@@ -6,8 +6,8 @@ the broker compare (or make) it, and answers a difference by closing the channel
 declare compares without that, so what somebody deletes between the two is made anew, empty and unbound. Bindings cannot
 be looked at over AMQP: provisioning makes them anew each time.
 
-`tidings.partitions` (direct, bound to the fanout; routing key = bucket, or `marker`) has its place here once a service
-can have several queues.
+A service's only queue is bound to the fanout `tidings.events`. The queues of a divided one are bound to
+`tidings.partitions`, a direct exchange behind the fanout, with the buckets of their partition, and with `marker`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from pamqp.base import Frame
 from tidings.buses import Found, Subscription
 from tidings.buses.amqp import ChannelClosed, Connection
 from tidings.errors import TopologyMismatch
+from tidings.position import ALL_BUCKETS
 
-__all__ = ["EXCHANGE", "LOCK", "QUEUE_BYTES", "inspect", "provision"]
+__all__ = ["EXCHANGE", "LOCK", "PARTITIONS", "QUEUE_BYTES", "delete", "inspect", "provision", "routing_key"]
 
 EXCHANGE: Final = "tidings.events"
+PARTITIONS: Final = "tidings.partitions"
 LOCK: Final = "tidings.relay."
 """Followed by the relay's name: an exclusive queue that nothing is ever sent to."""
 QUEUE_BYTES: Final = 1 << 30
@@ -44,39 +46,81 @@ _DIFFERENCE: Final = re.compile(
 )
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '.*')?", re.DOTALL)
 
-_EXCHANGE: Final = commands.Exchange.Declare(exchange=EXCHANGE, exchange_type="fanout", durable=True)
+_EXCHANGES: Final = {EXCHANGE: "fanout", PARTITIONS: "direct"}
+_KEYS: Final = tuple(map(str, ALL_BUCKETS))
+_MARKER: Final = "marker"
 
 log = structlog.get_logger(__name__)
 
 F = TypeVar("F", bound=Frame)
+_Declare = commands.Exchange.Declare | commands.Queue.Declare
+
+
+def routing_key(bucket: int | None) -> str:
+    """Of an event in this bucket; without one, of a marker. The fanout passes it on to `PARTITIONS`."""
+    return _MARKER if bucket is None else _KEYS[bucket]
 
 
 async def provision(connection: Connection, vhost: str, subscription: Subscription | None) -> None:
-    """Make the exchange and the service's queue, or see that they fit. Raises `TopologyMismatch`, `AmqpError`."""
-    there = await _there(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk)
-    await _compare(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk, exists=there is not None)
+    """Make exchanges and the partition's queue, or see that they fit. Raises `TopologyMismatch`, `AmqpError`."""
+    await _exchange(connection, vhost, EXCHANGE)
     if subscription is None:
         return
+    exchange, keys, last = EXCHANGE, list[str](), ""
+    if subscription.count > 1:
+        exchange, keys, last = PARTITIONS, [_KEYS[bucket] for bucket in subscription.buckets], _MARKER
+        await _exchange(connection, vhost, PARTITIONS)
+        behind = commands.Exchange.Bind(destination=PARTITIONS, source=EXCHANGE)
+        try:
+            await (await connection.channel()).call(behind, commands.Exchange.BindOk)
+        except ChannelClosed as error:
+            if error.code != 403:  # a service may not: who made the exchanges has bound them
+                raise
     queue = subscription.queue
     limit = await _queue(connection, vhost, queue, exists=await _waiting(connection, vhost, queue) is not None)
     if limit is not None:
         log.warning("bus.queue_limit_differs", queue=queue, vhost=vhost, wanted=QUEUE_BYTES, found=limit)
-    bind = commands.Queue.Bind(queue=queue, exchange=EXCHANGE)
-    await (await connection.channel()).call(bind, commands.Queue.BindOk)
+    channel = await connection.channel()
+    for key in keys:
+        channel.tell(commands.Queue.Bind(queue=queue, exchange=exchange, routing_key=key, nowait=True))
+    bind = commands.Queue.Bind(queue=queue, exchange=exchange, routing_key=last)
+    await channel.call(bind, commands.Queue.BindOk)
+
+
+async def delete(connection: Connection, subscriptions: Sequence[Subscription]) -> None:
+    """Delete their queues, with what waits in them. Raises `AmqpError`."""
+    channel = await connection.channel()
+    for subscription in subscriptions:
+        await channel.call(commands.Queue.Delete(queue=subscription.queue), commands.Queue.DeleteOk)
 
 
 async def inspect(connection: Connection, vhost: str, subscriptions: Sequence[Subscription]) -> list[Found]:
     """What is there of what these services need. Raises `AmqpError`."""
-    found = []
-    try:
-        if await _there(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk) is None:
-            found.append(Found("exchange", EXCHANGE, "missing"))
-        else:
-            await _compare(connection, vhost, _EXCHANGE, commands.Exchange.DeclareOk, exists=True)
-            found.append(Found("exchange", EXCHANGE, "fits"))
-    except TopologyMismatch as error:
-        found.append(Found("exchange", EXCHANGE, "differs", str(error)))
+    divided = any(subscription.count > 1 for subscription in subscriptions)
+    found = [await _inspect_exchange(connection, vhost, name) for name in _EXCHANGES if name == EXCHANGE or divided]
     return found + [await _inspect_queue(connection, vhost, subscription.queue) for subscription in subscriptions]
+
+
+def _declared(name: str) -> commands.Exchange.Declare:
+    return commands.Exchange.Declare(exchange=name, exchange_type=_EXCHANGES[name], durable=True)
+
+
+async def _exchange(connection: Connection, vhost: str, name: str) -> None:
+    """Make it, or see that it fits."""
+    wanted = _declared(name)
+    there = await _there(connection, vhost, wanted, commands.Exchange.DeclareOk)
+    await _compare(connection, vhost, wanted, commands.Exchange.DeclareOk, exists=there is not None)
+
+
+async def _inspect_exchange(connection: Connection, vhost: str, name: str) -> Found:
+    wanted = _declared(name)
+    try:
+        if await _there(connection, vhost, wanted, commands.Exchange.DeclareOk) is None:
+            return Found("exchange", name, "missing")
+        await _compare(connection, vhost, wanted, commands.Exchange.DeclareOk, exists=True)
+    except TopologyMismatch as error:
+        return Found("exchange", name, "differs", str(error))
+    return Found("exchange", name, "fits")
 
 
 async def _inspect_queue(connection: Connection, vhost: str, queue: str) -> Found:
@@ -119,12 +163,12 @@ async def _queue(connection: Connection, vhost: str, queue: str, *, exists: bool
     return limit
 
 
-async def _there(connection: Connection, vhost: str, wanted: Frame, reply: type[F]) -> F | None:
+async def _there(connection: Connection, vhost: str, wanted: _Declare, reply: type[F]) -> F | None:
     """The broker's answer to a passive declare; None when there is nothing of that name."""
     if isinstance(wanted, commands.Queue.Declare):
         passive: Frame = commands.Queue.Declare(queue=wanted.queue, passive=True)
     else:
-        passive = commands.Exchange.Declare(exchange=EXCHANGE, passive=True)
+        passive = commands.Exchange.Declare(exchange=wanted.exchange, passive=True)
     try:
         return await (await connection.channel()).call(passive, reply)
     except ChannelClosed as error:
@@ -136,7 +180,7 @@ async def _there(connection: Connection, vhost: str, wanted: Frame, reply: type[
 
 
 async def _compare(
-    connection: Connection, vhost: str, wanted: Frame, reply: type[Frame], *, exists: bool, tolerated: str = ""
+    connection: Connection, vhost: str, wanted: _Declare, reply: type[Frame], *, exists: bool, tolerated: str = ""
 ) -> str | None:
     """None when it is as wanted; what was found of the argument `tolerated` when that alone is known to differ."""
     try:
@@ -153,8 +197,11 @@ async def _compare(
     return None
 
 
-def _mismatch(vhost: str, request: Frame, error: ChannelClosed) -> TopologyMismatch:
-    kind, name = ("queue", request.queue) if isinstance(request, commands.Queue.Declare) else ("exchange", EXCHANGE)
+def _mismatch(vhost: str, request: _Declare, error: ChannelClosed) -> TopologyMismatch:
+    if isinstance(request, commands.Queue.Declare):
+        kind, name = "queue", request.queue
+    else:
+        kind, name = "exchange", request.exchange
     difference = _DIFFERENCE.search(error.text)
     if difference is not None:
         fact = f"its {difference['name']} is {_value(difference['found'])}, but must be {_value(difference['wanted'])}"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tidings import __version__
-from tidings.cli import dead, server, serving, settled, status, streams, topology
+from tidings.cli import dead, partitions, replay, server, serving, settled, simulate, status, streams, topology, why
 from tidings.cli.exits import TABLE
 from tidings.settings import DEBUG
 
@@ -56,7 +56,11 @@ app.command("relay", short_help="Carry events from the log to the bus.")(serving
 app.command("dev", short_help="Run everything embedded, restarting on change.")(serving.dev)
 app.command("server", short_help="Serve EventStoreDB's protocol from a file.")(server.server)
 app.command("verify", short_help="Is every event settled in every service?")(settled.verify)
+app.command("replay", short_help="Run a service's handlers again from there on.")(replay.replay)
 app.command("status", short_help="How far are log, relay and services?")(status.status)
+app.command("partitions", short_help="Into how many a service is divided; resize it.")(partitions.partitions)
+app.command("why", short_help="What became of one event, and what it caused.")(why.why)
+app.command("simulate", short_help="Prove the promises in random worlds.")(simulate.simulate)
 app.add_typer(streams.app, name="streams", short_help="Look into the log, append to it.")
 app.add_typer(dead.app, name="dead", short_help="What services gave up: look, retry, drop.")
 app.add_typer(topology.app, name="topology", short_help="What the bus must have, has, lacks.")

@@ -7,14 +7,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tidings.errors import ConfigurationError, StoreUnavailable
+from tidings.buses import Subscription
+from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
 from tidings.settings import Settings, open_store, redact
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database import Database
+    from tidings.partitions import Layout
+    from tidings.service import Service
 
-__all__ = ["existing_database", "existing_store", "writable_store"]
+__all__ = ["existing_database", "existing_layout", "existing_store", "subscriptions_of", "writable_store"]
 
 
 @asynccontextmanager
@@ -53,6 +56,29 @@ def _absent(path: str) -> bool:
 
 def _full(path: str) -> Path:
     return Path(path).absolute()
+
+
+async def subscriptions_of(settings: Settings, service: Service) -> list[Subscription]:
+    """What a service needs on the bus, as its database says; where that is not named here, or does not answer, as the
+    service declares."""
+    try:
+        return (await existing_layout(settings, service)).subscriptions
+    except (DatabaseUnavailable, ConfigurationError):
+        count = service.partitions or 1
+        return [Subscription(service.name, index, count) for index in range(count)]
+
+
+async def existing_layout(settings: Settings, service: Service) -> Layout:
+    """How a service is divided, or will be when it first runs. Raises what `existing_database` does."""
+    from tidings.partitions import Layout, layout_of
+
+    async with existing_database(settings, service.name) as database:
+        if database is not None:
+            async with database.reading() as connection:
+                found = await layout_of(connection, service.name)
+            return found or Layout(service.name, 1, epoch=0, rebound=0, former=1)
+    count = service.partitions or 1
+    return Layout(service.name, count, epoch=0, rebound=0, former=count)
 
 
 @asynccontextmanager

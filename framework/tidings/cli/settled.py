@@ -1,9 +1,12 @@
-"""`tidings verify`: is every event settled in every service? It only reads."""
+"""`tidings verify`: is every event settled in every service? It only reads, unless it is asked to repair."""
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from contextlib import AsyncExitStack
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +14,13 @@ from tidings.cli.exits import NO, OK, answering
 from tidings.cli.find import find_services
 from tidings.cli.looking import existing_database, existing_store
 from tidings.cli.output import GREEN, RED, Json, facts, paint, plain, say
+from tidings.cli.reading import Reading
 from tidings.settings import Settings
+
+if TYPE_CHECKING:
+    from tidings.recount import Recount
+    from tidings.report import Report
+    from tidings.service import Service
 
 __all__ = ["Targets", "verify"]
 
@@ -22,32 +31,97 @@ Targets = Annotated[
 
 
 @answering
-async def verify(services: Targets = None, json: Json = False) -> int:
+async def verify(
+    services: Targets = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read the whole log, and recount everything from it.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Heal what is pending or staged, and nothing else.")] = False,
+    timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for --repair.")] = 60.0,
+    relay: Annotated[str, typer.Option(metavar="NAME", help="The relay whose checkpoint is compared.")] = "main",
+    json: Json = False,
+) -> int:
     """Show that every event is settled in every service, or name those that are not (exit code 1).
 
     Settled is what a handler has done, and what is dead with its reason. When all is well it costs a few rows per
-    service; otherwise it reads the log above the lowest floor.
+    service; otherwise it reads the log above the lowest floor. --deep checks every row of the services against the
+    log. --repair has whoever is behind read the log: over a network by one marker, which those who are not behind
+    drop; embedded by running the services here, if no other process has them. What is settled is never run again.
     """
+    settings = Settings()
+    found = list(find_services(services or (), settings).values())
+    before = set(threading.enumerate())
+    report, recount = await _look(settings, found, relay, deep)
+    done: list[str] = []
+    if repair:
+        from tidings.cli.repairing import Repair
+
+        if not json and not report.ok:
+            _show(report, None)
+        tell = done.append if json else _tell
+        report = await Repair(settings, found, relay, timeout, tell).run(report)
+        if deep:
+            _, recount = await _look(settings, found, relay, deep)
+    if json:
+        say(facts(_facts(report, recount) | ({"repaired": done} if repair else {})))
+    else:
+        _show(report, recount)
+    code = OK if report.ok and (recount is None or recount.ok) else NO
+    if repair:
+        _leave(before, code)
+    return code
+
+
+def _tell(done: str) -> None:
+    """At once: what follows may take long, or fail."""
+    print(plain(f"repair: {done}"), flush=True)
+
+
+def _leave(before: set[threading.Thread], code: int) -> None:
+    """Services that were run here may have handlers that hang, and would hold up the end of the process for ever."""
+    from tidings.signals import left_behind
+
+    if left := left_behind(before):
+        print(plain(f"left behind, what they work on stays pending: {', '.join(left)}"), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+async def _look(settings: Settings, services: list[Service], relay: str, deep: bool) -> tuple[Report, Recount | None]:
     from tidings.verify import verify as look
 
-    settings = Settings()
-    found = find_services(services or (), settings)
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(existing_store(settings))
         pairs = [
             (service, await stack.enter_async_context(existing_database(settings, service.name)))
-            for service in found.values()
+            for service in services
         ]
-        report = await look(store, pairs)
-    if json:
-        parts = [
-            {"service": part.service, "ok": part.ok} | {name: getattr(part, name) for name in part.__slots__}
-            for part in report.services
-        ]
-        say(facts({"log": report.log, "position": report.position, "ok": report.ok, "services": parts}))
-    else:
-        first, *rest = str(report).split("\n")
-        say(paint(plain(first), GREEN if report.ok else RED))
+        report = await look(store, pairs, relay=relay)
+        if not deep:
+            return report, None
+        from tidings.recount import recount
+
+        with Reading() as reading:
+            return report, await recount(store, pairs, reading.reached)
+
+
+def _facts(report: Report, recount: Recount | None) -> dict[str, Any]:
+    parts = [
+        {"service": part.service, "ok": part.ok} | {name: getattr(part, name) for name in part.__slots__}
+        for part in report.services
+    ]
+    ok = report.ok and (recount is None or recount.ok)
+    deep = {} if recount is None else {"deep": recount}
+    relay = report.relay
+    return {"log": report.log, "position": report.position, "ok": ok, "relay": relay, "services": parts} | deep
+
+
+def _show(report: Report, recount: Recount | None) -> None:
+    first, *rest = str(report).split("\n")
+    say(paint(plain(first), GREEN if report.ok else RED))
+    for line in rest:
+        say(plain(line))
+    if recount is not None:
+        first, *rest = str(recount).split("\n")
+        say(paint(plain(first), GREEN if recount.ok else RED))
         for line in rest:
             say(plain(line))
-    return OK if report.ok else NO

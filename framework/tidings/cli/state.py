@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from tidings.buses import EventBus, Found, Subscription
-from tidings.cli.looking import existing_database
+from tidings.cli.looking import existing_database, subscriptions_of
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.position import CARRIED, carried
 from tidings.relay import Relay
@@ -59,9 +59,12 @@ class ServiceState:
     staged: int | None = None
     dead: int | None = None
     queue: str = "unknown"
-    """On the bus: missing, fits, differs; unknown where it cannot be seen from here."""
+    """On the bus: missing, fits, differs (of several the worst); unknown where it cannot be seen from here."""
     ready: int | None = None
+    """In all of its queues."""
     consumers: int | None = None
+    """Of the queue that has the fewest; of several processes of a service RabbitMQ counts only the one at work."""
+    partitions: int = 1
 
 
 @dataclass(slots=True)
@@ -88,12 +91,16 @@ async def look(
     moment = time.time() if now is None else now
     state = State(await store.log_id(), await store.head(), await _relay(store, bus, relay, moment))
     _judge_relay(state, settings)
-    found = await _bus(settings, bus, services, state)
+    wanted: dict[str, list[Subscription]] = {}
     for target, service in services.items():
         part = ServiceState(service.name)
         state.services.append(part)
         await _service(settings, store, target, service, part, state, moment)
-        _queue(part, found.get(Subscription(service.name).queue), target, state)
+        wanted[target] = await subscriptions_of(settings, service)
+    found = await _bus(settings, bus, [subscription for parts in wanted.values() for subscription in parts], state)
+    for (target, parts), part in zip(wanted.items(), state.services, strict=True):
+        part.partitions = len(parts)
+        _queues(part, [found[each.queue] for each in parts if each.queue in found], target, state)
     return state
 
 
@@ -122,21 +129,24 @@ def _judge_relay(state: State, settings: Settings) -> None:
         )
 
 
-async def _bus(settings: Settings, bus: EventBus, services: Mapping[str, Service], state: State) -> Mapping[str, Found]:
+async def _bus(
+    settings: Settings, bus: EventBus, subscriptions: Sequence[Subscription], state: State
+) -> Mapping[str, Found]:
     """By queue; nothing where the bus lives in another process, or cannot be reached."""
     if settings.embedded_bus:
         return {}
     try:
-        found = await bus.inspect([Subscription(service.name) for service in services.values()])
+        found = await bus.inspect(subscriptions)
     except BusUnavailable as error:
         state.problems.append(f"bus: {error}")
         return {}
-    exchange = found[0]
-    if exchange.state == "missing":
-        state.problems.append(f"bus: exchange {exchange.name} is missing; a relay or service makes it when it starts")
-    elif exchange.state == "differs":
-        state.problems.append(f"bus: {exchange.detail}")
-    return {thing.name: thing for thing in found[1:]}
+    for exchange in found:
+        if exchange.kind == "exchange" and exchange.state == "missing":
+            remedy = "a relay or service makes it when it starts"
+            state.problems.append(f"bus: exchange {exchange.name} is missing; {remedy}")
+        elif exchange.kind == "exchange" and exchange.state == "differs":
+            state.problems.append(f"bus: {exchange.detail}")
+    return {thing.name: thing for thing in found if thing.kind == "queue"}
 
 
 async def _service(
@@ -189,16 +199,22 @@ def _judge_service(view: ServiceReport, complete: bool, target: str, state: Stat
         state.problems.append(f"{name}: {view.dead_count} dead letters; tidings dead list {target}")
 
 
-def _queue(part: ServiceState, found: Found | None, target: str, state: State) -> None:
-    if found is None:
+_WORST: Final = ("missing", "differs", "fits")
+
+
+def _queues(part: ServiceState, found: Sequence[Found], target: str, state: State) -> None:
+    if not found:
         return
-    part.queue, part.ready, part.consumers = found.state, found.messages, found.consumers
-    if found.state == "missing":
-        state.problems.append(f"{part.service}: queue {found.name} is missing; tidings run {target} makes it")
-    elif found.state == "differs":
-        state.problems.append(f"{part.service}: {found.detail}")
-    elif not found.consumers:
-        state.problems.append(f"{part.service}: nobody consumes queue {found.name}; tidings run {target}")
+    part.queue = min((each.state for each in found), key=_WORST.index)
+    part.ready = sum(each.messages or 0 for each in found) if part.queue != "missing" else None
+    part.consumers = min(each.consumers or 0 for each in found) if part.queue != "missing" else None
+    for each in found:
+        if each.state == "missing":
+            state.problems.append(f"{part.service}: queue {each.name} is missing; tidings run {target} makes it")
+        elif each.state == "differs":
+            state.problems.append(f"{part.service}: {each.detail}")
+        elif not each.consumers:
+            state.problems.append(f"{part.service}: nobody consumes queue {each.name}; tidings run {target}")
 
 
 def _count(number: int, complete: bool) -> str:

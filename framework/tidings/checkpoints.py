@@ -1,0 +1,57 @@
+"""How far a relay has published, as it notes it in the log itself: one small stream per relay. It publishes nothing.
+
+A checkpoint that is too low makes the relay repeat, which services recognise; one that is too high makes its first
+marker say so, and they read the rest from the log. So it may be moved, but never above what the log holds.
+"""
+
+from __future__ import annotations
+
+import json
+
+from tidings.errors import StoreUnavailable, StreamNotFound
+from tidings.stores import ANY, EventData, EventStore
+
+__all__ = ["UnreadableCheckpoint", "checkpoint_stream", "read_checkpoint", "write_checkpoint"]
+
+
+class UnreadableCheckpoint(StoreUnavailable):
+    """What stands in a relay's stream is no checkpoint."""
+
+    def __init__(self, relay: str, version: int) -> None:
+        self.version = version
+        super().__init__(
+            f"stream {checkpoint_stream(relay)!r} holds a checkpoint at version {version} that is none: somebody else "
+            "wrote there. Append a right one, or delete the stream: the relay then sends everything again"
+        )
+
+
+def checkpoint_stream(relay: str) -> str:
+    """The stream of the relay of this name."""
+    return f"tidings_relay-{relay}"
+
+
+async def read_checkpoint(store: EventStore, relay: str) -> int:
+    """The position up to which everything was confirmed by the bus; -1 where none was ever stored.
+
+    Raises `UnreadableCheckpoint`, `StoreUnavailable`.
+    """
+    try:
+        async for event in store.read_stream(checkpoint_stream(relay), backwards=True, limit=1):
+            try:
+                position = json.loads(event.data)["position"]
+                if type(position) is int and -1 <= position < 2**63:
+                    return position
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass
+            raise UnreadableCheckpoint(relay, event.version)
+    except StreamNotFound:
+        pass
+    return -1
+
+
+async def write_checkpoint(store: EventStore, relay: str, position: int) -> None:
+    """Two of them are kept. Raises `StoreUnavailable`; then the outcome is unknown."""
+    event = EventData("tidings_Checkpoint", json.dumps({"position": position}).encode())
+    done = await store.append(checkpoint_stream(relay), [event], expected=ANY)
+    if done.version == 0:
+        await store.set_metadata(checkpoint_stream(relay), {"$maxCount": 2})

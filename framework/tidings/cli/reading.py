@@ -1,0 +1,39 @@
+"""How far a command has read the log, on standard error: for people at a terminal, who wait. It counts nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Final, Self
+
+__all__ = ["Reading"]
+
+SECONDS: Final = 0.5
+"""Between two notes; before the first, so that what is quick says nothing."""
+
+
+class Reading:
+    """Leaving wipes the note away."""
+
+    def __init__(self) -> None:
+        self._noted_at = time.monotonic()
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def reached(self, events: int, position: int, end: int) -> None:
+        """So many events were read; `position` is where, `end` is where it ends (lower than `position`: backwards)."""
+        now = time.monotonic()
+        if now - self._noted_at < SECONDS or not sys.stderr.isatty():
+            return
+        self._noted_at, self._shown = now, True
+        note = f"{events} events read, at position {position} on the way to {end}"
+        print(f"\r\x1b[K{note}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""`tidings replay`: run a service's handlers again, from a position or a time on. Nothing is done without a yes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tidings.cli.dead import confirmed
+from tidings.cli.exits import NO, OK, USAGE, Refused, answering
+from tidings.cli.find import named
+from tidings.cli.looking import existing_database, existing_store
+from tidings.cli.output import Json, columns, facts, moment, plain, say
+from tidings.settings import Settings
+
+if TYPE_CHECKING:
+    from tidings.database import Database
+    from tidings.replay import Plan
+    from tidings.service import Service
+    from tidings.stores import EventStore
+
+__all__ = ["replay"]
+
+
+@answering
+async def replay(
+    service: Annotated[str, typer.Argument(metavar="MODULE:SERVICE", help="Or a name of one in TIDINGS_SERVICES.")],
+    since: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="POSITION|TIME",
+            help="Events at or above this position of the log; or after the last one recorded before this time, ISO "
+            "8601, UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00).",
+        ),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; change nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")] = False,
+    json: Json = False,
+) -> int:
+    """Run a service's handlers again, for events that it has settled before.
+
+    Handlers declared with replay=False are passed over; they are those of the code that is found here, and then of the
+    code that runs. The service may be running, and begins within seconds; only what is at work in that very moment, in
+    handlers without a session, runs twice, as after a kill. A replay under way is only ever extended.
+    """
+    from tidings.replay import find_start, plan, send_back
+
+    wanted = _wanted(since)
+    settings = Settings()
+    target, of = named(service, settings)
+    async with _opened(settings, of) as (store, database):
+        start = await find_start(store, wanted)
+        if start is None:
+            raise Refused(NO, f"the log has no event from {since} on that services receive: there is nothing to replay")
+        found = await plan(store, database, of, start)
+        if json:
+            say(facts(asdict(found) | {"start": start._asdict(), "dry_run": dry_run}))
+        else:
+            _show(found)
+        if dry_run:
+            return OK
+        if not confirmed(f"Run {found.run} events again in service {of.name}?", yes):
+            print("Nothing was changed.", file=sys.stderr)
+            return NO
+        await send_back(database, of, found.log, start)
+    if not json:
+        say(
+            f"{of.name} is sent back to position {start.position}. If it runs, it begins within seconds; else start "
+            f"it: tidings run {plain(target)}. tidings verify {plain(target)} says how far it is."
+        )
+    return OK
+
+
+def _wanted(given: str) -> int | datetime:
+    try:
+        position = int(given)
+    except ValueError:
+        position = None
+    if position is not None:
+        if position < 0:
+            raise Refused(USAGE, f"--from {position}: positions begin with 0")
+        return position
+    try:
+        when = datetime.fromisoformat(given)
+    except ValueError:
+        raise Refused(
+            USAGE, f"--from {given!r} is neither a position nor a time: write 1234, or 2026-11-24T18:00+01:00"
+        ) from None
+    return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, service: Service) -> AsyncIterator[tuple[EventStore, Database]]:
+    async with existing_store(settings) as store, existing_database(settings, service.name) as database:
+        if database is None:
+            raise Refused(NO, f"service {service.name!r} has never run here: it will run every event in any case")
+        yield store, database
+
+
+def _show(found: Plan) -> None:
+    start = found.start
+    say(
+        f"replay of {found.service} from position {start.position} ({moment(start.recorded_at)}); it has settled "
+        f"events up to position {found.upto}"
+    )
+    rows = [
+        (
+            share.handler,
+            share.type,
+            share.run,
+            share.passed_over,
+            share.held,
+            share.first,
+            share.last,
+            "" if share.replay else "replay=False",
+        )
+        for share in found.shares
+    ]
+    titles = ("HANDLER", "TYPE", "RUN AGAIN", "PASSED OVER", "NEVER DONE", "FIRST", "LAST", "")
+    for line in columns(titles, rows, right=range(2, 7)):
+        say(line.removesuffix("  -"))
+    if found.held or found.dead_again:
+        say(
+            f"{found.held} held events stay, {found.dead_again} dead letters become held: none of them was ever done, "
+            "so each runs once the replay has come to it, with replay=False too"
+        )
+    if found.dead_stay:
+        say(f"{found.dead_stay} dead letters stay as they are: their handlers have replay=False, or are gone")
+    if found.staged:
+        say(f"{found.staged} emitted events wait for their append, as before")
+    if found.missing:
+        names = f" (in {plain(', '.join(found.missing_streams))})" if found.missing_streams else ""
+        say(
+            f"NOT all of it is in the log any more: at least {found.missing} events are missing{names}. Retention or a "
+            "deletion removed them, and no replay brings them back"
+        )
+    say("The service's own tables are not emptied: what handlers do comes on top of what is there. Empty a read model")
+    say("before, while the service is stopped.")
+    emitting = [share.handler for share in found.shares if share.may_emit and share.run]
+    if emitting:
+        say(
+            f"May emit: {plain(', '.join(dict.fromkeys(emitting)))}. Emitted events keep their ids: what the log has "
+            "is not appended a second time, even if a handler has changed and would say something else now."
+        )

@@ -1,0 +1,178 @@
+"""`tidings why`: one event's timeline, from what caused it to what it caused. It only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
+
+import typer
+
+from tidings.cli.exits import OK, USAGE, Refused, answering
+from tidings.cli.find import find_services
+from tidings.cli.looking import existing_database, existing_store
+from tidings.cli.output import BOLD, Json, facts, moment, paint, plain, say
+from tidings.cli.reading import Reading
+from tidings.cli.settled import Targets
+from tidings.report import moment_of
+from tidings.settings import Settings
+
+if TYPE_CHECKING:
+    from tidings.timeline import Happening, Standing, Timeline
+
+__all__ = ["why"]
+
+
+@answering
+async def why(
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="Its id, STREAM@VERSION, or its global position.")],
+    services: Targets = None,
+    relay: Annotated[str, typer.Option(metavar="NAME", help="The relay whose checkpoint is compared.")] = "main",
+    json: Json = False,
+) -> int:
+    """Show what became of one event: its cause, whether it was published, how each service stands, what it caused.
+
+    STREAM@VERSION is found at once, a position by reading the log from its nearer end. An id is looked for in what
+    services hold, then in the log, newest first; what the event caused is found by reading the log behind it. Ctrl-C
+    ends a long search. Services are those of TIDINGS_SERVICES unless some are named; without any, the log alone is
+    told.
+    """
+    settings, target = Settings(), _target(event)
+    found = find_services(services or (), settings, needed=False).values()
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(existing_store(settings))
+        pairs = [
+            (service, await stack.enter_async_context(existing_database(settings, service.name))) for service in found
+        ]
+        from tidings.timeline import trace
+
+        with Reading() as reading:
+            timeline = await trace(store, pairs, target, relay=relay, progress=reading.reached)
+    if json:
+        say(facts(_facts(timeline)))
+    else:
+        for line in _lines(timeline):
+            say(line)
+    return OK
+
+
+def _target(text: str) -> UUID | int | tuple[str, int]:
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    stream, at, version = text.rpartition("@")
+    if at and stream and version.isascii() and version.isdecimal():
+        return stream, int(version)
+    try:
+        return UUID(text)
+    except ValueError:
+        raise Refused(
+            USAGE, f"{text!r} names no event: give its id (a UUID), STREAM@VERSION, or its global position"
+        ) from None
+
+
+# ---- JSON ----------------------------------------------------------------------------
+
+
+def _facts(timeline: Timeline) -> dict[str, Any]:
+    """What was caused is a flat list in the order of the tree: a tree may be deeper than JSON readers like."""
+    return {
+        "event": _happening(timeline.event),
+        "causes": [_happening(cause) for cause in timeline.causes],
+        "unknown_cause": timeline.unknown_cause,
+        "relay": {"name": timeline.relay, "checkpoint": timeline.checkpoint, "wrong": timeline.wrong},
+        "published": _published(timeline, timeline.event),
+        "caused": [
+            _happening(happening) | {"published": _published(timeline, happening)}
+            for happening in timeline.event.tree()
+        ],
+        "more": timeline.more,
+    }
+
+
+def _happening(happening: Happening) -> dict[str, Any]:
+    facts = {name: getattr(happening, name) for name in happening.__slots__ if name not in ("services", "caused")}
+    return facts | {"services": [asdict(standing) for standing in happening.services]}
+
+
+def _published(timeline: Timeline, happening: Happening) -> bool | None:
+    """None where nobody can know."""
+    if happening.position is None or happening.bucket is None:
+        return False
+    return None if timeline.checkpoint is None else happening.position <= timeline.checkpoint
+
+
+# ---- text ----------------------------------------------------------------------------
+
+
+def _lines(timeline: Timeline) -> Iterator[str]:
+    event = timeline.event
+    yield paint(_one(event), BOLD)
+    if event.recorded_at is not None:
+        yield f"  {'recorded':<12} {moment(event.recorded_at)}"
+    if event.correlation_id is not None:
+        yield f"  {'correlation':<12} {plain(event.correlation_id)}"
+    for cause in timeline.causes:
+        yield f"  {'caused by':<12} {_one(cause)}"
+    if timeline.unknown_cause is not None:
+        yield f"  {'caused by':<12} {plain(timeline.unknown_cause)}, which was not found below it"
+    elif event.causation_id is None:
+        yield f"  {'caused by':<12} no event: it was appended from outside"
+    yield f"  {'published':<12} {_told(timeline)}"
+    for standing in event.services:
+        yield f"  {standing.service:<12} {_stands(standing)}"
+    tree = list(event.tree())
+    yield f"  {'caused':<12} {f'{len(tree) + timeline.more} events' if tree else 'nothing'}"
+    for happening in tree:
+        yield f"  {'  ' * min(happening.depth, 30)}-> {_one(happening)}{_brief(happening)}"
+    if timeline.more:
+        yield f"    and {timeline.more} more"
+
+
+def _one(happening: Happening) -> str:
+    where = plain(happening.stream)
+    if happening.version is not None:
+        where += f"@{happening.version}, position {happening.position}"
+    by = f", by {plain(happening.handler)}" if happening.handler else ""
+    waiting = f" ({plain(_first_line(happening.waiting))})" if happening.waiting else ""
+    return f"{plain(happening.type)} {happening.event_id} at {where}{by}{waiting}"
+
+
+def _told(timeline: Timeline) -> str:
+    event = timeline.event
+    if event.position is None:
+        return "no: it is not in the log"
+    if event.bucket is None:
+        return "never: such events stay in the log"
+    if timeline.checkpoint is None:
+        return plain(f"unknown: {timeline.wrong}")
+    where = f"the checkpoint of relay {timeline.relay} is {timeline.checkpoint}"
+    return plain(f"yes: {where}" if event.position <= timeline.checkpoint else f"not known: {where}")
+
+
+def _stands(standing: Standing) -> str:
+    if standing.state not in ("held", "dead"):
+        return standing.state
+    tried = f"{standing.attempts} attempts of {plain(standing.handler or 'its handler')}"
+    since = ""
+    if standing.due is not None:
+        since = f" until {moment_of(standing.due)}"
+    elif standing.died_at is not None:
+        since = f" since {moment(standing.died_at)}"
+    remedy = f" (tidings dead show {standing.letter})" if standing.letter is not None else ""
+    return f"{standing.state}{since}, {tried}: {plain(_first_line(standing.reason))}{remedy}"
+
+
+def _brief(happening: Happening) -> str:
+    """Where it is handled, and how it stands there."""
+    states = [
+        f"{standing.service} {standing.state}"
+        for standing in happening.services
+        if standing.state not in ("not handled here", "not carried")
+    ]
+    return f"; {', '.join(states)}" if states else ""
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

@@ -1,0 +1,98 @@
+"""Who is at work on a bucket range, and what it has begun, so that an event that ends the process is found out.
+
+The decisions are those of `tidings.crashes`; here they meet the database and the notebook. It runs no handler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from tidings.crashes import Caution
+from tidings.database import Database
+from tidings.inbox import Inbox
+from tidings.notebook import Notebook
+from tidings.work import Item, Troubles
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["Guard"]
+
+log = structlog.get_logger("tidings.dispatch")
+
+
+class Guard:
+    """Of one dispatcher. What is given out while `caution.on` goes through `note` first."""
+
+    def __init__(
+        self, service: Service, database: Database, inbox: Inbox, troubles: Troubles, clock: Callable[[], float]
+    ) -> None:
+        self._service = service
+        self._database = database
+        self._inbox = inbox
+        self._troubles = troubles
+        self._notebook: Notebook | None = None
+        self.caution = Caution(clock)
+
+    async def take_over(self) -> None:
+        """This process is at work on the range from now on. Raises `DatabaseUnavailable`, and `Fenced` when a replay
+        sent the service back since it joined."""
+        if self._notebook is None:
+            self._notebook = Notebook(self._notebook_of(self._troubles.process), self._service.concurrency + 1)
+        async with self._database.turn, self._database.transaction() as connection:
+            await self._inbox.fence(connection)
+            before = await self._inbox.occupy(connection, self._troubles.process)
+            if before is None:
+                return
+            process, notes = before
+            under_way = Notebook.read(self._notebook_of(process))
+            for position, bucket in (under_way or {}).items():
+                if position not in notes:
+                    notes[position] = 1
+                    await self._inbox.note(connection, position, bucket, 1)
+        Notebook.discard(self._notebook_of(process))
+        condemned = self.caution.begin(notes, 2 * self._service.prefetch, blind=under_way is None)
+        self._troubles.condemned |= condemned
+        self._troubles.attempts |= {position: notes[position] - 1 for position in condemned}
+        log.warning(
+            "service.careful",
+            service=self._service.name,
+            suspected=sorted(notes.keys() - condemned.keys()),
+            condemned=sorted(condemned),
+            reason="the process that was at work before ended without a word, or has lost its connection to the bus; "
+            "if an event crashes the process, it will be found",
+        )
+
+    async def note(self, item: Item) -> None:
+        """Write down that the event is about to be run. Raises `DatabaseUnavailable`."""
+        async with self._database.turn, self._database.transaction() as connection:
+            times = self.caution.note(item)
+            await self._inbox.note(connection, item.event.position, item.bucket, times)
+
+    def begin(self, item: Item) -> None:
+        """An attempt begins."""
+        if self._notebook is not None:
+            self._notebook.begin(item.event.position, item.bucket)
+
+    def end(self, item: Item) -> None:
+        """An attempt ended, and the process did not."""
+        if self._notebook is not None:
+            self._notebook.end(item.event.position)
+
+    def close(self) -> None:
+        """Nothing is under way any more."""
+        if self._notebook is not None:
+            self._notebook.close()
+            self._notebook = None
+
+    async def leave(self) -> None:
+        """This was a clean end, also of what was cut off in the middle. Raises `DatabaseUnavailable`."""
+        async with self._database.turn, self._database.transaction() as connection:
+            await self._inbox.leave(connection, self._troubles.process)
+
+    def _notebook_of(self, process: str) -> str | None:
+        file = self._database.file
+        return None if file is None else f"{file}-begun-{process}-{self._inbox.buckets.start}"

@@ -1,0 +1,214 @@
+"""One partition of a running service: join, work until fenced or cut off, pause, join again; drain when told to leave.
+
+It knows nothing of the other partitions, which have other buckets, and never of how many processes there are: the bus
+gives its queue to one process at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+import structlog
+
+from tidings.attempt import AtWork, Resources, is_infrastructure
+from tidings.buses import EventBus, Subscription
+from tidings.database import Database
+from tidings.dispatch import Dispatcher
+from tidings.errors import LogBehind
+from tidings.healing import Pass
+from tidings.held import HeldRows
+from tidings.inbox import Inbox
+from tidings.intake import Intake
+from tidings.position import Accepted
+from tidings.stores import EventStore
+from tidings.supervision import leaves
+from tidings.work import Troubles
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["DRAIN_SECONDS", "Partition", "persistently"]
+
+log = structlog.get_logger("tidings.running")
+
+DRAIN_SECONDS: Final = 3.5
+"""So long a process that stops may take."""
+REJOIN_SECONDS: Final = (0.1, 5.0)
+"""First and longest pause before joining again."""
+
+
+class Partition:
+    """Of one process. What is known of it is of the session under way, or of the last one."""
+
+    def __init__(
+        self,
+        service: Service,
+        subscription: Subscription,
+        epoch: int,
+        store: EventStore,
+        bus: EventBus,
+        database: Database,
+        resources: Resources,
+        troubles: Troubles,
+        ready: asyncio.Event,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`ready` is set when its queue may be made and consumed."""
+        self.subscription = subscription
+        self.joined = asyncio.Event()
+        """Set after the first join."""
+        self.joins = 0
+        self.log_id: UUID | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.intake: Intake | None = None
+        self._healing: Pass | None = None
+        self._service = service
+        self._epoch = epoch
+        self._store = store
+        self._bus = bus
+        self._database = database
+        self._resources = resources
+        self._troubles = troubles
+        self._ready = ready
+        self._clock = clock
+        self._told = {"service": service.name, "queue": subscription.queue}
+        self._left = asyncio.Event()
+        """For good."""
+        self._leave = asyncio.Event()
+        """The session under way is to end."""
+        self._patience = 0.0
+
+    @property
+    def floor(self) -> int:
+        """Everything up to here is settled in its buckets, as far as this process knows; -1 before the first join."""
+        return self.dispatcher.floor if self.dispatcher else -1
+
+    @property
+    def healing(self) -> bool:
+        """A pass over the log is under way."""
+        return self._healing is not None and self._healing.under_way
+
+    @property
+    def marker_age(self) -> float | None:
+        """Seconds since the last marker on this connection to the bus; None before the first."""
+        heard = self.intake.marker_at if self.intake else None
+        return None if heard is None else self._clock() - heard
+
+    @property
+    def marker(self) -> int:
+        """The position up to which the last marker says that everything was published; -1 before the first."""
+        return self.intake.marker if self.intake else -1
+
+    @property
+    def consuming(self) -> bool:
+        """Connected to the bus, at work or standing by."""
+        return self.intake is not None and self.intake.connected
+
+    def at_work(self) -> list[AtWork]:
+        """Handlers at work now."""
+        return list(self.dispatcher.working.values()) if self.dispatcher else []
+
+    def leave(self, seconds: float) -> None:
+        """Begin nothing new; `serve` returns when what runs has ended, or after so many seconds."""
+        self._left.set()
+        self._patience = seconds
+        self._leave.set()
+
+    def give_up(self) -> None:
+        """Let another process have it: end what runs, however long that honestly takes, and wait in line again."""
+        if not self._leave.is_set():
+            self._patience = max((handler.timeout for handler in self._service.handlers.values()), default=0.0)
+            self._patience += DRAIN_SECONDS
+            self._leave.set()
+
+    async def serve(self) -> None:
+        """Until it is to leave. Raises what no waiting heals: configuration, another log, a log that went back."""
+        await persistently(self._session, self._left, self._clock, **self._told)
+
+    async def _session(self) -> None:
+        """From joining to the first loss of what was joined, or to leaving it."""
+        service, subscription, clock = self._service, self.subscription, self._clock
+        self._leave.clear()
+        self.log_id = log_id = await self._store.log_id()
+        inbox = Inbox(self._database, service.name, log_id, subscription.buckets, epoch=self._epoch)
+        remembered = await inbox.join()
+        head = await self._store.head()
+        if remembered.highest > head:
+            raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
+        accepted = Accepted(subscription.buckets, remembered.floor, remembered.watermarks)
+        held = HeldRows(service.name, log_id, subscription.buckets)
+        self.dispatcher = dispatcher = Dispatcher(
+            service,
+            self._store,
+            self._database,
+            inbox,
+            held,
+            log_id,
+            remembered,
+            self._resources,
+            self._troubles,
+            clock=clock,
+        )
+        self._healing = healing = Pass(service.name, self._store, accepted, dispatcher, clock=clock)
+        self.intake = intake = Intake(
+            subscription,
+            self._bus,
+            log_id,
+            inbox,
+            accepted,
+            dispatcher,
+            healing,
+            prefetch=service.prefetch,
+            clock=clock,
+        )
+        self.joins += 1
+        log.info("service.joined", log=str(log_id), floor=remembered.floor, joins=self.joins, **self._told)
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(dispatcher.run())
+            reading = tasks.create_task(healing.run())
+            taking = tasks.create_task(self._take(intake))
+            self.joined.set()
+            await self._leave.wait()
+            # The connection stays open meanwhile, and with it the place in line: nobody else begins before this ends.
+            intake.hold()
+            reading.cancel()
+            await dispatcher.drain(self._patience)
+            taking.cancel()
+            working.cancel()
+        log.info("service.stopped" if self._left.is_set() else "service.gave_up", floor=dispatcher.floor, **self._told)
+
+    async def _take(self, intake: Intake) -> None:
+        await self._ready.wait()
+        await intake.run()
+
+
+async def persistently(
+    session: Callable[[], Awaitable[None]], stop: asyncio.Event, clock: Callable[[], float], **told: str
+) -> None:
+    """Have one session after the other until `stop` is set, with pauses that grow while they fail for what waiting may
+    heal. Raises any other error, out of any group."""
+    first, longest = REJOIN_SECONDS
+    pause = first
+    while not stop.is_set():
+        began = clock()
+        try:
+            await session()
+            pause = first
+        except Exception as error:
+            causes = list(leaves(error))
+            strange = [cause for cause in causes if not is_infrastructure(cause)]
+            if strange:
+                raise strange[0] from None
+            if clock() - began > longest:
+                pause = first
+            log.warning("service.rejoining", error=str(causes[0]), pause=pause, **told)
+        try:
+            async with asyncio.timeout(pause):
+                await stop.wait()
+        except TimeoutError:
+            pause = min(pause * 2, longest)

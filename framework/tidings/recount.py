@@ -1,0 +1,281 @@
+"""The deep look: read the whole log once, and recount from it what the services' databases say. It only reads.
+
+It costs a full scan, and some 100 bytes of memory per event for the ids by which causes and repetitions are found.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from tidings.codec import CAUSATION, read_metadata
+from tidings.database import Database, dead, held, replays, staged
+from tidings.position import carried
+from tidings.printable import plain
+from tidings.stores import EventStore, RecordedEvent
+from tidings.verify import Settled, last_carried, settled_in
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["Recount", "Tally", "recount"]
+
+NAMED: Final = 50
+"""So many contradictions, and notes, are told; all are counted."""
+STEP: Final = 1000
+"""Events between two reports of progress."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Of the carried events whose types a service handles: where each one stands. Their sum is `events`."""
+
+    service: str
+    events: int = 0
+    handled: int = 0
+    held: int = 0
+    dead: int = 0
+    pending: int = 0
+
+
+@dataclass(slots=True)
+class Recount:
+    """What was read, and every row that the log contradicts."""
+
+    log: UUID
+    position: int
+    """Events up to here were counted."""
+    events: int = 0
+    carried: int = 0
+    services: list[Tally] = field(default_factory=list)
+    wrong_count: int = 0
+    wrong: list[str] = field(default_factory=list)
+    """What cannot be: somebody changed rows by hand, or mixed up logs or backups."""
+    notes_count: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What cannot be proved, because what it names is not in the log (any more), and what is left over."""
+
+    @property
+    def ok(self) -> bool:
+        """The log contradicts nothing, and nothing is pending."""
+        return not self.wrong_count and not any(tally.pending for tally in self.services)
+
+    def contradict(self, text: str) -> None:
+        self.wrong_count += 1
+        if len(self.wrong) < NAMED:
+            self.wrong.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes_count += 1
+        if len(self.notes) < NAMED:
+            self.notes.append(text)
+
+    def __str__(self) -> str:
+        found = f"{self.wrong_count} contradictions" if self.wrong_count else "no contradiction"
+        lines = [f"recounted {self.events} events, {self.carried} of them carried to services: {found}"]
+        lines += [
+            f"  {tally.service}: of {tally.events} events of its types {tally.handled} are handled, "
+            f"{tally.held} held, {tally.dead} dead, {tally.pending} pending"
+            for tally in self.services
+        ]
+        lines += [f"  WRONG {plain(text)}" for text in self.wrong]
+        lines += [f"  and {self.wrong_count - len(self.wrong)} more"] if self.wrong_count > len(self.wrong) else []
+        lines += [f"  note: {plain(text)}" for text in self.notes]
+        lines += [f"  and {self.notes_count - len(self.notes)} more"] if self.notes_count > len(self.notes) else []
+        return "\n".join(lines)
+
+
+async def recount(
+    store: EventStore,
+    services: Sequence[tuple[Service, Database | None]],
+    progress: Callable[[int, int, int], None] = lambda events, position, end: None,
+) -> Recount:
+    """`progress` is told events read, position, and the log's end. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+    log = await store.log_id()
+    # In this order: what rows say is about events at or below the end, and what counts was there before the rows.
+    found = Recount(log, await last_carried(store))
+    ledgers = [await _ledger(service, database, log, found) for service, database in services]
+    end = await store.head()
+    causes = _Causes({service.name for service, _ in services}, found)
+    async for event in store.read_all():
+        if event.position > end:
+            break
+        found.events += 1
+        bucket = carried(event)
+        if bucket is not None:
+            if event.position <= found.position:
+                found.carried += 1
+            causes.meet(event)
+        for ledger in ledgers:
+            ledger.meet(event, bucket)
+        if found.events % STEP == 0:
+            progress(found.events, event.position, end)
+    for ledger, (_, database) in zip(ledgers, services, strict=True):
+        ledger.close(end, await _staged_ids(ledger, database, log))
+    return found
+
+
+class _Causes:
+    """Events that handlers emitted: each once, and each with a cause before it."""
+
+    def __init__(self, services: set[str], found: Recount) -> None:
+        self._services = services
+        self._found = found
+        self._ids: set[int] = set()
+        self._emitted: set[int] = set()
+
+    def meet(self, event: RecordedEvent) -> None:
+        short = int.from_bytes(event.id_bytes[8:])  # half an id: a collision in a log of a billion events is unlikely
+        if b'"tidingsHandler"' in event.metadata:
+            self._check(event, short)
+        self._ids.add(short)
+
+    def _check(self, event: RecordedEvent, short: int) -> None:
+        metadata = read_metadata(event)
+        by = metadata.get("tidingsHandler")
+        if not isinstance(by, str) or by.partition(".")[0] not in self._services:
+            return
+        what = f"{_place(event)}, emitted by {by},"
+        if short in self._emitted:
+            self._found.contradict(f"{what} has an id that was emitted before: it is in the log twice")
+        self._emitted.add(short)
+        try:
+            cause = UUID(metadata.get(CAUSATION))
+        except (ValueError, TypeError, AttributeError):
+            self._found.contradict(f"{what} names no cause")
+            return
+        if int.from_bytes(cause.bytes[8:]) not in self._ids:
+            self._found.note(f"{what} names cause {cause}, which is not in the log before it: removed by retention?")
+
+
+class _Ledger:
+    """One service's rows, each to be met in the log."""
+
+    def __init__(self, service: str, handled: frozenset[str], found: Recount) -> None:
+        self.service = service
+        self.settled = Settled([], {})
+        self.staged: dict[bytes, sa.Row[Any]] = {}
+        """By event id."""
+        self.rows: dict[int, list[tuple[str, sa.Row[Any]]]] = defaultdict(list)
+        """Held and dead rows of events, by position."""
+        self.marks: dict[int, list[int]] = defaultdict(list)
+        """Buckets whose watermark names a position."""
+        self.causes: dict[int, list[sa.Row[Any]]] = defaultdict(list)
+        """Staged rows by the position of their cause."""
+        self.replayed: dict[int, int] = {}
+        """Buckets that a replay sent back, and that have not come to where they were: rows up to there stay, and the
+        watermark stands wherever the replay began."""
+        self._handled = handled
+        self._found = found
+        self._tally = Tally(service)
+        self._appended: dict[bytes, str] = {}
+        found.services.append(self._tally)
+
+    def meet(self, event: RecordedEvent, bucket: int | None) -> None:
+        position = event.position
+        rows = self.rows.pop(position, ())
+        for kind, row in rows:
+            self._compare(kind, row, event, bucket)
+        for marked in self.marks.pop(position, ()):
+            if marked != bucket:
+                self._wrong(f"the watermark of bucket {marked} names {_place(event)}, which is not of that bucket")
+        self.causes.pop(position, None)
+        if event.id_bytes in self.staged:
+            self._appended[event.id_bytes] = _place(event)
+        if bucket is None or event.type not in self._handled or position > self._found.position:
+            return
+        self._tally.events += 1
+        kinds = {kind for kind, _ in rows}
+        if "held" in kinds:
+            self._tally.held += 1
+        elif "dead" in kinds:
+            self._tally.dead += 1
+        elif self.settled(bucket, position):
+            self._tally.handled += 1
+        else:
+            self._tally.pending += 1
+
+    def _compare(self, kind: str, row: sa.Row[Any], event: RecordedEvent, bucket: int | None) -> None:
+        what = f"the {kind} row of {row.type} {row.event_id}, position {row.position},"
+        if (str(event.id), event.type, event.stream) != (row.event_id, row.type, row.stream):
+            self._wrong(f"{what} is not the event that the log has there: {_place(event)}")
+        elif bucket is None or (row.bucket is not None and row.bucket != bucket):
+            self._wrong(f"{what} is of bucket {row.bucket}, the event of {'none' if bucket is None else bucket}")
+        elif not self.settled(bucket, row.position) and row.position > self.replayed.get(bucket, -1):
+            self._wrong(f"{what} stands above the watermark of its bucket: the event would be handled once more")
+
+    def close(self, end: int, still_staged: set[bytes]) -> None:
+        """The log was read to its end: what was not met is not in it."""
+        for rows in self.rows.values():
+            for kind, row in rows:
+                self._unmet(f"the {kind} row of {row.type} {row.event_id}", row.position, end)
+        for position, buckets in self.marks.items():
+            for bucket in buckets:
+                self._unmet(f"the watermark of bucket {bucket}", position, end)
+        for position, causes in self.causes.items():
+            for row in causes:
+                self._unmet(f"the cause of staged {row.type} {row.event_id}", position, end)
+        for identity in still_staged & self._appended.keys():
+            row = self.staged[identity]
+            self._found.note(
+                f"{self.service}: staged {row.type} {row.event_id} is in the log already, {self._appended[identity]}: "
+                "the service forgets the row when it starts"
+            )
+
+    def _unmet(self, what: str, position: int, end: int) -> None:
+        if position > end:
+            self._wrong(f"{what} names position {position}, and the log ends at {end}")
+        else:
+            self._found.note(f"{self.service}: {what} names position {position}: removed by retention, or never there")
+
+    def _wrong(self, text: str) -> None:
+        self._found.contradict(f"{self.service}: {text}")
+
+
+async def _ledger(service: Service, database: Database | None, log: UUID, found: Recount) -> _Ledger:
+    ledger = _Ledger(service.name, frozenset(service.handlers), found)
+    if database is None:
+        return ledger
+    async with database.reading() as connection:
+
+        def rows(table: sa.Table, *names: str) -> sa.Select[Any]:
+            columns = [table.c[name] for name in ("event_id", "type", "stream", "bucket", *names)]
+            return sa.select(*columns).where(table.c.service == service.name, table.c.log == str(log))
+
+        # The watermarks last: in their own transactions, they move before a row of that event is to be seen.
+        for row in await connection.execute(rows(held, "position")):
+            ledger.rows[row.position].append(("held", row))
+        for row in await connection.execute(rows(dead, "position").where(dead.c.kind == "handler")):
+            ledger.rows[row.position].append(("dead", row))
+        for row in await connection.execute(rows(staged, "cause")):
+            ledger.staged[UUID(row.event_id).bytes] = row
+            ledger.causes[row.cause].append(row)
+        ledger.settled, marks = await settled_in(connection, service.name, log)
+        again = await connection.execute(
+            sa.select(replays.c.bucket, replays.c.upto).where(
+                replays.c.service == service.name, replays.c.log == str(log)
+            )
+        )
+        ledger.replayed = {row.bucket: row.upto for row in again if row.upto > marks.get(row.bucket, -1)}
+    for bucket, position in marks.items():
+        if position >= 0 and bucket not in ledger.replayed:
+            ledger.marks[position].append(bucket)
+    return ledger
+
+
+async def _staged_ids(ledger: _Ledger, database: Database | None, log: UUID) -> set[bytes]:
+    """What is staged now that the log was read: what was appended meanwhile is nothing to be told."""
+    if database is None or not ledger.staged:
+        return set()
+    query = sa.select(staged.c.event_id).where(staged.c.service == ledger.service, staged.c.log == str(log))
+    async with database.reading() as connection:
+        return {UUID(text).bytes for text in await connection.scalars(query)}
+
+
+def _place(event: RecordedEvent) -> str:
+    return f"{event.type} {event.id} at {event.stream}@{event.version}, position {event.position}"

@@ -1,0 +1,126 @@
+"""Held events come back: those that are due are found and put into their lanes, a partition key's oldest first.
+
+It runs no handler and writes nothing. What flies in lanes is not looked for again before it has landed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.attempt import Failure
+from tidings.database import Database
+from tidings.errors import DatabaseUnavailable
+from tidings.handlers import Handler, Retry
+from tidings.held import AT_ONCE, HeldEvent, HeldRows
+from tidings.keys import Keys
+from tidings.work import Item, Troubles
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["HELD_SECONDS", "Revival"]
+
+HELD_SECONDS: Final = 1.0
+"""So often a service looks through all held events, because operators may have changed what they wait for. What it
+knows itself (a time that has come, an event that ran) it looks for at once, and only for that."""
+FLYING: Final = 1024
+"""Partition keys whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""
+
+
+def _gone() -> Any:
+    raise AssertionError("an event without a handler was run")
+
+
+GONE: Final = Handler("gone", _gone, (), (), Retry(hold=None, hold_key=False), 1.0, threaded=True)
+"""Stands for the handler of a held event that the service does not handle any more."""
+
+
+class Revival:
+    """`give` puts an item into its lane, `pump` gives out what the lanes have."""
+
+    def __init__(
+        self,
+        service: Service,
+        database: Database,
+        held: HeldRows,
+        keys: Keys,
+        troubles: Troubles,
+        give: Callable[[Item], None],
+        pump: Callable[[], None],
+        fence: Callable[[AsyncConnection], Awaitable[None]],
+    ) -> None:
+        self._service = service
+        self._database = database
+        self._held = held
+        self._keys = keys
+        self._troubles = troubles
+        self._give = give
+        self._pump = pump
+        self._fence = fence
+        self.active = asyncio.Event()
+        """Set while the bus gives this process messages. Whoever stands by leaves held events to the one at work."""
+        self.look = asyncio.Event()
+        """Look again now, not only when the second is over."""
+        self._left: set[str] = set()
+        """Keys of which a held event has landed and left others behind."""
+        self.stale = False
+        """Operators may have changed what blocks keys: read it again. What this process does, it knows; what another
+        process does, fences it."""
+
+    async def run(self) -> None:
+        """Until cancelled. Raises `DatabaseUnavailable`, and `Fenced` after a replay was asked for."""
+        holds = [handler.retry.hold for handler in self._service.handlers.values()]
+        longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
+        loop = asyncio.get_running_loop()
+        whole, next_whole = True, 0.0
+        while True:
+            await self.active.wait()
+            self.look.clear()
+            if whole or loop.time() >= next_whole:
+                whole = self.stale = True
+                next_whole = loop.time() + HELD_SECONDS
+            # What flies now may be settled by a commit that this reading does not see.
+            flying = self._keys.flying
+            if len(flying) < FLYING:
+                left, self._left = self._left, set()
+                rows = await self._due(longest, flying, None if whole else left)
+                for row in rows:
+                    self._fly(row)
+                self._pump()
+                whole = len(rows) >= AT_ONCE
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(next_whole):
+                    await self.look.wait()
+
+    async def _due(self, longest: float, flying: Collection[str], left: Collection[str] | None) -> list[HeldEvent]:
+        try:
+            async with self._database.reading() as connection:
+                await self._fence(connection)
+                return await self._held.due(connection, time.time(), longest, flying, left)
+        except DatabaseUnavailable as error:
+            if isinstance(error.__cause__, PoolTimeout):
+                return []  # handlers hold all connections (a database in memory has one): no reason to end them
+            raise
+
+    def _fly(self, row: HeldEvent) -> None:
+        handler = self._service.handlers.get(row.event.type)
+        if handler is None:
+            handler = GONE
+            reason = f"service {self._service.name!r} has no handler for {row.event.type!r} any more"
+            self._troubles.condemned[row.event.position] = Failure(reason, "", permanent=True)
+        self._keys.fly(row.key)
+        self._give(Item(row.event, row.bucket, handler, None, row, replayed=row.replayed))
+
+    def landed(self, row: HeldEvent) -> None:
+        """What came of a held event is durable, or it was left alone."""
+        if self._keys.land(row.key):
+            if self._keys.blocks(row.key):
+                self._left.add(row.key)
+            self.look.set()

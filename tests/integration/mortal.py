@@ -1,0 +1,67 @@
+"""A process with a service that one event ends: `python -m tests.integration.mortal FOLDER KIND`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.embedded import QUICK, Happened, audit, embedded, tables
+from tidings import Service
+
+POISON = 31
+KINDS = ("session", "free", "slow", "leaves", "healed")
+
+
+def mortal(kind: str, folder: Path) -> Service:
+    """`session` and `free` kill the process at once, `slow` beside others that are at work; `leaves` hangs, and the
+    process ends cleanly; `healed` handles everything."""
+    service = Service("audit", tables=tables)
+    service.poisoned = asyncio.Event()  # type: ignore[attr-defined]
+
+    async def poison() -> None:
+        with (folder / "runs").open("a") as runs:
+            runs.write("run\n")
+        if kind == "slow":
+            await asyncio.sleep(0.1)
+        if kind == "leaves":
+            service.poisoned.set()  # type: ignore[attr-defined]
+            await asyncio.Event().wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    async def with_session(event: Happened, session: AsyncSession) -> None:
+        if event.n == POISON and kind != "healed":
+            await poison()
+        await session.execute(sa.insert(audit).values(key=event.key, n=event.n))
+
+    async def without(event: Happened) -> None:
+        if event.n == POISON:
+            await poison()
+        if kind == "slow":
+            await asyncio.sleep(0.2)
+        async with service.engine.begin() as connection:  # at least once, so the note makes it once
+            row = {"key": event.key, "n": event.n, "note": str(event.n)}
+            await connection.execute(insert(audit).values(row).on_conflict_do_nothing())
+
+    service.on(Happened, name="handle", retry=QUICK)(without if kind in ("free", "slow") else with_session)
+    return service
+
+
+async def main(folder: Path, kind: str) -> None:
+    assert kind in KINDS
+    service = mortal(kind, folder)
+    async with embedded(folder, service) as world:
+        if kind == "leaves":
+            await service.poisoned.wait()  # type: ignore[attr-defined]
+        else:
+            await world.settled()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))

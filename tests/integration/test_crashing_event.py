@@ -1,0 +1,106 @@
+"""A service that crashes on one event does not crash for ever: processes that really die, and what the next does."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.integration.embedded import Happened, embedded, rows
+from tests.integration.mortal import POISON, mortal
+from tidings import Service
+
+EVENTS = [Happened(key=f"k{n % 3}", n=n) for n in range(60)]
+ROOT = Path(__file__).parents[2]
+
+
+async def start(folder: Path, kind: str) -> int:
+    """One process until it has settled everything, or died: its exit status."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.integration.mortal", str(folder), kind, cwd=ROOT
+    )
+    return await asyncio.wait_for(child.wait(), 60)
+
+
+def column(folder: Path, statement: str) -> list[object]:
+    with closing(sqlite3.connect(folder / "audit.db")) as connection:
+        return [row[0] for row in connection.execute(statement)]
+
+
+def notebooks(folder: Path) -> list[Path]:
+    return list(folder.glob("audit.db-begun-*"))
+
+
+async def append(folder: Path) -> None:
+    async with embedded(folder, Service("first")) as world:
+        await world.append(*EVENTS)
+
+
+@pytest.mark.parametrize("kind", ["session", "free"])
+async def test_the_third_time_it_is_dead_without_being_run_and_its_neighbours_are_handled(
+    tmp_path: Path, kind: str
+) -> None:
+    await append(tmp_path)
+    assert [await start(tmp_path, kind) for _ in range(3)] == [-9, -9, 0]
+    assert (tmp_path / "runs").read_text().split() == ["run", "run"], "the third process did not run it"
+    (reason,) = column(tmp_path, "SELECT reason FROM tidings_dead")
+    assert str(reason).startswith("ProcessCrashed: 2 times")
+    done = column(tmp_path, "SELECT n FROM audit ORDER BY id")
+    assert sorted(done, key=str) == sorted((e.n for e in EVENTS if e.n != POISON), key=str)
+    for key in range(3):
+        mine = [n for n in done if int(str(n)) % 3 == key]
+        assert mine == sorted(mine, key=lambda n: int(str(n))), "in order within a key"
+    assert column(tmp_path, "SELECT count(*) FROM tidings_begun") == [0]
+    assert column(tmp_path, "SELECT active FROM tidings_floors") == [None], "the last process ended cleanly"
+    assert not notebooks(tmp_path)
+
+
+async def test_slow_neighbours_are_not_condemned_with_it(tmp_path: Path) -> None:
+    await append(tmp_path)
+    assert [await start(tmp_path, "slow") for _ in range(3)] == [-9, -9, 0]
+    assert column(tmp_path, "SELECT position FROM tidings_dead") == column(
+        tmp_path, "SELECT position FROM tidings_dead WHERE reason LIKE 'ProcessCrashed%'"
+    )
+    assert len(column(tmp_path, "SELECT position FROM tidings_dead")) == 1
+    assert len(column(tmp_path, "SELECT n FROM audit")) == len(EVENTS) - 1
+
+
+async def test_without_a_notebook_it_is_found_one_crash_later(tmp_path: Path) -> None:
+    """As after a crash on another machine, or with a database on a server."""
+    await append(tmp_path)
+    statuses = []
+    for _ in range(4):
+        statuses.append(await start(tmp_path, "session"))
+        for notebook in notebooks(tmp_path):
+            notebook.unlink()
+    assert statuses == [-9, -9, -9, 0]
+    (reason,) = column(tmp_path, "SELECT reason FROM tidings_dead")
+    assert str(reason).startswith("ProcessCrashed: 2 times")
+    assert len(column(tmp_path, "SELECT n FROM audit")) == len(EVENTS) - 1
+
+
+async def test_a_clean_end_in_the_middle_of_a_handler_is_no_crash(tmp_path: Path) -> None:
+    await append(tmp_path)
+    statuses = [await start(tmp_path, kind) for kind in ("session", "leaves", "leaves")]
+    assert statuses == [-9, 0, 0]
+    assert (tmp_path / "runs").read_text().split() == ["run"] * 3
+    assert column(tmp_path, "SELECT count(*) FROM tidings_dead") == [0]
+    assert column(tmp_path, "SELECT active FROM tidings_floors") == [None]
+
+
+async def test_retried_from_the_dead_letters_it_is_run_again(tmp_path: Path) -> None:
+    await append(tmp_path)
+    assert [await start(tmp_path, "session") for _ in range(3)] == [-9, -9, 0]
+    service = mortal("healed", tmp_path)
+    async with embedded(tmp_path, service) as world:
+        from tidings.dead import DeadLetters
+
+        letters = DeadLetters(world.running[0].database, service.name, await world.store.log_id())
+        (letter,) = await letters.list()
+        await letters.retry([letter.id])
+        await world.settled()
+        assert sorted(n for _, n in await rows(service)) == list(range(60))

@@ -1,0 +1,134 @@
+"""`tidings replay`: what it says beforehand, what it does after a yes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop, shop
+
+SHOP = "tests.unit.command_line:shop"
+TABLES = ("watermarks", "floors", "replay", "held", "dead", "staged", "schema")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three events that `shop` handled, and a dead letter."""
+    for name in ("STORE", "BUS", "DATABASE", "DEBUG", "SERVICES"):
+        monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
+    monkeypatch.chdir(tmp_path)
+    orders = [(f"order-{n}", OrderCreated(order_id=f"{n}")) for n in range(3)]
+    run_shop(tmp_path, orders[0], ("bad-1", Poisoned()), *orders[1:])
+    return tmp_path
+
+
+@pytest.fixture
+def handled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The orders that `shop` takes from now on."""
+    found: list[str] = []
+    handler = shop.handlers["OrderCreated"]
+
+    async def take(event: OrderCreated) -> None:
+        found.append(event.order_id)
+
+    changed = replace(handler, function=take, parameters=handler.parameters[:1])
+    monkeypatch.setitem(shop.handlers, "OrderCreated", changed)
+    return found
+
+
+def contents(folder: Path) -> dict[str, list[Any]]:
+    with closing(sqlite3.connect(folder / "shop.db")) as database:
+        return {name: database.execute(f"SELECT * FROM tidings_{name}").fetchall() for name in TABLES}
+
+
+def events() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in invoke("streams", "tail", "--json").out.splitlines()]
+
+
+def positions() -> list[int]:
+    return [event["position"] for event in events()]
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(folder: Path) -> None:
+    before = contents(folder)
+    ended = invoke("replay", SHOP, "--from", "0", "--dry-run")
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"replay of shop from position {positions()[0]} (")
+    (titles,) = (line for line in lines if "RUN AGAIN" in line)
+    assert titles.split() == ["HANDLER", "TYPE", "RUN", "AGAIN", "PASSED", "OVER", "NEVER", "DONE", "FIRST", "LAST"]
+    (take,) = (line.split() for line in lines if line.startswith("take"))
+    assert take == ["take", "OrderCreated", "3", "0", "0", str(positions()[0]), str(positions()[-1])]
+    assert "0 held events stay, 1 dead letters become held" in ended.out
+    assert "tables are not emptied" in ended.out
+    assert "May emit: take." in ended.out
+    assert contents(folder) == before
+
+
+def test_a_dry_run_names_the_handlers_that_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = shop.handlers["OrderCreated"]
+    monkeypatch.setitem(shop.handlers, "OrderCreated", replace(handler, replay=False))
+    (share, _) = json.loads(invoke("replay", SHOP, "--from", "0", "--dry-run", "--json").out)["shares"]
+    assert (share["handler"], share["replay"], share["run"], share["passed_over"]) == ("take", False, 0, 3)
+    (line,) = (line for line in invoke("replay", SHOP, "--from", "0", "--dry-run").out.splitlines() if "take" in line)
+    assert line.endswith("replay=False")
+
+
+def test_after_a_yes_the_service_runs_it_again_from_there(folder: Path, handled: list[str]) -> None:
+    ended = invoke("replay", SHOP, "--from", str(positions()[2]), "--yes")
+    assert ended.code == 0
+    assert f"shop is sent back to position {positions()[2]}" in ended.out
+    run_shop(folder)
+    assert handled == ["1", "2"]
+    assert invoke("verify", SHOP).code == 0
+    run_shop(folder)
+    assert handled == ["1", "2"], "once"
+
+
+def test_a_time_begins_at_the_first_event_after_it(folder: Path) -> None:
+    last = events()[-1]
+    found = json.loads(invoke("replay", SHOP, "--from", last["recorded_at"], "--dry-run", "--json").out)
+    assert found["start"]["recorded_at"] == last["recorded_at"], "shown to the millisecond, it may be one before"
+    assert found["start"]["position"] <= last["position"]
+    assert found["shares"][0]["last"] == last["position"]
+    ended = invoke("replay", SHOP, "--from", "2999-01-01T00:00", "--dry-run")
+    assert (ended.code, ended.out) == (1, "")
+    assert "no event from 2999-01-01T00:00 on" in ended.err
+
+
+def test_nothing_is_done_without_a_yes_where_nobody_can_answer(folder: Path) -> None:
+    before = contents(folder)
+    ended = invoke("replay", SHOP, "--from", "0")
+    assert ended.code == 2
+    assert "say --yes" in ended.err
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("since", ["-1", "yesterday", "2026-13-01", ""])
+def test_what_is_neither_a_position_nor_a_time_is_refused(since: str, folder: Path) -> None:
+    before = contents(folder)
+    ended = invoke("replay", SHOP, f"--from={since}", "--yes")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--from" in ended.err
+    assert contents(folder) == before
+
+
+def test_a_position_that_the_log_does_not_reach_is_refused(folder: Path) -> None:
+    before = contents(folder)
+    ended = invoke("replay", SHOP, "--from", str(positions()[-1] + 1), "--yes")
+    assert (ended.code, ended.out) == (1, "")
+    assert "nothing to replay" in ended.err
+    assert contents(folder) == before
+
+
+def test_a_service_that_has_never_run_has_nothing_to_replay() -> None:
+    ended = invoke("replay", "tests.unit.command_line:other", "--from", "0", "--yes")
+    assert (ended.code, ended.out) == (1, "")
+    assert "has never run here" in ended.err
+    assert not Path("other.db").exists()

@@ -1,0 +1,128 @@
+"""The real relay and services in random worlds: the promises hold in every one, and in none without the rules."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+
+from tests.unit.command_line import invoke
+from tidings.testing.simulation import RULES, Outcome, Simulator, simulate, without
+
+RUNS = int(os.environ.get("TIDINGS_TEST_SIMULATIONS", "2000"))
+PARTS = 8
+WORKERS = min(4, os.cpu_count() or 1)
+ENOUGH = 3000
+"""So many worlds at most until a missing rule must have been noticed."""
+COMPARED = range(60)
+
+
+def total(rule: str | None, count: str) -> int:
+    """Of the same worlds, none of which breaks a promise."""
+    outcomes = list(simulate(COMPARED, workers=WORKERS, rule=rule))
+    assert not [outcome for outcome in outcomes if outcome.broken]
+    return sum(getattr(outcome, count) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.timeout(600)
+def test_nothing_is_lost_doubled_or_reordered_in_any_world(part: int) -> None:
+    seeds = range(part * RUNS // PARTS, (part + 1) * RUNS // PARTS)
+    outcomes = list(simulate(seeds, workers=WORKERS))
+    assert sorted(outcome.seed for outcome in outcomes) == list(seeds)
+    broken = {outcome.seed: outcome.broken for outcome in outcomes if outcome.broken}
+    assert not broken, "tidings simulate --seed SEED --runs 1 tells the story"
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.timeout(600)
+def test_without_the_rule_a_promise_breaks(rule: str) -> None:
+    found = simulate(range(ENOUGH), workers=WORKERS, rule=rule)
+    assert any(outcome.broken for outcome in found), f"nobody misses the rule {rule!r}"
+
+
+def test_acknowledging_late_saves_passes_and_nothing_else() -> None:
+    assert total("acknowledged_late", "passes") > total(None, "passes")
+
+
+@pytest.mark.parametrize("rule", ["checkpoint", "one_leads"])
+def test_checkpoints_and_leadership_save_messages_and_nothing_else(rule: str) -> None:
+    assert total(rule, "published") > total(None, "published")
+
+
+def test_a_seed_tells_the_same_story_in_every_process() -> None:
+    stories = [
+        subprocess.run(
+            [sys.executable, "-m", "tidings", "simulate", "--seed", "5", "--runs", "1", "--story"],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert stories[0] == stories[1]
+    assert len(stories[0].splitlines()) > 50
+
+
+def test_a_seed_tells_the_same_story_after_other_worlds() -> None:
+    with Simulator() as simulator:
+        first = [simulator.run(seed, telling=True) for seed in range(10)]
+        again = [simulator.run(seed, telling=True) for seed in reversed(range(10))]
+    assert [outcome.story for outcome in first] == [outcome.story for outcome in reversed(again)]
+
+
+@pytest.fixture(scope="module")
+def lossy() -> tuple[Outcome, Outcome]:
+    """A world that fails because nobody notices gaps; as it was, and made small."""
+    with Simulator() as simulator, without("gap"):
+        broken = next(outcome for seed in range(1000) if (outcome := simulator.run(seed)).kind == "lost")
+        return broken, simulator.shrink(broken)
+
+
+def test_a_failing_world_is_made_small(lossy: tuple[Outcome, Outcome]) -> None:
+    broken, small = lossy
+    assert small.kind == broken.kind
+    assert len(small.happened) < len(broken.happened) / 2
+    assert len(small.happened) <= 15
+
+
+def test_the_story_of_a_failing_world_says_what_was_lost_and_when(lossy: tuple[Outcome, Outcome]) -> None:
+    _, small = lossy
+    lost = re.search(r"lost: \[(\d+)", small.broken[0])
+    assert lost is not None
+    assert any(f"{lost[1]}: " in line and "log" in line for line in small.story)
+    assert any(f"published {lost[1]} " in line or f"{lost[1]} for tidings.audit" in line for line in small.story)
+    times = [float(line.split()[0]) for line in small.story]
+    assert all(before <= after for before, after in pairwise(times))
+
+
+def test_without_a_rule_the_command_says_no_and_tells_a_story(lossy: tuple[Outcome, Outcome]) -> None:
+    seed = str(lossy[0].seed)
+    ended = invoke("simulate", "--seed", seed, "--runs", "1", "--without", "gap")
+    assert ended.code == 1
+    assert f"The story of seed {seed}:" in ended.out
+    assert "In the end: lost: [" in ended.out
+    assert invoke("simulate", "--seed", seed, "--runs", "1").code == 0
+
+
+def test_the_command_refuses_a_rule_that_is_none() -> None:
+    ended = invoke("simulate", "--without", "gravity")
+    assert ended.code == 2
+    assert "gravity" in ended.err
+
+
+def test_the_simulation_leaves_time_randomness_and_logging_as_they_were() -> None:
+    import random
+    import time
+
+    import structlog
+
+    before = time.time, os.urandom, random.getstate(), structlog.is_configured(), structlog.get_config()
+    with Simulator() as simulator:
+        simulator.run(1)
+    assert before == (time.time, os.urandom, random.getstate(), structlog.is_configured(), structlog.get_config())
