@@ -1,0 +1,295 @@
+"""What became of one event: where it came from, whether it was published, how each service stands, what it caused.
+
+It only reads. The store has no look-up by id: what no service keeps in a row is looked for in the log, the newest
+first; what an event caused is found by reading the log once behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Literal
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.checkpoints import read_checkpoint
+from tidings.codec import CAUSATION, CORRELATION, read_metadata
+from tidings.database import Database, dead, held, staged
+from tidings.errors import StoreError
+from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
+from tidings.position import CARRIED, carried
+from tidings.stores import EventStore, RecordedEvent
+from tidings.verify import Settled, settled_in
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["EventNotFound", "Happening", "Standing", "Timeline", "trace"]
+
+BACK: Final = 100_000
+"""Events below one that are looked at for its cause: handlers emit soon after it."""
+MOST: Final = 1000
+"""Caused events that are kept; more are counted."""
+_AT_ONCE: Final = 500
+"""Positions in one query: below the number of parameters that databases allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """An event in one service."""
+
+    service: str
+    state: Literal["settled", "held", "dead", "pending", "not handled here", "not carried"]
+    handler: str | None = None
+    attempts: int = 0
+    reason: str = ""
+    due: float | None = None
+    """Of a held event, seconds since 1970."""
+    letter: int | None = None
+    """Of a dead one: the id for `tidings dead`."""
+    died_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Happening:
+    """An event that is in the log, or that a handler emitted and that is not there yet: then without a position."""
+
+    event_id: str
+    type: str
+    stream: str
+    version: int | None
+    position: int | None
+    recorded_at: datetime | None
+    correlation_id: str | None
+    causation_id: str | None
+    handler: str | None
+    """`service.handler` that emitted it."""
+    bucket: int | None
+    """None for what is not carried to services: the log's own events, and Tidings'."""
+    depth: int = 0
+    waiting: str | None = None
+    """Why it is not in the log: staged, or refused by the store, in which service."""
+    services: list[Standing] = field(default_factory=list)
+    caused: list[Happening] = field(default_factory=list)
+
+    def tree(self) -> Iterable[Happening]:
+        """All that it caused, each behind its cause; not itself."""
+        waiting = list(reversed(self.caused))
+        while waiting:
+            happening = waiting.pop()
+            yield happening
+            waiting += reversed(happening.caused)
+
+
+@dataclass(slots=True)
+class Timeline:
+    """`causes` begins with the first one known. `checkpoint` is the relay's; None with what is `wrong` with it."""
+
+    event: Happening
+    causes: list[Happening] = field(default_factory=list)
+    unknown_cause: str | None = None
+    """Id of a cause that was not found."""
+    relay: str = "main"
+    checkpoint: int | None = None
+    wrong: str | None = None
+    more: int = 0
+    """Events that were caused, too, and are not in the tree."""
+
+
+async def trace(
+    store: EventStore,
+    services: Sequence[tuple[Service, Database | None]],
+    target: Target,
+    *,
+    relay: str = "main",
+    progress: Progress = lambda events, position, end: None,
+) -> Timeline:
+    """The timeline of the event with an id, at a global position, or at (stream, version).
+
+    A place is cheap to find, a position costs half of the log at most; `progress` is told events read, position, and
+    where reading goes to.
+    Raises `EventNotFound`, which says what was searched; `StreamNotFound`, `StreamDeleted`, `StoreUnavailable`,
+    `DatabaseUnavailable`.
+    """
+    return await _Tracer(store, services, await store.log_id(), progress).run(target, relay)
+
+
+class _Tracer:
+    def __init__(
+        self,
+        store: EventStore,
+        services: Sequence[tuple[Service, Database | None]],
+        log: UUID,
+        progress: Progress,
+    ) -> None:
+        self._store = store
+        self._services = services
+        self._log = log
+        self._lookup = Lookup(store, services, log, progress)
+
+    async def run(self, target: Target, relay: str) -> Timeline:
+        found = await self._lookup.find(target)
+        if isinstance(found, Waiting):
+            timeline = Timeline(_staged(found, 0), relay=relay)
+            timeline.causes, timeline.unknown_cause = await self._causes_of_staged(found)
+        else:
+            event, timeline = found, Timeline(_recorded(found, 0), relay=relay)
+            timeline.causes, timeline.unknown_cause = await self._causes(event.position, timeline.event.causation_id)
+            timeline.more = await self._children(timeline.event, event.position)
+        try:
+            timeline.checkpoint = await read_checkpoint(self._store, relay)
+        except StoreError as error:
+            timeline.wrong = str(error)
+        await self._stand(timeline)
+        return timeline
+
+    # ---- before it -------------------------------------------------------------------
+
+    async def _causes(self, position: int, wanted: str | None) -> tuple[list[Happening], str | None]:
+        """What led to the event at `position`, the first cause first; and the cause that could not be found."""
+        causes: list[Happening] = []
+        below = 0
+        if wanted is not None:
+            async for event in self._lookup.backwards(-1):
+                if event.position >= position:
+                    continue
+                below += 1
+                if str(event.id) == wanted:
+                    causes.insert(0, _recorded(event, 0))
+                    wanted, below = causes[0].causation_id, 0
+                if wanted is None or below > BACK:
+                    break
+        return causes, wanted
+
+    async def _causes_of_staged(self, found: Waiting) -> tuple[list[Happening], str | None]:
+        cause = await self._lookup.at(found.cause)
+        if cause is None:
+            return [], f"at position {found.cause}"
+        happening = _recorded(cause, 0)
+        causes, unknown = await self._causes(cause.position, happening.causation_id)
+        return [*causes, happening], unknown
+
+    # ---- behind it -------------------------------------------------------------------
+
+    async def _children(self, root: Happening, after: int) -> int:
+        """Hang what was caused into the tree: one reading, because a cause stands before what it caused. Returns how
+        many more there are."""
+        known, more = {root.event_id: root}, 0
+        end = await self._store.head()
+        async for event in self._store.read_all(after=after, filter=CARRIED):
+            self._lookup.read(event, end)
+            if _CAUSATION not in event.metadata:
+                continue
+            cause = known.get(_cause_of(read_metadata(event)) or "")
+            if cause is None:
+                continue
+            if len(known) > MOST:
+                more += 1
+                continue
+            child = _recorded(event, cause.depth + 1)
+            cause.caused.append(child)
+            known.setdefault(child.event_id, child)
+        return more
+
+    # ---- in the services -------------------------------------------------------------
+
+    async def _stand(self, timeline: Timeline) -> None:
+        happenings = [timeline.event, *timeline.event.tree()]
+        at = {happening.position: happening for happening in happenings if happening.position is not None}
+        known = {happening.event_id for happening in happenings}
+        for service, database in self._services:
+            settled, rows = Settled([], {}), dict[int, Standing]()
+            if database is not None:
+                async with database.reading() as connection:
+                    for waiting in await self._emitted(connection, service.name, list(at)):
+                        if str(waiting.row.event_id) not in known:
+                            cause = at[waiting.cause]
+                            cause.caused.append(_staged(waiting, cause.depth + 1))
+                    rows = await self._kept(connection, service.name, list(at))
+                    settled, _ = await settled_in(connection, service.name, self._log)
+            for position, happening in at.items():
+                happening.services.append(rows.get(position) or _standing(service, settled, happening, position))
+
+    async def _emitted(self, connection: AsyncConnection, service: str, positions: Sequence[int]) -> list[Waiting]:
+        found = []
+        for chunk in _chunks(positions):
+            for table, cause in ((staged, staged.c.cause), (dead, dead.c.position)):
+                query = waiting_rows(table).where(*self._lookup.own(table, service), cause.in_(chunk))
+                found += [Waiting(service, row.reason, row.cause, row) for row in await connection.execute(query)]
+        return found
+
+    async def _kept(self, connection: AsyncConnection, service: str, positions: Sequence[int]) -> dict[int, Standing]:
+        found: dict[int, Standing] = {}
+        for chunk in _chunks(positions):
+            letters = sa.select(dead).where(
+                *self._lookup.own(dead, service), dead.c.kind == "handler", dead.c.position.in_(chunk)
+            )
+            for row in await connection.execute(letters):
+                found[row.position] = Standing(
+                    service, "dead", row.handler, row.attempts, row.reason, None, row.id, row.died_at
+                )
+            late = sa.select(held).where(*self._lookup.own(held, service), held.c.position.in_(chunk))
+            for row in await connection.execute(late):
+                found[row.position] = Standing(service, "held", row.handler, row.attempts, row.reason, row.due)
+        return found
+
+
+_CAUSATION: Final = b'"' + CAUSATION.encode() + b'"'
+
+
+def _standing(service: Service, settled: Settled, happening: Happening, position: int) -> Standing:
+    bucket = happening.bucket
+    if bucket is None:
+        return Standing(service.name, "not carried")
+    if happening.type not in service.handlers:
+        return Standing(service.name, "not handled here")
+    return Standing(service.name, "settled" if settled(bucket, position) else "pending")
+
+
+def _chunks(positions: Sequence[int]) -> Iterable[Sequence[int]]:
+    return (positions[at : at + _AT_ONCE] for at in range(0, len(positions), _AT_ONCE))
+
+
+def _text(document: dict[str, Any], name: str) -> str | None:
+    value = document.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _cause_of(metadata: dict[str, Any]) -> str | None:
+    """As `str(UUID)` writes it: other writers may use capitals."""
+    value = _text(metadata, CAUSATION)
+    return value.lower() if value is not None else None
+
+
+def _recorded(event: RecordedEvent, depth: int) -> Happening:
+    metadata = read_metadata(event)
+    return Happening(
+        str(event.id),
+        event.type,
+        event.stream,
+        event.version,
+        event.position,
+        event.recorded_at,
+        _text(metadata, CORRELATION),
+        _cause_of(metadata),
+        _text(metadata, "tidingsHandler"),
+        carried(event),
+        depth,
+    )
+
+
+def _staged(waiting: Waiting, depth: int) -> Happening:
+    row = waiting.row
+    why = f"staged in {waiting.service}, not appended yet"
+    if waiting.refused is not None:
+        why = f"emitted in {waiting.service}, and refused by the store: {waiting.refused}"
+    event = RecordedEvent(
+        -1, row.stream, -1, row.type, row.data, row.metadata, row.is_json, UUID(row.event_id).bytes, 0
+    )
+    happening = _recorded(event, depth)
+    happening.version = happening.position = happening.recorded_at = None
+    happening.waiting = why
+    return happening
