@@ -8,8 +8,9 @@ SERVED := embedded_exactly_once.py embedded_emits.py embedded_handlers.py embedd
 	embedded_held_stress.py embedded_traps.py verify.py rabbitmq_path.py
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
+AUDIT := .venv-audit
 
-.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served kurrentdb bench format broker clean
+.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served kurrentdb soak audit bench format broker clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -18,6 +19,9 @@ help:
 	@echo "make test    lint, types and tests, against a real RabbitMQ"
 	@echo "make test-all"
 	@echo "             the same, all faults, the log behind tidings server, and kurrentdbclient"
+	@echo "make audit   known vulnerabilities of what is installed; needs the network, so no test runs it"
+	@echo "make soak MINUTES=30"
+	@echo "             random faults under order traffic, then everything is counted; SEED=N chooses the same again"
 	@echo "make bench   the speed and memory that the README speaks of, as ratios"
 	@echo "make format  let ruff format the code"
 
@@ -39,6 +43,7 @@ test-all: test faults served kurrentdb
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive framework services deploy deploy/local/rabbitmq
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -62,8 +67,22 @@ $(KURRENT_INSTALLED): pyproject.toml deploy/local/venv
 	@deploy/local/venv $(KURRENT) kurrentdb,tests
 	@touch $@
 
+# pip-audit asks PyPI about each package, so it says nothing without the network. In an environment of its own, because
+# it would otherwise have an opinion about what Tidings may use.
+audit: $(INSTALLED) $(AUDIT)/bin/pip-audit
+	@$(BIN)/python -m pip freeze --exclude-editable > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(AUDIT)/installed.txt
+
+$(AUDIT)/bin/pip-audit: | $(INSTALLED)
+	@$(BIN)/python -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+
 broker: $(INSTALLED)
 	@deploy/local/rabbitmq install
+
+MINUTES := 30
+soak: $(INSTALLED) broker
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench: $(INSTALLED) broker
 	$(BIN)/python -m tests.benchmarks
@@ -73,4 +92,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) $(KURRENT) var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(KURRENT) $(AUDIT) var .mypy_cache .ruff_cache .pytest_cache .hypothesis

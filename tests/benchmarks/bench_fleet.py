@@ -50,13 +50,16 @@ def play(role: str) -> None:
 
 
 @contextmanager
-def processes(url: str, folder: Path, roles: tuple[str, ...]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def processes(
+    url: str, folder: Path, roles: tuple[str, ...], module: str = "tests.benchmarks.bench_fleet"
+) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """`python -m MODULE ROLE`, with their logs in the folder, until the block ends."""
     env = os.environ | {
         "TIDINGS_STORE": f"sqlite:///{folder}/events.db",
         "TIDINGS_BUS": url,
         "TIDINGS_DATABASE": f"sqlite:///{folder}/{{service}}.db",
     }
-    command = [sys.executable, "-m", "tests.benchmarks.bench_fleet"]
+    command = [sys.executable, "-m", module]
     started = {}
     try:
         for role in roles:

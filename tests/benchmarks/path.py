@@ -19,11 +19,11 @@ import aio_pika
 import pytest
 import structlog
 
-from tidings import Event, EventStore, open_bus
+from tidings import Event, EventStore, Service, Settings, open_bus
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq_topology import EXCHANGE
 from tidings.codec import encode
-from tidings.message import Message
+from tidings.message import Marker, Message
 from tidings.message import encode as message_of
 from tidings.position import Chain, carried
 from tidings.testing.brokers import RabbitMQ, rabbitmq_for_tests
@@ -57,10 +57,10 @@ async def fill(store: EventStore, count: int) -> None:
                 await store.append(f"measured-{stream}", events)
 
 
-async def messages_of(store: EventStore) -> list[Message]:
-    """What the relay would publish, markers left out: 13 headers each."""
-    chain, log, messages = Chain(-1), await store.log_id(), []
-    async for event in store.read_all():
+async def messages_of(store: EventStore, after: int = -1) -> list[Message]:
+    """What the relay would publish after a position, markers left out: 13 headers each."""
+    chain, log, messages = Chain(after), await store.log_id(), []
+    async for event in store.read_all(after=after):
         if (bucket := carried(event)) is not None:
             previous = chain.stamp(bucket, event.position)
             messages.append(message_of(event, log=log, previous=previous, bucket=bucket))
@@ -112,6 +112,25 @@ async def aio_pika_exchange(url: str) -> AsyncIterator[aio_pika.abc.AbstractExch
         yield await channel.get_exchange(EXCHANGE)
 
 
+async def handled_from_memory(service: Service, database: str, store: EventStore, messages: Sequence[Message]) -> float:
+    """Seconds from the first delivery until a service has settled messages that wait for it in a memory bus: every
+    effect is committed, and every watermark where the service keeps them."""
+    name = f"memory://{uuid4()}"
+    last = int(messages[-1].headers["tidings-position"])
+    touched = {message.bucket: int(message.headers["tidings-position"]) for message in messages}
+    end = Marker(await store.log_id(), last, -1, {bucket: at for bucket, at in touched.items() if bucket is not None})
+    async with open_bus(name) as bus, bus.publisher() as publisher:
+        await bus.provision(Subscription(service.name))
+        for message in (*messages, end.encode()):
+            await publisher.send(message)
+        settings = Settings(store="memory://", bus=name, database=database)
+        async with service.running(settings, store=store, bus=bus) as running:
+            began = time.perf_counter()
+            while running.floor < last:
+                await asyncio.sleep(0.002)
+            return time.perf_counter() - began
+
+
 async def seconds(work: Awaitable[object]) -> float:
     began = time.perf_counter()
     await work
@@ -129,6 +148,11 @@ def verdict(row: str, ours: Sequence[float], peer: Sequence[float], floor: float
     return int(ratio < floor)
 
 
+def quiet() -> None:
+    """Log warnings only: what runs here is not read, and a line costs more than an event."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
 def with_broker(measure: Callable[[str, Path, RabbitMQ], Awaitable[int]]) -> int:
     """Run `measure(url, folder, broker)` on a broker and an empty folder of its own."""
 
@@ -136,7 +160,7 @@ def with_broker(measure: Callable[[str, Path, RabbitMQ], Awaitable[int]]) -> int
         async with broker.isolated() as url:
             return await measure(url, Path(folder), broker)
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    quiet()
     try:
         with rabbitmq_for_tests() as broker, tempfile.TemporaryDirectory() as folder:
             return asyncio.run(run(broker, folder))

@@ -1,8 +1,12 @@
-"""What proves an adapter right: conformance suites for stores and buses, and brokers to run them on. Needs pytest."""
+"""What proves a system right: conformance suites for stores and buses (they need pytest), brokers to run them on, and
+the simulation."""
 
 from __future__ import annotations
 
-import pytest
+import sys
 
-# Before the suites are imported, so that a failing assertion of theirs shows its values in any project.
-pytest.register_assert_rewrite("tidings.testing.bus_conformance", "tidings.testing.store_conformance")
+if "pytest" in sys.modules:
+    import pytest
+
+    # Before the suites are imported, so that a failing assertion of theirs shows its values in any project.
+    pytest.register_assert_rewrite("tidings.testing.bus_conformance", "tidings.testing.store_conformance")

@@ -190,6 +190,23 @@ class RabbitMQCluster(RabbitMQNode):
         self._run("eval", f"--node={number}", "[dets:sync(Table) || Table <- dets:all()]")
         self._run("down", "--kill", f"--node={number}")
 
+    def cut_off(self, number: int) -> None:
+        """A network partition: node 1, 2 or 3 cannot reach the others, nor they it; clients can reach each of them. It
+        finds itself in the minority, and pauses. They are told cookies that do not fit, and disconnected."""
+        code = (
+            "Others = nodes(), "
+            "[rpc:call(Node, erlang, set_cookie, [node(), cut_off]) || Node <- Others], "
+            "[{erlang:set_cookie(Node, alone), erlang:disconnect_node(Node)} || Node <- Others]"
+        )
+        self._run("eval", f"--node={number}", code)
+
+    def let_back(self) -> None:
+        """End what `cut_off` did; returns when every node accepts connections."""
+        code = "[erlang:set_cookie(Node, erlang:get_cookie()) || Node <- rabbit_mnesia:cluster_nodes(all)]"
+        for number in range(1, self._nodes + 1):
+            self._run("eval", f"--node={number}", code)
+        self.start()
+
     def leader_of(self, queue: str, url: str) -> int:
         """The number of the node that leads a quorum queue in the vhost of `url`."""
         members, leader = self._raft(queue, url)

@@ -14,6 +14,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Final, Protocol
 from uuid import UUID, uuid4
 
@@ -22,7 +23,7 @@ import pytest
 from tidings.buses import Consumer, Delivery, EventBus, Found, Publisher, Subscription
 from tidings.errors import BusUnavailable, TopologyMismatch, Unroutable
 from tidings.message import Marker, Message, decode, encode
-from tidings.position import bucket_of
+from tidings.position import ALL_BUCKETS, bucket_of
 from tidings.stores import RecordedEvent
 
 __all__ = ["LOG", "BusConformance", "BusEnvironment", "event", "events", "send_all", "take"]
@@ -537,6 +538,91 @@ class BusConformance:
         await environment.delete_queue(occupied.queue)
         await bus.provision(occupied)
         await environment.delete_queue(occupied.queue)
+
+    # ---- partitions ----------------------------------------------------------------------
+
+    @pytest.fixture
+    async def halves(self, bus: EventBus, environment: BusEnvironment) -> AsyncIterator[list[Subscription]]:
+        """A service in two partitions: buckets 0 to 127, and 128 to 255."""
+        name = f"halves-{secrets.token_hex(4)}"
+        parts = [Subscription(name, index, 2) for index in range(2)]
+        for part in parts:
+            await bus.provision(part)
+        yield parts
+        for part in parts:
+            await environment.delete_queue(part.queue)
+
+    async def test_an_event_reaches_the_partition_of_its_bucket_and_every_undivided_service(
+        self, bus: EventBus, inventory: Subscription, halves: list[Subscription]
+    ) -> None:
+        messages = events(40)
+        async with bus.publisher() as publisher:
+            await send_all(publisher, messages)
+        for part in (inventory, *halves):
+            wanted = [message for message in messages if message.bucket in part.buckets]
+            assert wanted
+            async with bus.consume(part) as consumer:
+                assert [delivery.message for delivery in await take(consumer, len(wanted))] == wanted
+                assert await nothing_comes(consumer)
+
+    async def test_a_marker_reaches_every_partition(self, bus: EventBus, halves: list[Subscription]) -> None:
+        marker = Marker(LOG, 7, 3, {0: 5, 255: 7})
+        async with bus.publisher() as publisher:
+            await publisher.send(marker.encode())
+        for part in halves:
+            async with bus.consume(part) as consumer:
+                assert Marker.decode((await take(consumer, 1))[0].message) == marker
+                assert await nothing_comes(consumer)
+
+    async def test_every_bucket_belongs_to_a_partition(
+        self, bus: EventBus, environment: BusEnvironment, halves: list[Subscription]
+    ) -> None:
+        thirds = [Subscription(f"thirds-{secrets.token_hex(4)}", index, 3) for index in range(3)]
+        for part in thirds:
+            await bus.provision(part)
+        messages = [replace(event(bucket + 1), bucket=bucket) for bucket in ALL_BUCKETS]
+        async with bus.publisher() as publisher:
+            await send_all(publisher, messages)
+        for part in (*halves, *thirds):
+            async with bus.consume(part) as consumer:
+                found = [delivery.message.message_id for delivery in await take(consumer, len(part.buckets))]
+            assert found == [messages[bucket].message_id for bucket in part.buckets]
+        for part in thirds:
+            await environment.delete_queue(part.queue)
+
+    async def test_an_event_without_the_queue_of_its_bucket_is_unroutable(
+        self, bus: EventBus, environment: BusEnvironment, halves: list[Subscription]
+    ) -> None:
+        await environment.delete_queue(halves[1].queue)
+        first, second = (next(m for m in events(40) if m.bucket in part.buckets) for part in halves)
+        async with bus.publisher() as publisher:
+            await publisher.send(first)
+            with pytest.raises(Unroutable):
+                await publisher.send(second)
+
+    # ---- deleting ------------------------------------------------------------------------
+
+    async def test_deleting_takes_away_what_it_is_given_and_nothing_else(
+        self, bus: EventBus, inventory: Subscription, billing: Subscription, halves: list[Subscription]
+    ) -> None:
+        absent = Subscription(f"absent-{secrets.token_hex(4)}")
+        await bus.delete([inventory, absent, halves[0]])
+        found = await bus.inspect([inventory, billing, *halves])
+        queues = [thing.state for thing in found if thing.kind == "queue"]
+        assert queues == ["missing", "fits", "missing", "fits"]
+
+    async def test_a_queue_that_was_deleted_is_made_anew_and_empty(
+        self, bus: EventBus, inventory: Subscription
+    ) -> None:
+        async with bus.publisher() as publisher:
+            await publisher.send(event(1))
+        async with bus.consume(inventory) as consumer:
+            await bus.delete([inventory])
+            with pytest.raises(BusUnavailable):
+                await take(consumer, 2)
+        await bus.provision(inventory)
+        async with bus.consume(inventory) as consumer:
+            assert await nothing_comes(consumer)
 
     # ---- inspecting ----------------------------------------------------------------------
 

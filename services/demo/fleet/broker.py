@@ -35,19 +35,20 @@ class Broker:
     async def up(self) -> None:
         """Start it, or start it again with its data; returns when it accepts connections."""
         port = [] if self.url else ["--port=0"]
-        self.url = (await self._run("up", "--nodes=1", *port)).splitlines()[-1]
+        self.url = (await self.run("up", "--nodes=1", *port)).splitlines()[-1]
 
     async def down(self) -> None:
         """Stop it in good order."""
-        await self._run("down")
+        await self.run("down")
 
     async def delete(self, queue: str) -> int:
         """Delete a queue with everything in it; how many messages were."""
-        said = await self._run("ctl", "delete_queue", queue)
+        said = await self.run("ctl", "delete_queue", queue)
         found = _DELETED.search(said)
         return int(found[1]) if found else 0
 
-    async def _run(self, *arguments: str) -> str:
+    async def run(self, *arguments: str) -> str:
+        """What the script says to these arguments: `pause`, `eval CODE`, ... Raises `BrokerRefused`."""
         # In a session of its own, because Ctrl-C is for the demo, which then ends what the script has begun.
         script = await asyncio.create_subprocess_exec(
             *(sys.executable, str(SCRIPT), *arguments),

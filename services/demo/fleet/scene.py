@@ -5,7 +5,7 @@ can say what is unsettled; it breaks nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,8 @@ class Scene:
     warehouse: Warehouse
     listener: Listener
     stack: AsyncExitStack
+    options: Sequence[str] = ()
+    """Of the commands that run services."""
     received: int = 0
     """Articles that came in at the beginning."""
     children: dict[str, Child] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Scene:
 
     async def start_service(self, service: Service, port: int) -> Child:
         """Start a service that has no HTTP API of its own."""
-        return await self.start(service.name, "run", TARGETS[service.name], port=port)
+        return await self.start(service.name, "run", TARGETS[service.name], *self.options, port=port)
 
     async def ready(self) -> None:
         """Wait until all processes are."""
@@ -117,8 +119,9 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(folder: Path, stock: dict[str, int]) -> AsyncIterator[Scene]:
+async def scene(folder: Path, stock: dict[str, int], options: Sequence[str] = ()) -> AsyncIterator[Scene]:
     """A broker, an event store, the relay and four services, all ready, and the stock in the log; leaving ends them.
+    `options` are added to the commands that run services.
 
     Raises `BrokerRefused`, `NotReady`, and `Died` when a process ends by itself.
     """
@@ -134,9 +137,9 @@ async def scene(folder: Path, stock: dict[str, int]) -> AsyncIterator[Scene]:
         bus = await stack.enter_async_context(open_bus(env["TIDINGS_BUS"]))
         shop = await stack.enter_async_context(over_http(order))
         listener = await stack.enter_async_context(listening(store, Customers(shop)))
-        found = Scene(folder, rabbitmq, processes, store, bus, shop, Warehouse(store), listener, stack)
+        found = Scene(folder, rabbitmq, processes, store, bus, shop, Warehouse(store), listener, stack, options)
         found.children[STORE] = eventstore
-        await found.start(orders.name, "run", API, port=order, option="--port")
+        await found.start(orders.name, "run", API, *options, port=order, option="--port")
         for service, port in zip(FOUR[1:], others, strict=True):
             await found.start_service(service, port)
         found.received = await found.warehouse.receive(stock)  # meanwhile: the log needs none of them

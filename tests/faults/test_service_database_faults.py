@@ -1,0 +1,96 @@
+"""A service whose own database is locked, full, or away: it pauses and says why; then every effect once, in order."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager, closing
+
+import pytest
+
+from tests.faults.conftest import Recovered
+from tests.faults.disk import SmallDisk, limited
+from tests.faults.stage import Process, Stage, now
+
+pytestmark = pytest.mark.faults
+
+SOME = 100
+
+
+@asynccontextmanager
+async def working(stage: Stage) -> AsyncIterator[Process]:
+    """A service in the middle of traffic; it must be alive at the end."""
+    stage.relay()
+    service = stage.service()
+    async with stage.traffic():
+        await stage.handles(SOME)
+        yield service
+    assert service.alive
+
+
+async def pauses(stage: Stage, service: Process, refusing: AbstractContextManager[object], *words: str) -> float:
+    """While its database is refused to it, the service says so with these words; the seconds until it went on."""
+    with refusing:
+        line = await service.says("service.rejoining", *words)
+        assert "audit.db" in line
+        assert "Nothing is lost" in line
+    return await stage.recovered(now())
+
+
+async def test_service_database_locked(stage: Stage, recovered: Recovered) -> None:
+    """Somebody has opened it with a tool, and left a transaction open."""
+    async with working(stage) as service:
+        with closing(sqlite3.connect(stage.database(), isolation_level=None)) as tool:
+            tool.execute("BEGIN IMMEDIATE")
+            await service.says("service.rejoining", "another process holds the writer")
+            tool.execute("ROLLBACK")
+        seconds = await stage.recovered(now())
+    recovered(await stage.keeps_promises(), seconds)
+
+
+async def test_service_database_on_a_full_disk(stage: Stage, small_disk: SmallDisk, recovered: Recovered) -> None:
+    stage.database().symlink_to(small_disk.place / "audit.db")
+    async with working(stage) as service:
+        seconds = await pauses(stage, service, small_disk.full(), "the disk is full: free some space")
+    recovered(await stage.keeps_promises(), seconds)
+
+
+async def test_service_database_over_its_quota(stage: Stage, recovered: Recovered) -> None:
+    async with working(stage) as service:
+        size = stage.database().with_suffix(".db-wal").stat().st_size + 50_000
+        seconds = await pauses(stage, service, limited(service.pid, size), "the disk failed or is full")
+    recovered(await stage.keeps_promises(), seconds)
+
+
+async def test_service_database_gone_and_back(stage: Stage, recovered: Recovered) -> None:
+    """Its folder is not there when the service starts again, as when a volume is not mounted yet: it makes no new one,
+    says so and ends, for whoever mounts and starts it."""
+    away = stage.folder / "away"
+    async with working(stage) as service:
+        service.kill()
+        stage.databases.rename(away)
+        service.start()
+        assert await service.ended() > 0
+        assert "audit.db: unable to open database file; make sure that the folder exists" in service.log
+        assert not stage.databases.exists()
+        away.rename(stage.databases)
+        service.start()
+        seconds = await stage.recovered(now())
+    recovered(await stage.keeps_promises(), seconds)
+
+
+async def test_service_database_replaced_by_yesterdays_backup(stage: Stage, recovered: Recovered) -> None:
+    """What was handled since the backup is undone with its watermarks, so that it is handled again: once, in order."""
+    async with working(stage) as service:
+        backup = stage.folder / "backup.db"
+        with closing(sqlite3.connect(stage.database())) as source, closing(sqlite3.connect(backup)) as target:
+            source.backup(target)
+        await stage.handles(SOME)
+        service.kill()
+        for file in stage.databases.iterdir():
+            file.unlink()
+        backup.rename(stage.database())
+        since = now()
+        service.start()
+        seconds = await stage.recovered(since)
+    recovered(await stage.keeps_promises(), seconds)
