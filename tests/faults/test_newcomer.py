@@ -17,12 +17,12 @@ from tidings.checkpoints import write_checkpoint
 from tidings.codec import encode
 from tidings.testing.brokers import RabbitMQ
 
-FEW, MANY = 5_000, 50_000
+FEW, MANY = 3_000, 30_000
 BATCH = 500
 SOME = 50
 MOST_MB = 40.0
 """What ten times the history may add to the peak of memory. What is in lanes at once takes a few."""
-LONG = 240.0
+LONG = 200.0
 """Seconds: two cores that others use too."""
 
 
@@ -68,6 +68,7 @@ async def join_late(stage: Stage, history: int) -> tuple[int, float, float]:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(300)
 async def test_newcomer_reads_a_long_history_amid_traffic_in_bounded_memory(
     tmp_path: Path, rabbitmq: RabbitMQ, recovered: Recovered
 ) -> None:

@@ -89,7 +89,7 @@ async def test_service_of_partitions_whose_processes_come_and_go(stage: Stage, r
     seconds = 0.0
     async with stage.traffic():
         processes = await divided(stage, 6, processes=3)
-        for turn in range(6):
+        for turn in range(4):
             await until(lambda: shares(stage) == [2, 2, 2], "each of three processes has two of six partitions")
             await stage.handles(SOME)
             since = now()

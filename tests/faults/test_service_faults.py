@@ -3,6 +3,10 @@ again."""
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+from contextlib import closing
+
 import pytest
 
 from tests.faults import auditing
@@ -39,9 +43,9 @@ async def test_service_paused_while_another_takes_over_then_resumed(stage: Stage
         await stage.handles(2 * SOME)
         assert pids(stage.rows()) == [active.pid], "a standby does nothing"
         assert "rejoining" not in active.log
-        await stage.errand("errand", 0.5)
+        await stage.errand("errand", 1.5)
         await active.says("errand.begun")
-        active.pause()
+        await pause_between_commits(stage, active)
         seconds = await stage.recovered(now())
         await standby.says("errand.begun")
         await stage.answers("errand")
@@ -155,6 +159,22 @@ async def working(stage: Stage, options: str = "") -> Process:
     service = stage.service(bus=stage.bus + options)
     await service.says("service.connected")
     return service
+
+
+async def pause_between_commits(stage: Stage, process: Process) -> None:
+    """Nobody can take over from a process that is paused within a transaction: it holds SQLite's one writer, until it
+    goes on or is killed."""
+    while True:
+        process.pause()
+        with closing(sqlite3.connect(stage.database(), isolation_level=None, timeout=0)) as tool:
+            try:
+                tool.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                process.resume()
+            else:
+                tool.execute("ROLLBACK")
+                return
+        await asyncio.sleep(0.01)
 
 
 def pids(rows: list[Row]) -> list[int]:
