@@ -312,7 +312,8 @@ def guarded(connection: AsyncConnection) -> Iterator[None]:
 
 
 def _refuse(operation: str, connection: sa.Connection) -> None:
-    if _GUARDED in connection.info:
+    # One that was lost has no info, and ending it is for the best.
+    if not connection.invalidated and _GUARDED in connection.info:
         raise TransactionMisuse(operation)
 
 

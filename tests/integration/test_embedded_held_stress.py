@@ -190,8 +190,8 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.005, 0.02))
     monkeypatch.setattr("tidings.running.DRAIN_SECONDS", 0.02)
     monkeypatch.setattr("tidings.breaker.PAUSES", (0.01, 0.03))
-    monkeypatch.setattr("tidings.dispatch.HELD_SECONDS", 0.03)
-    monkeypatch.setattr("tidings.dispatch.FLYING", 4)
+    monkeypatch.setattr("tidings.revival.HELD_SECONDS", 0.03)
+    monkeypatch.setattr("tidings.revival.FLYING", 4)
     monkeypatch.setattr("tidings.held.AT_ONCE", 8)
     monkeypatch.setattr("tidings.intake.RECONNECT_SECONDS", (0.01, 0.05))
 

@@ -315,9 +315,15 @@ class Fatal(Around):
         await self.inner.provision(subscription)
 
 
+async def killed(here: Site, bus: Fatal) -> None:
+    async with here.process(auditing(), bus) as doomed:
+        await until(lambda: doomed.consuming)
+        raise Killed
+
+
 @pytest.mark.parametrize("step", range(10))
 async def test_a_resizing_that_is_killed_at_any_step_is_done_by_the_next_process(tmp_path: Path, step: int) -> None:
-    """1 to 2 to 3: six queues are deleted and made, one by one. The last cases die after all of it, at the next look."""
+    """1 to 2 to 3: queues are deleted and made, one by one. The last cases die after all of it."""
     events, service = many(240, 17), auditing()
     async with site(tmp_path) as here:
         async with here.process(auditing()):
@@ -328,15 +334,15 @@ async def test_a_resizing_that_is_killed_at_any_step_is_done_by_the_next_process
         await resize(here.database, "audit", 3)
         await here.append(events[120:180])
         with pytest.raises(Killed):
-            async with here.process(auditing(), Fatal(here.bus, step)) as doomed:
-                await until(lambda: doomed.consuming)
-                raise Killed
+            await killed(here, Fatal(here.bus, step))
         async with here.process(service):
             await here.append(events[180:])
             await here.settled(service)
             assert_once_in_order(await rows(service), events)
             assert await here.queues() == {f"tidings.audit.{index}" for index in range(3)}
             assert not (await here.layout()).queues_are_old
+            bound = {part.queue: set(part.buckets) for part in (await here.layout()).subscriptions}
+            assert here.bus.bindings() == bound, "no queue is bound to what belonged to it before"
 
 
 async def test_a_queue_that_a_process_of_the_old_layout_makes_again_is_taken_away(tmp_path: Path) -> None:
@@ -365,10 +371,15 @@ def here_has(here: Site, queues: set[str]) -> Any:
 
 async def test_a_process_that_declares_another_number_ends_when_the_service_is_resized(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
-        with pytest.raises(ConfigurationError, match="declared with partitions=1, but its database .* says 2"):
+
+        async def resized() -> None:
             async with here.process(auditing(partitions=1)):
                 await resize(here.database, "audit", 2)
-                await asyncio.sleep(20)
+                await asyncio.Event().wait()
+
+        with pytest.raises(ConfigurationError, match=r"declared with partitions=1, but its database .* says 2"):
+            async with asyncio.timeout(20):
+                await resized()
 
 
 async def test_one_partition_that_is_fenced_joins_again_alone(tmp_path: Path) -> None:

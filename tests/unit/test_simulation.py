@@ -45,8 +45,8 @@ def test_without_the_rule_a_promise_breaks(rule: str) -> None:
     assert any(outcome.broken for outcome in found), f"nobody misses the rule {rule!r}"
 
 
-def test_acknowledging_late_saves_passes_and_nothing_else() -> None:
-    assert total("acknowledged_late", "passes") > total(None, "passes")
+def test_no_promise_rests_on_late_acknowledgements() -> None:
+    assert total("acknowledged_late", "events") > 0
 
 
 @pytest.mark.parametrize("rule", ["checkpoint", "one_leads"])

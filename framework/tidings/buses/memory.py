@@ -253,6 +253,10 @@ class MemoryBus:
         """Messages that wait in queue `name`, without those delivered and unsettled."""
         return len(self._broker.queues[name].ready)
 
+    def bindings(self) -> dict[str, set[int]]:
+        """Queue to the buckets whose events it gets."""
+        return {name: set(queue.buckets) for name, queue in self._broker.queues.items()}
+
     def purge(self, name: str) -> None:
         """Lose everything that waits in queue `name`."""
         self._broker.queues[name].ready.clear()

@@ -1,0 +1,332 @@
+"""The simulated broker: queues that lose, repeat and reorder, connections that break, and locks that are given twice.
+
+It keeps the rules of `tidings.buses` where no fault was decided; what it does to a message depends on the seed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final
+
+from tidings.buses import Delivery, Found, Subscription
+from tidings.errors import BusUnavailable, Unroutable
+from tidings.message import MARKER, Message
+from tidings.testing.simulation.dice import Dice
+from tidings.testing.simulation.loop import Process, SimulatedLoop
+
+__all__ = ["SimulatedBroker", "SimulatedBus"]
+
+FATES: Final = ("is lost", "is there twice", "stands before others")
+WEATHER: Final = (0.01, 0.06, 0.25)
+"""So often each of these befalls a message; one of them is chosen for a world."""
+BEHIND: Final = 0.3
+"""So often what comes again after a loss stands behind the rest, as it does in a quorum queue."""
+TRAVEL: Final = 0.002
+"""Seconds that a message takes from one end of a connection to the other."""
+
+
+def named(message: Message) -> str:
+    """A message for the story."""
+    if message.type == MARKER:
+        return f"marker {message.message_id.rpartition('-')[2]}"
+    return str(message.headers["tidings-position"])
+
+
+class _Queue:
+    """Waiting messages, and consumers in the order in which they came: the first is the active one."""
+
+    def __init__(self, name: str, buckets: range) -> None:
+        self.name = name
+        self.buckets = buckets
+        self.ready: deque[Message] = deque()
+        self.consumers: list[_Consumer] = []
+
+    def pump(self) -> None:
+        while self.ready and self.consumers and self.consumers[0].room:
+            self.consumers[0].deliver(self.ready.popleft())
+
+
+class SimulatedBroker:
+    """What all processes share."""
+
+    def __init__(self, loop: SimulatedLoop, dice: Dice, tell: Callable[..., None]) -> None:
+        self.loop = loop
+        self.dice = dice
+        self.tell = tell
+        self.weather = WEATHER[int(dice.chance("weather") * len(WEATHER))]
+        self.calm = False
+        """No more faults of its own."""
+        self.queues: dict[str, _Queue] = {}
+        self.connections: list[_Connection] = []
+        self.locks: dict[str, _Connection] = {}
+        self.lock_freed = asyncio.Event()
+        self.published: Counter[int] = Counter()
+        """Position to how often it was sent."""
+        self.markers = 0
+        self._copies: Counter[str] = Counter()
+
+    def cut(self, process: Process | None) -> None:
+        """Break the connections of a process, or all."""
+        for connection in list(self.connections):
+            if process is None or connection.process is process:
+                connection.lose("the connection broke")
+
+    def delete(self, name: str) -> None:
+        queue = self.queues.pop(name, None)
+        for consumer in list(queue.consumers) if queue is not None else ():
+            consumer.lose("the queue was deleted")
+
+    def forget_locks(self) -> None:
+        """Whoever waits for a lock gets it, though its holder goes on."""
+        self.locks.clear()
+        self.free_locks()
+
+    def free_locks(self) -> None:
+        self.lock_freed.set()
+        self.lock_freed = asyncio.Event()
+
+    def publish(self, message: Message) -> bool:
+        """To every queue of its bucket; False when there is none."""
+        if not self.queues:
+            return False
+        if message.type == MARKER:
+            self.markers += 1
+        else:
+            self.published[message.headers["tidings-position"]] += 1
+        for queue in list(self.queues.values()):
+            if message.bucket is None or message.bucket in queue.buckets:
+                self._push(queue, message)
+                queue.pump()
+        return True
+
+    def _push(self, queue: _Queue, message: Message) -> None:
+        what, ready = named(message), queue.ready
+        self._copies[f"{queue.name}/{what}"] += 1
+        name = f"fate of {what} for {queue.name}/{self._copies[f'{queue.name}/{what}']}"
+        fate = 3 if self.calm else int(self.dice.chance(name) / self.weather)
+        if fate > 2 or (fate == 2 and not ready) or not self.dice.allows(name):
+            ready.append(message)
+            return
+        self.tell("broker", f"{what} for {queue.name} {FATES[fate]}")
+        if fate == 1:
+            ready.append(message)
+        if fate:
+            ready.insert(int(self.dice.chance(f"{name}/where") * len(ready)), message)
+
+    def requeue(self, queue: _Queue, messages: list[Message]) -> None:
+        """What was not settled comes again."""
+        if messages and self.queues.get(queue.name) is queue:
+            name = f"requeue {queue.name}/{named(messages[0])}"
+            if not self.calm and self.dice.chance(name) < BEHIND and self.dice.allows(name):
+                self.tell("broker", f"puts {', '.join(map(named, messages))} back into {queue.name}, behind the rest")
+                queue.ready.extend(messages)
+            else:
+                queue.ready.extendleft(reversed(messages))
+        queue.pump()
+
+
+class _Connection:
+    """What can break. Whoever is at its other end hears of it when it looks."""
+
+    def __init__(self, broker: SimulatedBroker, process: Process) -> None:
+        self.broker = broker
+        self.process = process
+        self.lost: str | None = None
+        broker.connections.append(self)
+
+    def lose(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            self.broker.connections.remove(self)
+            for name, holder in list(self.broker.locks.items()):
+                if holder is self:
+                    del self.broker.locks[name]
+            self.broker.free_locks()  # also to those whose own connection this is
+
+
+class _Publisher(_Connection):
+    swallows = False
+    """The broker takes what is sent, and confirms nothing."""
+
+    def __init__(self, broker: SimulatedBroker, process: Process) -> None:
+        super().__init__(broker, process)
+        self._arrives = 0.0
+        self._sent = 0
+        self._unconfirmed: dict[asyncio.Future[Any], None] = {}
+
+    async def send(self, message: Message) -> None:
+        await (await self.begin(message))
+
+    async def begin(self, message: Message) -> asyncio.Future[Any]:
+        process, loop = self.process, self.broker.loop
+        process.spring("publish")
+        if process.paused or process.dead or process.chance(0.05):
+            await process.io("slow publish")
+        if self.lost is not None:
+            raise BusUnavailable(self.lost)
+        confirmed = loop.create_future()
+        self._unconfirmed[confirmed] = None
+        self._sent += 1
+        # On its way: it arrives though its sender is killed or paused meanwhile, unless the connection breaks first.
+        self._arrives = max(self._arrives, loop.time() + TRAVEL * process.seconds() / 0.002)
+        loop.call_at(self._arrives, self._arrive, message, confirmed)
+        return confirmed
+
+    def _arrive(self, message: Message, confirmed: asyncio.Future[Any]) -> None:
+        broker = self.broker
+        if self.lost is not None and broker.dice.chance(f"on its way {self.process}/{self._sent}") < 0.5:
+            return
+        if not broker.publish(message):
+            self._settle(confirmed, Unroutable("tidings.events", message.message_id))
+            return
+        if message.type == MARKER:
+            broker.tell(self.process, f"published {named(message)} {message.body.decode()}")
+        else:
+            broker.tell(
+                self.process, f"published {named(message)} (the one before it is {message.headers['tidings-previous']})"
+            )
+        if not self.swallows:
+            broker.loop.call_later(TRAVEL, self._settle, confirmed, None)
+
+    def _settle(self, confirmed: asyncio.Future[Any], error: Exception | None) -> None:
+        self._unconfirmed.pop(confirmed, None)
+        if confirmed.done():
+            return
+        if error is None:
+            confirmed.set_result(None)
+        else:
+            confirmed.set_exception(error)
+            confirmed.exception()  # looked at, though whoever waits for it may be dead
+
+    def lose(self, reason: str) -> None:
+        super().lose(reason)
+        for confirmed in list(self._unconfirmed):
+            self._settle(confirmed, BusUnavailable(reason))
+
+
+class _Consumer(_Connection):
+    def __init__(self, broker: SimulatedBroker, process: Process, queue: _Queue, prefetch: int) -> None:
+        super().__init__(broker, process)
+        self._queue = queue
+        self._prefetch = prefetch
+        self._given = 0
+        self._unsettled: deque[Delivery] = deque()
+        self._arrived: deque[Delivery] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        queue.consumers.append(self)
+
+    @property
+    def room(self) -> bool:
+        return len(self._unsettled) < self._prefetch
+
+    def deliver(self, message: Message) -> None:
+        self._given += 1
+        delivery = Delivery(self._given, message)
+        self._unsettled.append(delivery)
+        self.broker.loop.call_later(TRAVEL, self._arrive, delivery)
+
+    def _arrive(self, delivery: Delivery) -> None:
+        self._arrived.append(delivery)
+        self._wake()
+
+    def __aiter__(self) -> AsyncIterator[Delivery]:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        process = self.process
+        process.spring("take")
+        if process.paused or process.dead or process.chance(0.05):
+            await process.io("slow take")
+        while not self._arrived:
+            if self.lost is not None:
+                raise BusUnavailable(self.lost)
+            self._waiter = self.broker.loop.create_future()
+            await self._waiter
+        # What has arrived is there, though the connection is lost by now.
+        return self._arrived.popleft()
+
+    def settle_through(self, tag: int) -> None:
+        if self.lost is None and not self.process.gone:
+            while self._unsettled and self._unsettled[0].tag <= tag:
+                self._unsettled.popleft()
+            self._queue.pump()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def lose(self, reason: str) -> None:
+        if self.lost is not None:
+            return
+        super().lose(reason)
+        self._queue.consumers.remove(self)
+        back = [delivery.message for delivery in self._unsettled]
+        self._unsettled.clear()
+        self.broker.requeue(self._queue, back)
+        self._wake()
+
+
+class SimulatedBus:
+    """One process's way to the broker."""
+
+    def __init__(self, broker: SimulatedBroker, process: Process) -> None:
+        self._broker = broker
+        self._process = process
+
+    async def provision(self, subscription: Subscription | None = None) -> None:
+        await self._process.io("provision")
+        if subscription is not None and subscription.queue not in self._broker.queues:
+            self._broker.queues[subscription.queue] = _Queue(subscription.queue, subscription.buckets)
+
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        await self._process.io("delete")
+        for subscription in subscriptions:
+            self._broker.delete(subscription.queue)
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        await self._process.io("inspect")
+        states = ["fits" if each.queue in self._broker.queues else "missing" for each in subscriptions]
+        return [
+            Found("queue", each.queue, "fits" if state == "fits" else "missing")
+            for each, state in zip(subscriptions, states, strict=True)
+        ]
+
+    @asynccontextmanager
+    async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:
+        broker, process = self._broker, self._process
+        await process.io("connect")
+        connection = _Publisher(broker, process)
+        with _open(connection):
+            if lock is not None:
+                while lock in broker.locks:
+                    await broker.lock_freed.wait()
+                    await process.io("lock")
+                    if connection.lost is not None:
+                        raise BusUnavailable(connection.lost)
+                broker.locks[lock] = connection
+                broker.tell(process, "leads")
+            yield connection
+
+    @asynccontextmanager
+    async def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AsyncIterator[_Consumer]:
+        await self._process.io("connect")
+        queue = self._broker.queues.get(subscription.queue)
+        if queue is None:
+            raise BusUnavailable(f"queue {subscription.queue!r} does not exist")
+        with _open(_Consumer(self._broker, self._process, queue, prefetch)) as consumer:
+            queue.pump()
+            yield consumer
+
+    async def close(self) -> None:
+        self._broker.cut(self._process)
+
+
+@contextmanager
+def _open(connection: Any) -> Iterator[Any]:
+    try:
+        yield connection
+    finally:
+        connection.lose("closed")

@@ -1,0 +1,299 @@
+"""An event loop whose time is virtual, and the processes in it, which can be paused and killed. It never waits.
+
+Within a process, callbacks run in the order in which asyncio promises to run them; when there is nothing to run, time
+jumps to the next timer. So what happens before what is decided by how long things take alone, and that by the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import sys
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextvars import Context, ContextVar, copy_context
+from itertools import count
+from typing import Any, Final, TypeVar
+
+__all__ = ["PROCESS", "Endless", "Process", "SimulatedLoop"]
+
+T = TypeVar("T")
+
+QUICK: Final = 0.004
+"""Seconds: no I/O takes longer, unless it is one of the slow ones."""
+SLOW: Final = 1.5
+"""Seconds: the slowest I/O."""
+SELDOM: Final = 0.03
+"""So many I/Os are slow."""
+
+TICK: Final = 1e-6
+"""Seconds that a callback takes: a clock that stood still would let a wait of the last billionth never end."""
+STEPS: Final = 100_000
+"""So many callbacks no world needs; most need 2,000."""
+
+PROCESS: Final[ContextVar[Process | None]] = ContextVar("simulated process", default=None)
+"""To whom a callback belongs; None to the world around them."""
+
+
+class Endless(Exception):
+    """A world goes on and on."""
+
+
+class Process:
+    """What would be an operating system's process: it stops and dies as a whole, wherever it stands."""
+
+    def __init__(self, name: str, loop: SimulatedLoop, seed: str, *, hasty: bool = False) -> None:
+        self.name = name
+        self.loop = loop
+        self.hasty = hasty
+        """Its I/O takes no time but what order needs."""
+        self.clock_error = 0.0
+        """Seconds by which its wall clock is wrong."""
+        self.paused = self.dead = self.gone = False
+        """`gone`: the world is over, its tasks may end, and nothing that they do has an effect."""
+        self.kept: list[asyncio.Handle] = []
+        """What would run, if it were not paused or dead."""
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.calls: list[asyncio.Future[Any]] = []
+        """What was given to an executor."""
+        self._traps: dict[tuple[str, int], Callable[[], None]] = {}
+        self._did: Counter[str] = Counter()
+        self._random = random.Random(seed)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def seconds(self) -> float:
+        """How long an I/O takes."""
+        if self.hasty:
+            return 0.001
+        chance = self._random.random()
+        return SLOW * self._random.random() ** 2 if chance < SELDOM else QUICK * chance
+
+    def chance(self, probability: float) -> bool:
+        return not self.hasty and self._random.random() < probability
+
+    async def io(self, kind: str) -> None:
+        """The time that an I/O takes, and the moments before and after, at which the process may be hit."""
+        self.spring(kind)
+        await asyncio.sleep(self.seconds())
+        if self.gone:
+            raise asyncio.CancelledError
+
+    def spring(self, kind: str) -> None:
+        """Count an I/O; a trap that waits for it snaps."""
+        if self.gone:
+            raise asyncio.CancelledError
+        self._did[kind] += 1
+        trap = self._traps.pop((kind, self._did[kind]), None)
+        if trap is not None:
+            trap()
+
+    def trap(self, kind: str, nth: int, snap: Callable[[], None]) -> None:
+        """`snap` is called at its n-th I/O of a kind from now on."""
+        self._traps[kind, self._did[kind] + nth] = snap
+
+    def run(self, main: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        context = copy_context()
+        context.run(PROCESS.set, self)
+        return self.loop.create_task(main, name=self.name, context=context)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+        if not self.dead:
+            self._release()
+
+    def kill(self) -> None:
+        self.dead = True
+
+    def bury(self) -> None:
+        """Let what is left of it end, without any effect."""
+        self.paused = self.dead = False
+        self.gone = True
+        for call in self.calls:
+            call.cancel()
+        self._release()
+
+    def _release(self) -> None:
+        kept, self.kept = self.kept, []
+        for handle in kept:
+            self.loop.enqueue(self, handle)
+
+
+class _Task(asyncio.Task[T]):
+    """Task groups keep their tasks in sets: the order of a set must not depend on memory addresses."""
+
+    _numbers = count()
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], **options: Any) -> None:
+        self._number = next(self._numbers)
+        super().__init__(coroutine, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class SimulatedLoop(asyncio.AbstractEventLoop):
+    """As much of an event loop as code needs that uses no sockets, signals or subprocesses of its own."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._ready: deque[tuple[Process | None, asyncio.Handle]] = deque()
+        self._timers: list[tuple[float, int, asyncio.TimerHandle, Process | None]] = []
+        self._numbers = count()
+        self._running = False
+        self.steps = 0
+        """Callbacks that were run."""
+        self.complaints: list[str] = []
+        """What asyncio would have logged: exceptions that nobody looked at."""
+        _Task._numbers = count()
+
+    # ---- running ------------------------------------------------------------------------
+
+    def run_until_complete(self, future: Any) -> Any:
+        """Run a coroutine to its end. Raises `RuntimeError` when everybody waits for somebody else."""
+        hooks = sys.get_asyncgen_hooks()
+        task = future if isinstance(future, asyncio.Future) else self.create_task(future)
+        asyncio._set_running_loop(self)
+        sys.set_asyncgen_hooks(finalizer=self._finalize)
+        self._running = True
+        try:
+            while not task.done():
+                self._turn()
+        finally:
+            self._running = False
+            sys.set_asyncgen_hooks(*hooks)
+            asyncio._set_running_loop(None)
+        return task.result()
+
+    def _turn(self) -> None:
+        while not self._ready:
+            if not self._timers:
+                raise RuntimeError("everybody waits, and nothing will ever happen")
+            when, _, timer, owner = heapq.heappop(self._timers)
+            if not timer.cancelled():
+                self._now = max(self._now, when)
+                self._ready.append((owner, timer))
+        owner, handle = self._ready.popleft()
+        if handle.cancelled():
+            return
+        if owner is not None and (owner.paused or owner.dead):
+            owner.kept.append(handle)
+            return
+        self.steps += 1
+        self._now += TICK
+        if self.steps > STEPS:
+            self.steps = 0
+            raise Endless(f"{STEPS} callbacks were run, and there is no end to it")
+        handle._run()
+
+    def enqueue(self, owner: Process | None, handle: asyncio.Handle) -> None:
+        self._ready.append((owner, handle))
+
+    def _finalize(self, generator: AsyncGenerator[Any, Any]) -> None:
+        self.create_task(_close(generator))
+
+    # ---- what asyncio asks of a loop ------------------------------------------------------
+
+    def time(self) -> float:
+        return self._now
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append((_owner(context), handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer, _owner(context)))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Found out when its time comes."""
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, *, name: object = None, context: Context | None = None) -> asyncio.Task[Any]:
+        task: _Task[Any] = _Task(coro, loop=self, name=None if name is None else str(name), context=context)
+        owner = _owner(context)
+        if owner is not None:
+            owner.tasks.append(task)
+        return task
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        """No thread: the call happens at once, some time later, and is known of some time after that."""
+        work: asyncio.Future[T] = self.create_future()
+        process = PROCESS.get()
+        if process is None:
+            work.set_result(func(*args))
+            return work
+        if process.gone:
+            work.cancel()
+            return work
+
+        def begin() -> None:
+            if not process.gone:
+                process.spring("executing")
+                self.call_soon(call)  # not now: it may be paused or dead
+
+        def call() -> None:
+            if process.gone:
+                return
+            try:
+                result = func(*args)
+            except Exception as error:
+                self.call_later(process.seconds(), _fail, work, error)
+            else:
+                self.call_later(process.seconds(), _succeed, work, result)
+                process.spring("executed")
+
+        process.calls = [call for call in process.calls if not call.done()] + [work]
+        self.call_later(process.seconds(), begin)
+        return work
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        self.complaints.append(f"{context['message']}: {error!r}")
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return self._running
+
+    def is_closed(self) -> bool:
+        return False
+
+
+def _owner(context: Context | None) -> Process | None:
+    return PROCESS.get() if context is None else context.get(PROCESS)
+
+
+def _succeed(work: asyncio.Future[T], result: T) -> None:
+    if not work.done():
+        work.set_result(result)
+
+
+def _fail(work: asyncio.Future[Any], error: BaseException) -> None:
+    if not work.done():
+        work.set_exception(error)
+
+
+async def _close(generator: AsyncGenerator[Any, Any]) -> None:
+    await generator.aclose()

@@ -1,0 +1,109 @@
+"""What will happen in a world from outside, as the seed has it: events that are appended, and faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Final
+
+from tidings.testing.simulation.dice import Dice
+
+__all__ = ["Plan", "Step", "plan"]
+
+STREAMS: Final = ("order-1", "order-2", "order-3", "stock-1", "stock-2", "basket-1")
+IO: Final = {
+    "relay": ("publish", "append", "appended", "follow", "read"),
+    "service": ("statement", "executing", "executed", "take", "append", "appended", "read", "head"),
+}
+"""What processes can be hit at, in the middle of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """At `at` seconds `what` happens to `slot`, for `seconds` where it lasts; with `io`, at its n-th I/O of that kind
+    after that."""
+
+    name: str
+    at: float
+    what: str
+    slot: int = 0
+    seconds: float = 0.0
+    io: tuple[str, int] | None = None
+    event: tuple[str, str, int, int, str | None] | None = None
+    """Kind, stream, number, failures, partition key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A world before it begins."""
+
+    relays: int
+    services: int
+    partitions: int
+    prefetch: int
+    window: int
+    seconds: float
+    steps: tuple[Step, ...]
+
+
+_FAULTS: Final = (
+    ("kill", 6),
+    ("pause", 6),
+    ("stop", 2),
+    ("cut", 3),
+    ("cut all", 1),
+    ("delete queue", 2),
+    ("forget locks", 2),
+    ("store away", 2),
+    ("store restarts", 1),
+    ("resize", 1),
+    ("replica lags", 3),
+    ("retention", 2),
+    ("confirms swallowed", 1),
+    ("wrong clock", 1),
+)
+
+
+def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
+    random = dice.random("plan")
+    relays, services = random.choice((1, 2)), random.choice((1, 2))
+    seconds = random.uniform(1, 4)
+    steps = [
+        Step(f"event {n}", random.uniform(0.3, seconds), "append", event=_event(random, n, kinds))
+        for n in range(random.randint(2, 12))
+    ]
+    names, weights = zip(*_FAULTS, strict=True)
+    favourite = random.choice(names)
+    for n in range(random.randint(1, 7)):
+        what = favourite if random.random() < 0.3 else random.choices(names, weights)[0]
+        slot = random.randrange(relays + services)
+        if random.random() < 0.2:
+            slot = 0
+        steps.append(_fault(random, f"fault {n}", what, slot, slot < relays, seconds))
+    muted = dice.muted
+    return Plan(
+        relays,
+        services,
+        partitions=random.choice((1, 1, 1, 2)),
+        prefetch=random.choice((1, 3, 10, 50)),
+        window=random.choice((2, 8, 256)),
+        seconds=seconds,
+        steps=tuple(step for step in sorted(steps, key=lambda step: step.at) if step.name not in muted),
+    )
+
+
+def _event(random: Random, n: int, kinds: tuple[str, ...]) -> tuple[str, str, int, int, str | None]:
+    kind = random.choice(kinds)
+    often = {"Fragile": (0, 1, 2, 3, 4, 9), "Asked": (0, 0, 0, 1, 3), "Called": (0, 0, 0, 1, 3)}
+    key = random.choice(("k1", "k2")) if random.random() < 0.3 else None
+    return kind, random.choice(STREAMS), n, random.choice(often.get(kind, (0,))), key
+
+
+def _fault(random: Random, name: str, what: str, slot: int, relay: bool, seconds: float) -> Step:
+    options: dict[str, Any] = {}
+    if what in ("kill", "pause") and random.random() < 0.7:
+        kind = random.choice(IO["relay" if relay else "service"])
+        options["io"] = (kind, random.randint(1, 20 if kind in ("statement", "take", "publish") else 3))
+    long = random.random() < 0.4
+    options["seconds"] = random.uniform(7, 15) if long and what == "pause" else random.uniform(0.1, 3)
+    return Step(name, random.uniform(0.1, seconds), what, slot, **options)

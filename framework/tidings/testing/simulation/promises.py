@@ -1,0 +1,75 @@
+"""What must hold in every world that has come to rest: nothing lost, nothing twice, in order, emitted exactly once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from tidings.database import dead
+from tidings.position import partition_key
+from tidings.testing.simulation.service import Answered, Asked, Called, Ignored, audit
+from tidings.testing.simulation.world import World
+
+__all__ = ["broken"]
+
+
+async def broken(world: World) -> list[str]:
+    """The promises that were broken, in words."""
+    seat = world.databases.seat(None)
+    try:
+        async with seat.database.reading() as connection:
+            effects = [
+                row.position for row in await connection.execute(sa.select(audit.c.position).order_by(audit.c.id))
+            ]
+            letters = [tuple(row) for row in await connection.execute(sa.select(dead.c.kind, dead.c.reason))]
+    finally:
+        await seat.close()
+    found = [f"dead for no good reason: {kind}, {reason}" for kind, reason in letters]
+    found += _effects(world, effects)
+    found += _emitted(world, frozenset(effects))
+    found += world.died
+    found += [f"nobody looked at this: {complaint}" for complaint in world.loop.complaints]
+    return found
+
+
+def _effects(world: World, effects: list[int]) -> Iterator[str]:
+    twice = [position for position, times in Counter(effects).items() if times > 1]
+    if twice:
+        yield f"handled twice: {twice}"
+    own = [event for event in world.log.events if not event.stream.startswith(("tidings_", "$"))]
+    done = set(effects)
+    expected = {event.position for event in own if event.type not in (Called.wire_name, Ignored.wire_name)}
+    lost = sorted(expected - done - world.log.removed)
+    called = {event.position for event in own if event.type == Called.wire_name}
+    lost += sorted(called - set(world.desk.calls) - world.log.removed)
+    if lost:
+        yield f"lost: {lost}"
+    if done - expected:
+        yield f"never appended, but handled: {sorted(done - expected)}"
+    keys = {event.position: partition_key(event) for event in own}
+    orders = defaultdict(list)
+    for position in effects:
+        orders[keys.get(position)].append(position)
+    for key, order in orders.items():
+        if order != sorted(order):
+            yield f"handled out of order in {key}: {order}"
+
+
+def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:
+    causes: Counter[str] = Counter()
+    for event in world.log.events:
+        if event.type == Answered.wire_name:
+            causes[json.loads(event.metadata)["$causationId"]] += 1
+    for event in world.log.events:
+        if event.type not in (Asked.wire_name, Called.wire_name):
+            continue
+        times = causes[str(event.id)]
+        if times > 1:
+            yield f"what {event.position} emitted was appended {times} times"
+        elif times == 0 and (event.position in effects or event.position not in world.log.removed):
+            yield f"what {event.position} emitted is lost"
+        elif times == 1 and event.type == Asked.wire_name and event.position not in effects:
+            yield f"{event.position} emitted something though its effects were rolled back"

@@ -1,0 +1,218 @@
+"""The rules that the promises rest on, each to be left out of the real classes: then a promise must break.
+
+Nothing of this is reachable from production code; it replaces one decision of one class while a simulation runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+from unittest.mock import patch
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.buses import Consumer, Delivery
+from tidings.database import floors, watermarks
+from tidings.errors import StreamNotFound
+from tidings.healing import Pass
+from tidings.inbox import Inbox
+from tidings.intake import Intake
+from tidings.keys import Keys
+from tidings.position import Accepted, Chain, Settled, Verdict
+from tidings.relay import Relay
+from tidings.savepoint import _Scope
+from tidings.staged import Stager
+from tidings.stores import NO_STREAM
+from tidings.testing.simulation.bus import SimulatedBus
+from tidings.work import Item
+
+__all__ = ["RULES", "SAVING", "without"]
+
+Patches = Iterator[tuple[type[Any], str, Any]]
+
+
+def _gap() -> Patches:
+    offer = Accepted.offer
+
+    def blind(self: Accepted, bucket: int, position: int, previous: int) -> Verdict:
+        return offer(self, bucket, position, -1)
+
+    yield Accepted, "offer", blind
+
+
+def _marker() -> Patches:
+    hear = Accepted.hear
+
+    def blind(self: Accepted, position: int, base: int, touched: Mapping[int, int]) -> Verdict:
+        return hear(self, position, base, {})
+
+    yield Accepted, "hear", blind
+
+
+def _base() -> Patches:
+    hear = Accepted.hear
+
+    def blind(self: Accepted, position: int, base: int, touched: Mapping[int, int]) -> Verdict:
+        return hear(self, position, -1, touched)
+
+    yield Accepted, "hear", blind
+
+
+def _watermark_cas() -> Patches:
+    async def overwrite(self: Inbox, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]]) -> None:
+        for bucket, (_, new) in moves.items():
+            of_bucket = (watermarks.c.service == self._service, watermarks.c.bucket == bucket)
+            await connection.execute(watermarks.update().where(*of_bucket).values(position=new))
+
+    yield Inbox, "move", overwrite
+
+
+def _range_floor() -> Patches:
+    async def of_all(self: Inbox, connection: AsyncConnection, position: int) -> None:
+        lower = (floors.c.service == self._service, floors.c.position < position)
+        await connection.execute(floors.update().where(*lower).values(position=position))
+
+    yield Inbox, "raise_floor", of_all
+
+
+def _previous_never_low() -> Patches:
+    stamp = Chain.stamp
+
+    def low(self: Chain, bucket: int, position: int) -> int:
+        known = bucket in self._last
+        previous = stamp(self, bucket, position)
+        return previous if known else -1
+
+    yield Chain, "stamp", low
+
+
+def _floor_waits() -> Patches:
+    pop = Settled.pop
+
+    def impatient(self: Settled[Any]) -> list[Any]:
+        if self.oldest is None or _of_a_relay(self.oldest.value):
+            return pop(self)
+        ended = [ticket for ticket in self._tickets if ticket.done]
+        for ticket in ended:
+            self._tickets.remove(ticket)
+        return [ticket.value for ticket in ended]
+
+    yield Settled, "pop", impatient
+
+
+def _of_a_relay(value: object) -> bool:
+    """A relay's tickets hold a bucket and a position; a service's hold what to settle."""
+    return type(value) is tuple
+
+
+def _pass_reaches() -> Patches:
+    heal = Pass._heal
+
+    class Boastful:
+        """A store that claims to have come as far as it is asked for."""
+
+        def __init__(self, healing: Pass) -> None:
+            self.healing = healing
+            self.store = healing._store
+
+        async def head(self) -> int:
+            return max(await self.store.head(), self.healing._upto)
+
+        def read_all(self, **options: Any) -> AsyncIterator[Any]:
+            return self.store.read_all(**options)
+
+    async def believing(self: Pass) -> None:
+        store = self._store
+        self._store = Boastful(self)  # type: ignore[assignment]
+        try:
+            await heal(self)
+        finally:
+            self._store = store
+
+    yield Pass, "_heal", believing
+
+
+def _followers_wait() -> Patches:
+    def never(self: Keys, item: Item) -> bool:
+        return False
+
+    yield Keys, "must_wait", never
+
+
+def _failed_is_undone() -> Patches:
+    async def keep(self: _Scope) -> None:
+        await self.keep()
+
+    yield _Scope, "undo", keep
+
+
+def _staged_is_looked_for() -> Patches:
+    async def resolve(self: Stager, row: Any) -> Any:
+        try:
+            async for event in self._store.read_stream(row.staged.stream, backwards=True):
+                return event.version
+        except StreamNotFound:
+            pass
+        return NO_STREAM
+
+    yield Stager, "_resolve", resolve
+
+
+def _acknowledged_late() -> Patches:
+    take = Intake.take
+
+    def hasty(self: Intake, consumer: Consumer, delivery: Delivery) -> None:
+        take(self, consumer, delivery)
+        consumer.settle_through(delivery.tag)
+
+    yield Intake, "take", hasty
+
+
+def _checkpoint() -> Patches:
+    async def none(self: Relay) -> int:
+        return -1
+
+    yield Relay, "checkpoint", none
+
+
+def _one_leads() -> Patches:
+    publisher = SimulatedBus.publisher
+
+    def unlocked(self: SimulatedBus, *, lock: str | None = None) -> Any:
+        return publisher(self)
+
+    yield SimulatedBus, "publisher", unlocked
+
+
+RULES: Final[dict[str, Callable[[], Patches]]] = {
+    "gap": _gap,
+    "marker": _marker,
+    "base": _base,
+    "watermark_cas": _watermark_cas,
+    "range_floor": _range_floor,
+    "previous_never_low": _previous_never_low,
+    "floor_waits": _floor_waits,
+    "pass_reaches": _pass_reaches,
+    "followers_wait": _followers_wait,
+    "failed_is_undone": _failed_is_undone,
+    "staged_is_looked_for": _staged_is_looked_for,
+}
+"""Without any one of them, a promise breaks."""
+
+SAVING: Final[dict[str, Callable[[], Patches]]] = {
+    "acknowledged_late": _acknowledged_late,
+    "checkpoint": _checkpoint,
+    "one_leads": _one_leads,
+}
+"""Without them everything holds all the same, only more is done: passes, or messages."""
+
+
+@contextmanager
+def without(rule: str | None) -> Iterator[None]:
+    """Leave a rule of `RULES` or `SAVING` out of the real classes within the block."""
+    with ExitStack() as stack:
+        if rule is not None:
+            for owner, name, instead in (RULES | SAVING)[rule]():
+                stack.enter_context(patch.object(owner, name, instead))
+        yield

@@ -1,0 +1,122 @@
+"""The simulated service: an audit row per event that it handles, handlers of every kind, some of which fail or emit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tidings.context import Context
+from tidings.events import Event
+from tidings.handlers import Hold, Retry
+from tidings.service import Service
+
+__all__ = [
+    "KINDS",
+    "Answered",
+    "Asked",
+    "Called",
+    "Counted",
+    "Desk",
+    "Fragile",
+    "Ignored",
+    "audit",
+    "simulated_service",
+    "tables",
+]
+
+tables = sa.MetaData()
+audit = sa.Table(
+    "audit",
+    tables,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("stream", sa.String, nullable=False),
+)
+"""One row per effect, in the order in which they were written."""
+
+
+class _Simulated(Event):
+    n: int = 0
+    fails: int = 0
+    """So many attempts fail, of all processes together."""
+
+
+class Counted(_Simulated, name="Counted"):
+    """Handled with a session."""
+
+
+class Fragile(_Simulated, name="Fragile"):
+    """Handled with a session, after some failures: it is held, and dead after too many."""
+
+
+class Asked(_Simulated, name="Asked"):
+    """Handled with a session; it emits `Answered`."""
+
+
+class Answered(_Simulated, name="Answered"):
+    """Emitted; handled with a session."""
+
+
+class Called(_Simulated, name="Called"):
+    """Handled without a session; it emits `Answered`."""
+
+
+class Ignored(_Simulated, name="Ignored"):
+    """Handled by nobody here."""
+
+
+KINDS: Final[tuple[type[_Simulated], ...]] = (Counted, Counted, Fragile, Asked, Called, Ignored)
+
+
+class Desk:
+    """What handlers share with the world outside of every process and database."""
+
+    def __init__(self) -> None:
+        self.failures: Counter[int] = Counter()
+        """Position to failed attempts."""
+        self.calls: defaultdict[int, int] = defaultdict(int)
+        """Position to attempts of handlers without a session that ended well."""
+        self.mended = False
+        """Nothing fails any more."""
+
+    async def work(self, context: Context, event: _Simulated) -> None:
+        if not self.mended and self.failures[context.position] < event.fails:
+            self.failures[context.position] += 1
+            raise RuntimeError("the simulated handler fails")
+
+
+def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: int = 4) -> Service:
+    service = Service(name, tables=tables, prefetch=prefetch, concurrency=concurrency)
+    retry = Retry(attempts=2, delay=0.05, hold=Hold(attempts=2, delay=0.2), hold_key=True)
+
+    async def note(context: Context, session: AsyncSession) -> None:
+        await session.execute(audit.insert().values(position=context.position, stream=context.stream))
+
+    @service.on(Counted, Answered, retry=retry)
+    async def count(event: Counted | Answered, context: Context, session: AsyncSession) -> None:
+        await note(context, session)
+
+    @service.on(Fragile, retry=retry)
+    async def try_it(event: Fragile, context: Context, session: AsyncSession, desk: Desk) -> None:
+        await note(context, session)
+        await asyncio.sleep(0.001)
+        await desk.work(context, event)
+
+    @service.on(Asked, retry=retry)
+    async def answer(event: Asked, context: Context, session: AsyncSession, desk: Desk) -> None:
+        await desk.work(context, event)
+        await note(context, session)
+        context.emit(f"answers-{event.n % 3}", Answered(n=event.n))
+
+    @service.on(Called, retry=retry)
+    async def call(event: Called, context: Context, desk: Desk) -> None:
+        await asyncio.sleep(0.01 if event.n % 3 else 0.4)
+        await desk.work(context, event)
+        desk.calls[context.position] += 1
+        context.emit(f"answers-{event.n % 3}", Answered(n=event.n))
+
+    return service

@@ -1,0 +1,252 @@
+"""The simulated store: one log, and each process's way to it, with replicas that lag, and answers that get lost.
+
+It keeps EventStoreDB's rules for appends, and forgets at a restart which ids `ANY` appends had, as EventStoreDB does.
+As much of a store as relays and services use: it deletes nothing, and follows no single stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Final
+from uuid import UUID
+
+from tidings.errors import StoreUnavailable, StreamNotFound
+from tidings.stores import (
+    ANY,
+    EVERYTHING,
+    JSON,
+    Appended,
+    CaughtUp,
+    Checkpoint,
+    EventData,
+    Expected,
+    Filter,
+    RecordedEvent,
+    StreamMetadata,
+)
+from tidings.stores.rules import METADATA, Facts, decide, retention_of
+from tidings.testing.simulation.dice import Dice
+from tidings.testing.simulation.loop import Process, SimulatedLoop
+
+__all__ = ["LOG", "SimulatedLog", "SimulatedStore"]
+
+LOG: Final = UUID("5eed5eed-0000-4000-8000-000000000001")
+
+ANSWER_LOST: Final = 0.02
+
+
+class SimulatedLog:
+    """What all processes share; it has no faults of its own. Positions rise by more than 1, as EventStoreDB's do."""
+
+    def __init__(self, loop: SimulatedLoop, dice: Dice, tell: Callable[..., None]) -> None:
+        self.loop = loop
+        self.dice = dice
+        self.tell = tell
+        self.events: list[RecordedEvent] = []
+        """Everything that was ever appended."""
+        self.removed: set[int] = set()
+        """Positions that retention took away."""
+        self.term = 0
+        """Rises when the store restarts: what was under way is lost."""
+        self.changed = asyncio.Event()
+        self._streams: dict[str, list[RecordedEvent]] = {}
+        self._remembered: dict[tuple[str, bytes], Appended] = {}
+        self._gaps = dice.random("positions")
+        self.append("tidings_log", [EventData("tidings_Log", b"{}", id=LOG)], ANY)
+
+    @property
+    def newest(self) -> int:
+        return self.events[-1].position if self.events else -1
+
+    def append(self, stream: str, events: Sequence[EventData], expected: Expected) -> Appended:
+        known = self._streams.get(stream, [])
+
+        def recorded_at(version: int) -> tuple[bytes, int] | None:
+            return (known[version].id_bytes, known[version].position) if version < len(known) else None
+
+        done = decide(
+            stream,
+            Facts(len(known) - 1, soft=False),
+            expected,
+            [event.id.bytes for event in events],
+            has_metadata=lambda: f"$${stream}" in self._streams,
+            recorded=lambda identity: self._remembered.get((stream, identity)),
+            recorded_at=recorded_at,
+        )
+        if done is not None:
+            return done
+        for event in events:
+            self._write(stream, event)
+        self.wake()
+        return Appended(len(self._streams[stream]) - 1, self.newest)
+
+    def _write(self, stream: str, event: EventData) -> None:
+        versions = self._streams.setdefault(stream, [])
+        position = max(self.newest, 0) + self._gaps.randint(1, 4)
+        ticks = int(self.loop.time() * 10_000_000)
+        is_json = event.content_type == JSON
+        row = RecordedEvent(
+            position, stream, len(versions), event.type, event.data, event.metadata, is_json, event.id.bytes, ticks
+        )
+        versions.append(row)
+        self.events.append(row)
+        self._remembered.setdefault((stream, row.id_bytes), Appended(row.version, position))
+        if not stream.startswith(("tidings_", "$")):
+            self.tell("log", f"{position}: {event.type} in {stream}")
+
+    def wake(self) -> None:
+        """Something may be readable that was not."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def remove(self, position: int) -> None:
+        """Retention takes an event away."""
+        self.removed.add(position)
+
+    def restart(self) -> None:
+        self.term += 1
+        self._remembered.clear()
+        self.wake()
+
+    def stream(self, stream: str) -> list[RecordedEvent]:
+        """What can be read of it."""
+        known = self._streams.get(stream, [])
+        first = retention_of(stream, self.document(stream)).first(len(known) - 1)
+        return [event for event in known[first:] if event.position not in self.removed]
+
+    def document(self, stream: str) -> bytes:
+        known = self._streams.get(f"$${stream}")
+        return known[-1].data if known else b""
+
+    def after(self, position: int, upto: int) -> RecordedEvent | None:
+        """The first event behind a position."""
+        low, high = 0, len(self.events)
+        while low < high:
+            middle = (low + high) // 2
+            if self.events[middle].position <= position:
+                low = middle + 1
+            else:
+                high = middle
+        for event in self.events[low:]:
+            if event.position > upto:
+                break
+            if event.position not in self.removed:
+                return event
+        return None
+
+
+class SimulatedStore:
+    """One process's way to the log."""
+
+    def __init__(self, log: SimulatedLog, process: Process) -> None:
+        self._log = log
+        self._process = process
+        self._appends = 0
+        self.away = False
+        """This process cannot reach the store."""
+        self.frozen: int | None = None
+        """How far the replica came that this process reads from; None when it does not lag."""
+
+    @property
+    def reach(self) -> int:
+        """What this process sees the log end with."""
+        return self._log.newest if self.frozen is None else self.frozen
+
+    async def _io(self, kind: str) -> None:
+        term = self._log.term
+        await self._process.io(kind)
+        self._check(term)
+
+    def _check(self, term: int) -> None:
+        if self.away or self._log.term != term:
+            raise StoreUnavailable("the simulated store cannot be reached")
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        await self._io("append")
+        log, process = self._log, self._process
+        done = log.append(stream, events, expected)
+        self._appends += 1
+        term = log.term
+        await process.io("appended")
+        name = f"answer {process}/{self._appends}"
+        if not process.hasty and log.dice.chance(name) < ANSWER_LOST and log.dice.allows(name):
+            log.tell("store", f"the answer to {process}'s append to {stream} is lost")
+            raise StoreUnavailable("the answer to an append was lost")
+        self._check(term)
+        return done
+
+    async def read_stream(
+        self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
+    ) -> AsyncIterator[RecordedEvent]:
+        """From the leader, so that it never lags."""
+        await self._io("read")
+        found = self._log.stream(stream)
+        if not found:
+            raise StreamNotFound(stream)
+        if backwards:
+            found = [event for event in reversed(found) if start is None or event.version <= start]
+        else:
+            found = [event for event in found if event.version >= (start or 0)]
+        for event in found[:limit]:
+            yield event
+
+    async def read_all(
+        self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent]:
+        await self._io("read")
+        log = self._log
+        if backwards:
+            seen = [event for event in reversed(log.events) if after < event.position <= self.reach]
+            seen = [event for event in seen if event.position not in log.removed and filter.matches(event)]
+            for event in seen[:limit]:
+                yield event
+            return
+        at, left = after, limit
+        while left != 0 and (found := log.after(at, self.reach)) is not None:
+            at = found.position
+            if filter.matches(found):
+                left = None if left is None else left - 1
+                yield found
+                if self._process.chance(0.2):
+                    await self._io("read on")
+
+    async def subscribe_all(
+        self, *, after: int = -1, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
+        log, at, behind = self._log, after, True
+        term = log.term
+        while True:
+            await self._process.io("follow")
+            self._check(term)
+            passed = False
+            while (found := log.after(at, self.reach)) is not None:
+                at, behind, passed = found.position, True, True
+                if filter.matches(found):
+                    passed = False
+                    yield found
+            if passed:
+                yield Checkpoint(at)
+            if behind:
+                behind = False
+                yield CaughtUp(at)
+            changed = log.changed
+            if log.after(at, self.reach) is None and not self.away and log.term == term:
+                await changed.wait()
+
+    async def head(self) -> int:
+        await self._io("head")
+        return self.reach
+
+    async def log_id(self) -> UUID:
+        await self._io("identity")
+        return LOG
+
+    async def get_metadata(self, stream: str) -> StreamMetadata:
+        await self._io("read")
+        document = self._log.document(stream)
+        return StreamMetadata(json.loads(document) if document else {}, 0 if document else -1)
+
+    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
+        return await self.append(f"$${stream}", [EventData(METADATA, json.dumps(values).encode())], expected=expected)

@@ -1,0 +1,471 @@
+"""A world: relays and service processes, the real classes, over what is simulated; faults, and in the end a calm.
+
+Everything that happens follows from the seed and from what is muted. It judges nothing: that is `promises`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from contextvars import Context
+from typing import Any, Final, cast
+from uuid import UUID
+
+import structlog
+
+from tidings.attempt import Resources
+from tidings.buses import EventBus
+from tidings.dead import DeadLetters
+from tidings.errors import DatabaseUnavailable, LogBehind
+from tidings.partitions import lay_out, resize
+from tidings.relay import Relay
+from tidings.running import RunningService
+from tidings.service import Service
+from tidings.stores import ANY, EventData, EventStore
+from tidings.testing.simulation.bus import SimulatedBroker, SimulatedBus
+from tidings.testing.simulation.databases import Databases, Seat
+from tidings.testing.simulation.dice import Dice
+from tidings.testing.simulation.loop import PROCESS, Endless, Process, SimulatedLoop
+from tidings.testing.simulation.plan import Plan, Step, plan
+from tidings.testing.simulation.service import KINDS, Desk, simulated_service
+from tidings.testing.simulation.store import LOG, SimulatedLog, SimulatedStore
+from tidings.verify import verify
+
+__all__ = ["Unsettled", "World", "sealed"]
+
+EPOCH: Final = 1_700_000_000.0
+HEARTBEAT: Final = 6.0
+"""Seconds after which the broker gives up a connection whose other end says nothing."""
+RESTART: Final = 0.5
+"""Seconds until a process that ended is started again."""
+PATIENCE: Final = 300.0
+"""Seconds within which a world without further faults must have settled everything."""
+
+Tell = Callable[..., None]
+
+
+class Unsettled(Exception):
+    """The world did not come to rest."""
+
+
+class World:
+    """Live it with `run`; then look at it."""
+
+    def __init__(self, dice: Dice, databases: Databases, *, telling: bool = False) -> None:
+        self.dice = dice
+        self.loop = SimulatedLoop()  # type: ignore[abstract]
+        self.story: list[tuple[float, str, str]] = []
+        """Seconds, who, what."""
+        self._telling = telling
+        self.plan: Plan = plan(dice, tuple(kind.wire_name for kind in KINDS))
+        self.log = SimulatedLog(self.loop, dice, self.tell)
+        self.broker = SimulatedBroker(self.loop, dice, self.tell)
+        self.databases = databases
+        self.desk = Desk()
+        self.service: Service = simulated_service(prefetch=self.plan.prefetch)
+        self.slots = [Slot(self, f"relay {n + 1}", self._relay) for n in range(self.plan.relays)]
+        self.slots += [Slot(self, f"audit {n + 1}", self._service) for n in range(self.plan.services)]
+        self.passes = 0
+        """Passes over the log that services made."""
+        self.rejoins = 0
+        self.calm = False
+        self.died: list[str] = []
+        """Processes that ended with an error that no fault of this world explains."""
+
+    def tell(self, who: object, what: str) -> None:
+        if self._telling:
+            self.story.append((self.loop.time(), str(who), what))
+
+    def logged(self, entry: Mapping[str, Any]) -> None:
+        """What the real classes say."""
+        what = entry["event"]
+        self.passes += what == "pass.started"
+        self.rejoins += what == "service.rejoining"
+        if self._telling:
+            shown = " ".join(f"{name}={value}" for name, value in entry.items() if name in _SHOWN)
+            self.tell(PROCESS.get(), f"{what} {shown}")
+
+    def run(self) -> None:
+        """Raises `Unsettled`."""
+        self.databases.renew()
+        with sealed(self):
+            try:
+                self.loop.run_until_complete(self._live())
+            except Endless as error:
+                self.loop.run_until_complete(self._end())
+                raise Unsettled(str(error)) from error
+
+    # ---- processes ------------------------------------------------------------------------
+
+    async def _relay(self, slot: Slot, process: Process) -> None:
+        relay = Relay(
+            cast("EventStore", slot.store),
+            cast("EventBus", slot.bus),
+            window=self.plan.window,
+            checkpoint_seconds=0.3,
+            marker_seconds=1.0,
+            confirm_seconds=4.0,
+            clock=self.loop.time,
+        )
+        await relay.run()
+
+    async def _service(self, slot: Slot, process: Process) -> None:
+        slot.seat = self.databases.seat(process)
+        running = RunningService(
+            self.service,
+            cast("EventStore", slot.store),
+            cast("EventBus", slot.bus),
+            slot.seat.database,
+            clock=self.loop.time,
+        )
+        running.resources = Resources(self.service.name, self.desk)
+        slot.stopping = running.stopping
+        await running.serve()
+
+    # ---- its life -------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        self._seat = self.databases.seat(None)
+        await lay_out(self._seat.database, self.service.name, self.plan.partitions)
+        for slot in self.slots:
+            self.loop.call_later(self.dice.chance(f"start {slot}") * 0.2, slot.start)
+        for step in self.plan.steps:
+            await asyncio.sleep(max(0.0, step.at - self.loop.time()))
+            await self._take(step)
+        await asyncio.sleep(max(0.0, self.plan.seconds - self.loop.time()))
+        try:
+            await self._rest()
+        finally:
+            await self._end()
+
+    async def _take(self, step: Step) -> None:
+        self.dice.thrown.append(step.name)
+        slot, after = self.slots[step.slot], self.loop.call_later
+        match step.what:
+            case "append":
+                self._append(step)
+            case "kill" | "pause" if step.io is not None:
+                slot.set_trap(step)
+            case "kill":
+                slot.kill()
+            case "pause":
+                slot.pause(step.seconds)
+            case "stop":
+                slot.stop()
+            case "cut":
+                self.tell("network", f"breaks the connections of {slot} to the broker")
+                self.broker.cut(slot.process)
+            case "cut all":
+                self.tell("network", "breaks all connections to the broker")
+                self.broker.cut(None)
+            case "delete queue":
+                names = sorted(self.broker.queues)
+                if names:
+                    name = names[step.slot % len(names)]
+                    self.tell("operator", f"deletes queue {name}")
+                    self.broker.delete(name)
+            case "forget locks":
+                self.tell("broker", "forgets who leads")
+                self.broker.forget_locks()
+            case "resize":
+                count = 1 + int(step.seconds * 1000) % 2
+                self.tell("operator", f"resizes the service to {count} partitions")
+                try:
+                    await resize(self._seat.database, self.service.name, count)
+                except DatabaseUnavailable:
+                    self.tell("operator", "gives up: the database is locked")
+            case "store away":
+                self.tell("network", f"hides the store from {slot} for {step.seconds:.1f} s")
+                slot.hide_store()
+                after(step.seconds, slot.show_store)
+            case "store restarts":
+                self.tell("store", "restarts, and forgets the ids of what was appended")
+                self.log.restart()
+            case "replica lags":
+                self.tell("store", f"lags: {slot} sees nothing new for {step.seconds:.1f} s")
+                slot.freeze(self.log.newest)
+                after(step.seconds, slot.thaw)
+            case "retention":
+                self._remove(step)
+            case "confirms swallowed":
+                self.tell("broker", f"confirms nothing to {slot} for {step.seconds:.1f} s")
+                self._swallow(slot)
+            case "wrong clock":
+                slot.clock_error = (step.seconds - 1.5) * 1000
+                self.tell(slot, f"has a clock that is wrong by {slot.clock_error:.0f} s")
+                if slot.process is not None:
+                    slot.process.clock_error = slot.clock_error
+
+    def _append(self, step: Step) -> None:
+        assert step.event is not None
+        kind, stream, n, fails, key = step.event
+        metadata = b'{"partitionKey":"%s"}' % key.encode() if key else b""
+        data = b'{"n":%d,"fails":%d}' % (n, fails)
+        self.log.append(stream, [EventData(kind, data, metadata, id=UUID(int=n + 1))], ANY)
+
+    def _remove(self, step: Step) -> None:
+        own = [e.position for e in self.log.events if not e.stream.startswith(("tidings_", "$", "answers-"))]
+        left = [position for position in own if position not in self.log.removed]
+        if left:
+            position = left[int(step.seconds * 1000) % len(left)]
+            self.tell("store", f"removes {position}: retention")
+            self.log.remove(position)
+
+    def _swallow(self, slot: Slot) -> None:
+        for connection in self.broker.connections:
+            if connection.process is slot.process and hasattr(connection, "swallows"):
+                connection.swallows = True
+
+    # ---- its end --------------------------------------------------------------------------
+
+    async def _rest(self) -> None:
+        """No more faults; and operators mend what is dead."""
+        self.calm = self.broker.calm = self.desk.mended = True
+        self.tell("world", "no more faults from here on")
+        for slot in self.slots:
+            slot.recover()
+        database = self._seat.database
+        letters = DeadLetters(database, self.service.name, LOG)
+        watcher = Process("watcher", self.loop, "", hasty=True)
+        store = cast("EventStore", SimulatedStore(self.log, watcher))
+        began, pause = self.loop.time(), 1.0
+        while True:
+            await asyncio.sleep(pause)
+            dead = [letter for letter in await letters.list() if letter.kind == "handler"]
+            if dead:
+                self.tell("operator", f"retries {', '.join(str(letter.position) for letter in dead)}")
+                await letters.retry([letter.id for letter in dead])
+                continue
+            report = await verify(store, [(self.service, database)])
+            if report.ok:
+                return
+            if self.loop.time() - began > PATIENCE:
+                raise Unsettled(f"not settled {PATIENCE:g} s after the last fault:\n{report}")
+            pause = min(pause * 1.5, 10.0)
+
+    def later(self, seconds: float, call: Callable[..., object], *args: object) -> None:
+        """Something of the world's own, whoever causes it."""
+        self.loop.call_later(seconds, call, *args, context=Context())
+
+    async def _end(self) -> None:
+        """Nothing that still runs has an effect any more."""
+        self.calm = True
+        tasks = []
+        for slot in self.slots:
+            tasks += slot.bury()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._seat.close()
+        for slot in self.slots:
+            for seat in slot.seats:
+                await seat.close()
+
+
+_SHOWN: Final = frozenset(
+    {"after", "upto", "reached", "error", "reason", "position", "floor", "head", "found", "pause"}
+)
+
+
+class Slot:
+    """A place where one process runs, and is started again when it ends."""
+
+    def __init__(self, world: World, name: str, main: Callable[[Slot, Process], Any]) -> None:
+        self.world = world
+        self.name = name
+        self._main = main
+        self._starts = 0
+        self.process: Process | None = None
+        self.store: SimulatedStore | None = None
+        self.bus: SimulatedBus | None = None
+        self.seat: Seat | None = None
+        self.stopping: asyncio.Event | None = None
+        self.clock_error = 0.0
+        self._hidden = False
+        self._frozen: int | None = None
+        self._former: list[tuple[Process, asyncio.Task[None], Seat | None]] = []
+        self.task: asyncio.Task[None] | None = None
+        self.seats: list[Seat] = []
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def start(self) -> None:
+        world = self.world
+        if self.process is not None:
+            return
+        self._starts += 1
+        seed = f"{world.dice.seed}/{self.name}/{self._starts}"
+        haste = f"speed of {self.name}"
+        hasty = haste in world.dice.muted
+        if self._starts == 1 and not hasty:
+            world.dice.thrown.append(haste)
+        self.process = process = Process(self.name, world.loop, seed, hasty=hasty)
+        process.clock_error = self.clock_error
+        self.store = SimulatedStore(world.log, process)
+        self.store.away, self.store.frozen = self._hidden, self._frozen
+        self.bus = SimulatedBus(world.broker, process)
+        self.seat = self.stopping = None
+        world.tell(self, "starts")
+        self.task = process.run(self._live(process))
+
+    async def _live(self, process: Process) -> None:
+        error: BaseException | None = None
+        try:
+            await self._main(self, process)
+        except LogBehind as behind:
+            error = behind
+        except Exception as died:
+            error = died
+            if not process.gone:
+                self.world.died.append(f"{self.name} died of {type(died).__name__}: {died}")
+        if process is self.process and not process.gone:
+            self.world.tell(self, "ends" if error is None else f"refuses: {error}")
+            self._left()
+            self.world.later(RESTART, self.start)
+
+    def _left(self) -> None:
+        assert self.process is not None
+        assert self.task is not None
+        if self.seat is not None:
+            self.seats.append(self.seat)
+        self._former.append((self.process, self.task, self.seat))
+        self.process = None
+
+    def set_trap(self, step: Step) -> None:
+        if self.process is None or step.io is None:
+            return
+        kind, nth = step.io
+        process = self.process
+
+        def snap() -> None:
+            if process is self.process and not self.world.calm:
+                self.world.tell(self, f"at its I/O {kind!r}:")
+                if step.what == "kill":
+                    self.kill()
+                else:
+                    self.pause(step.seconds)
+
+        process.trap(kind, nth, snap)
+
+    def kill(self) -> None:
+        process, world = self.process, self.world
+        if process is None:
+            return
+        world.tell(self, "is killed")
+        process.kill()
+        if self.seat is not None:
+            self.seat.die()
+        self._left()
+        # Mostly the broker hears at once that the connection is gone; sometimes only its heartbeat says so.
+        late = HEARTBEAT if world.dice.chance(f"death of {self.name}/{self._starts}") < 0.3 else 0.0
+        world.later(late, world.broker.cut, process)
+        world.later(RESTART, self.start)
+
+    def pause(self, seconds: float) -> None:
+        process, world = self.process, self.world
+        if process is None or process.paused:
+            return
+        world.tell(self, f"is paused for {seconds:.1f} s")
+        process.pause()
+        if seconds > HEARTBEAT:
+            world.later(HEARTBEAT, self._silent, process)
+        world.later(seconds, self._resume, process)
+
+    def _silent(self, process: Process) -> None:
+        if process.paused and not process.dead:
+            self.world.tell("broker", f"gives up the silent connections of {process}")
+            self.world.broker.cut(process)
+
+    def _resume(self, process: Process) -> None:
+        if process.paused and not process.dead:
+            self.world.tell(self, "goes on")
+            process.resume()
+
+    def stop(self) -> None:
+        if self.process is None or self.process.paused:
+            return
+        if self.stopping is None:
+            self.kill()
+        else:
+            self.world.tell(self, "is asked to stop")
+            self.stopping.set()
+
+    def hide_store(self) -> None:
+        self._hidden = True
+        if self.store is not None:
+            self.store.away = True
+            self.world.log.wake()
+
+    def show_store(self) -> None:
+        self._hidden = False
+        if self.store is not None:
+            self.store.away = False
+
+    def freeze(self, position: int | None) -> None:
+        """Its reads see nothing behind the position."""
+        self._frozen = position
+        if self.store is not None:
+            self.store.frozen = position
+
+    def thaw(self) -> None:
+        self.freeze(None)
+        self.world.log.wake()
+
+    def recover(self) -> None:
+        self.show_store()
+        self.thaw()
+        if self.process is None:
+            self.start()
+        else:
+            self._resume(self.process)
+
+    def bury(self) -> list[asyncio.Task[None]]:
+        if self.process is not None:
+            self._left()
+        tasks = []
+        for process, task, seat in self._former:
+            if seat is not None:
+                seat.die()
+            process.bury()
+            task.cancel()
+            tasks += [task, *process.tasks]
+        return tasks
+
+
+@contextmanager
+def sealed(world: World) -> Iterator[None]:
+    """Time and randomness are the world's, and what is logged goes to its story."""
+    loop = world.loop
+
+    def wall() -> float:
+        process = PROCESS.get()
+        return EPOCH + loop.time() + (process.clock_error if process is not None else 0.0)
+
+    def keep(logger: object, method: str, entry: MutableMapping[str, Any]) -> Any:
+        world.logged(entry)
+        raise structlog.DropEvent
+
+    configured, before = structlog.is_configured(), structlog.get_config()
+    state, real, entropy = random.getstate(), time.time, os.urandom
+    collecting = gc.isenabled()
+    random.seed(world.dice.seed)
+    structlog.configure(processors=[keep], cache_logger_on_first_use=False)
+    setattr(time, "time", wall)  # noqa: B010
+    setattr(os, "urandom", random.Random(world.dice.seed).randbytes)  # noqa: B010 - ids
+    gc.disable()  # what a collection finalizes, and when, depends on what ran before
+    try:
+        yield
+    finally:
+        setattr(time, "time", real)  # noqa: B010
+        setattr(os, "urandom", entropy)  # noqa: B010
+        random.setstate(state)
+        if configured:
+            structlog.configure(**before)
+        else:
+            structlog.reset_defaults()
+        if collecting:
+            gc.enable()
