@@ -28,7 +28,7 @@ from tidings.errors import (
 from tidings.message import Marker, encode
 from tidings.position import CARRIED, Chain, Settled, Ticket, carried
 from tidings.stores import EventStore, RecordedEvent
-from tidings.supervision import leaves
+from tidings.supervision import leaves, task_group
 
 __all__ = ["Relay"]
 
@@ -156,7 +156,7 @@ class Relay:
             self._log_id, self.confirmed, self._careful_until = log_id, -1, -1
             self._rejected.clear()
         start = self.confirmed = await self._start()
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             turn = _Turn(self, publisher, log_id, start)
             # The first marker tells services how far the log was published before: without it, the first event of
             # every bucket would look like a gap.

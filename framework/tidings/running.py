@@ -26,7 +26,7 @@ from tidings.position import bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.stores import EventStore
-from tidings.supervision import supervised
+from tidings.supervision import supervised, task_group
 from tidings.watchdog import Watchdog
 from tidings.work import Troubles
 
@@ -195,7 +195,7 @@ class RunningService:
             )
             for subscription in layout.subscriptions
         ]
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             beside = [tasks.create_task(self._rebind(layout, ready)), tasks.create_task(self._join(parts))]
             for part in parts:
                 tasks.create_task(part.serve())

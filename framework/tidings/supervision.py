@@ -7,7 +7,26 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-__all__ = ["leading", "leaves", "supervised", "together"]
+__all__ = ["leading", "leaves", "supervised", "task_group", "together"]
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """`asyncio.TaskGroup` for whoever goes on after its errors.
+
+    Cancelled from outside while an error ends it, Python's own forgets the cancellation (before 3.13: see asyncio in
+    "What's New In Python 3.13"), so that a loop around it would never end.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from group
+        raise
 
 
 @asynccontextmanager
@@ -17,7 +36,7 @@ async def together(stop: asyncio.Event) -> AsyncIterator[asyncio.TaskGroup]:
     When one fails, the others and the block are cancelled, and its own error raised, out of any exception group.
     """
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             try:
                 yield tasks
             finally:

@@ -45,3 +45,29 @@ async def test_with_a_stop_event_the_work_ends_by_itself() -> None:
     async with supervised(work(), stop=stop):
         pass
     assert ended == ["in its own time"]
+
+
+async def test_a_cancellation_that_meets_an_error_is_not_forgotten() -> None:
+    ending = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ending.set()
+            await asyncio.sleep(0.01)
+
+    async def stubborn() -> None:
+        while True:
+            try:
+                async with supervised(work()):
+                    await asyncio.sleep(0)
+                    raise LookupError("block")
+            except LookupError:
+                await asyncio.sleep(0)
+
+    task = asyncio.create_task(stubborn())
+    await ending.wait()
+    task.cancel()
+    await asyncio.wait((task,), timeout=5)
+    assert task.cancelled()

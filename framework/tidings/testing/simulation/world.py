@@ -45,6 +45,8 @@ RESTART: Final = 0.5
 """Seconds until a process that ended is started again."""
 PATIENCE: Final = 300.0
 """Seconds within which a world without further faults must have settled everything."""
+CLOCKS: Final = 150.0
+"""A clock is wrong by up to one and a half times so many seconds; one that was put back keeps held events so long."""
 
 Tell = Callable[..., None]
 
@@ -196,7 +198,7 @@ class World:
                 self.tell("broker", f"confirms nothing to {slot} for {step.seconds:.1f} s")
                 self._swallow(slot)
             case "wrong clock":
-                slot.clock_error = (step.seconds - 1.5) * 1000
+                slot.clock_error = (step.seconds - 1.5) * CLOCKS
                 self.tell(slot, f"has a clock that is wrong by {slot.clock_error:.0f} s")
                 if slot.process is not None:
                     slot.process.clock_error = slot.clock_error
