@@ -6,14 +6,21 @@ import asyncio
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import ExceptionContext, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -43,6 +50,8 @@ __all__ = [
 
 SCHEMA: Final = 3
 """Version of the tables below."""
+_MAKING_TABLES: Final = 0x74696469
+"""Key of PostgreSQL's advisory lock."""
 
 _UPGRADES: Final = {
     1: (
@@ -230,6 +239,10 @@ _SQLITE_OUTAGES: Final = frozenset(
     }
 )
 
+# PostgreSQL's (appendix A of its manual), for drivers whose errors SQLAlchemy does not class: connection,
+# serialization, deadlock, resources, shutdown, system.
+_SERVER_OUTAGES: Final = ("08", "40001", "40P01", "53", "57P", "58")
+
 _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
@@ -244,7 +257,9 @@ def is_outage(error: BaseException) -> bool:
         return False
     if isinstance(error.orig, sqlite3.Error):
         return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
-    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    disturbed = isinstance(error, OperationalError | InterfaceError) or state.startswith(_SERVER_OUTAGES)
+    return error.connection_invalidated or disturbed
 
 
 def waits_for_itself(error: BaseException) -> bool:
@@ -281,15 +296,30 @@ class Database:
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that will write. Raises `DatabaseUnavailable`; then the outcome of its commit is unknown."""
         with outages(self.shown):
-            async with self._writing.begin() as connection:
+            async with self._connected(self._writing) as connection, connection.begin():
                 yield connection
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection for reading only."""
         with outages(self.shown):
-            async with self.engine.connect() as connection:
+            async with self._connected(self.engine) as connection:
                 yield connection
+
+    @asynccontextmanager
+    async def _connected(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        """SQLAlchemy lets pass what some drivers (asyncpg) raise while they connect."""
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(engine.connect())
+            except (SQLAlchemyError, TypeError, ValueError):  # the last two: an option that can never work
+                raise
+            except Exception as error:
+                raise DatabaseUnavailable(
+                    f"database {self.shown}: it lets nobody in: {type(error).__name__}: {error}. Nothing is lost: the "
+                    "service goes on where it was when the database answers again"
+                ) from error
+            yield connection
 
 
 _GUARDED: Final = "tidings_guarded"
@@ -421,6 +451,8 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
 
 async def _prepare(database: Database, tables: sa.MetaData | None) -> None:
     async with database.transaction() as connection:
+        if database.engine.dialect.name == "postgresql":  # of processes that start at once, one makes the tables
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MAKING_TABLES)))
         await connection.run_sync(metadata.create_all)
         found = await _version(connection)
         if found is not None and found > SCHEMA:

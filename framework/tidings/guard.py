@@ -13,7 +13,7 @@ import structlog
 from tidings.crashes import Caution
 from tidings.database import Database
 from tidings.inbox import Inbox
-from tidings.notebook import Notebook
+from tidings.notebook import Notebook, notebook_of
 from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:
@@ -94,5 +94,4 @@ class Guard:
             await self._inbox.leave(connection, self._troubles.process)
 
     def _notebook_of(self, process: str) -> str | None:
-        file = self._database.file
-        return None if file is None else f"{file}-begun-{process}-{self._inbox.buckets.start}"
+        return notebook_of(self._database.file, process, self._inbox.buckets.start)

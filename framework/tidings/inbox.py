@@ -355,7 +355,7 @@ class Inbox:
                 "to_position": new,
                 "at_replays": self._replays[bucket],
             }
-            for bucket, (old, new) in moves.items()
+            for bucket, (old, new) in sorted(moves.items())  # one order for all, so that no two wait for each other
         ]
         if not rows:
             return

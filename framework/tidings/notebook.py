@@ -14,10 +14,15 @@ from typing import Final
 
 from tidings.position import BUCKETS
 
-__all__ = ["Notebook"]
+__all__ = ["Notebook", "notebook_of"]
 
 _SLOT: Final = Struct("<qq")
 """Position + 1 (0: empty), and bucket."""
+
+
+def notebook_of(file: str | None, process: str, first: int) -> str | None:
+    """The notebook of a process at work on the range that begins at bucket `first`, beside the database's file."""
+    return None if file is None else f"{file}-begun-{process}-{first}"
 
 
 class Notebook:

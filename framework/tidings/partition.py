@@ -25,7 +25,7 @@ from tidings.inbox import Inbox
 from tidings.intake import Intake
 from tidings.position import Accepted
 from tidings.stores import EventStore
-from tidings.supervision import leaves
+from tidings.supervision import leaves, task_group
 from tidings.work import Troubles
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Partition:
         )
         self.joins += 1
         log.info("service.joined", log=str(log_id), floor=remembered.floor, joins=self.joins, **self._told)
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             working = tasks.create_task(dispatcher.run())
             reading = tasks.create_task(healing.run())
             taking = tasks.create_task(self._take(intake))
@@ -178,8 +178,10 @@ class Partition:
             intake.hold()
             reading.cancel()
             await dispatcher.drain(self._patience)
-            taking.cancel()
+            # It says that it ended cleanly before another process is given the queue, which looks for that.
             working.cancel()
+            await asyncio.wait([working])
+            taking.cancel()
         log.info("service.stopped" if self._left.is_set() else "service.gave_up", floor=dispatcher.floor, **self._told)
 
     async def _take(self, intake: Intake) -> None:

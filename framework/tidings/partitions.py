@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.buses import Subscription, check_partitions
 from tidings.database import Database, floors, partitions, watermarks
 from tidings.errors import ConfigurationError, Fenced
+from tidings.notebook import Notebook, notebook_of
 from tidings.position import BUCKETS
 
 __all__ = [
@@ -125,6 +126,7 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
     Raises `ConfigurationError`, `DatabaseUnavailable`; interrupted, it was done or it was not.
     """
     check_partitions(to)
+    begun: list[tuple[str, int]] = []
     async with database.turn, database.transaction() as connection:
         before = await layout_of(connection, service, locked=True) or await _begin(connection, service, None)
         if before.count == to:
@@ -140,6 +142,9 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
             own = {"service": service, "log": str(log)}
             divided = [own | _covering(rows, subscription.buckets) for subscription in after.subscriptions]
             await connection.execute(floors.insert(), divided)
+            begun += [(row.active, row.first) for row in rows if row.active is not None]
+    for process, first in begun:  # nobody will look for them
+        Notebook.discard(notebook_of(database.file, process, first))
     return before, after
 
 

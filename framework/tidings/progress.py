@@ -71,10 +71,10 @@ class Progress:
         # First what fences a process that is not alone: it would stumble over rows that the other has written.
         # A bucket's last item carries its watermark: items of one bucket finish in order.
         moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in fresh}
-        await inbox.move(connection, moves)
         floor_is_due = self.floor_is_due(floor_now)
         if floor_is_due or len(fresh) < len(batch.finished):
             await inbox.fence(connection)
+        await inbox.move(connection, moves)
         if len(fresh) < len(batch.finished):
             again = [item for item in batch.finished if item.held is not None]
             await held.postpone(connection, _postponed(again))

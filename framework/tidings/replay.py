@@ -190,6 +190,9 @@ async def send_back(database: Database, service: Service, log: UUID, start: Star
         await connection.execute(
             sa.select(partitions.c.epoch).where(partitions.c.service == service.name).with_for_update()
         )
+        await connection.execute(  # in the order in which groups take them: neither waits for the other for ever
+            sa.select(watermarks.c.bucket).where(*own.of(watermarks)).order_by(watermarks.c.bucket).with_for_update()
+        )
         await connection.execute(
             watermarks.update().where(*own.of(watermarks)).values(replays=watermarks.c.replays + 1)
         )

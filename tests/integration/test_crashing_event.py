@@ -13,6 +13,8 @@ import pytest
 from tests.integration.embedded import Happened, embedded, rows
 from tests.integration.mortal import POISON, mortal
 from tidings import Service
+from tidings.database import open_database
+from tidings.partitions import resize
 
 EVENTS = [Happened(key=f"k{n % 3}", n=n) for n in range(60)]
 ROOT = Path(__file__).parents[2]
@@ -104,3 +106,13 @@ async def test_retried_from_the_dead_letters_it_is_run_again(tmp_path: Path) -> 
         await letters.retry([letter.id])
         await world.settled()
         assert sorted(n for _, n in await rows(service)) == list(range(60))
+
+
+async def test_resizing_after_a_crash_leaves_no_notebook_behind(tmp_path: Path) -> None:
+    await append(tmp_path)
+    assert await start(tmp_path, "session") == -9
+    assert notebooks(tmp_path)
+    async with open_database(f"sqlite:///{tmp_path}/audit.db") as database:
+        await resize(database, "audit", 2)
+    assert not notebooks(tmp_path)
+    assert await start(tmp_path, "leaves") == 0

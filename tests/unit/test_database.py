@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
-from tidings.database import guarded, is_outage, open_database
+from tidings.database import connected, guarded, is_outage, open_database
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 
 SECRET = "hunter2secret"
@@ -139,3 +140,47 @@ async def test_a_database_in_memory_is_one_database(tmp_path: Path) -> None:
             await connection.execute(sa.text("CREATE TABLE x (y)"))
         async with database.reading() as connection:
             assert (await connection.execute(sa.text("SELECT count(*) FROM x"))).scalar() == 0
+
+
+async def test_what_a_driver_raises_while_it_connects_is_the_databases_outage(tmp_path: Path) -> None:
+    """asyncpg's errors there are none of SQLAlchemy's."""
+
+    def refuse(*_: object) -> None:
+        raise ConnectionRefusedError(111, "Connect call failed")
+
+    async with connected(f"sqlite:///{tmp_path}/a.db") as database:
+        sa.event.listen(database.engine.sync_engine, "do_connect", refuse)
+        for enter in (database.transaction, database.reading):
+            with pytest.raises(DatabaseUnavailable, match="lets nobody in: ConnectionRefusedError") as caught:
+                async with enter():
+                    pass
+            assert caught.value.waiting_helps
+
+
+async def test_a_connection_that_is_lost_within_a_transaction_hides_no_error(tmp_path: Path) -> None:
+    async with connected(f"sqlite:///{tmp_path}/a.db") as database:
+
+        async def lose_it() -> None:
+            async with database.transaction() as connection:
+                await connection.invalidate()
+                raise DatabaseUnavailable("it is gone")
+
+        with pytest.raises(DatabaseUnavailable, match="it is gone"):
+            await lose_it()
+
+
+@pytest.mark.parametrize(
+    ("state", "outage"),
+    [("40P01", True), ("40001", True), ("53300", True), ("57P01", True), ("57014", False), ("23505", False)],
+)
+def test_of_errors_that_sqlalchemy_does_not_class_the_servers_state_says_whose_they_are(
+    state: str, outage: bool
+) -> None:
+    """A deadlock, a shutdown, no connection left are the database's; a statement's timeout is the handler's."""
+
+    class Refused(Exception):
+        sqlstate = state
+
+    error = DBAPIError("SELECT 1", None, Refused())
+    error._tidings = True  # type: ignore[attr-defined]  # as the engine marks its own
+    assert is_outage(error) is outage
