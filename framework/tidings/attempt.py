@@ -33,6 +33,7 @@ from tidings.errors import (
     WriterHeld,
 )
 from tidings.events import Event
+from tidings.first_step import FirstStep
 from tidings.handlers import Handler, Inject
 from tidings.logs import bind_handling
 from tidings.stores import RecordedEvent
@@ -140,6 +141,7 @@ async def attempt(
     resources: Resources,
     provide: Callable[[Inject], Any],
     threads: Executor | None = None,
+    first_step: FirstStep | None = None,
 ) -> Failure | None:
     """Run the handler once; None when it succeeded. `provide` gives the session or connection.
 
@@ -161,15 +163,17 @@ async def attempt(
                 arguments[parameter] = resources.find(wanted, handler.name)
     except TidingsError as error:
         return Failure.of(error, handler)
-    work: asyncio.Future[BaseException | None]
+    work: asyncio.Future[BaseException | None] | None
+    raised, late = None, False
     if handler.threaded:
         call = partial(contextvars.copy_context().run, _call, handler, arguments, context)
         work = asyncio.get_running_loop().run_in_executor(threads, call)
     else:
-        work = asyncio.create_task(_run(handler, arguments, context), name=HANDLER_TASK + handler.name)
-    late = await _ended(work, handler, context)
-    # A handler that cancels its own task, and returns without another await, leaves the task cancelled.
-    raised = asyncio.CancelledError("the handler cancelled its own task") if work.cancelled() else work.result()
+        work, raised = (first_step or FirstStep()).run(_run(handler, arguments, context), HANDLER_TASK + handler.name)
+    if work is not None:
+        late = await _ended(work, handler, context)
+        # A handler that cancels its own task, and returns without another await, leaves the task cancelled.
+        raised = asyncio.CancelledError("the handler cancelled its own task") if work.cancelled() else work.result()
     if raised is not None and handler.transactional and waits_for_itself(raised):
         writer_held = WriterHeld(handler.name)
         writer_held.__cause__ = raised
@@ -215,9 +219,6 @@ def _call(handler: Handler, arguments: dict[str, Any], context: Context) -> Base
 async def _ended(work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> bool:
     """Wait until the handler has ended; True when it took longer than its time."""
     try:
-        await asyncio.sleep(0)
-        if work.done():  # most handlers wait for nothing: they need no timer
-            return False
         await asyncio.wait((work,), timeout=handler.timeout)
         if work.done():
             return False

@@ -27,6 +27,7 @@ from tidings.codec import read_metadata
 from tidings.context import Context
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
+from tidings.first_step import FirstStep
 from tidings.guard import Guard
 from tidings.handlers import Inject
 from tidings.held import HeldRows
@@ -51,6 +52,8 @@ GROUP_SECONDS: Final = 0.025
 """A transaction takes no further event with a session after this long."""
 LINGER_SECONDS: Final = 0.005
 """A commit waits this long for others to join it."""
+TURN: Final = 16
+"""After so many events, which may not have waited for anything, others have their turn."""
 SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
 PARTING_SECONDS: Final = 0.2
@@ -110,6 +113,7 @@ class Dispatcher:
         """Nothing is given out before `run` knows which keys are blocked; from then on, while `_pump` is at it."""
         self._at_work = self._draining = False
         self._busy = 0
+        self._first_step = FirstStep()
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self.working: dict[int, AtWork] = {}
         """By position; `since` is by `clock`."""
@@ -255,6 +259,7 @@ class Dispatcher:
         finally:
             self._stopping = True
             self._threads.shutdown(wait=False)
+            self._first_step.close()
             for timer in self._timers:
                 timer.cancel()
             self._guard.close()
@@ -299,9 +304,11 @@ class Dispatcher:
 
     async def _work(self) -> None:
         while True:
-            item = await self._free.get()
-            context = self._context(item)
-            self._judge(item, context, await self._attempt(item, context, _no_session))
+            for _ in range(TURN):
+                item = await self._free.get()
+                context = self._context(item)
+                self._judge(item, context, await self._attempt(item, context, _no_session))
+            await asyncio.sleep(0)
 
     def _context(self, item: Item) -> Context:
         tried = self._troubles.attempts.get(item.event.position, 0) + (item.held.attempts if item.held else 0)
@@ -316,7 +323,7 @@ class Dispatcher:
         self.working[item.event.position] = AtWork(item.handler, item.event, self._clock())
         self._guard.begin(item)
         try:
-            return await attempt(item.handler, view, context, self._resources, provide, self._threads)
+            return await attempt(item.handler, view, context, self._resources, provide, self._threads, self._first_step)
         finally:
             del self.working[item.event.position]
             self._guard.end(item)
