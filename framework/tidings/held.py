@@ -25,7 +25,7 @@ AT_ONCE: Final = 256
 """Held events read at once: what is due, with its followers."""
 
 _HOLD: Final = held.insert()
-_NONE: Final = sa.literal_column("0")
+_NONE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
 """As the index of those that failed has it: of a parameter no database could know that it fits."""
 
 
