@@ -1,0 +1,85 @@
+"""A pass over the log, from which a new service reads history, beside a plain read of `$all` with the same handler.
+
+    python -m tests.benchmarks.bench_healing
+
+The handler does nothing. The plain reader decodes each event and calls it. The service does so in lanes, with a
+deadline for each attempt and the event's facts in every line of the log, and its clock stops when the floor says that
+everything is settled durably.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+from uuid import uuid4
+
+from tests.benchmarks.path import Measured, fill, quiet, verdict
+from tidings import EventStore, Service, Settings, open_bus, open_store
+from tidings.codec import decode
+from tidings.message import Marker
+from tidings.position import CARRIED
+
+EVENTS, ROUNDS, FLOOR = 30_000, 7, 0.5
+
+
+class Trivial:
+    """The handler, and how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def see(self, event: Measured) -> None:
+        self.calls += 1
+
+
+async def plain_read(store: EventStore, handler: Trivial) -> float:
+    began = time.perf_counter()
+    async for event in store.read_all(filter=CARRIED):
+        await handler.see(decode(event, Measured))
+    return time.perf_counter() - began
+
+
+async def healing_pass(store: EventStore, handler: Trivial, database: str) -> float:
+    """From the marker that a new service hears first, until it has settled what was before."""
+    service = Service("bench")
+    service.on(Measured)(handler.see)
+    head, name = await store.head(), f"memory://{uuid4()}"
+    settings = Settings(store="memory://", bus=name, database=database)
+    async with (
+        open_bus(name) as bus,
+        bus.publisher() as publisher,
+        service.running(settings, store=store, bus=bus) as running,
+    ):
+        began = time.perf_counter()
+        await publisher.send(Marker(await store.log_id(), head, head, {}).encode())
+        while running.floor < head:
+            await asyncio.sleep(0.002)
+        return time.perf_counter() - began
+
+
+async def measure(folder: Path) -> int:
+    ours: list[float] = []
+    peer: list[float] = []
+    handler = Trivial()
+    async with open_store(f"sqlite:///{folder}/events.db") as store:
+        await fill(store, EVENTS)
+        for number in range(ROUNDS + 1):
+            peer.append(await plain_read(store, handler))
+            ours.append(await healing_pass(store, handler, f"sqlite:///{folder}/{number}.db"))
+            assert handler.calls == 2 * EVENTS * (number + 1), "an event was read, and the handler not called once"
+    row = "healing pass / plain $all read, trivial handler"
+    return verdict(row, ours[1:], peer[1:], FLOOR, EVENTS)  # the first round warms up
+
+
+def main() -> int:
+    """Exit status 1 when the floor is missed."""
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(measure(Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
