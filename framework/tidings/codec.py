@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from tidings.documents import check, parse
 from tidings.errors import ConfigurationError, SchemaError, UnknownEventType, UpcastMissing
 from tidings.events import Event
+from tidings.own_metadata import own_metadata
 from tidings.position import NESTING, deep
 from tidings.stores import EventData, RecordedEvent
 
@@ -86,6 +87,9 @@ def read_metadata(event: RecordedEvent) -> dict[str, Any]:
     """The metadata document; empty where it is no JSON object (other writers may do as they like)."""
     if not event.metadata:
         return {}
+    own = own_metadata(event.metadata)
+    if own is not None:
+        return own
     try:
         document = parse(event.metadata)
     except ValueError:

@@ -17,6 +17,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Final, Generic, TypeVar
 
+from tidings.own_metadata import own_partition_key
 from tidings.stores import Filter, RecordedEvent
 
 __all__ = [
@@ -70,14 +71,17 @@ def partition_key(event: RecordedEvent) -> str:
 
 @lru_cache(maxsize=1)  # the relay asks twice for each event: for its bucket, and for its message
 def _partition_key(metadata: bytes, stream: str) -> str:
-    if _KEY in metadata and not deep(metadata):
-        try:
-            document = _READER.decode(metadata.decode())
-            key = document.get("partitionKey") if isinstance(document, dict) else None
-            if isinstance(key, str) and key.encode():
-                return key
-        except ValueError:
-            pass
+    if _KEY not in metadata or deep(metadata):
+        return stream
+    if own := own_partition_key(metadata):
+        return own
+    try:
+        document = _READER.decode(metadata.decode())
+        key = document.get("partitionKey") if isinstance(document, dict) else None
+        if isinstance(key, str) and key.encode():
+            return key
+    except ValueError:
+        pass
     return stream
 
 
