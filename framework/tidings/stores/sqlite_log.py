@@ -126,10 +126,11 @@ class Database:
 
     def _is_ours(self, connection: sqlite3.Connection) -> bool:
         """Whether the log is there; False for a file with nothing in it."""
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        # Another process may be making it now, in one commit: what is read last is whose it is.
+        (things,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
         if application != APPLICATION_ID:
-            (things,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if application or schema or things:
                 raise ConfigurationError(
                     f"{self.path} is a SQLite database of another application: nothing was written to it; "
