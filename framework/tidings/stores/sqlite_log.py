@@ -126,17 +126,18 @@ class Database:
 
     def _is_ours(self, connection: sqlite3.Connection) -> bool:
         """Whether the log is there; False for a file with nothing in it."""
-        # Another process may be making it now, in one commit: what is read last is whose it is.
+        # Another process may be making it now, in one commit: what is read last says whose it is.
         (things,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (schema,) = connection.execute("PRAGMA user_version").fetchone()
+        (foreign,) = connection.execute("PRAGMA user_version").fetchone()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         if application != APPLICATION_ID:
-            if application or schema or things:
+            if application or foreign or things:
                 raise ConfigurationError(
                     f"{self.path} is a SQLite database of another application: nothing was written to it; "
                     "name another file for the event store"
                 )
             return False
+        (schema,) = connection.execute("PRAGMA user_version").fetchone()
         if schema != SCHEMA_VERSION:
             raise ConfigurationError(
                 f"the event store {self.path} has schema version {schema}, this Tidings knows {SCHEMA_VERSION}: "
