@@ -60,6 +60,7 @@ async def queues(stage: Stage) -> set[str]:
         return {found.name for found in await bus.inspect(parts) if found.kind == "queue" and found.state == "fits"}
 
 
+@pytest.mark.faults
 async def test_service_resized_under_traffic_and_shared_among_processes(stage: Stage, recovered: Recovered) -> None:
     """1 partition, then 4 among 2 processes, of which one is killed and another stopped, then 1 again."""
     async with stage.traffic():

@@ -1,4 +1,4 @@
-"""The delivery rules one class at a time. How they hold together: `test_chain_model.py`."""
+"""The delivery rules one class at a time. How they hold together: `test_simulation.py`."""
 
 from __future__ import annotations
 
