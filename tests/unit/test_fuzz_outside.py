@@ -218,6 +218,7 @@ odd_numbers = (
 @settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(number="9223372036854775807")
 @example(number="9223372036854775808")
+@example(number="9" * 5_000)
 @example(number="0001-01-01T00:00:00+23:59")
 def test_no_number_on_a_command_line_is_a_defect(
     command: list[str], number: str, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -212,7 +212,7 @@ def _no_constant(name: str) -> None:
 def _expected(text: str) -> Expected:
     if text in _STATES:
         return _STATES[text]
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < 20:  # no version has more digits, and Python reads no more than some thousand
         return int(text)
     raise Refused(
         USAGE, f"--expected {text!r}: write any, no-stream, exists, or the version of the stream's last event"
