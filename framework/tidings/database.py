@@ -413,7 +413,8 @@ async def connected(url: str) -> AsyncIterator[Database]:
             )
         # A database in memory lives in one connection; it is shared, never dropped, by waiting for it.
         options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if file_of(url) == "" else {}
-        engine = create_async_engine(parsed, **options)
+        # What a statement's parameters hold is the users' data: an error that is logged or kept says which statement.
+        engine = create_async_engine(parsed, hide_parameters=True, **options)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError, ValueError) as error:
         raise ConfigurationError(
             f"TIDINGS_DATABASE {shown!r} cannot be used: {type(error).__name__}: {_first_line(error, url, shown)}. "

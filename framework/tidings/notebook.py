@@ -30,21 +30,42 @@ class Notebook:
 
     def __init__(self, path: str | None, slots: int) -> None:
         self._path = path
+        self._size = slots * _SLOT.size
         self._file: mmap.mmap | None = None
         self._free = list(range(slots))
         self._used: dict[int, int] = {}
+        self._make()
+
+    def _make(self) -> None:
         with suppress(OSError):  # a folder that cannot be written: the database will say so
-            if path is not None:
-                with open(path, "w+b") as file:
-                    file.truncate(slots * _SLOT.size)
-                    self._file = mmap.mmap(file.fileno(), slots * _SLOT.size)
+            if self._path is not None:
+                with open(self._path, "w+b") as file:
+                    file.truncate(self._size)
+                    self._file = mmap.mmap(file.fileno(), self._size)
+
+    @property
+    def open(self) -> bool:
+        """It has a file."""
+        return self._file is not None
+
+    def keep(self) -> None:
+        """Make the file again if it is gone: a process that took over in between has read and removed it."""
+        if self._file is not None and self._path is not None and not os.path.exists(self._path):
+            noted = bytes(self._file)
+            self._file.close()
+            self._file = None
+            self._make()
+            if self._file is not None:
+                self._file[:] = noted
 
     def begin(self, position: int, bucket: int) -> None:
+        """An attempt at an event begins."""
         if self._file is not None and self._free:
             slot = self._used[position] = self._free.pop()
             _SLOT.pack_into(self._file, slot * _SLOT.size, position + 1, bucket)
 
     def end(self, position: int) -> None:
+        """The attempt ended, and the process did not."""
         if self._file is not None and (slot := self._used.pop(position, None)) is not None:
             _SLOT.pack_into(self._file, slot * _SLOT.size, 0, 0)
             self._free.append(slot)
