@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -32,13 +31,14 @@ from tidings.errors import (
     TransactionMisuse,
     WriterHeld,
 )
-from tidings.events import Event
 from tidings.first_step import FirstStep
 from tidings.handlers import Handler, Inject
-from tidings.logs import bind_handling
-from tidings.stores import RecordedEvent
+from tidings.logs import bind_handling, handling
 
-__all__ = ["AtWork", "Failure", "Resources", "attempt", "is_infrastructure"]
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["Attempt", "Attempts", "Failure", "Resources", "is_infrastructure"]
 
 log = structlog.get_logger("tidings.attempt")
 
@@ -52,25 +52,6 @@ HANDLER_TASK: Final = "handler "
 
 PERMANENT: Final = (SchemaError, TransactionMisuse, WriterHeld, ConfigurationError, EventTooLarge, InvalidStreamName)
 """Errors that the next attempt would meet again."""
-
-
-class AtWork(NamedTuple):
-    """A handler at work on an event, `since` in seconds of the monotonic clock: for whoever must name a stuck one."""
-
-    handler: Handler
-    event: RecordedEvent
-    since: float
-
-    def facts(self, now: float) -> dict[str, Any]:
-        """For a line of the log, or an answer about health."""
-        event = self.event
-        return {
-            "handler": self.handler.name,
-            "event_id": str(event.id),
-            "stream": event.stream,
-            "position": event.position,
-            "seconds": round(now - self.since, 1),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +86,12 @@ class Resources:
         self._objects: tuple[Any, ...] = (
             () if yielded is None else tuple(yielded) if isinstance(yielded, tuple) else (yielded,)
         )
+        self._found: dict[type, Any] = {}
 
     def find(self, wanted: type, handler: str) -> Any:
         """The one resource of this type. Raises `ConfigurationError` when there is none, or more than one."""
+        if wanted in self._found:
+            return self._found[wanted]
         if getattr(wanted, "_is_protocol", False) and not getattr(wanted, "_is_runtime_protocol", False):
             raise ConfigurationError(
                 f"service {self._service!r}, handler {handler!r}: decorate protocol {wanted.__name__} with "
@@ -120,6 +104,7 @@ class Resources:
                 f"service {self._service!r}, handler {handler!r} asks for a {wanted.__name__}: the service's lifespan "
                 f"yields {yields}; exactly one must match"
             )
+        self._found[wanted] = found[0]
         return found[0]
 
     def check(self, handler: Handler) -> None:
@@ -134,46 +119,78 @@ def is_infrastructure(error: BaseException) -> bool:
     return isinstance(error, Fenced | StoreUnavailable | BusUnavailable) or is_outage(error)
 
 
-async def attempt(
-    handler: Handler,
-    view: type[Event],
-    context: Context,
-    resources: Resources,
-    provide: Callable[[Inject], Any],
-    threads: Executor | None = None,
-    first_step: FirstStep | None = None,
-) -> Failure | None:
-    """Run the handler once; None when it succeeded. `provide` gives the session or connection.
+class Attempt:
+    """One that has begun and waits for something. Attempts never overlap: one that is over its time is waited for."""
 
-    It runs in a task of its own, so that nothing it does to its task (or that its time does) reaches the caller's; a
-    plain function runs in `threads`. Attempts never overlap: one that is over its time is waited for.
-    Raises only what is not the handler's own: infrastructure errors, and the cancellation of the running task.
-    """
-    arguments: dict[str, Any] = {}
-    try:
-        event = decode(context.event, view, context.metadata)
-        for parameter, wanted in handler.parameters:
-            if wanted is Inject.EVENT:
-                arguments[parameter] = event
-            elif wanted is Inject.CONTEXT:
-                arguments[parameter] = context
-            elif isinstance(wanted, Inject):
-                arguments[parameter] = provide(wanted)
-            else:
-                arguments[parameter] = resources.find(wanted, handler.name)
-    except TidingsError as error:
-        return Failure.of(error, handler)
-    work: asyncio.Future[BaseException | None] | None
-    raised, late = None, False
-    if handler.threaded:
-        call = partial(contextvars.copy_context().run, _call, handler, arguments, context)
-        work = asyncio.get_running_loop().run_in_executor(threads, call)
-    else:
-        work, raised = (first_step or FirstStep()).run(_run(handler, arguments, context), HANDLER_TASK + handler.name)
-    if work is not None:
-        late = await _ended(work, handler, context)
-        # A handler that cancels its own task, and returns without another await, leaves the task cancelled.
-        raised = asyncio.CancelledError("the handler cancelled its own task") if work.cancelled() else work.result()
+    __slots__ = ("_context", "_handler", "_work")
+
+    def __init__(self, work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> None:
+        self._work = work
+        self._handler = handler
+        self._context = context
+
+    async def outcome(self) -> Failure | None:
+        """None when it succeeded. Raises what `begin` does, and the cancellation of the running task."""
+        late = await _ended(self._work, self._handler, self._context)
+        if self._work.cancelled():  # it cancelled its own task, and returned without another await
+            return _judged(self._handler, asyncio.CancelledError("the handler cancelled its own task"), late)
+        return _judged(self._handler, self._work.result(), late)
+
+
+class Attempts:
+    """How the handlers of one service are called; for one event loop."""
+
+    def __init__(self, service: Service, resources: Resources) -> None:
+        self._view = service.view
+        self._resources = resources
+        self._first_step = FirstStep()
+        self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
+        self._variables = {name: handling(service.name, name) for name in service.names}
+        """By handler."""
+
+    def begin(self, handler: Handler, context: Context, provide: Callable[[Inject], Any]) -> Attempt | Failure | None:
+        """Run the handler until it waits for something; what came of it, None for success, when it waited for nothing.
+
+        `provide` gives the session or connection. The handler runs in a task of its own, so that nothing it does to
+        its task (or that its time does) reaches the caller's; a plain function runs in a thread. Call it in a task.
+        Raises only what is not the handler's own: infrastructure errors.
+        """
+        view = self._view(context.event.type)
+        assert view is not None
+        arguments: dict[str, Any] = {}
+        try:
+            event = decode(context.event, view, context.metadata)
+            for parameter, wanted in handler.parameters:
+                if wanted is Inject.EVENT:
+                    arguments[parameter] = event
+                elif wanted is Inject.CONTEXT:
+                    arguments[parameter] = context
+                elif isinstance(wanted, Inject):
+                    arguments[parameter] = provide(wanted)
+                else:
+                    arguments[parameter] = self._resources.find(wanted, handler.name)
+        except TidingsError as error:
+            return Failure.of(error, handler)
+        variables = self._variables[handler.name].copy()
+        if handler.threaded:
+            call = partial(variables.run, _call, handler, arguments, context)
+            return Attempt(asyncio.get_running_loop().run_in_executor(self._threads, call), handler, context)
+        work, raised = self._first_step.run(_run(handler, arguments, context), variables, HANDLER_TASK + handler.name)
+        if work is not None:
+            return Attempt(work, handler, context)
+        return None if raised is None else _judged(handler, raised, late=False)
+
+    def open(self) -> None:
+        """Get ready for the first one."""
+        self._first_step.open()
+
+    def close(self) -> None:
+        """Begin nothing more. Threads at work go on: nothing can end them."""
+        self._threads.shutdown(wait=False)
+        self._first_step.close()
+
+
+def _judged(handler: Handler, raised: BaseException | None, late: bool) -> Failure | None:
     if raised is not None and handler.transactional and waits_for_itself(raised):
         writer_held = WriterHeld(handler.name)
         writer_held.__cause__ = raised

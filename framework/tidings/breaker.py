@@ -27,7 +27,8 @@ class Breaker:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._failures = 0
+        self.failures = 0
+        """So many attempts in a row have failed."""
         self._keys: set[str] = set()
         self._pause = PAUSES[0]
         self._probe_at = 0.0
@@ -57,7 +58,7 @@ class Breaker:
 
     def succeeded(self) -> bool:
         """True when this closed it."""
-        self._failures = 0
+        self.failures = 0
         self._keys.clear()
         closed = self.opened_at is not None
         self.opened_at, self._probing, self._pause = None, False, PAUSES[0]
@@ -71,10 +72,10 @@ class Breaker:
                 self._probing, self._pause = False, min(2 * self._pause, PAUSES[1])
                 self._probe_at = self._clock() + self._pause
             return False
-        self._failures += 1
+        self.failures += 1
         if len(self._keys) < KEYS:
             self._keys.add(key)
-        if self._failures < FAILURES or len(self._keys) < KEYS:
+        if self.failures < FAILURES or len(self._keys) < KEYS:
             return False
         self.opened_at = self._clock()
         self._probe_at = self.opened_at + self._pause

@@ -105,32 +105,36 @@ def decode(event: RecordedEvent, view: type[E], metadata: Mapping[str, Any] | No
     """
     document = read_metadata(event) if metadata is None else metadata
     written = document.get("schemaVersion", 1)
-    where = f"event {event.type!r} at {event.stream}@{event.version} (position {event.position})"
     if type(written) is not int or written < 1:
-        raise SchemaError(f"{where}: its metadata's schemaVersion is no version number")
+        raise SchemaError(f"{_where(event)}: its metadata's schemaVersion is no version number")
     try:
         check(event.data)
     except ValueError as error:
-        raise SchemaError(f"{where}: its data cannot be read: {error}") from None
+        raise SchemaError(f"{_where(event)}: its data cannot be read: {error}") from None
     try:
         if written == view.schema_version:
             return view.model_validate_json(event.data)
         if written > view.schema_version:
             raise UnknownEventType(
-                f"{where} has schema version {written}, this service knows up to {view.schema_version}: "
+                f"{_where(event)} has schema version {written}, this service knows up to {view.schema_version}: "
                 "deploy the service with the newer declaration, then retry"
             )
-        return view.model_validate_json(_lift(event, view, written, where))
+        return view.model_validate_json(_lift(event, view, written, _where(event)))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'document'}: {_message(problem)}"
             for problem in error.errors(include_input=False, include_url=False, include_context=False)[:5]
         )
-        raise SchemaError(f"{where} does not fit {view.__qualname__}: {problems}") from None
+        raise SchemaError(f"{_where(event)} does not fit {view.__qualname__}: {problems}") from None
     except SchemaError:
         raise
     except Exception as error:  # pydantic lets through what a validator raises beside ValueError and AssertionError
-        raise SchemaError(f"{where}: a validator of {view.__qualname__} failed: {type(error).__name__}") from error
+        failed = type(error).__name__
+        raise SchemaError(f"{_where(event)}: a validator of {view.__qualname__} failed: {failed}") from error
+
+
+def _where(event: RecordedEvent) -> str:
+    return f"event {event.type!r} at {event.stream}@{event.version} (position {event.position})"
 
 
 def _message(problem: Mapping[str, Any]) -> str:

@@ -36,9 +36,10 @@ def verdicts(notes: Mapping[int, int]) -> tuple[dict[int, Failure], frozenset[in
     suspected."""
     condemned = {
         position: Failure(
-            f"ProcessCrashed: {times} times the process ended without a word while it handled this event, so it is not "
-            "run again. Find out why (a crash in native code, memory, an exit in the handler, somebody who kills), "
-            "mend it, then retry this dead letter",
+            f"ProcessCrashed: {times} times the process ended without a word while it handled this event, or stood still "
+            "until another took over, so it is not run again. Find out why (a crash in native code, memory, an exit in "
+            "the handler, a computation that blocks the event loop, somebody who kills), mend it, then retry this dead "
+            "letter",
             "",
             permanent=True,
         )
@@ -62,6 +63,8 @@ class Caution:
         self._suspected: set[int] = set()
         self._running: dict[int, float] = {}
         """Noted, and not known to have ended: position to when."""
+        self.alert = False
+        """There may be something to be careful about: asked first, because nearly always there is nothing."""
 
     def begin(self, notes: Mapping[int, int], events: int, *, blind: bool) -> dict[int, Failure]:
         """Another process ended uncleanly and left these notes; be careful with so many events at most. Returns those
@@ -69,6 +72,7 @@ class Caution:
         condemned, suspected = verdicts(notes)
         self._notes, self._suspected = dict(notes), set(suspected)
         self._left, self._blind = events, blind
+        self.alert = True
         return condemned
 
     @property
@@ -104,3 +108,4 @@ class Caution:
     def cleared(self, position: int) -> None:
         """Its note is gone for good, with all that came of it."""
         self._running.pop(position, None)
+        self.alert = self.on or bool(self._notes or self._running)

@@ -20,35 +20,36 @@ SPARE: Final = "spare task for handlers"
 
 
 class FirstStep:
-    """For one event loop; `close` it there.
+    """For one event loop; `open` and `close` it there.
 
     A spare task is the current one during each first step, so that what the coroutine does with its task (a timeout, a
     task group, a cancellation) is done to the one that the rest runs in. Where there is no rest, it waits for the next.
     """
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._spare: _Spare | None = None
 
-    def run(self, work: Coroutine[Any, Any, T], name: str) -> tuple[asyncio.Task[T] | None, T | None]:
-        """Begin; call it within a task. The task in which the rest runs, or None and what the coroutine returned.
+    def run(
+        self, work: Coroutine[Any, Any, T], variables: contextvars.Context, name: str
+    ) -> tuple[asyncio.Task[T] | None, T | None]:
+        """Begin, with `variables` as its context; call it within a task. The task in which the rest runs, so named, or
+        None and what the coroutine returned.
 
         The coroutine must raise nothing at its first step.
         """
-        loop = asyncio.get_running_loop()
-        spare = self._spare
+        loop, spare = self._loop, self._spare
         if spare is None or not spare.started:  # a task that is cancelled before it has started runs nothing of it
-            self._spare = spare or _Spare(loop)
-            return loop.create_task(work, name=name), None
-        task, caller, context = spare.task, asyncio.current_task(), contextvars.copy_context()
+            self.open()
+            return loop.create_task(work, name=name, context=variables), None
+        task, caller = spare.task, asyncio.current_task(loop)
         assert caller is not None
-        task.set_name(name)
         _leave_task(loop, caller)
         _enter_task(loop, task)
         try:
-            waits_for = context.run(work.send, None)
+            waits_for = variables.run(work.send, None)
         except StopIteration as end:
             if not task.cancelling():
-                task.set_name(SPARE)
                 return None, end.value
             self._spare = None  # it cancelled its own task, which ends so now
             return task, None
@@ -56,8 +57,13 @@ class FirstStep:
             _leave_task(loop, task)
             _enter_task(loop, caller)
         self._spare = None
-        spare.hand(_Rest(work, context, waits_for))
+        task.set_name(name)
+        spare.hand(_Rest(work, variables, waits_for))
         return task, None
+
+    def open(self) -> None:
+        """Have a spare task for the first one too: it has started when the loop has turned once."""
+        self._spare = self._spare or _Spare(self._loop)
 
     def close(self) -> None:
         if self._spare is not None:

@@ -34,14 +34,17 @@ class Guard:
         self._database = database
         self._inbox = inbox
         self._troubles = troubles
-        self._notebook: Notebook | None = None
+        self.notebook = Notebook(None, 0)
+        """Told of each attempt's begin and end."""
         self.caution = Caution(clock)
 
     async def take_over(self) -> None:
         """This process is at work on the range from now on. Raises `DatabaseUnavailable`, and `Fenced` when a replay
         sent the service back since it joined."""
-        if self._notebook is None:
-            self._notebook = Notebook(self._notebook_of(self._troubles.process), self._service.concurrency + 1)
+        if self.notebook.open:
+            self.notebook.keep()
+        else:
+            self.notebook = Notebook(self._notebook_of(self._troubles.process), self._service.concurrency + 1)
         async with self._database.turn, self._database.transaction() as connection:
             await self._inbox.fence(connection)
             before = await self._inbox.occupy(connection, self._troubles.process)
@@ -71,22 +74,6 @@ class Guard:
         async with self._database.turn, self._database.transaction() as connection:
             times = self.caution.note(item)
             await self._inbox.note(connection, item.event.position, item.bucket, times)
-
-    def begin(self, item: Item) -> None:
-        """An attempt begins."""
-        if self._notebook is not None:
-            self._notebook.begin(item.event.position, item.bucket)
-
-    def end(self, item: Item) -> None:
-        """An attempt ended, and the process did not."""
-        if self._notebook is not None:
-            self._notebook.end(item.event.position)
-
-    def close(self) -> None:
-        """Nothing is under way any more."""
-        if self._notebook is not None:
-            self._notebook.close()
-            self._notebook = None
 
     async def leave(self) -> None:
         """This was a clean end, also of what was cut off in the middle. Raises `DatabaseUnavailable`."""

@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 
 from tidings.dispatch import Dispatcher
+from tidings.own_metadata import own_metadata
 from tidings.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
 from tidings.work import Step
@@ -87,11 +88,13 @@ class Pass:
         async for event in self._store.read_all(after=accepted.reached, filter=CARRIED):
             if event.position > head:
                 break
-            bucket = carried(event)
+            metadata = own_metadata(event.metadata)
+            bucket = carried(event, metadata)
             if bucket is not None and accepted.read(bucket, event.position):
                 found += 1
-                await dispatcher.room()
-                dispatcher.submit(event, bucket)
+                if dispatcher.full:
+                    await dispatcher.room()
+                dispatcher.submit(event, bucket, metadata=metadata)
             if self._clock() - offered >= PROGRESS_SECONDS:
                 offered = self._clock()
                 accepted.reach(event.position)

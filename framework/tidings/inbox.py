@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import Database, begun, dead, floors, held, replays, staged, watermarks
 from tidings.errors import Fenced, LogChanged
+from tidings.many import ForMany
 from tidings.message import Message
 from tidings.partitions import layout_of
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
@@ -196,7 +197,7 @@ class Inbox:
         self._sent_back = sa.select(watermarks.c.replays).where(
             watermarks.c.service == service, watermarks.c.log == str(log), watermarks.c.bucket == buckets.start
         )
-        self._move = (
+        self._move = ForMany(
             watermarks.update()
             .where(
                 watermarks.c.service == service,
@@ -348,23 +349,13 @@ class Inbox:
 
     async def move(self, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]]) -> None:
         """Compare and set watermarks, bucket to (from, to). Raises `Fenced` when any stood elsewhere: roll back."""
+        if not moves:
+            return
         rows = [
-            {
-                "of_bucket": bucket,
-                "from_position": old,
-                "to_position": new,
-                "at_replays": self._replays[bucket],
-            }
+            {"of_bucket": bucket, "from_position": old, "to_position": new, "at_replays": self._replays[bucket]}
             for bucket, (old, new) in sorted(moves.items())  # one order for all, so that no two wait for each other
         ]
-        if not rows:
-            return
-        if len(rows) == 1 or connection.dialect.supports_sane_multi_rowcount:
-            moved = (await connection.execute(self._move, rows)).rowcount
-        else:
-            moved = 0
-            for row in rows:
-                moved += (await connection.execute(self._move, row)).rowcount
+        moved = await self._move.run(connection, rows)
         if moved != len(rows):
             raise Fenced(
                 f"service {self._service!r}: another process moved {len(rows) - moved} of the watermarks of buckets "

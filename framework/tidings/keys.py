@@ -18,24 +18,25 @@ class Keys:
     """What the database says about keys, as of the last group, and what was done since."""
 
     def __init__(self) -> None:
-        self._blocked: dict[str, int] = {}
+        self.blocked: dict[str, int] = {}
+        """Key to the number of rows that block it. To look at only."""
         self._flying: Counter[str] = Counter()
         self._failed: set[str] = set()
 
     def read(self, blocked: Mapping[str, int], uncommitted: Iterable[Item]) -> None:
         """What the database holds now, and the items that will change it with the next commit."""
-        self._blocked = dict(blocked)
+        self.blocked = dict(blocked)
         for item in uncommitted:
             self.ended(item)
 
     def ended(self, item: Item) -> None:
         """It was run, or held, or is dead; the next commit will say so. Later items in its lane are judged by it."""
         if item.blocks:
-            left = self._blocked.get(item.key, 0) + item.blocks
+            left = self.blocked.get(item.key, 0) + item.blocks
             if left > 0:
-                self._blocked[item.key] = left
+                self.blocked[item.key] = left
             else:
-                self._blocked.pop(item.key, None)
+                self.blocked.pop(item.key, None)
         if item.held is not None and not item.blocks:
             self._failed.add(item.held.key)
 
@@ -43,11 +44,11 @@ class Keys:
         """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""
         if item.held is not None:
             return item.held.key in self._failed
-        return bool(self._blocked) and item.key in self._blocked
+        return bool(self.blocked) and item.key in self.blocked
 
     def blocks(self, key: str) -> bool:
         """Something of the key is held, or dead and holds it."""
-        return key in self._blocked
+        return key in self.blocked
 
     @property
     def flying(self) -> frozenset[str]:

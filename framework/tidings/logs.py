@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from contextvars import Context as Variables
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import structlog
@@ -26,7 +27,7 @@ from tidings.printable import plain, plain_lines
 if TYPE_CHECKING:
     from tidings.context import Context
 
-__all__ = ["bind_handling", "configure_logging", "masked"]
+__all__ = ["bind_handling", "configure_logging", "handling", "masked"]
 
 _LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 _THEIR_OWN: Final = ("uvicorn", "uvicorn.error", "uvicorn.access")
@@ -160,20 +161,32 @@ _set_service, _set_handler, _set_event_id, _set_position, _set_stream, _set_corr
 )
 
 
-def bind_handling(context: Context) -> None:
-    """From here on each line that is logged in the running task, or thread's context, says which event it is about.
+def handling(service: str, handler: str) -> Variables:
+    """The context that the handler's calls begin in, each in a copy: it says whose lines they log."""
 
-    It is never undone: call it inside a task or a copied context that ends with the handler.
+    def bind() -> None:
+        _set_service(service)
+        _set_handler(handler)
+        _set_attempt(1)
+
+    variables = copy_context()
+    variables.run(bind)
+    return variables
+
+
+def bind_handling(context: Context) -> None:
+    """From here on each line that is logged in the running context, one of `handling`, says which event it is about.
+
+    It is never undone: call it inside a copy that ends with the handler.
     """
     event = context.event
-    _set_service(context.service)
-    _set_handler(context.handler)
     digits = event.id_bytes.hex()  # making a UUID and its text takes three times as long
     _set_event_id(f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}")
     _set_position(event.position)
     _set_stream(event.stream)
     _set_correlation(context.correlation_id)
-    _set_attempt(context.attempt)
+    if context.attempt != 1:
+        _set_attempt(context.attempt)
     trace = context.metadata.get("traceparent")
     if isinstance(trace, str):
         _set_trace(trace)

@@ -25,9 +25,17 @@ def own_metadata(metadata: bytes) -> dict[str, Any] | None:
     found = _match(metadata)
     if found is None:
         return None
-    correlation, version, *rest = found.groups()
-    optional = {name: value for name, value in zip(_OPTIONAL, rest, strict=True) if value is not None}
-    return {"$correlationId": correlation, "schemaVersion": int(version)} | optional
+    correlation, version, causation, handler, trace, key = found.groups()  # a loop would take twice as long
+    document = {"$correlationId": correlation, "schemaVersion": int(version)}
+    if causation is not None:
+        document["$causationId"] = causation
+    if handler is not None:
+        document["tidingsHandler"] = handler
+    if trace is not None:
+        document["traceparent"] = trace
+    if key is not None:
+        document["partitionKey"] = key
+    return document
 
 
 def own_partition_key(metadata: bytes) -> str | None:

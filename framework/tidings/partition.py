@@ -14,7 +14,7 @@ from uuid import UUID
 
 import structlog
 
-from tidings.attempt import AtWork, Resources, is_infrastructure
+from tidings.attempt import Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
 from tidings.database import Database
 from tidings.dispatch import Dispatcher
@@ -26,7 +26,7 @@ from tidings.intake import Intake
 from tidings.position import Accepted
 from tidings.stores import EventStore
 from tidings.supervision import leaves, task_group
-from tidings.work import Troubles
+from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:
     from tidings.service import Service
@@ -109,7 +109,7 @@ class Partition:
         """Connected to the bus, at work or standing by."""
         return self.intake is not None and self.intake.connected
 
-    def at_work(self) -> list[AtWork]:
+    def at_work(self) -> list[Item]:
         """Handlers at work now."""
         return list(self.dispatcher.working.values()) if self.dispatcher else []
 

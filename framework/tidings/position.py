@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from enum import Enum
 from functools import lru_cache
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from tidings.own_metadata import own_partition_key
 from tidings.stores import Filter, RecordedEvent
@@ -87,17 +87,20 @@ def _partition_key(metadata: bytes, stream: str) -> str:
 
 def deep(document: bytes) -> bool:
     """The JSON document may be nested deeper than every interpreter can read."""
-    return document.count(b"{") + document.count(b"[") > NESTING
+    return len(document) > NESTING and document.count(b"{") + document.count(b"[") > NESTING
 
 
-def carried(event: RecordedEvent) -> int | None:
+def carried(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> int | None:
     """The bucket of an event that is carried to services, None for one that is not.
 
-    Relay and healing pass share this function, so that they can never disagree about what must arrive.
+    Relay and healing pass share this function, so that they can never disagree about what must arrive. `own`, what
+    `own_metadata` says of the event's metadata, spares reading that again.
     """
     if event.stream.startswith(RESERVED) or event.type.startswith(RESERVED):
         return None
-    return bucket_of(partition_key(event))
+    if own is None or deep(event.metadata):
+        return bucket_of(partition_key(event))
+    return bucket_of(own.get("partitionKey") or event.stream)
 
 
 class Chain:
@@ -184,7 +187,7 @@ class Accepted:
 
     def read(self, bucket: int, position: int) -> bool:
         """An event that a pass read from the log: True when it is new, and now accepted."""
-        if bucket not in self.buckets or position <= self.tail(bucket):
+        if bucket not in self.buckets or position <= self.reached or position <= self._tails.get(bucket, -1):
             return False
         self._tails[bucket] = position
         return True
@@ -200,31 +203,32 @@ class Accepted:
 class Lanes(Generic[T]):
     """One queue per bucket. A bucket's first item is given out alone; the next only when it was finished."""
 
-    __slots__ = ("_items", "_ready", "_size")
+    __slots__ = ("_items", "_size", "ready")
 
     def __init__(self) -> None:
         self._items: dict[int, deque[T]] = {}
-        self._ready: deque[int] = deque()
         self._size = 0
+        self.ready: deque[int] = deque()
+        """Buckets of which `take` has something to give. To look at only."""
 
     def __len__(self) -> int:
         """Items in all lanes, those given out included."""
         return self._size
 
     def push(self, bucket: int, item: T) -> None:
+        self._size += 1
         lane = self._items.get(bucket)
         if lane is None:
             self._items[bucket] = deque((item,))
-            self._ready.append(bucket)
+            self.ready.append(bucket)
         else:
             lane.append(item)
-        self._size += 1
 
     def take(self) -> tuple[int, T] | None:
         """The first item of the bucket that has waited longest; the bucket then rests until `finish` or `again`."""
-        if not self._ready:
+        if not self.ready:
             return None
-        bucket = self._ready.popleft()
+        bucket = self.ready.popleft()
         return bucket, self._items[bucket][0]
 
     def finish(self, bucket: int) -> None:
@@ -233,22 +237,17 @@ class Lanes(Generic[T]):
         lane.popleft()
         self._size -= 1
         if lane:
-            self._ready.append(bucket)
+            self.ready.append(bucket)
         else:
             del self._items[bucket]
 
     def again(self, bucket: int) -> None:
         """The item given out was not done: it will be given out once more, before anything behind it."""
-        self._ready.appendleft(bucket)
+        self.ready.appendleft(bucket)
 
     def later(self, bucket: int) -> None:
         """As `again`, but the other buckets come first."""
-        self._ready.append(bucket)
-
-    @property
-    def ready(self) -> bool:
-        """Whether `take` has something to give."""
-        return bool(self._ready)
+        self.ready.append(bucket)
 
 
 class Ticket(Generic[T]):
@@ -286,6 +285,10 @@ class Settled(Generic[T]):
         ticket = Ticket(value, done)
         self._tickets.append(ticket)
         return ticket
+
+    def add(self, ticket: Ticket[T]) -> None:
+        """Begin with a ticket that the caller has made."""
+        self._tickets.append(ticket)
 
     @staticmethod
     def end(ticket: Ticket[T]) -> None:

@@ -25,11 +25,11 @@ from tidings.supervision import together
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
-    from tidings.attempt import AtWork
     from tidings.partition import Partition
     from tidings.running import RunningService
     from tidings.runtime import Runtime
     from tidings.service import Service
+    from tidings.work import Item
 
 __all__ = ["Probe", "answering", "health_routes", "listening_at"]
 
@@ -152,7 +152,7 @@ class Probe:
         return self._progress.setdefault(name, Progress())
 
 
-def _work(found: Iterable[AtWork]) -> tuple[Work, ...]:
+def _work(found: Iterable[Item]) -> tuple[Work, ...]:
     now = time.monotonic()
     return tuple(
         Work(

@@ -28,6 +28,10 @@ class Batch:
     """What is to become durable together."""
 
     finished: list[Item] = field(default_factory=list)
+    notable: list[Item] = field(default_factory=list)
+    """Those of them that leave more behind than the watermark."""
+    moves: dict[int, int] = field(default_factory=dict)
+    """Bucket to its new watermark: that of its last item, because items of one bucket finish in order."""
     foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
     """Messages that are no events of ours."""
     appended: list[UUID] = field(default_factory=list)
@@ -36,6 +40,16 @@ class Batch:
     """Those given up."""
     noted: list[int] = field(default_factory=list)
     """Positions of events that were noted before they were run, and have ended (`tidings.crashes`)."""
+
+    def finish(self, item: Item) -> bool:
+        """True when it leaves more behind than the watermark."""
+        self.finished.append(item)
+        if item.held is None:
+            self.moves[item.bucket] = item.event.position
+            if item.letter is None and item.postponed is None and not item.emissions:
+                return False
+        self.notable.append(item)
+        return True
 
     def __bool__(self) -> bool:
         return bool(self.finished or self.foreign or self.appended or self.never or self.noted)
@@ -66,25 +80,23 @@ class Progress:
     async def write(self, connection: AsyncConnection, batch: Batch, *, floor_now: bool) -> None:
         """Raises `Fenced` when another process was here: roll back."""
         inbox, held = self._inbox, self._held
-        fresh = [item for item in batch.finished if item.held is None]
-        letters = [item.letter for item in batch.finished if item.letter is not None]
+        fresh = [item for item in batch.notable if item.held is None]
+        again = [item for item in batch.notable if item.held is not None]
+        letters = [item.letter for item in batch.notable if item.letter is not None]
         # First what fences a process that is not alone: it would stumble over rows that the other has written.
-        # A bucket's last item carries its watermark: items of one bucket finish in order.
-        moves = {item.bucket: (self._watermarks[item.bucket], item.event.position) for item in fresh}
         floor_is_due = self.floor_is_due(floor_now)
-        if floor_is_due or len(fresh) < len(batch.finished):
+        if floor_is_due or again:
             await inbox.fence(connection)
-        await inbox.move(connection, moves)
-        if len(fresh) < len(batch.finished):
-            again = [item for item in batch.finished if item.held is not None]
+        await inbox.move(connection, {bucket: (self._watermarks[bucket], at) for bucket, at in batch.moves.items()})
+        if again:
             await held.postpone(connection, _postponed(again))
             await held.release(connection, [item.event.position for item in again if item.postponed is None])
         await held.hold(connection, _postponed(fresh))
-        emissions = [row for item in batch.finished for row in item.emissions]
+        emissions = [row for item in batch.notable for row in item.emissions]
         if before := await inbox.emitted_before(connection, emissions):
-            for item in batch.finished:
+            for item in batch.notable:
                 item.emissions = [row for row in item.emissions if str(row.event.id) not in before]
-            emissions = [row for item in batch.finished for row in item.emissions]
+            emissions = [row for item in batch.notable for row in item.emissions]
         await inbox.stage(connection, emissions)
         await inbox.bury(connection, [*letters, *batch.never, *(letter for letter, _ in batch.foreign)])
         await inbox.unstage(connection, batch.appended)
@@ -94,9 +106,7 @@ class Progress:
             await inbox.raise_floor(connection, self.floor)
 
     def written(self, batch: Batch) -> None:
-        for item in batch.finished:
-            if item.held is None:
-                self._watermarks[item.bucket] = item.event.position
+        self._watermarks.update(batch.moves)
 
 
 def _postponed(items: Iterable[Item]) -> list[HeldEvent]:

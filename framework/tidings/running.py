@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from tidings.attempt import AtWork, Resources
+from tidings.attempt import Resources
 from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
 from tidings.database import Database, open_database
@@ -28,7 +28,7 @@ from tidings.settings import Settings, open_bus, open_store
 from tidings.stores import EventStore
 from tidings.supervision import supervised, task_group
 from tidings.watchdog import Watchdog
-from tidings.work import Troubles
+from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -160,7 +160,7 @@ class RunningService:
         async with self.database.reading() as connection:
             return await ranges_of(connection, self.service.name, log_id)
 
-    def at_work(self) -> list[AtWork]:
+    def at_work(self) -> list[Item]:
         """Handlers at work now."""
         return [work for part in self.partitions for work in part.at_work()]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import structlog
@@ -67,39 +67,70 @@ class Troubles:
             "them gets a transaction of its own"
         )
 
-    def forget(self, position: int) -> None:
-        """It is settled."""
-        self.condemned.pop(position, None)
-        self.suspected.discard(position)
+    def forget(self, items: Iterable[Item]) -> None:
+        """They are settled."""
+        if self.condemned or self.suspected:
+            for item in items:
+                self.condemned.pop(item.event.position, None)
+                self.suspected.discard(item.event.position)
 
 
-class Item:
-    """One event, and in the end what came of it: nothing more, or a letter, or a held event."""
+class Item(Ticket[Step | None]):
+    """One event, and in the end what came of it: nothing more, or a letter, or a held event. It is its own ticket,
+    which says what to do when it and everything before it are settled."""
 
-    __slots__ = ("bucket", "emissions", "event", "handler", "held", "letter", "postponed", "replayed", "ticket")
+    __slots__ = (
+        "bucket",
+        "emissions",
+        "event",
+        "handler",
+        "held",
+        "letter",
+        "metadata",
+        "postponed",
+        "replayed",
+        "since",
+    )
 
     def __init__(
         self,
         event: RecordedEvent,
         bucket: int,
         handler: Handler,
-        ticket: Ticket[Step | None] | None,
+        step: Step | None,
         held: HeldEvent | None = None,
         *,
         replayed: bool = False,
+        metadata: dict[str, Any] | None = None,
     ) -> None:
+        self.value = step
+        self.done = False
         self.event = event
         self.bucket = bucket
         self.handler = handler
-        self.ticket = ticket
-        """None for a held event: its delivery was settled long ago."""
         self.held = held
-        """The row that this event was read from; None for one that comes from the bus or a pass."""
+        """The row that this event was read from; None for one that comes from the bus or a pass. What brought a held
+        event was settled long ago."""
         self.replayed = replayed
         """It had been settled before a replay."""
-        self.emissions: list[StagedEvent] = []
+        self.metadata = metadata
+        """The event's metadata document, where it was read already."""
+        self.since = 0.0
+        """When its handler was called last, in seconds of the dispatcher's clock."""
+        self.emissions: Sequence[StagedEvent] = ()
         self.letter: Letter | None = None
         self.postponed: HeldEvent | None = None
+
+    def facts(self, now: float) -> dict[str, Any]:
+        """Of a handler at work: for a line of the log, or an answer about health."""
+        event = self.event
+        return {
+            "handler": self.handler.name,
+            "event_id": str(event.id),
+            "stream": event.stream,
+            "position": event.position,
+            "seconds": round(now - self.since, 1),
+        }
 
     @property
     def key(self) -> str:

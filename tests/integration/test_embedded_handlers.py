@@ -323,12 +323,17 @@ async def test_pending_objects_that_break_a_constraint_at_the_end_are_the_handle
         session.add(Stock(name=event.key))
 
     async with embedded(tmp_path, service) as world:
-        await world.append(*(Happened(key=key, n=n) for n in range(2) for key in "abc"), Happened(key="d"))
+        keys = ["secret a", "secret b", "secret c"]
+        await world.append(*(Happened(key=key, n=n) for n in range(2) for key in keys), Happened(key="d"))
         await world.settled()
         async with service.engine.connect() as connection:
             names = (await connection.scalars(sa.select(Stock.__table__.c.name))).all()
-        assert sorted(names) == ["a", "b", "c", "d"]
-        assert [letter.reason.partition(":")[0] for letter in await letters(service)] == ["IntegrityError"] * 3
+        assert sorted(names) == ["d", *keys]
+        dead = await letters(service)
+        assert [letter.reason.partition(":")[0] for letter in dead] == ["IntegrityError"] * 3
+        said = " ".join(f"{letter.reason} {letter.detail}" for letter in dead)
+        assert "INSERT INTO stock" in said
+        assert "secret" not in said, "what a statement's parameters hold is the users' data"
 
 
 async def test_what_a_handler_does_after_its_flush_failed_is_undone_too(tmp_path: Path) -> None:
@@ -537,8 +542,8 @@ async def test_an_outage_of_a_database_that_is_not_the_services_own_counts_as_a_
 async def test_a_handler_that_holds_the_writer_is_named_and_alone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.dispatch.SLOW_SECONDS", 0.02)
-    monkeypatch.setattr("tidings.dispatch.GROUP_SECONDS", 10)
+    monkeypatch.setattr("tidings.sessions.SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("tidings.sessions.GROUP_SECONDS", 10)
     service, transactions = Service("audit", tables=tables), dict[str, list[int]](slow=[], quick=[])
 
     class Begun:

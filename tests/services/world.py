@@ -22,7 +22,7 @@ from services.payment import payment
 from services.payment.gateway import SandboxGateway, open_sandbox
 from services.shipping import shipping
 from tidings import Context, Event, Repository, Service
-from tidings.attempt import Failure, Resources, attempt
+from tidings.attempt import Attempt, Attempts, Resources
 from tidings.codec import encode, read_metadata
 from tidings.database import Database, open_database
 from tidings.errors import StreamNotFound, WrongExpectedVersion
@@ -136,10 +136,10 @@ class World:
 
     async def _attempt(self, actor: Actor, context: Context, dies: bool) -> None:
         handler = actor.service.handlers[context.event.type]
-        view = actor.service.view(context.event.type)
-        assert view is not None
+        attempts = Attempts(actor.service, actor.resources)
         async with actor.database.transaction() as connection:
-            failure: Failure | None = await attempt(handler, view, context, actor.resources, lambda _: connection)
+            begun = attempts.begin(handler, context, lambda _: connection)
+            failure = await begun.outcome() if isinstance(begun, Attempt) else begun
             assert failure is None, failure.detail
             if dies:
                 raise Died

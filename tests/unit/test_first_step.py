@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ async def nothing() -> None:
 
 
 async def ended(first_step: FirstStep, work: Coroutine[Any, Any, Any]) -> Any:
-    task, result = first_step.run(work, "test")
+    task, result = first_step.run(work, copy_context(), "test")
     return result if task is None else await task
 
 
@@ -41,7 +41,7 @@ async def test_what_waits_for_nothing_has_ended_when_run_returns(first_step: Fir
         return 7
 
     for _ in range(3):
-        assert first_step.run(work(), "test") == (None, 7)
+        assert first_step.run(work(), copy_context(), "test") == (None, 7)
 
 
 async def test_without_a_spare_task_that_has_started_it_runs_in_a_task_as_any_other() -> None:
@@ -49,7 +49,7 @@ async def test_without_a_spare_task_that_has_started_it_runs_in_a_task_as_any_ot
         return 7
 
     first_step = FirstStep()
-    task, _ = first_step.run(work(), "test")
+    task, _ = first_step.run(work(), copy_context(), "test")
     assert task is not None
     assert await task == 7
     first_step.close()
@@ -63,7 +63,7 @@ async def test_it_is_the_same_task_before_and_after_the_first_wait(first_step: F
             seen.append(asyncio.current_task())
             await asyncio.sleep(0)
 
-    task, _ = first_step.run(work(), "test")
+    task, _ = first_step.run(work(), copy_context(), "test")
     assert task is not None
     caller = asyncio.current_task()
     await task
@@ -80,7 +80,7 @@ async def test_several_wait_side_by_side(first_step: FirstStep) -> None:
         await gate.wait()
         return number
 
-    running = [first_step.run(work(number), "test")[0] for number in range(5)]
+    running = [first_step.run(work(number), copy_context(), "test")[0] for number in range(5)]
     gate.set()
     assert await asyncio.gather(*(task for task in running if task is not None)) == [0, 1, 2, 3, 4]
 
@@ -123,7 +123,7 @@ async def test_cancelled_from_outside_it_hears_of_it_where_it_waits(first_step: 
             heard.append(True)
             raise
 
-    task, _ = first_step.run(work(), "test")
+    task, _ = first_step.run(work(), copy_context(), "test")
     assert task is not None
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -144,7 +144,7 @@ async def test_cancelled_before_the_loop_has_turned_what_has_begun_hears_of_it(f
         finally:
             heard.append(number)
 
-    running = [first_step.run(work(number), "test")[0] for number in range(3)]
+    running = [first_step.run(work(number), copy_context(), "test")[0] for number in range(3)]
     for task in running:
         assert task is not None
         task.cancel()
@@ -168,7 +168,7 @@ async def test_one_that_cancels_its_own_task_is_cancelled_alone(first_step: Firs
                 heard.append(True)
                 raise
 
-    task, _ = first_step.run(work(), "test")
+    task, _ = first_step.run(work(), copy_context(), "test")
     assert task is not None
     with pytest.raises(asyncio.CancelledError):
         await task

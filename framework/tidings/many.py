@@ -1,0 +1,37 @@
+"""A statement that runs for many rows at once, and counts what it changed. It knows nothing of any table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import Update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+__all__ = ["ForMany"]
+
+
+class ForMany:
+    """Compiled once: SQLAlchemy makes a dictionary of every parameter for each row, which takes longer than the row
+    itself takes in SQLite."""
+
+    def __init__(self, statement: Update) -> None:
+        self._statement = statement
+        self._compiled: Any = None
+
+    async def run(self, connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> int:
+        """How many rows of the table it changed; `rows`, one or more, give its bound parameters."""
+        dialect = connection.dialect
+        if dialect.name == "sqlite":
+            if self._compiled is None:
+                self._compiled = self._statement.compile(dialect=dialect)
+            fixed, pick = self._compiled.params, itemgetter(*self._compiled.positiontup)
+            result = await connection.exec_driver_sql(self._compiled.string, [pick(fixed | row) for row in rows])
+            return result.rowcount
+        if len(rows) == 1 or dialect.supports_sane_multi_rowcount:
+            return (await connection.execute(self._statement, rows)).rowcount
+        changed = 0
+        for row in rows:
+            changed += (await connection.execute(self._statement, row)).rowcount
+        return changed
