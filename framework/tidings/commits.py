@@ -59,6 +59,8 @@ class Commits:
         self.batch = Batch()
         """What the next commit makes durable."""
         self._taken: Settled[Step | None] = Settled()
+        self.full = False
+        """More is unsettled than should be: a pass reads faster than handlers work, and one may hold up the rest."""
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._rest = asyncio.Event()
@@ -74,11 +76,6 @@ class Commits:
         """Events, messages and markers that were taken and are not settled yet."""
         return len(self._taken)
 
-    @property
-    def full(self) -> bool:
-        """More is unsettled than should be: a pass reads faster than handlers work, and one may hold up the rest."""
-        return len(self._taken) >= 2 * self._prefetch
-
     async def room(self) -> None:
         """Wait until much of what was taken is settled."""
         self._room.clear()
@@ -86,7 +83,7 @@ class Commits:
 
     def take(self, item: Item) -> None:
         """It is settled after everything that was taken before it."""
-        self._taken.add(item)
+        self.full = self._taken.add(item) >= 2 * self._prefetch
 
     def settle(self, step: Step) -> None:
         """Nothing to handle, but to be settled in its turn."""
@@ -190,6 +187,7 @@ class Commits:
         if consumer is not None:
             consumer.settle_through(tag)
         if len(self._taken) < self._prefetch:
+            self.full = False
             self._room.set()
         if not self.progress.floor_is_stored and self._floor_timer not in self._timers:
             self._floor_timer = self._timers.later(FLOOR_SECONDS, self._wake.set)

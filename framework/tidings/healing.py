@@ -86,18 +86,19 @@ class Pass:
         accepted, dispatcher, found = self._accepted, self._dispatcher, 0
         offered = self._clock()
         async for event in self._store.read_all(after=accepted.reached, filter=CARRIED):
-            if event.position > head:
+            position = event.position
+            if position > head:
                 break
             metadata = own_metadata(event.metadata)
             bucket = carried(event, metadata)
-            if bucket is not None and accepted.read(bucket, event.position):
+            if bucket is not None and accepted.read(bucket, position):
                 found += 1
                 if dispatcher.full:
                     await dispatcher.room()
                 dispatcher.submit(event, bucket, metadata=metadata)
             if self._clock() - offered >= PROGRESS_SECONDS:
                 offered = self._clock()
-                accepted.reach(event.position)
-                dispatcher.settle(Step(floor=event.position))
-                log.info("pass.progressed", service=self._service, reached=event.position, head=head, found=found)
+                accepted.reach(position)
+                dispatcher.settle(Step(floor=position))
+                log.info("pass.progressed", service=self._service, reached=position, head=head, found=found)
         return found

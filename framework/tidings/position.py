@@ -286,9 +286,10 @@ class Settled(Generic[T]):
         self._tickets.append(ticket)
         return ticket
 
-    def add(self, ticket: Ticket[T]) -> None:
-        """Begin with a ticket that the caller has made."""
+    def add(self, ticket: Ticket[T]) -> int:
+        """Begin with a ticket that the caller has made; the number of entries."""
         self._tickets.append(ticket)
+        return len(self._tickets)
 
     @staticmethod
     def end(ticket: Ticket[T]) -> None:
