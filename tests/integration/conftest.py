@@ -1,4 +1,4 @@
-"""With `TIDINGS_TEST_DATABASE=postgresql`, each integration test has databases of its own on one server."""
+"""Where integration tests have their services' databases: on PostgreSQL, if a test or the whole run asks for it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.integration.databases import ON_POSTGRESQL, PLACE
+from tests.integration.databases import EVERYWHERE, PLACE
 from tidings.testing.databases import PostgreSQL
 
-if ON_POSTGRESQL:
 
-    @pytest.fixture(autouse=True)
-    async def _on_postgresql(postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-        async with postgresql.isolated() as url:
-            monkeypatch.setenv(PLACE, url)
-            yield
+@pytest.fixture(autouse=EVERYWHERE)
+async def on_postgresql(postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """The test's services have databases of their own there, which are dropped afterwards."""
+    async with postgresql.isolated() as url:
+        monkeypatch.setenv(PLACE, url)
+        yield

@@ -11,26 +11,30 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 from uuid import uuid4
 
-import sqlalchemy as sa
 from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 
 from tidings.testing.local import LocalServer, docker_answers, missing, script_of
 
-__all__ = ["PostgreSQL", "PostgreSQLServer", "create_database", "postgresql_for_tests", "server_for_tests"]
+__all__ = [
+    "PostgreSQL",
+    "PostgreSQLServer",
+    "create_database",
+    "drop_databases",
+    "postgresql_for_tests",
+    "server_for_tests",
+]
 
 _REMEDY: Final = (
     "no PostgreSQL for tests: install one (apt-get install postgresql, or deploy/local/postgresql install as root), "
     "start Docker, or set TIDINGS_TEST_POSTGRESQL=postgresql+asyncpg://user:password@host/database to one whose user "
     "may create databases"
 )
-_SAFE_IN_A_TEST: Final = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
+_SAFE_IN_A_TEST: Final = {"fsync": "off", "full_page_writes": "off", "max_connections": "200", "shared_buffers": "16MB"}
 """The machine does not lose its power in a test that could tell; whoever kills the server asks for another one."""
 
 
@@ -72,11 +76,19 @@ class _Named:
 
 async def create_database(server: str, name: str) -> None:
     """On the server of this URL; nothing happens where it is there already."""
-    try:
-        await _execute(server, f'CREATE DATABASE "{name}"')
-    except sa.exc.DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) not in ("42P04", "23505"):  # it is there; it is just being made
-            raise
+    import asyncpg  # here, because only the extra `postgresql` brings it
+
+    async with _connected(server) as connection:
+        # It is there; it is just being made.
+        with suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
+            await connection.execute(f'CREATE DATABASE "{name}"')
+
+
+async def drop_databases(server: str, prefix: str) -> None:
+    """Those whose names begin so, whoever is connected to them."""
+    async with _connected(server) as connection:
+        for row in await connection.fetch("SELECT datname FROM pg_database WHERE starts_with(datname, $1)", prefix):
+            await connection.execute(f'DROP DATABASE IF EXISTS "{row[0]}" WITH (FORCE)')
 
 
 @asynccontextmanager
@@ -86,18 +98,19 @@ async def _isolated(server: str) -> AsyncIterator[str]:
     try:
         yield make_url(server).set(database=name).render_as_string(hide_password=False)
     finally:
-        for (found,) in await _execute(server, f"SELECT datname FROM pg_database WHERE datname LIKE '{name}%'"):
-            await _execute(server, f'DROP DATABASE IF EXISTS "{found}" WITH (FORCE)')
+        await drop_databases(server, name)
 
 
-async def _execute(server: str, statement: str) -> list[sa.Row[Any]]:
-    engine = create_async_engine(server, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+@asynccontextmanager
+async def _connected(server: str) -> AsyncIterator[Any]:
+    import asyncpg
+
+    url = make_url(server).set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(url)
     try:
-        async with engine.connect() as connection:
-            result = await connection.execute(sa.text(statement))
-            return list(result) if result.returns_rows else []
+        yield connection
     finally:
-        await engine.dispose()
+        await connection.close()
 
 
 def _installed() -> bool:
