@@ -17,7 +17,7 @@ import pytest
 
 from tests.faults.conftest import Recovered
 from tests.faults.proxy import Proxy
-from tests.faults.stage import Process, Stage, now, until
+from tests.faults.stage import Process, Stage, Traffic, now, until
 from tidings.testing.databases import PostgreSQLServer
 
 pytestmark = pytest.mark.faults
@@ -38,6 +38,13 @@ class Site:
         """For the service."""
         self.admin = admin
         """A connection of the administrator to the same database, lost when the server ends."""
+        self.traffic: Traffic | None = None
+        """While it is `working`."""
+
+    async def more_events(self) -> None:
+        """Wait until the log has so many more that a service at work would have handled some."""
+        assert self.traffic is not None
+        await self.traffic.reached(3 * SOME)
 
     async def cut_off(self) -> int:
         """Every connection of the service is ended by the server; how many that were."""
@@ -74,7 +81,7 @@ async def working(site: Site) -> AsyncIterator[Process]:
     stage = site.stage
     stage.relay()
     service = stage.service()
-    async with stage.traffic():
+    async with stage.traffic() as site.traffic:
         await stage.handles(SOME)
         yield service
     assert service.alive
@@ -130,8 +137,7 @@ async def test_postgresql_paused(site: Site, recovered: Recovered) -> None:
     """Connections stay open, and nothing answers for as long as the traffic takes for so many events."""
     async with working(site) as service:
         await asyncio.to_thread(site.server.pause)
-        async with site.stage.traffic() as more:
-            await more.reached(3 * SOME)
+        await site.more_events()
         since = now()
         await asyncio.to_thread(site.server.resume)
         seconds = await site.stage.recovered(since)
@@ -166,8 +172,7 @@ async def test_connections_in_a_black_hole_for_a_while(site: Site, recovered: Re
         site.stage.database_url = proxy.url
         async with working(site):
             proxy.black_hole()
-            async with site.stage.traffic() as more:
-                await more.reached(3 * SOME)
+            await site.more_events()
             since = now()
             proxy.heal()
             seconds = await site.stage.recovered(since)
