@@ -99,9 +99,10 @@ class _Scope:
         try:
             await self._savepoint.commit()
         except DBAPIError as error:
-            if is_unusable(error):
-                raise StatementFailed from error
-            raise
+            if not is_unusable(error):
+                raise
+            await self._savepoint.rollback()  # tells SQLAlchemy alone: to it, the savepoint has gone already
+            raise StatementFailed from error
 
     async def undo(self) -> None:
         self._check_whole()
