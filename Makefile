@@ -1,24 +1,31 @@
-# Two commands on a fresh machine:  make demo,  make test.  Everything they need they install into .venv, and RabbitMQ
-# through the system's packages where that is possible (deploy/local/rabbitmq says what to do where it is not).
+# Two commands on a fresh machine:  make demo,  make test.  Everything they need they install into .venv, and RabbitMQ and
+# PostgreSQL through the system's packages where that is possible (the scripts in deploy/local say what to do where not).
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SERVED := embedded_exactly_once.py embedded_emits.py embedded_handlers.py embedded_held.py embedded_held_corners.py \
 	embedded_held_stress.py embedded_traps.py verify.py rabbitmq_path.py
+DATABASED := crashing_event.py embedded_bad_messages.py embedded_database.py embedded_drain.py embedded_emits.py \
+	embedded_exactly_once.py embedded_handlers.py embedded_held.py embedded_held_corners.py embedded_held_stress.py \
+	embedded_traps.py partitions_embedded.py replay.py verify.py verify_deep.py \
+	verify_repair.py::test_a_marker_alone_heals_what_the_bus_never_brought_and_repeats_nothing
+# The longest, that `make test` runs on PostgreSQL anyway (test_postgresql.py), or that are about who has a queue.
+TOO_LONG := sigkill or compare_and_set or a_standby_leaves or killed_at_any_step or thousands_may_wait
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
 
-.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served kurrentdb soak audit bench format broker clean
+.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served postgresql kurrentdb soak audit bench format broker database clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
 	@echo "make demo-rabbitmq"
 	@echo "             the same as processes over RabbitMQ, some of them killed on the way"
-	@echo "make test    lint, types and tests, against a real RabbitMQ"
+	@echo "make test    lint, types and tests, against a real RabbitMQ and PostgreSQL"
 	@echo "make test-all"
-	@echo "             the same, all faults, the log behind tidings server, and kurrentdbclient"
+	@echo "             the same, all faults, the log behind tidings server, services on PostgreSQL,"
+	@echo "             and kurrentdbclient"
 	@echo "make audit   known vulnerabilities of what is installed; needs the network, so no test runs it"
 	@echo "make soak MINUTES=30"
 	@echo "             random faults under order traffic, then everything is counted; SEED=N chooses the same again"
@@ -38,25 +45,30 @@ demo-rabbitmq: $(INSTALLED)
 
 test: lint types pytest
 
-test-all: test faults served kurrentdb
+test-all: test faults served postgresql kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive framework services deploy deploy/local/rabbitmq
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive framework services deploy deploy/local/rabbitmq deploy/local/postgresql
 
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-pytest: $(INSTALLED) broker
+pytest: $(INSTALLED) broker database
 	$(BIN)/pytest -m "not faults"
 
-faults: $(INSTALLED) broker
+faults: $(INSTALLED) broker database
 	$(BIN)/pytest -m faults
 
 # The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
 served: $(INSTALLED) broker
 	TIDINGS_TEST_STORE=server $(BIN)/pytest $(addprefix tests/integration/test_, $(SERVED))
+
+# What rests on a service's own database once more, with that database in PostgreSQL.
+postgresql: $(INSTALLED) broker database
+	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest -m "not sqlite" -k "not ($(TOO_LONG))" \
+		$(addprefix tests/integration/test_, $(DATABASED))
 
 # kurrentdbclient is the successor of esdbclient, and cannot be installed beside it.
 kurrentdb: $(KURRENT_INSTALLED)
@@ -79,6 +91,9 @@ $(AUDIT)/bin/pip-audit: | $(INSTALLED)
 
 broker: $(INSTALLED)
 	@deploy/local/rabbitmq install
+
+database: $(INSTALLED)
+	@deploy/local/postgresql install
 
 MINUTES := 30
 soak: $(INSTALLED) broker

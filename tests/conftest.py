@@ -1,4 +1,5 @@
-"""Brokers that tests share. A test of RabbitMQ takes `amqp_url`; one that harms its broker takes `rabbitmq_node`."""
+"""Servers that tests share. A test of RabbitMQ takes `amqp_url`, one of PostgreSQL `postgresql_url`; one that harms its
+broker takes `rabbitmq_node`, one that harms its database `postgresql_server`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
+from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_for_tests, server_for_tests
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,24 @@ async def harmed_url(rabbitmq_node: RabbitMQNode) -> AsyncIterator[str]:
     """A vhost of the test's own on `rabbitmq_node`."""
     async with rabbitmq_node.isolated() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """The session's shared server, started by the first test that asks for it. Do it no harm."""
+    with postgresql_for_tests() as server:
+        yield server
+
+
+@pytest.fixture
+async def postgresql_url(postgresql: PostgreSQL) -> AsyncIterator[str]:
+    """The URL of a database without tables, the test's own."""
+    async with postgresql.isolated() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def postgresql_server() -> Iterator[PostgreSQLServer]:
+    """A server of the test module's own, to stop, kill, pause and starve."""
+    with server_for_tests() as server:
+        yield server

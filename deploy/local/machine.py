@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ __all__ = [
     "all_stopped",
     "answers",
     "apt_install",
+    "children",
     "end",
     "erlang",
     "fail",
@@ -31,6 +32,7 @@ __all__ = [
     "holder_of",
     "process_of",
     "runs",
+    "signal_all",
     "wait_for",
 ]
 
@@ -71,6 +73,28 @@ def all_stopped(pid: int) -> bool:
         shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
         return shown.stdout.strip().startswith("T")
     return all(thread.rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+
+def children(pid: int) -> list[Process]:
+    """The processes that it started and that have not ended."""
+    if Path("/proc/self/stat").exists():
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+                if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
+                    found.append(int(stat.parent.name))
+    else:
+        shown = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        found = [int(child) for child, parent in map(str.split, shown.splitlines()) if parent == str(pid)]
+    return [process for process in map(process_of, found) if process["started"] is not None]
+
+
+def signal_all(processes: Iterable[Process], number: signal.Signals) -> None:
+    """To those that have not ended."""
+    for process in processes:
+        if runs(process):
+            with suppress(ProcessLookupError):
+                os.kill(process["pid"], number)
 
 
 def end(process: Process, how: signal.Signals) -> None:

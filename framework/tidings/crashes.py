@@ -36,10 +36,10 @@ def verdicts(notes: Mapping[int, int]) -> tuple[dict[int, Failure], frozenset[in
     suspected."""
     condemned = {
         position: Failure(
-            f"ProcessCrashed: {times} times the process ended without a word while it handled this event, or stood still "
-            "until another took over, so it is not run again. Find out why (a crash in native code, memory, an exit in "
-            "the handler, a computation that blocks the event loop, somebody who kills), mend it, then retry this dead "
-            "letter",
+            f"ProcessCrashed: {times} times the process ended without a word while it handled this event, or stood "
+            "still until another took over, so it is not run again. Find out why (a crash in native code, memory, an "
+            "exit in the handler, a computation that blocks the event loop, somebody who kills), mend it, then retry "
+            "this dead letter",
             "",
             permanent=True,
         )

@@ -1,10 +1,9 @@
-"""A service's own database: its engine, Tidings' tables in it, and which of its errors are the database's own fault."""
+"""A service's own database: its engine, and Tidings' tables in it."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -12,19 +11,12 @@ from functools import partial
 from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import ExceptionContext, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    InterfaceError,
-    NoSuchModuleError,
-    OperationalError,
-    SQLAlchemyError,
-)
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
+from tidings.outages import is_outage, is_refusal, marked, outages, waits_for_itself
 from tidings.settings import redact
 
 __all__ = [
@@ -222,52 +214,6 @@ sa.Index(
 
 _schema = sa.Table("tidings_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
 
-# SQLite's result codes (sqlite.org/rescode.html) that say "the database", not "your statement".
-_SQLITE_OUTAGES: Final = frozenset(
-    {
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_PROTOCOL,
-        sqlite3.SQLITE_NOTADB,
-    }
-)
-
-# PostgreSQL's (appendix A of its manual), for drivers whose errors SQLAlchemy does not class: connection,
-# serialization, deadlock, resources, shutdown, system.
-_SERVER_OUTAGES: Final = ("08", "40001", "40P01", "53", "57P", "58")
-
-_PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-
-
-def is_outage(error: BaseException) -> bool:
-    """Is the service's own database down, locked or full? Then the error is no attempt of a handler.
-
-    An error of any other engine, which a handler may use for something else, is the handler's.
-    """
-    if isinstance(error, DatabaseUnavailable | PoolTimeout):
-        return True
-    if not isinstance(error, DBAPIError) or not getattr(error, "_tidings", False):
-        return False
-    if isinstance(error.orig, sqlite3.Error):
-        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
-    state = str(getattr(error.orig, "sqlstate", None) or "")
-    disturbed = isinstance(error, OperationalError | InterfaceError) or state.startswith(_SERVER_OUTAGES)
-    return error.connection_invalidated or disturbed
-
-
-def waits_for_itself(error: BaseException) -> bool:
-    """Told of an error that came out of a handler with a session: it wrote through another connection to the SQLite
-    database whose one writer it holds itself, so that no waiting helps."""
-    code = getattr(error.orig, "sqlite_errorcode", 0) if isinstance(error, DBAPIError) else 0
-    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
 
 class Database:
     """An engine and what to know about it."""
@@ -286,7 +232,7 @@ class Database:
         for it would bear."""
         level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
         self._writing = engine.execution_options(tidings_writing=True, **level)
-        sa.event.listen(engine.sync_engine, "handle_error", _mark)
+        sa.event.listen(engine.sync_engine, "handle_error", marked)
         writing = self._writing.sync_engine
         sa.event.listen(writing, "before_cursor_execute", _refuse_statement)
         sa.event.listen(writing, "commit", partial(_refuse, "commit"))
@@ -317,7 +263,8 @@ class Database:
             except Exception as error:
                 raise DatabaseUnavailable(
                     f"database {self.shown}: it lets nobody in: {type(error).__name__}: {error}. Nothing is lost: the "
-                    "service goes on where it was when the database answers again"
+                    "service goes on where it was when the database answers again",
+                    waiting_helps=not is_refusal(error),
                 ) from error
             yield connection
 
@@ -353,45 +300,6 @@ def _refuse_statement(
     found = _ENDS_TRANSACTION.match(statement)
     if found is not None and _GUARDED in connection.info:
         raise TransactionMisuse(found[1].lower())
-
-
-def _mark(context: ExceptionContext) -> None:
-    if context.sqlalchemy_exception is not None:
-        context.sqlalchemy_exception._tidings = True  # type: ignore[attr-defined]
-
-
-@contextmanager
-def outages(database: str) -> Iterator[None]:
-    """Turn the database's own failures into `DatabaseUnavailable` with the remedy; let the rest pass."""
-    try:
-        yield
-    except (DBAPIError, PoolTimeout) as error:
-        if isinstance(error, PoolTimeout) or is_outage(error):
-            code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
-            passing = code is None or code & 0xFF in _PASSING
-            raise DatabaseUnavailable(f"database {database}: {_remedy(error)}", waiting_helps=passing) from error
-        raise
-
-
-def _remedy(error: DBAPIError | PoolTimeout) -> str:
-    if isinstance(error, PoolTimeout):
-        return "no connection became free; raise the pool's size, or look for a handler that holds one"
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    cause = f"{error.orig}"
-    if code is None:
-        return f"{cause}. Nothing is lost: the service goes on where it was when the database answers again"
-    advice = {
-        sqlite3.SQLITE_BUSY: "another process holds the writer: find it (lsof on the file) and let it finish",
-        sqlite3.SQLITE_LOCKED: "another process holds the writer: find it (lsof on the file) and let it finish",
-        sqlite3.SQLITE_READONLY: "make the file and its folder writable for this user",
-        sqlite3.SQLITE_PERM: "make the file and its folder writable for this user",
-        sqlite3.SQLITE_CANTOPEN: "make sure that the folder exists and is writable for this user",
-        sqlite3.SQLITE_FULL: "the disk is full: free some space",
-        sqlite3.SQLITE_IOERR: "the disk failed or is full: look at the system's log",
-        sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
-        sqlite3.SQLITE_NOTADB: "the file is no SQLite database: check the path",
-    }.get(code & 0xFF, "see sqlite.org/rescode.html")
-    return f"{cause}; {advice}. Nothing is lost"
 
 
 @asynccontextmanager

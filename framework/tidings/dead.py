@@ -18,8 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import Database, dead, held, staged
 from tidings.errors import TidingsError
-from tidings.inbox import recorded, storable
-from tidings.position import partition_key
+from tidings.inbox import key_of, recorded
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]
 
@@ -152,7 +151,4 @@ def held_again(row: sa.Row[Any], reason: str) -> dict[str, Any]:
 
 def _key_of(row: sa.Row[Any]) -> str:
     """The partition key; letters of the first schema are without."""
-    if row.key is not None:
-        return str(row.key)
-    key: str = storable(partition_key(recorded(row)))
-    return key
+    return str(row.key) if row.key is not None else key_of(recorded(row))

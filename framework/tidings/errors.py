@@ -50,6 +50,7 @@ __all__ = [
     "MalformedMessage",
     "PublishRejected",
     "SchemaError",
+    "StatementFailed",
     "StoreError",
     "StoreUnavailable",
     "StreamDeleted",
@@ -266,6 +267,17 @@ class TransactionMisuse(HandlerError):
         super().__init__(
             f"{operation}() on the injected session is not for handlers: effects and watermark are committed together, "
             "after the handler returns. Use session.begin_nested() for a part that may fail; raise to undo everything."
+        )
+
+
+class StatementFailed(HandlerError):
+    """A handler went on after a statement of its had failed; PostgreSQL keeps nothing of what was done around it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a statement failed, and the handler went on. SQLite undoes such a statement alone; PostgreSQL undoes all "
+            "that the handler did, and does nothing more. Raise, or put what may fail into: "
+            "async with session.begin_nested()"
         )
 
 

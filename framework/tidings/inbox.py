@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -20,13 +21,15 @@ from tidings.errors import Fenced, LogChanged
 from tidings.many import ForMany
 from tidings.message import Message
 from tidings.partitions import layout_of
+from tidings.position import partition_key
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
-__all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "recorded", "storable"]
+__all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "key_of", "recorded", "storable"]
 
 
 _STAGE: Final = staged.insert()
 _BURY: Final = dead.insert()
+_KEY_BYTES: Final = 1000
 
 
 def storable(value: Any) -> Any:
@@ -34,6 +37,15 @@ def storable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def key_of(event: RecordedEvent) -> str:
+    """The partition key as rows have it. Of one that would not fit into an index, as PostgreSQL's, a digest tells the
+    rest."""
+    key: str = storable(partition_key(event))
+    if len(key) <= _KEY_BYTES // 4 or len(octets := key.encode()) <= _KEY_BYTES:
+        return key
+    return f"{octets[:_KEY_BYTES].decode(errors='ignore')}...{sha256(octets).hexdigest()}"
 
 
 def recorded(row: sa.Row[Any]) -> RecordedEvent:

@@ -15,8 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 
 from tidings.attempt import Failure, is_infrastructure
 from tidings.database import guarded
-from tidings.errors import TransactionMisuse
+from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.handlers import Handler, Inject
+from tidings.outages import is_unusable
 from tidings.transaction import GuardedConnection, GuardedSession
 
 __all__ = ["GroupBroken", "in_savepoint"]
@@ -43,8 +44,8 @@ async def in_savepoint(
             if failure is None:
                 failure = await scope.flush(handler)
         if failure is None:
-            await scope.keep()
-        else:
+            failure = await _kept(scope, handler)
+        if failure is not None:
             await scope.undo()
     except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
         if is_infrastructure(error):
@@ -55,6 +56,14 @@ async def in_savepoint(
             await connection.run_sync(_roll_back)
         raise GroupBroken(failure) from error
     return failure
+
+
+async def _kept(scope: _Scope, handler: Handler) -> Failure | None:
+    try:
+        await scope.keep()
+    except StatementFailed as error:
+        return Failure.of(error, handler)
+    return None
 
 
 class _Scope:
@@ -87,7 +96,13 @@ class _Scope:
         self._check_whole()
         if not self._savepoint.is_active:
             raise TransactionMisuse("rollback")
-        await self._savepoint.commit()
+        try:
+            await self._savepoint.commit()
+        except DBAPIError as error:
+            if not is_unusable(error):
+                raise
+            await self._savepoint.rollback()  # tells SQLAlchemy alone: to it, the savepoint has gone already
+            raise StatementFailed from error
 
     async def undo(self) -> None:
         self._check_whole()

@@ -17,8 +17,8 @@ from tidings.context import Context
 from tidings.errors import Fenced
 from tidings.handlers import Handler
 from tidings.held import HeldEvent
-from tidings.inbox import Letter, StagedEvent, storable
-from tidings.position import Ticket, partition_key
+from tidings.inbox import Letter, StagedEvent, key_of
+from tidings.position import Ticket
 from tidings.stores import RecordedEvent
 
 __all__ = ["Item", "Step", "Troubles"]
@@ -135,7 +135,7 @@ class Item(Ticket[Step | None]):
     @property
     def key(self) -> str:
         """The partition key; it is read from the metadata, so ask only where it matters."""
-        return self.held.key if self.held is not None else storable(partition_key(self.event))
+        return self.held.key if self.held is not None else key_of(self.event)
 
     def succeed(self, context: Context) -> None:
         self.emissions = [

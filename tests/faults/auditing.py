@@ -21,6 +21,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.faults.reader import reader
 from tidings import Context, Event, EventStore, Service
 from tidings.codec import CAUSATION, read_metadata
 from tidings.handlers import Hold, Retry
@@ -132,8 +133,10 @@ class Row:
     pid: int
 
 
-def query(database: Path, sql: str, *values: object) -> list[tuple[Any, ...]]:
-    """What a service's database answers; nothing while its tables are not made yet."""
+def query(database: Path | str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    """What a service's database, a file or a URL, answers; nothing while its tables are not made yet."""
+    if isinstance(database, str):
+        return reader.ask(database, sql, *values)
     if not database.exists():
         return []
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as connection:
@@ -145,13 +148,13 @@ def query(database: Path, sql: str, *values: object) -> list[tuple[Any, ...]]:
             return []
 
 
-def rows_of(database: Path) -> list[Row]:
+def rows_of(database: Path | str) -> list[Row]:
     """Every effect of a service."""
     columns = ", ".join(Row.__slots__)
     return [Row(*row) for row in query(database, f"SELECT {columns} FROM audit ORDER BY id")]
 
 
-def dead_of(database: Path) -> list[tuple[int, str]]:
+def dead_of(database: Path | str) -> list[tuple[int, str]]:
     """Position and reason of what a service gave up."""
     return [(position, reason) for position, reason in query(database, "SELECT position, reason FROM tidings_dead")]
 
@@ -195,7 +198,7 @@ async def asked_of(store: EventStore) -> Asked:
     return found
 
 
-def broken_promises(asked: Asked, acknowledged: Mapping[int, int], databases: Mapping[str, Path]) -> list[str]:
+def broken_promises(asked: Asked, acknowledged: Mapping[int, int], databases: Mapping[str, Path | str]) -> list[str]:
     """Every promise that does not hold, in words: nothing lost, each effect once, in order per key.
 
     `acknowledged` is what the producer was told: number to position. `databases` are those of the services, by name.

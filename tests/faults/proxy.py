@@ -1,5 +1,7 @@
 """A TCP proxy that misbehaves as networks do, and reads AMQP frames to do so at the worst place. It knows no events.
 
+What is no AMQP passes in pieces as they come, so that only faults of whole connections can meet it.
+
 It listens on the loopback interface alone. Without a fault, what passes is a little later and otherwise unchanged.
 """
 
@@ -28,12 +30,14 @@ _AT_ONCE: Final = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """`async with Proxy(amqp_url) as proxy`: clients connect to `proxy.url`. A fault is an attribute, for connections
+    """`async with Proxy(url) as proxy`: clients connect to `proxy.url`. A fault is an attribute, for connections
     that there are and new ones, or a method."""
 
     def __init__(self, url: str, *, options: str = "") -> None:
         """`options` are added to `proxy.url`, as `"heartbeat=2"`."""
         self._place = urlsplit(url)
+        self.reads = self._place.scheme.startswith("amqp")
+        """Frames, to count messages in them."""
         self._options = options
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
@@ -199,8 +203,10 @@ class _Link:
             await self._gate()
             if not data:
                 raise _Over
-            kept += data
-            out = b"".join(part for whole in _frames(kept) for part in passing(whole))
+            if proxy.reads:
+                kept += data
+                data = b"".join(part for whole in _frames(kept) for part in passing(whole))
+            out = data
             size = proxy.piece or len(out) or 1
             for at in range(0, len(out), size):
                 sink.write(out[at : at + size])

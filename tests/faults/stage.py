@@ -186,8 +186,12 @@ class Traffic:
 class Stage:
     """`with Stage(folder, bus) as stage`: leaving ends what still runs, and shows the logs when a test failed."""
 
-    def __init__(self, folder: Path, bus: str) -> None:
+    def __init__(self, folder: Path, bus: str, server: str | None = None) -> None:
+        """`server` is the URL of a database server on which `audit` has its database, instead of in a file."""
         self.folder = folder
+        self.database_server = server
+        self.database_url = server or f"sqlite:///{folder}/databases/{{service}}.db"
+        """For the processes that are started from now on."""
         self.databases = folder / "databases"
         self.databases.mkdir()
         self.bus = bus
@@ -231,7 +235,7 @@ class Stage:
         env = kept | {
             "TIDINGS_STORE": self.store_url,
             "TIDINGS_BUS": bus or self.bus,
-            "TIDINGS_DATABASE": f"sqlite:///{self.databases}/{{service}}.db",
+            "TIDINGS_DATABASE": self.database_url,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         command = ["-m", "tests.faults.arranged", *arranged, "--"] if arranged else ["-m", "tidings"]
@@ -289,12 +293,16 @@ class Stage:
     def database(self, name: str = "audit") -> Path:
         return self.databases / f"{name}.db"
 
+    def place(self, name: str = "audit") -> Path | str:
+        """For whoever reads what a service did: its file, or the URL of the server, whatever services are told."""
+        return self.database_server or self.database(name)
+
     def rows(self, name: str = "audit") -> list[Row]:
         """Every effect, in the order in which they became durable."""
-        return auditing.rows_of(self.database(name))
+        return auditing.rows_of(self.place(name))
 
     def effects(self, name: str = "audit") -> int:
-        found = auditing.query(self.database(name), "SELECT count(*) FROM audit")
+        found = auditing.query(self.place(name), "SELECT count(*) FROM audit")
         return int(found[0][0]) if found else 0
 
     async def handled(self, count: int, name: str = "audit") -> None:
@@ -311,7 +319,7 @@ class Stage:
         sql = "SELECT min(handled) FROM audit WHERE appended > ? AND key LIKE ?"
 
         def first(name: str) -> float | None:
-            rows = auditing.query(self.database(name), sql, since, key)
+            rows = auditing.query(self.place(name), sql, since, key)
             return rows[0][0] if rows else None
 
         wanted, found = names or self.names, dict[str, float]()
@@ -352,7 +360,7 @@ class Stage:
         async with AsyncExitStack() as stack:
             services = []
             for name in self.names:
-                url = f"sqlite:///{self.database(name)}"
+                url = self.database_server or f"sqlite:///{self.database(name)}"
                 database = await stack.enter_async_context(open_database(url, auditing.tables))
                 services.append((SERVICES[name], database))
             return await verify(store, services)
@@ -363,7 +371,7 @@ class Stage:
         await self.settled(seconds)
         async with open_store(self.store_url) as store:
             asked = await auditing.asked_of(store)
-        databases = {name: self.database(name) for name in self.names}
+        databases = {name: self.place(name) for name in self.names}
         broken = auditing.broken_promises(asked, self.acknowledged, databases)
         assert not broken, "\n".join(broken)
         assert self.acknowledged, "nothing was appended, so nothing was proved"

@@ -20,6 +20,7 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.integration.databases import database_url
 from tests.integration.served import open_log
 from tidings import ANY, Context, Event, EventData, EventStore, Relay, Retry, Service, Settings, open_bus
 from tidings.buses.memory import MemoryBus
@@ -124,7 +125,7 @@ def settings_for(folder: Path, bus: str | None = None) -> Settings:
     return Settings(
         store=f"sqlite:///{folder}/log.db",
         bus=bus or f"memory://{uuid4().hex}",
-        database=f"sqlite:///{folder}/{{service}}.db",
+        database=database_url(folder),
     )
 
 

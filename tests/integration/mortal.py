@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.integration.databases import on_server
 from tests.integration.embedded import QUICK, Happened, audit, embedded, tables
 from tidings import Service
 
@@ -45,6 +46,7 @@ def mortal(kind: str, folder: Path) -> Service:
             await poison()
         if kind == "slow":
             await asyncio.sleep(0.2)
+        insert = postgresql.insert if on_server() else sqlite.insert
         async with service.engine.begin() as connection:  # at least once, so the note makes it once
             row = {"key": event.key, "n": event.n, "note": str(event.n)}
             await connection.execute(insert(audit).values(row).on_conflict_do_nothing())

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from structlog.testing import capture_logs
 
+from tests.integration.databases import remove_database
 from tests.integration.embedded import (
     Happened,
     assert_once_in_order,
@@ -30,7 +31,6 @@ from tests.integration.embedded import (
 )
 from tidings import Context, Service
 from tidings.errors import DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
-from tidings.running import RunningService
 
 EVENTS = many(200, 11)
 
@@ -70,6 +70,7 @@ def full(service: Service, folder: Path) -> Any:
     return pragma(service, "PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000")
 
 
+@pytest.mark.sqlite("its locks and pragmas; the outages of PostgreSQL are in tests/faults/test_postgresql_faults.py")
 @pytest.mark.parametrize(
     ("harm", "says", "with_session"),
     [
@@ -151,6 +152,7 @@ def _remove_log(folder: Path) -> None:
         file.unlink()
 
 
+@pytest.mark.sqlite("one writer's lock on a whole database")
 @pytest.mark.parametrize("file", ["log.db", "audit.db"])
 async def test_what_is_locked_at_the_start_is_waited_for(
     tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +179,7 @@ async def _started(folder: Path, service: Service) -> None:
         pass
 
 
+@pytest.mark.sqlite("a file that is no database")
 async def test_what_only_a_person_can_mend_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "audit.db").write_bytes(b"no database at all, but long enough to look like a file" * 20)
     with pytest.raises(DatabaseUnavailable, match="no SQLite database: check the path"):
@@ -222,19 +225,6 @@ async def test_a_log_restored_to_an_older_state_is_refused_by_name(tmp_path: Pat
         async with embedded(tmp_path, service):
             pass
     assert caught.value.known >= known > caught.value.head
-    async with RunningOnly(tmp_path, service):
+    await remove_database(tmp_path, "audit")
+    async with service.running(settings_for(tmp_path)):  # after a refusal the service is free for another start
         pass
-
-
-class RunningOnly:
-    """After a refusal the service object is free for another start."""
-
-    def __init__(self, folder: Path, service: Service) -> None:
-        (folder / "audit.db").unlink()
-        self.context = service.running(settings_for(folder))
-
-    async def __aenter__(self) -> RunningService:
-        return await self.context.__aenter__()
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self.context.__aexit__(*error)

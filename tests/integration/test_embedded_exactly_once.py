@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sqlite3
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.integration.databases import answers
 from tests.integration.embedded import (
     Happened,
     assert_once_in_order,
@@ -118,14 +119,11 @@ async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path:
     async with embedded(tmp_path, Service("first")) as world:
         await world.append(*events)
 
-    def audited() -> int:
-        connection = sqlite3.connect(tmp_path / "audit.db", timeout=10)
-        try:
-            return int(connection.execute("SELECT count(*) FROM audit").fetchone()[0])
-        except sqlite3.OperationalError:
-            return 0
-        finally:
-            connection.close()
+    async def audited() -> int:
+        return sum(await answers(tmp_path, "SELECT count(*) FROM audit"))
+
+    async def has(enough: int) -> bool:
+        return await audited() >= enough
 
     for attempt in range(4):
         child = await asyncio.create_subprocess_exec(
@@ -144,8 +142,8 @@ async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path:
         elif when == "anywhere":
             assert child.stdout is not None
             await child.stdout.readline()
-            enough = min(audited() + chance.randint(1, 150), 780)
-            await until(lambda enough=enough: audited() >= enough)  # type: ignore[misc]
+            enough = min(await audited() + chance.randint(1, 150), 780)
+            await until(partial(has, enough))
             child.kill()
             await child.communicate()
         else:

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_e
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from structlog.testing import capture_logs
 
+from tests.integration.databases import on_server
 from tests.integration.embedded import (
     QUICK,
     Happened,
@@ -293,7 +294,10 @@ async def test_a_commit_behind_sqlalchemys_back_is_noticed_and_dead(
         if event.key == "culprit":
             raw = await (await session.connection()).get_raw_connection()
             assert raw.driver_connection is not None
-            raw.driver_connection.commit()
+            if on_server():
+                await raw.driver_connection.execute("COMMIT")
+            else:
+                raw.driver_connection.commit()
 
     service = auditing(effect=meddle)
     async with embedded(tmp_path, service) as world:
@@ -519,6 +523,8 @@ async def test_a_plain_function_that_returns_a_coroutine_is_not_taken_for_succes
 
 
 async def test_an_outage_of_a_database_that_is_not_the_services_own_counts_as_a_failure(tmp_path: Path) -> None:
+    import tidings.sqlite_dialect  # noqa: F401 - it is found by name, and the service itself may have another one
+
     service, seen = Service("audit"), list[str]()
     other = create_async_engine(f"sqlite+tidings:///{tmp_path}/missing/other.db")
 

@@ -157,6 +157,7 @@ async def test_what_waits_behind_a_dead_letter_does_not_run_when_an_older_one_is
         assert await rows(service) == [("k", 0), ("k", 1), ("k", 2)]
 
 
+@pytest.mark.sqlite("a database in memory, which is one connection")
 async def test_a_handler_that_keeps_the_only_connection_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

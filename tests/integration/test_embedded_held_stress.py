@@ -225,7 +225,7 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
 
         fate.kind = False
         numbered: dict[str, int] = defaultdict(int)
-        while len(events) < EVENTS:
+        while len(events) < EVENTS or (not fate.dropped and len(events) < 3 * EVENTS):
             async with lives(fate, settings, store, bus):
                 for _ in range(chance.randint(1, 4)):
                     fate.outage = chance.random() < 0.15

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from pydantic import field_validator
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.integration.databases import database_url
 from tidings import Aggregate, Context, Event, EventData, Runtime, Service, Settings, evolves
 from tidings.database import floors
 from tidings.errors import ConfigurationError
@@ -46,7 +47,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(
         store=f"sqlite:///{tmp_path}/events.db",
         bus=f"memory://{uuid4()}",
-        database=f"sqlite:///{tmp_path}/{{service}}.db",
+        database=database_url(tmp_path),
     )
 
 

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from tests.integration.databases import database_url
 from tests.integration.embedded import (
     Happened,
     assert_once_in_order,
@@ -112,7 +113,7 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         store = await stack.enter_async_context(open_log(folder))
         bus = await stack.enter_async_context(open_bus(settings.bus))
         assert isinstance(bus, MemoryBus)
-        database = await stack.enter_async_context(open_database(f"sqlite:///{folder}/audit.db", tables))
+        database = await stack.enter_async_context(open_database(database_url(folder, "audit"), tables))
         relay = Relay(store, bus, marker_seconds=0.1, checkpoint_seconds=0.05)
         await stack.enter_async_context(supervised(relay.run()))
         yield Site(settings, store, bus, database)

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.integration.databases import database_url
 from tidings import Context, Event, Runtime, Service, Settings
 from tidings.database import open_database
 from tidings.handlers import Retry
@@ -38,7 +39,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(
         store=f"sqlite:///{tmp_path}/events.db",
         bus=f"memory://{uuid4()}",
-        database=f"sqlite:///{tmp_path}/{{service}}.db",
+        database=database_url(tmp_path),
     )
 
 

@@ -108,10 +108,13 @@ async def test_an_error_ends_them_all() -> None:
     def begin(item: int) -> None:
         raise LookupError("gone")
 
-    with pytest.raises(ExceptionGroup) as raised:
+    async def work() -> None:
         async with at_work(2, begin) as workers:
             workers.give(1)
             await turns()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await work()
     assert [type(error) for error in raised.value.exceptions] == [LookupError]
 
 

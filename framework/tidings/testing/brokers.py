@@ -12,20 +12,15 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from pathlib import Path
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
-import pytest
+from tidings.testing.local import LocalServer, docker_answers, missing, script_of
 
 __all__ = ["RabbitMQ", "RabbitMQCluster", "RabbitMQNode", "cluster_for_tests", "node_for_tests", "rabbitmq_for_tests"]
 
-_SCRIPT: Final = Path(__file__).parents[3] / "deploy" / "local" / "rabbitmq"
 _NUMBERS: Final = itertools.count(1)
 _REMEDY: Final = (
     "no RabbitMQ for tests: install one (apt-get install rabbitmq-server, or deploy/local/rabbitmq up as root), start "
@@ -41,41 +36,12 @@ class RabbitMQ(Protocol):
         ...
 
 
-class RabbitMQNode:
-    """A node of this machine, started by `deploy/local/rabbitmq`, for one test session or for tests that harm it.
+class RabbitMQNode(LocalServer):
+    """A node of this machine, started by `deploy/local/rabbitmq` (some 5 s); `settings` are lines for rabbitmq.conf, as
+    `{"max_message_size": "65536"}`, and `url` has the vhost `/`."""
 
-    Every method blocks until it is done; in an event loop that must go on, use `await asyncio.to_thread(node.restart)`.
-    A guard process ends the node even if the tests are killed.
-    """
-
+    product = "rabbitmq"
     _nodes: int = 1
-
-    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
-        """`settings` are lines for rabbitmq.conf, as `{"max_message_size": "65536"}`."""
-        if not _SCRIPT.exists():
-            raise FileNotFoundError(f"{_SCRIPT}: a node can only be started from a checkout of Tidings")
-        self._settings = [f"--set={name}={value}" for name, value in (settings or {}).items()]
-        self.folder = tempfile.mkdtemp(prefix="tidings-rabbitmq-")
-        """`TIDINGS_LOCAL` for whoever calls the script itself."""
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._runs = self._paused = False
-        self.url = ""
-        """With the vhost `/`; stays the same over stops and starts."""
-
-    def start(self) -> None:
-        """Start it, or start it again with its data; returns when it accepts connections (some 5 s)."""
-        if self._guard is None:
-            self._guard = subprocess.Popen(
-                [*self._script(), "guard"], env=self._env(), stdin=subprocess.PIPE, start_new_session=True
-            )
-        port = [] if self.url else ["--port=0"]
-        self.url = self._run("up", f"--nodes={self._nodes}", *port, *self._settings).splitlines()[-1]
-        self._runs = True
-
-    def stop(self) -> None:
-        """Stop it in good order; connections are closed with a word of why."""
-        self._runs = False
-        self._run("down")
 
     def kill(self) -> None:
         """SIGKILL: connections break, no message is flushed.
@@ -84,23 +50,7 @@ class RabbitMQNode:
         was made moments before the kill would come back without a leader, and confirm nothing for ever.
         """
         self.eval("[dets:sync(Table) || Table <- dets:all()]")
-        self._runs = False
-        self._run("down", "--kill")
-
-    def restart(self) -> None:
-        """`stop`, then `start`."""
-        self.stop()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers."""
-        self._paused = True
-        self._run("pause")
-
-    def resume(self) -> None:
-        """SIGCONT after `pause`."""
-        self._run("resume")
-        self._paused = False
+        super().kill()
 
     def rabbitmqctl(self, *arguments: str) -> str:
         """Its output. Takes about half a second; raises `subprocess.CalledProcessError`."""
@@ -127,8 +77,7 @@ class RabbitMQNode:
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:
         """The URL of a vhost for one test. A test that fails may leave the node stopped or paused: that is mended."""
-        if not self._runs:
-            await asyncio.to_thread(self.start)
+        await asyncio.to_thread(self.mend)
         url = await asyncio.to_thread(self.add_vhost)
         try:
             yield url
@@ -138,45 +87,8 @@ class RabbitMQNode:
             if self._runs:
                 await asyncio.to_thread(self.delete_vhost, url)
 
-    def close(self) -> None:
-        """End it and forget its data."""
-        if self._guard is not None:
-            self._run("down", "--kill")
-            self._guard.communicate()
-            self._guard = None
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _script(self) -> list[str]:
-        return [sys.executable, str(_SCRIPT)]
-
-    def _env(self) -> dict[str, str]:
-        return os.environ | {"TIDINGS_LOCAL": self.folder}
-
-    def _run(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [*self._script(), *arguments],
-            env=self._env(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=150,  # seconds: longer than the script's own patience
-        )
-        if done.returncode != 0:
-            error = subprocess.CalledProcessError(done.returncode, arguments[0], done.stdout, done.stderr)
-            error.add_note((done.stdout + done.stderr).decode(errors="replace"))
-            raise error
-        return done.stdout.decode()
+    def _size(self) -> list[str]:
+        return [f"--nodes={self._nodes}"]
 
 
 class RabbitMQCluster(RabbitMQNode):
@@ -254,23 +166,18 @@ class _Named:
             await connection.close()
 
 
-def _missing(reason: str) -> NoReturn:
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
 def _container() -> Any:
     """A started container, or None without testcontainers or an engine that answers."""
-    if shutil.which("docker") is None:
-        return None
-    if subprocess.run(["docker", "info"], capture_output=True, timeout=20, check=False).returncode != 0:
-        return None
     try:
         from testcontainers.rabbitmq import RabbitMqContainer
     except ImportError:
         return None
-    return RabbitMqContainer("rabbitmq:3.13").start()
+    return RabbitMqContainer("rabbitmq:3.13").start() if docker_answers() else None
+
+
+def _installed() -> bool:
+    found = shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    return found is not None and script_of("rabbitmq") is not None
 
 
 @contextmanager
@@ -278,7 +185,7 @@ def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
     """The broker that a test session shares; skips (in CI: fails) the tests that ask for it when there is none."""
     if named := os.environ.get("TIDINGS_TEST_AMQP"):
         yield _Named(named)
-    elif _SCRIPT.exists() and shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+    elif _installed():
         with RabbitMQNode() as node:
             yield node
     elif (container := _container()) is not None:
@@ -288,12 +195,12 @@ def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
         finally:
             container.stop()
     else:
-        _missing(_REMEDY)
+        missing(_REMEDY)
 
 
 def _installed_or_missing() -> None:
-    if not _SCRIPT.exists() or not shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-        _missing("no rabbitmq-server is installed, so none can be killed: apt-get install rabbitmq-server")
+    if not _installed():
+        missing("no rabbitmq-server is installed, so none can be killed: apt-get install rabbitmq-server")
 
 
 @contextmanager

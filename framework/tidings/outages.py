@@ -1,0 +1,136 @@
+"""Which errors of a service's database are the database's own fault, and what to do about each. It asks it nothing."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from tidings.errors import DatabaseUnavailable
+
+__all__ = ["is_outage", "is_refusal", "is_unusable", "marked", "outages", "waits_for_itself"]
+
+# SQLite's result codes (sqlite.org/rescode.html) that say "the database", not "your statement".
+_SQLITE_OUTAGES: Final = frozenset(
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_NOTADB,
+    }
+)
+
+# PostgreSQL's (appendix A of its manual), for drivers whose errors SQLAlchemy does not class.
+_REFUSED: Final = ("28", "3D000")
+_SERVER_OUTAGES: Final = ("08", "25006", "25P03", "40001", "40P01", "53", "57P", "58", *_REFUSED)
+"""Connection, a standby that takes no writes, idleness, serialization, deadlock, resources, shutdown, system."""
+_TIMEOUTS: Final = ("55P03", "57014")
+"""Of a lock and of a statement: set by whoever runs the server, or by a handler for what it does itself."""
+
+_PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Is the service's own database down, locked or full? Then the error is no attempt of a handler.
+
+    An error of any other engine, which a handler may use for something else, is the handler's.
+    """
+    if isinstance(error, DatabaseUnavailable | PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError) or not getattr(error, "_tidings", False):
+        return False
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
+    if error.connection_invalidated:
+        return True
+    state = _state(error)
+    # An InterfaceError of a connection that is whole is about what the driver was given.
+    return state.startswith(_SERVER_OUTAGES) if state else isinstance(error, OperationalError)
+
+
+def _state(error: BaseException) -> str:
+    """PostgreSQL's code, or ""; older versions of SQLAlchemy pass a driver's own errors on while it connects."""
+    return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Only a person can mend it, but may do so at any time: the user is not let in, or there is no such database."""
+    return _state(error).startswith(_REFUSED)
+
+
+def is_unusable(error: DBAPIError) -> bool:
+    """A statement failed before this one, and PostgreSQL does nothing more until the savepoint around both."""
+    return _state(error) == "25P02"
+
+
+def waits_for_itself(error: BaseException) -> bool:
+    """Told of an error that came out of a handler with a session: it wrote through another connection to the SQLite
+    database whose one writer it holds itself, so that no waiting helps."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) if isinstance(error, DBAPIError) else 0
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def marked(context: ExceptionContext) -> None:
+    """A listener: an error of the service's own engine is told from those of any other."""
+    if context.sqlalchemy_exception is not None:
+        context.sqlalchemy_exception._tidings = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def outages(database: str) -> Iterator[None]:
+    """Turn the database's own failures into `DatabaseUnavailable` with the remedy; let the rest pass."""
+    try:
+        yield
+    except (DBAPIError, PoolTimeout) as error:
+        state = _state(error)
+        if isinstance(error, PoolTimeout) or is_outage(error) or state in _TIMEOUTS:
+            code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+            passing = not is_refusal(error) if code is None else code & 0xFF in _PASSING
+            raise DatabaseUnavailable(f"database {database}: {_remedy(error)}", waiting_helps=passing) from error
+        raise
+
+
+_ADVICE: Final = {
+    _REFUSED: "; check user, password and name of the database in TIDINGS_DATABASE",
+    ("25006",): "; it takes no writes, as a standby does: name the primary in TIDINGS_DATABASE",
+    ("40",): "; another transaction was in its way, so it is done again",
+    ("53100",): "; free some space",
+    ("53300",): "; raise its max_connections, or look for who holds so many",
+    _TIMEOUTS: "; its lock_timeout or statement_timeout is too short, or somebody holds a lock for long",
+}
+"""By PostgreSQL's code."""
+
+
+def _remedy(error: DBAPIError | PoolTimeout) -> str:
+    if isinstance(error, PoolTimeout):
+        return "no connection became free; raise the pool's size, or look for a handler that holds one"
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    cause = f"{error.orig}"
+    if code is None:
+        state = _state(error)
+        found = next((advice for states, advice in _ADVICE.items() if state.startswith(states)), "")
+        return f"{cause}{found}. Nothing is lost: the service goes on where it was when the database answers again"
+    advice = {
+        sqlite3.SQLITE_BUSY: "another process holds the writer: find it (lsof on the file) and let it finish",
+        sqlite3.SQLITE_LOCKED: "another process holds the writer: find it (lsof on the file) and let it finish",
+        sqlite3.SQLITE_READONLY: "make the file and its folder writable for this user",
+        sqlite3.SQLITE_PERM: "make the file and its folder writable for this user",
+        sqlite3.SQLITE_CANTOPEN: "make sure that the folder exists and is writable for this user",
+        sqlite3.SQLITE_FULL: "the disk is full: free some space",
+        sqlite3.SQLITE_IOERR: "the disk failed or is full: look at the system's log",
+        sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
+        sqlite3.SQLITE_NOTADB: "the file is no SQLite database: check the path",
+    }.get(code & 0xFF, "see sqlite.org/rescode.html")
+    return f"{cause}; {advice}. Nothing is lost"

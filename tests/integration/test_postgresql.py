@@ -1,0 +1,235 @@
+"""On PostgreSQL in every `make test`: the sharpest promises, and what it does otherwise than SQLite.
+
+`make postgresql` runs every test of a service's database there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from structlog.testing import capture_logs
+
+from tests.integration import test_embedded_exactly_once as once
+from tests.integration import test_embedded_held as holding
+from tests.integration.databases import PLACE, database_url
+from tests.integration.embedded import (
+    Happened,
+    assert_once_in_order,
+    audit,
+    auditing,
+    embedded,
+    letters,
+    many,
+    rows,
+    tables,
+    until,
+)
+from tidings import Context, Hold, Retry
+from tidings.database import Database, connected, open_database
+from tidings.errors import DatabaseUnavailable
+from tidings.position import bucket_of
+
+pytestmark = pytest.mark.usefixtures("on_postgresql")
+
+OTHERS = many(30, 7)
+CULPRIT = Happened(key="culprit")
+
+
+async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    await once.test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path, "after")
+
+
+async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await once.test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(tmp_path, monkeypatch)
+
+
+async def test_whatever_fails_and_when_each_key_keeps_its_order(tmp_path: Path) -> None:
+    await holding.test_whatever_fails_and_when_each_key_keeps_its_order(tmp_path, transactional=True)
+
+
+# ---- what is a handler's failure, and what is not ------------------------------------------------------------------
+
+
+async def _too_much_at_once(session: AsyncSession) -> None:
+    """More parameters than the protocol has room for: the driver says so, as it says that a connection was closed."""
+    await session.execute(sa.select(audit.c.id).where(audit.c.id.in_(range(40_000))))
+
+
+async def _wrong_type(session: AsyncSession) -> None:
+    await session.execute(sa.insert(audit).values(key="k", n="seven"))
+
+
+@pytest.mark.parametrize("mistake", [_too_much_at_once, _wrong_type])
+async def test_a_mistake_of_a_handler_is_its_failure_and_no_outage(tmp_path: Path, mistake: object) -> None:
+    async def do(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.key == "culprit":
+            await mistake(session)  # type: ignore[operator]
+
+    service = auditing(effect=do)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*OTHERS[:15], CULPRIT, *OTHERS[15:])
+        await world.settled(20)
+        assert_once_in_order(await rows(service), OTHERS)
+        (letter,) = await letters(service)
+        assert (letter.partition_key, letter.attempts) == ("culprit", 3)
+        assert world.running[0].joins == 1
+
+
+async def test_a_handler_that_goes_on_after_a_failed_statement_is_told_so_and_alone_pays(tmp_path: Path) -> None:
+    async def insert_or_ignore(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.key == "culprit":
+            for _ in range(2):
+                with suppress(IntegrityError):
+                    await session.execute(sa.insert(audit).values(key="culprit", note="once"))
+
+    service = auditing(effect=insert_or_ignore)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*OTHERS[:15], CULPRIT, *OTHERS[15:])
+        await world.settled(20)
+        assert_once_in_order(await rows(service), OTHERS)
+        (letter,) = await letters(service)
+        assert letter.reason.startswith("StatementFailed: a statement failed, and the handler went on")
+        assert letter.attempts == 3
+        assert world.running[0].joins == 1
+
+
+async def test_an_event_whose_key_fits_no_index_is_held_and_keeps_its_order(tmp_path: Path) -> None:
+    attempts = 0
+
+    async def fail_twice(event: Happened, context: Context, session: AsyncSession) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= 2:
+            raise ValueError("not yet")
+
+    service = auditing(effect=fail_twice, retry=Retry(attempts=1, hold=Hold(attempts=9, delay=0.05)))
+    events = [Happened(key=secrets.token_urlsafe(9000), n=0)]
+    events += [Happened(key=events[0].key, n=n) for n in range(1, 4)]
+    async with embedded(tmp_path, service) as world:
+        await world.append(*events, stream="long")
+        await world.settled(20)
+        assert_once_in_order(await rows(service), events)
+        assert world.running[0].joins == 1
+
+
+async def test_a_dead_letter_whose_key_fits_no_index_holds_its_key(tmp_path: Path) -> None:
+    async def fail(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.n == 0:
+            raise ValueError("no")
+
+    service = auditing(effect=fail, retry=Retry(attempts=1, hold=None))
+    keys = [secrets.token_urlsafe(9000) for _ in range(2)]
+    alike = f"{keys[0]}x"
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key=keys[0]), Happened(key=keys[0], n=1), stream="long")
+        await world.append(Happened(key=keys[1], n=1), Happened(key=alike, n=2), stream="others")
+
+        async def others_done() -> bool:
+            return len(await rows(service)) == 2
+
+        await until(others_done)
+        assert await rows(service) == [(keys[1], 1), (alike, 2)]
+
+
+# ---- what the server does ------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def a_tool(folder: Path) -> AsyncIterator[Database]:
+    """Somebody else who is connected to the service's database."""
+    async with connected(database_url(folder, "audit")) as database:
+        yield database
+
+
+async def test_a_timeout_of_a_lock_that_tidings_waits_for_is_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    async with a_tool(tmp_path) as tool:
+        async with tool.engine.begin() as connection:
+            await connection.execute(sa.text(f'ALTER DATABASE "{tool.engine.url.database}" SET lock_timeout = 50'))
+        service = auditing()
+        async with embedded(tmp_path, service) as world:
+            await world.append(*OTHERS[:15])
+            await world.settled(20)
+            with capture_logs() as logs:
+                async with tool.engine.begin() as connection:
+                    await connection.execute(sa.text("SELECT 1 FROM tidings_watermarks FOR UPDATE"))
+                    await world.append(*OTHERS[15:])
+                    await until(lambda: sum(line["event"] == "service.rejoining" for line in logs) >= 2)
+            told = next(line["error"] for line in logs if line["event"] == "service.rejoining")
+            assert "lock_timeout or statement_timeout is too short" in told
+            await world.settled(20)
+            assert_once_in_order(await rows(service), OTHERS)
+            assert await letters(service) == []
+
+
+@pytest.mark.parametrize("change", [{"password": "wrong"}, {"username": "ghost"}, {"database": "nowhere"}])
+async def test_who_is_not_let_in_at_the_start_is_told_what_to_check(change: dict[str, str]) -> None:
+    url = make_url(os.environ[PLACE]).set(**change)  # type: ignore[arg-type]
+    with pytest.raises(DatabaseUnavailable, match="user, password") as caught:
+        async with open_database(url.render_as_string(hide_password=False)):
+            pass
+    assert not caught.value.waiting_helps
+    assert str(url.password) not in str(caught.value)
+
+
+async def test_processes_that_start_at_once_on_an_empty_database_make_its_tables_once(tmp_path: Path) -> None:
+    async def start() -> None:
+        async with open_database(database_url(tmp_path, "audit"), tables) as database, database.reading() as connection:
+            assert await connection.scalar(sa.select(sa.func.count()).select_from(audit)) == 0
+
+    await asyncio.gather(*(start() for _ in range(6)))
+
+
+@pytest.mark.parametrize("isolation", ["read committed", "serializable"])
+async def test_handlers_that_are_in_each_others_way_are_done_again_and_no_attempt_is_counted(
+    tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two partitions change the same two rows in opposite orders: a deadlock, or else a serialization failure."""
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    attempts: set[int] = set()
+    both = asyncio.Barrier(2)
+    met = False
+
+    async def meet(event: Happened, context: Context, session: AsyncSession) -> None:
+        nonlocal met
+        attempts.add(context.attempt)
+        mine = bucket_of(event.key) < 128
+        for n, name in enumerate(("a", "b") if mine else ("b", "a")):
+            await session.execute(sa.update(audit).where(audit.c.note == name).values(n=audit.c.n + 1))
+            if n == 0 and event.n == 0 and not met:
+                await both.wait()
+                met = True
+
+    low, high = (next(f"k{n}" for n in range(999) if (bucket_of(f"k{n}") < 128) is half) for half in (True, False))
+    service = auditing(effect=meet, partitions=2)
+    async with a_tool(tmp_path) as tool:
+        async with tool.engine.begin() as connection:
+            level = f"ALTER DATABASE \"{tool.engine.url.database}\" SET default_transaction_isolation = '{isolation}'"
+            await connection.execute(sa.text(level))
+            await connection.run_sync(tables.create_all)
+            await connection.execute(sa.insert(audit), [{"key": "shared", "n": 0, "note": name} for name in "ab"])
+        events = [Happened(key=key, n=n) for n in range(10) for key in (low, high)]
+        with capture_logs() as logs:
+            async with embedded(tmp_path, service) as world:
+                await world.append(*events)
+                await world.settled(30)
+                found = await rows(service)
+        told = [line["error"] for line in logs if line["event"] == "service.rejoining"]
+        assert any("another transaction was in its way" in error for error in told)
+        assert attempts == {1}
+        assert [n for key, n in found if key == "shared"] == [len(events)] * 2
+        assert_once_in_order([row for row in found if row[0] != "shared"], events)
