@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import traceback
 from collections.abc import Callable
@@ -145,8 +146,9 @@ class Attempts:
         self._resources = resources
         self._first_step = FirstStep()
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
-        self._variables = {name: handling(service.name, name) for name in service.names}
-        """By handler."""
+        self._service = service.name
+        self._variables = dict[str, contextvars.Context]()
+        """What calls of each handler begin with."""
 
     def begin(self, handler: Handler, context: Context, provide: Callable[[Inject], Any]) -> Attempt | Failure | None:
         """Run the handler until it waits for something; what came of it, None for success, when it waited for nothing.
@@ -171,7 +173,10 @@ class Attempts:
                     arguments[parameter] = self._resources.find(wanted, handler.name)
         except TidingsError as error:
             return Failure.of(error, handler)
-        variables = self._variables[handler.name].copy()
+        base = self._variables.get(handler.name)
+        if base is None:
+            base = self._variables[handler.name] = handling(self._service, handler.name)
+        variables = base.copy()
         if handler.threaded:
             call = partial(variables.run, _call, handler, arguments, context)
             return Attempt(asyncio.get_running_loop().run_in_executor(self._threads, call), handler, context)

@@ -19,7 +19,7 @@ from tidings.database import Database
 from tidings.inbox import Letter
 from tidings.position import Settled
 from tidings.progress import FLOOR_SECONDS, Batch, Progress
-from tidings.sessions import GROUP, GROUP_SECONDS, SessionHandlers
+from tidings.sessions import SessionHandlers
 from tidings.timers import Timers
 from tidings.work import Item, Step, Troubles
 
@@ -27,6 +27,10 @@ __all__ = ["Commits"]
 
 LINGER_SECONDS: Final = 0.005
 """A commit waits this long for others to join it."""
+MANY: Final = 64
+"""Where so many events have joined it, it waits as long as the last commit took ..."""
+LONGEST_SECONDS: Final = 0.025
+"""... but no longer than this."""
 
 
 class Commits:
@@ -100,7 +104,7 @@ class Commits:
         self.batch.appended.append(id)
         self._wake.set()
 
-    def buried(self, id: UUID, letter: Letter) -> None:
+    def given_up(self, id: UUID, letter: Letter) -> None:
         """A staged event that can never be appended."""
         self.batch.never.append(letter)
         self.appended(id)
@@ -128,7 +132,7 @@ class Commits:
                 await self._commit()
                 self._took = self._clock() - began
                 self._settle()
-                if len(self.batch) >= GROUP:
+                if len(self.batch) >= MANY:
                     await self._linger()
             self._rest.set()
 
@@ -143,14 +147,14 @@ class Commits:
         await self._rest.wait()
 
     async def _linger(self) -> None:
-        """Let others join the next commit. Where many have, wait as long as the last one took: a commit of a thousand
-        events costs little more than one of a hundred, and many of them would leave no time for handlers."""
+        """Let others join the next commit: one of a thousand events costs little more than one of a hundred, and many
+        of them would leave no time for handlers."""
         if self._hurried:
             return
-        if 0 < len(self.batch) + len(self._sessions) < GROUP:
+        if 0 < len(self.batch) + len(self._sessions) < MANY:
             await asyncio.sleep(LINGER_SECONDS)
         elif self.batch and not self._sessions:
-            await asyncio.sleep(min(self._took, GROUP_SECONDS))
+            await asyncio.sleep(min(self._took, LONGEST_SECONDS))
 
     async def _commit(self) -> None:
         ran: list[Item] = []

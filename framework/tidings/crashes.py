@@ -72,7 +72,7 @@ class Caution:
         condemned, suspected = verdicts(notes)
         self._notes, self._suspected = dict(notes), set(suspected)
         self._left, self._blind = events, blind
-        self.alert = True
+        self.alert = self.on or bool(self._notes or self._running)
         return condemned
 
     @property

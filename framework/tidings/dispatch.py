@@ -113,7 +113,7 @@ class Dispatcher:
         self._attempts = Attempts(service, resources)
         self.working: dict[int, Item] = {}
         """Handlers at work, by position."""
-        self.stager = Stager(store, self._commits.appended, self._commits.buried, clock=clock)
+        self.stager = Stager(store, self._commits.appended, self._commits.given_up, clock=clock)
 
     # ---- what comes in -------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Dispatcher:
         waits = self._busy or self._lanes or commits.unsettled or commits.batch or self.stager
         return not waits and commits.progress.floor_is_stored
 
-    async def begin(self, remembered: Remembered) -> None:
+    async def resume(self, remembered: Remembered) -> None:
         """Go on from what another process has left, instead of from what was known before; only while `idle`."""
         self._commits.progress = Progress(self._inbox, self._held, remembered, self._clock)
         self._replay = remembered.replay
@@ -244,7 +244,7 @@ class Dispatcher:
             await self._guard.note(item)
             self._give_out(item)
 
-    def _ended(self, position: int) -> None:
+    def _survived(self, position: int) -> None:
         """Whatever came of the attempt: it did not end the process."""
         if self._caution.ended(position):
             self._commits.noted(position)
@@ -309,7 +309,7 @@ class Dispatcher:
     def _handle(self, item: Item) -> Awaitable[None] | None:
         """A handler without a session; what is left to be awaited of it."""
         context = self._context(item)
-        begun = self._begin(item, context, _no_session)
+        begun = self._begin_attempt(item, context, _no_session)
         if isinstance(begun, Attempt):
             return self._handle_rest(item, context, begun)
         self._judge(item, context, begun)
@@ -319,13 +319,16 @@ class Dispatcher:
         self._judge(item, context, await self._outcome(item, begun))
 
     def _context(self, item: Item) -> Context:
-        event, metadata = item.event, item.metadata
+        event = item.event
+        metadata, item.metadata = item.metadata, None  # the next attempt must not see what this one makes of it
         tried = self._troubles.attempts.get(event.position, 0) + (item.held.attempts if item.held else 0)
         if metadata is None:
             metadata = read_metadata(event)
         return Context(self._service.name, item.handler.name, self._log_id, event, metadata, tried + 1, item.replayed)
 
-    def _begin(self, item: Item, context: Context, provide: Callable[[Inject], Any]) -> Attempt | Failure | None:
+    def _begin_attempt(
+        self, item: Item, context: Context, provide: Callable[[Inject], Any]
+    ) -> Attempt | Failure | None:
         """An attempt; whoever gets an `Attempt` awaits its `_outcome`."""
         item.since = self._clock()
         self.working[item.event.position] = item
@@ -335,25 +338,25 @@ class Dispatcher:
             begun = self._attempts.begin(item.handler, context, provide)
         finally:
             if not isinstance(begun, Attempt):
-                self._has_ended(item)
+                self._end_attempt(item)
         return begun
 
     async def _attempt(self, item: Item, context: Context, provide: Callable[[Inject], Any]) -> Failure | None:
-        begun = self._begin(item, context, provide)
+        begun = self._begin_attempt(item, context, provide)
         return await self._outcome(item, begun) if isinstance(begun, Attempt) else begun
 
     async def _outcome(self, item: Item, begun: Attempt) -> Failure | None:
         try:
             return await begun.outcome()
         finally:
-            self._has_ended(item)
+            self._end_attempt(item)
 
-    def _has_ended(self, item: Item) -> None:
+    def _end_attempt(self, item: Item) -> None:
         position = item.event.position
         del self.working[position]
         self._guard.notebook.end(position)
         if self._caution.alert:
-            self._ended(position)
+            self._survived(position)
 
     # ---- what came of it ---------------------------------------------------------------
 
@@ -405,7 +408,7 @@ class Dispatcher:
             self._finish(item)
         else:
             self._revival.landed(item.held)
-            self._ended(item.event.position)
+            self._survived(item.event.position)
             self.breaker.passed_by()
             self._lanes.finish(item.bucket)
             self._busy -= 1
@@ -416,7 +419,7 @@ class Dispatcher:
     def _finish(self, item: Item) -> None:
         """Its lane goes on; the item waits for the commit."""
         if self._caution.alert:
-            self._ended(item.event.position)
+            self._survived(item.event.position)
         if self._commits.batch.finish(item):
             self._keys.ended(item)
         self.breaker.passed_by()

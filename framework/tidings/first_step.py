@@ -44,12 +44,14 @@ class FirstStep:
             return loop.create_task(work, name=name, context=variables), None
         task, caller = spare.task, asyncio.current_task(loop)
         assert caller is not None
+        task.set_name(name)
         _leave_task(loop, caller)
         _enter_task(loop, task)
         try:
             waits_for = variables.run(work.send, None)
         except StopIteration as end:
             if not task.cancelling():
+                task.set_name(SPARE)
                 return None, end.value
             self._spare = None  # it cancelled its own task, which ends so now
             return task, None
@@ -57,7 +59,6 @@ class FirstStep:
             _leave_task(loop, task)
             _enter_task(loop, caller)
         self._spare = None
-        task.set_name(name)
         spare.hand(_Rest(work, variables, waits_for))
         return task, None
 

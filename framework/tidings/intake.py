@@ -118,7 +118,7 @@ class Intake:
         if self._dispatcher.idle and not self._healing.under_way:
             remembered = await self._inbox.join()
             self._accepted.begin(remembered.floor, remembered.watermarks)
-            await self._dispatcher.begin(remembered)
+            await self._dispatcher.resume(remembered)
         elif (settled := await self._inbox.settled(None)) > floor:
             raise Fenced(
                 f"service {service!r}: taking over from another process, which has settled everything up to position "

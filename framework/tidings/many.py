@@ -14,7 +14,7 @@ __all__ = ["ForMany"]
 
 class ForMany:
     """Compiled once: SQLAlchemy makes a dictionary of every parameter for each row, which takes longer than the row
-    itself takes in SQLite."""
+    itself takes in SQLite. Two parameters or more, of types that the driver takes as they are: texts and numbers."""
 
     def __init__(self, statement: Update) -> None:
         self._statement = statement
@@ -26,6 +26,7 @@ class ForMany:
         if dialect.name == "sqlite":
             if self._compiled is None:
                 self._compiled = self._statement.compile(dialect=dialect)
+                assert len(self._compiled.positiontup) > 1
             fixed, pick = self._compiled.params, itemgetter(*self._compiled.positiontup)
             result = await connection.exec_driver_sql(self._compiled.string, [pick(fixed | row) for row in rows])
             return result.rowcount

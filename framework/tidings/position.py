@@ -251,7 +251,7 @@ class Lanes(Generic[T]):
 
 
 class Ticket(Generic[T]):
-    """One entry of `Settled`."""
+    """One entry of `Settled`. Whoever knows that it has ended says so: `done`."""
 
     __slots__ = ("done", "value")
 
@@ -290,10 +290,6 @@ class Settled(Generic[T]):
         """Begin with a ticket that the caller has made; the number of entries."""
         self._tickets.append(ticket)
         return len(self._tickets)
-
-    @staticmethod
-    def end(ticket: Ticket[T]) -> None:
-        ticket.done = True
 
     def pop(self) -> list[T]:
         """The values of the ended prefix, in order; each is given once."""

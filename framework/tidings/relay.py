@@ -281,7 +281,7 @@ class _Turn:
         self._end(self._window.begin((None, position)))
 
     def _end(self, ticket: Ticket[tuple[int | None, int]]) -> None:
-        self._window.end(ticket)
+        ticket.done = True
         for bucket, position in self._window.pop():
             if bucket is not None:
                 self._chain.confirm(bucket, position)

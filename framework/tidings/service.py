@@ -69,8 +69,7 @@ class Service:
         self.partitions = partitions if partitions is None else check_partitions(partitions)
         self.handlers: dict[str, Handler] = {}
         """By wire name."""
-        self.names: dict[str, Handler] = {}
-        """Each handler by its own name."""
+        self._names: dict[str, Handler] = {}
         self._types = Registry(f"service {name!r}")
         self._running: RunningService | None = None
         self._claimed = False
@@ -96,7 +95,7 @@ class Service:
 
         def register(function: F) -> F:
             handler = declare(function, events, name=name, retry=retry or Retry(), timeout=timeout, replay=replay)
-            if handler.name in self.names:
+            if handler.name in self._names:
                 raise ConfigurationError(
                     f"service {self.name!r} has two handlers named {handler.name!r}: give one of them name=..., "
                     "because the ids of emitted events are made from it"
@@ -110,7 +109,7 @@ class Service:
                         f"{handler.name!r}: one service has one effect per event; call both from one handler"
                     )
                 self.handlers[event.wire_name] = handler
-            self.names[handler.name] = handler
+            self._names[handler.name] = handler
             return function
 
         return register

@@ -19,7 +19,7 @@ from tidings.handlers import Inject
 from tidings.savepoint import GroupBroken, in_savepoint
 from tidings.work import Item, Troubles
 
-__all__ = ["GROUP", "GROUP_SECONDS", "SessionHandlers"]
+__all__ = ["SessionHandlers"]
 
 log = structlog.get_logger("tidings.dispatch")
 

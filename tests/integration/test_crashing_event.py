@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from tests.integration.databases import answers, database_url, on_server
-from tests.integration.embedded import Happened, embedded, rows
+from tests.integration.embedded import Happened, embedded, rows, until
 from tests.integration.mortal import POISON, mortal
-from tidings import Service
+from tidings import Context, Service
 from tidings.database import open_database
+from tidings.guard import Guard
+from tidings.inbox import Inbox
+from tidings.notebook import Notebook
 from tidings.partitions import resize
+from tidings.work import Troubles
 
 EVENTS = [Happened(key=f"k{n % 3}", n=n) for n in range(60)]
 ROOT = Path(__file__).parents[2]
@@ -114,3 +120,39 @@ async def test_resizing_after_a_crash_leaves_no_notebook_behind(tmp_path: Path) 
         await resize(database, "audit", 2)
     assert not notebooks(tmp_path)
     assert await start(tmp_path, "leaves") == 0
+
+
+@pytest.mark.sqlite("a notebook stands beside the database's file")
+async def test_what_has_ended_is_in_no_notebook(tmp_path: Path) -> None:
+    """Else the next process would suspect it, or nothing would be noted any more."""
+    service, under_way, gate = Service("audit", concurrency=2), list[int](), asyncio.Event()
+
+    @service.on(Happened)
+    async def handle(event: Happened, context: Context) -> None:
+        if event.n == 59:
+            under_way.append(context.position)
+            await gate.wait()
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS)
+        await until(lambda: bool(under_way) and len(world.running[0].at_work()) == 1)
+        (notebook,) = notebooks(tmp_path)
+        assert list(Notebook.read(str(notebook)) or {}) == under_way
+        gate.set()
+        await world.settled()
+        assert Notebook.read(str(notebook)) == {}
+
+
+async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_anew(tmp_path: Path) -> None:
+    service, log, buckets, troubles = Service("audit"), uuid4(), range(256), Troubles()
+    async with open_database(f"sqlite:///{tmp_path}/audit.db") as database:
+        inbox = Inbox(database, "audit", log, buckets)
+        await inbox.join()
+        guard = Guard(service, database, inbox, troubles, time.monotonic)
+        await guard.take_over()
+        guard.notebook.begin(7, 1)
+        (notebook,) = notebooks(tmp_path)
+        notebook.unlink()  # as another process does, which has read it
+        await guard.take_over()
+        assert Notebook.read(str(notebook)) == {7: 1}
+        guard.notebook.close()

@@ -591,3 +591,55 @@ async def test_a_handler_that_blocks_the_loop_is_named_with_its_stack(tmp_path: 
     (told,) = [entry for entry in logs if entry["event"] == "loop.blocked"]
     assert told["handlers"] == ["block"]
     assert "time.sleep" in told["stack"]
+
+
+async def test_no_attempt_sees_what_the_one_before_made_of_the_metadata(tmp_path: Path) -> None:
+    """Read by a pass: the event was there before the service."""
+    seen: list[tuple[int, dict[str, Any]]] = []
+    service = Service("audit", tables=tables)
+
+    @service.on(Happened, retry=QUICK)
+    async def handle(event: Happened, context: Context) -> None:
+        seen.append((context.attempt, dict(context.metadata)))
+        context.metadata["schemaVersion"] = 7
+        if context.attempt < 3:
+            raise LookupError("again")
+
+    async with embedded(tmp_path, Service("writer")) as world:
+        await world.append(Happened(key="a"))
+    async with embedded(tmp_path, service) as world:
+        await world.settled()
+        assert await letters(service) == []
+    assert [attempt for attempt, _ in seen] == [1, 2, 3]
+    assert seen[0][1] == seen[1][1] == seen[2][1]
+
+
+async def test_a_handler_may_be_declared_while_its_service_runs(tmp_path: Path) -> None:
+    service, seen = Service("audit", tables=tables), list[str]()
+    async with embedded(tmp_path, service) as world:
+
+        @service.on(Happened)
+        async def late(event: Happened) -> None:
+            seen.append(event.key)
+
+        await world.append(Happened(key="a"))
+        await until(lambda: seen == ["a"])
+
+
+async def test_a_handlers_task_has_its_name_from_the_first_line_on_and_none_is_left(tmp_path: Path) -> None:
+    service, seen = Service("audit", tables=tables), list[str]()
+
+    @service.on(Happened)
+    async def handle(event: Happened) -> None:
+        for _ in range(2):
+            task = asyncio.current_task()
+            assert task is not None
+            seen.append(task.get_name())
+            await asyncio.sleep(0 if event.n else 0.001)
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(*many(12, 4))
+        await world.settled()
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("handler ")]
+    assert seen == ["handler handle"] * 24
+    assert not [task for task in asyncio.all_tasks() if "spare" in task.get_name()]

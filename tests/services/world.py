@@ -138,8 +138,11 @@ class World:
         handler = actor.service.handlers[context.event.type]
         attempts = Attempts(actor.service, actor.resources)
         async with actor.database.transaction() as connection:
-            begun = attempts.begin(handler, context, lambda _: connection)
-            failure = await begun.outcome() if isinstance(begun, Attempt) else begun
+            try:
+                begun = attempts.begin(handler, context, lambda _: connection)
+                failure = await begun.outcome() if isinstance(begun, Attempt) else begun
+            finally:
+                attempts.close()
             assert failure is None, failure.detail
             if dies:
                 raise Died

@@ -6,14 +6,15 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.integration.embedded import Happened, embedded, many
+from tests.integration.embedded import QUICK, Happened, embedded, many, tables
 from tidings import Context, Service
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_logging, masked
@@ -127,3 +128,39 @@ async def test_handlers_side_by_side_never_mix_their_keys(tmp_path: Path, stream
         assert entry["correlation_id"]
     (outside,) = [entry for entry in entries(stream) if entry["event"] == "outside"]
     assert "event_id" not in outside
+
+
+@pytest.mark.parametrize("kind", ["threaded", "free", "session"])
+async def test_each_attempt_is_told_from_the_others_before_and_after_it_waits(
+    tmp_path: Path, stream: io.StringIO, kind: str
+) -> None:
+    configure_logging(stream=stream)
+    service = Service("audit", tables=tables)
+
+    def threaded(event: Happened, context: Context) -> None:
+        log.info("told", at=context.attempt)
+        log.info("told", at=context.attempt)
+        if context.attempt < 3:
+            raise LookupError("again")
+
+    async def free(event: Happened, context: Context) -> None:
+        log.info("told", at=context.attempt)
+        await asyncio.sleep(0.001)
+        log.info("told", at=context.attempt)
+        if context.attempt < 3:
+            raise LookupError("again")
+
+    async def session(event: Happened, context: Context, session: AsyncSession) -> None:
+        await free(event, context)
+
+    handlers: dict[str, Callable[..., Any]] = {"threaded": threaded, "free": free, "session": session}
+    service.on(Happened, name="tell", retry=QUICK)(handlers[kind])
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="a"), Happened(key="b"))
+        await world.settled()
+    told = [entry for entry in entries(stream) if entry["event"] == "told"]
+    assert sorted(entry["at"] for entry in told) == sorted([1, 2, 3] * 4)
+    for entry in told:
+        assert (entry["service"], entry["handler"], entry["attempt"]) == ("audit", "tell", entry["at"])
+        assert entry["event_id"]
+        assert entry["stream"]

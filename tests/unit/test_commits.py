@@ -1,0 +1,166 @@
+"""Commits: who waits for whom, and what a stop does not wait for. Database and progress are stand-ins that note."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tidings.commits
+from tidings.commits import Commits
+from tidings.handlers import Handler, Retry
+from tidings.progress import Batch
+from tidings.stores import RecordedEvent
+from tidings.timers import Timers
+from tidings.work import Item, Step, Troubles
+
+
+class Database:
+    turn = nullcontext()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        await asyncio.sleep(0)
+        yield
+
+
+class Progress:
+    """Its floor is due at once where it is asked for now, else never."""
+
+    def __init__(self) -> None:
+        self.floor = self.stored = -1
+        self.written_items: list[int] = []
+
+    @property
+    def floor_is_stored(self) -> bool:
+        return self.stored >= self.floor
+
+    def floor_is_due(self, now: bool) -> bool:
+        return now and not self.floor_is_stored
+
+    async def write(self, connection: None, batch: Batch, *, floor_now: bool) -> None:
+        if floor_now:
+            self.stored = self.floor
+
+    def written(self, batch: Batch) -> None:
+        self.written_items.append(len(batch.finished))
+
+
+class Stage:
+    def __init__(self, prefetch: int) -> None:
+        self.progress, self.timers = Progress(), Timers()
+        database: Any = Database()
+        progress: Any = self.progress
+        sessions: Any = ()
+
+        async def nothing(connection: Any, ran: list[Item]) -> None:
+            pass
+
+        self.commits = Commits(
+            database,
+            progress,
+            sessions,
+            Troubles(),
+            self.timers,
+            prefetch,
+            time.monotonic,
+            work=nothing,
+            committed=lambda batch, began: None,
+        )
+
+
+@asynccontextmanager
+async def commits(prefetch: int) -> AsyncIterator[Stage]:
+    stage = Stage(prefetch)
+    running = asyncio.create_task(stage.commits.run())
+    try:
+        yield stage
+    finally:
+        running.cancel()
+        await asyncio.wait((running,))
+        stage.timers.close()
+
+
+def item(position: int) -> Item:
+    async def handle() -> None:
+        raise AssertionError("nobody runs it here")
+
+    handler = Handler("handle", handle, (), (), Retry(), 1.0, threaded=False)
+    event = RecordedEvent(position, "s", 0, "T", b"{}", b"", True, bytes(16), 0)
+    return Item(event, position % 256, handler, None)
+
+
+def finish(stage: Stage, items: list[Item]) -> None:
+    for one in items:
+        stage.commits.batch.finish(one)
+    stage.commits.wake()
+
+
+async def test_one_that_was_full_has_room_when_half_of_it_is_settled_and_is_full_no_more() -> None:
+    async with commits(prefetch=4) as stage:
+        items = [item(n) for n in range(8)]
+        for one in items:
+            assert not stage.commits.full
+            stage.commits.take(one)
+        assert stage.commits.full
+        waiting = asyncio.create_task(stage.commits.room())
+        finish(stage, items[:4])
+        await until(lambda: stage.commits.unsettled == 4)
+        assert not waiting.done()
+        assert stage.commits.full
+        finish(stage, items[4:5])
+        await asyncio.wait_for(waiting, 5)
+        assert not stage.commits.full, "who comes next would wait for something to be settled, and there may be nothing"
+
+
+async def test_what_was_taken_is_settled_in_its_order_whatever_ends_first() -> None:
+    settled: list[int] = []
+    consumer: Any = SimpleNamespace(settle_through=settled.append)
+    async with commits(prefetch=10) as stage:
+        items = [item(n) for n in range(3)]
+        for tag, one in enumerate(items):
+            one.value = Step(consumer, tag)
+            stage.commits.take(one)
+        stage.commits.settle(Step(floor=7))
+        finish(stage, items[1:])
+        await until(lambda: stage.progress.written_items == [2])
+        assert settled == []
+        finish(stage, items[:1])
+        await until(lambda: settled == [2])
+        assert stage.progress.floor == 7
+
+
+async def test_a_stop_lingers_for_nobody_and_stores_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidings.commits, "LINGER_SECONDS", 3600)
+    monkeypatch.setattr(tidings.commits, "FLOOR_SECONDS", 3600)
+    async with commits(prefetch=10) as stage:
+        one = item(1)
+        stage.commits.take(one)
+        stage.commits.settle(Step(floor=1))
+        stage.commits.hurry()
+        finish(stage, [one])
+        await asyncio.wait_for(stage.commits.rest(), 5)
+        assert (stage.progress.floor, stage.progress.stored) == (1, 1)
+
+
+async def test_many_share_a_commit_and_a_few_wait_for_company() -> None:
+    async with commits(prefetch=1000) as stage:
+        items = [item(n) for n in range(200)]
+        for one in items:
+            stage.commits.take(one)
+        for one in items:  # as handlers do, one after the other, with turns of the loop between
+            finish(stage, [one])
+            await asyncio.sleep(0)
+        await until(lambda: sum(stage.progress.written_items) == 200)
+        assert len(stage.progress.written_items) < 20
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.001)
