@@ -607,6 +607,7 @@ async def test_no_attempt_sees_what_the_one_before_made_of_the_metadata(tmp_path
 
     async with embedded(tmp_path, Service("writer")) as world:
         await world.append(Happened(key="a"))
+        await world.settled()
     async with embedded(tmp_path, service) as world:
         await world.settled()
         assert await letters(service) == []
