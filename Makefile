@@ -11,7 +11,7 @@ DATABASED := crashing_event.py embedded_bad_messages.py embedded_database.py emb
 	embedded_traps.py partitions_embedded.py replay.py verify.py verify_deep.py \
 	verify_repair.py::test_a_marker_alone_heals_what_the_bus_never_brought_and_repeats_nothing
 # The longest, that `make test` runs on PostgreSQL anyway (test_postgresql.py), or that are about who has a queue.
-TOO_LONG := sigkill or compare_and_set or a_standby_leaves or killed_at_any_step or thousands_may_wait
+TOO_LONG := sigkill or compare_and_set or a_standby_leaves or killed_at_any_step
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit

@@ -18,7 +18,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.codec import decode
 from tidings.context import Context
-from tidings.database import is_outage, waits_for_itself
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -35,6 +34,7 @@ from tidings.errors import (
 from tidings.first_step import FirstStep
 from tidings.handlers import Handler, Inject
 from tidings.logs import bind_handling, handling
+from tidings.outages import is_outage, waits_for_itself
 
 if TYPE_CHECKING:
     from tidings.service import Service

@@ -26,6 +26,7 @@
     └── HandlerError
         ├── HandlerTimeout
         ├── TransactionMisuse
+        ├── StatementFailed
         └── WriterHeld
 
 No exception of an adapter's library crosses a port: it is the `__cause__` of one of these.

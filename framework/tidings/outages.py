@@ -34,7 +34,10 @@ _SQLITE_OUTAGES: Final = frozenset(
 
 # PostgreSQL's (appendix A of its manual), for drivers whose errors SQLAlchemy does not class.
 _REFUSED: Final = ("28", "3D000")
-_SERVER_OUTAGES: Final = ("08", "25006", "25P03", "40001", "40P01", "53", "57P", "58", *_REFUSED)
+_RESOURCES: Final = ("53000", "53100", "53200", "53300")
+_SYSTEM: Final = ("58000", "58030")
+"""Without what a handler's own statement may bring about: too many temporary files, or a file that is not there."""
+_SERVER_OUTAGES: Final = ("08", "25006", "25P03", "40001", "40P01", *_RESOURCES, "57P", *_SYSTEM, *_REFUSED)
 """Connection, a standby that takes no writes, idleness, serialization, deadlock, resources, shutdown, system."""
 _TIMEOUTS: Final = ("55P03", "57014")
 """Of a lock and of a statement: set by whoever runs the server, or by a handler for what it does itself."""

@@ -20,9 +20,17 @@ from tidings.handlers import Handler, Inject
 from tidings.outages import is_unusable
 from tidings.transaction import GuardedConnection, GuardedSession
 
-__all__ = ["GroupBroken", "in_savepoint"]
+__all__ = ["ConnectionLost", "GroupBroken", "in_savepoint"]
 
 Provide = Callable[[Inject], Any]
+
+
+class ConnectionLost(Exception):
+    """It went while the handler was at work: nothing is known of the group's effects but that they are undone.
+    `failure` is what the handler raised, if it did."""
+
+    def __init__(self, failure: Failure | None) -> None:
+        self.failure = failure
 
 
 class GroupBroken(Exception):
@@ -35,7 +43,8 @@ class GroupBroken(Exception):
 async def in_savepoint(
     connection: AsyncConnection, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
 ) -> Failure | None:
-    """Run one handler; its effects are kept when it succeeds, undone when it fails. Raises `GroupBroken`."""
+    """Run one handler; its effects are kept when it succeeds, undone when it fails. Raises `GroupBroken`, and
+    `ConnectionLost`, whatever the handler made of the error that told it so."""
     failure: Failure | None = None
     try:
         scope = _Scope(connection, await connection.begin_nested())
@@ -43,11 +52,15 @@ async def in_savepoint(
             failure = await run(scope.provide)
             if failure is None:
                 failure = await scope.flush(handler)
+        if connection.invalidated:
+            raise ConnectionLost(failure)
         if failure is None:
             failure = await _kept(scope, handler)
         if failure is not None:
             await scope.undo()
     except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
+        if connection.invalidated:
+            raise ConnectionLost(failure) from error
         if is_infrastructure(error):
             raise
         # Without its savepoint its effects cannot be told from the group's: the whole group is undone. SQLAlchemy may

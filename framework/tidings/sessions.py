@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.attempt import Failure
 from tidings.context import Context
 from tidings.handlers import Inject
-from tidings.savepoint import GroupBroken, in_savepoint
+from tidings.savepoint import ConnectionLost, GroupBroken, in_savepoint
 from tidings.work import Item, Troubles
 
 __all__ = ["SessionHandlers"]
@@ -93,6 +93,8 @@ class SessionHandlers:
             failure = await in_savepoint(
                 connection, item.handler, lambda provide: self._attempt(item, context, provide)
             )
+        except ConnectionLost as lost:
+            raise self._troubles.lose(item, lost.failure, lost.__cause__) from lost
         except GroupBroken as broken:
             cause = broken.__cause__
             assert isinstance(cause, Exception)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from tidings.attempt import Failure
 from tidings.buses import Consumer
 from tidings.context import Context
-from tidings.errors import Fenced
+from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.handlers import Handler
 from tidings.held import HeldEvent
 from tidings.inbox import Letter, StagedEvent, key_of
@@ -24,6 +24,9 @@ from tidings.stores import RecordedEvent
 __all__ = ["Item", "Step", "Troubles"]
 
 log = structlog.get_logger("tidings.dispatch")
+
+LOSSES: Final = 5
+"""So often in a row the connection may be lost while the same event is at work before that counts as its failure."""
 
 
 class Step(NamedTuple):
@@ -44,6 +47,8 @@ class Troubles:
         self.condemned: dict[int, Failure] = {}
         """Dead without being run again: the handler ended the transaction that it was part of, or made its commit
         fail."""
+        self.losses: dict[int, int] = {}
+        """How often in a row the connection to the database was lost while the event's handler was at work."""
         self.suspected: set[int] = set()
         """Each gets a transaction of its own: the commit of a group that it was part of failed."""
 
@@ -54,6 +59,24 @@ class Troubles:
             f"handler {item.handler.name!r} {what} ({failure.reason}); the group is undone, and the event at position "
             f"{item.event.position} dead"
         )
+
+    def lose(self, item: Item, failure: Failure | None, cause: BaseException | None) -> DatabaseUnavailable:
+        """What to raise when the connection was lost while the handler was at work. Mostly it is not the handler's
+        doing; where it is so again and again, the event counts as failed, and others go on."""
+        position, name = item.event.position, item.handler.name
+        losses = self.losses[position] = self.losses.get(position, 0) + 1
+        why = failure.reason if failure is not None else f"{type(cause).__name__}: {cause}" if cause else "no error"
+        said = (
+            f"the connection was lost while handler {name!r} was at the event at position {position} ({why}). If it is "
+            f"always this handler: its statements take longer than its timeout ({item.handler.timeout:g} s), or it "
+            "keeps its session waiting for longer than the server bears (idle_in_transaction_session_timeout)"
+        )
+        if losses >= LOSSES:
+            del self.losses[position]
+            self.attempts[position] = item.handler.retry.attempts
+            detail = failure.detail if failure is not None else ""
+            self.condemned[position] = Failure(f"ConnectionLost: {losses} times {said}", detail, permanent=False)
+        return DatabaseUnavailable(f"{said}. Nothing is lost: its group is undone, and done again")
 
     def suspect(self, ran: Sequence[Item], error: DBAPIError) -> Fenced:
         """The database refused a commit for what these wrote (a deferred constraint): find out whose doing it was."""
@@ -69,9 +92,10 @@ class Troubles:
 
     def forget(self, items: Iterable[Item]) -> None:
         """They are settled."""
-        if self.condemned or self.suspected:
+        if self.condemned or self.suspected or self.losses:
             for item in items:
                 self.condemned.pop(item.event.position, None)
+                self.losses.pop(item.event.position, None)
                 self.suspected.discard(item.event.position)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -30,14 +30,16 @@ from tests.integration.embedded import (
     embedded,
     letters,
     many,
+    note,
     rows,
     tables,
     until,
 )
-from tidings import Context, Hold, Retry
-from tidings.database import Database, connected, open_database
+from tidings import Context, Hold, Retry, Service
+from tidings.database import Database, connected, held, open_database
 from tidings.errors import DatabaseUnavailable
 from tidings.position import bucket_of
+from tidings.work import LOSSES
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")
 
@@ -233,3 +235,109 @@ async def test_handlers_that_are_in_each_others_way_are_done_again_and_no_attemp
         assert attempts == {1}
         assert [n for key, n in found if key == "shared"] == [len(events)] * 2
         assert_once_in_order([row for row in found if row[0] != "shared"], events)
+
+
+# ---- the connection is lost while a handler is at work ---------------------------------------------------------------
+
+QUICKLY_HELD = Retry(attempts=2, delay=0.01, hold=Hold(attempts=1, delay=3600))
+
+
+async def _held(service: Service) -> list[str]:
+    """Why each held event is held."""
+    async with service.engine.connect() as connection:
+        return list(await connection.scalars(sa.select(held.c.reason)))
+
+
+async def _any_held(service: Service) -> bool:
+    return bool(await _held(service))
+
+
+async def _all_done(service: Service) -> bool:
+    return len(await rows(service)) == len(OTHERS)
+
+
+async def _end_my_connection(session: AsyncSession) -> None:
+    """As a restart of the server does."""
+    await session.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+async def _and_go_on(session: AsyncSession) -> None:
+    with suppress(Exception):
+        await _end_my_connection(session)
+
+
+async def _and_say_something_else(session: AsyncSession) -> None:
+    try:
+        await _end_my_connection(session)
+    except Exception as error:
+        raise ValueError("it did not work") from error
+
+
+@pytest.mark.parametrize("lose", [_end_my_connection, _and_go_on, _and_say_something_else])
+async def test_a_connection_that_is_lost_is_no_failure_whatever_the_handler_makes_of_it(
+    tmp_path: Path, lose: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
+    ran = 0
+
+    async def do(event: Happened, context: Context, session: AsyncSession) -> None:
+        nonlocal ran
+        if event.key == "culprit":
+            ran += 1
+            if ran <= 2:
+                await lose(session)
+
+    service = auditing(effect=do)
+    events = [*OTHERS[:15], CULPRIT, *OTHERS[15:]]
+    async with embedded(tmp_path, service) as world:
+        with capture_logs() as logged:
+            await world.append(*events)
+            await world.settled(20)
+        assert_once_in_order(await rows(service), events)
+        assert await letters(service) == []
+        assert world.running[0].joins == 3
+    told = [entry["error"] for entry in logged if entry["event"] == "service.rejoining"]
+    assert len(told) == 2
+    assert all("the connection was lost while handler 'handle' was at the event" in error for error in told)
+
+
+async def test_a_statement_that_outlasts_its_handlers_time_holds_the_event_and_stops_nobody_else(
+    tmp_path: Path,
+) -> None:
+    service = Service("audit", tables=tables)
+
+    @service.on(Happened, retry=QUICKLY_HELD, timeout=0.2)
+    async def handle(event: Happened, session: AsyncSession) -> None:
+        await note(session, event)
+        if event.key == "culprit":
+            await session.execute(sa.text("SELECT pg_sleep(60)"))
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(*OTHERS[:15], CULPRIT, *OTHERS[15:])
+        await until(lambda: _any_held(service), 60)
+        await until(lambda: _all_done(service), 20)
+        assert_once_in_order(await rows(service), OTHERS)
+        assert await letters(service) == []
+        assert world.running[0].joins == 1 + LOSSES
+        (reason,) = await _held(service)
+        assert reason.startswith("ConnectionLost: 5 times")
+        assert "HandlerTimeout" in reason
+
+
+async def test_a_session_that_outlasts_the_servers_patience_holds_the_event_and_stops_nobody_else(
+    tmp_path: Path,
+) -> None:
+    async def do(event: Happened, context: Context, session: AsyncSession) -> None:
+        if event.key == "culprit":
+            await session.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = '50ms'"))
+            with suppress(TimeoutError):  # until the server has ended it, or this test has something to find out
+                await until(lambda: False, 0.3)
+
+    service = auditing(effect=do, retry=QUICKLY_HELD)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*OTHERS[:15], CULPRIT, *OTHERS[15:])
+        await until(lambda: _any_held(service), 60)
+        await until(lambda: _all_done(service), 20)
+        assert_once_in_order(await rows(service), OTHERS)
+        assert world.running[0].joins == 1 + LOSSES
+        (reason,) = await _held(service)
+        assert "idle_in_transaction_session_timeout" in reason

@@ -49,6 +49,8 @@ class Group:
         self._live = False
         self.ready = asyncio.Event()
         """It has begun to read its source."""
+        self._loaded_once = asyncio.Event()
+        """It knows its checkpoint, or never will."""
         self._room = asyncio.Event()
         self._work: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
         self._signals: dict[Consumer, asyncio.Event] = {}
@@ -69,6 +71,7 @@ class Group:
         try:
             after = await self._loaded()
             self._delivery.reached = Mark(self.settings.after if after is None else after, 0)
+            self._loaded_once.set()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._feed())
                 tasks.create_task(self._tick())
@@ -78,6 +81,7 @@ class Group:
         finally:
             self._dropped = group_dropped(self.settings.stream, self.settings.group)
             self.ready.set()
+            self._loaded_once.set()
             for signal in self._signals.values():
                 signal.set()
 
@@ -334,6 +338,7 @@ class Group:
     # ---- description
 
     async def info(self) -> Any:
+        await self._loaded_once.wait()  # else a server that has just started would deny the checkpoint
         delivery, settings = self._delivery, self.settings
         info = persistent.SubscriptionInfo()
         settings.describe(info)

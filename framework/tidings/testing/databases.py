@@ -52,6 +52,7 @@ class PostgreSQLServer(LocalServer):
     `url` names a database that stays empty."""
 
     product = "postgresql"
+    at_the_end = ()  # killed, it would leave its shared memory
 
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:

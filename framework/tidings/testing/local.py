@@ -49,6 +49,8 @@ class LocalServer:
     """
 
     product: str
+    at_the_end: tuple[str, ...] = ("--kill",)
+    """How `close` ends it: the quickest way that leaves nothing behind."""
     """Its script in `deploy/local`."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
@@ -112,7 +114,7 @@ class LocalServer:
     def close(self) -> None:
         """End it and forget its data."""
         if self._guard is not None:
-            self._run("down", "--kill")
+            self._run("down", *self.at_the_end)
             self._guard.communicate()
             self._guard = None
         shutil.rmtree(self.folder, ignore_errors=True)
