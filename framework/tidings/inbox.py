@@ -34,15 +34,15 @@ _KEY_BYTES: Final = 1000
 
 def storable(value: Any) -> Any:
     """Foreign texts (an exception's message, a header) without what databases refuse: NUL and lone surrogates."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (value.isascii() and "\0" not in value):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def key_of(event: RecordedEvent) -> str:
-    """The partition key as rows have it. Of one that would not fit into an index, as PostgreSQL's, a digest tells the
-    rest."""
-    key: str = storable(partition_key(event))
+def key_of(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> str:
+    """The partition key as rows have it; `own` is as for `partition_key`. Of one that would not fit into an index, as
+    PostgreSQL's, a digest tells the rest."""
+    key: str = storable(partition_key(event, own))
     if len(key) <= _KEY_BYTES // 4 or len(octets := key.encode()) <= _KEY_BYTES:
         return key
     return f"{octets[:_KEY_BYTES].decode(errors='ignore')}...{sha256(octets).hexdigest()}"

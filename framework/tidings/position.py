@@ -60,13 +60,16 @@ def bucket_of(key: str) -> int:
     return crc32(key.encode("utf-8", "surrogatepass")) & (BUCKETS - 1)
 
 
-def partition_key(event: RecordedEvent) -> str:
+def partition_key(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> str:
     """Metadata's `partitionKey` where it is a non-empty text, else the name of the stream.
 
-    The answer depends on the bytes alone. A relay and a service that disagreed would do the event in two buckets, so
+    `own`, what `own_metadata` says of the event's metadata, spares reading that again. The answer depends on the bytes
+    alone. A relay and a service that disagreed would do the event in two buckets, so
     what different interpreters read differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
     """
-    return _partition_key(event.metadata, event.stream)
+    if own is None or deep(event.metadata):
+        return _partition_key(event.metadata, event.stream)
+    return own.get("partitionKey") or event.stream
 
 
 @lru_cache(maxsize=1)  # the relay asks twice for each event: for its bucket, and for its message
@@ -93,14 +96,12 @@ def deep(document: bytes) -> bool:
 def carried(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> int | None:
     """The bucket of an event that is carried to services, None for one that is not.
 
-    Relay and healing pass share this function, so that they can never disagree about what must arrive. `own`, what
-    `own_metadata` says of the event's metadata, spares reading that again.
+    Relay and healing pass share this function, so that they can never disagree about what must arrive. `own` is as
+    for `partition_key`.
     """
     if event.stream.startswith(RESERVED) or event.type.startswith(RESERVED):
         return None
-    if own is None or deep(event.metadata):
-        return bucket_of(partition_key(event))
-    return bucket_of(own.get("partitionKey") or event.stream)
+    return bucket_of(partition_key(event, own))
 
 
 class Chain:

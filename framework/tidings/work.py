@@ -18,6 +18,7 @@ from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.handlers import Handler
 from tidings.held import HeldEvent
 from tidings.inbox import Letter, StagedEvent, key_of
+from tidings.own_metadata import own_metadata
 from tidings.position import Ticket
 from tidings.stores import RecordedEvent
 
@@ -159,7 +160,12 @@ class Item(Ticket[Step | None]):
     @property
     def key(self) -> str:
         """The partition key; it is read from the metadata, so ask only where it matters."""
-        return self.held.key if self.held is not None else key_of(self.event)
+        if self.held is not None:
+            return self.held.key
+        own = own_metadata(self.event.metadata)
+        if self.metadata is None:
+            self.metadata = own  # the attempt that comes next needs it too
+        return key_of(self.event, own)
 
     def succeed(self, context: Context) -> None:
         self.emissions = [

@@ -14,7 +14,7 @@ from tidings import Event
 from tidings.codec import encode
 from tidings.context import Context
 from tidings.own_metadata import own_metadata, own_partition_key
-from tidings.position import partition_key
+from tidings.position import carried, partition_key
 from tidings.stores import RecordedEvent
 
 NAMES = ("$correlationId", "schemaVersion", "$causationId", "tidingsHandler", "traceparent", "partitionKey")
@@ -76,7 +76,8 @@ def test_the_partition_key_is_the_one_that_a_parser_finds(key: str, correlation:
     metadata = packed(document)
     event = RecordedEvent(0, "stream", 0, "T", b"{}", metadata, True, bytes(16), 0)
     same = RecordedEvent(0, "stream", 0, "T", b"{}", packed(document | {"more": 1}), True, bytes(16), 0)
-    assert partition_key(event) == partition_key(same)
+    assert partition_key(event) == partition_key(same) == partition_key(event, own_metadata(metadata))
+    assert carried(event) == carried(event, own_metadata(metadata))
 
 
 @pytest.mark.parametrize("value", ["", "x" * 100_000])
