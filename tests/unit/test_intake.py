@@ -58,14 +58,14 @@ async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) ->
     async def join() -> Remembered:
         return Remembered(settled, {})
 
-    async def begin(remembered: Remembered) -> None:
+    async def resume(remembered: Remembered) -> None:
         begun.append(accepted.reached)
 
     async def take_over() -> None:
         pass
 
     dispatcher: Any = SimpleNamespace(
-        floor=known, idle=idle, settle=lambda step: None, take_over=take_over, begin=begin, stand_by=lambda: None
+        floor=known, idle=idle, settle=lambda step: None, take_over=take_over, resume=resume, stand_by=lambda: None
     )
     intake = Intake(
         Subscription("shop"),
