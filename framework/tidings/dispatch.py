@@ -74,6 +74,7 @@ class Dispatcher:
         self._workers: Workers[Item] = Workers(service.concurrency, self._handle)
         self._sessions = SessionHandlers(
             service.name,
+            database.shown,
             troubles,
             clock,
             waits=self._waits,

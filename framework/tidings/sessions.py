@@ -32,12 +32,13 @@ SLOW_SECONDS: Final = 0.25
 
 
 class SessionHandlers:
-    """`waits(item)` says whether it is not run now, and is done with then; `attempt(item, context, provide)` runs it,
-    and `judge(item, context, failure)` is told what came of it."""
+    """`database` is what errors call it. `waits(item)` says whether it is not run now, and is done with then;
+    `attempt(item, context, provide)` runs it, and `judge(item, context, failure)` is told what came of it."""
 
     def __init__(
         self,
         service: str,
+        database: str,
         troubles: Troubles,
         clock: Callable[[], float],
         *,
@@ -47,6 +48,7 @@ class SessionHandlers:
         judge: Callable[[Item, Context, Failure | None], None],
     ) -> None:
         self._service = service
+        self._database = database
         self._troubles = troubles
         self._clock = clock
         self._waits = waits
@@ -94,7 +96,7 @@ class SessionHandlers:
                 connection, item.handler, lambda provide: self._attempt(item, context, provide)
             )
         except ConnectionLost as lost:
-            raise self._troubles.lose(item, lost.failure, lost.__cause__) from lost
+            raise self._troubles.lose(item, self._database, lost.failure, lost.__cause__) from lost
         except GroupBroken as broken:
             cause = broken.__cause__
             assert isinstance(cause, Exception)

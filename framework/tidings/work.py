@@ -61,7 +61,9 @@ class Troubles:
             f"{item.event.position} dead"
         )
 
-    def lose(self, item: Item, failure: Failure | None, cause: BaseException | None) -> DatabaseUnavailable:
+    def lose(
+        self, item: Item, database: str, failure: Failure | None, cause: BaseException | None
+    ) -> DatabaseUnavailable:
         """What to raise when the connection was lost while the handler was at work. Mostly it is not the handler's
         doing; where it is so again and again, the event counts as failed, and others go on."""
         position, name = item.event.position, item.handler.name
@@ -77,7 +79,7 @@ class Troubles:
             self.attempts[position] = item.handler.retry.attempts
             detail = failure.detail if failure is not None else ""
             self.condemned[position] = Failure(f"ConnectionLost: {losses} times {said}", detail, permanent=False)
-        return DatabaseUnavailable(f"{said}. Nothing is lost: its group is undone, and done again")
+        return DatabaseUnavailable(f"database {database}: {said}. Nothing is lost: its group is undone, and done again")
 
     def suspect(self, ran: Sequence[Item], error: DBAPIError) -> Fenced:
         """The database refused a commit for what these wrote (a deferred constraint): find out whose doing it was."""
