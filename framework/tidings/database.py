@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
-from tidings.outages import is_outage, is_refusal, marked, outages, waits_for_itself
+from tidings.outages import is_refusal, marked, outages
 from tidings.settings import redact
 
 __all__ = [
@@ -28,15 +28,12 @@ __all__ = [
     "floors",
     "guarded",
     "held",
-    "is_outage",
     "metadata",
     "open_database",
-    "outages",
     "partitions",
     "prepared",
     "replays",
     "staged",
-    "waits_for_itself",
     "watermarks",
 ]
 

@@ -10,8 +10,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from tidings.database import connected, guarded, is_outage, open_database
+from tidings.database import connected, guarded, open_database
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
+from tidings.outages import is_outage
 
 SECRET = "hunter2secret"
 
