@@ -40,7 +40,7 @@ class Guard:
 
     async def take_over(self) -> None:
         """This process is at work on the range from now on. Raises `DatabaseUnavailable`, and `Fenced` when a replay
-        sent the service back since it joined."""
+        sent the service back since it joined, or another process is at it too."""
         if self.notebook.open:
             self.notebook.keep()
         else:
@@ -70,7 +70,8 @@ class Guard:
         )
 
     async def note(self, item: Item) -> None:
-        """Write down that the event is about to be run. Raises `DatabaseUnavailable`."""
+        """Write down that the event is about to be run. Raises `DatabaseUnavailable`, and `Fenced` when another process
+        runs it too."""
         async with self._database.turn, self._database.transaction() as connection:
             times = self.caution.note(item)
             await self._inbox.note(connection, item.event.position, item.bucket, times)

@@ -340,11 +340,19 @@ class Inbox:
             await connection.execute(begun.delete().where(*self._notes_are_ours()))
 
     async def note(self, connection: AsyncConnection, position: int, bucket: int, times: int) -> None:
-        """Should the process end now, it was the so-manieth unclean end with this event under way."""
+        """Should the process end now, it was the so-manieth unclean end with this event under way.
+
+        Raises `Fenced` when another process noted it at the same moment: roll back.
+        """
         await connection.execute(self._forget, {"of_position": position})
-        await connection.execute(
-            begun.insert().values(**self._own, position=position, bucket=bucket, times=times),
-        )
+        try:
+            await connection.execute(
+                begun.insert().values(**self._own, position=position, bucket=bucket, times=times),
+            )
+        except IntegrityError as error:
+            raise Fenced(
+                f"service {self._service!r}: another process began position {position} at the same moment"
+            ) from error
 
     async def forget_notes(self, connection: AsyncConnection, positions: Iterable[int]) -> None:
         """These events ended, and the process did not."""

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -36,9 +37,11 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
+from tidings.attempt import is_infrastructure
 from tidings.database import Database, connected, held, open_database
-from tidings.errors import DatabaseUnavailable
-from tidings.position import bucket_of
+from tidings.errors import DatabaseUnavailable, Fenced
+from tidings.inbox import Inbox
+from tidings.position import ALL_BUCKETS, bucket_of
 from tidings.work import LOSSES
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")
@@ -194,6 +197,31 @@ async def test_processes_that_start_at_once_on_an_empty_database_make_its_tables
             assert await connection.scalar(sa.select(sa.func.count()).select_from(audit)) == 0
 
     await asyncio.gather(*(start() for _ in range(6)))
+
+
+async def test_of_two_processes_that_note_one_event_at_once_the_second_joins_again(tmp_path: Path) -> None:
+    log = uuid4()
+    async with open_database(database_url(tmp_path, "audit"), tables) as database, a_tool(tmp_path) as rival:
+        first, second = (Inbox(of, "audit", log, ALL_BUCKETS) for of in (database, rival))
+        await first.join()
+        await second.join()
+
+        async def note_too() -> None:
+            async with rival.transaction() as connection:
+                await second.note(connection, 7, 3, 1)
+
+        async with database.transaction() as connection:
+            await first.note(connection, 7, 3, 1)
+            noting = asyncio.create_task(note_too())
+            await until(lambda: _waits_for_a_lock(database))
+        with pytest.raises(Fenced, match="another process began position 7 at the same moment"):
+            await noting
+        assert is_infrastructure(noting.exception() or ValueError())
+
+
+async def _waits_for_a_lock(database: Database) -> bool:
+    async with database.reading() as connection:
+        return bool(await connection.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
 
 
 @pytest.mark.parametrize("isolation", ["read committed", "serializable"])
