@@ -16,6 +16,9 @@ KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
 
+# Each process of pytest has a broker and a database of its own; the tests of a file stay together.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+
 .PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served postgresql kurrentdb soak audit bench format broker database clean
 
 help:
@@ -56,18 +59,19 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 pytest: $(INSTALLED) broker database
-	$(BIN)/pytest -m "not faults"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not faults"
 
+# One after the other: they count the seconds until all is well again.
 faults: $(INSTALLED) broker database
 	$(BIN)/pytest -m faults
 
 # The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
 served: $(INSTALLED) broker
-	TIDINGS_TEST_STORE=server $(BIN)/pytest $(addprefix tests/integration/test_, $(SERVED))
+	TIDINGS_TEST_STORE=server $(BIN)/pytest $(SIDE_BY_SIDE) $(addprefix tests/integration/test_, $(SERVED))
 
 # What rests on a service's own database once more, with that database in PostgreSQL.
 postgresql: $(INSTALLED) broker database
-	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest -m "not sqlite" -k "not ($(TOO_LONG))" \
+	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest $(SIDE_BY_SIDE) -m "not sqlite" -k "not ($(TOO_LONG))" \
 		$(addprefix tests/integration/test_, $(DATABASED))
 
 # kurrentdbclient is the successor of esdbclient, and cannot be installed beside it.

@@ -13,7 +13,7 @@ from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_f
 
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[RabbitMQ]:
-    """The session's shared broker, started by the first test that asks for it. Do it no harm."""
+    """The broker that the tests of this process share, started by the first that asks for it. Do it no harm."""
     with rabbitmq_for_tests() as broker:
         yield broker
 
@@ -41,7 +41,7 @@ async def harmed_url(rabbitmq_node: RabbitMQNode) -> AsyncIterator[str]:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgreSQL]:
-    """The session's shared server, started by the first test that asks for it. Do it no harm."""
+    """The server that the tests of this process share, started by the first that asks for it. Do it no harm."""
     with postgresql_for_tests() as server:
         yield server
 
