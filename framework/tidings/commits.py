@@ -106,8 +106,14 @@ class Commits:
 
     def given_up(self, id: UUID, letter: Letter) -> None:
         """A staged event that can never be appended."""
-        self.batch.never.append(letter)
-        self.appended(id)
+        self.batch.never.append((id, letter))
+        self._wake.set()
+
+    def doubt(self, item: Item) -> None:
+        """An attempt failed: the next commit finds out whether another process has done the event meanwhile. Without
+        that, a service whose every attempt fails for that reason would wait for ever for what nobody can mend."""
+        self.batch.doubted.append(item)
+        self._wake.set()
 
     def noted(self, position: int) -> None:
         """An event that was noted before it was run has ended."""

@@ -358,6 +358,8 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
 async def _prepare(database: Database, tables: sa.MetaData | None) -> None:
     async with database.transaction() as connection:
         if database.engine.dialect.name == "postgresql":  # of processes that start at once, one makes the tables
+            # Whatever the database's default is: who has waited must see what was made meanwhile.
+            await connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL READ COMMITTED"))
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MAKING_TABLES)))
         await connection.run_sync(metadata.create_all)
         found = await _version(connection)

@@ -287,7 +287,7 @@ class Dispatcher:
         commits.hurry()
         try:
             async with asyncio.timeout(seconds):
-                while self._busy or self.stager or commits.batch.appended or not commits.progress.floor_is_stored:
+                while self._busy or self.stager or commits.batch or not commits.progress.floor_is_stored:
                     await commits.rest()
         except TimeoutError:
             log.warning(
@@ -369,7 +369,9 @@ class Dispatcher:
             if (self.breaker.failures or self.breaker.opened_at is not None) and self.breaker.succeeded():
                 log.info("service.resumed", service=self._service.name)
             self._finish(item)
-        elif self._pauses(item, failure):
+            return
+        self._commits.doubt(item)
+        if self._pauses(item, failure):
             self._give_back(item, self.breaker.wait, self._lanes.later)
         else:
             self._fail(item, failure)

@@ -244,6 +244,14 @@ class HeldRows:
         for position in positions:
             self._one(position, (await connection.execute(self._release, {"of_position": position})).rowcount)
 
+    async def stand(self, connection: AsyncConnection, positions: Sequence[int]) -> None:
+        """Raises `Fenced` when another process has settled any of these held events."""
+        if positions:
+            these = sa.select(held.c.position).where(*self._mine, held.c.position.in_(positions))
+            there = set(await connection.scalars(these))
+            for position in positions:
+                self._one(position, int(position in there))
+
     def _one(self, position: int, rows: int) -> None:
         if rows != 1:
             raise Fenced(

@@ -5,7 +5,7 @@ Every write takes the connection of the transaction that it belongs to; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -375,11 +375,28 @@ class Inbox:
             {"of_bucket": bucket, "from_position": old, "to_position": new, "at_replays": self._replays[bucket]}
             for bucket, (old, new) in sorted(moves.items())  # one order for all, so that no two wait for each other
         ]
-        moved = await self._move.run(connection, rows)
-        if moved != len(rows):
+        self._all(moves, await self._move.run(connection, rows))
+
+    async def stand(self, connection: AsyncConnection, marks: Mapping[int, int]) -> None:
+        """Raises `Fenced` when any watermark stands elsewhere than `marks` says, bucket to position."""
+        if not marks:
+            return
+        rows = await connection.execute(
+            sa.select(watermarks.c.bucket, watermarks.c.position, watermarks.c.replays).where(
+                watermarks.c.service == self._service,
+                watermarks.c.log == str(self._log),
+                watermarks.c.bucket.in_(marks),
+            )
+        )
+        self._all(
+            marks, sum((row.position, row.replays) == (marks[row.bucket], self._replays[row.bucket]) for row in rows)
+        )
+
+    def _all(self, buckets: Collection[int], found: int) -> None:
+        if found != len(buckets):
             raise Fenced(
-                f"service {self._service!r}: another process moved {len(rows) - moved} of the watermarks of buckets "
-                f"{sorted(moves)}; this group was rolled back. Are two processes of the service active at once? "
+                f"service {self._service!r}: another process moved {len(buckets) - found} of the watermarks of buckets "
+                f"{sorted(buckets)}; this group was rolled back. Are two processes of the service active at once? "
                 "Stop one: on a bus in memory a service is one process"
             )
 
@@ -408,12 +425,15 @@ class Inbox:
         """Ids of those whose cause is replayed and that wait for their append already, or were given up: they are not
         staged a second time."""
         ids = [str(row.event.id) for row in rows if self._replay.covers(row.bucket, row.cause)]
-        found: set[str] = set()
-        for table in (staged, dead) if ids else ():
-            of = (table.c.service == self._service, table.c.log == str(self._log), table.c.event_id.in_(ids))
-            kind = (dead.c.kind == "staged",) if table is dead else ()
-            found.update(await connection.scalars(sa.select(table.c.event_id).where(*of, *kind)))
-        return found
+        if not ids:
+            return set()
+
+        def of(table: sa.Table) -> sa.Select[tuple[str]]:
+            ours = (table.c.service == self._service, table.c.log == str(self._log))
+            return sa.select(table.c.event_id).where(*ours, table.c.event_id.in_(ids))
+
+        # One statement sees one moment: an operator may bring one from the dead letters back at any time.
+        return set(await connection.scalars(sa.union_all(of(staged), of(dead).where(dead.c.kind == "staged"))))
 
     async def stage(self, connection: AsyncConnection, rows: Sequence[StagedEvent]) -> None:
         if rows:
@@ -436,9 +456,13 @@ class Inbox:
             )
 
     async def unstage(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
-        """Forget staged events that were appended, or that became dead."""
+        """Forget staged events that were appended."""
         if ids:
             await connection.execute(self._unstage, [{"appended": str(identity)} for identity in ids])
+
+    async def give_up(self, connection: AsyncConnection, id: UUID) -> bool:
+        """Forget a staged event that is to be a dead letter; False when another process did before."""
+        return (await connection.execute(self._unstage, {"appended": str(id)})).rowcount > 0
 
     async def staged_events(self) -> list[StagedEvent]:
         """What an earlier process staged and may or may not have appended, oldest first."""

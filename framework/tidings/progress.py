@@ -35,11 +35,13 @@ class Batch:
     foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
     """Messages that are no events of ours."""
     appended: list[UUID] = field(default_factory=list)
-    """Staged events that are in the store, or given up."""
-    never: list[Letter] = field(default_factory=list)
-    """Those given up."""
+    """Staged events that are in the store."""
+    never: list[tuple[UUID, Letter]] = field(default_factory=list)
+    """Staged events that can never be appended."""
     noted: list[int] = field(default_factory=list)
     """Positions of events that were noted before they were run, and have ended (`tidings.crashes`)."""
+    doubted: list[Item] = field(default_factory=list)
+    """An attempt at them failed, perhaps because another process has done them. They are not finished by that."""
 
     def finish(self, item: Item) -> bool:
         """True when it leaves more behind than the watermark."""
@@ -52,10 +54,11 @@ class Batch:
         return True
 
     def __bool__(self) -> bool:
-        return bool(self.finished or self.foreign or self.appended or self.never or self.noted)
+        ended = self.finished or self.foreign or self.appended or self.never or self.noted
+        return bool(ended or self.doubted)
 
     def __len__(self) -> int:
-        return len(self.finished) + len(self.foreign) + len(self.appended) + len(self.noted)
+        return len(self.finished) + len(self.foreign) + len(self.appended) + len(self.never) + len(self.noted)
 
 
 class Progress:
@@ -87,6 +90,9 @@ class Progress:
         floor_is_due = self.floor_is_due(floor_now)
         if floor_is_due or again:
             await inbox.fence(connection)
+        doubted = batch.doubted
+        await inbox.stand(connection, {item.bucket: self._watermarks[item.bucket] for item in doubted if not item.held})
+        await held.stand(connection, [item.event.position for item in doubted if item.held])
         await inbox.move(connection, {bucket: (self._watermarks[bucket], at) for bucket, at in batch.moves.items()})
         if again:
             await held.postpone(connection, _postponed(again))
@@ -98,7 +104,8 @@ class Progress:
                 item.emissions = [row for row in item.emissions if str(row.event.id) not in before]
             emissions = [row for item in batch.notable for row in item.emissions]
         await inbox.stage(connection, emissions)
-        await inbox.bury(connection, [*letters, *batch.never, *(letter for letter, _ in batch.foreign)])
+        never = [letter for event_id, letter in batch.never if await inbox.give_up(connection, event_id)]
+        await inbox.bury(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
         await inbox.unstage(connection, batch.appended)
         await inbox.forget_notes(connection, batch.noted)
         if floor_is_due:

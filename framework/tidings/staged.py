@@ -143,14 +143,19 @@ class Stager:
                     break
         except StreamNotFound:
             pass
+        except StreamDeleted:
+            if await self._in_log(staged):
+                return None
+            raise
         if not whole and await self._hidden(staged):
             return None
         return expected if newest is None else newest
 
     async def _hidden(self, staged: StagedEvent) -> bool:
         """Was it appended, and then truncated or deleted? What a stream hides, the log still shows."""
-        if (await self._store.get_metadata(staged.stream)).version < 0:
-            return False
+        return (await self._store.get_metadata(staged.stream)).version >= 0 and await self._in_log(staged)
+
+    async def _in_log(self, staged: StagedEvent) -> bool:
         async for event in self._store.read_all(after=staged.cause, filter=Filter(stream_prefixes=(staged.stream,))):
             if event.id_bytes == staged.event.id.bytes:
                 return True

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.integration.databases import answers, on_server
 from tests.integration.embedded import (
@@ -25,8 +26,11 @@ from tests.integration.embedded import (
     until,
 )
 from tests.integration.served import open_log
-from tidings import Context, Relay, Service, open_bus
+from tidings import Context, Relay, Retry, Service, open_bus
+from tidings.inbox import Inbox
+from tidings.intake import Intake
 from tidings.message import Message
+from tidings.position import ALL_BUCKETS, carried
 from tidings.supervision import supervised
 from tidings.verify import verify
 
@@ -181,3 +185,60 @@ async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
         await until(ok, 45)
         assert_once_in_order(await rows(one), events)
         assert running.joins + risen.joins > 2, "nobody was fenced: the test shows nothing"
+
+
+class Already(Exception):
+    """What a row's unique key, or a look at it, makes of an event that was done before."""
+
+
+@pytest.mark.parametrize("number", [4, 100], ids=["a few", "so many that the breaker opens"])
+@pytest.mark.parametrize("transactional", [True, False])
+async def test_events_that_another_process_has_done_meanwhile_are_no_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transactional: bool, number: int
+) -> None:
+    """It was cut off from the bus, and works through what it had accepted while this one begins at the same events."""
+    done = False
+    take_over = Intake._take_over
+
+    async def take_over_from_one_at_work(self: Intake) -> None:
+        nonlocal done
+        await take_over(self)
+        if not done:
+            done = True
+            inbox = Inbox(running.database, service.name, await world.store.log_id(), ALL_BUCKETS)
+            remembered, moves = await inbox.join(), dict[int, tuple[int, int]]()
+            async for event in world.store.read_all():
+                if (bucket := carried(event)) is not None:
+                    moves[bucket] = (remembered.watermarks[bucket], event.position)
+            async with running.database.transaction() as connection:
+                await inbox.move(connection, moves)
+
+    async def refuse(*_: object) -> None:
+        if done:
+            raise Already
+
+    if transactional:
+        service = auditing(effect=refuse, retry=Retry(attempts=5, delay=0.05))
+    else:
+        service = Service("audit")
+        service.on(Happened, retry=Retry(attempts=5, delay=0.05))(_calling(refuse))
+    async with embedded(tmp_path, Service("first")) as world:
+        await world.append(*many(number, 40))
+        await world.settled()
+    monkeypatch.setattr(Intake, "_take_over", take_over_from_one_at_work)
+    with capture_logs() as logs:
+        async with embedded(tmp_path, service) as world:
+            (running,) = world.running
+            await until(lambda: running.joins == 2 and running.floor >= number)
+            assert running.paused is None
+    told = [line["event"] for line in logs]
+    assert "event.retrying" in told, "nothing failed: the test shows nothing"
+    assert "event.held" not in told
+    assert "event.dead" not in told
+
+
+def _calling(function: Callable[..., Awaitable[None]]) -> Callable[[Happened], Awaitable[None]]:
+    async def handle(event: Happened) -> None:
+        await function()
+
+    return handle

@@ -1,0 +1,111 @@
+"""What one commit writes beside another process's: nothing of an event that the other has done, no letter twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+
+from tidings.database import Database, dead, open_database, staged
+from tidings.errors import Fenced
+from tidings.handlers import Handler, Retry
+from tidings.held import HeldEvent, HeldRows
+from tidings.inbox import Inbox, Letter, StagedEvent
+from tidings.position import ALL_BUCKETS
+from tidings.progress import Batch, Progress
+from tidings.stores import EventData, RecordedEvent
+from tidings.work import Item
+
+LOG = UUID(int=7)
+BUCKET, OTHER = 3, 4
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    async with open_database(f"sqlite:///{tmp_path}/shop.db") as database:
+        yield database
+
+
+class Process:
+    """What one process of the service knows, and how it commits."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.inbox = Inbox(database, "shop", LOG, ALL_BUCKETS)
+        self.held = HeldRows("shop", LOG, ALL_BUCKETS)
+
+    async def join(self) -> Process:
+        self.progress = Progress(self.inbox, self.held, await self.inbox.join(), time.monotonic)
+        return self
+
+    async def commit(self, batch: Batch) -> None:
+        async with self.database.transaction() as connection:
+            await self.progress.write(connection, batch, floor_now=False)
+        self.progress.written(batch)
+
+
+def event(position: int) -> RecordedEvent:
+    return RecordedEvent(position, "orders", position, "Placed", b"{}", b"", True, UUID(int=position + 1).bytes, 0)
+
+
+def item(position: int, held: HeldEvent | None = None) -> Item:
+    async def handle() -> None:
+        raise AssertionError("nobody runs it here")
+
+    handler = Handler("handle", handle, (), (), Retry(), 1.0, threaded=False)
+    return Item(event(position), BUCKET, handler, None, held)
+
+
+def doubted(*items: Item) -> Batch:
+    return Batch(doubted=list(items))
+
+
+async def test_a_failure_at_an_event_that_nobody_else_has_done_is_no_reason_to_join_again(database: Database) -> None:
+    ours = await Process(database).join()
+    await ours.commit(doubted(item(5)))
+    await ours.commit(Batch(moves={BUCKET: 5}))
+    await ours.commit(doubted(item(6)))
+
+
+@pytest.mark.parametrize("bucket", [BUCKET, OTHER])
+async def test_a_failure_where_another_process_has_gone_on_is_a_reason_to_join_again(
+    database: Database, bucket: int
+) -> None:
+    ours, other = await Process(database).join(), await Process(database).join()
+    await other.commit(Batch(moves={bucket: 5}))
+    if bucket == BUCKET:
+        with pytest.raises(Fenced, match=r"another process moved 1 of the watermarks of buckets \[3\]"):
+            await ours.commit(doubted(item(5)))
+    else:
+        await ours.commit(doubted(item(5)))
+
+
+async def test_a_failure_at_a_held_event_that_another_process_has_settled_is_a_reason_to_join_again(
+    database: Database,
+) -> None:
+    rows = [HeldEvent(event(n), BUCKET, "key", "place", 1, 0, 0.0, "because", None) for n in (5, 6)]
+    ours = await Process(database).join()
+    async with database.transaction() as connection:
+        await ours.held.hold(connection, rows)
+    await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))
+    async with database.transaction() as connection:
+        await Process(database).held.release(connection, [6])
+    await ours.commit(doubted(item(5, rows[0])))
+    with pytest.raises(Fenced, match="the held event at position 6 was settled by another process"):
+        await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))
+
+
+async def test_a_staged_event_that_two_processes_give_up_is_one_dead_letter(database: Database) -> None:
+    one, two = await Process(database).join(), await Process(database).join()
+    waiting = StagedEvent(BUCKET, 5, "orders", EventData("Placed", b"{}"))
+    async with database.transaction() as connection:
+        await one.inbox.stage(connection, [waiting])
+    for process in (one, two):
+        await process.commit(Batch(never=[(waiting.event.id, Letter.of_staged(waiting, 1, "too large"))]))
+    async with database.reading() as connection:
+        assert await connection.scalar(sa.select(sa.func.count()).select_from(staged)) == 0
+        assert list(await connection.scalars(sa.select(dead.c.event_id))) == [str(waiting.event.id)]
