@@ -85,7 +85,7 @@ class Away(StoreAround):
         raise StoreUnavailable("away")
 
 
-@pytest.mark.parametrize("hide", ["nothing", "truncated", "deleted", "one kept"])
+@pytest.mark.parametrize("hide", ["nothing", "truncated", "deleted", "one kept", "tombstoned"])
 @pytest.mark.parametrize("take", [True, False])
 async def test_an_append_of_unknown_outcome_is_found_even_in_a_stream_that_hides_it(
     tmp_path: Path, hide: str, take: bool
@@ -119,10 +119,13 @@ async def test_an_append_of_unknown_outcome_is_found_even_in_a_stream_that_hides
             await world.store.append("followed-a", [EventData("Other", b"{}")])
         elif hide == "deleted":
             await world.store.delete("followed-a")
+        elif hide == "tombstoned":
+            await world.store.tombstone("followed-a")
         around[0].away = False
         await world.settled()
-        assert await followed(world.store) == [("a", -1), ("a", 1)]
-        assert await letters(service) == []
+        refused = hide == "tombstoned" and not take
+        assert await followed(world.store) == [("a", -1), ("a", 1)][: 1 if refused else 2]
+        assert [letter.kind for letter in await letters(service)] == ["staged"] * refused
 
 
 async def test_an_emission_that_can_never_be_appended_is_dead_and_verify_lists_it(tmp_path: Path) -> None:

@@ -191,7 +191,14 @@ async def test_who_is_not_let_in_at_the_start_is_told_what_to_check(change: dict
     assert str(url.password) not in str(caught.value)
 
 
-async def test_processes_that_start_at_once_on_an_empty_database_make_its_tables_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolation", ["read committed", "serializable"])
+async def test_processes_that_start_at_once_on_an_empty_database_make_its_tables_once(
+    tmp_path: Path, isolation: str
+) -> None:
+    async with a_tool(tmp_path) as tool, tool.engine.begin() as connection:
+        level = f"ALTER DATABASE \"{tool.engine.url.database}\" SET default_transaction_isolation = '{isolation}'"
+        await connection.execute(sa.text(level))
+
     async def start() -> None:
         async with open_database(database_url(tmp_path, "audit"), tables) as database, database.reading() as connection:
             assert await connection.scalar(sa.select(sa.func.count()).select_from(audit)) == 0
