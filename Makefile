@@ -16,8 +16,9 @@ KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
 
-# Each process of pytest has a broker and a database of its own; the tests of a file stay together.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+# Each process of pytest starts a broker and a database of its own, and the tests of a file stay together. Where they are
+# named instead, there is one for all.
+SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numprocesses 2 --dist loadfile)
 
 .PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served postgresql kurrentdb soak audit bench format broker database clean
 

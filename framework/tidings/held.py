@@ -245,7 +245,8 @@ class HeldRows:
             self._one(position, (await connection.execute(self._release, {"of_position": position})).rowcount)
 
     async def stand(self, connection: AsyncConnection, positions: Sequence[int]) -> None:
-        """Raises `Fenced` when another process has settled any of these held events."""
+        """Raises `Fenced` when another process has settled any of these held events (that it has postponed one shows
+        when this one does)."""
         if positions:
             these = sa.select(held.c.position).where(*self._mine, held.c.position.in_(positions))
             there = set(await connection.scalars(these))

@@ -29,6 +29,8 @@ __all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "key_of", "
 
 _STAGE: Final = staged.insert()
 _BURY: Final = dead.insert()
+_IDS: Final = 1000
+"""Asked for in one statement: databases limit its parameters."""
 _KEY_BYTES: Final = 1000
 
 
@@ -396,8 +398,8 @@ class Inbox:
         if found != len(buckets):
             raise Fenced(
                 f"service {self._service!r}: another process moved {len(buckets) - found} of the watermarks of buckets "
-                f"{sorted(buckets)}; this group was rolled back. Are two processes of the service active at once? "
-                "Stop one: on a bus in memory a service is one process"
+                f"{sorted(buckets)}, or a replay was asked for; this group was rolled back. Are two processes of the "
+                "service active at once? Stop one: on a bus in memory a service is one process"
             )
 
     async def fence(self, connection: AsyncConnection) -> None:
@@ -425,15 +427,17 @@ class Inbox:
         """Ids of those whose cause is replayed and that wait for their append already, or were given up: they are not
         staged a second time."""
         ids = [str(row.event.id) for row in rows if self._replay.covers(row.bucket, row.cause)]
-        if not ids:
-            return set()
 
-        def of(table: sa.Table) -> sa.Select[tuple[str]]:
+        def of(table: sa.Table, some: Sequence[str]) -> sa.Select[tuple[str]]:
             ours = (table.c.service == self._service, table.c.log == str(self._log))
-            return sa.select(table.c.event_id).where(*ours, table.c.event_id.in_(ids))
+            return sa.select(table.c.event_id).where(*ours, table.c.event_id.in_(some))
 
-        # One statement sees one moment: an operator may bring one from the dead letters back at any time.
-        return set(await connection.scalars(sa.union_all(of(staged), of(dead).where(dead.c.kind == "staged"))))
+        found: set[str] = set()
+        for some in (ids[start : start + _IDS] for start in range(0, len(ids), _IDS)):
+            # One statement sees one moment: an operator may bring one from the dead letters back at any time.
+            both = sa.union_all(of(staged, some), of(dead, some).where(dead.c.kind == "staged"))
+            found.update(await connection.scalars(both))
+        return found
 
     async def stage(self, connection: AsyncConnection, rows: Sequence[StagedEvent]) -> None:
         if rows:

@@ -53,12 +53,9 @@ class Batch:
         self.notable.append(item)
         return True
 
-    def __bool__(self) -> bool:
-        ended = self.finished or self.foreign or self.appended or self.never or self.noted
-        return bool(ended or self.doubted)
-
     def __len__(self) -> int:
-        return len(self.finished) + len(self.foreign) + len(self.appended) + len(self.never) + len(self.noted)
+        ended = len(self.finished) + len(self.foreign) + len(self.appended) + len(self.never) + len(self.noted)
+        return ended + len(self.doubted)
 
 
 class Progress:

@@ -103,12 +103,18 @@ class Proxy:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            await self._carry(reader, writer)
+        finally:
+            writer.transport.abort()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             inner, outer = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
-            writer.transport.abort()
             return
-        self._writers |= {writer, outer}
+        self._writers.add(outer)
 
         async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: bool) -> None:
             try:

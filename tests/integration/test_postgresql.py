@@ -227,8 +227,9 @@ async def test_of_two_processes_that_note_one_event_at_once_the_second_joins_aga
 
 
 async def _waits_for_a_lock(database: Database) -> bool:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     async with database.reading() as connection:
-        return bool(await connection.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+        return bool(await connection.scalar(sa.text(waiting)))
 
 
 @pytest.mark.parametrize("isolation", ["read committed", "serializable"])

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 
-from tidings.database import Database, dead, open_database, staged
+from tidings.database import Database, dead, open_database, staged, watermarks
 from tidings.errors import Fenced
 from tidings.handlers import Handler, Retry
 from tidings.held import HeldEvent, HeldRows
@@ -69,6 +69,27 @@ async def test_a_failure_at_an_event_that_nobody_else_has_done_is_no_reason_to_j
     await ours.commit(doubted(item(5)))
     await ours.commit(Batch(moves={BUCKET: 5}))
     await ours.commit(doubted(item(6)))
+
+
+async def test_an_event_that_failed_and_ended_before_the_same_commit_is_written(database: Database) -> None:
+    ours = await Process(database).join()
+    row = HeldEvent(event(5), BUCKET, "key", "place", 1, 0, 0.0, "because", None)
+    async with database.transaction() as connection:
+        await ours.held.hold(connection, [row])
+    fresh, again = item(6), item(5, row)
+    batch = doubted(fresh, fresh, again)
+    batch.finish(again)
+    batch.finish(fresh)
+    await ours.commit(batch)
+    assert await ours.inbox.settled(BUCKET) == 6
+
+
+async def test_a_failure_after_a_replay_was_asked_for_is_a_reason_to_join_again(database: Database) -> None:
+    ours = await Process(database).join()
+    async with database.transaction() as connection:
+        await connection.execute(watermarks.update().values(replays=1))
+    with pytest.raises(Fenced, match="or a replay was asked for"):
+        await ours.commit(doubted(item(5)))
 
 
 @pytest.mark.parametrize("bucket", [BUCKET, OTHER])
