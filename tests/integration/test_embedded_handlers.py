@@ -589,8 +589,8 @@ async def test_a_handler_that_blocks_the_loop_is_named_with_its_stack(tmp_path: 
             with Watchdog(world.running[0], seconds=0.1):
                 await world.append(CULPRIT)
                 await world.settled()
-    (told,) = [entry for entry in logs if entry["event"] == "loop.blocked"]
-    assert told["handlers"] == ["block"]
+    blocked = [entry for entry in logs if entry["event"] == "loop.blocked"]
+    (told,) = [entry for entry in blocked if entry["handlers"] == ["block"]]  # a busy machine may block it too
     assert "time.sleep" in told["stack"]
 
 
