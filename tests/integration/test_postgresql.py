@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from structlog.testing import capture_logs
 
 from tests.integration import test_embedded_exactly_once as once
@@ -191,13 +191,18 @@ async def test_who_is_not_let_in_at_the_start_is_told_what_to_check(change: dict
     assert str(url.password) not in str(caught.value)
 
 
+async def _isolate(connection: AsyncConnection, level: str) -> None:
+    """From now on whoever connects to this database has transactions of this level, unless he says otherwise."""
+    name = connection.engine.url.database
+    await connection.execute(sa.text(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'"))
+
+
 @pytest.mark.parametrize("isolation", ["read committed", "serializable"])
 async def test_processes_that_start_at_once_on_an_empty_database_make_its_tables_once(
     tmp_path: Path, isolation: str
 ) -> None:
     async with a_tool(tmp_path) as tool, tool.engine.begin() as connection:
-        level = f"ALTER DATABASE \"{tool.engine.url.database}\" SET default_transaction_isolation = '{isolation}'"
-        await connection.execute(sa.text(level))
+        await _isolate(connection, isolation)
 
     async def start() -> None:
         async with open_database(database_url(tmp_path, "audit"), tables) as database, database.reading() as connection:
@@ -256,8 +261,7 @@ async def test_handlers_that_are_in_each_others_way_are_done_again_and_no_attemp
     service = auditing(effect=meet, partitions=2)
     async with a_tool(tmp_path) as tool:
         async with tool.engine.begin() as connection:
-            level = f"ALTER DATABASE \"{tool.engine.url.database}\" SET default_transaction_isolation = '{isolation}'"
-            await connection.execute(sa.text(level))
+            await _isolate(connection, isolation)
             await connection.run_sync(tables.create_all)
             await connection.execute(sa.insert(audit), [{"key": "shared", "n": 0, "note": name} for name in "ab"])
         events = [Happened(key=key, n=n) for n in range(10) for key in (low, high)]

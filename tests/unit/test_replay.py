@@ -21,7 +21,7 @@ from tidings import Event, EventData, EventStore, Service, open_store
 from tidings.database import Database, floors, metadata, open_database, replays, watermarks
 from tidings.errors import Fenced
 from tidings.held import HeldRows
-from tidings.inbox import Inbox
+from tidings.inbox import Inbox, Letter, StagedEvent
 from tidings.position import ALL_BUCKETS, bucket_of
 from tidings.progress import Batch, Progress
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
@@ -175,6 +175,25 @@ async def test_a_process_that_joined_before_raises_no_floor_in_a_transaction_tha
         async with database.transaction() as connection:
             await progress.write(connection, Batch(), floor_now=True)
     assert await state(database, floors, "position") == {0: 4}
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+async def test_what_waits_or_was_given_up_before_a_replay_is_not_emitted_again(
+    database: Database, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.inbox._IDS", at_once)
+    await stand(database, {7: 9}, 12)
+    await send_back(database, shop, LOG, start(4))
+    joined = inbox(database)
+    await joined.join()
+    waits, given_up, fresh, beyond = (
+        StagedEvent(7, cause, "mails", EventData("Mailed", b"{}")) for cause in (5, 6, 7, 13)
+    )
+    async with database.transaction() as connection:
+        await joined.stage(connection, [waits, beyond])
+        await joined.bury(connection, [Letter.of_staged(given_up, 1, "too large")])
+        found = await joined.emitted_before(connection, [waits, given_up, fresh, beyond])
+    assert found == {str(waits.event.id), str(given_up.event.id)}
 
 
 async def test_the_floor_of_every_range_is_lowered_and_each_bucket_remembers_its_own(database: Database) -> None:
