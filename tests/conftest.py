@@ -6,9 +6,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
 from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_for_tests, server_for_tests
+
+# A busy machine takes its time over an example, and over thinking of one: that is nobody's failure.
+settings.register_profile("tidings", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tidings")
 
 
 @pytest.fixture(scope="session")

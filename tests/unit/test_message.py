@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from tidings import message
 from tidings.errors import MalformedMessage
 from tidings.message import BODY_LIMIT, MARKER, Marker, Message, decode, encode
-from tidings.position import BUCKETS, bucket_of, carried, partition_key
+from tidings.position import BUCKETS, RESERVED, bucket_of, carried, partition_key
 from tidings.stores import JSON, OCTETS, RecordedEvent
 
 LOG = UUID("0a1b2c3d-0000-4000-8000-00000000000f")
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40) | st.builds(
-    lambda text, times: text * times, st.text("aé☃", min_size=1, max_size=3), st.integers(256, 400)
-)
+names = (
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+    | st.builds(lambda text, times: text * times, st.text("aé☃", min_size=1, max_size=3), st.integers(256, 400))
+).filter(lambda name: not name.startswith(RESERVED))
 metadatas = (
     st.just(b"")
     | st.binary(max_size=50)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tidings.errors import StoreError, StreamDeleted, StreamNotFound, WrongExpectedVersion
@@ -203,6 +203,7 @@ def test_appends_decide_as_the_model_does(history: list[tuple[int, list[Operatio
 
 @settings(max_examples=60, deadline=None)
 @given(groups)
+@example([(0, [Operation("metadata", "b", ANY, tb=END)]), (1, [Operation("metadata", "b", ANY, tb=0)])])
 def test_what_a_writer_remembers_of_streams_never_misleads_it_when_another_has_written(
     history: list[tuple[int, list[Operation]]],
 ) -> None:

@@ -171,14 +171,15 @@ class Appender:
         if not write.events:
             return Appended(facts.last, self._last)
         first = facts.last + 1
+        # Before the new document is there: whether the stream was softly deleted is read from the one that is the last.
+        of = None if original is None else self._facts(connection, original)
         for event in write.events:
             facts.last += 1
             self._put(write.stream, facts.last, event)
         answer = Appended(facts.last, self._last)
         if facts.soft:
             self._undelete(connection, write.stream, first)
-        if original is not None:
-            of = self._facts(connection, original)
+        if original is not None and of is not None:
             was_soft, of.soft = of.soft, retention_of(original, write.events[-1].data).soft_deleted
             if was_soft and of.last != MAX_VERSION:
                 self._undelete(connection, original, of.last + 1)
