@@ -30,7 +30,13 @@ LINGER_SECONDS: Final = 0.005
 MANY: Final = 64
 """Where so many events have joined it, it waits as long as the last commit took ..."""
 LONGEST_SECONDS: Final = 0.025
-"""... but no longer than this."""
+"""... but no longer than this, ..."""
+LOOK_SECONDS: Final = 0.002
+"""... and looks so often whether there is anything left to wait for."""
+FULL: Final = 2.0
+ROOM: Final = 1.5
+"""A pass rests when so many times the prefetch are unsettled, and goes on when so many are left. Between them handlers
+have enough to do while a commit is under way."""
 
 
 class Commits:
@@ -56,7 +62,7 @@ class Commits:
         self._sessions = sessions
         self._troubles = troubles
         self._timers = timers
-        self._prefetch = prefetch
+        self._full, self._room_at = int(FULL * prefetch), int(ROOM * prefetch)
         self._clock = clock
         self._work = work
         self._committed = committed
@@ -81,13 +87,13 @@ class Commits:
         return len(self._taken)
 
     async def room(self) -> None:
-        """Wait until much of what was taken is settled."""
+        """Wait until less is unsettled."""
         self._room.clear()
         await self._room.wait()
 
     def take(self, item: Item) -> None:
         """It is settled after everything that was taken before it."""
-        self.full = self._taken.add(item) >= 2 * self._prefetch
+        self.full = self._taken.add(item) >= self._full
 
     def settle(self, step: Step) -> None:
         """Nothing to handle, but to be settled in its turn."""
@@ -160,7 +166,15 @@ class Commits:
         if 0 < len(self.batch) + len(self._sessions) < MANY:
             await asyncio.sleep(LINGER_SECONDS)
         elif self.batch and not self._sessions:
-            await asyncio.sleep(min(self._took, LONGEST_SECONDS))
+            until = self._clock() + min(self._took, LONGEST_SECONDS)
+            while self._others():
+                await asyncio.sleep(LOOK_SECONDS)
+                if self._clock() >= until:
+                    break
+
+    def _others(self) -> bool:
+        """Something was taken that is not in the batch yet, and nobody waits for the commit to take more."""
+        return not self.full and len(self._taken) > len(self.batch)
 
     async def _commit(self) -> None:
         ran: list[Item] = []
@@ -196,7 +210,7 @@ class Commits:
                 consumer, tag = step.consumer, step.tag
         if consumer is not None:
             consumer.settle_through(tag)
-        if len(self._taken) < self._prefetch:
+        if len(self._taken) <= self._room_at:
             self.full = False
             self._room.set()
         if not self.progress.floor_is_stored and self._floor_timer not in self._timers:

@@ -235,7 +235,7 @@ class Dispatcher:
             self._commits.wake()
         elif item.bucket in self._uncommitted:
             self._deferred.append(item)
-        elif (item.held is None and not self._keys.blocked) or not self._waits(item):
+        else:
             self._workers.give(item)
 
     async def _note(self) -> None:
@@ -309,6 +309,8 @@ class Dispatcher:
 
     def _handle(self, item: Item) -> Awaitable[None] | None:
         """A handler without a session; what is left to be awaited of it."""
+        if (item.held is not None or item.bucket in self._keys.blocked) and self._waits(item):
+            return None
         context = self._context(item)
         begun = self._begin_attempt(item, context, _no_session)
         if isinstance(begun, Attempt):
@@ -466,8 +468,7 @@ class Dispatcher:
         self._uncommitted.clear()
         deferred, self._deferred = self._deferred, []
         for item in deferred:
-            if not self._waits(item):
-                self._workers.give(item)
+            self._workers.give(item)
         if batch.noted:
             self._pump()
 

@@ -7,6 +7,7 @@ transaction that it belongs to; nothing here begins or commits one.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -55,8 +56,8 @@ class HeldRows:
         holding = (*self._of(dead, buckets), dead.c.holds_key)
         # Each in the order of its index, which spares sorting all of it.
         self._blocked = sa.union_all(
-            sa.select(held.c.key, sa.func.count()).where(*self._mine).group_by(held.c.key),
-            sa.select(dead.c.key, sa.func.count()).where(*holding).group_by(dead.c.key),
+            sa.select(sa.func.min(held.c.bucket), held.c.key, sa.func.count()).where(*self._mine).group_by(held.c.key),
+            sa.select(sa.func.min(dead.c.bucket), dead.c.key, sa.func.count()).where(*holding).group_by(dead.c.key),
         )
         this = (held.c.service == service, held.c.log == str(log), held.c.position == sa.bindparam("of_position"))
         self._postpone = (
@@ -157,12 +158,12 @@ class HeldRows:
             table.c.bucket.between(buckets.start, buckets.stop - 1),
         )
 
-    async def blocked(self, connection: AsyncConnection) -> dict[str, int]:
-        """Each blocked key with the number of rows that block it."""
-        found: dict[str, int] = {}
-        for key, rows in await connection.execute(self._blocked):
-            found[key] = found.get(key, 0) + rows
-        return found
+    async def blocked(self, connection: AsyncConnection) -> dict[int, dict[str, int]]:
+        """Of each bucket the blocked keys, with the number of rows that block them."""
+        found = defaultdict[int, dict[str, int]](dict)
+        for bucket, key, rows in await connection.execute(self._blocked):
+            found[bucket][key] = found[bucket].get(key, 0) + rows
+        return dict(found)
 
     async def due(
         self,

@@ -7,8 +7,9 @@ through the bucket's lane; when one of them fails again, those behind it are not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from tidings.held import HeldEvent
 from tidings.work import Item
 
 __all__ = ["Keys"]
@@ -18,25 +19,27 @@ class Keys:
     """What the database says about keys, as of the last group, and what was done since."""
 
     def __init__(self) -> None:
-        self.blocked: dict[str, int] = {}
-        """Key to the number of rows that block it. To look at only."""
+        self.blocked: dict[int, dict[str, int]] = {}
+        """By bucket, so that few events are asked for their key: key to the number of rows that block it. To look at
+        only."""
         self._flying: Counter[str] = Counter()
         self._failed: set[str] = set()
 
-    def read(self, blocked: Mapping[str, int], uncommitted: Iterable[Item]) -> None:
+    def read(self, blocked: dict[int, dict[str, int]], uncommitted: Iterable[Item]) -> None:
         """What the database holds now, and the items that will change it with the next commit."""
-        self.blocked = dict(blocked)
+        self.blocked = blocked
         for item in uncommitted:
             self.ended(item)
 
     def ended(self, item: Item) -> None:
         """It was run, or held, or is dead; the next commit will say so. Later items in its lane are judged by it."""
         if item.blocks:
-            left = self.blocked.get(item.key, 0) + item.blocks
-            if left > 0:
-                self.blocked[item.key] = left
-            else:
-                self.blocked.pop(item.key, None)
+            keys = self.blocked.setdefault(item.bucket, {})
+            keys[item.key] = keys.get(item.key, 0) + item.blocks
+            if keys[item.key] <= 0:
+                del keys[item.key]
+            if not keys:
+                del self.blocked[item.bucket]
         if item.held is not None and not item.blocks:
             self._failed.add(item.held.key)
 
@@ -44,11 +47,12 @@ class Keys:
         """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""
         if item.held is not None:
             return item.held.key in self._failed
-        return bool(self.blocked) and item.key in self.blocked
+        keys = self.blocked.get(item.bucket)
+        return keys is not None and item.key in keys
 
-    def blocks(self, key: str) -> bool:
-        """Something of the key is held, or dead and holds it."""
-        return key in self.blocked
+    def blocks(self, row: HeldEvent) -> bool:
+        """Something of its key is held, or dead and holds it."""
+        return row.key in self.blocked.get(row.bucket, ())
 
     @property
     def flying(self) -> frozenset[str]:

@@ -75,15 +75,16 @@ class Revival:
         process does, fences it."""
 
     async def run(self) -> None:
-        """Until cancelled. Raises `DatabaseUnavailable`, and `Fenced` after a replay was asked for."""
+        """Until cancelled; begin it when `keys` has just been read. Raises `DatabaseUnavailable`, and `Fenced` after a
+        replay was asked for."""
         holds = [handler.retry.hold for handler in self._service.handlers.values()]
         longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
         loop = asyncio.get_running_loop()
-        whole, next_whole = True, 0.0
+        whole, next_whole = True, loop.time() + HELD_SECONDS
         while True:
             await self.active.wait()
             self.look.clear()
-            if whole or loop.time() >= next_whole:
+            if loop.time() >= next_whole:
                 whole = self.stale = True
                 next_whole = loop.time() + HELD_SECONDS
             # What flies now may be settled by a commit that this reading does not see.
@@ -121,6 +122,6 @@ class Revival:
     def landed(self, row: HeldEvent) -> None:
         """What came of a held event is durable, or it was left alone."""
         if self._keys.land(row.key):
-            if self._keys.blocks(row.key):
+            if self._keys.blocks(row):
                 self._left.add(row.key)
             self.look.set()

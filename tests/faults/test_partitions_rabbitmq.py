@@ -114,8 +114,8 @@ async def test_service_resized_again_and_again_while_its_processes_are_killed(
     seconds = 0.0
     async with stage.traffic():
         await stage.handles(SOME)
-        # Where the other one hears of it first, this one is given the queues as they were, is fenced in each of them that
-        # has a message, and has none to end in order.
+        # Where the other one hears of it first, this one may be given the queues as they were, and be fenced in each:
+        # then there is none that it could end in order.
         left = ("service.stopped", "service.rejoining")
         turns = ((4, ("service.resized",)), (2, left), (5, ("service.resized",)), (1, ("service.joined",)))
         for to, words in turns:
@@ -123,7 +123,7 @@ async def test_service_resized_again_and_again_while_its_processes_are_killed(
             await doomed.says("service.joined")
             said = says(doomed, words)
             await resize(stage, to)
-            await until(lambda doomed=doomed, words=words, said=said: says(doomed, words) > said, f"it says {words}")
+            await until(lambda: says(doomed, words) > said, f"it says {words}")  # noqa: B023
             doomed.kill()
             seconds = max(seconds, await stage.recovered(now()))
             await becomes(stage, to)

@@ -114,7 +114,7 @@ async def test_what_is_delivered_before_it_is_known_which_keys_are_blocked_waits
     known = asyncio.Event()
     blocked = HeldRows.blocked
 
-    async def late(self: HeldRows, connection: AsyncConnection) -> dict[str, int]:
+    async def late(self: HeldRows, connection: AsyncConnection) -> dict[int, dict[str, int]]:
         await known.wait()
         return await blocked(self, connection)
 

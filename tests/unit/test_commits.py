@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tidings.commits
-from tidings.commits import Commits
+from tidings.commits import LOOK_SECONDS, MANY, Commits
 from tidings.handlers import Handler, Retry
 from tidings.progress import Batch
 from tidings.stores import RecordedEvent
@@ -101,7 +101,7 @@ def finish(stage: Stage, items: list[Item]) -> None:
     stage.commits.wake()
 
 
-async def test_one_that_was_full_has_room_when_half_of_it_is_settled_and_is_full_no_more() -> None:
+async def test_one_that_was_full_has_room_when_a_quarter_of_it_is_settled_and_is_full_no_more() -> None:
     async with commits(prefetch=4) as stage:
         items = [item(n) for n in range(8)]
         for one in items:
@@ -109,11 +109,11 @@ async def test_one_that_was_full_has_room_when_half_of_it_is_settled_and_is_full
             stage.commits.take(one)
         assert stage.commits.full
         waiting = asyncio.create_task(stage.commits.room())
-        finish(stage, items[:4])
-        await until(lambda: stage.commits.unsettled == 4)
+        finish(stage, items[:1])
+        await until(lambda: stage.commits.unsettled == 7)
         assert not waiting.done()
         assert stage.commits.full
-        finish(stage, items[4:5])
+        finish(stage, items[1:2])
         await asyncio.wait_for(waiting, 5)
         assert not stage.commits.full, "who comes next would wait for something to be settled, and there may be nothing"
 
@@ -158,6 +158,25 @@ async def test_many_share_a_commit_and_a_few_wait_for_company() -> None:
             await asyncio.sleep(0)
         await until(lambda: sum(stage.progress.written_items) == 200)
         assert len(stage.progress.written_items) < 20
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+async def test_a_large_commit_waits_for_others_while_there_are_any_and_nobody_waits_for_room(
+    others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidings.commits, "LONGEST_SECONDS", 3600)
+    async with commits(prefetch=MANY // 2 + 1) as stage:
+        stage.commits._took = 3600.0
+        items = [item(n) for n in range(MANY + others)]
+        for one in items:
+            stage.commits.take(one)
+        finish(stage, items[:MANY])
+        if others == 1:
+            await asyncio.sleep(10 * LOOK_SECONDS)
+            assert not stage.progress.written_items, "one more can join"
+            finish(stage, items[MANY:])
+        await until(lambda: bool(stage.progress.written_items))
+        assert stage.progress.written_items == [MANY + (others == 1)], "3: a pass waits for room"
 
 
 async def until(holds: Any) -> None:

@@ -50,6 +50,16 @@ def test_an_event_that_failed_blocks_its_key_and_no_other() -> None:
     assert not keys.must_wait(fresh(2, "b"))
 
 
+def test_a_key_blocks_in_its_own_bucket_until_nothing_is_left_that_blocks_it() -> None:
+    keys = Keys()
+    keys.read({0: {"a": 1}, 7: {"b": 1}}, ())
+    assert not keys.must_wait(fresh(2, "b")), "its bucket is another one"
+    assert keys.blocks(row(1, "a"))
+    assert not keys.blocks(row(1, "b"))
+    keys.ended(revived(row(1, "a")))
+    assert keys.blocked == {7: {"b": 1}}
+
+
 def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
     for holds in (True, False):
         keys = Keys()
@@ -59,7 +69,7 @@ def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
 
 def test_a_held_event_that_becomes_a_dead_letter_without_a_hold_lets_those_behind_it_go_on() -> None:
     keys = Keys()
-    keys.read({"a": 2}, ())
+    keys.read({0: {"a": 2}}, ())
     keys.fly("a")
     keys.fly("a")
     keys.ended(fail(revived(row(1, "a"), hold_key=False), permanent=True))
@@ -69,7 +79,7 @@ def test_a_held_event_that_becomes_a_dead_letter_without_a_hold_lets_those_behin
 
 def test_a_key_whose_flight_met_a_failure_flies_again_when_all_of_it_has_landed() -> None:
     keys = Keys()
-    keys.read({"a": 2}, ())
+    keys.read({0: {"a": 2}}, ())
     keys.fly("a")
     keys.fly("a")
     keys.ended(fail(revived(row(1, "a"))))
@@ -84,7 +94,7 @@ def test_a_key_whose_flight_met_a_failure_flies_again_when_all_of_it_has_landed(
 
 def test_what_an_operator_took_away_is_known_with_the_next_reading() -> None:
     keys = Keys()
-    keys.read({"a": 1}, ())
+    keys.read({0: {"a": 1}}, ())
     assert keys.must_wait(fresh(2, "a"))
     keys.read({}, ())
     assert not keys.must_wait(fresh(2, "a"))
@@ -97,9 +107,10 @@ class Database:
     held: dict[str, list[HeldEvent]] = field(default_factory=dict)
     graves: dict[str, int] = field(default_factory=dict)
 
-    def blocked(self) -> dict[str, int]:
+    def blocked(self) -> dict[int, dict[str, int]]:
         numbers = {key: len(rows) + self.graves.get(key, 0) for key, rows in self.held.items()}
-        return {key: number for key, number in (self.graves | numbers).items() if number}
+        blocked = {key: number for key, number in (self.graves | numbers).items() if number}
+        return {0: blocked} if blocked else {}
 
     def write(self, item: Item) -> None:
         rows = self.held.setdefault(item.key, [])
