@@ -23,7 +23,7 @@ from tidings.stores.eventstoredb_leader import Leader
 from tidings.stores.eventstoredb_wire import BATCH_APPEND, Answer, Undecided, append_request, number_of, outcome_of
 from tidings.stores.grpc_call import Call, CallFailed, ConnectionLost
 from tidings.stores.grpc_h2 import Connection
-from tidings.supervision import leading
+from tidings.supervision import leading, task_group
 
 __all__ = ["Appends", "Write"]
 
@@ -162,7 +162,7 @@ class Appends:
 
     async def _sessions(self) -> None:
         """A call while there is something to append, and another one when it is lost."""
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             tasks.create_task(self._expire())
             first, longest = PAUSE_SECONDS
             pause, attempts = first, 0
@@ -193,7 +193,7 @@ class Appends:
         connection = await self._leader.connected()
         call = await self._leader.call(BATCH_APPEND, connection)
         with call:
-            async with asyncio.TaskGroup() as tasks:
+            async with task_group() as tasks:
                 receiving = tasks.create_task(self._receive(call))
                 watching = tasks.create_task(self._watch(connection))
                 await self._settle_unknown(call)
