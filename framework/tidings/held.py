@@ -162,7 +162,8 @@ class HeldRows:
         """Of each bucket the blocked keys, with the number of rows that block them."""
         found = defaultdict[int, dict[str, int]](dict)
         for bucket, key, rows in await connection.execute(self._blocked):
-            found[bucket][key] = found[bucket].get(key, 0) + rows
+            keys = found[bucket]
+            keys[key] = keys.get(key, 0) + rows
         return dict(found)
 
     async def due(

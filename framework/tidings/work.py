@@ -164,9 +164,9 @@ class Item(Ticket[Step | None]):
         """The partition key; it is read from the metadata, so ask only where it matters."""
         if self.held is not None:
             return self.held.key
-        own = own_metadata(self.event.metadata)
-        if self.metadata is None:
-            self.metadata = own  # the attempt that comes next needs it too
+        own = self.metadata
+        if own is None:
+            own = self.metadata = own_metadata(self.event.metadata)  # the attempt that comes next needs it too
         return key_of(self.event, own)
 
     def succeed(self, context: Context) -> None:

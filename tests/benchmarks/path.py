@@ -137,15 +137,17 @@ async def seconds(work: Awaitable[object]) -> float:
     return time.perf_counter() - began
 
 
-def verdict(row: str, ours: Sequence[float], peer: Sequence[float], floor: float, count: int) -> int:
-    """Print the row's rates and the median of the rounds' ratios; 1 when it is below the floor."""
+def verdict(row: str, ours: Sequence[float], peer: Sequence[float], floor: float | None, count: int) -> int:
+    """Print the row's rates and the median of the rounds' ratios; 1 when it is below the floor, if it has one."""
     ratio = median(theirs / mine for mine, theirs in zip(ours, peer, strict=True))
+    missed = floor is not None and ratio < floor
+    judged = "(no floor)" if floor is None else f"(floor {floor:.2f}) {'MISSED' if missed else 'ok'}"
     print(
-        f"{row}: {ratio:.2f} x (floor {floor:.2f}) {'ok' if ratio >= floor else 'MISSED'}; "
+        f"{row}: {ratio:.2f} x {judged}; "
         f"tidings {count / median(ours):,.0f}/s, peer {count / median(peer):,.0f}/s, {len(ours)} rounds",
         flush=True,
     )
-    return int(ratio < floor)
+    return int(missed)
 
 
 def quiet() -> None:

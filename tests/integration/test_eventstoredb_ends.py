@@ -66,14 +66,13 @@ async def test_when_the_task_of_the_appends_dies_everybody_hears_of_it(monkeypat
 async def test_closing_ends_at_whatever_moment_the_connection_is_lost() -> None:
     """Python 3.11 forgets that a task was cancelled when one of its group fails in the same turn of the loop."""
     for turns in range(8):
-        async with EventStoreServer() as server, asyncio.timeout(10):
-            async with opened(server.port) as store:
-                await store.append("s", events(0))
-                for connection in store.connections:
-                    connection.cut()
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-                await store.close()
+        async with EventStoreServer() as server, asyncio.timeout(10), opened(server.port) as store:
+            await store.append("s", events(0))
+            for connection in store.connections:
+                connection.cut()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await store.close()
 
 
 async def test_an_expected_version_that_is_none_is_refused_and_its_neighbours_are_not() -> None:
