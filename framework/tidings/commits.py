@@ -165,16 +165,17 @@ class Commits:
             return
         if 0 < len(self.batch) + len(self._sessions) < MANY:
             await asyncio.sleep(LINGER_SECONDS)
-        elif self.batch and not self._sessions:
-            until = self._clock() + min(self._took, LONGEST_SECONDS)
-            while self._others():
-                await asyncio.sleep(LOOK_SECONDS)
-                if self._clock() >= until:
-                    break
+        elif self.batch:
+            left = min(self._took, LONGEST_SECONDS)
+            until = self._clock() + left
+            while left > 0 and self._may_grow():
+                await asyncio.sleep(min(left, LOOK_SECONDS))
+                left = until - self._clock()
 
-    def _others(self) -> bool:
-        """Something was taken that is not in the batch yet, and nobody waits for the commit to take more."""
-        return not self.full and len(self._taken) > len(self.batch)
+    def _may_grow(self) -> bool:
+        """Something was taken that is not settled and not in the batch, and nobody waits for the commit: neither a pass
+        that needs room nor an event with a session."""
+        return not self.full and not self._sessions and len(self._taken) > len(self.batch)
 
     async def _commit(self) -> None:
         ran: list[Item] = []

@@ -99,6 +99,7 @@ class Dispatcher:
         """Buckets with effects in the group under way: who has no session would not see them, so it waits."""
         self._deferred: list[Item] = []
         self._keys = Keys()
+        self._knows_keys = asyncio.Event()
         self._revival = Revival(service, database, held, self._keys, troubles, self._push, self._pump, inbox.fence)
         self._guard = Guard(service, database, inbox, troubles, clock)
         self._caution = self._guard.caution
@@ -127,9 +128,10 @@ class Dispatcher:
 
     async def resume(self, remembered: Remembered) -> None:
         """Go on from what another process has left, instead of from what was known before; only while `idle`."""
+        await self._knows_keys.wait()
+        await self._read_keys()
         self._commits.progress = Progress(self._inbox, self._held, remembered, self._clock)
         self._replay = remembered.replay
-        self._revival.stale = True
         self.stager.add(await self._inbox.staged_events(), since=None)
 
     @property
@@ -179,7 +181,7 @@ class Dispatcher:
         return self._commits.full
 
     async def room(self) -> None:
-        """Wait until much of what was taken is settled."""
+        """Wait until less is unsettled."""
         await self._commits.room()
 
     # ---- lanes to handlers ----------------------------------------------------------
@@ -255,8 +257,8 @@ class Dispatcher:
         self._attempts.open()
         try:
             self.stager.add(await self._inbox.staged_events(), since=None)
-            async with self._database.reading() as connection:
-                self._keys.read(await self._held.blocked(connection), ())
+            await self._read_keys()
+            self._knows_keys.set()
             self._pumping = False
             self._pump()
             async with asyncio.TaskGroup() as tasks:
@@ -272,6 +274,11 @@ class Dispatcher:
             self._guard.notebook.close()
             if self._at_work and self._draining:
                 await self._part()
+
+    async def _read_keys(self) -> None:
+        """While nothing waits for a commit."""
+        async with self._database.reading() as connection:
+            self._keys.read(await self._held.blocked(connection), ())
 
     async def drain(self, seconds: float) -> None:
         """Begin nothing new, let what runs finish and be committed, store the floor; at most so long. Then cancel
@@ -309,7 +316,7 @@ class Dispatcher:
 
     def _handle(self, item: Item) -> Awaitable[None] | None:
         """A handler without a session; what is left to be awaited of it."""
-        if (item.held is not None or item.bucket in self._keys.blocked) and self._waits(item):
+        if self._waits(item):
             return None
         context = self._context(item)
         begun = self._begin_attempt(item, context, _no_session)

@@ -54,7 +54,7 @@ class HeldRows:
         self._own = {"service": service, "log": str(log)}
         self._mine = self._of(held, buckets)
         holding = (*self._of(dead, buckets), dead.c.holds_key)
-        # Each in the order of its index, which spares sorting all of it.
+        # Each in the order of its index, which spares sorting all of it. A key has one bucket.
         self._blocked = sa.union_all(
             sa.select(sa.func.min(held.c.bucket), held.c.key, sa.func.count()).where(*self._mine).group_by(held.c.key),
             sa.select(sa.func.min(dead.c.bucket), dead.c.key, sa.func.count()).where(*holding).group_by(dead.c.key),

@@ -42,15 +42,14 @@ def storable(value: Any) -> Any:
 
 
 def key_of(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> str:
-    """The partition key as rows have it; `own` is as for `partition_key`. Of one that would not fit into an index, as
-    PostgreSQL's, a digest tells the rest."""
-    key = partition_key(event, own)
-    if len(key) <= _KEY_BYTES // 4 and key.isascii() and "\0" not in key:  # nearly every one, and asked for often
+    """The partition key as rows have it; `own` is as for `partition_key`. Of one that databases refuse, or that would
+    not fit into an index, as PostgreSQL's, a digest tells the rest, so that no other key has the same text."""
+    name = partition_key(event, own)
+    key: str = storable(name)
+    if key == name and (len(key) <= _KEY_BYTES // 4 or len(key.encode()) <= _KEY_BYTES):
         return key
-    key = str(storable(key))
-    if len(key) <= _KEY_BYTES // 4 or len(octets := key.encode()) <= _KEY_BYTES:
-        return key
-    return f"{octets[:_KEY_BYTES].decode(errors='ignore')}...{sha256(octets).hexdigest()}"
+    digest = sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{key.encode()[:_KEY_BYTES].decode(errors='ignore')}...{digest}"
 
 
 def recorded(row: sa.Row[Any]) -> RecordedEvent:

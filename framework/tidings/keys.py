@@ -26,7 +26,8 @@ class Keys:
         self._failed: set[str] = set()
 
     def read(self, blocked: dict[int, dict[str, int]], uncommitted: Iterable[Item]) -> None:
-        """What the database holds now, and the items that will change it with the next commit."""
+        """What the database holds now, which becomes ours to change, and the items that will change it with the next
+        commit."""
         self.blocked = blocked
         for item in uncommitted:
             self.ended(item)

@@ -67,7 +67,7 @@ def partition_key(event: RecordedEvent, own: Mapping[str, Any] | None = None) ->
     alone. A relay and a service that disagreed would do the event in two buckets, so
     what different interpreters read differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
     """
-    if own is None or (len(event.metadata) > NESTING and deep(event.metadata)):
+    if own is None or deep(event.metadata):
         return _partition_key(event.metadata, event.stream)
     return own.get("partitionKey") or event.stream
 

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from contextvars import Context
+from typing import Any, TypeVar
 
 __all__ = ["leading", "leaves", "supervised", "task_group", "together"]
+
+T = TypeVar("T")
+
+
+class _Group(asyncio.TaskGroup):
+    """It knows which of its tasks have not ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way: set[asyncio.Task[Any]] = set()
+
+    def create_task(
+        self,
+        coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[T]:
+        task = super().create_task(coro, name=name, context=context)
+        self.under_way.add(task)
+        task.add_done_callback(self.under_way.discard)
+        return task
 
 
 @asynccontextmanager
@@ -15,14 +38,17 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """`asyncio.TaskGroup` for whoever goes on after its errors.
 
     Cancelled from outside while an error ends it, Python's own forgets the cancellation (before 3.13: see asyncio in
-    "What's New In Python 3.13"), so that a loop around it would never end.
+    "What's New In Python 3.13"), so that a loop around it would never end. It is told from the count of cancellations;
+    the one by which the group itself ends a block is taken back only within the block, so tasks are awaited there.
     """
     task = asyncio.current_task()
     assert task is not None
     before = task.cancelling()
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with _Group() as tasks:
             yield tasks
+            while tasks.under_way:
+                await asyncio.wait(tasks.under_way)
     except BaseExceptionGroup as group:
         if task.cancelling() > before:
             raise asyncio.CancelledError from group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,52 @@ async def test_a_standby_leaves_held_events_alone_and_takes_them_over(
             assert risen.joins == 1, "it looked again when it took over, so nothing fenced it"
 
 
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_standby_that_takes_over_knows_at_once_what_was_held_meanwhile(
+    tmp_path: Path, transactional: bool
+) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def named(process: str) -> Service:
+        service = Service("plain")
+
+        def see(event: Happened) -> None:
+            calls.append((process, event.n))
+            if event.n == 0:
+                raise ValueError("not now")
+
+        if transactional:
+
+            @service.on(Happened, retry=LONG)
+            async def handle_in_session(event: Happened, session: AsyncSession) -> None:
+                see(event)
+
+        else:
+
+            @service.on(Happened, retry=LONG)
+            async def handle(event: Happened) -> None:
+                see(event)
+
+        return service
+
+    active, standby, settings = named("active"), named("standby"), settings_for(tmp_path)
+    async with open_log(tmp_path) as store, open_bus(settings.bus) as bus, AsyncExitStack() as first:
+        await first.enter_async_context(active.running(settings, store=store, bus=bus))
+        async with (
+            standby.running(settings, store=store, bus=bus) as risen,
+            supervised(Relay(store, bus, marker_seconds=0.05, checkpoint_seconds=0.02).run()),
+        ):
+            await until(lambda: risen.consuming)
+            for n in range(2):  # the second waits for the first
+                await standby.append("k", Happened(key="k", n=n))
+                await until(_number(standby, held, n + 1))
+            await first.aclose()
+            await standby.append("k", *(Happened(key="k", n=n) for n in range(2, 6)))
+            await until(_number(standby, held, 6))
+            assert calls == [("active", 0)]
+            assert risen.joins == 1
+
+
 async def test_what_is_delivered_before_it_is_known_which_keys_are_blocked_waits_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +168,9 @@ async def test_what_is_delivered_before_it_is_known_which_keys_are_blocked_waits
     monkeypatch.setattr(HeldRows, "blocked", late)
     async with embedded(tmp_path, second) as world:
         await world.append(*(Happened(key="k", n=n) for n in range(1, 6)))
-        last = await world.store.head()
-        await until(lambda: world.running[0].marker >= last)
+        await until(lambda: world.running[0].consuming)
+        await asyncio.sleep(0.1)
+        assert calls == [0]
         known.set()
         await until(_number(second, held, 6))
         assert calls == [0]

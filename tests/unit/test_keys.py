@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tidings.attempt import Failure
 from tidings.handlers import Handler, Hold, Retry
 from tidings.held import HeldEvent
+from tidings.inbox import key_of
 from tidings.keys import Keys
 from tidings.stores import RecordedEvent
 from tidings.work import Item
@@ -98,6 +99,15 @@ def test_what_an_operator_took_away_is_known_with_the_next_reading() -> None:
     assert keys.must_wait(fresh(2, "a"))
     keys.read({}, ())
     assert not keys.must_wait(fresh(2, "a"))
+
+
+@given(st.lists(st.text(st.sampled_from("a\0\\x0"), min_size=1, max_size=6) | st.text("é", min_size=490), unique=True))
+def test_no_two_keys_are_one_text_in_the_rows_and_a_plain_one_is_itself(keys: list[str]) -> None:
+    texts = [key_of(event(1, key)) for key in keys]
+    assert len(set(texts)) == len(keys)
+    for key, text in zip(keys, texts, strict=True):
+        assert (text == key) is ("\0" not in key and len(key.encode()) <= 1000)
+        assert "\0" not in text
 
 
 @dataclass

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tidings.supervision import supervised
+from tidings.supervision import supervised, task_group, together
 
 
 async def test_the_failure_of_the_work_ends_the_block_with_its_own_error() -> None:
@@ -71,3 +71,30 @@ async def test_a_cancellation_that_meets_an_error_is_not_forgotten() -> None:
     task.cancel()
     await asyncio.wait((task,), timeout=5)
     assert task.cancelled()
+
+
+async def test_what_fails_after_the_block_was_left_is_no_cancellation() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise LookupError("work")
+
+    task = asyncio.current_task()
+    assert task is not None
+    with pytest.raises(ExceptionGroup) as raised:
+        async with task_group() as tasks:
+            tasks.create_task(fail())
+    assert [str(error) for error in raised.value.exceptions] == ["work"]
+    assert not task.cancelling()
+
+
+async def test_what_fails_while_it_ends_is_raised() -> None:
+    stop = asyncio.Event()
+
+    async def fail() -> None:
+        await stop.wait()
+        await asyncio.sleep(0)
+        raise LookupError("at the end")
+
+    with pytest.raises(LookupError, match="at the end"):
+        async with together(stop) as tasks:
+            tasks.create_task(fail())
