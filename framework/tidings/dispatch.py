@@ -276,7 +276,7 @@ class Dispatcher:
                 await self._part()
 
     async def _read_keys(self) -> None:
-        """While nothing waits for a commit."""
+        """Which keys are blocked, as committed; call it while nothing waits for a commit."""
         async with self._database.reading() as connection:
             self._keys.read(await self._held.blocked(connection), ())
 

@@ -38,7 +38,7 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """`asyncio.TaskGroup` for whoever goes on after its errors.
 
     Cancelled from outside while an error ends it, Python's own forgets the cancellation (before 3.13: see asyncio in
-    "What's New In Python 3.13"), so that a loop around it would never end. It is told from the count of cancellations;
+    "What's New In Python 3.13"), so that a loop around it would never end. The count of cancellations tells that;
     the one by which the group itself ends a block is taken back only within the block, so tasks are awaited there.
     """
     task = asyncio.current_task()

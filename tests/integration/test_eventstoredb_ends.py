@@ -13,6 +13,7 @@ from tidings.errors import EventTooLarge, StoreUnavailable
 from tidings.server import EventStoreServer
 from tidings.stores import CaughtUp, EventData
 from tidings.stores import eventstoredb_wire as wire
+from tidings.stores.eventstoredb_appends import Appends, Write
 from tidings.stores.eventstoredb_leader import Leader
 from tidings.stores.grpc_call import Call
 from tidings.stores.grpc_h2 import Connection
@@ -61,6 +62,29 @@ async def test_when_the_task_of_the_appends_dies_everybody_hears_of_it(monkeypat
         with pytest.raises(StoreUnavailable, match="open the store again") as refused:
             await store.append("s", events(9))
         assert not refused.value.waiting_helps
+
+
+async def test_a_bug_in_finding_out_what_became_of_appends_fails_who_waits_and_no_later_append(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    again = Appends._again
+
+    async def breaks(self: Appends, call: Call, write: Write) -> Any:
+        monkeypatch.setattr(Appends, "_again", again)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Appends, "_again", breaks)
+    async with EventStoreServer() as server, opened(server.port) as store, asyncio.timeout(20):
+        await store.append("s", events(0))
+        waiting = [asyncio.ensure_future(store.append("s", events(n))) for n in range(1, 4)]
+        await asyncio.sleep(0)
+        with capture_logs() as logs:
+            for connection in store.connections:
+                connection.cut()
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 3
+        assert "store.appends_failed" in [line["event"] for line in logs]
+        await store.append("t", events(9))
 
 
 async def test_closing_ends_at_whatever_moment_the_connection_is_lost() -> None:

@@ -300,7 +300,7 @@ class Appends:
                     if not write.future.done():
                         write.tell(await self._again(call, write))
 
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             for writes in streams.values():
                 tasks.create_task(settle(writes))
         self._unknown.clear()
