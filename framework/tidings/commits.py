@@ -34,9 +34,9 @@ LONGEST_SECONDS: Final = 0.025
 LOOK_SECONDS: Final = 0.002
 """... and looks so often whether there is anything left to wait for."""
 FULL: Final = 2.0
+"""A pass rests when so many times the prefetch are unsettled: more were never under way when a process ended."""
 ROOM: Final = 1.5
-"""A pass rests when so many times the prefetch are unsettled, and goes on when so many are left. Between them handlers
-have enough to do while a commit is under way."""
+"""It goes on when so many times the prefetch are left, so that handlers have enough to do while a commit is under way."""
 
 
 class Commits:

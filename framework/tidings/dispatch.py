@@ -127,7 +127,8 @@ class Dispatcher:
         return not waits and commits.progress.floor_is_stored
 
     async def resume(self, remembered: Remembered) -> None:
-        """Go on from what another process has left, instead of from what was known before; only while `idle`."""
+        """Go on from what another process has left, instead of from what was known before; only while `idle`, and not
+        before `run` has read which keys are blocked."""
         await self._knows_keys.wait()
         await self._read_keys()
         self._commits.progress = Progress(self._inbox, self._held, remembered, self._clock)

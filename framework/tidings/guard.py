@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from tidings.commits import FULL
 from tidings.crashes import Caution
 from tidings.database import Database
 from tidings.inbox import Inbox
@@ -57,7 +58,7 @@ class Guard:
                     notes[position] = 1
                     await self._inbox.note(connection, position, bucket, 1)
         Notebook.discard(self._notebook_of(process))
-        condemned = self.caution.begin(notes, 2 * self._service.prefetch, blind=under_way is None)
+        condemned = self.caution.begin(notes, int(FULL * self._service.prefetch), blind=under_way is None)
         self._troubles.condemned |= condemned
         self._troubles.attempts |= {position: notes[position] - 1 for position in condemned}
         log.warning(

@@ -42,9 +42,8 @@ def storable(value: Any) -> Any:
 
 
 def key_of(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> str:
-    """The partition key as rows have it; `own` is as for `partition_key`. Of one that databases refuse, or that would
-    not fit into an index, as PostgreSQL's, a digest tells the rest, so that no other key has the same text
-    by chance."""
+    """The partition key as rows have it; `own` is as for `partition_key`. Of one that databases refuse, or that fits
+    into no index of PostgreSQL's, a digest tells the rest, so that no other key has the same text by chance."""
     name = partition_key(event, own)
     key: str = storable(name)
     if key == name and (len(key) <= _KEY_BYTES // 4 or len(key.encode()) <= _KEY_BYTES):

@@ -64,8 +64,8 @@ def partition_key(event: RecordedEvent, own: Mapping[str, Any] | None = None) ->
     """Metadata's `partitionKey` where it is a non-empty text, else the name of the stream.
 
     `own`, what `own_metadata` says of the event's metadata, spares reading that again. The answer depends on the bytes
-    alone. A relay and a service that disagreed would do the event in two buckets, so
-    what different interpreters read differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
+    alone. A relay and a service that disagreed would do the event in two buckets, so what different interpreters read
+    differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
     """
     if own is None or deep(event.metadata):
         return _partition_key(event.metadata, event.stream)
