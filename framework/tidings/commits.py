@@ -36,7 +36,7 @@ LOOK_SECONDS: Final = 0.002
 FULL: Final = 2.0
 """A pass rests when so many times the prefetch are unsettled: more were never under way when a process ended."""
 ROOM: Final = 1.5
-"""It goes on when so many times the prefetch are left, so that handlers have enough to do while a commit is under way."""
+"""It goes on when so many times the prefetch are left, so that handlers have enough to do during a commit."""
 
 
 class Commits:
