@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.codec import decode
-from tidings.context import Context
+from tidings.context import ATTEMPT, Context
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -132,7 +132,10 @@ class Attempt:
 
     async def outcome(self) -> Failure | None:
         """None when it succeeded. Raises what `begin` does, and the cancellation of the running task."""
-        late = await _ended(self._work, self._handler, self._context)
+        try:
+            late = await _ended(self._work, self._handler, self._context)
+        finally:
+            self._context.end("was stopped with its process, or to be run again")
         if self._work.cancelled():  # it cancelled its own task, and returned without another await
             return _judged(self._handler, asyncio.CancelledError("the handler cancelled its own task"), late)
         return _judged(self._handler, self._work.result(), late)
@@ -172,6 +175,7 @@ class Attempts:
                 else:
                     arguments[parameter] = self._resources.find(wanted, handler.name)
         except TidingsError as error:
+            context.end("was not called")
             return Failure.of(error, handler)
         base = self._variables.get(handler.name)
         if base is None:
@@ -215,15 +219,19 @@ def _judged(handler: Handler, raised: BaseException | None, late: bool) -> Failu
 
 async def _run(handler: Handler, arguments: dict[str, Any], context: Context) -> BaseException | None:
     bind_handling(context)
+    ATTEMPT.set(context)
     try:
         await handler.function(**arguments)  # type: ignore[misc]
     except BaseException as error:
+        context.end("had failed")
         return error
+    context.end("had returned")
     return None
 
 
 def _call(handler: Handler, arguments: dict[str, Any], context: Context) -> BaseException | None:
     bind_handling(context)
+    ATTEMPT.set(context)
     try:
         result = handler.function(**arguments)
         if inspect.iscoroutine(result):
@@ -234,7 +242,9 @@ def _call(handler: Handler, arguments: dict[str, Any], context: Context) -> Base
                 "runs: make it 'async def', without yield"
             )
     except BaseException as error:
+        context.end("had failed")
         return error
+    context.end("had returned")
     return None
 
 
@@ -244,8 +254,10 @@ async def _ended(work: asyncio.Future[BaseException | None], handler: Handler, c
         await asyncio.wait((work,), timeout=handler.timeout)
         if work.done():
             return False
+        context.end(f"was over its time of {handler.timeout:g} s")
         await _insist(work, handler, context)
     except asyncio.CancelledError:
+        context.end("was stopped with its process, or to be run again")
         # The service stops, or joins again: then the event is handled anew, and should not meet this attempt.
         with suppress(TimeoutError):
             async with asyncio.timeout(PARTING_SECONDS):

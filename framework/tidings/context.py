@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from uuid import UUID, uuid5
+from weakref import ref
 
 from tidings.codec import CORRELATION, Cause, encode
-from tidings.errors import ConfigurationError, EventTooLarge
+from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge
 from tidings.events import Event
 from tidings.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name
@@ -16,11 +19,15 @@ if TYPE_CHECKING:
     from tidings.aggregate import Aggregate
     from tidings.repository import Changed, Repository
 
-__all__ = ["Context", "Emission"]
+__all__ = ["ATTEMPT", "Context", "Emission"]
 
 A = TypeVar("A", bound="Aggregate")
 
 _NAMESPACE: Final = UUID("6f0a3f0e-6b0d-5d7e-9d0c-7a1d1b6e5c11")
+
+
+_ENDING: Final = Lock()
+"""Held while an emission is added and while an attempt ends: what a thread emits is part of the attempt, or refused."""
 
 
 class Emission(NamedTuple):
@@ -31,9 +38,23 @@ class Emission(NamedTuple):
 
 
 class Context:
-    """Injected by annotation. One per event and attempt."""
+    """Injected by annotation. One per event and attempt, with which it ends: `emit` and `change` raise `AttemptEnded`
+    from then on; what is known of the event can still be read."""
 
-    __slots__ = ("_count", "attempt", "emissions", "event", "handler", "log", "metadata", "replayed", "service")
+    __slots__ = (
+        "_count",
+        "_ended",
+        "_mortal",
+        "_works_on",
+        "attempt",
+        "emissions",
+        "event",
+        "handler",
+        "log",
+        "metadata",
+        "replayed",
+        "service",
+    )
 
     def __init__(
         self,
@@ -59,6 +80,38 @@ class Context:
         until then, because it was never done."""
         self.emissions: list[Emission] = []
         self._count = 0
+        self._ended = ""
+        """How the attempt ended; empty while it is under way."""
+        self._mortal: tuple[Callable[[], object], ...] = ()
+        self._works_on: ref[object] | None = None
+
+    def end(self, how: str) -> None:
+        """The attempt is over, and so is what was injected for it; `how` continues "the handler ...". Once is enough:
+        what is said later changes nothing."""
+        with _ENDING:
+            if self._ended:
+                return
+            self._ended = how
+        for end in self._mortal:
+            end()
+
+    def ends_with(self, end: Callable[[], object]) -> None:
+        """Call this when the attempt ends."""
+        self._mortal = (*self._mortal, end)
+
+    def works_on(self, connection: object) -> None:
+        """What it writes goes through this connection, which it shares with the rest of its group."""
+        self._works_on = ref(connection)
+
+    def check_statement(self, connection: object) -> None:
+        """Raises `AttemptEnded` for a statement on the group's connection after the end, however it got hold of it."""
+        if self._ended and self._works_on is not None and self._works_on() is connection:
+            self.check_alive("a connection of its group")
+
+    def check_alive(self, used: str) -> None:
+        """Raises `AttemptEnded` when the attempt is over; `used` is what somebody tried to use."""
+        if self._ended:
+            raise AttemptEnded(used, self.handler, self.event.position, self.event.id, self._ended)
 
     @property
     def position(self) -> int:
@@ -96,8 +149,10 @@ class Context:
         """Append `event` to `stream` exactly once, after this handler's transaction has been committed.
 
         It is staged in that transaction, and leaves in order per bucket of the cause. Returns the id that the event
-        will have. Raises at once what could never be appended: `InvalidStreamName`, `EventTooLarge`, `SchemaError`.
+        will have. Raises at once what could never be appended: `InvalidStreamName`, `EventTooLarge`, `SchemaError`; and
+        `AttemptEnded` after the handler has ended, as in a task that it left behind.
         """
+        self.check_alive("context.emit()")
         check_stream_name(stream)
         if stream.startswith(RESERVED):
             raise ConfigurationError(
@@ -107,7 +162,9 @@ class Context:
         data = encode(event, id=identity, metadata=metadata, cause=self.cause)
         if data.size > APPEND_LIMIT:
             raise EventTooLarge(stream, data.size, APPEND_LIMIT)
-        self.emissions.append(Emission(stream, data))
+        with _ENDING:
+            self.check_alive("context.emit()")
+            self.emissions.append(Emission(stream, data))
         return identity
 
     async def change(
@@ -122,8 +179,10 @@ class Context:
         """Decide on an aggregate as a consequence of this event, once however often the handler runs.
 
         It appends at once, not with the handler's transaction; the ids are the same at every attempt, and what is
-        found in the stream since this event is not decided again. Conflicts are decided anew. Raises `StreamNotFound`.
+        found in the stream since this event is not decided again. Conflicts are decided anew. Raises `StreamNotFound`,
+        and `AttemptEnded` as `emit` does.
         """
+        self.check_alive("context.change()")
         base = self._next_identity()
         return await repository.change_for(
             self.cause, self.event.position, base, id, decide, *args, metadata=metadata, **kwargs
@@ -135,3 +194,7 @@ class Context:
 
     def _identity(self, what: str) -> UUID:
         return uuid5(_NAMESPACE, f"{self.service}/{self.handler}/{self.log}/{self.event.position}/{what}")
+
+
+ATTEMPT: Final[ContextVar[Context | None]] = ContextVar("attempt of a handler", default=None)
+"""The attempt that the running code belongs to, also in tasks and threads that its handler started."""

@@ -15,6 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from tidings.context import ATTEMPT
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.outages import is_refusal, marked, outages
 from tidings.settings import redact
@@ -294,6 +295,8 @@ def _refuse(operation: str, connection: sa.Connection) -> None:
 def _refuse_statement(
     connection: sa.Connection, cursor: object, statement: str, parameters: object, context: object, many: bool
 ) -> None:
+    if (attempt := ATTEMPT.get()) is not None:
+        attempt.check_statement(connection)
     found = _ENDS_TRANSACTION.match(statement)
     if found is not None and _GUARDED in connection.info:
         raise TransactionMisuse(found[1].lower())

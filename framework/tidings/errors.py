@@ -25,6 +25,7 @@
     │   └── MalformedMessage
     └── HandlerError
         ├── HandlerTimeout
+        ├── AttemptEnded
         ├── TransactionMisuse
         ├── StatementFailed
         └── WriterHeld
@@ -37,6 +38,7 @@ from __future__ import annotations
 from uuid import UUID
 
 __all__ = [
+    "AttemptEnded",
     "BusError",
     "BusUnavailable",
     "ConfigurationError",
@@ -257,6 +259,19 @@ class HandlerTimeout(HandlerError):
         super().__init__(
             f"handler {handler!r} did not finish within {seconds:g} s. If the work is honest, raise timeout= in its "
             "decorator; if it waits for something outside, give that wait a limit of its own."
+        )
+
+
+class AttemptEnded(HandlerError):
+    """The context, session or connection of an attempt was used after the attempt had ended."""
+
+    def __init__(self, used: str, handler: str, position: int, event_id: UUID, how: str) -> None:
+        self.used, self.handler, self.position, self.event_id = used, handler, position, event_id
+        super().__init__(
+            f"{used} was used after its handler had ended, and does nothing any more: handler {handler!r} {how} at the "
+            f"event at position {position} (id {event_id}). Context, session and connection live as long as one "
+            "attempt: await whatever the handler starts before it returns (asyncio.TaskGroup), keep none of the three "
+            "for later, and give work that may take longer an event and a handler of its own."
         )
 
 

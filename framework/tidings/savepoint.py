@@ -12,13 +12,15 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
+from sqlalchemy.orm import Session
 
 from tidings.attempt import Failure, is_infrastructure
+from tidings.context import Context
 from tidings.database import guarded
 from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.handlers import Handler, Inject
 from tidings.outages import is_unusable
-from tidings.transaction import GuardedConnection, GuardedSession
+from tidings.transaction import GuardedConnection, GuardedSession, drop, keep
 
 __all__ = ["ConnectionLost", "GroupBroken", "in_savepoint"]
 
@@ -41,13 +43,14 @@ class GroupBroken(Exception):
 
 
 async def in_savepoint(
-    connection: AsyncConnection, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
+    connection: AsyncConnection, context: Context, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
 ) -> Failure | None:
     """Run one handler; its effects are kept when it succeeds, undone when it fails. Raises `GroupBroken`, and
-    `ConnectionLost`, whatever the handler made of the error that told it so."""
+    `ConnectionLost`, whatever the handler made of the error that told it so. `run` ends the attempt of `context`, and
+    with it what the handler was given."""
     failure: Failure | None = None
     try:
-        scope = _Scope(connection, await connection.begin_nested())
+        scope = _Scope(connection, context, await connection.begin_nested())
         with guarded(connection):
             failure = await run(scope.provide)
             if failure is None:
@@ -82,23 +85,29 @@ async def _kept(scope: _Scope, handler: Handler) -> Failure | None:
 class _Scope:
     """What one handler is given of the group's transaction."""
 
-    def __init__(self, connection: AsyncConnection, savepoint: AsyncTransaction) -> None:
+    def __init__(self, connection: AsyncConnection, context: Context, savepoint: AsyncTransaction) -> None:
         self._connection = connection
+        self._context = context
         self._savepoint = savepoint
         self._whole = connection.get_transaction()
         self._session: GuardedSession | None = None
+        self._objects: Session | None = None
+        """Behind the session, which is closed to everybody from the end of the attempt on."""
+        context.works_on(connection.sync_connection)
 
     def provide(self, wanted: Inject) -> Any:
         if wanted is Inject.CONNECTION:
-            return GuardedConnection(self._connection)
-        self._session = self._session or GuardedSession(self._connection)
+            return GuardedConnection(self._connection, self._context)
+        if self._session is None:
+            self._session = GuardedSession(self._connection, self._context)
+            self._objects = self._session.sync_session
         return self._session
 
     async def flush(self, handler: Handler) -> Failure | None:
         """Write what the handler left pending; what that raises is the handler's failure."""
         try:
-            if self._session is not None:
-                await self._session.keep()
+            if self._objects is not None:
+                await self._connection.run_sync(keep, self._objects)
         except Exception as error:
             if is_infrastructure(error):
                 raise
@@ -119,8 +128,8 @@ class _Scope:
 
     async def undo(self) -> None:
         self._check_whole()
-        if self._session is not None:
-            await self._session.drop()
+        if self._objects is not None:
+            await self._connection.run_sync(drop, self._objects)
         if self._savepoint.is_active:
             await self._savepoint.rollback()
         else:

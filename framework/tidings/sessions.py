@@ -93,7 +93,7 @@ class SessionHandlers:
         began = self._clock()
         try:
             failure = await in_savepoint(
-                connection, item.handler, lambda provide: self._attempt(item, context, provide)
+                connection, context, item.handler, lambda provide: self._attempt(item, context, provide)
             )
         except ConnectionLost as lost:
             raise self._troubles.lose(item, self._database, lost.failure, lost.__cause__) from lost

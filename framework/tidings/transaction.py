@@ -1,22 +1,33 @@
-"""The session that a handler is given: everything of SQLAlchemy's, except ending the transaction."""
+"""The session and connection that a handler is given: everything of SQLAlchemy's, except ending the transaction.
+
+Both end with the handler's attempt: from then on every use of them raises `AttemptEnded`. They are made to raise by
+changing their class, so that nothing is checked, and nothing costs time, while the handler is at work.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
+from tidings.context import Context
 from tidings.errors import TransactionMisuse
 
-__all__ = ["GuardedConnection", "GuardedSession"]
+__all__ = ["GuardedConnection", "GuardedSession", "drop", "keep"]
 
 
 class GuardedConnection(AsyncConnection):
     """Works inside the savepoint of one handler."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    def __init__(self, connection: AsyncConnection, context: Context) -> None:
         super().__init__(connection.engine, connection.sync_connection)
+        self._context = context
+        context.ends_with(self._end)
+
+    def _end(self) -> None:
+        self.__class__ = _EndedConnection
 
     async def commit(self) -> NoReturn:
         raise TransactionMisuse("commit")
@@ -34,16 +45,36 @@ class GuardedConnection(AsyncConnection):
         raise TransactionMisuse("begin")
 
 
-def _keep(session: Session) -> None:
-    session.commit()
-    session.close()
+class _EndedConnection(GuardedConnection):
+    def __getattribute__(self, name: str) -> Any:
+        return _of_the_dead(self, name, "the injected connection")
+
+
+class _HandlerSession(Session):
+    """Behind a handler's session; `run_sync` hands it out."""
+
+    context: Context
+
+
+class _EndedHandlerSession(_HandlerSession):
+    def __getattribute__(self, name: str) -> Any:
+        return _of_the_dead(self, name, "the injected session", "context")
 
 
 class GuardedSession(AsyncSession):
     """A session on a connection that is in a savepoint: a failed flush rolls back so far, no further."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
+    sync_session_class = _HandlerSession
+
+    def __init__(self, connection: AsyncConnection, context: Context) -> None:
         super().__init__(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
+        self._context = context
+        self._group = connection
+        self.sync_session.context = context  # type: ignore[attr-defined]
+        context.ends_with(self._end)
+
+    def _end(self) -> None:
+        self.__class__ = _EndedSession
 
     async def commit(self) -> NoReturn:
         raise TransactionMisuse("commit")
@@ -66,14 +97,40 @@ class GuardedSession(AsyncSession):
     async def connection(
         self, bind_arguments: Any = None, execution_options: Any = None, **options: Any
     ) -> AsyncConnection:
-        connection = await super().connection(bind_arguments, execution_options, **options)
-        return GuardedConnection(connection)
+        # Not by way of `super`: it would find any proxy of the group's connection, also one of an ended attempt.
+        def begun(session: Session) -> None:
+            session.connection(bind_arguments=bind_arguments, execution_options=execution_options, **options)
 
-    async def keep(self) -> None:
-        """The handler returned: flush what is pending. The transaction around it goes on."""
-        if self.in_transaction():
-            await self.run_sync(_keep)
+        await self.run_sync(begun)
+        return GuardedConnection(self._group, self._context)
 
-    async def drop(self) -> None:
-        """The handler failed: forget what is pending. The savepoint around it is rolled back by who made it."""
-        await AsyncSession.close(self)
+
+class _EndedSession(GuardedSession):
+    def __getattribute__(self, name: str) -> Any:
+        return _of_the_dead(self, name, "the injected session")
+
+
+def _of_the_dead(dead: Any, name: str, used: str, context: str = "_context") -> Any:
+    """Only what Python itself asks for; anything else raises `AttemptEnded`."""
+    if not name.startswith("__"):
+        object.__getattribute__(dead, context).check_alive(used)
+    return object.__getattribute__(dead, name)
+
+
+def keep(connection: Connection, session: Session) -> None:
+    """The handler returned: flush what is pending. The transaction around it goes on."""
+    if session.in_transaction():
+        session.commit()
+    session.close()
+    _bury(session)
+
+
+def drop(connection: Connection, session: Session) -> None:
+    """The handler failed: forget what is pending. The savepoint around it is rolled back by who made it."""
+    if not isinstance(session, _EndedHandlerSession):
+        session.close()
+        _bury(session)
+
+
+def _bury(session: Session) -> None:
+    session.__class__ = _EndedHandlerSession
