@@ -64,6 +64,10 @@ class Failure:
     detail: str
     """The traceback."""
     permanent: bool
+    error: str = ""
+    """The error's type."""
+    place: str = ""
+    """File and line of the raise."""
 
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:
@@ -76,7 +80,19 @@ class Failure:
             f"{type(error).__name__}: {message}"[:2000],
             lines[-20_000:],
             isinstance(error, PERMANENT + handler.retry.permanent),
+            type(error).__name__,
+            _place(error),
         )
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the raise; of an error that was made without one, those of its cause."""
+    trace = error.__traceback__ or (error.__cause__.__traceback__ if error.__cause__ is not None else None)
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
 class Resources:

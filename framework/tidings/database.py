@@ -38,7 +38,7 @@ __all__ = [
     "watermarks",
 ]
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 """Version of the tables below."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
@@ -55,10 +55,14 @@ _UPGRADES: Final = {
         ("tidings_held", "replayed", "BOOLEAN DEFAULT false NOT NULL"),
         ("tidings_dead", "replayed", "BOOLEAN DEFAULT false NOT NULL"),
     ),
+    3: (
+        ("tidings_held", "since", "DOUBLE PRECISION"),
+        ("tidings_held", "code", "VARCHAR(32)"),
+    ),
 }
 """Columns that each older version lacks; tables that are missing are made whole before."""
 
-_FORMER_INDEXES: Final = ("tidings_held_by_key", "tidings_held_by_due")
+_FORMER_INDEXES: Final = ("tidings_held_by_key", "tidings_held_by_due", "tidings_held_failed")
 
 metadata = sa.MetaData()
 
@@ -172,13 +176,30 @@ held = sa.Table(
     sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message, or whom it waits for"),
     sa.Column("detail", sa.Text, comment="traceback of the last attempt"),
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
+    sa.Column("since", sa.Double, comment="when it was held first, seconds since 1970"),
+    sa.Column("code", sa.String(32), comment="fingerprint of the handler's code that failed"),
     sa.Index("tidings_held_keys", "service", "log", "key", "position", "bucket", "attempts"),
     comment="Events that failed for now, and later events of their keys; they run again when they are due",
 )
 
 _failed: Final = held.c.attempts > sa.literal_column("0")
-# Without those that wait behind another: they are due as soon as it is gone, and may be many.
-sa.Index("tidings_held_failed", held.c.service, held.c.log, held.c.due, sqlite_where=_failed, postgresql_where=_failed)
+# Without those that wait behind another: they are due as soon as it is gone, and may be many. What comes after `due`
+# lets them be counted by handler without a look at the rows.
+sa.Index(
+    "tidings_held_tried",
+    *(
+        held.c.service,
+        held.c.log,
+        held.c.due,
+        held.c.handler,
+        held.c.since,
+        held.c.attempts,
+        held.c.bucket,
+        held.c.code,
+    ),
+    sqlite_where=_failed,
+    postgresql_where=_failed,
+)
 
 dead = sa.Table(
     "tidings_dead",

@@ -191,6 +191,7 @@ class Dispatcher:
         """The bus has begun to give this process messages; before that, it runs nothing. After another process that
         ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
         await self._guard.take_over()
+        await self._revival.renew()
         self._at_work = True
         self._revival.active.set()
 
@@ -403,7 +404,7 @@ class Dispatcher:
         """Again in the lane, or held, or dead."""
         position = item.event.position
         tried = self._troubles.attempts[position] = self._troubles.attempts.get(position, 0) + 1
-        pause = item.fail(failure, tried, self._service.name)
+        pause = item.fail(failure, tried, self._service.name, self._troubles.tracebacks)
         if pause is not None:
             self._give_back(item, pause, self._lanes.again)
             return

@@ -8,7 +8,7 @@ transaction that it belongs to; nothing here begins or commits one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -24,7 +24,12 @@ __all__ = ["AT_ONCE", "HeldEvent", "HeldRows"]
 
 AT_ONCE: Final = 256
 """Held events read at once: what is due, with its followers."""
+RENEWED_RATE: Final = 50.0
+"""Held events per second that become due after a deploy, so that they do not all come at once ..."""
+RENEWED_SECONDS: Final = 60.0
+"""... and seconds after which all of them are due, however many they are."""
 
+_CHANGING: Final = ("attempts", "tries", "due", "reason", "detail", "code")
 _HOLD: Final = held.insert()
 _NONE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
 """As the index of those that failed has it: of a parameter no database could know that it fits."""
@@ -44,6 +49,10 @@ class HeldEvent(NamedTuple):
     detail: str | None
     replayed: bool = False
     """It had been settled before a replay ran it again."""
+    since: float | None = None
+    """When it was held first, seconds since 1970; None where that was not noted."""
+    code: str | None = None
+    """Fingerprint of the handler's code that failed; None where that was not noted."""
 
 
 class HeldRows:
@@ -60,11 +69,7 @@ class HeldRows:
             sa.select(sa.func.min(dead.c.bucket), dead.c.key, sa.func.count()).where(*holding).group_by(dead.c.key),
         )
         this = (held.c.service == service, held.c.log == str(log), held.c.position == sa.bindparam("of_position"))
-        self._postpone = (
-            held.update()
-            .where(*this)
-            .values({name: sa.bindparam(f"new_{name}") for name in ("attempts", "tries", "due", "reason", "detail")})
-        )
+        self._postpone = held.update().where(*this).values({name: sa.bindparam(f"new_{name}") for name in _CHANGING})
         self._release = held.delete().where(*this)
         besides = held.c.key.not_in(sa.bindparam("besides", expanding=True))
         self._failed = (
@@ -203,9 +208,37 @@ class HeldRows:
                     row.reason,
                     row.detail,
                     row.replayed,
+                    row.since,
+                    row.code,
                 )
             )
         return found
+
+    async def outdated(self, connection: AsyncConnection, codes: Mapping[str, str]) -> dict[str, int]:
+        """How many events have failed in other code than `codes` names, by handler."""
+        failed = sa.select(held.c.handler, held.c.code, sa.func.count()).where(*self._mine, held.c.attempts > _NONE)
+        found: dict[str, int] = {}
+        for handler, code, count in await connection.execute(failed.group_by(held.c.handler, held.c.code)):
+            if handler in codes and code != codes[handler]:
+                found[handler] = found.get(handler, 0) + count
+        return found
+
+    async def renew(self, connection: AsyncConnection, codes: Mapping[str, str], now: float) -> int:
+        """Events that have failed in other code than `codes` names, by handler, become due from `now` on, with all
+        their held attempts before them again. Returns how many they are."""
+        found = await self.outdated(connection, codes)
+        total = sum(found.values())
+        step = min(1 / RENEWED_RATE, RENEWED_SECONDS / max(total, 1))
+        other = (*self._mine, held.c.attempts > _NONE, held.c.handler == sa.bindparam("of"))
+        for handler in found:
+            code = codes[handler]
+            await connection.execute(
+                held.update()
+                .where(*other, (held.c.code != code) | held.c.code.is_(None))
+                .values(due=now + (held.c.position % total) * step, tries=0, code=code),
+                {"of": handler},
+            )
+        return total
 
     async def hold(self, connection: AsyncConnection, rows: Sequence[HeldEvent]) -> None:
         """Events that were not held before."""
@@ -228,6 +261,7 @@ class HeldRows:
                         "is_json": row.event.is_json,
                         "handler": row.handler,
                         "replayed": row.replayed,
+                        "since": row.since,
                     }
                     | _changing(row)
                     for row in rows
@@ -270,4 +304,5 @@ def _changing(row: HeldEvent) -> dict[str, Any]:
         "due": row.due,
         "reason": storable(row.reason),
         "detail": storable(row.detail),
+        "code": row.code,
     }

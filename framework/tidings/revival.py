@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import Failure
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
+from tidings.fingerprints import fingerprint
 from tidings.handlers import Handler, Retry
 from tidings.held import AT_ONCE, HeldEvent, HeldRows
 from tidings.keys import Keys
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from tidings.service import Service
 
 __all__ = ["HELD_SECONDS", "Revival"]
+
+log = structlog.get_logger("tidings.dispatch")
 
 HELD_SECONDS: Final = 1.0
 """So often a service looks through all held events, because operators may have changed what they wait for. What it
@@ -73,6 +77,16 @@ class Revival:
         self.stale = False
         """Operators may have changed what blocks keys: read it again. What this process does, it knows; what another
         process does, fences it."""
+
+    async def renew(self) -> None:
+        """What failed in other code is due at once: a deploy may have mended it. Raises `DatabaseUnavailable`."""
+        codes = {handler.name: fingerprint(handler.function) for handler in self._service.handlers.values()}
+        async with self._database.reading() as connection:
+            if not await self._held.outdated(connection, codes):
+                return
+        async with self._database.turn, self._database.transaction() as connection:
+            events = await self._held.renew(connection, codes, time.time())
+        log.info("service.tries_held_again", service=self._service.name, events=events, reason="its code has changed")
 
     async def run(self) -> None:
         """Until cancelled; begin it when `keys` has just been read. Raises `DatabaseUnavailable`, and `Fenced` after a

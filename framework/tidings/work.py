@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
@@ -15,12 +15,14 @@ from tidings.attempt import Failure
 from tidings.buses import Consumer
 from tidings.context import Context
 from tidings.errors import DatabaseUnavailable, Fenced
+from tidings.fingerprints import fingerprint
 from tidings.handlers import Handler
 from tidings.held import HeldEvent
 from tidings.inbox import Letter, StagedEvent, key_of
 from tidings.own_metadata import own_metadata
 from tidings.position import Ticket
 from tidings.stores import RecordedEvent
+from tidings.tracebacks import Kind, Tracebacks
 
 __all__ = ["Item", "Step", "Troubles"]
 
@@ -41,7 +43,8 @@ class Step(NamedTuple):
 class Troubles:
     """Attempts that failed, by position: they outlive a rejoin, so that an event cannot be retried for ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.tracebacks: Final = Tracebacks(clock)
         self.process: Final = str(uuid4())
         """Who marks a range as its own: every process has another one (`tidings.crashes`)."""
         self.attempts: dict[int, int] = {}
@@ -174,11 +177,13 @@ class Item(Ticket[Step | None]):
             StagedEvent(self.bucket, self.event.position, stream, event) for stream, event in context.emissions
         ]
 
-    def fail(self, failure: Failure, tried: int, service: str) -> float | None:
+    def fail(self, failure: Failure, tried: int, service: str, tracebacks: Tracebacks | None = None) -> float | None:
         """The verdict on a failed attempt, the `tried`-th since it was read: seconds until the next one in its lane,
         or None when it is now held, or dead."""
         event, held, retry = self.event, self.held, self.handler.retry
-        attempts, tries = (tried, 0) if held is None else (held.attempts + tried, held.tries + 1)
+        # What only waited behind another event has its quick retries still before it.
+        untried = held is None or not held.attempts
+        attempts, tries = (tried, 0) if held is None or untried else (held.attempts + tried, held.tries + 1)
         facts = {
             "service": service,
             "handler": self.handler.name,
@@ -188,7 +193,13 @@ class Item(Ticket[Step | None]):
             "attempt": attempts,
             "reason": failure.reason,
         }
-        if not failure.permanent and held is None and attempts < retry.attempts:
+        if failure.place:
+            facts |= {"error": failure.error, "place": failure.place}
+        kind = Kind(self.handler.name, failure.error, failure.place)
+        if tracebacks is not None and failure.detail and (more := tracebacks.due(kind)) is not None:
+            # The text, not the exception: what renders that as JSON follows its causes, which may go in circles.
+            facts |= {"exception": failure.detail, "failed_like_this_since": more}
+        if not failure.permanent and untried and attempts < retry.attempts:
             pause = retry.wait(attempts)
             log.warning("event.retrying", pause=round(pause, 3), **facts)
             return pause
@@ -216,9 +227,20 @@ class Item(Ticket[Step | None]):
         self._hold(0, 0, 0.0, "waits behind an earlier event of its partition key", None)
 
     def _hold(self, attempts: int, tries: int, delay: float, reason: str, detail: str | None) -> None:
-        due = time.time() + delay
+        now = time.time()
         self.postponed = HeldEvent(
-            self.event, self.bucket, self.key, self.handler.name, attempts, tries, due, reason, detail, self.replayed
+            self.event,
+            self.bucket,
+            self.key,
+            self.handler.name,
+            attempts,
+            tries,
+            now + delay,
+            reason,
+            detail,
+            self.replayed,
+            since=now if self.held is None or self.held.since is None else self.held.since,
+            code=fingerprint(self.handler.function),
         )
 
     @property

@@ -29,7 +29,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database import connected, held, open_database
+from tidings.database import SCHEMA, connected, held, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters, NotRetriable
 from tidings.errors import DatabaseUnavailable
 
@@ -403,7 +403,7 @@ async def test_a_database_of_the_first_schema_is_upgraded(tmp_path: Path) -> Non
             (letter,) = await DeadLetters(database, "s", UUID(int=0)).list()
             assert (letter.reason, letter.holds_key, letter.key) == ("old", False, None)
     with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT version FROM tidings_schema").fetchall() == [(3,)]
+        assert connection.execute("SELECT version FROM tidings_schema").fetchall() == [(SCHEMA,)]
         assert connection.execute("SELECT active FROM tidings_floors").fetchall() == []
 
 

@@ -1,0 +1,157 @@
+"""A fingerprint of a handler's code: it differs where the handler, or what it calls in the user's code, differs.
+
+It reads code objects and versions that are loaded already; it opens no file and runs nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from hashlib import sha256
+from importlib import metadata
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Final
+
+__all__ = ["fingerprint", "version_of"]
+
+MOST: Final = 5000
+"""Functions and classes that one fingerprint looks at."""
+_PLAIN: Final = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis))
+_INSTALLED: Final = tuple(
+    path for name, path in sysconfig.get_paths().items() if name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+
+
+@lru_cache(maxsize=1024)
+def fingerprint(function: Callable[..., Any]) -> str:
+    """32 hexadecimal digits: the version of the function's package, its code, and the code that it reaches by name.
+
+    Libraries count by nothing, unless the handler is part of one: then by the code of its own package.
+    """
+    digest = sha256(version_of(function).encode())
+    package = _package(_unwrapped(function))
+    seen: set[int] = set()
+    waiting: list[Any] = [function]
+    while waiting and len(seen) < MOST:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        found: list[Any] = []
+        for part in _parts(thing):
+            if isinstance(part, str):
+                digest.update(part.encode("utf-8", "surrogatepass"))
+                digest.update(b"\0")
+            elif _is_own(part, package):
+                found.append(part)
+        waiting += reversed(found)
+    return digest.hexdigest()[:32]
+
+
+def version_of(function: Callable[..., Any]) -> str:
+    """Of the package that the function is defined in; "" where it has none."""
+    package = _package(_unwrapped(function))
+    try:
+        return metadata.version(package)
+    except (metadata.PackageNotFoundError, ValueError):
+        return str(getattr(sys.modules.get(package), "__version__", ""))
+
+
+def _unwrapped(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.unwrap(function) if callable(function) else function
+
+
+def _package(thing: Any) -> str:
+    module = getattr(thing, "__module__", None) or type(thing).__module__
+    return str(module).partition(".")[0]
+
+
+def _is_own(thing: Any, package: str) -> bool:
+    """The user's code: of the handler's package, or of a module that nobody installed."""
+    name = thing.__name__.partition(".")[0] if isinstance(thing, ModuleType) else _package(thing)
+    if name == package:
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name != "tidings" and isinstance(file, str) and not file.startswith(_INSTALLED)
+
+
+def _parts(thing: Any) -> Iterator[Any]:
+    """Texts that describe what a function or class does, and the things that it uses."""
+    if isinstance(thing, partial):
+        yield thing.func
+        yield from map(_shown, thing.args)
+        yield from (f"{name}={_shown(value)}" for name, value in thing.keywords.items())
+    elif isinstance(thing, MethodType | staticmethod | classmethod):
+        yield thing.__func__
+    elif isinstance(thing, property):
+        yield from (part for part in (thing.fget, thing.fset, thing.fdel) if part is not None)
+    elif isinstance(thing, FunctionType):
+        yield from _parts_of_function(thing)
+    elif isinstance(thing, type):
+        yield thing.__qualname__
+        yield repr(list(inspect.get_annotations(thing)))
+        yield from thing.__bases__
+        for name, value in list(vars(thing).items()):
+            if isinstance(value, FunctionType | staticmethod | classmethod | property):
+                yield value
+            elif not name.startswith("__"):
+                yield f"{name}={_shown(value)}"
+    elif not isinstance(thing, ModuleType):
+        yield type(thing)
+
+
+def _parts_of_function(function: FunctionType) -> Iterator[Any]:
+    if (wrapped := getattr(function, "__wrapped__", None)) is not None:
+        yield wrapped
+    yield from map(_shown, function.__defaults__ or ())
+    yield from (f"{name}={_shown(value)}" for name, value in (function.__kwdefaults__ or {}).items())
+    for cell in function.__closure__ or ():
+        try:
+            yield from _used(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    names: list[str] = []
+    yield from _described(function.__code__, names)
+    module: ModuleType | None = None
+    for name in dict.fromkeys(names):
+        if name in function.__globals__:
+            value = function.__globals__[name]
+            module = value if isinstance(value, ModuleType) else None
+            yield from _used(value)
+        elif module is not None:  # an attribute's name follows that of its module
+            yield from _used(vars(module).get(name))
+
+
+def _used(value: Any) -> Iterator[Any]:
+    if isinstance(value, FunctionType | MethodType | type | partial | staticmethod | classmethod):
+        yield value
+    else:
+        yield _shown(value)
+
+
+def _described(code: CodeType, names: list[str]) -> Iterator[str]:
+    """The code with what is nested in it; `names` gets those that it looks up."""
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames, code.co_freevars))
+    names += code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _described(constant, names)
+        else:
+            yield _shown(constant)
+
+
+def _shown(value: Any) -> str:
+    """The same in every process: never an address, nor the order of a set."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, frozenset | set):
+        return f"{{{','.join(sorted(map(_shown, value)))}}}"
+    if isinstance(value, tuple | list):
+        return f"({','.join(map(_shown, value))})"
+    return type(value).__qualname__
