@@ -1,10 +1,12 @@
 """A fingerprint of a handler's code: it differs where the handler, or what it calls in the user's code, differs.
 
-It reads code objects and versions that are loaded already; it opens no file and runs nothing.
+It reads code that is loaded already, and the source of the user's modules for their constants; it runs nothing. What
+differs between processes of the same code (a host's name, the time of the start, what a closure holds) does not count.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 import sysconfig
@@ -112,26 +114,52 @@ def _parts_of_function(function: FunctionType) -> Iterator[Any]:
     yield from (f"{name}={_shown(value)}" for name, value in (function.__kwdefaults__ or {}).items())
     for cell in function.__closure__ or ():
         try:
-            yield from _used(cell.cell_contents)
+            if _is_code(cell.cell_contents):
+                yield cell.cell_contents
         except ValueError:  # not filled yet
             continue
     names: list[str] = []
     yield from _described(function.__code__, names)
-    module: ModuleType | None = None
+    module = sys.modules.get(function.__module__)
     for name in dict.fromkeys(names):
         if name in function.__globals__:
             value = function.__globals__[name]
-            module = value if isinstance(value, ModuleType) else None
-            yield from _used(value)
-        elif module is not None:  # an attribute's name follows that of its module
-            yield from _used(vars(module).get(name))
+            if isinstance(value, ModuleType):  # the names of its attributes follow
+                module = value
+                continue
+            yield from _named(name, value, sys.modules.get(function.__module__))
+        elif module is not None and name in vars(module):
+            yield from _named(name, vars(module)[name], module)
 
 
-def _used(value: Any) -> Iterator[Any]:
-    if isinstance(value, FunctionType | MethodType | type | partial | staticmethod | classmethod):
+def _named(name: str, value: Any, module: ModuleType | None) -> Iterator[Any]:
+    if _is_code(value):
         yield value
-    else:
-        yield _shown(value)
+    elif module is not None and _is_own(module, ""):  # of what is installed, the version says enough
+        yield _constants(module).get(name, "")
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, FunctionType | MethodType | type | partial | staticmethod | classmethod)
+
+
+@lru_cache(maxsize=1024)
+def _constants(module: ModuleType) -> dict[str, str]:
+    """What a module assigns to names literally."""
+    try:
+        body = ast.parse(inspect.getsource(module)).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    found: dict[str, str] = {}
+    for statement in body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            try:
+                value = _shown(ast.literal_eval(statement.value))
+            except (ValueError, TypeError, MemoryError, RecursionError):
+                continue
+            found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def _described(code: CodeType, names: list[str]) -> Iterator[str]:
@@ -154,4 +182,6 @@ def _shown(value: Any) -> str:
         return f"{{{','.join(sorted(map(_shown, value)))}}}"
     if isinstance(value, tuple | list):
         return f"({','.join(map(_shown, value))})"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_shown(key)}:{_shown(inner)}' for key, inner in value.items())}}}"
     return type(value).__qualname__

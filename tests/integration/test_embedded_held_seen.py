@@ -27,7 +27,7 @@ async def test_the_first_failure_of_a_kind_is_logged_with_its_traceback_and_the_
 
     @service.on(Happened, retry=Retry(attempts=2, delay=0.001, hold=NEVER))
     async def first(event: Happened) -> None:
-        {}["missing"]
+        dict[str, int]()["missing"]
 
     @service.on(Followed, retry=Retry(attempts=1, hold=NEVER))
     async def second(event: Followed) -> None:
@@ -46,7 +46,7 @@ async def test_the_first_failure_of_a_kind_is_logged_with_its_traceback_and_the_
     assert len(shown) == 3, "two places in one handler, and the other handler"
     (missing,) = (entry for entry in shown if entry["handler"] == "first")
     assert "Traceback" in missing["exception"]
-    assert '{}["missing"]' in missing["exception"]
+    assert 'dict[str, int]()["missing"]' in missing["exception"]
     for entry in failures:
         file, _, line = entry["place"].rpartition(":")
         assert (file, line.isdecimal()) == (__file__, True)

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 APP = """
-import math
+import math, os, time
 from functools import partial, wraps
 from helping import helper
 LIMIT = 5
+STARTED, PROCESS = time.time(), os.getpid()
+def made(process):
+    def inner(event): return process
+    return inner
+inner = made(os.getpid())
 class Base:
     def go(self): return 1
 class Mine(Base):
@@ -35,11 +40,11 @@ class Callable:
 given = Callable()
 bound = Callable().__call__
 part = partial(plain)
-def apart(event): return 0
+def apart(event): return 0 if STARTED else PROCESS
 def endless(event): return endless(event)
 """
 HELPING = "import json\ndef helper(x): return json.dumps(x)\n"
-NAMES = ("plain", "far", "decorated", "given", "bound", "part", "apart", "endless")
+NAMES = ("plain", "far", "decorated", "given", "bound", "part", "apart", "endless", "inner")
 
 
 def fingerprints(folder: Path, app: str = APP, helping: str = HELPING, seed: str = "1") -> dict[str, str]:
@@ -73,7 +78,7 @@ def test_it_is_the_same_in_every_process_and_folder_and_below_a_comment(before: 
         ("def go(self): return 1", "def go(self): return 2", {"far"}),
         ("helper(1)", "helper(2)", {"far"}),
         ("return await function(event)", "return None", {"decorated"}),
-        ("return 0", "return 0.5", {"apart"}),
+        ("return 0 if", "return 0.5 if", {"apart"}),
     ],
 )
 def test_what_a_change_reaches_has_another_one_and_the_rest_has_not(
