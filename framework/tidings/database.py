@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -12,12 +13,12 @@ from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tidings.context import ATTEMPT
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
-from tidings.outages import is_refusal, marked, outages
+from tidings.outages import is_refusal, marked, outages, stays_with_connections
 from tidings.settings import redact
 
 __all__ = [
@@ -252,10 +253,24 @@ class Database:
         level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
         self._writing = engine.execution_options(tidings_writing=True, **level)
         sa.event.listen(engine.sync_engine, "handle_error", marked)
+        self._distrusted = 0.0
+        """Connections that were made before this moment (of the monotonic clock) are not used again."""
+        if self.file is not None or not self.one_writer:  # a database in memory ends with its connection
+            sa.event.listen(engine.sync_engine, "handle_error", self._distrust)
+            sa.event.listen(engine.sync_engine, "connect", _note_time)
+            sa.event.listen(engine.sync_engine, "checkout", self._check_age)
         writing = self._writing.sync_engine
         sa.event.listen(writing, "before_cursor_execute", _refuse_statement)
         sa.event.listen(writing, "commit", partial(_refuse, "commit"))
         sa.event.listen(writing, "rollback", partial(_refuse, "rollback"))
+
+    def _distrust(self, context: sa.engine.ExceptionContext) -> None:
+        if context.sqlalchemy_exception is not None and stays_with_connections(context.sqlalchemy_exception):
+            self._distrusted = time.monotonic()
+
+    def _check_age(self, connection: object, record: sa.pool.ConnectionPoolEntry, proxy: object) -> None:
+        if record.info.get(_MADE_AT, 0.0) <= self._distrusted:
+            raise DisconnectionError("it was made before the outage")  # the pool makes another one instead
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -288,12 +303,17 @@ class Database:
             yield connection
 
 
+_MADE_AT: Final = "tidings_made_at"
 _GUARDED: Final = "tidings_guarded"
 _ENDS_TRANSACTION: Final = re.compile(
     r"(?:\s|--[^\n]*\n|/\*.*?\*/)*"
     r"(BEGIN|START\s+TRANSACTION|COMMIT|END|ABORT|ROLLBACK(?!\s+(?:TRANSACTION\s+|WORK\s+)?TO\b))\b",
     re.IGNORECASE | re.DOTALL,
 )
+
+
+def _note_time(connection: object, record: sa.pool.ConnectionPoolEntry) -> None:
+    record.info[_MADE_AT] = time.monotonic()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.errors import DatabaseUnavailable
 
-__all__ = ["is_outage", "is_refusal", "is_unusable", "marked", "outages", "waits_for_itself"]
+__all__ = ["is_outage", "is_refusal", "is_unusable", "marked", "outages", "stays_with_connections", "waits_for_itself"]
 
 # SQLite's result codes (sqlite.org/rescode.html) that say "the database", not "your statement".
 _SQLITE_OUTAGES: Final = frozenset(
@@ -76,6 +76,30 @@ def is_refusal(error: BaseException) -> bool:
 def is_unusable(error: DBAPIError) -> bool:
     """A statement failed before this one, and PostgreSQL does nothing more until the savepoint around both."""
     return _state(error) == "25P02"
+
+
+_OF_CONNECTIONS: Final = ("08", "25006", "57P")
+"""What PostgreSQL says on connections that may never be of use again: to a server that is a standby now, is going, or
+let them in as read-only (`default_transaction_read_only` is read when a connection begins)."""
+_OF_FILES: Final = frozenset(
+    {
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_NOTADB,
+    }
+)
+"""What SQLite says of a file that may have been replaced by another one of the same name."""
+
+
+def stays_with_connections(error: BaseException) -> bool:
+    """Is it perhaps not the database's state, but that of the connections to it? Then only fresh ones can tell."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _OF_FILES
+    return error.connection_invalidated or _state(error).startswith(_OF_CONNECTIONS)
 
 
 def waits_for_itself(error: BaseException) -> bool:
