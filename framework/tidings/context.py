@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from uuid import UUID, uuid5
@@ -12,6 +15,7 @@ from weakref import ref
 from tidings.codec import CORRELATION, Cause, encode
 from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge
 from tidings.events import Event
+from tidings.identity import digest
 from tidings.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name
 
@@ -24,6 +28,8 @@ __all__ = ["ATTEMPT", "Context", "Emission"]
 A = TypeVar("A", bound="Aggregate")
 
 _NAMESPACE: Final = UUID("6f0a3f0e-6b0d-5d7e-9d0c-7a1d1b6e5c11")
+_NO_ID: Final = UUID(int=0)
+"""Of an event whose place among those of its kind is not known yet."""
 
 
 _ENDING: Final = Lock()
@@ -42,10 +48,12 @@ class Context:
     from then on; what is known of the event can still be read."""
 
     __slots__ = (
-        "_count",
+        "_counts",
         "_ended",
         "_mortal",
+        "_names",
         "_works_on",
+        "aliases",
         "attempt",
         "emissions",
         "event",
@@ -65,7 +73,9 @@ class Context:
         metadata: dict[str, Any],
         attempt: int,
         replayed: bool = False,
+        was: tuple[str, ...] = (),
     ) -> None:
+        """`was`: former names of the handler, the oldest first."""
         self.service = service
         self.handler = handler
         self.log = log
@@ -79,7 +89,11 @@ class Context:
         """The service had settled this event before a replay sent it back. False for one that had been held or dead
         until then, because it was never done."""
         self.emissions: list[Emission] = []
-        self._count = 0
+        self.aliases: dict[UUID, tuple[UUID, ...]] = {}
+        """Ids that an emitted event would have under the handler's other names. Filled only where it has some."""
+        self._names = (*was, handler)
+        """The first one counts; what was emitted under any of them is not emitted again."""
+        self._counts: Counter[tuple[str, ...]] = Counter()
         self._ended = ""
         """How the attempt ended; empty while it is under way."""
         self._mortal: tuple[Callable[[], object], ...] = ()
@@ -142,15 +156,19 @@ class Context:
         )
 
     def idempotency_key(self, suffix: str = "") -> str:
-        """The same for every attempt of this handler at this event: give it to anything outside the database."""
-        return str(self._identity(f"key/{suffix}"))
+        """Return a key that is the same for every attempt of this handler at this event, also after a rename with
+        `was`: give it to anything outside the database."""
+        name = self._names[0]
+        return str(uuid5(_NAMESPACE, f"{self.service}/{name}/{self.log}/{self.event.position}/key/{suffix}"))
 
     def emit(self, stream: str, event: Event, *, metadata: Mapping[str, Any] | None = None) -> UUID:
         """Append `event` to `stream` exactly once, after this handler's transaction has been committed.
 
         It is staged in that transaction, and leaves in order per bucket of the cause. Returns the id that the event
-        will have. Raises at once what could never be appended: `InvalidStreamName`, `EventTooLarge`, `SchemaError`; and
-        `AttemptEnded` after the handler has ended, as in a task that it left behind.
+        will have: the n-th event of its type that the handler emits to the stream has the same one at every attempt and
+        in every replay, whatever else is emitted, and in whatever order. Raises at once what could never be appended:
+        `InvalidStreamName`, `EventTooLarge`, `SchemaError`; and `AttemptEnded` after the handler has ended, as in a
+        task that it left behind.
         """
         self.check_alive("context.emit()")
         check_stream_name(stream)
@@ -158,13 +176,15 @@ class Context:
             raise ConfigurationError(
                 f"stream {stream!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved"
             )
-        identity = self._next_identity()
-        data = encode(event, id=identity, metadata=metadata, cause=self.cause)
+        data = encode(event, id=_NO_ID, metadata=metadata, cause=self.cause)
         if data.size > APPEND_LIMIT:
             raise EventTooLarge(stream, data.size, APPEND_LIMIT)
         with _ENDING:
             self.check_alive("context.emit()")
-            self.emissions.append(Emission(stream, data))
+            identity, *others = self._next("emit", stream, data.type)
+            self.emissions.append(Emission(stream, replace(data, id=identity)))
+        if others:
+            self.aliases[identity] = tuple(others)
         return identity
 
     async def change(
@@ -179,21 +199,29 @@ class Context:
         """Decide on an aggregate as a consequence of this event, once however often the handler runs.
 
         It appends at once, not with the handler's transaction; the ids are the same at every attempt, and what is
-        found in the stream since this event is not decided again. Conflicts are decided anew. Raises `StreamNotFound`,
-        and `AttemptEnded` as `emit` does.
+        found in the stream since this event is not decided again. Conflicts are decided anew. Several changes of one
+        aggregate by one decision are told apart by their order alone: make them in the same order each time. Raises
+        `StreamNotFound`, and `AttemptEnded` as `emit` does.
         """
         self.check_alive("context.change()")
-        base = self._next_identity()
+        bases = self._next("change", repository.stream_of(id), name_of(decide))
         return await repository.change_for(
-            self.cause, self.event.position, base, id, decide, *args, metadata=metadata, **kwargs
+            self.cause, self.event.position, bases, id, decide, *args, metadata=metadata, **kwargs
         )
 
-    def _next_identity(self) -> UUID:
-        count, self._count = self._count, self._count + 1
-        return self._identity(str(count))
+    def _next(self, *what: str) -> tuple[UUID, ...]:
+        """Return the ids of the next one of its kind, one for each of the handler's names."""
+        nth = self._counts[what]
+        self._counts[what] += 1
+        cause = (str(self.log), str(self.event.position), *what, str(nth))
+        return tuple(digest(self.service, name, *cause) for name in self._names)
 
-    def _identity(self, what: str) -> UUID:
-        return uuid5(_NAMESPACE, f"{self.service}/{self.handler}/{self.log}/{self.event.position}/{what}")
+
+def name_of(decide: Callable[..., Any]) -> str:
+    """Return the name by which a decision is recognised: its function's own, without its class."""
+    while isinstance(decide, partial):
+        decide = decide.func
+    return str(getattr(decide, "__name__", type(decide).__name__))
 
 
 ATTEMPT: Final[ContextVar[Context | None]] = ContextVar("attempt of a handler", default=None)

@@ -39,7 +39,7 @@ __all__ = [
     "watermarks",
 ]
 
-SCHEMA: Final = 4
+SCHEMA: Final = 5
 """Version of the tables below."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
@@ -60,6 +60,7 @@ _UPGRADES: Final = {
         ("tidings_held", "since", "DOUBLE PRECISION"),
         ("tidings_held", "code", "VARCHAR(32)"),
     ),
+    4: (("tidings_staged", "aliases", "TEXT DEFAULT '' NOT NULL"),),
 }
 """Columns that each older version lacks; tables that are missing are made whole before."""
 
@@ -155,6 +156,7 @@ staged = sa.Table(
     sa.Column("bucket", sa.Integer, nullable=False),
     sa.Column("cause", sa.BigInteger, nullable=False, comment="position of the event whose handler emitted this"),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
+    sa.Column("aliases", sa.Text, nullable=False, server_default="", comment="ids under former names of the handler"),
     sa.UniqueConstraint("service", "log", "event_id"),
     comment="Events that handlers emitted, until they are appended to the store",
 )

@@ -191,6 +191,7 @@ class Dispatcher:
         """The bus has begun to give this process messages; before that, it runs nothing. After another process that
         ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
         await self._guard.take_over()
+        self.stager.begin()
         await self._revival.renew()
         self._at_work = True
         self._revival.active.set()
@@ -336,7 +337,8 @@ class Dispatcher:
         tried = self._troubles.attempts.get(event.position, 0) + (item.held.attempts if item.held else 0)
         if metadata is None:
             metadata = read_metadata(event)
-        return Context(self._service.name, item.handler.name, self._log_id, event, metadata, tried + 1, item.replayed)
+        handler, service = item.handler, self._service.name
+        return Context(service, handler.name, self._log_id, event, metadata, tried + 1, item.replayed, handler.was)
 
     def _begin_attempt(
         self, item: Item, context: Context, provide: Callable[[Inject], Any]
@@ -468,9 +470,8 @@ class Dispatcher:
             if item.held is not None:
                 self._revival.landed(item.held)
             if item.emissions:
-                # Before a replay, the same may have been emitted and appended.
-                before = self._replay.covers(item.bucket, item.event.position)
-                self.stager.add(item.emissions, since=None if before else began)
+                # A database that was set back while this process runs may have brought the row of a held event back.
+                self.stager.add(item.emissions, since=None if item.held is not None else began)
         for position in batch.noted:
             self._caution.cleared(position)
         self._busy -= len(batch.finished)

@@ -89,7 +89,8 @@ class Inject(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """One decorated function. `name` is part of the ids of what it emits: keep it when the function is renamed."""
+    """One decorated function. `name` is part of the ids of what it emits: keep it when the function is renamed, or
+    say what it `was`."""
 
     name: str
     function: Callable[..., Awaitable[None] | None]
@@ -105,6 +106,13 @@ class Handler:
     """It works on the service's database: inside the transaction that moves the watermark."""
     replay: bool = True
     """A replay runs it again; False for one with effects outside of the service's database."""
+    was: tuple[str, ...] = ()
+    """Its former names, the oldest first: what was emitted under any of them is not emitted again."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Those that it has, or had."""
+        return frozenset((self.name, *self.was))
 
 
 _SQLALCHEMY: Final = {"AsyncSession": Inject.SESSION, "AsyncConnection": Inject.CONNECTION}
@@ -118,10 +126,12 @@ def declare(
     retry: Retry,
     timeout: float,
     replay: bool = True,
+    was: tuple[str, ...] = (),
 ) -> Handler:
     """Read the signature. Raises `ConfigurationError` that names handler and parameter."""
     name = name or str(getattr(function, "__name__", function))
     where = f"handler {name!r} ({getattr(function, '__module__', '?')})"
+    _check_former(where, name, was)
     if not events:
         raise ConfigurationError(f"{where}: name the events: @service.on(OrderCreated)")
     for event in events:
@@ -146,7 +156,14 @@ def declare(
         raise ConfigurationError(f"{where}: a plain function runs in a thread and cannot use a session; make it async")
     if Inject.EVENT not in wanted:
         raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
-    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay)
+    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay, was)
+
+
+def _check_former(where: str, name: str, was: tuple[str, ...]) -> None:
+    if not isinstance(was, tuple) or not all(isinstance(former, str) and former for former in was):
+        raise ConfigurationError(f"{where}: was={was!r} is no tuple of names: write was=('former_name',)")
+    if name in was or len(set(was)) < len(was):
+        raise ConfigurationError(f"{where}: was={was!r} holds a name twice, or the handler's present name; remove it")
 
 
 def _parameters(

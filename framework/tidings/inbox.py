@@ -100,6 +100,13 @@ class StagedEvent(NamedTuple):
     cause: int
     stream: str
     event: EventData
+    aliases: tuple[UUID, ...] = ()
+    """Ids under which it may have been appended when its handler had another name."""
+
+    @property
+    def ids(self) -> tuple[UUID, ...]:
+        """All of its ids: if an event with any of them is in the log, this one is."""
+        return (self.event.id, *self.aliases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,9 +433,15 @@ class Inbox:
             await connection.execute(_BURY, rows)
 
     async def emitted_before(self, connection: AsyncConnection, rows: Iterable[StagedEvent]) -> set[str]:
-        """Ids of those whose cause is replayed and that wait for their append already, or were given up: they are not
-        staged a second time."""
-        ids = [str(row.event.id) for row in rows if self._replay.covers(row.bucket, row.cause)]
+        """Return the ids of those whose cause is replayed and that wait for their append already, or were given up,
+        under whatever name of their handler: they are not staged a second time."""
+        of_id = {
+            str(identity): str(row.event.id)
+            for row in rows
+            if self._replay.covers(row.bucket, row.cause)
+            for identity in row.ids
+        }
+        ids = list(of_id)
 
         def of(table: sa.Table, some: Sequence[str]) -> sa.Select[tuple[str]]:
             ours = (table.c.service == self._service, table.c.log == str(self._log))
@@ -438,7 +451,7 @@ class Inbox:
         for some in (ids[start : start + _IDS] for start in range(0, len(ids), _IDS)):
             # One statement sees one moment: an operator may bring one from the dead letters back at any time.
             both = sa.union_all(of(staged, some), of(dead, some).where(dead.c.kind == "staged"))
-            found.update(await connection.scalars(both))
+            found.update(of_id[str(identity)] for identity in await connection.scalars(both))
         return found
 
     async def stage(self, connection: AsyncConnection, rows: Sequence[StagedEvent]) -> None:
@@ -456,6 +469,7 @@ class Inbox:
                         "data": row.event.data,
                         "metadata": row.event.metadata,
                         "is_json": row.event.content_type == JSON,
+                        "aliases": " ".join(map(str, row.aliases)),
                     }
                     for row in rows
                 ],
@@ -488,6 +502,7 @@ class Inbox:
                     row.cause,
                     row.stream,
                     EventData(row.type, row.data, row.metadata, JSON if row.is_json else OCTETS, id=UUID(row.event_id)),
+                    tuple(map(UUID, row.aliases.split())),
                 )
                 for row in rows
             ]

@@ -71,6 +71,10 @@ class Repository(Generic[A]):
         for event in aggregate.evolutions:
             self._types.add(event)
 
+    def stream_of(self, id: str) -> str:
+        """Return the name of the aggregate's stream."""
+        return self._aggregate.stream_of(id)
+
     async def create(
         self,
         id: str,
@@ -118,27 +122,31 @@ class Repository(Generic[A]):
         self,
         cause: Cause,
         since: int,
-        base: UUID,
+        base: UUID | tuple[UUID, ...],
         id: str,
         decide: Callable[..., Any],
         *args: Any,
         metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Changed[A]:
-        """`Context.change`: like `change`, but skipped when the stream holds it since position `since`."""
-        first = _nth(base, 0)
+        """Do what `Context.change` does: like `change`, but skipped when the stream holds it since position `since`.
+
+        The first `base` makes the ids of new events; those of any other one are looked for, too.
+        """
+        bases = base if isinstance(base, tuple) else (base,)
+        known = {_nth(one, 0).bytes for one in bases}
         for left in range(CONFLICTS, -1, -1):
             aggregate: A = self._aggregate.empty(id)
             done = -1
             async for event in self._store().read_stream(self._aggregate.stream_of(id)):
                 self._apply(aggregate, event)
-                if event.position > since and event.id_bytes == first.bytes:
+                if event.position > since and event.id_bytes in known:
                     done = event.position
             if done >= 0:
                 return Changed(aggregate, aggregate.version, done, ())
             result = _decided(decide, aggregate, args, kwargs)
             try:
-                return await self._append(aggregate, result, aggregate.version, base, metadata, cause, None)
+                return await self._append(aggregate, result, aggregate.version, bases[0], metadata, cause, None)
             except WrongExpectedVersion:
                 if not left:
                     raise

@@ -82,6 +82,7 @@ class Service:
         retry: Retry | None = None,
         timeout: float = 30.0,
         replay: bool = True,
+        was: tuple[str, ...] = (),
     ) -> Callable[[F], F]:
         """Handle these events; returns the function unchanged.
 
@@ -89,12 +90,15 @@ class Service:
         or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
         exactly once, in order per partition key; others at least once: give them `context.idempotency_key()`.
         `replay=False` is for handlers with such other effects: `tidings replay` does not run them again.
+        `name`, by default the function's, is part of the ids of what the handler emits. When a handler is renamed, keep
+        its `name`, or list the former ones in `was`, the oldest first: what it emitted under them is then recognised.
         Raises `ConfigurationError` for a second handler of an event, a name used twice, or a signature that cannot be
         served.
         """
 
         def register(function: F) -> F:
-            handler = declare(function, events, name=name, retry=retry or Retry(), timeout=timeout, replay=replay)
+            policy = retry or Retry()
+            handler = declare(function, events, name=name, retry=policy, timeout=timeout, replay=replay, was=was)
             if handler.name in self._names:
                 raise ConfigurationError(
                     f"service {self.name!r} has two handlers named {handler.name!r}: give one of them name=..., "

@@ -15,12 +15,12 @@ from tidings.errors import (
     InvalidStreamName,
     StoreUnavailable,
     StreamDeleted,
-    StreamNotFound,
     WrongExpectedVersion,
 )
 from tidings.inbox import Letter, StagedEvent
 from tidings.position import Lanes
-from tidings.stores import ANY, NO_STREAM, EventStore, Expected, Filter
+from tidings.resolution import Resolver
+from tidings.stores import ANY, EventStore
 
 __all__ = ["Stager"]
 
@@ -33,7 +33,10 @@ _NEVER: Final = (StreamDeleted, EventTooLarge, InvalidStreamName)
 
 
 FRESH_SECONDS: Final = 1.0
-"""So long nobody else can have taken over and appended the same row: a successor first has to notice and to join."""
+"""Seconds after a commit within which nobody else can have taken over and appended the same row: a successor first has
+to notice and to join."""
+FORGET_SECONDS: Final = 60.0
+"""Seconds after which what was read of streams is forgotten when nobody needs it."""
 
 
 class _Row:
@@ -42,7 +45,7 @@ class _Row:
     def __init__(self, staged: StagedEvent, fresh_until: float) -> None:
         self.staged = staged
         self.fresh_until = fresh_until
-        """Until then (by the stager's clock) never tried by anyone: `ANY` cannot write it twice."""
+        """Until then (by the stager's clock) no other process can have tried it."""
         self.attempts = 0
         self.actual = -1
         """The stream's version as a refused append named it."""
@@ -51,9 +54,12 @@ class _Row:
 class Stager:
     """Appends what handlers emitted, after their transaction was committed.
 
-    A fresh row is appended with `ANY`. A row found at the start, or tried with an unknown outcome, may be in the log
-    already, and stores forget the ids of `ANY` appends: its stream is read back to its cause first, then it is appended
-    at the version just read. `appended` and `buried` are called with what may be forgotten, or is given up.
+    Stores forget the ids of `ANY` appends, so `ANY` is for what cannot be in the log yet: the first attempt at a row
+    that this process has just committed, and whose cause was appended to the log after this process had begun to be the
+    one at work. Any other row may have been appended already: by a process before this one, or in an earlier life of
+    the service, of which its database knows nothing when it is a new one, or was restored from a backup. Then its
+    stream is read back to its cause first, and it is appended at the version just read (`tidings.resolution`).
+    `appended` and `buried` are called with what may be forgotten, or is given up.
     """
 
     def __init__(
@@ -72,13 +78,27 @@ class Stager:
         self._clock = clock
         self._outage = -FRESH_SECONDS
         """When the store was last away: what was staged before is fresh no more."""
+        self._resolver = Resolver(store)
+        self._resolved_at = 0.0
+        self._tenure = 0
+        """Counts how often this process began to be the one at work."""
+        self._newest: int | None = None
+        """Position of an append of this tenure. What stands above it was appended later still, so nobody can have
+        handled it before. The log's own head would do, if no store ever answered from a replica that lags."""
 
     def __len__(self) -> int:
         """Events not appended yet."""
         return len(self._lanes)
 
+    def begin(self) -> None:
+        """This process is the one at work from now on: what was appended until now, others may have handled."""
+        self._tenure += 1
+        self._newest = None
+        self._resolver.forget()
+
     def add(self, rows: Sequence[StagedEvent], *, since: float | None) -> None:
-        """`since`: when, at the earliest, rows were committed that nobody tried yet; None for rows of any age."""
+        """Append these. `since`: when, at the earliest, rows were committed that nobody tried yet; None for rows of any
+        age."""
         for row in rows:
             self._lanes.push(row.bucket, _Row(row, 0.0 if since is None else since + FRESH_SECONDS))
         self._pump()
@@ -109,13 +129,15 @@ class Stager:
             self._pump()
 
     async def _append(self, row: _Row) -> None:
+        staged = row.staged
         while True:
             try:
                 fresh = row.fresh_until > max(self._clock(), self._outage + FRESH_SECONDS)
                 row.fresh_until = 0.0
-                expected: Expected | None = ANY if fresh else await self._resolve(row)
-                if expected is not None:
-                    await self._store.append(row.staged.stream, [row.staged.event], expected=expected)
+                if fresh and self._is_new_to_log(staged):
+                    await self._store.append(staged.stream, [staged.event], expected=ANY)
+                else:
+                    await self._resolve(row)
                 return
             except WrongExpectedVersion as error:
                 row.actual = error.actual  # somebody appended between reading and writing, or the stream hides events
@@ -125,38 +147,28 @@ class Stager:
                 pause = min(0.1 * 2**row.attempts, 5.0)
                 if row.attempts in (1, 10) or row.attempts % 100 == 0:
                     log.warning(
-                        "staged.waiting", stream=row.staged.stream, attempts=row.attempts, pause=pause, error=str(error)
+                        "staged.waiting", stream=staged.stream, attempts=row.attempts, pause=pause, error=str(error)
                     )
                 await asyncio.sleep(pause)
 
-    async def _resolve(self, row: _Row) -> Expected | None:
-        """The version to append at, None when the event is in its stream already."""
-        staged, expected, whole = row.staged, NO_STREAM if row.actual < 0 else row.actual, False
-        newest: Expected | None = None
-        try:
-            async for event in self._store.read_stream(staged.stream, backwards=True):
-                newest = event.version if newest is None else newest
-                if event.id_bytes == staged.event.id.bytes:
-                    return None
-                whole = event.version == 0 or event.position <= staged.cause
-                if whole:
-                    break
-        except StreamNotFound:
-            pass
-        except StreamDeleted:
-            if await self._in_log(staged):
-                return None
-            raise
-        if not whole and await self._hidden(staged):
-            return None
-        return expected if newest is None else newest
+    def _is_new_to_log(self, staged: StagedEvent) -> bool:
+        """Whether its cause is so new that no earlier life of this service can have handled it."""
+        if self._newest is None or staged.cause <= self._newest:
+            return False
+        if self._resolved_at and self._clock() - self._resolved_at > FORGET_SECONDS:
+            self._resolved_at = 0.0
+            self._resolver.forget()
+        return True
 
-    async def _hidden(self, staged: StagedEvent) -> bool:
-        """Was it appended, and then truncated or deleted? What a stream hides, the log still shows."""
-        return (await self._store.get_metadata(staged.stream)).version >= 0 and await self._in_log(staged)
-
-    async def _in_log(self, staged: StagedEvent) -> bool:
-        async for event in self._store.read_all(after=staged.cause, filter=Filter(stream_prefixes=(staged.stream,))):
-            if event.id_bytes == staged.event.id.bytes:
-                return True
-        return False
+    async def _resolve(self, row: _Row) -> None:
+        """Append it, unless it is in the log already."""
+        staged, tenure = row.staged, self._tenure
+        self._resolved_at = self._clock()
+        async with self._resolver.turn(staged.stream):
+            expected = await self._resolver.resolve(staged, row.actual)
+            if expected is None:
+                return
+            done = await self._store.append(staged.stream, [staged.event], expected=expected)
+            self._resolver.appended(staged, done)
+        if self._newest is None and tenure == self._tenure:
+            self._newest = done.position

@@ -173,8 +173,10 @@ class Item(Ticket[Step | None]):
         return key_of(self.event, own)
 
     def succeed(self, context: Context) -> None:
+        aliases = context.aliases
         self.emissions = [
-            StagedEvent(self.bucket, self.event.position, stream, event) for stream, event in context.emissions
+            StagedEvent(self.bucket, self.event.position, stream, event, aliases.get(event.id, ()))
+            for stream, event in context.emissions
         ]
 
     def fail(self, failure: Failure, tried: int, service: str, tracebacks: Tracebacks | None = None) -> float | None:

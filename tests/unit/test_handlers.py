@@ -184,6 +184,16 @@ def test_a_second_handler_of_a_name_is_refused() -> None:
         service.on(Cancelled)(_any)
 
 
+@pytest.mark.parametrize("was", ["old", ("old", ""), ("old", "old"), ("new",), ["old"]], ids=str)
+def test_former_names_that_are_none_are_refused(was: Any) -> None:
+    service = Service("shop")
+
+    async def new(event: Placed) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"handler 'new' .*was="):
+        service.on(Placed, was=was)(new)
+
+
 def test_two_views_of_one_wire_name_are_refused() -> None:
     class Other(Event, name="Placed"):
         pass

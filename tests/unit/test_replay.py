@@ -193,6 +193,8 @@ async def test_what_waits_or_was_given_up_before_a_replay_is_not_emitted_again(
         await joined.stage(connection, [waits, beyond])
         await joined.bury(connection, [Letter.of_staged(given_up, 1, "too large")])
         found = await joined.emitted_before(connection, [waits, given_up, fresh, beyond])
+        renamed = StagedEvent(7, 5, "mails", EventData("Mailed", b"{}"), (uuid4(), waits.event.id))
+        assert await joined.emitted_before(connection, [renamed, fresh]) == {str(renamed.event.id)}
     assert found == {str(waits.event.id), str(given_up.event.id)}
 
 
@@ -218,6 +220,7 @@ async def test_a_database_of_version_2_gets_what_replays_need(tmp_path: Path) ->
             ("tidings_held", "replayed"),
             ("tidings_dead", "replayed"),
             ("tidings_floors", "active"),
+            ("tidings_staged", "aliases"),
         ):
             old.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         old.execute("DROP TABLE tidings_replay")
@@ -227,6 +230,8 @@ async def test_a_database_of_version_2_gets_what_replays_need(tmp_path: Path) ->
         remembered = await inbox(database).join()
         async with database.transaction() as connection:
             await inbox(database).raise_floor(connection, 5)
+            await inbox(database).stage(connection, [StagedEvent(0, 1, "s", EventData("X", b""), (UUID(int=3), LOG))])
+        assert [row.aliases for row in await inbox(database).staged_events()] == [(UUID(int=3), LOG)]
         await send_back(database, shop, LOG, start(2))
         assert (await inbox(database).join()).floor == 2
     assert remembered.floor == -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -235,6 +236,34 @@ async def test_a_change_for_a_cause_happens_once(accounts: Repository[Account], 
     other = await accounts.change_for(CAUSE, created.position, UUID(int=98), "1", Account.deposit, 1)
     assert other.aggregate.balance == 4
     assert len(await stream(store)) == 4
+
+
+async def test_a_change_for_a_cause_is_found_under_the_ids_of_a_former_name(accounts: Repository[Account]) -> None:
+    created = await accounts.create("1", Account.open, "ann")
+    await accounts.change_for(CAUSE, created.position, UUID(int=98), "1", Account.deposit, 1)
+    again = await accounts.change_for(CAUSE, created.position, (BASE, UUID(int=98)), "1", Account.deposit, 1)
+    assert (again.events, again.aggregate.balance) == ((), 1)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+async def test_changes_of_a_repeated_handler_do_not_depend_on_their_order(
+    accounts: Repository[Account], turned: bool
+) -> None:
+    def reward(account: Account) -> None:
+        account.deposit(10)
+
+    created = [await accounts.create(name, Account.open, "ann") for name in ("1", "2")]
+    cause = RecordedEvent(created[1].position, "order-1", 0, "Placed", b"{}", b"", True, UUID(int=1).bytes, 0)
+    calls: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("1", Account.deposit, (1,)),
+        ("2", Account.deposit, (2,)),
+        ("1", reward, ()),
+    ]
+    for order in (calls[:2], calls[::-1] if turned else calls):
+        context = Context("bank", "reward", UUID(int=7), cause, {}, 1)
+        for name, decide, arguments in order:
+            await context.change(accounts, name, decide, *arguments)
+    assert [(await accounts.load(name)).balance for name in ("1", "2")] == [11, 2]
 
 
 async def test_a_change_for_a_cause_is_found_behind_later_changes(accounts: Repository[Account]) -> None:

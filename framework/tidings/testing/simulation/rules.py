@@ -16,14 +16,15 @@ from tidings.buses import Consumer, Delivery
 from tidings.database import floors, watermarks
 from tidings.errors import StreamNotFound
 from tidings.healing import Pass
-from tidings.inbox import Inbox
+from tidings.inbox import Inbox, StagedEvent
 from tidings.intake import Intake
 from tidings.keys import Keys
 from tidings.position import Accepted, Chain, Settled, Verdict
 from tidings.relay import Relay
+from tidings.resolution import Resolver
 from tidings.savepoint import _Scope
 from tidings.staged import Stager
-from tidings.stores import NO_STREAM
+from tidings.stores import NO_STREAM, Expected
 from tidings.testing.simulation.bus import SimulatedBus
 from tidings.work import Item
 
@@ -148,15 +149,22 @@ def _failed_is_undone() -> Patches:
 
 
 def _staged_is_looked_for() -> Patches:
-    async def resolve(self: Stager, row: Any) -> Any:
+    async def resolve(self: Resolver, row: StagedEvent, actual: int) -> Expected:
         try:
-            async for event in self._store.read_stream(row.staged.stream, backwards=True):
+            async for event in self._store.read_stream(row.stream, backwards=True):
                 return event.version
         except StreamNotFound:
             pass
         return NO_STREAM
 
-    yield Stager, "_resolve", resolve
+    yield Resolver, "resolve", resolve
+
+
+def _fresh_for_the_log() -> Patches:
+    def for_this_database(self: Stager, staged: StagedEvent) -> bool:
+        return True
+
+    yield Stager, "_is_new_to_log", for_this_database
 
 
 def _acknowledged_late() -> Patches:
