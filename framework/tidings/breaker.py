@@ -1,8 +1,10 @@
-"""The circuit breaker of a service: when everything fails, stop trying everything. Pure decisions; no I/O.
+"""The circuit breaker of each handler: while one handler always fails, only trials of it run. Pure decisions; no I/O.
 
-A gateway that is down, or a release that is broken, would otherwise fill the held events and then the dead letters
-with what nobody did wrong. Open, it lets one attempt through from time to time, each of another bucket where there are
-several; the first that succeeds closes it.
+A gateway that is down, or a release that is broken, would otherwise fill the dead letters with what nobody did wrong.
+While a handler's breaker is open, its events are held without an attempt, and everything else goes on: other handlers,
+their types and keys. From time to time one of the held events is tried, a *trial*. Trials go from key to key, so that
+one event that can never succeed hides no recovery, and they count, so that such an event is dead in the end. The first
+success closes the breaker.
 """
 
 from __future__ import annotations
@@ -10,67 +12,81 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["Breaker"]
+__all__ = ["Breaker", "Breakers"]
 
 FAILURES: Final = 20
-"""So many attempts must fail in a row ..."""
+"""Attempts in a row that must fail to open it ..."""
 KEYS: Final = 5
-"""... at events of so many partition keys: one order that is broken is no outage, however often it is tried."""
+"""... and partition keys among them: one order that is broken is no outage, however often it is tried."""
 CLOSE: Final = 0.01
-"""Seconds: a timer may ring a little early."""
+"""Seconds by which a timer may ring early."""
 PAUSES: Final = (1.0, 30.0)
-"""Seconds before the first and, doubling, at most before each further probe."""
+"""Seconds before the first trial and, doubling, at most before each further one."""
 
 
 class Breaker:
-    """Told of every attempt's end; asked before every attempt."""
+    """The breaker of one handler: told how every attempt ended."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.failures = 0
-        """So many attempts in a row have failed."""
+        """Attempts in a row that failed."""
         self._keys: set[str] = set()
         self._pause = PAUSES[0]
-        self._probe_at = 0.0
-        self._probing = False
+        self._trial_at = 0.0
+        self.trying = False
+        """A trial is under way."""
+        self.trials = 0
+        """Trials since it opened."""
         self.opened_at: float | None = None
         """When it opened, by the clock; None while it is closed."""
         self.reason = ""
-        """Of the last failure."""
+        """Reason of the last failure."""
 
-    def admits(self) -> bool:
-        """May one more attempt begin? Open, it may when a probe is due and none is under way."""
-        if self.opened_at is None:
-            return True
-        if self._probing or self._clock() + CLOSE < self._probe_at:
-            return False
-        self._probing = True
-        return True
+    @property
+    def open(self) -> bool:
+        """Only trials run."""
+        return self.opened_at is not None
 
     @property
     def wait(self) -> float:
-        """Seconds until the next probe is due."""
-        return max(0.0, self._probe_at - self._clock())
+        """Seconds until the next trial is due."""
+        return max(0.0, self._trial_at - self._clock())
 
-    def passed_by(self) -> None:
-        """What was let through ended without an attempt: another may go in its place."""
-        self._probing = False
+    @property
+    def wants_trial(self) -> bool:
+        """A trial is due, and none is under way."""
+        return self.open and not self.trying and self.wait <= CLOSE
+
+    @property
+    def takes_newest(self) -> bool:
+        """The next trial is of the key that came last. They alternate with trials of what is due the longest: the
+        newest shows soonest that a recovery came, and the oldest must not wait for ever."""
+        return self.trials % 2 == 0
+
+    def begin_trial(self) -> None:
+        self.trying = True
+        self.trials += 1
+
+    def end_trial(self) -> None:
+        """The event that was to be tried ended without an attempt: another may be tried in its place."""
+        self.trying = False
 
     def succeeded(self) -> bool:
         """True when this closed it."""
-        self.failures = 0
+        self.failures = self.trials = 0
         self._keys.clear()
-        closed = self.opened_at is not None
-        self.opened_at, self._probing, self._pause = None, False, PAUSES[0]
+        closed = self.open
+        self.opened_at, self.trying, self._pause = None, False, PAUSES[0]
         return closed
 
-    def failed(self, key: str, reason: str) -> bool:
+    def failed(self, key: str, reason: str, *, trial: bool = False) -> bool:
         """True when this opened it."""
         self.reason = reason
-        if self.opened_at is not None:
-            if self._probing:
-                self._probing, self._pause = False, min(2 * self._pause, PAUSES[1])
-                self._probe_at = self._clock() + self._pause
+        if self.open:
+            if trial:
+                self.trying, self._pause = False, min(2 * self._pause, PAUSES[1])
+                self._trial_at = self._clock() + self._pause
             return False
         self.failures += 1
         if len(self._keys) < KEYS:
@@ -78,5 +94,41 @@ class Breaker:
         if self.failures < FAILURES or len(self._keys) < KEYS:
             return False
         self.opened_at = self._clock()
-        self._probe_at = self.opened_at + self._pause
+        self._trial_at = self.opened_at + self._pause
         return True
+
+
+class Breakers:
+    """The breakers of one service's handlers, by the handler's name."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._breakers: dict[str, Breaker] = {}
+        self.open: dict[str, Breaker] = {}
+        """Those that are open. To look at only."""
+
+    def of(self, handler: str) -> Breaker:
+        """The breaker of one handler."""
+        found = self._breakers.get(handler)
+        if found is None:
+            found = self._breakers[handler] = Breaker(self._clock)
+        return found
+
+    def succeeded(self, handler: str) -> bool:
+        """An attempt succeeded. True when this closed the handler's breaker."""
+        known = self._breakers.pop(handler, None)
+        self.open.pop(handler, None)
+        return known is not None and known.succeeded()
+
+    def failed(self, handler: str, key: str, reason: str, *, trial: bool = False) -> bool:
+        """An attempt failed. True when this opened the handler's breaker."""
+        breaker = self.of(handler)
+        opened = breaker.failed(key, reason, trial=trial)
+        if opened:
+            self.open[handler] = breaker
+        return opened
+
+    @property
+    def any(self) -> bool:
+        """An attempt has failed, and none of the same handler has succeeded since."""
+        return bool(self._breakers)

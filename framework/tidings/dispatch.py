@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import Attempt, Attempts, Failure, Resources
-from tidings.breaker import Breaker
+from tidings.breaker import Breakers
 from tidings.codec import read_metadata
 from tidings.commits import Commits
 from tidings.context import Context
@@ -100,11 +100,13 @@ class Dispatcher:
         self._deferred: list[Item] = []
         self._keys = Keys()
         self._knows_keys = asyncio.Event()
-        self._revival = Revival(service, database, held, self._keys, troubles, self._push, self._pump, inbox.fence)
+        self.breakers = Breakers(clock)
+        self._revival = Revival(
+            service, database, held, self._keys, troubles, self.breakers, self._push, self._pump, inbox.fence
+        )
         self._guard = Guard(service, database, inbox, troubles, clock)
         self._caution = self._guard.caution
         self._to_note: asyncio.Queue[Item] = asyncio.Queue()
-        self.breaker = Breaker(clock)
         self._beside: asyncio.TimerHandle | None = None
         self._stopping = False
         self._pumping = True
@@ -208,10 +210,8 @@ class Dispatcher:
         if self._stopping or self._pumping:
             return
         self._pumping = True
-        lanes, caution, breaker, condemned = self._lanes, self._caution, self.breaker, self._troubles.condemned
-        while (
-            lanes.ready and not (caution.alert and caution.wait()) and (breaker.opened_at is None or breaker.admits())
-        ):
+        lanes, caution, condemned = self._lanes, self._caution, self._troubles.condemned
+        while lanes.ready and not (caution.alert and caution.wait()):
             taken = lanes.take()
             assert taken is not None
             item = taken[1]
@@ -379,28 +379,35 @@ class Dispatcher:
             self._troubles.attempts.pop(item.event.position, None)
             if context.emissions:
                 item.succeed(context)
-            if (self.breaker.failures or self.breaker.opened_at is not None) and self.breaker.succeeded():
-                log.info("service.resumed", service=self._service.name)
+            if self.breakers.any and self.breakers.succeeded(item.handler.name):
+                log.info("handler.resumed", service=self._service.name, handler=item.handler.name)
+                self._revival.look_at_all()
             self._finish(item)
             return
         self._commits.doubt(item)
-        if self._pauses(item, failure):
-            self._give_back(item, self.breaker.wait, self._lanes.later)
-        else:
-            self._fail(item, failure)
+        self._tell_breaker(item, failure)
+        self._fail(item, failure)
 
-    def _pauses(self, item: Item, failure: Failure) -> bool:
-        """Whether the breaker is open: then a failure is not the event's, and no attempt is counted."""
-        if self.breaker.failed(item.key, failure.reason):
-            log.error(
-                "service.paused",
-                service=self._service.name,
-                handler=item.handler.name,
-                reason=failure.reason,
-                advice="everything fails, so only one event is tried from time to time. Mend what the handlers need; "
-                "it goes on by itself. Nothing is lost",
+    def _tell_breaker(self, item: Item, failure: Failure) -> None:
+        """An attempt failed: it may open the handler's breaker, or be a trial that shows that it must stay open."""
+        name, trial = item.handler.name, item.trial
+        opened = self.breakers.failed(name, item.key, failure.reason, trial=trial)
+        if not opened and not trial:
+            return
+        breaker = self.breakers.of(name)
+        told: dict[str, Any] = {"service": self._service.name, "handler": name, "reason": failure.reason}
+        told["next_trial_in"] = round(breaker.wait, 1)
+        if opened:
+            advice = (
+                "every attempt of this handler fails, so its events are held, and one of them is tried from time to "
+                "time; other handlers go on. Mend what the handler needs: it resumes by itself. Nothing is lost"
             )
-        return self.breaker.opened_at is not None
+            log.error("handler.paused", **told, advice=advice)
+        else:
+            event = item.event
+            told |= {"event_id": str(event.id), "stream": event.stream, "position": event.position, "key": item.key}
+            log.warning("handler.trial_failed", **told, trial=breaker.trials, next="an event of another key is tried")
+        self._timers.later(breaker.wait, self._revival.look.set)
 
     def _fail(self, item: Item, failure: Failure) -> None:
         """Again in the lane, or held, or dead."""
@@ -416,16 +423,25 @@ class Dispatcher:
             self._timers.later(min(item.postponed.due - time.time(), HELD_SECONDS), self._revival.look.set)
 
     def _waits(self, item: Item) -> bool:
-        """Whether the item is not run now, because of another one of its partition key; then it is done with."""
-        if not self._keys.must_wait(item):
+        """Whether the item is not run now, because of another one of its partition key, or because its handler's
+        breaker is open; then it is done with."""
+        breaker = None if item.trial else self.breakers.open.get(item.handler.name)
+        if item.held is not None and item.held.handler != item.handler.name:
+            breaker = None  # held under a former name of the handler: nobody looks for it to be tried
+        if not (behind := self._keys.must_wait(item)) and breaker is None:
             return False
         if item.held is None:
-            item.wait()
+            tried = self._troubles.attempts.pop(item.event.position, 0)
+            if behind or breaker is None:
+                item.wait(tried=tried)
+            else:
+                item.wait(f"waits until handler {item.handler.name!r} succeeds again: {breaker.reason}", tried)
             self._finish(item)
         else:
+            self._keys.left(item.held)
             self._revival.landed(item.held)
             self._survived(item.event.position)
-            self.breaker.passed_by()
+            self._end_trial(item)
             self._lanes.finish(item.bucket)
             self._busy -= 1
             self._commits.wake()
@@ -438,13 +454,17 @@ class Dispatcher:
             self._survived(item.event.position)
         if self._commits.batch.finish(item):
             self._keys.ended(item)
-        self.breaker.passed_by()
+        self._end_trial(item)
         if item.handler.transactional:
             self._uncommitted.add(item.bucket)
         self._lanes.finish(item.bucket)
         self._commits.wake()
         if self._lanes.ready:
             self._pump()
+
+    def _end_trial(self, item: Item) -> None:
+        if item.trial and (breaker := self.breakers.open.get(item.handler.name)) is not None:
+            breaker.end_trial()
 
     def _give_back(self, item: Item, seconds: float, to: Callable[[int], None]) -> None:
         """The item was not done: after so many seconds it is given `to` its lane again."""

@@ -72,7 +72,8 @@ class HeldRows:
         self._postpone = held.update().where(*this).values({name: sa.bindparam(f"new_{name}") for name in _CHANGING})
         self._release = held.delete().where(*this)
         besides = held.c.key.not_in(sa.bindparam("besides", expanding=True))
-        self._failed = (
+        running = held.c.handler.not_in(sa.bindparam("paused", expanding=True))
+        failed = (
             sa.select(held.c.key)
             .where(
                 *self._mine,
@@ -85,8 +86,25 @@ class HeldRows:
             .order_by(held.c.due)
             .limit(AT_ONCE)
         )
+        self._failed = {False: failed, True: failed.where(running)}
+        """Without and with handlers that are paused."""
+        self._candidates = [
+            sa.select(held)
+            .where(
+                *self._mine,
+                held.c.handler == sa.bindparam("of_handler"),
+                held.c.attempts > _NONE if order is held.c.due else held.c.attempts == _NONE,
+                besides,
+                self._oldest(held),
+                *self._free(held),
+            )
+            .order_by(order)
+            .limit(1)
+            for order in (held.c.position.desc(), held.c.due, held.c.position)
+        ]
+        """The newest that was never tried, what failed and is due first, the oldest that was never tried."""
 
-        def turn(*where: sa.ColumnElement[bool]) -> sa.Select[tuple[str]]:
+        def turn(*where: sa.ColumnElement[bool]) -> dict[bool, sa.Select[tuple[str]]]:
             """Keys whose oldest event has waited for another one, which is gone."""
             waiting = (
                 sa.select(
@@ -98,12 +116,20 @@ class HeldRows:
                 .group_by(held.c.key)
                 .subquery()
             )
-            return (
+            free = (
                 sa.select(waiting.c.key)
                 .where(self._oldest(waiting), *self._free(waiting))
                 .order_by(waiting.c.position)
                 .limit(AT_ONCE)
             )
+            first = held.alias()
+            of_paused = sa.exists().where(
+                first.c.service == service,
+                first.c.log == str(log),
+                first.c.position == waiting.c.position,
+                first.c.handler.in_(sa.bindparam("paused", expanding=True)),
+            )
+            return {False: free, True: free.where(~of_paused)}
 
         self._turn = turn()
         self._turn_after = turn(held.c.key.in_(sa.bindparam("after", expanding=True)))
@@ -178,41 +204,40 @@ class HeldRows:
         longest: float,
         besides: Collection[str],
         after: Collection[str] | None = None,
+        paused: Collection[str] = (),
     ) -> list[HeldEvent]:
-        """What may run now, of other keys than `besides`; each key's events in order, `AT_ONCE` at most.
+        """What may run now, of other keys than `besides` and beginning with other handlers than `paused`; each key's
+        events in order, `AT_ONCE` at most.
 
         A due time further away than `longest` seconds was written by a clock that jumped: it counts as now. What only
         waited for an older event is looked for in the keys `after`, whose events were run, or in all of them, which
         takes as long as there are held events.
         """
-        other = {"besides": list(besides)}
-        keys = list(await connection.scalars(self._failed, {"now": now, "absurd": now + longest, **other}))
+        other: dict[str, Any] = {"besides": list(besides)}
+        if paused:
+            other["paused"] = list(paused)
+        some = bool(paused)
+        keys = list(await connection.scalars(self._failed[some], {"now": now, "absurd": now + longest, **other}))
         if after is None:
-            keys += await connection.scalars(self._turn, other)
+            keys += await connection.scalars(self._turn[some], other)
         elif after:
-            keys += await connection.scalars(self._turn_after, {"after": list(after), **other})
+            keys += await connection.scalars(self._turn_after[some], {"after": list(after), **other})
         if not keys:
             return []
-        found = []
-        for row in await connection.execute(self._due, {"keys": keys}):
-            event = recorded(row)
-            found.append(
-                HeldEvent(
-                    event,
-                    row.bucket,
-                    row.key,
-                    row.handler,
-                    row.attempts,
-                    row.tries,
-                    row.due,
-                    row.reason,
-                    row.detail,
-                    row.replayed,
-                    row.since,
-                    row.code,
-                )
-            )
-        return found
+        return [_held_event(row) for row in await connection.execute(self._due, {"keys": keys})]
+
+    async def candidate(
+        self, connection: AsyncConnection, handler: str, besides: Collection[str], *, newest: bool
+    ) -> list[HeldEvent]:
+        """One event for a trial of a handler, of another key than `besides`, if there is any: the newest that was
+        never tried, or the one that has been due the longest."""
+        wanted = {"of_handler": handler, "besides": list(besides)}
+        latest, due, oldest = self._candidates
+        for query in (latest, due) if newest else (due, oldest):
+            found = [_held_event(row) for row in await connection.execute(query, wanted)]
+            if found:
+                return found
+        return []
 
     async def outdated(self, connection: AsyncConnection, codes: Mapping[str, str]) -> dict[str, int]:
         """How many events have failed in other code than `codes` names, by handler."""
@@ -295,6 +320,23 @@ class HeldRows:
                 f"service {self._service!r}: the held event at position {position} was settled by another process; "
                 "this group was rolled back. Are two processes of the service active at once? Stop one"
             )
+
+
+def _held_event(row: sa.Row[Any]) -> HeldEvent:
+    return HeldEvent(
+        recorded(row),
+        row.bucket,
+        row.key,
+        row.handler,
+        row.attempts,
+        row.tries,
+        row.due,
+        row.reason,
+        row.detail,
+        row.replayed,
+        row.since,
+        row.code,
+    )
 
 
 def _changing(row: HeldEvent) -> dict[str, Any]:

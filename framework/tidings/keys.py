@@ -51,6 +51,10 @@ class Keys:
         keys = self.blocked.get(item.bucket)
         return keys is not None and item.key in keys
 
+    def left(self, row: HeldEvent) -> None:
+        """A held event was not run, for whatever reason: those of its key behind it must wait, too."""
+        self._failed.add(row.key)
+
     def blocks(self, row: HeldEvent) -> bool:
         """Something of its key is held, or dead and holds it."""
         return row.key in self.blocked.get(row.bucket, ())

@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import Failure
+from tidings.breaker import Breakers
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
 from tidings.fingerprints import fingerprint
@@ -56,6 +57,7 @@ class Revival:
         held: HeldRows,
         keys: Keys,
         troubles: Troubles,
+        breakers: Breakers,
         give: Callable[[Item], None],
         pump: Callable[[], None],
         fence: Callable[[AsyncConnection], Awaitable[None]],
@@ -65,6 +67,7 @@ class Revival:
         self._held = held
         self._keys = keys
         self._troubles = troubles
+        self._breakers = breakers
         self._give = give
         self._pump = pump
         self._fence = fence
@@ -74,6 +77,8 @@ class Revival:
         """Look again now, not only when the second is over."""
         self._left: set[str] = set()
         """Keys of which a held event has landed and left others behind."""
+        self._whole = True
+        """The next look is through all held events."""
         self.stale = False
         """Operators may have changed what blocks keys: read it again. What this process does, it knows; what another
         process does, fences it."""
@@ -94,44 +99,72 @@ class Revival:
         holds = [handler.retry.hold for handler in self._service.handlers.values()]
         longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
         loop = asyncio.get_running_loop()
-        whole, next_whole = True, loop.time() + HELD_SECONDS
+        next_whole = loop.time() + HELD_SECONDS
         while True:
             await self.active.wait()
             self.look.clear()
             if loop.time() >= next_whole:
-                whole = self.stale = True
+                self._whole = self.stale = True
                 next_whole = loop.time() + HELD_SECONDS
             # What flies now may be settled by a commit that this reading does not see.
             flying = self._keys.flying
             if len(flying) < FLYING:
                 left, self._left = self._left, set()
-                rows = await self._due(longest, flying, None if whole else left)
+                whole, self._whole = self._whole, False
+                rows, trials = await self._due(longest, flying, None if whole else left)
                 for row in rows:
                     self._fly(row)
+                for row in trials:
+                    self._try(row)
                 self._pump()
-                whole = len(rows) >= AT_ONCE
+                self._whole = self._whole or len(rows) >= AT_ONCE
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(next_whole):
                     await self.look.wait()
 
-    async def _due(self, longest: float, flying: Collection[str], left: Collection[str] | None) -> list[HeldEvent]:
+    def look_at_all(self) -> None:
+        """Look through all held events now: what they waited for may be over."""
+        self._whole = True
+        self.look.set()
+
+    async def _due(
+        self, longest: float, flying: Collection[str], left: Collection[str] | None
+    ) -> tuple[list[HeldEvent], list[HeldEvent]]:
+        """What may run now; and of handlers whose breaker is open, what is to be tried."""
+        paused = dict(self._breakers.open)
         try:
             async with self._database.reading() as connection:
                 await self._fence(connection)
-                return await self._held.due(connection, time.time(), longest, flying, left)
+                rows = await self._held.due(connection, time.time(), longest, flying, left, paused)
+                besides = {*flying, *(row.key for row in rows)}
+                trials: list[HeldEvent] = []
+                for name, breaker in paused.items():
+                    if breaker.wants_trial:
+                        newest = breaker.takes_newest
+                        trials += await self._held.candidate(connection, name, besides, newest=newest)
+                        besides.update(row.key for row in trials)
+                return rows, trials
         except DatabaseUnavailable as error:
             if isinstance(error.__cause__, PoolTimeout):
-                return []  # handlers hold all connections (a database in memory has one): no reason to end them
+                return [], []  # handlers hold all connections (a database in memory has one): no reason to end them
             raise
 
-    def _fly(self, row: HeldEvent) -> None:
+    def _try(self, row: HeldEvent) -> None:
+        breaker = self._breakers.open.get(row.handler)
+        if breaker is not None:
+            breaker.begin_trial()
+        self._fly(row, trial=breaker is not None)
+
+    def _fly(self, row: HeldEvent, *, trial: bool = False) -> None:
         handler = self._service.handlers.get(row.event.type)
         if handler is None:
             handler = GONE
             reason = f"service {self._service.name!r} has no handler for {row.event.type!r} any more"
             self._troubles.condemned[row.event.position] = Failure(reason, "", permanent=True)
         self._keys.fly(row.key)
-        self._give(Item(row.event, row.bucket, handler, None, row, replayed=row.replayed))
+        item = Item(row.event, row.bucket, handler, None, row, replayed=row.replayed)
+        item.trial = trial
+        self._give(item)
 
     def landed(self, row: HeldEvent) -> None:
         """What came of a held event is durable, or it was left alone."""

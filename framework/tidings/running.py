@@ -7,6 +7,7 @@ other processes are, and they come and go as they like.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -111,13 +112,22 @@ class RunningService:
 
     @property
     def paused(self) -> str | None:
-        """Why the service tries only one event from time to time: everything fails. None while it works."""
+        """Which handlers are paused, and why: every attempt of theirs fails, so that their events are held, and one of
+        them is tried from time to time. None while there are none."""
+        return "; ".join(self.paused_handlers.values()) or None
+
+    @property
+    def paused_handlers(self) -> dict[str, str]:
+        """Handlers whose breaker is open: name to the reason."""
+        found = dict[str, tuple[float, str]]()
         for part in self.partitions:
-            breaker = part.dispatcher.breaker if part.dispatcher else None
-            if breaker is not None and breaker.opened_at is not None:
-                seconds = self._clock() - breaker.opened_at
-                return f"for {seconds:.0f} s every attempt has failed, the last: {breaker.reason}"
-        return None
+            for name, breaker in part.dispatcher.breakers.open.items() if part.dispatcher else ():
+                assert breaker.opened_at is not None
+                found[name] = min(found.get(name, (math.inf, "")), (breaker.opened_at, breaker.reason))
+        return {
+            name: f"handler {name!r}: for {self._clock() - since:.0f} s every attempt has failed, the last: {reason}"
+            for name, (since, reason) in found.items()
+        }
 
     async def handled(self, position: int, key: str, *, timeout: float = 5.0) -> bool:
         """Wait until the event at `position`, of a type that this service handles and with partition key `key`, is

@@ -120,6 +120,7 @@ class Item(Ticket[Step | None]):
         "postponed",
         "replayed",
         "since",
+        "trial",
     )
 
     def __init__(
@@ -145,6 +146,8 @@ class Item(Ticket[Step | None]):
         """It had been settled before a replay."""
         self.metadata = metadata
         """The event's metadata document, where it was read already."""
+        self.trial = False
+        """It runs to find out whether its handler, whose breaker is open, still fails."""
         self.since = 0.0
         """When its handler was called last, in seconds of the dispatcher's clock."""
         self.emissions: Sequence[StagedEvent] = ()
@@ -201,6 +204,9 @@ class Item(Ticket[Step | None]):
         if tracebacks is not None and failure.detail and (more := tracebacks.due(kind)) is not None:
             # The text, not the exception: what renders that as JSON follows its causes, which may go in circles.
             facts |= {"exception": failure.detail, "failed_like_this_since": more}
+        if not failure.permanent and self.trial and held is not None and attempts < retry.attempts:
+            self._hold(attempts, held.tries, 0.0, failure.reason, failure.detail)  # the breaker makes the pauses
+            return None
         if not failure.permanent and untried and attempts < retry.attempts:
             pause = retry.wait(attempts)
             log.warning("event.retrying", pause=round(pause, 3), **facts)
@@ -224,9 +230,9 @@ class Item(Ticket[Step | None]):
         )
         return None
 
-    def wait(self) -> None:
-        """Its key is blocked: it is held without being run, and due as soon as it is the key's oldest."""
-        self._hold(0, 0, 0.0, "waits behind an earlier event of its partition key", None)
+    def wait(self, reason: str = "waits behind an earlier event of its partition key", tried: int = 0) -> None:
+        """Hold it without running it, after `tried` attempts; it is due as soon as nothing is in its way."""
+        self._hold(tried, 0, 0.0, reason, None)
 
     def _hold(self, attempts: int, tries: int, delay: float, reason: str, detail: str | None) -> None:
         now = time.time()

@@ -1,8 +1,13 @@
-"""The breaker opens when everything fails, lets probes through ever more rarely, and closes at the first success."""
+"""A handler's breaker opens when it always fails, wants trials ever more rarely, and closes at the first success."""
 
 from __future__ import annotations
 
-from tidings.breaker import FAILURES, KEYS, PAUSES, Breaker
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidings.breaker import FAILURES, KEYS, PAUSES, Breaker, Breakers
 
 
 class Clock:
@@ -21,10 +26,10 @@ def opened() -> tuple[Breaker, Clock]:
     return breaker, clock
 
 
-def test_a_few_bad_keys_never_opens_it() -> None:
+def test_a_few_bad_keys_never_open_it() -> None:
     breaker = Breaker(Clock())
     assert not any(breaker.failed(str(n % (KEYS - 1)), "bad") for n in range(10 * FAILURES))
-    assert breaker.admits()
+    assert not breaker.open
 
 
 def test_a_success_among_failures_begins_the_count_anew() -> None:
@@ -32,38 +37,65 @@ def test_a_success_among_failures_begins_the_count_anew() -> None:
     for _ in range(5):
         assert not any(breaker.failed(str(n), "bad") for n in range(FAILURES - 1))
         assert not breaker.succeeded(), "it was closed"
-    assert breaker.opened_at is None
+    assert not breaker.open
 
 
-def test_open_it_admits_one_probe_at_a_time_and_ever_more_rarely() -> None:
+def test_open_it_wants_one_trial_at_a_time_and_ever_more_rarely() -> None:
     breaker, clock = opened()
     pause, longest = PAUSES
-    for _ in range(8):
-        assert not breaker.admits()
+    for nth in range(8):
+        assert breaker.takes_newest == (nth % 2 == 0), "the newest key and the one that is due longest take turns"
+        assert not breaker.wants_trial
         clock.now += pause - 0.1
-        assert not breaker.admits()
+        assert not breaker.wants_trial
         clock.now += 0.1
-        assert breaker.admits()
-        assert not breaker.admits(), "one at a time"
-        assert not breaker.failed("1", "still down"), "it was open already"
+        assert breaker.wants_trial
+        breaker.begin_trial()
+        assert not breaker.wants_trial, "one at a time"
+        assert not breaker.failed("1", "still down", trial=True), "it was open already"
         pause = min(2 * pause, longest)
     assert pause == longest
     assert breaker.reason == "still down"
 
 
-def test_a_probe_that_was_no_attempt_makes_room_for_another() -> None:
+def test_an_attempt_that_began_before_it_opened_puts_no_trial_off() -> None:
     breaker, clock = opened()
     clock.now += PAUSES[0]
-    assert breaker.admits()
-    breaker.passed_by()
-    assert breaker.admits()
+    breaker.begin_trial()
+    assert not breaker.failed("late", "down")
+    assert breaker.trying, "the trial is still under way"
+    assert breaker.wait == 0
+
+
+def test_a_trial_that_was_no_attempt_makes_room_for_another() -> None:
+    breaker, clock = opened()
+    clock.now += PAUSES[0]
+    breaker.begin_trial()
+    breaker.end_trial()
+    assert breaker.wants_trial
 
 
 def test_the_first_success_closes_it_and_forgets_everything() -> None:
     breaker, clock = opened()
     clock.now += PAUSES[0]
-    assert breaker.admits()
+    breaker.begin_trial()
     assert breaker.succeeded()
-    assert breaker.admits()
-    assert breaker.admits()
+    assert not breaker.open
     assert not any(breaker.failed(str(n), "bad") for n in range(FAILURES - 1))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(("bad", "good", "moody")), st.integers(0, 9), st.booleans()), max_size=200),
+)
+def test_what_one_handler_does_never_opens_another_ones_breaker(attempts: list[tuple[str, int, bool]]) -> None:
+    breakers, alone = Breakers(Clock()), {name: Breaker(Clock()) for name in ("bad", "good", "moody")}
+    streak: Counter[str] = Counter()
+    for name, key, succeeds in attempts:
+        if succeeds or name == "good":
+            assert breakers.succeeded(name) == alone[name].succeeded()
+            streak[name] = 0
+        else:
+            assert breakers.failed(name, str(key), "bad") == alone[name].failed(str(key), "bad")
+            streak[name] += 1
+        assert set(breakers.open) == {name for name, breaker in alone.items() if breaker.open}
+        assert all(streak[name] >= FAILURES for name in breakers.open)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, Final, cast
+from unittest.mock import patch
 from uuid import UUID
 
 import structlog
@@ -460,7 +461,9 @@ def sealed(world: World) -> Iterator[None]:
     setattr(os, "urandom", random.Random(world.dice.seed).randbytes)  # noqa: B010 - ids
     gc.disable()  # what a collection finalizes, and when, depends on what ran before
     try:
-        yield
+        # Worlds are small: breakers open here after as few failures as a world has.
+        with patch.multiple("tidings.breaker", FAILURES=3, KEYS=2):
+            yield
     finally:
         setattr(time, "time", real)  # noqa: B010
         setattr(os, "urandom", entropy)  # noqa: B010
