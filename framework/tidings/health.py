@@ -107,6 +107,8 @@ class ServiceFacts:
     stopping: bool = False
     died: str | None = None
     """Why it is not running any more."""
+    standing_by: str | None = None
+    """The process at work, on a bus that reaches only its own process; this one waits for its place."""
     joined: bool = True
     consuming: bool = True
     healing: bool = False
@@ -139,6 +141,8 @@ class RelayFacts:
 
     name: str
     started: bool = True
+    needed: bool = True
+    """A service of its process is at work; false while all stand by."""
     leading: bool = False
     waiting: float | None = None
     """Seconds spent waiting for the lock."""
@@ -200,6 +204,13 @@ def _service(facts: ServiceFacts) -> Iterator[Check]:
             name, False, "it is starting: it has not joined the log yet", "wait; the log says what it waits for"
         )
         return
+    if facts.standing_by is not None:
+        yield Check(name, True, f"a standby: {facts.standing_by} is at work, and this process takes over when it ends")
+        yield _answers(f"{facts.name}.database", facts.database, "the service's database", "TIDINGS_DATABASE")
+        yield _answers(f"{facts.name}.store", facts.store, "the event store", "TIDINGS_STORE")
+        if not facts.database and not facts.store:
+            yield _other_at_work(facts)
+        return
     yield Check(name, True, "it has joined the log")
     yield _answers(f"{facts.name}.database", facts.database, "the service's database", "TIDINGS_DATABASE")
     yield _answers(f"{facts.name}.store", facts.store, "the event store", "TIDINGS_STORE")
@@ -227,6 +238,21 @@ def _service(facts: ServiceFacts) -> Iterator[Check]:
         all_, here = len(facts.partitions), sum(part.marker_age is not None for part in facts.partitions)
         detail = f"{here} of {all_} partitions are at work here, {all_ - here} stand by"
         yield Check(f"{facts.name}.partitions", True, f"{detail}; everything up to position {facts.settled} is settled")
+
+
+def _other_at_work(facts: ServiceFacts) -> Check:
+    name, settled = f"{facts.name}.progress", f"everything up to position {facts.settled} is settled"
+    if facts.waiting_event is None or facts.stalled <= STALLED_SECONDS:
+        if facts.settled < 0:
+            settled = "nothing is settled yet"
+        return Check(name, True, f"{settled}{', nothing waits' if facts.waiting_event is None else ''}")
+    return Check(
+        name,
+        False,
+        f"{settled}, and no further for {facts.stalled:.0f} s: {facts.waiting_event} waits for {facts.standing_by}",
+        "look at that process: its /ready and its log say what holds it up. If it is paused or hangs, end it "
+        "(kill -9): this one takes over within seconds",
+    )
 
 
 def _path(facts: ServiceFacts) -> Iterator[Check]:
@@ -291,6 +317,9 @@ def _relay(facts: RelayFacts) -> Iterator[Check]:
     name = f"relay.{facts.name}"
     if not facts.started:
         yield Check(name, False, "it is starting", "wait; the log says what it waits for")
+        return
+    if not facts.needed:
+        yield Check(f"{name}.bus", True, "a standby, as all services of this process are: nobody here could hear it")
         return
     yield _answers(f"{name}.store", facts.store, "the event store", "TIDINGS_STORE")
     if facts.leading and facts.marker_age is not None and facts.trouble is None:

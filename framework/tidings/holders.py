@@ -1,4 +1,4 @@
-"""Which other process has a SQLite database open. It asks the operating system, and changes nothing."""
+"""Which other process has a SQLite database open, or a file locked. It asks the operating system; it locks nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import struct
 import sys
 from typing import Final
 
-__all__ = ["open_elsewhere"]
+__all__ = ["lock_holder", "open_elsewhere"]
 
 # While a database in WAL mode is open, each of its connections holds a shared lock on this byte of the -shm file
 # (UNIX_SHM_DMS in SQLite's os_unix.c); the last one to close it deletes the file.
@@ -29,10 +29,18 @@ def open_elsewhere(file: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        # Would a lock for writing be refused, and by whom?
-        lock = (_BYTE, 1, 0, fcntl.F_WRLCK, os.SEEK_SET) if _DARWIN else (fcntl.F_WRLCK, os.SEEK_SET, _BYTE, 1, 0)
-        found = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_FLOCK, *lock)))
+        return lock_holder(descriptor, _BYTE, 1)
     finally:
         os.close(descriptor)
+
+
+def lock_holder(descriptor: int, first: int = 0, length: int = 0) -> int | None:
+    """The id of a process, this one apart, that has a lock on these bytes of the file (by default on any); None when
+    nobody has. 0 where the system does not say who."""
+    # Would a lock for writing be refused, and by whom?
+    wanted = (
+        (first, length, 0, fcntl.F_WRLCK, os.SEEK_SET) if _DARWIN else (fcntl.F_WRLCK, os.SEEK_SET, first, length, 0)
+    )
+    found = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_FLOCK, *wanted)))
     kind, process = (found[3], found[2]) if _DARWIN else (found[0], found[4])
-    return None if kind == fcntl.F_UNLCK else int(process)
+    return None if kind == fcntl.F_UNLCK else max(int(process), 0)

@@ -82,6 +82,8 @@ class Probe:
         from tidings.partitions import lowest
 
         running, known = _state(service)
+        if running is not None and not known and running.standing_by is not None:
+            return await self._standby(service.name, running, running.standing_by)
         if running is None or known or not running.partitions:
             return ServiceFacts(service.name, **(known or {"starting": True}))
         (ranges, database), (head, store) = await asyncio.gather(
@@ -103,6 +105,25 @@ class Probe:
             database=database,
             store=store,
             partitions=tuple(parts) if len(parts) > 1 else (),
+        )
+
+    async def _standby(self, name: str, running: RunningService, for_: str) -> ServiceFacts:
+        """Of a service whose place at work another process has."""
+        (settled, database), (head, store) = await asyncio.gather(
+            _answer(running.settled()), _answer(running.store.head())
+        )
+        waiting, stalled = None, 0.0
+        if settled is not None and head is not None:
+            waiting, store = await _answer(_first_after(running.store, settled))
+            stalled = self._of(f"{name} settled").look(settled, behind=waiting is not None, now=self._clock())
+        return ServiceFacts(
+            name,
+            standing_by=for_,
+            settled=-1 if settled is None else settled,
+            stalled=stalled,
+            waiting_event=waiting,
+            database=database,
+            store=store,
         )
 
     def _partition(self, part: Partition, floors: Mapping[int, int] | None, now: float) -> ServiceFacts:
@@ -137,6 +158,7 @@ class Probe:
         return (
             RelayFacts(
                 relay.name,
+                needed=relay.needed,
                 leading=relay.leading,
                 waiting=relay.waiting,
                 marker_age=relay.marker_age,

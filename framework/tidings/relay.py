@@ -63,8 +63,10 @@ class Relay:
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         marker_seconds: float = MARKER_SECONDS,
         confirm_seconds: float = CONFIRM_SECONDS,
+        needed: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`needed` is false while nobody can hear it, because all services of this process stand by."""
         self.name = name
         self.stream = checkpoint_stream(name)
         self._store = store
@@ -72,6 +74,7 @@ class Relay:
         self._window = window
         self._checkpoint_seconds = checkpoint_seconds
         self._marker_seconds = marker_seconds
+        self._needed = needed
         self._clock = clock
         self.confirm_seconds = confirm_seconds
         self._rejected: dict[int, int] = {}
@@ -88,6 +91,11 @@ class Relay:
         self._log_id: UUID | None = None
 
     @property
+    def needed(self) -> bool:
+        """Somebody may hear it; else it waits."""
+        return self._needed()
+
+    @property
     def marker_age(self) -> float | None:
         """Seconds since the bus confirmed a marker; None before the first. Over 30 is unhealthy for one that leads."""
         return None if self._marked_at is None else self._clock() - self._marked_at
@@ -102,6 +110,9 @@ class Relay:
         first, longest = RETRY_SECONDS
         pause, unheard = first, 0
         while True:
+            while not self._needed():
+                self.trouble = None
+                await asyncio.sleep(first)
             began = self.confirmed
             try:
                 await self._bus.provision()

@@ -10,7 +10,8 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -26,6 +27,7 @@ from tidings.partitions import Layout, Range, ask_for, lay_out, layout_of, lowes
 from tidings.position import bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
+from tidings.standby import Post, Taken, post_of
 from tidings.stores import EventStore
 from tidings.supervision import supervised, task_group
 from tidings.watchdog import Watchdog
@@ -44,6 +46,8 @@ LOOK_SECONDS: Final = 1.0
 """So often a process looks whether the service was resized, and whether another process asks for a partition."""
 BALANCE_LOOKS: Final = 3
 """Every so many looks it asks for one itself: what was asked before has mostly come by then."""
+STANDBY_SECONDS: Final = 1.0
+"""Seconds between two attempts of a standby to take over, and between two looks of the process at work at its lock."""
 REBIND_SECONDS: Final = (0.2, 5.0)
 """First and longest pause between attempts to make queues anew."""
 
@@ -66,12 +70,15 @@ class RunningService:
         self.database = database
         self.resources = Resources(service.name, None)
         self.joined = asyncio.Event()
-        """Set after the first join of every partition."""
+        """Set after the first join of every partition, or when this process first stands by for another."""
+        self.standing_by: str | None = None
+        """Which other process is at work, on a bus that reaches only this process; else None."""
         self.stopping = asyncio.Event()
         self.partitions: list[Partition] = []
         """As the service is laid out now; none before the first join."""
         self._clock = clock
         self._troubles = Troubles()
+        self._post = post_of(database, service.name) if getattr(bus, "within_process", False) else None
 
     @property
     def engine(self) -> AsyncEngine:
@@ -183,7 +190,56 @@ class RunningService:
 
     async def serve(self) -> None:
         """Until `stopping` is set. Raises what no waiting heals: configuration, another log, a log that went back."""
-        await persistently(self._as_laid_out, self.stopping, self._clock, service=self.service.name)
+        session = self._as_laid_out if self._post is None else partial(self._at_post, self._post)
+        await persistently(session, self.stopping, self._clock, service=self.service.name)
+
+    async def _at_post(self, post: Post) -> None:
+        """Work while this process has the place of the service at work; until then, stand by."""
+        while not self.stopping.is_set():
+            try:
+                async with post.held():
+                    await self._take_over(post)
+                return
+            except Taken as taken:
+                await self._stand_by(taken.by)
+            await self._pause(STANDBY_SECONDS)
+
+    async def _stand_by(self, for_: str) -> None:
+        if self.standing_by != for_:
+            log.info(
+                "service.standing_by",
+                service=self.service.name,
+                at_work=for_,
+                database=self.database.shown,
+                advice="on a bus in memory one process of a service works; this one appends, reads and answers, and "
+                "takes over within seconds when that one ends. To share the work: TIDINGS_BUS=amqp://..., partitions",
+            )
+        self.standing_by = for_
+        # The relay of this process is not to fill queues that nobody empties.
+        await self.bus.delete([part.subscription for part in self.partitions])
+        self.partitions = []
+        self.joined.set()
+
+    async def _take_over(self, post: Post) -> None:
+        if self.standing_by is not None:
+            log.info("service.takes_over", service=self.service.name, was_at_work=self.standing_by)
+            self.standing_by = None
+        async with task_group() as tasks:
+            guarding = tasks.create_task(self._stay(post))
+            await self._as_laid_out()
+            guarding.cancel()
+
+    async def _stay(self, post: Post) -> None:
+        """Raises `DatabaseUnavailable` when another process may have the place."""
+        while True:
+            await asyncio.sleep(STANDBY_SECONDS)
+            await post.check()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but no longer than until the service is to stop."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.stopping.wait()
 
     async def _as_laid_out(self) -> None:
         """Run the partitions until the service is resized, or stops."""
@@ -288,7 +344,8 @@ async def run_service(
         if bus is None:
             bus = await stack.enter_async_context(open_bus(settings.bus))
             if settings.embedded_bus:  # no relay of another process can reach it
-                await stack.enter_async_context(supervised(Relay(store, bus, marker_seconds=EMBEDDED_MARKERS).run()))
+                relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: not service.stands_by)
+                await stack.enter_async_context(supervised(relay.run()))
         url = settings.database_of(service.name)
         database = await opened(
             stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"

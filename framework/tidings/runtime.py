@@ -66,6 +66,7 @@ class Runtime:
                     self._bus,
                     name=self.relay_name,
                     marker_seconds=EMBEDDED_MARKERS if self.settings.embedded_bus else MARKER_SECONDS,
+                    needed=self._at_work,
                 )
                 self._tasks.create_task(self._carry(self.relay))
             elif self.settings.embedded_bus:
@@ -126,6 +127,10 @@ class Runtime:
     async def _carry(self, relay: Relay) -> None:
         async with supervised(relay.run()):
             await self._stop.wait()
+
+    def _at_work(self) -> bool:
+        """Is any service not a standby of another process's? Without services, whoever else uses the bus may be."""
+        return not self._services or not all(service.stands_by for service in self._services)
 
     def unfinished(self) -> list[dict[str, Any]]:
         """What handlers are at work on now: handler, event id, stream, position, seconds."""

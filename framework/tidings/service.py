@@ -159,6 +159,11 @@ class Service:
         return self._running
 
     @property
+    def stands_by(self) -> bool:
+        """The service runs here, but another process has its place at work: only on a bus within the process."""
+        return self._running is not None and self._running.standing_by is not None
+
+    @property
     def engine(self) -> AsyncEngine:
         """The engine of the service's database, while it runs: for reading outside handlers."""
         return self.running_now.engine

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from tidings import Runtime, Service, Settings
-from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, judge_live, judge_ready
+from tidings.health import (
+    STALLED_SECONDS,
+    Facts,
+    Health,
+    Progress,
+    RelayFacts,
+    ServiceFacts,
+    Work,
+    judge_live,
+    judge_ready,
+)
 from tidings.probes import Probe, listening_at
 
 WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
@@ -120,3 +130,21 @@ def test_what_listens_is_known_to_be_tcp_so_that_small_answers_are_not_delayed()
             accepted, _ = listening.accept()
             with accepted:
                 assert accepted.proto == socket.IPPROTO_TCP
+
+
+def test_a_standby_on_a_bus_within_its_process_is_ready_while_the_other_moves() -> None:
+    facts = ServiceFacts("shop", standing_by="process 7", settled=4)
+    assert judge_ready(Facts((facts,))).ok
+    waits = replace(facts, waiting_event="event e of stream 's'")
+    assert judge_ready(Facts((replace(waits, stalled=STALLED_SECONDS),))).ok
+    health = judge_ready(Facts((replace(waits, stalled=STALLED_SECONDS + 1),)))
+    (stalled,) = [check for check in health.checks if not check.ok]
+    assert stalled.name == "shop.progress"
+    assert "process 7" in stalled.detail
+    assert "kill -9" in stalled.remedy
+    away = judge_ready(Facts((replace(waits, stalled=99, database="database is away"),)))
+    assert wrong(away) == ["shop.database"]
+
+
+def test_a_relay_that_nobody_here_could_hear_is_no_trouble() -> None:
+    assert judge_ready(Facts((), (RelayFacts("main", needed=False, trouble="reached no queue"),))).ok

@@ -163,6 +163,9 @@ class _Consumer:
 class MemoryBus:
     """An `EventBus` within the process. The methods after `close` let tests misbehave as a broker can."""
 
+    within_process: Final = True
+    """No other process can reach it: it cannot say which of several processes of a service is at work."""
+
     def __init__(self, name: str, limit: int = QUEUE_LIMIT) -> None:
         self._name = name
         self._limit = limit
