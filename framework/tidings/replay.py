@@ -18,10 +18,11 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.authors import Stranger, may_emit, strangers
 from tidings.database import Database, dead, floors, held, partitions, replays, staged, watermarks
 from tidings.dead import held_again
 from tidings.errors import TidingsError
-from tidings.handlers import Handler, Inject
+from tidings.handlers import Handler
 from tidings.position import ALL_BUCKETS, CARRIED, carried
 from tidings.stores import EventStore
 
@@ -89,6 +90,9 @@ class Plan:
     """Events from the start on that are known to have been in the log once, and are not any more; at least so many."""
     missing_streams: list[str] = field(default_factory=list)
     """The first of the streams that lack some."""
+    strangers: list[Stranger] = field(default_factory=list)
+    """Names of handlers in the log that nobody answers to any more: a replay appends again what they emitted, unless
+    it is said who they are (`was=`), or that they are gone."""
 
     @property
     def run(self) -> int:
@@ -138,13 +142,13 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
     if found.upto < start.position:
         raise NothingToReplay(_nothing(service.name, start))
     await _count(store, service, found, state, waiting | again)
+    found.strangers = await strangers(store, service, start.before)
     return found
 
 
 async def _count(store: EventStore, service: Service, found: Plan, state: _State, undone: set[int]) -> None:
     shares = {
-        name: Share(handler.name, name, handler.replay, any(what is Inject.CONTEXT for _, what in handler.parameters))
-        for name, handler in service.handlers.items()
+        name: Share(handler.name, name, handler.replay, may_emit(handler)) for name, handler in service.handlers.items()
     }
     versions: dict[str, int] = {}
     lacking: dict[str, None] = {}

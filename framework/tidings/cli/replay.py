@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from tidings.cli.output import Json, columns, facts, moment, plain, say
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
+    from tidings.authors import Stranger
     from tidings.database import Database
     from tidings.replay import Plan
     from tidings.service import Service
@@ -39,6 +40,15 @@ async def replay(
             "8601, UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00).",
         ),
     ],
+    gone: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gone",
+            metavar="HANDLER",
+            help="The handler of this name, whose emitted events the log holds, is no handler of today under another "
+            "name: let today's emit beside them.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")] = False,
     json: Json = False,
@@ -47,7 +57,8 @@ async def replay(
 
     Handlers declared with replay=False are passed over; they are those of the code that is found here, and then of the
     code that runs. The service may be running, and begins within seconds; only what is at work in that very moment, in
-    handlers without a session, runs twice, as after a kill. A replay under way is only ever extended.
+    handlers without a session, runs twice, as after a kill. A replay under way is only ever extended. It is refused
+    where it would append again what a handler emitted that has another name today.
     """
     from tidings.replay import find_start, plan, send_back
 
@@ -59,12 +70,16 @@ async def replay(
         if start is None:
             raise Refused(NO, f"the log has no event from {since} on that services receive: there is nothing to replay")
         found = await plan(store, database, of, start)
+        doubling = [stranger for stranger in found.strangers if stranger.name not in (gone or ())]
         if json:
-            say(facts(asdict(found) | {"start": start._asdict(), "dry_run": dry_run}))
+            doubled = {"strangers": [asdict(stranger) | {"line": stranger.line} for stranger in found.strangers]}
+            say(facts(asdict(found) | doubled | {"start": start._asdict(), "dry_run": dry_run}))
         else:
-            _show(found)
+            _show(found, doubling)
         if dry_run:
             return OK
+        if doubling:
+            raise Refused(NO, _refusal(doubling))
         if not confirmed(f"Run {found.run} events again in service {of.name}?", yes):
             print("Nothing was changed.", file=sys.stderr)
             return NO
@@ -103,7 +118,18 @@ async def _opened(settings: Settings, service: Service) -> AsyncIterator[tuple[E
         yield store, database
 
 
-def _show(found: Plan) -> None:
+def _refusal(doubling: Sequence[Stranger]) -> str:
+    names = ", ".join(dict.fromkeys(stranger.name for stranger in doubling))
+    lines = "; ".join(f"in handler {stranger.handler!r}: {stranger.line}" for stranger in doubling)
+    ends = " ".join(f"--gone {name}" for name in dict.fromkeys(stranger.name for stranger in doubling))
+    return (
+        f"what {plain(names)} emitted would be appended twice, so nothing was changed. If the handlers were renamed, "
+        f"write {plain(lines)} and deploy that. If they were not, and what today's handlers emit is to come beside it, "
+        f"add {plain(ends)}"
+    )
+
+
+def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
     start = found.start
     say(
         f"replay of {found.service} from position {start.position} ({moment(start.recorded_at)}); it has settled "
@@ -145,6 +171,14 @@ def _show(found: Plan) -> None:
     emitting = [share.handler for share in found.shares if share.may_emit and share.run]
     if emitting:
         say(
-            f"May emit: {plain(', '.join(dict.fromkeys(emitting)))}. Emitted events keep their ids: what the log has "
-            "is not appended a second time, even if a handler has changed and would say something else now."
+            f"May emit: {plain(', '.join(dict.fromkeys(emitting)))}. What the log has of it is not appended a second "
+            "time: of each handler, also under its former names, the n-th event of a type to a stream. What goes to "
+            "another stream, or has another type, is new."
         )
+    for stranger in doubling:
+        say(
+            f"TWICE: the log holds {stranger.count} events ({plain(', '.join(stranger.emitted))}) that handler "
+            f"{plain(stranger.name)} emitted for {plain(', '.join(stranger.causes))}. No handler of today answers to "
+            f"that name; {plain(stranger.handler)} runs for these now, and what it emits again is appended beside them."
+        )
+        say(f"If {plain(stranger.handler)} is {plain(stranger.name)} renamed, write: {plain(stranger.line)}")

@@ -1,0 +1,112 @@
+"""Which handlers emitted what the log holds, where no handler of today answers to their names. It only reads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+from tidings.codec import CAUSATION, read_metadata
+from tidings.handlers import Handler, Inject
+from tidings.position import CARRIED, carried
+from tidings.stores import EventStore, RecordedEvent
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["Stranger", "may_emit", "strangers"]
+
+_HANDLER: Final = b'"tidingsHandler"'
+
+
+@dataclass(slots=True)
+class Stranger:
+    """A name in the log, and the handler of today that runs for the same events without answering to it."""
+
+    name: str
+    """Whose emitted events the log holds."""
+    handler: str
+    """Which runs again for what caused them."""
+    events: tuple[str, ...]
+    """Class names of what `handler` handles."""
+    was: tuple[str, ...]
+    """Former names that `handler` has already."""
+    count: int = 0
+    """Events in the log that were emitted under `name`."""
+    causes: list[str] = field(default_factory=list)
+    """Types of what caused them."""
+    emitted: list[str] = field(default_factory=list)
+    """Their own types."""
+    first: int = 0
+    """Position of the first of them."""
+
+    @property
+    def line(self) -> str:
+        """What to write where the handler of today is the one of that name."""
+        was = ", ".join(f'"{name}"' for name in (*self.was, self.name))
+        return f"@service.on({', '.join(self.events)}, ..., was=({was},))"
+
+
+def may_emit(handler: Handler) -> bool:
+    """Return whether the handler takes a `Context`."""
+    return any(wanted is Inject.CONTEXT for _, wanted in handler.parameters)
+
+
+async def strangers(store: EventStore, service: Service, after: int) -> list[Stranger]:
+    """Find what the service emitted for events above position `after` under names that today's handlers of these
+    events do not answer to; the oldest first.
+
+    A replay of those events would append it again, as far as the handlers of today emit the same. It reads the log
+    backwards, and remembers each emitted event until it comes to its cause. Raises `StoreUnavailable`.
+    """
+    prefix = f"{service.name}."
+    found: dict[tuple[str, str], Stranger] = {}
+    waiting: defaultdict[bytes, list[tuple[str, RecordedEvent]]] = defaultdict(list)
+    async for event in store.read_all(after=after, backwards=True, filter=CARRIED):
+        if carried(event) is None:
+            continue
+        if _HANDLER in event.metadata:
+            own = read_metadata(event)
+            author, cause = own.get("tidingsHandler"), _bytes(own.get(CAUSATION))
+            if isinstance(author, str) and author.startswith(prefix) and cause is not None:
+                waiting[cause].append((author.removeprefix(prefix), event))
+        if waiting:
+            _attribute(event.type, waiting.pop(event.id_bytes, ()), _handlers_of(service, event.type), found)
+    return sorted(found.values(), key=lambda stranger: stranger.first)
+
+
+def _attribute(
+    cause: str,
+    emitted: Iterable[tuple[str, RecordedEvent]],
+    handlers: Sequence[Handler],
+    found: dict[tuple[str, str], Stranger],
+) -> None:
+    for name, event in emitted:
+        if any(name in handler.names for handler in handlers):
+            continue
+        for handler in handlers:
+            if not (handler.replay and may_emit(handler)):
+                continue
+            stranger = found.get((name, handler.name))
+            if stranger is None:
+                names = tuple(kind.__name__ for kind in handler.events)
+                stranger = found[name, handler.name] = Stranger(name, handler.name, names, handler.was)
+            stranger.count += 1
+            stranger.first = event.position
+            for kind, kinds in ((cause, stranger.causes), (event.type, stranger.emitted)):
+                if kind not in kinds:
+                    kinds.append(kind)
+
+
+def _handlers_of(service: Service, wire_name: str) -> Sequence[Handler]:
+    handler = service.handlers.get(wire_name)
+    return () if handler is None else (handler,)
+
+
+def _bytes(value: object) -> bytes | None:
+    try:
+        return UUID(value).bytes if isinstance(value, str) else None
+    except ValueError:
+        return None
