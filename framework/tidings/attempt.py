@@ -68,6 +68,8 @@ class Failure:
     """The error's type."""
     place: str = ""
     """File and line of the raise."""
+    skipped: bool = False
+    """An operator wants the event dead: what waits for its key goes on."""
 
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:

@@ -35,6 +35,7 @@ __all__ = [
     "partitions",
     "prepared",
     "replays",
+    "skips",
     "staged",
     "watermarks",
 ]
@@ -125,6 +126,16 @@ begun = sa.Table(
     sa.Column("bucket", sa.Integer, nullable=False),
     sa.Column("times", sa.Integer, nullable=False),
     comment="Events that are being handled, noted only after an unclean end",
+)
+
+skips = sa.Table(
+    "tidings_skips",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("bucket", sa.Integer, nullable=False),
+    comment="Events that an operator wants dead without being run, until the service comes to them",
 )
 
 partitions = sa.Table(

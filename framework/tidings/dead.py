@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database import Database, dead, held, staged
 from tidings.errors import TidingsError
 from tidings.inbox import key_of, recorded
+from tidings.selection import EVERYTHING, Selection
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]
 
@@ -83,15 +84,21 @@ class DeadLetters:
         self._own = {"service": service, "log": str(log)}
         self._mine = (dead.c.service == service, dead.c.log == str(log))
 
-    async def list(self, *, limit: int = 100) -> list[DeadLetter]:
+    async def list(self, selection: Selection = EVERYTHING, *, limit: int = 100) -> list[DeadLetter]:
         """The oldest first."""
-        query = sa.select(*_COLUMNS).where(*self._mine).order_by(dead.c.id).limit(limit)
+        query = sa.select(*_COLUMNS).where(*self._mine, *selection.where(dead)).order_by(dead.c.id).limit(limit)
         async with self._database.reading() as connection:
             return [DeadLetter(*row) for row in await connection.execute(query)]
 
-    async def count(self) -> int:
+    async def ids(self, selection: Selection = EVERYTHING, *, limit: int | None = None) -> Sequence[tuple[int, str]]:
+        """Id and kind of each, the oldest first."""
+        query = sa.select(dead.c.id, dead.c.kind).where(*self._mine, *selection.where(dead)).order_by(dead.c.id)
         async with self._database.reading() as connection:
-            query = sa.select(sa.func.count()).select_from(dead).where(*self._mine)
+            return [(row.id, row.kind) for row in await connection.execute(query.limit(limit))]
+
+    async def count(self, selection: Selection = EVERYTHING) -> int:
+        async with self._database.reading() as connection:
+            query = sa.select(sa.func.count()).select_from(dead).where(*self._mine, *selection.where(dead))
             return (await connection.scalar(query)) or 0
 
     async def get(self, id: int) -> DeadLetter:

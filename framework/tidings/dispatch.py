@@ -95,6 +95,7 @@ class Dispatcher:
             committed=self._committed,
         )
         self._replay = remembered.replay
+        troubles.skip(remembered.skips)
         self._uncommitted: set[int] = set()
         """Buckets with effects in the group under way: who has no session would not see them, so it waits."""
         self._deferred: list[Item] = []
@@ -135,6 +136,7 @@ class Dispatcher:
         await self._read_keys()
         self._commits.progress = Progress(self._inbox, self._held, remembered, self._clock)
         self._replay = remembered.replay
+        self._troubles.skip(remembered.skips)
         self.stager.add(await self._inbox.staged_events(), since=None)
 
     @property

@@ -20,7 +20,7 @@ from tidings.errors import Fenced
 from tidings.inbox import recorded, storable
 from tidings.stores import RecordedEvent
 
-__all__ = ["AT_ONCE", "HeldEvent", "HeldRows"]
+__all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "held_by_handler"]
 
 AT_ONCE: Final = 256
 """Held events read at once: what is due, with its followers."""
@@ -53,6 +53,34 @@ class HeldEvent(NamedTuple):
     """When it was held first, seconds since 1970; None where that was not noted."""
     code: str | None = None
     """Fingerprint of the handler's code that failed; None where that was not noted."""
+
+
+class HeldCount(NamedTuple):
+    """What one handler has failed at, and is held. Times are seconds since 1970."""
+
+    handler: str
+    events: int
+    """Without those that only wait behind one of them."""
+    since: float | None
+    """When the oldest of them was held first."""
+    due: float
+    """When the next of them runs again."""
+    reason: str
+    """Of the one that runs next: one line, error type and message."""
+
+
+async def held_by_handler(connection: AsyncConnection, service: str, log: UUID) -> list[HeldCount]:
+    """Counts of held events that have failed, by handler, most first. An index answers but for one row of each."""
+    tried = (held.c.service == service, held.c.log == str(log), held.c.attempts > _NONE)
+    count = sa.func.count().label("events")
+    counts = sa.select(held.c.handler, count, sa.func.min(held.c.since), sa.func.min(held.c.due)).where(*tried)
+    found = []
+    rows = await connection.execute(counts.group_by(held.c.handler).order_by(count.desc(), held.c.handler))
+    for handler, events, since, due in rows.all():
+        one = sa.select(held.c.reason).where(*tried, held.c.handler == handler, held.c.due == due).limit(1)
+        reason = await connection.scalar(one)
+        found.append(HeldCount(handler, events, since, due, (reason or "").partition("\n")[0]))
+    return found
 
 
 class HeldRows:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, begun, dead, floors, held, replays, staged, watermarks
+from tidings.database import Database, begun, dead, floors, held, replays, skips, staged, watermarks
 from tidings.errors import Fenced, LogChanged
 from tidings.many import ForMany
 from tidings.message import Message
@@ -86,6 +86,8 @@ class Remembered(NamedTuple):
     floor: int
     watermarks: dict[int, int]
     replay: Replay = Replay()
+    skips: frozenset[int] = frozenset()
+    """Positions of events that an operator wants dead without being run."""
 
     @property
     def highest(self) -> int:
@@ -282,7 +284,24 @@ class Inbox:
             floor = -1
             await connection.execute(floors.insert().values(**self._own, **self._range, position=floor))
         self._replay = await self._find_replay(connection, floor, marks)
-        return Remembered(floor, marks, self._replay)
+        return Remembered(floor, marks, self._replay, await self._find_skips(connection, floor))
+
+    async def _find_skips(self, connection: AsyncConnection, floor: int) -> frozenset[int]:
+        ours = (
+            skips.c.service == self._service,
+            skips.c.log == str(self._log),
+            skips.c.bucket.between(self.buckets.start, self.buckets.stop - 1),
+        )
+        found = set(await connection.scalars(sa.select(skips.c.position).where(*ours)))
+        if any(position <= floor for position in found):  # the log lost them before the service came to them
+            await connection.execute(skips.delete().where(*ours, skips.c.position <= floor))
+        return frozenset(position for position in found if position > floor)
+
+    async def skipped(self, connection: AsyncConnection, positions: Sequence[int | None]) -> None:
+        """These events are dead, as an operator wanted."""
+        if positions:
+            ours = (skips.c.service == self._service, skips.c.log == str(self._log))
+            await connection.execute(skips.delete().where(*ours, skips.c.position.in_(positions)))
 
     async def _find_replay(self, connection: AsyncConnection, floor: int, marks: Mapping[int, int]) -> Replay:
         first, last = self.buckets.start, self.buckets.stop - 1
@@ -407,8 +426,8 @@ class Inbox:
         if found != len(buckets):
             raise Fenced(
                 f"service {self._service!r}: another process moved {len(buckets) - found} of the watermarks of buckets "
-                f"{sorted(buckets)}, or a replay was asked for; this group was rolled back. Are two processes of the "
-                "service active at once? Stop one: on a bus in memory a service is one process"
+                f"{sorted(buckets)}, or a replay was asked for, or an event skipped; this group was rolled back. Are "
+                "two processes of the service active at once? Stop one: on a bus in memory a service is one process"
             )
 
     async def fence(self, connection: AsyncConnection) -> None:
@@ -416,7 +435,7 @@ class Inbox:
         writes, none can until its end."""
         found = await connection.scalar(self._sent_back.with_for_update(read=True))
         if found != self._replays[self.buckets.start]:
-            raise Fenced(f"service {self._service!r}: a replay was asked for; joining again where it begins")
+            raise Fenced(f"service {self._service!r}: a replay was asked for, or an event skipped; joining again")
 
     async def raise_floor(self, connection: AsyncConnection, position: int) -> None:
         """Never lowers it: two processes may each know something true. `fence` goes before: after a replay, what they

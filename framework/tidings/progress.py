@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
 from tidings.position import Ticket
-from tidings.work import Item, Step
+from tidings.work import SKIPPED, Item, Step
 
 __all__ = ["Batch", "Progress"]
 
@@ -103,6 +103,7 @@ class Progress:
         await inbox.stage(connection, emissions)
         never = [letter for event_id, letter in batch.never if await inbox.give_up(connection, event_id)]
         await inbox.bury(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
+        await inbox.skipped(connection, [letter.position for letter in letters if letter.reason == SKIPPED])
         await inbox.unstage(connection, batch.appended)
         await inbox.forget_notes(connection, batch.noted)
         if floor_is_due:

@@ -24,10 +24,12 @@ from tidings.position import Ticket
 from tidings.stores import RecordedEvent
 from tidings.tracebacks import Kind, Tracebacks
 
-__all__ = ["Item", "Step", "Troubles"]
+__all__ = ["SKIPPED", "Item", "Step", "Troubles"]
 
 log = structlog.get_logger("tidings.dispatch")
 
+SKIPPED: Final = "skipped by operator"
+"""The reason of a dead letter that an operator wanted."""
 LOSSES: Final = 5
 """So often in a row the connection may be lost while the same event is at work before that counts as its failure."""
 
@@ -55,6 +57,10 @@ class Troubles:
         """How often in a row the connection to the database was lost while the event's handler was at work."""
         self.suspected: set[int] = set()
         """Each gets a transaction of its own: the commit of a group that it was part of failed."""
+
+    def skip(self, positions: Iterable[int]) -> None:
+        """An operator wants the events at these positions dead without being run."""
+        self.condemned |= dict.fromkeys(positions, Failure(SKIPPED, "", permanent=True, skipped=True))
 
     def condemn(self, item: Item, failure: Failure, what: str) -> Fenced:
         """What to raise for a handler that did what only joining again can undo."""
@@ -216,12 +222,16 @@ class Item(Ticket[Step | None]):
             log.warning("event.held", delay=round(delay, 3), **facts)
             self._hold(attempts, tries, delay, failure.reason, failure.detail)
             return None
-        log.error("event.dead", holds_key=retry.hold_key, **facts)
+        holds_key = retry.hold_key and not failure.skipped
+        if failure.skipped:
+            log.warning("event.skipped", **facts)
+        else:
+            log.error("event.dead", holds_key=holds_key, **facts)
         self.letter = Letter.of_event(
             event,
             self.bucket,
             key=self.key,
-            holds_key=retry.hold_key,
+            holds_key=holds_key,
             handler=self.handler.name,
             attempts=attempts,
             reason=failure.reason,

@@ -14,10 +14,21 @@ from typer.testing import CliRunner
 
 from tidings import Context, Event, Service, Settings
 from tidings.cli.app import app
-from tidings.handlers import Retry
+from tidings.handlers import Hold, Retry
 from tidings.runtime import Runtime
 
-__all__ = ["Ended", "OrderCreated", "Poisoned", "invoke", "other", "run_shop", "shop"]
+__all__ = [
+    "Ended",
+    "OrderCreated",
+    "Poisoned",
+    "Unlucky",
+    "holding",
+    "invoke",
+    "other",
+    "run_holding",
+    "run_shop",
+    "shop",
+]
 
 
 class Ended(NamedTuple):
@@ -94,3 +105,36 @@ def run_shop(folder: Path, *events: tuple[str, Event]) -> None:
 def _run(work: Coroutine[Any, Any, None]) -> None:
     with structlog.testing.capture_logs():
         asyncio.run(work)
+
+
+class Unlucky(Event, key="name"):
+    name: str
+    error: str = ""
+
+
+holding = Service("holding")
+
+
+@holding.on(Unlucky, retry=Retry(attempts=1, hold=Hold(delay=3600.0, maximum=3600.0)))
+async def try_it(event: Unlucky) -> None:
+    if event.error:
+        raise {"value": ValueError, "key": KeyError}[event.error](f"{event.name} \x1b[31mis unlucky")
+
+
+def run_holding(folder: Path, *events: tuple[str, Event], held: int) -> None:
+    """Run `holding` embedded in a folder until it holds so many events, and nothing else is left to do."""
+
+    async def work() -> None:
+        settings = Settings(
+            store=f"sqlite:///{folder}/tidings.db", bus="memory://", database=f"sqlite:///{folder}/{{service}}.db"
+        )
+        async with asyncio.timeout(30), Runtime(holding, settings=settings) as runtime:
+            for stream, event in events:
+                await holding.append(stream, event)
+            while True:
+                (report,) = (await runtime.verify()).services
+                if report.held_count == held and not report.pending_count and report.unmarked < 0:
+                    break
+                await asyncio.sleep(0.02)
+
+    _run(work())

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from tidings import __version__
-from tidings.cli import dead, partitions, replay, server, serving, settled, simulate, status, streams, topology, why
+from tidings.cli import (
+    dead,
+    held,
+    partitions,
+    replay,
+    server,
+    serving,
+    settled,
+    simulate,
+    skip,
+    status,
+    streams,
+    topology,
+    why,
+)
 from tidings.cli.exits import TABLE
 from tidings.settings import DEBUG
 
@@ -60,7 +74,9 @@ app.command("replay", short_help="Run a service's handlers again from there on."
 app.command("status", short_help="How far are log, relay and services?")(status.status)
 app.command("partitions", short_help="Into how many a service is divided; resize it.")(partitions.partitions)
 app.command("why", short_help="What became of one event, and what it caused.")(why.why)
+app.command("skip", short_help="Have a service never run one event.")(skip.skip)
 app.command("simulate", short_help="Prove the promises in random worlds.")(simulate.simulate)
 app.add_typer(streams.app, name="streams", short_help="Look into the log, append to it.")
 app.add_typer(dead.app, name="dead", short_help="What services gave up: look, retry, drop.")
+app.add_typer(held.app, name="held", short_help="What failed for now: look, retry, skip, drop.")
 app.add_typer(topology.app, name="topology", short_help="What the bus must have, has, lacks.")

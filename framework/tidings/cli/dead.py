@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,21 @@ from tidings.cli.exits import NO, OK, USAGE, Refused, answering
 from tidings.cli.find import find_services, named
 from tidings.cli.looking import existing_database, existing_store
 from tidings.cli.output import BOLD, Json, columns, document_lines, facts, moment, paint, plain, say
+from tidings.cli.selecting import (
+    BIGGEST,
+    All,
+    Choice,
+    DryRun,
+    Error,
+    HandlerName,
+    Key,
+    Limit,
+    Since,
+    Stream,
+    Type,
+    Until,
+    selected,
+)
 from tidings.cli.settled import Targets
 from tidings.settings import Settings
 
@@ -22,14 +37,9 @@ if TYPE_CHECKING:
     from tidings.dead import DeadLetter, DeadLetters
     from tidings.service import Service
 
-__all__ = ["app", "confirmed"]
+__all__ = ["Of", "Yes", "app", "chosen", "confirmed"]
 
 app = typer.Typer(no_args_is_help=True, help="Events that a service gave up: list, show, retry, drop.")
-
-MOST = 100_000
-"""Dead letters that --all takes at once."""
-BIGGEST = 2**63 - 1
-"""What a database's integers hold."""
 
 Of = Annotated[
     str | None,
@@ -38,7 +48,6 @@ Of = Annotated[
     ),
 ]
 Ids = Annotated[list[int] | None, typer.Argument(metavar="ID", min=1, max=BIGGEST, help="As 'dead list' shows them.")]
-All = Annotated[bool, typer.Option("--all", help="Every dead letter of the service.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")]
 
 
@@ -46,15 +55,27 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where
 @answering
 async def list_(
     services: Targets = None,
+    handler: HandlerName = None,
+    error: Error = None,
+    type: Type = None,
+    key: Key = None,
+    stream: Stream = None,
+    since: Since = None,
+    until: Until = None,
     limit: Annotated[int, typer.Option(min=1, max=BIGGEST, help="At most so many of each service.")] = 100,
     json: Json = False,
 ) -> int:
-    """List the dead letters of services, oldest first."""
+    """List the dead letters of services, oldest first, and say how many more there are."""
     settings = Settings()
+    selection = selected(handler, error, type, key, stream, since, until)
     rows: list[tuple[Any, ...]] = []
+    shown = total = 0
     for service in find_services(services or (), settings).values():
         async with _letters(settings, service) as letters:
-            for letter in await letters.list(limit=limit) if letters else ():
+            found = await letters.list(selection, limit=limit) if letters else []
+            total += await letters.count(selection) if letters else 0
+            shown += len(found)
+            for letter in found:
                 if json:
                     say(facts(_facts(service.name, letter)))
                 else:
@@ -65,7 +86,11 @@ async def list_(
     if rows:
         for line in columns(("SERVICE", "ID", "DIED", "KIND", "TYPE", "EVENT", "REASON"), rows, right=(1,)):
             say(line)
-    elif not json:
+    if json and (shown < total or not total):
+        say(facts({"shown": shown, "total": total}))
+    elif shown < total:
+        say(f"{shown} of {total} are shown; --limit {total} shows all of them")
+    elif not total:
         print("No dead letters.", file=sys.stderr)
     return OK
 
@@ -79,7 +104,7 @@ async def show(
 ) -> int:
     """Show one dead letter whole: the event, the reason, the traceback."""
     settings = Settings()
-    of = _chosen(service, settings)
+    of = chosen(service, settings)
     async with _letters(settings, of) as letters:
         letter = await _existing(letters).get(id)
     if json:
@@ -107,43 +132,79 @@ async def show(
 
 @app.command()
 @answering
-async def retry(ids: Ids = None, all: All = False, yes: Yes = False, service: Of = None, json: Json = False) -> int:
+async def retry(
+    ids: Ids = None,
+    everything: All = False,
+    handler: HandlerName = None,
+    error: Error = None,
+    type: Type = None,
+    key: Key = None,
+    stream: Stream = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    service: Of = None,
+    json: Json = False,
+) -> int:
     """Hand dead letters to their handlers again: mend the handler first."""
-    return await _act("retry", "retried", ids or (), all, yes, service, json)
+    choice = Choice("dead retry ID...", ids, everything, (handler, error, type, key, stream, since, until), limit)
+    return await _act("retry", "retried", choice, dry_run, yes, service, json)
 
 
 @app.command()
 @answering
-async def drop(ids: Ids = None, all: All = False, yes: Yes = False, service: Of = None, json: Json = False) -> int:
+async def drop(
+    ids: Ids = None,
+    everything: All = False,
+    handler: HandlerName = None,
+    error: Error = None,
+    type: Type = None,
+    key: Key = None,
+    stream: Stream = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    service: Of = None,
+    json: Json = False,
+) -> int:
     """Forget dead letters for good: nobody will handle these events in this service."""
-    return await _act("drop", "dropped", ids or (), all, yes, service, json)
+    choice = Choice("dead drop ID...", ids, everything, (handler, error, type, key, stream, since, until), limit)
+    return await _act("drop", "dropped", choice, dry_run, yes, service, json)
 
 
 async def _act(
-    verb: str, done: str, ids: Sequence[int], everything: bool, yes: bool, target: str | None, json: bool
+    verb: str, done: str, choice: Choice[int], dry_run: bool, yes: bool, target: str | None, json: bool
 ) -> int:
-    if bool(ids) == everything:
-        raise Refused(USAGE, f"say which: tidings dead {verb} ID..., or --all")
     settings = Settings()
-    service = _chosen(target, settings)
+    service = chosen(target, settings)
     async with _letters(settings, service) as letters:
-        chosen, left = list(dict.fromkeys(ids)), 0
-        if everything and letters is not None:
-            found = await letters.list(limit=MOST)
-            chosen = [letter.id for letter in found if verb == "drop" or letter.kind != "message"]
-            left = len(found) - len(chosen)
-        count = 0
-        if chosen:
+        wanted, left = choice.named, 0
+        if wanted and dry_run:
+            for number in wanted:
+                await _existing(letters).get(number)
+        elif not wanted and letters is not None:
+            found = await letters.ids(choice.selection, limit=choice.limit)
+            wanted = [number for number, kind in found if verb == "drop" or kind != "message"]
+            left = len(found) - len(wanted)
+        count = len(wanted)
+        if wanted and not dry_run:
             existing = _existing(letters)
-            if not confirmed(f"{verb.capitalize()} {len(chosen)} of the dead letters of {service.name}?", yes):
+            if not confirmed(f"{verb.capitalize()} {count} of the dead letters of {service.name}?", yes):
                 print("Nothing was changed.", file=sys.stderr)
                 return NO
-            count = await (existing.retry(chosen) if verb == "retry" else existing.drop(chosen))
+            count = await (existing.retry(wanted) if verb == "retry" else existing.drop(wanted))
+    stays = f" {left} are no events and cannot be retried: drop them." if left else ""
     if json:
-        say(facts({"service": service.name, done: count, "left": left}))
+        say(facts({"service": service.name, done: count, "left": left} | ({"dry_run": True} if dry_run else {})))
+    elif dry_run:
+        say(f"{count} would be {done}; nothing was changed.{stays}")
     else:
         more = "" if verb == "drop" else " Its handler runs again as soon as the service does."
-        say(f"{count} {done}.{more}" + (f" {left} are no events and cannot be retried: drop them." if left else ""))
+        say(f"{count} {done}.{more}{stays}")
     return OK
 
 
@@ -161,7 +222,7 @@ def confirmed(question: str, yes: bool) -> bool:
         signal.signal(signal.SIGINT, before)
 
 
-def _chosen(target: str | None, settings: Settings) -> Service:
+def chosen(target: str | None, settings: Settings) -> Service:
     if target is not None:
         return named(target, settings)[1]
     found = find_services((), settings)

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from uuid import UUID
 
 from tidings.cli.exits import USAGE, Refused
 from tidings.errors import TidingsError
 from tidings.service import Service
 from tidings.settings import Settings
 
-__all__ = ["find", "find_service", "find_services", "is_application", "named"]
+__all__ = ["event_named", "find", "find_service", "find_services", "is_application", "named"]
 
 
 def find(target: str) -> object:
@@ -74,6 +75,21 @@ def named(given: str, settings: Settings) -> tuple[str, Service]:
             if service.name == given:
                 return target, service
     return given, find_service(given)
+
+
+def event_named(text: str) -> UUID | int | tuple[str, int]:
+    """What a person writes for an event: its id, its global position, or STREAM@VERSION. Raises `Refused`."""
+    if text.isascii() and text.isdecimal() and len(text) < 20:
+        return min(int(text), 2**63 - 1)
+    stream, at, version = text.rpartition("@")
+    if at and stream and version.isascii() and version.isdecimal() and len(version) < 20:
+        return stream, min(int(version), 2**63 - 1)
+    try:
+        return UUID(text)
+    except ValueError:
+        raise Refused(
+            USAGE, f"{text!r} names no event: give its id (a UUID), STREAM@VERSION, or its global position"
+        ) from None
 
 
 def is_application(found: object) -> bool:

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
-from uuid import UUID
 
 import typer
 
-from tidings.cli.exits import OK, USAGE, Refused, answering
-from tidings.cli.find import find_services
+from tidings.cli.exits import OK, answering
+from tidings.cli.find import event_named, find_services
 from tidings.cli.looking import existing_database, existing_store
 from tidings.cli.output import BOLD, Json, facts, moment, paint, plain, say
 from tidings.cli.reading import Reading
@@ -39,7 +38,7 @@ async def why(
     ends a long search. Services are those of TIDINGS_SERVICES unless some are named; without any, the log alone is
     told.
     """
-    settings, target = Settings(), _target(event)
+    settings, target = Settings(), event_named(event)
     found = find_services(services or (), settings, needed=False).values()
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(existing_store(settings))
@@ -56,20 +55,6 @@ async def why(
         for line in _lines(timeline):
             say(line)
     return OK
-
-
-def _target(text: str) -> UUID | int | tuple[str, int]:
-    if text.isascii() and text.isdecimal():
-        return int(text)
-    stream, at, version = text.rpartition("@")
-    if at and stream and version.isascii() and version.isdecimal():
-        return stream, int(version)
-    try:
-        return UUID(text)
-    except ValueError:
-        raise Refused(
-            USAGE, f"{text!r} names no event: give its id (a UUID), STREAM@VERSION, or its global position"
-        ) from None
 
 
 # ---- JSON ----------------------------------------------------------------------------

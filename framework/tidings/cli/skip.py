@@ -1,0 +1,75 @@
+"""`tidings skip`: one event becomes a dead letter of a service that is not to run it. Nothing is done without a yes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tidings.cli.dead import Of, Yes, chosen, confirmed
+from tidings.cli.exits import NO, OK, Refused, answering
+from tidings.cli.find import event_named
+from tidings.cli.looking import existing_database, existing_store
+from tidings.cli.output import Json, facts, plain, say
+from tidings.cli.reading import Reading
+from tidings.cli.selecting import DryRun
+from tidings.settings import Settings
+
+__all__ = ["skip"]
+
+
+@answering
+async def skip(
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="Its id, STREAM@VERSION, or its global position.")],
+    service: Of = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Have a service never run an event: it becomes dead, 'skipped by operator', and what waits behind it goes on.
+
+    The service may be running, paused, stuck at the event, dying at every start, or not there yet: the skip is durable
+    at once, and nothing of the event is committed afterwards. Handlers without a session that are at work at that
+    moment in the same partition may run twice. 'tidings dead retry' brings the event back.
+    """
+    from tidings.lookup import Lookup, Waiting
+    from tidings.skipping import Skip, standing
+    from tidings.skipping import skip as do
+
+    settings, named = Settings(), event_named(event)
+    of = chosen(service, settings)
+    async with existing_store(settings) as store, existing_database(settings, of.name) as database:
+        if database is None:
+            raise Refused(NO, f"service {of.name!r} has never run here: start it once, then skip the event")
+        log = await store.log_id()
+        with Reading() as reading:
+            found = await Lookup(store, [(of, database)], log, reading.reached).find(named)
+        if isinstance(found, Waiting):
+            raise Refused(
+                NO, f"event {event} is not in the log yet, so no service has it: look at 'tidings why {event}'"
+            )
+        state = await standing(database, of, log, found)
+        where = f"{found.type} {found.id} at {found.stream}@{found.version}, position {found.position}"
+        changes = state in (Skip.HELD, Skip.DEAD, Skip.PENDING)
+        if changes and not dry_run:
+            if not confirmed(f"Skip {where} in service {of.name} ({state.value})?", yes):
+                print("Nothing was changed.", file=sys.stderr)
+                return NO
+            state = await do(database, of, log, found)
+    if json:
+        told = {"service": of.name, "position": found.position, "event_id": found.id, "was": state.value}
+        say(facts(told | {"dry_run": dry_run}))
+        return OK
+    if dry_run:
+        say(plain(f"{where} would be skipped in {of.name}. It is {state.value}. Nothing was changed."))
+        return OK
+    outcome = {
+        Skip.HELD: "it was held, and is dead now; its key goes on",
+        Skip.DEAD: "it was dead, and held its key up, which goes on now",
+        Skip.RELEASED: "it is dead already and holds nothing up; nothing was changed",
+        Skip.PENDING: "it is dead as soon as the service comes to it, without being run",
+        Skip.NOTED: "that was noted before; it is dead as soon as the service comes to it",
+    }[state]
+    say(plain(f"{of.name}: {where}: {outcome}."))
+    return OK

@@ -1,0 +1,204 @@
+"""Held events, for operators: look at them, have them run now, skip them, or drop them.
+
+It only moves rows, in one transaction each. A service that runs the same event at that moment cannot commit what came
+of it: it is fenced, joins again, and finds what the operator wanted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.database import Database, dead, held
+from tidings.errors import TidingsError
+from tidings.held import HeldCount, held_by_handler
+from tidings.selection import EVERYTHING, Selection
+from tidings.work import SKIPPED
+
+__all__ = ["HeldNotFound", "HeldOperations", "HeldEntry", "as_skipped"]
+
+CHUNK: Final = 500
+"""Rows that one statement moves."""
+
+
+class HeldNotFound(TidingsError):
+    """The service does not hold an event at the position."""
+
+    def __init__(self, service: str, positions: Sequence[int]) -> None:
+        super().__init__(
+            f"service {service!r} holds no event at position {', '.join(map(str, positions))}: it was handled, is "
+            "dead, or was never held; list them again. Nothing was changed."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HeldEntry:
+    """A row of `tidings_held`. Times are seconds since 1970."""
+
+    position: int
+    stream: str
+    version: int
+    type: str
+    event_id: str
+    key: str
+    handler: str
+    attempts: int
+    """0 for one that waits behind another event of its key, or was retried by an operator."""
+    tries: int
+    """Attempts since it was held, or retried."""
+    since: float | None
+    due: float
+    reason: str
+    detail: str | None
+    data: bytes
+    metadata: bytes
+
+
+_COLUMNS: Final = [held.c[name] for name in HeldEntry.__slots__]
+_BRIEF: Final = [column if column.key not in ("data", "metadata") else sa.literal(b"") for column in _COLUMNS]
+
+
+class HeldOperations:
+    """Those of one service and one log. Every method raises `DatabaseUnavailable`."""
+
+    def __init__(self, database: Database, service: str, log: UUID) -> None:
+        self._database = database
+        self._service = service
+        self._log = log
+        self._mine = (held.c.service == service, held.c.log == str(log))
+
+    async def list(self, selection: Selection = EVERYTHING, *, limit: int = 100) -> list[HeldEntry]:
+        """In the order of the log; without the events' data and metadata."""
+        query = sa.select(*_BRIEF).where(*self._mine, *selection.where(held)).order_by(held.c.position).limit(limit)
+        async with self._database.reading() as connection:
+            return [HeldEntry(*row) for row in await connection.execute(query)]
+
+    async def count(self, selection: Selection = EVERYTHING) -> int:
+        query = sa.select(sa.func.count()).select_from(held).where(*self._mine, *selection.where(held))
+        async with self._database.reading() as connection:
+            return (await connection.scalar(query)) or 0
+
+    async def by_handler(self) -> Sequence[HeldCount]:
+        """What has failed, by handler."""
+        async with self._database.reading() as connection:
+            return await held_by_handler(connection, self._service, self._log)
+
+    async def get(self, position: int) -> HeldEntry:
+        """Raises `HeldNotFound`."""
+        async with self._database.reading() as connection:
+            query = sa.select(*_COLUMNS).where(*self._mine, held.c.position == position)
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise HeldNotFound(self._service, [position])
+        return HeldEntry(*row)
+
+    async def find(self, name: str | tuple[str, int]) -> int:
+        """The position of a held event by its id, or by stream and version. Raises `HeldNotFound`'s parent."""
+        if isinstance(name, str):
+            which: tuple[sa.ColumnElement[bool], ...] = (held.c.event_id == name,)
+        else:
+            which = (held.c.stream == name[0], held.c.version == name[1])
+        async with self._database.reading() as connection:
+            position = await connection.scalar(sa.select(held.c.position).where(*self._mine, *which))
+        if position is None:
+            shown = name if isinstance(name, str) else f"{name[0]}@{name[1]}"
+            raise TidingsError(f"service {self._service!r} does not hold event {shown}. Nothing was changed.")
+        return int(position)
+
+    async def retry(
+        self, selection: Selection = EVERYTHING, *, positions: Sequence[int] | None = None, limit: int | None = None
+    ) -> int:
+        """Have them run now, with all their held attempts before them again. Returns how many.
+
+        With `positions` those, all of them or none: raises `HeldNotFound`. What waits behind another event of its key
+        goes on waiting.
+        """
+        count = 0
+        async with self._database.transaction() as connection:
+            async for rows in self._chosen(connection, selection, positions, limit):
+                these = (*self._mine, held.c.position.in_([row.position for row in rows]))
+                await connection.execute(held.update().where(*these).values(due=time.time(), tries=0))
+                count += len(rows)
+        return count
+
+    async def skip(
+        self, selection: Selection = EVERYTHING, *, positions: Sequence[int] | None = None, limit: int | None = None
+    ) -> int:
+        """Make them dead letters that hold nothing up, as `retry` chooses them."""
+        count = 0
+        async with self._database.transaction() as connection:
+            async for rows in self._chosen(connection, selection, positions, limit):
+                await connection.execute(dead.insert(), [as_skipped(row) for row in rows])
+                await self._delete(connection, rows)
+                count += len(rows)
+        return count
+
+    async def drop(
+        self, selection: Selection = EVERYTHING, *, positions: Sequence[int] | None = None, limit: int | None = None
+    ) -> int:
+        """Forget them for good, as `retry` chooses them; what waited behind them goes on."""
+        count = 0
+        async with self._database.transaction() as connection:
+            async for rows in self._chosen(connection, selection, positions, limit):
+                await self._delete(connection, rows)
+                count += len(rows)
+        return count
+
+    async def _delete(self, connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) -> None:
+        these = (*self._mine, held.c.position.in_([row.position for row in rows]))
+        await connection.execute(held.delete().where(*these))
+
+    async def _chosen(
+        self, connection: AsyncConnection, selection: Selection, positions: Sequence[int] | None, limit: int | None
+    ) -> AsyncIterator[Sequence[sa.Row[Any]]]:
+        """Rows, a chunk at a time, locked until the transaction ends: a service at work on one of them has committed
+        before, and then it is not among them, or finds it gone."""
+        if positions is not None:
+            wanted = sorted(set(positions))
+            for start in range(0, len(wanted), CHUNK):
+                some = wanted[start : start + CHUNK]
+                query = sa.select(held).where(*self._mine, held.c.position.in_(some)).order_by(held.c.position)
+                rows = (await connection.execute(query.with_for_update())).all()
+                if missing := sorted(set(some) - {row.position for row in rows}):
+                    raise HeldNotFound(self._service, missing)
+                yield rows
+            return
+        after, left = -1, limit
+        while left is None or left > 0:
+            query = (
+                sa.select(held)
+                .where(*self._mine, held.c.position > after, *selection.where(held))
+                .order_by(held.c.position)
+                .limit(CHUNK if left is None else min(CHUNK, left))
+                .with_for_update()
+            )
+            if not (rows := (await connection.execute(query)).all()):
+                return
+            after = rows[-1].position
+            left = None if left is None else left - len(rows)
+            yield rows
+
+
+_ALIKE: Final = (
+    *("service", "log", "position", "bucket", "key", "version", "ticks", "event_id", "stream", "type", "data"),
+    *("metadata", "is_json", "handler", "attempts", "replayed"),
+)
+
+
+def as_skipped(row: sa.Row[Any]) -> dict[str, Any]:
+    """A held event as a row of the dead letters: what it had failed with becomes the detail."""
+    before = "\n".join(filter(None, (row.reason, row.detail)))
+    return {name: getattr(row, name) for name in _ALIKE} | {
+        "kind": "handler",
+        "reason": SKIPPED,
+        "detail": before or None,
+        "died_at": datetime.now(UTC),
+        "holds_key": False,
+    }

@@ -1,0 +1,54 @@
+"""Which held events or dead letters an operator means: by handler, error, type, key, stream, time. It reads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from tidings.database import dead
+from tidings.inbox import storable
+
+__all__ = ["EVERYTHING", "Selection"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """All conditions hold together; one that is None selects nothing away."""
+
+    handler: str | None = None
+    error: str | None = None
+    """A part of the reason, in capitals or not: an error's type, or words of its message."""
+    type: str | None = None
+    key: str | None = None
+    stream: str | None = None
+    since: float | None = None
+    """Held, or dead, since then or later; seconds since 1970."""
+    until: float | None = None
+    """Held, or dead, since before then; seconds since 1970."""
+
+    def where(self, table: sa.Table) -> list[sa.ColumnElement[bool]]:
+        """For the table of held events or of dead letters."""
+        found: list[sa.ColumnElement[bool]] = [
+            table.c[name] == storable(value)
+            for name in ("handler", "type", "key", "stream")
+            if (value := getattr(self, name)) is not None
+        ]
+        if self.error is not None:
+            found.append(table.c.reason.icontains(storable(self.error), autoescape=True))
+        if table is dead:
+            moments = [None if at is None else datetime.fromtimestamp(at, UTC) for at in (self.since, self.until)]
+            column: sa.ColumnElement[object] = table.c.died_at
+        else:
+            moments = [self.since, self.until]  # type: ignore[list-item]
+            # Rows of older versions did not note it.
+            column = sa.func.coalesce(table.c.since, table.c.ticks / sa.literal(1e7, sa.Double))
+        if moments[0] is not None:
+            found.append(column >= moments[0])
+        if moments[1] is not None:
+            found.append(column < moments[1])
+        return found
+
+
+EVERYTHING = Selection()

@@ -1,0 +1,126 @@
+"""Skipping one event: it becomes a dead letter that holds nothing up, wherever it stands in a service.
+
+What the service has not done yet is noted in its database, and every process that knew nothing of the note is fenced:
+it cannot commit the event any more, joins again, and buries it without running it. So a skip is durable before the
+service comes to the event, and holds while the service is paused, stuck, or dies at every start.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.database import Database, dead, floors, held, partitions, skips, watermarks
+from tidings.errors import TidingsError
+from tidings.held_operations import as_skipped
+from tidings.position import carried
+from tidings.stores import RecordedEvent
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["NotSkippable", "Skip", "skip", "standing"]
+
+
+class NotSkippable(TidingsError):
+    """The service never runs the event, or has done it."""
+
+
+class Skip(Enum):
+    """Where an event stood, and what skipping it means."""
+
+    HELD = "held"
+    """It was held: it is dead now."""
+    DEAD = "dead"
+    """It was dead, and held its partition key up: that goes on now."""
+    RELEASED = "dead already"
+    """It was dead, and held nothing up. Nothing was changed."""
+    PENDING = "not handled yet"
+    """It will be dead as soon as the service comes to it."""
+    NOTED = "skipped before"
+    """It will be dead, as was said before. Nothing was changed."""
+
+
+async def standing(database: Database, service: Service, log: UUID, event: RecordedEvent) -> Skip:
+    """What `skip` would find. Raises `NotSkippable`, `DatabaseUnavailable`."""
+    async with database.reading() as connection:
+        return (await _look(connection, service, log, event))[0]
+
+
+async def skip(database: Database, service: Service, log: UUID, event: RecordedEvent) -> Skip:
+    """Do it, in one transaction. Raises `NotSkippable`, `DatabaseUnavailable`."""
+    name, at = service.name, event.position
+    async with database.turn, database.transaction() as connection:
+        # First what others wait for, in the order in which groups take it: what they have committed is read below.
+        await connection.execute(sa.select(partitions.c.epoch).where(partitions.c.service == name).with_for_update())
+        await connection.execute(
+            sa.select(watermarks.c.bucket)
+            .where(watermarks.c.service == name, watermarks.c.log == str(log))
+            .order_by(watermarks.c.bucket)
+            .with_for_update()
+        )
+        found, row = await _look(connection, service, log, event)
+        if found is Skip.HELD and row is not None:
+            await connection.execute(dead.insert(), as_skipped(row))
+            await connection.execute(held.delete().where(*_of(held, name, log), held.c.position == at))
+        elif found is Skip.DEAD:
+            letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
+            await connection.execute(dead.update().where(*letters).values(holds_key=False))
+        elif found is Skip.PENDING:
+            bucket = carried(event)
+            values = {"service": name, "log": str(log), "position": at, "bucket": bucket}
+            await connection.execute(skips.insert().values(values))
+            await _fence(connection, name, log, bucket)
+    return found
+
+
+def _of(table: sa.Table, service: str, log: UUID) -> tuple[sa.ColumnElement[bool], ...]:
+    return table.c.service == service, table.c.log == str(log)
+
+
+async def _look(
+    connection: AsyncConnection, service: Service, log: UUID, event: RecordedEvent
+) -> tuple[Skip, sa.Row[Any] | None]:
+    name, at, bucket = service.name, event.position, carried(event)
+    row = (await connection.execute(sa.select(held).where(*_of(held, name, log), held.c.position == at))).one_or_none()
+    if row is not None:
+        return Skip.HELD, row
+    letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
+    holding = list(await connection.scalars(sa.select(dead.c.holds_key).where(*letters)))
+    if holding:
+        return (Skip.DEAD if any(holding) else Skip.RELEASED), None
+    where = f"event {event.id} (position {at}) of stream {event.stream!r}"
+    if bucket is None:
+        raise NotSkippable(f"{where} is never carried to services: there is nothing to skip")
+    if event.type not in service.handlers:
+        raise NotSkippable(f"service {name!r} has no handler for {event.type!r}, so it passes by {where} in any case")
+    mark = await connection.scalar(
+        sa.select(watermarks.c.position).where(*_of(watermarks, name, log), watermarks.c.bucket == bucket)
+    )
+    floor = await connection.scalar(
+        sa.select(sa.func.max(floors.c.position)).where(
+            *_of(floors, name, log), floors.c.first_bucket <= bucket, floors.c.last_bucket >= bucket
+        )
+    )
+    if mark is None:
+        raise NotSkippable(f"service {name!r} has never run on log {log}: start it once, then skip the event")
+    if at <= max(mark, -1 if floor is None else floor):
+        raise NotSkippable(f"service {name!r} has handled {where}: there is nothing to skip. Nothing was changed.")
+    noted = await connection.scalar(sa.select(skips.c.position).where(*_of(skips, name, log), skips.c.position == at))
+    return (Skip.PENDING if noted is None else Skip.NOTED), None
+
+
+async def _fence(connection: AsyncConnection, service: str, log: UUID, bucket: int | None) -> None:
+    """Let no process that joined before commit anything more in the bucket's range."""
+    ranges = await connection.execute(
+        sa.select(floors.c.first_bucket, floors.c.last_bucket).where(
+            *_of(floors, service, log), floors.c.first_bucket <= bucket, floors.c.last_bucket >= bucket
+        )
+    )
+    for first, last in ranges.all():
+        these = (*_of(watermarks, service, log), watermarks.c.bucket.between(first, last))
+        await connection.execute(watermarks.update().where(*these).values(replays=watermarks.c.replays + 1))
