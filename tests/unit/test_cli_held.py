@@ -125,8 +125,8 @@ def test_nothing_is_done_by_a_dry_run_or_without_a_yes_or_without_saying_which(v
         ended = invoke("held", verb, *which, "--dry-run")
         assert ended.code == 0
         assert f"{ {'--all': 4, '--error': 2, 's-a@0': 1}[which[0]] } would be" in ended.out
-    for which in ((), ("--all", "--key", "a"), ("s-a@0", "--all"), ("s-a@0", "--limit", "1"), ("--limit", "1")):
-        ended = invoke("held", verb, *which, "--yes")
+    for unclear in ([], ["--all", "--key", "a"], ["s-a@0", "--all"], ["s-a@0", "--limit", "1"], ["--limit", "1"]):
+        ended = invoke("held", verb, *unclear, "--yes")
         assert (ended.code, ended.out) == (2, "")
     assert listed() == before
 
