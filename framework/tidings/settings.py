@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
-from pydantic import field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tidings.buses import EventBus
+from tidings.environment import FurtherVariables, is_further, key_of_service, variable_of
 from tidings.errors import ConfigurationError
 from tidings.stores import EventStore
 
@@ -41,7 +42,8 @@ DEBUG: Final = "TIDINGS_DEBUG"
 class Settings(BaseSettings):
     """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: embedded by default, so that a newcomer sets nothing.
 
-    `TIDINGS_SERVICES` says to the command line which services there are.
+    `TIDINGS_DATABASE__ORDER_HISTORY` is the database of service `order-history` alone, and a variable that ends in
+    `__FILE` names a file that holds the value. `TIDINGS_SERVICES` says to the command line which services there are.
 
     With a bus on the network the database must be named: two hosts with a default file each would do everything twice.
     """
@@ -55,6 +57,9 @@ class Settings(BaseSettings):
     database: str | None = None
     """The service's own: any SQLAlchemy URL; `{service}` stands for the service's name. Embedded default:
     `sqlite:///{service}.db`."""
+    databases: Mapping[str, str] = Field(default_factory=dict)
+    """Of services that have one of their own, by name of the service; it is as `database`, and goes before it. In the
+    environment: `TIDINGS_DATABASE__NAME`, unless code names a `database`."""
     services: str | None = None
     """MODULE:SERVICE, separated by commas: those that commands without arguments are about."""
 
@@ -62,15 +67,30 @@ class Settings(BaseSettings):
     @classmethod
     def _names_known(cls, values: Any) -> Any:
         """A misspelt variable would otherwise run everything embedded, and nobody would notice."""
-        known = [f"TIDINGS_{name.upper()}" for name in cls.model_fields]
+        known = [f"TIDINGS_{name.upper()}" for name in cls.model_fields if name != "databases"]
         for name in os.environ:
             if name.startswith("TIDINGS_") and name not in (*known, DEBUG) and not name.startswith(_OTHER_VARIABLES):
-                raise ConfigurationError(f"{name} is no setting of Tidings; there are {', '.join(known)}")
+                if is_further(name):
+                    continue
+                raise ConfigurationError(
+                    f"{name} is no setting of Tidings; there are {', '.join(known)}, TIDINGS_DATABASE__SERVICE for one "
+                    "service, and each of the URLs in a file, as TIDINGS_BUS__FILE"
+                )
         return values
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, FurtherVariables(settings_cls, init_settings), env_settings
+
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        shown = ((name, value if name == "services" else redact(value)) for name, value in self if value is not None)
-        return list(shown)
+        return [(name, _shown(name, value)) for name, value in self if value]
 
     @field_validator("store")
     @classmethod
@@ -90,6 +110,14 @@ class Settings(BaseSettings):
         if url is not None and not url.strip():
             raise ConfigurationError("TIDINGS_DATABASE is set, but empty: name a database, or unset it")
         return url
+
+    @field_validator("databases")
+    @classmethod
+    def _by_key(cls, urls: Mapping[str, str]) -> Mapping[str, str]:
+        for service, url in urls.items():
+            if not url.strip():
+                raise ConfigurationError(f"the database of service {service!r} is empty: name one, or leave it out")
+        return {key_of_service(service): url for service, url in urls.items()}
 
     @field_validator("services")
     @classmethod
@@ -112,16 +140,32 @@ class Settings(BaseSettings):
         return self.bus.lower().startswith("memory:")
 
     def database_of(self, service: str) -> str:
-        """The database URL of one service. Raises `ConfigurationError` where two hosts could each make their own."""
+        """The database URL of one service. Raises `ConfigurationError` where two hosts could each make their own, and
+        where others have one and this has none."""
+        own = self.databases.get(key_of_service(service))
+        if own is not None:
+            return own.replace("{service}", service)
         if self.database is not None:
             return self.database.replace("{service}", service)
         if not self.embedded_bus:
             raise ConfigurationError(
                 f"service {service!r} runs on the networked bus {redact(self.bus)} without a database of its own. Set "
-                "TIDINGS_DATABASE to one that all processes of the service share, for example "
+                f"TIDINGS_DATABASE, or {variable_of(service)}, to one that all its processes share, for example "
                 f"postgresql+asyncpg://host/{service}, or sqlite:///{service}.db when all of them run on this host"
             )
+        if self.databases:
+            named = ", ".join(sorted(self.databases))
+            raise ConfigurationError(
+                f"service {service!r} has no database, while {named} each have one of their own: set "
+                f"{variable_of(service)}, or TIDINGS_DATABASE for all others"
+            )
         return f"sqlite:///{service}.db"
+
+
+def _shown(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: redact(url) for key, url in value.items()}
+    return value if name == "services" else redact(value)
 
 
 def redact(url: str) -> str:

@@ -32,8 +32,9 @@ SETTINGS = """\b
 Settings come from the environment:
   TIDINGS_STORE     sqlite:///tidings.db, where the log is
   TIDINGS_BUS       memory://, or amqp://user:password@host:5672/vhost
-  TIDINGS_DATABASE  sqlite:///{service}.db, any SQLAlchemy URL
+  TIDINGS_DATABASE  sqlite:///{service}.db, any SQLAlchemy URL; TIDINGS_DATABASE__ORDER: of service order alone
   TIDINGS_SERVICES  MODULE:SERVICE,..., for commands that name none
+  ..._FILE          TIDINGS_BUS__FILE and the like: a file that holds the URL
 """
 
 # No rich markup: it would put help and errors into boxes, into pipes too.
