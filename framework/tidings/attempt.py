@@ -178,16 +178,19 @@ class Attempts:
         its task (or that its time does) reaches the caller's; a plain function runs in a thread. Call it in a task.
         Raises only what is not the handler's own: infrastructure errors.
         """
-        view = self._view(context.event.type)
-        assert view is not None
         arguments: dict[str, Any] = {}
         try:
-            event = decode(context.event, view, context.metadata)
+            if handler.events:
+                view = self._view(context.event.type)
+                assert view is not None
+                event = decode(context.event, view, context.metadata)
             for parameter, wanted in handler.parameters:
                 if wanted is Inject.EVENT:
                     arguments[parameter] = event
                 elif wanted is Inject.CONTEXT:
                     arguments[parameter] = context
+                elif wanted is Inject.RECORDED:
+                    arguments[parameter] = context.event
                 elif isinstance(wanted, Inject):
                     arguments[parameter] = provide(wanted)
                 else:

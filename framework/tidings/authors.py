@@ -46,7 +46,8 @@ class Stranger:
     def line(self) -> str:
         """What to write where the handler of today is the one of that name."""
         was = ", ".join(f'"{name}"' for name in (*self.was, self.name))
-        return f"@service.on({', '.join(self.events)}, ..., was=({was},))"
+        kinds = f"on({', '.join(self.events)}, " if self.events else "on_any("
+        return f"@service.{kinds}..., was=({was},))"
 
 
 def may_emit(handler: Handler) -> bool:
@@ -73,7 +74,7 @@ async def strangers(store: EventStore, service: Service, after: int) -> list[Str
             if isinstance(author, str) and author.startswith(prefix) and cause is not None:
                 waiting[cause].append((author.removeprefix(prefix), event))
         if waiting:
-            _attribute(event.type, waiting.pop(event.id_bytes, ()), _handlers_of(service, event.type), found)
+            _attribute(event.type, waiting.pop(event.id_bytes, ()), service.handlers_of(event.type), found)
     return sorted(found.values(), key=lambda stranger: stranger.first)
 
 
@@ -98,11 +99,6 @@ def _attribute(
             for kind, kinds in ((cause, stranger.causes), (event.type, stranger.emitted)):
                 if kind not in kinds:
                     kinds.append(kind)
-
-
-def _handlers_of(service: Service, wire_name: str) -> Sequence[Handler]:
-    handler = service.handlers.get(wire_name)
-    return () if handler is None else (handler,)
 
 
 def _bytes(value: object) -> bytes | None:

@@ -24,14 +24,17 @@ from tidings.settings import redact
 __all__ = [
     "Database",
     "begun",
+    "behind",
     "connected",
     "dead",
     "file_of",
     "floors",
     "guarded",
+    "handlers",
     "held",
     "metadata",
     "open_database",
+    "partials",
     "partitions",
     "prepared",
     "replays",
@@ -40,7 +43,7 @@ __all__ = [
     "watermarks",
 ]
 
-SCHEMA: Final = 5
+SCHEMA: Final = 6
 """Version of the tables below."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
@@ -62,10 +65,17 @@ _UPGRADES: Final = {
         ("tidings_held", "code", "VARCHAR(32)"),
     ),
     4: (("tidings_staged", "aliases", "TEXT DEFAULT '' NOT NULL"),),
+    5: (("tidings_floors", "handlers", "TEXT"),),
 }
 """Columns that each older version lacks; tables that are missing are made whole before."""
 
-_FORMER_INDEXES: Final = ("tidings_held_by_key", "tidings_held_by_due", "tidings_held_failed")
+_FORMER_INDEXES: Final = (
+    "tidings_held_by_key",
+    "tidings_held_by_due",
+    "tidings_held_failed",
+    "tidings_held_keys",
+    "tidings_dead_holding",
+)
 
 metadata = sa.MetaData()
 
@@ -114,7 +124,42 @@ floors = sa.Table(
     sa.Column("position", sa.BigInteger, nullable=False),
     sa.Column("active", sa.String(36), comment="process at work on the range; null after a clean end"),
     sa.Column("asked", sa.String(36), comment="process that asks the one at work to give the range up"),
+    sa.Column("handlers", sa.Text, comment="JSON: each handler that its events are given to, and after which position"),
     comment="Per bucket range: everything up to here is settled",
+)
+
+partials = sa.Table(
+    "tidings_partial",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("bucket", sa.Integer, nullable=False),
+    sa.Column("again", sa.Boolean, nullable=False, server_default=sa.false(), comment="a replay has it run again"),
+    comment="Handlers that are done with an event which waits for others; gone when the watermark has passed it",
+)
+
+handlers = sa.Table(
+    "tidings_handlers",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("since", sa.BigInteger, nullable=False, comment="it is given events after this position"),
+    sa.Column("seen_at", _Moment, nullable=False, comment="when it was first at work"),
+    comment="Handlers that have been at work in a service",
+)
+
+behind = sa.Table(
+    "tidings_behind",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("done", sa.BigInteger, nullable=False, comment="the handler has done everything up to this position"),
+    comment="Handlers that are behind the watermark of a bucket: added late, or away for a while",
 )
 
 begun = sa.Table(
@@ -183,7 +228,7 @@ held = sa.Table(
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("ticks", sa.BigInteger, nullable=False),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
-    sa.Column("handler", sa.Text, nullable=False),
+    sa.Column("handler", sa.Text, primary_key=True),
     sa.Column("attempts", sa.Integer, nullable=False, comment="all of them; 0 for one that waits behind another"),
     sa.Column("tries", sa.Integer, nullable=False, comment="attempts since it was held"),
     sa.Column("due", sa.Double, nullable=False, comment="seconds since 1970"),
@@ -192,7 +237,7 @@ held = sa.Table(
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
     sa.Column("since", sa.Double, comment="when it was held first, seconds since 1970"),
     sa.Column("code", sa.String(32), comment="fingerprint of the handler's code that failed"),
-    sa.Index("tidings_held_keys", "service", "log", "key", "position", "bucket", "attempts"),
+    sa.Index("tidings_held_lines", "service", "log", "key", "handler", "position", "bucket", "attempts"),
     comment="Events that failed for now, and later events of their keys; they run again when they are due",
 )
 
@@ -239,8 +284,8 @@ dead = sa.Table(
 )
 
 sa.Index(
-    "tidings_dead_holding",
-    *(dead.c.service, dead.c.log, dead.c.key, dead.c.position, dead.c.bucket),
+    "tidings_dead_lines",
+    *(dead.c.service, dead.c.log, dead.c.key, dead.c.handler, dead.c.position, dead.c.bucket),
     sqlite_where=sa.text("holds_key = 1"),
     postgresql_where=dead.c.holds_key,
 )
@@ -429,6 +474,8 @@ async def _prepare(database: Database, tables: sa.MetaData | None) -> None:
             for table, column, kind in _UPGRADES[version]:
                 if column not in await connection.run_sync(_columns, table):
                     await connection.execute(sa.text(f"ALTER TABLE {table} ADD COLUMN {column} {kind}"))
+        if found is not None and found < SCHEMA:
+            await connection.run_sync(_key_by_handler)
         await connection.run_sync(_index)
         # Written even where nothing changes: a database that cannot be written says so now.
         write = _schema.insert() if found is None else _schema.update()
@@ -444,6 +491,29 @@ def _index(connection: sa.Connection) -> None:
             index.create(connection, checkfirst=True)
     for name in _FORMER_INDEXES:
         connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
+
+
+def _key_by_handler(connection: sa.Connection) -> None:
+    """Held events of older versions have one row for each position: add the handler to the primary key."""
+    key = sa.inspect(connection).get_pk_constraint(held.name)
+    if "handler" in key["constrained_columns"]:
+        return
+    if connection.dialect.name != "sqlite":
+        connection.execute(
+            sa.text(
+                f"ALTER TABLE {held.name} DROP CONSTRAINT {key['name']}, "
+                "ADD PRIMARY KEY (service, log, position, handler)"
+            )
+        )
+        return
+    # SQLite cannot change a primary key: the table is made anew.
+    for index in sa.inspect(connection).get_indexes(held.name):
+        connection.execute(sa.text(f"DROP INDEX {index['name']}"))
+    connection.execute(sa.text(f"ALTER TABLE {held.name} RENAME TO {held.name}_former"))
+    held.create(connection)
+    names = ", ".join(column.name for column in held.columns)
+    connection.execute(sa.text(f"INSERT INTO {held.name} ({names}) SELECT {names} FROM {held.name}_former"))
+    connection.execute(sa.text(f"DROP TABLE {held.name}_former"))
 
 
 def _columns(connection: sa.Connection, table: str) -> set[str]:

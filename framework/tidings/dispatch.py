@@ -30,6 +30,7 @@ from tidings.keys import Keys
 from tidings.position import Lanes
 from tidings.progress import Batch, Progress
 from tidings.revival import HELD_SECONDS, Revival
+from tidings.roster import Roster
 from tidings.service import Service
 from tidings.sessions import SessionHandlers
 from tidings.staged import Stager
@@ -96,6 +97,7 @@ class Dispatcher:
         )
         self._replay = remembered.replay
         troubles.skip(remembered.skips)
+        self.roster = Roster(service.handlers_of, remembered.partial)
         self._uncommitted: set[int] = set()
         """Buckets with effects in the group under way: who has no session would not see them, so it waits."""
         self._deferred: list[Item] = []
@@ -137,6 +139,7 @@ class Dispatcher:
         self._commits.progress = Progress(self._inbox, self._held, remembered, self._clock)
         self._replay = remembered.replay
         self._troubles.skip(remembered.skips)
+        self.roster = Roster(self._service.handlers_of, remembered.partial)
         self.stager.add(await self._inbox.staged_events(), since=None)
 
     @property
@@ -159,12 +162,18 @@ class Dispatcher:
     ) -> None:
         """An accepted event, and its metadata document where that was read. One that this service does not handle is
         settled without a trace."""
-        handler = self._service.handlers.get(event.type)
-        if handler is None:
+        position = event.position
+        handlers = self.roster.handlers(event.type, bucket, position)
+        if not handlers:
             if step is not None:
                 self.settle(step)
             return
-        replayed = self._replay.covers(bucket, event.position)
+        replayed = self._replay.covers(bucket, position)
+        for handler in handlers[:-1]:
+            again = replayed or self.roster.again(handler.name, position)
+            self._lanes.push(bucket, Item(event, bucket, handler, None, replayed=again, metadata=metadata, more=True))
+        handler = handlers[-1]
+        replayed = replayed or self.roster.again(handler.name, position)
         item = Item(event, bucket, handler, step, replayed=replayed, metadata=metadata)
         self._commits.take(item)
         self._lanes.push(bucket, item)
@@ -212,7 +221,7 @@ class Dispatcher:
         if self._stopping or self._pumping:
             return
         self._pumping = True
-        lanes, caution, condemned = self._lanes, self._caution, self._troubles.condemned
+        lanes, caution, troubles = self._lanes, self._caution, self._troubles
         while lanes.ready and not (caution.alert and caution.wait()):
             taken = lanes.take()
             assert taken is not None
@@ -220,8 +229,12 @@ class Dispatcher:
             self._busy += 1
             if item.replayed and self._is_passed_over(item):
                 self._finish(item)
-            elif condemned and item.event.position in condemned:
-                self._fail(item, condemned[item.event.position])
+            elif troubles.condemned and item.turn in troubles.condemned:
+                self._fail(item, troubles.condemned[item.turn])
+            elif troubles.crashed and item.event.position in troubles.crashed:
+                failure, times = troubles.crashed[item.event.position]
+                troubles.attempts[item.turn] = times - 1
+                self._fail(item, failure)
             elif caution.alert and caution.on:
                 caution.taken(item)
                 self._to_note.put_nowait(item)
@@ -233,7 +246,7 @@ class Dispatcher:
 
     def _is_passed_over(self, item: Item) -> bool:
         """A replay does not run it: its handler is not to be run again, or a held row will run it."""
-        return item.held is None and (not item.handler.replay or item.event.position in self._replay.waiting)
+        return item.held is None and (not item.handler.replay or item.turn in self._replay.waiting)
 
     def _give_out(self, item: Item) -> None:
         """To the handlers of its kind."""
@@ -336,7 +349,7 @@ class Dispatcher:
     def _context(self, item: Item) -> Context:
         event = item.event
         metadata, item.metadata = item.metadata, None  # the next attempt must not see what this one makes of it
-        tried = self._troubles.attempts.get(event.position, 0) + (item.held.attempts if item.held else 0)
+        tried = self._troubles.attempts.get(item.turn, 0) + (item.held.attempts if item.held else 0)
         if metadata is None:
             metadata = read_metadata(event)
         handler, service = item.handler, self._service.name
@@ -378,7 +391,7 @@ class Dispatcher:
 
     def _judge(self, item: Item, context: Context, failure: Failure | None) -> None:
         if failure is None:
-            self._troubles.attempts.pop(item.event.position, None)
+            self._troubles.attempts.pop(item.turn, None)
             if context.emissions:
                 item.succeed(context)
             if self.breakers.any and self.breakers.succeeded(item.handler.name):
@@ -413,13 +426,13 @@ class Dispatcher:
 
     def _fail(self, item: Item, failure: Failure) -> None:
         """Again in the lane, or held, or dead."""
-        position = item.event.position
-        tried = self._troubles.attempts[position] = self._troubles.attempts.get(position, 0) + 1
+        turn = item.turn
+        tried = self._troubles.attempts[turn] = self._troubles.attempts.get(turn, 0) + 1
         pause = item.fail(failure, tried, self._service.name, self._troubles.tracebacks)
         if pause is not None:
             self._give_back(item, pause, self._lanes.again)
             return
-        del self._troubles.attempts[position]
+        del self._troubles.attempts[turn]
         self._finish(item)
         if item.postponed is not None:
             self._timers.later(min(item.postponed.due - time.time(), HELD_SECONDS), self._revival.look.set)
@@ -433,7 +446,7 @@ class Dispatcher:
         if not (behind := self._keys.must_wait(item)) and breaker is None:
             return False
         if item.held is None:
-            tried = self._troubles.attempts.pop(item.event.position, 0)
+            tried = self._troubles.attempts.pop(item.turn, 0)
             if behind or breaker is None:
                 item.wait(tried=tried)
             else:

@@ -59,8 +59,7 @@ class Guard:
                     await self._inbox.note(connection, position, bucket, 1)
         Notebook.discard(self._notebook_of(process))
         condemned = self.caution.begin(notes, int(FULL * self._service.prefetch), blind=under_way is None)
-        self._troubles.condemned |= condemned
-        self._troubles.attempts |= {position: notes[position] - 1 for position in condemned}
+        self._troubles.crashed |= {position: (failure, notes[position]) for position, failure in condemned.items()}
         log.warning(
             "service.careful",
             service=self._service.name,

@@ -8,13 +8,14 @@ import types
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from tidings.context import Context
 from tidings.errors import ConfigurationError
 from tidings.events import Event
+from tidings.stores import RecordedEvent
 
-__all__ = ["Handler", "Hold", "Inject", "Retry", "declare"]
+__all__ = ["Handler", "Hold", "Inject", "Retry", "Since", "declare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,14 @@ def _backoff(delay: float, factor: float, maximum: float, attempt: int, random: 
     return full * (1 - random() / 4)
 
 
+Since = Literal["start", "now"] | int | None
+
+
 class Inject(Enum):
     """What a handler's parameter asks for, other than a resource."""
 
     EVENT = "event"
+    RECORDED = "recorded event"
     CONTEXT = "context"
     SESSION = "session"
     CONNECTION = "connection"
@@ -108,6 +113,8 @@ class Handler:
     """A replay runs it again; False for one with effects outside of the service's database."""
     was: tuple[str, ...] = ()
     """Its former names, the oldest first: what was emitted under any of them is not emitted again."""
+    since: Since = None
+    """Where it begins when it is new in a service that has settled events before."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -127,13 +134,20 @@ def declare(
     timeout: float,
     replay: bool = True,
     was: tuple[str, ...] = (),
+    since: Since = None,
+    every: bool = False,
 ) -> Handler:
-    """Read the signature. Raises `ConfigurationError` that names handler and parameter."""
+    """Read the signature. Raises `ConfigurationError` that names handler and parameter.
+
+    `every`: the handler takes every event of the log, declared or not, as a `RecordedEvent`.
+    """
     name = name or str(getattr(function, "__name__", function))
     where = f"handler {name!r} ({getattr(function, '__module__', '?')})"
     _check_former(where, name, was)
-    if not events:
+    if not events and not every:
         raise ConfigurationError(f"{where}: name the events: @service.on(OrderCreated)")
+    if not (since in (None, "start", "now") or (type(since) is int and since >= 0)):
+        raise ConfigurationError(f"{where}: since={since!r}: give 'start', 'now', or a position of the log from 0 on")
     for event in events:
         if not (isinstance(event, type) and issubclass(event, Event)) or not event.wire_name:
             raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
@@ -154,9 +168,11 @@ def declare(
     transactional = not wanted.isdisjoint((Inject.SESSION, Inject.CONNECTION))
     if threaded and transactional:
         raise ConfigurationError(f"{where}: a plain function runs in a thread and cannot use a session; make it async")
-    if Inject.EVENT not in wanted:
+    if every and Inject.RECORDED not in wanted:
+        raise ConfigurationError(f"{where}: no parameter is annotated with RecordedEvent, as on_any hands them over")
+    if not every and Inject.EVENT not in wanted:
         raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
-    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay, was)
+    return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay, was, since)
 
 
 def _check_former(where: str, name: str, was: tuple[str, ...]) -> None:
@@ -183,12 +199,16 @@ def _parameters(
 def _injected(where: str, parameter: str, hint: Any, events: tuple[type[Event], ...]) -> Inject | type:
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if all(isinstance(choice, type) and issubclass(choice, Event) for choice in choices):
+        if not events:
+            raise ConfigurationError(f"{where}: parameter {parameter!r}: on_any hands over RecordedEvent, not {hint}")
         strangers = [event.__name__ for event in events if not issubclass(event, choices)]
         if strangers:
             raise ConfigurationError(f"{where}: parameter {parameter!r} does not accept {', '.join(strangers)}")
         return Inject.EVENT
     if hint is Context:
         return Inject.CONTEXT
+    if hint is RecordedEvent:
+        return Inject.RECORDED
     if isinstance(hint, type) and hint is not Any:
         if hint.__module__.startswith("sqlalchemy.ext.asyncio") and hint.__name__ in _SQLALCHEMY:
             return _SQLALCHEMY[hint.__name__]

@@ -91,10 +91,10 @@ class Pass:
                 break
             metadata = own_metadata(event.metadata)
             bucket = carried(event, metadata)
-            if bucket is not None and accepted.read(bucket, position):
+            if bucket is not None and dispatcher.full:
+                await dispatcher.room()
+            if bucket is not None and accepted.read(bucket, position):  # what is accepted is submitted at once
                 found += 1
-                if dispatcher.full:
-                    await dispatcher.room()
                 dispatcher.submit(event, bucket, metadata=metadata)
             if self._clock() - offered >= PROGRESS_SECONDS:
                 offered = self._clock()

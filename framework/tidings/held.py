@@ -20,7 +20,7 @@ from tidings.errors import Fenced
 from tidings.inbox import recorded, storable
 from tidings.stores import RecordedEvent
 
-__all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "held_by_handler"]
+__all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "Line", "held_by_handler"]
 
 AT_ONCE: Final = 256
 """Held events read at once: what is due, with its followers."""
@@ -33,6 +33,10 @@ _CHANGING: Final = ("attempts", "tries", "due", "reason", "detail", "code")
 _HOLD: Final = held.insert()
 _NONE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
 """As the index of those that failed has it: of a parameter no database could know that it fits."""
+
+
+Line = tuple[str, str]
+"""A partition key for one handler: each handler has its own order, and nothing waits for another handler."""
 
 
 class HeldEvent(NamedTuple):
@@ -53,6 +57,10 @@ class HeldEvent(NamedTuple):
     """When it was held first, seconds since 1970; None where that was not noted."""
     code: str | None = None
     """Fingerprint of the handler's code that failed; None where that was not noted."""
+
+    @property
+    def line(self) -> Line:
+        return self.key, self.handler
 
 
 class HeldCount(NamedTuple):
@@ -93,16 +101,26 @@ class HeldRows:
         holding = (*self._of(dead, buckets), dead.c.holds_key)
         # Each in the order of its index, which spares sorting all of it. A key has one bucket.
         self._blocked = sa.union_all(
-            sa.select(sa.func.min(held.c.bucket), held.c.key, sa.func.count()).where(*self._mine).group_by(held.c.key),
-            sa.select(sa.func.min(dead.c.bucket), dead.c.key, sa.func.count()).where(*holding).group_by(dead.c.key),
+            sa.select(sa.func.min(held.c.bucket), held.c.key, held.c.handler, sa.func.count())
+            .where(*self._mine)
+            .group_by(held.c.key, held.c.handler),
+            sa.select(sa.func.min(dead.c.bucket), dead.c.key, dead.c.handler, sa.func.count())
+            .where(*holding)
+            .group_by(dead.c.key, dead.c.handler),
         )
-        this = (held.c.service == service, held.c.log == str(log), held.c.position == sa.bindparam("of_position"))
+        this = (
+            held.c.service == service,
+            held.c.log == str(log),
+            held.c.position == sa.bindparam("of_position"),
+            held.c.handler == sa.bindparam("of_handler"),
+        )
         self._postpone = held.update().where(*this).values({name: sa.bindparam(f"new_{name}") for name in _CHANGING})
         self._release = held.delete().where(*this)
-        besides = held.c.key.not_in(sa.bindparam("besides", expanding=True))
+        line = sa.tuple_(held.c.key, held.c.handler)
+        besides = line.not_in(sa.bindparam("besides", expanding=True))
         running = held.c.handler.not_in(sa.bindparam("paused", expanding=True))
         failed = (
-            sa.select(held.c.key)
+            sa.select(held.c.key, held.c.handler)
             .where(
                 *self._mine,
                 held.c.attempts > _NONE,
@@ -132,61 +150,61 @@ class HeldRows:
         ]
         """The newest that was never tried, what failed and is due first, the oldest that was never tried."""
 
-        def turn(*where: sa.ColumnElement[bool]) -> dict[bool, sa.Select[tuple[str]]]:
-            """Keys whose oldest event has waited for another one, which is gone."""
+        def turn(*where: sa.ColumnElement[bool]) -> dict[bool, sa.Select[tuple[str, str]]]:
+            """Lines whose oldest event has waited for another one, which is gone."""
             waiting = (
                 sa.select(
                     held.c.key,
+                    held.c.handler,
                     sa.func.min(held.c.position).label("position"),
                     sa.func.min(held.c.bucket).label("bucket"),
                 )
                 .where(*self._mine, held.c.attempts == _NONE, besides, *where)
-                .group_by(held.c.key)
+                .group_by(held.c.key, held.c.handler)
                 .subquery()
             )
             free = (
-                sa.select(waiting.c.key)
+                sa.select(waiting.c.key, waiting.c.handler)
                 .where(self._oldest(waiting), *self._free(waiting))
                 .order_by(waiting.c.position)
                 .limit(AT_ONCE)
             )
-            first = held.alias()
-            of_paused = sa.exists().where(
-                first.c.service == service,
-                first.c.log == str(log),
-                first.c.position == waiting.c.position,
-                first.c.handler.in_(sa.bindparam("paused", expanding=True)),
-            )
-            return {False: free, True: free.where(~of_paused)}
+            return {False: free, True: free.where(waiting.c.handler.not_in(sa.bindparam("paused", expanding=True)))}
 
         self._turn = turn()
-        self._turn_after = turn(held.c.key.in_(sa.bindparam("after", expanding=True)))
+        self._turn_after = turn(line.in_(sa.bindparam("after", expanding=True)))
         # First which rows, and that from the index: the rest of a row may be large, and many may wait behind one.
         first = (
-            sa.select(held.c.position)
-            .where(*self._mine, held.c.key.in_(sa.bindparam("keys", expanding=True)))
+            sa.select(held.c.position, held.c.handler)
+            .where(*self._mine, line.in_(sa.bindparam("lines", expanding=True)))
             .order_by(held.c.position)
             .limit(AT_ONCE)
         )
         # A dead letter that holds its key may stand between held events, older ones having been retried.
         self._due = (
             sa.select(held)
-            .where(held.c.service == service, held.c.log == str(log), held.c.position.in_(first), *self._free(held))
+            .where(
+                held.c.service == service,
+                held.c.log == str(log),
+                sa.tuple_(held.c.position, held.c.handler).in_(first),
+                *self._free(held),
+            )
             .order_by(held.c.position)
         )
 
     def _oldest(self, event: sa.FromClause) -> sa.ColumnElement[bool]:
-        """No held event of its key is older. Buckets are left out, so that the index answers: a key has one bucket."""
+        """No held event of its line is older. Buckets are left out, so that the index answers: a key has one bucket."""
         older = held.alias()
         return ~sa.exists().where(
             older.c.service == self._own["service"],
             older.c.log == self._own["log"],
             older.c.key == event.c.key,
+            older.c.handler == event.c.handler,
             older.c.position < event.c.position,
         )
 
     def _free(self, event: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
-        """No dead letter before it holds its key; and what was held when a replay began has its turn when the replay
+        """No dead letter before it holds its line; and what was held when a replay began has its turn when the replay
         comes to its position."""
         grave = dead.alias()
         holding = sa.exists().where(
@@ -194,6 +212,7 @@ class HeldRows:
             grave.c.log == self._own["log"],
             grave.c.holds_key,
             grave.c.key == event.c.key,
+            grave.c.handler == event.c.handler,
             grave.c.position < event.c.position,
         )
         reached = sa.exists().where(
@@ -217,12 +236,12 @@ class HeldRows:
             table.c.bucket.between(buckets.start, buckets.stop - 1),
         )
 
-    async def blocked(self, connection: AsyncConnection) -> dict[int, dict[str, int]]:
-        """Of each bucket the blocked keys, with the number of rows that block them."""
-        found = defaultdict[int, dict[str, int]](dict)
-        for bucket, key, rows in await connection.execute(self._blocked):
-            keys = found[bucket]
-            keys[key] = keys.get(key, 0) + rows
+    async def blocked(self, connection: AsyncConnection) -> dict[int, dict[Line, int]]:
+        """Of each bucket the blocked lines, with the number of rows that block them."""
+        found = defaultdict[int, dict[Line, int]](dict)
+        for bucket, key, handler, rows in await connection.execute(self._blocked):
+            lines, line = found[bucket], (key, handler)
+            lines[line] = lines.get(line, 0) + rows
         return dict(found)
 
     async def due(
@@ -230,34 +249,35 @@ class HeldRows:
         connection: AsyncConnection,
         now: float,
         longest: float,
-        besides: Collection[str],
-        after: Collection[str] | None = None,
+        besides: Collection[Line],
+        after: Collection[Line] | None = None,
         paused: Collection[str] = (),
     ) -> list[HeldEvent]:
-        """What may run now, of other keys than `besides` and beginning with other handlers than `paused`; each key's
-        events in order, `AT_ONCE` at most.
+        """What may run now, of other lines than `besides` and of other handlers than `paused`; each line's events in
+        order, `AT_ONCE` at most.
 
         A due time further away than `longest` seconds was written by a clock that jumped: it counts as now. What only
-        waited for an older event is looked for in the keys `after`, whose events were run, or in all of them, which
+        waited for an older event is looked for in the lines `after`, whose events were run, or in all of them, which
         takes as long as there are held events.
         """
         other: dict[str, Any] = {"besides": list(besides)}
         if paused:
             other["paused"] = list(paused)
         some = bool(paused)
-        keys = list(await connection.scalars(self._failed[some], {"now": now, "absurd": now + longest, **other}))
+        lines = list(await connection.execute(self._failed[some], {"now": now, "absurd": now + longest, **other}))
         if after is None:
-            keys += await connection.scalars(self._turn[some], other)
+            lines += await connection.execute(self._turn[some], other)
         elif after:
-            keys += await connection.scalars(self._turn_after[some], {"after": list(after), **other})
-        if not keys:
+            lines += await connection.execute(self._turn_after[some], {"after": list(after), **other})
+        if not lines:
             return []
-        return [_held_event(row) for row in await connection.execute(self._due, {"keys": keys})]
+        wanted = {"lines": [tuple(line) for line in lines]}
+        return [_held_event(row) for row in await connection.execute(self._due, wanted)]
 
     async def candidate(
-        self, connection: AsyncConnection, handler: str, besides: Collection[str], *, newest: bool
+        self, connection: AsyncConnection, handler: str, besides: Collection[Line], *, newest: bool
     ) -> list[HeldEvent]:
-        """One event for a trial of a handler, of another key than `besides`, if there is any: the newest that was
+        """One event for a trial of a handler, of another line than `besides`, if there is any: the newest that was
         never tried, or the one that has been due the longest."""
         wanted = {"of_handler": handler, "besides": list(besides)}
         latest, due, oldest = self._candidates
@@ -325,22 +345,25 @@ class HeldRows:
         """Held events that failed once more. Raises `Fenced` when another process had one of them meanwhile."""
         for row in rows:
             changes: dict[str, Any] = {f"new_{name}": value for name, value in _changing(row).items()}
-            changes["of_position"] = row.event.position
+            changes |= {"of_position": row.event.position, "of_handler": row.handler}
             self._one(row.event.position, (await connection.execute(self._postpone, changes)).rowcount)
 
-    async def release(self, connection: AsyncConnection, positions: Sequence[int]) -> None:
-        """Held events that are settled. Raises `Fenced` when another process had one of them meanwhile."""
-        for position in positions:
-            self._one(position, (await connection.execute(self._release, {"of_position": position})).rowcount)
+    async def release(self, connection: AsyncConnection, turns: Sequence[tuple[int, str]]) -> None:
+        """Held events that are settled, position and handler. Raises `Fenced` when another process had one of them
+        meanwhile."""
+        for position, handler in turns:
+            this = {"of_position": position, "of_handler": handler}
+            self._one(position, (await connection.execute(self._release, this)).rowcount)
 
-    async def stand(self, connection: AsyncConnection, positions: Sequence[int]) -> None:
+    async def stand(self, connection: AsyncConnection, turns: Sequence[tuple[int, str]]) -> None:
         """Raises `Fenced` when another process has settled any of these held events (that it has postponed one shows
         when this one does)."""
-        if positions:
-            these = sa.select(held.c.position).where(*self._mine, held.c.position.in_(positions))
-            there = set(await connection.scalars(these))
-            for position in positions:
-                self._one(position, int(position in there))
+        if turns:
+            positions = {position for position, _ in turns}
+            these = sa.select(held.c.position, held.c.handler).where(*self._mine, held.c.position.in_(positions))
+            there = {(row.position, row.handler) for row in await connection.execute(these)}
+            for turn in turns:
+                self._one(turn[0], int(turn in there))
 
     def _one(self, position: int, rows: int) -> None:
         if rows != 1:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, begun, dead, floors, held, replays, skips, staged, watermarks
+from tidings.database import Database, begun, dead, floors, held, partials, replays, skips, staged, watermarks
 from tidings.errors import Fenced, LogChanged
 from tidings.many import ForMany
 from tidings.message import Message
@@ -73,8 +73,8 @@ class Replay:
 
     upto: Mapping[int, int] = field(default_factory=dict)
     """By bucket: up to here everything had been settled before."""
-    waiting: frozenset[int] = frozenset()
-    """Positions of held events, never done, that the replay has not come to: it leaves them to their rows."""
+    waiting: frozenset[tuple[int, str]] = frozenset()
+    """Position and handler of held events, never done, that the replay has not come to: their rows run them."""
 
     def covers(self, bucket: int, position: int) -> bool:
         return position <= self.upto.get(bucket, -1)
@@ -88,6 +88,11 @@ class Remembered(NamedTuple):
     replay: Replay = Replay()
     skips: frozenset[int] = frozenset()
     """Positions of events that an operator wants dead without being run."""
+    partial: Mapping[int, Mapping[str, bool]] = {}
+    """Position to the handlers that are done with an event which waits for others, True for one that a replay has run
+    it again."""
+    partial_at: Mapping[int, int] = {}
+    """Bucket to the position of its rows of that kind, the highest."""
 
     @property
     def highest(self) -> int:
@@ -219,6 +224,8 @@ class Inbox:
         """By bucket: how often it had been sent back when this process joined. What it knew before a replay is true no
         more, even where the watermark stands as before, or will again."""
         self._replay = Replay()
+        self._half_done: frozenset[int] = frozenset()
+        """Positions of events that a replay may have sent back when only some of their handlers were done."""
         self._sent_back = sa.select(watermarks.c.replays).where(
             watermarks.c.service == service, watermarks.c.log == str(log), watermarks.c.bucket == buckets.start
         )
@@ -284,14 +291,24 @@ class Inbox:
             floor = -1
             await connection.execute(floors.insert().values(**self._own, **self._range, position=floor))
         self._replay = await self._find_replay(connection, floor, marks)
-        return Remembered(floor, marks, self._replay, await self._find_skips(connection, floor))
+        done: dict[int, dict[str, bool]] = {}
+        done_at: dict[int, int] = {}
+        for row in await connection.execute(sa.select(partials).where(*self._of_range(partials))):
+            done_at[row.bucket] = max(row.position, done_at.get(row.bucket, -1))
+            if row.position > max(floor, marks[row.bucket]):
+                done.setdefault(row.position, {})[row.handler] = row.again
+        self._half_done = frozenset(done)
+        return Remembered(floor, marks, self._replay, await self._find_skips(connection, floor), done, done_at)
+
+    def _of_range(self, table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
+        return (
+            table.c.service == self._service,
+            table.c.log == str(self._log),
+            table.c.bucket.between(self.buckets.start, self.buckets.stop - 1),
+        )
 
     async def _find_skips(self, connection: AsyncConnection, floor: int) -> frozenset[int]:
-        ours = (
-            skips.c.service == self._service,
-            skips.c.log == str(self._log),
-            skips.c.bucket.between(self.buckets.start, self.buckets.stop - 1),
-        )
+        ours = self._of_range(skips)
         found = set(await connection.scalars(sa.select(skips.c.position).where(*ours)))
         if any(position <= floor for position in found):  # the log lost them before the service came to them
             await connection.execute(skips.delete().where(*ours, skips.c.position <= floor))
@@ -315,14 +332,14 @@ class Inbox:
         if not (upto := {row.bucket: row.upto for row in rows}):
             return Replay()
         rows = await connection.execute(
-            sa.select(held.c.bucket, held.c.position).where(
+            sa.select(held.c.bucket, held.c.position, held.c.handler).where(
                 held.c.service == self._service,
                 held.c.log == str(self._log),
                 held.c.bucket.between(first, last),
                 held.c.position > floor,
             )
         )
-        return Replay(upto, frozenset(row.position for row in rows if row.position > marks[row.bucket]))
+        return Replay(upto, frozenset((row.position, row.handler) for row in rows if row.position > marks[row.bucket]))
 
     async def settled(self, bucket: int | None) -> int:
         """As committed by whichever process: the bucket's watermark or the floor, whichever is higher; -1 for none.
@@ -407,6 +424,40 @@ class Inbox:
         ]
         self._all(moves, await self._move.run(connection, rows))
 
+    async def part(self, connection: AsyncConnection, rows: Sequence[tuple[int, int, str]]) -> None:
+        """Some handlers are done with an event that waits for others: bucket, position, handler. The watermark of the
+        bucket is compared in the same transaction. Raises `Fenced` when another process wrote the same: roll back."""
+        if not rows:
+            return
+        names = ("bucket", "position", "handler")
+        for _, position, handler in rows if self._half_done else ():
+            this = (
+                partials.c.service == self._service,
+                partials.c.log == str(self._log),
+                partials.c.position == position,
+            )
+            await connection.execute(partials.delete().where(*this, partials.c.handler == handler, partials.c.again))
+        try:
+            await connection.execute(
+                partials.insert(), [self._own | dict(zip(names, row, strict=True)) | {"again": False} for row in rows]
+            )
+        except IntegrityError as error:
+            raise Fenced(
+                f"service {self._service!r}: another process handled position {rows[0][1]} at the same moment"
+            ) from error
+
+    async def forget_parts(self, connection: AsyncConnection, moves: Mapping[int, int]) -> None:
+        """All handlers are done with what these buckets had up to these positions."""
+        for bucket, position in moves.items():
+            await connection.execute(
+                partials.delete().where(
+                    partials.c.service == self._service,
+                    partials.c.log == str(self._log),
+                    partials.c.bucket == bucket,
+                    partials.c.position <= position,
+                )
+            )
+
     async def stand(self, connection: AsyncConnection, marks: Mapping[int, int]) -> None:
         """Raises `Fenced` when any watermark stands elsewhere than `marks` says, bucket to position."""
         if not marks:
@@ -457,7 +508,7 @@ class Inbox:
         of_id = {
             str(identity): str(row.event.id)
             for row in rows
-            if self._replay.covers(row.bucket, row.cause)
+            if self._replay.covers(row.bucket, row.cause) or row.cause in self._half_done
             for identity in row.ids
         }
         ids = list(of_id)

@@ -1,7 +1,8 @@
 """Which partition keys wait, and for what: pure bookkeeping beside the lanes. No I/O.
 
-A key is blocked while it has a held event, or a dead letter that holds it. Its held events fly, as many as were read,
-through the bucket's lane; when one of them fails again, those behind it are not run.
+Each handler has its own keys: a line is a partition key for one handler. A line is blocked while it has a held event,
+or a dead letter that holds it. Its held events fly, as many as were read, through the bucket's lane; when one of them
+fails again, those behind it are not run.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tidings.held import HeldEvent
+from tidings.held import HeldEvent, Line
 from tidings.work import Item
 
 __all__ = ["Keys"]
@@ -19,13 +20,13 @@ class Keys:
     """What the database says about keys, as of the last group, and what was done since."""
 
     def __init__(self) -> None:
-        self.blocked: dict[int, dict[str, int]] = {}
-        """By bucket, so that few events are asked for their key: key to the number of rows that block it. To look at
-        only."""
-        self._flying: Counter[str] = Counter()
-        self._failed: set[str] = set()
+        self.blocked: dict[int, dict[Line, int]] = {}
+        """By bucket, so that few events are asked for their key: line to the number of rows that block it. To look
+        at only."""
+        self._flying: Counter[Line] = Counter()
+        self._failed: set[Line] = set()
 
-    def read(self, blocked: dict[int, dict[str, int]], uncommitted: Iterable[Item]) -> None:
+    def read(self, blocked: dict[int, dict[Line, int]], uncommitted: Iterable[Item]) -> None:
         """What the database holds now, which becomes ours to change, and the items that will change it with the next
         commit."""
         self.blocked = blocked
@@ -35,43 +36,43 @@ class Keys:
     def ended(self, item: Item) -> None:
         """It was run, or held, or is dead; the next commit will say so. Later items in its lane are judged by it."""
         if item.blocks:
-            keys = self.blocked.setdefault(item.bucket, {})
-            keys[item.key] = keys.get(item.key, 0) + item.blocks
-            if keys[item.key] <= 0:
-                del keys[item.key]
-            if not keys:
+            lines, line = self.blocked.setdefault(item.bucket, {}), item.line
+            lines[line] = lines.get(line, 0) + item.blocks
+            if lines[line] <= 0:
+                del lines[line]
+            if not lines:
                 del self.blocked[item.bucket]
         if item.held is not None and not item.blocks:
-            self._failed.add(item.held.key)
+            self._failed.add(item.line)
 
     def must_wait(self, item: Item) -> bool:
         """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""
         if item.held is not None:
-            return item.held.key in self._failed
-        keys = self.blocked.get(item.bucket)
-        return keys is not None and item.key in keys
+            return item.line in self._failed
+        lines = self.blocked.get(item.bucket)
+        return lines is not None and item.line in lines
 
     def left(self, row: HeldEvent) -> None:
         """A held event was not run, for whatever reason: those of its key behind it must wait, too."""
-        self._failed.add(row.key)
+        self._failed.add(row.line)
 
     def blocks(self, row: HeldEvent) -> bool:
-        """Something of its key is held, or dead and holds it."""
-        return row.key in self.blocked.get(row.bucket, ())
+        """Something of its line is held, or dead and holds it."""
+        return row.line in self.blocked.get(row.bucket, ())
 
     @property
-    def flying(self) -> frozenset[str]:
-        """Keys with held events in lanes, or in a commit under way: reading them again would run them twice."""
+    def flying(self) -> frozenset[Line]:
+        """Lines with held events in lanes, or in a commit under way: reading them again would run them twice."""
         return frozenset(self._flying)
 
-    def fly(self, key: str) -> None:
-        self._flying[key] += 1
+    def fly(self, line: Line) -> None:
+        self._flying[line] += 1
 
-    def land(self, key: str) -> bool:
-        """A held event has left its lane, and what came of it is durable. True when it was the key's last."""
-        self._flying[key] -= 1
-        if self._flying[key]:
+    def land(self, line: Line) -> bool:
+        """A held event has left its lane, and what came of it is durable. True when it was the line's last."""
+        self._flying[line] -= 1
+        if self._flying[line]:
             return False
-        del self._flying[key]
-        self._failed.discard(key)
+        del self._flying[line]
+        self._failed.discard(line)
         return True

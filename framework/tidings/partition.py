@@ -122,7 +122,7 @@ class Partition:
     def give_up(self) -> None:
         """Let another process have it: end what runs, however long that honestly takes, and wait in line again."""
         if not self._leave.is_set():
-            self._patience = max((handler.timeout for handler in self._service.handlers.values()), default=0.0)
+            self._patience = max((handler.timeout for handler in self._service.named.values()), default=0.0)
             self._patience += DRAIN_SECONDS
             self._leave.set()
 

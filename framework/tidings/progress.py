@@ -32,6 +32,8 @@ class Batch:
     """Those of them that leave more behind than the watermark."""
     moves: dict[int, int] = field(default_factory=dict)
     """Bucket to its new watermark: that of its last item, because items of one bucket finish in order."""
+    parts: dict[int, list[Item]] = field(default_factory=dict)
+    """Bucket to items whose event still waits for other handlers."""
     foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
     """Messages that are no events of ours."""
     appended: list[UUID] = field(default_factory=list)
@@ -47,7 +49,12 @@ class Batch:
         """True when it leaves more behind than the watermark."""
         self.finished.append(item)
         if item.held is None:
-            self.moves[item.bucket] = item.event.position
+            if item.more:
+                self.parts.setdefault(item.bucket, []).append(item)
+            else:
+                self.moves[item.bucket] = item.event.position
+                if self.parts:
+                    self.parts.pop(item.bucket, None)
             if item.letter is None and item.postponed is None and not item.emissions:
                 return False
         self.notable.append(item)
@@ -66,6 +73,8 @@ class Progress:
         self._held = held
         self._clock = clock
         self._watermarks = dict(remembered.watermarks)
+        self._parts = dict(remembered.partial_at)
+        """Bucket to the position of an event of which rows say that some handlers are done."""
         self.floor = self._stored_floor = remembered.floor
         """Everything up to here is settled (durably at most a second later)."""
         self._stored_at = clock()
@@ -89,11 +98,20 @@ class Progress:
             await inbox.fence(connection)
         doubted = batch.doubted
         await inbox.stand(connection, {item.bucket: self._watermarks[item.bucket] for item in doubted if not item.held})
-        await held.stand(connection, [item.event.position for item in doubted if item.held])
-        await inbox.move(connection, {bucket: (self._watermarks[bucket], at) for bucket, at in batch.moves.items()})
+        await held.stand(connection, [item.turn for item in doubted if item.held])
+        moves = {bucket: (self._watermarks[bucket], at) for bucket, at in batch.moves.items()}
+        if batch.parts:
+            # Also where it does not move, the watermark must stand where this process knows it.
+            marks = {bucket: self._watermarks[bucket] for bucket in batch.parts}
+            moves = {bucket: (at, at) for bucket, at in marks.items()} | moves
+        await inbox.move(connection, moves)
+        if self._parts:
+            passed = {bucket: at for bucket, at in batch.moves.items() if bucket in self._parts}
+            await inbox.forget_parts(connection, passed)
+        await inbox.part(connection, [(at, *item.turn) for at, items in batch.parts.items() for item in items])
         if again:
             await held.postpone(connection, _postponed(again))
-            await held.release(connection, [item.event.position for item in again if item.postponed is None])
+            await held.release(connection, [item.turn for item in again if item.postponed is None])
         await held.hold(connection, _postponed(fresh))
         emissions = [row for item in batch.notable for row in item.emissions]
         if before := await inbox.emitted_before(connection, emissions):
@@ -103,7 +121,8 @@ class Progress:
         await inbox.stage(connection, emissions)
         never = [letter for event_id, letter in batch.never if await inbox.give_up(connection, event_id)]
         await inbox.bury(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
-        await inbox.skipped(connection, [letter.position for letter in letters if letter.reason == SKIPPED])
+        skipped = [item for item in batch.notable if item.letter is not None and item.letter.reason == SKIPPED]
+        await inbox.skipped(connection, [item.event.position for item in skipped if not item.more])
         await inbox.unstage(connection, batch.appended)
         await inbox.forget_notes(connection, batch.noted)
         if floor_is_due:
@@ -112,6 +131,11 @@ class Progress:
 
     def written(self, batch: Batch) -> None:
         self._watermarks.update(batch.moves)
+        if self._parts:
+            for bucket in batch.moves:
+                self._parts.pop(bucket, None)
+        for bucket, items in batch.parts.items():
+            self._parts[bucket] = items[-1].event.position
 
 
 def _postponed(items: Iterable[Item]) -> list[HeldEvent]:

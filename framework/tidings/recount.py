@@ -156,8 +156,8 @@ class _Causes:
 class _Ledger:
     """One service's rows, each to be met in the log."""
 
-    def __init__(self, service: str, handled: frozenset[str], found: Recount) -> None:
-        self.service = service
+    def __init__(self, service: Service, found: Recount) -> None:
+        self.service = service.name
         self.settled = Settled([], {})
         self.staged: dict[bytes, sa.Row[Any]] = {}
         """By event id."""
@@ -170,9 +170,9 @@ class _Ledger:
         self.replayed: dict[int, int] = {}
         """Buckets that a replay sent back, and that have not come to where they were: rows up to there stay, and the
         watermark stands wherever the replay began."""
-        self._handled = handled
+        self._handlers_of = service.handlers_of
         self._found = found
-        self._tally = Tally(service)
+        self._tally = Tally(service.name)
         self._appended: dict[bytes, str] = {}
         found.services.append(self._tally)
 
@@ -187,7 +187,7 @@ class _Ledger:
         self.causes.pop(position, None)
         if event.id_bytes in self.staged:
             self._appended[event.id_bytes] = _place(event)
-        if bucket is None or event.type not in self._handled or position > self._found.position:
+        if bucket is None or not self._handlers_of(event.type) or position > self._found.position:
             return
         self._tally.events += 1
         kinds = {kind for kind, _ in rows}
@@ -238,7 +238,7 @@ class _Ledger:
 
 
 async def _ledger(service: Service, database: Database | None, log: UUID, found: Recount) -> _Ledger:
-    ledger = _Ledger(service.name, frozenset(service.handlers), found)
+    ledger = _Ledger(service, found)
     if database is None:
         return ledger
     async with database.reading() as connection:

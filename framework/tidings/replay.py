@@ -126,17 +126,22 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
     own = _Own(service.name, log_id)
     async with database.reading() as connection:
         state = await own.state(connection)
-        rows = await connection.execute(sa.select(held.c.position).where(*own.above(held, start.before)))
-        waiting = set(rows.scalars())
+        rows = await connection.execute(
+            sa.select(held.c.position, held.c.handler).where(*own.above(held, start.before))
+        )
+        waiting = {(row.position, row.handler) for row in rows}
         found.held = len(waiting)
         letters = (
             await connection.execute(
-                sa.select(dead.c.position, dead.c.type).where(*own.above(dead, start.before), dead.c.kind == "handler")
+                sa.select(dead.c.position, dead.c.handler).where(
+                    *own.above(dead, start.before), dead.c.kind == "handler"
+                )
             )
         ).all()
         waits = sa.select(sa.func.count()).select_from(staged).where(*own.of(staged))
         found.staged = (await connection.scalar(waits)) or 0
-    again = {letter.position for letter in letters if letter.type in _run_again(service.handlers)}
+    run_again = _run_again(service)
+    again = {(letter.position, letter.handler) for letter in letters if letter.handler in run_again}
     found.dead_again, found.dead_stay = len(again), len(letters) - len(again)
     found.upto = state.highest
     if found.upto < start.position:
@@ -146,9 +151,11 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
     return found
 
 
-async def _count(store: EventStore, service: Service, found: Plan, state: _State, undone: set[int]) -> None:
+async def _count(store: EventStore, service: Service, found: Plan, state: _State, undone: set[tuple[int, str]]) -> None:
     shares = {
-        name: Share(handler.name, name, handler.replay, may_emit(handler)) for name, handler in service.handlers.items()
+        (name, handler.name): _share(handler, name)
+        for name, handlers in service.handlers.items()
+        for handler in handlers
     }
     versions: dict[str, int] = {}
     lacking: dict[str, None] = {}
@@ -166,17 +173,20 @@ async def _count(store: EventStore, service: Service, found: Plan, state: _State
             lacking[event.stream] = None
         versions[event.stream] = event.version + 1
         marks.discard(event.position)
-        share = shares.get(event.type)
-        if share is None or event.position > state.upto(bucket):
+        if event.position > state.upto(bucket):
             continue
-        if event.position in undone:
-            share.held += 1
-        elif share.replay:
-            share.run += 1
-        else:
-            share.passed_over += 1
-        share.first = event.position if share.first is None else share.first
-        share.last = event.position
+        for handler in service.handlers_of(event.type):
+            share = shares.get((event.type, handler.name))
+            if share is None:  # a type that only `on_any` handles
+                share = shares[event.type, handler.name] = _share(handler, event.type)
+            if (event.position, handler.name) in undone:
+                share.held += 1
+            elif share.replay:
+                share.run += 1
+            else:
+                share.passed_over += 1
+            share.first = event.position if share.first is None else share.first
+            share.last = event.position
     # A watermark above the start stands at an event that was handled; there may be no later one of its stream.
     found.missing = max(found.missing, len(marks))
     found.missing_streams = list(lacking)[:NAMED]
@@ -213,16 +223,17 @@ async def send_back(database: Database, service: Service, log: UUID, start: Star
         )
         for table in (watermarks, floors):
             await connection.execute(table.update().where(*own.above(table, before)).values(position=before))
-        await _revive(connection, own, before, _run_again(service.handlers))
+        await _revive(connection, own, before, _run_again(service))
 
 
-async def _revive(connection: AsyncConnection, own: _Own, before: int, types: Sequence[str]) -> None:
+async def _revive(connection: AsyncConnection, own: _Own, before: int, names: Sequence[str]) -> None:
     """Dead letters become held events: their event may be in no other place any more."""
-    there = set(await connection.scalars(sa.select(held.c.position).where(*own.above(held, before))))
-    chosen = (*own.above(dead, before), dead.c.kind == "handler", dead.c.type.in_(types))
+    rows = await connection.execute(sa.select(held.c.position, held.c.handler).where(*own.above(held, before)))
+    there = {(row.position, row.handler) for row in rows}
+    chosen = (*own.above(dead, before), dead.c.kind == "handler", dead.c.handler.in_(names))
     for row in (await connection.execute(sa.select(dead).where(*chosen).order_by(dead.c.id))).all():
-        if row.position not in there:
-            there.add(row.position)
+        if (row.position, row.handler) not in there:
+            there.add((row.position, row.handler))
             await connection.execute(
                 held.insert().values(own.values | held_again(row, "dead until a replay; waits for its turn in it"))
             )
@@ -270,8 +281,12 @@ class _Own:
         )
 
 
-def _run_again(handlers: Mapping[str, Handler]) -> list[str]:
-    return [name for name, handler in handlers.items() if handler.replay]
+def _run_again(service: Service) -> list[str]:
+    return [name for name, handler in service.named.items() if handler.replay]
+
+
+def _share(handler: Handler, type: str) -> Share:
+    return Share(handler.name, type, handler.replay, may_emit(handler))
 
 
 def _nothing(service: str, start: Start) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -21,7 +22,7 @@ from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
 from tidings.fingerprints import fingerprint
 from tidings.handlers import Handler, Retry
-from tidings.held import AT_ONCE, HeldEvent, HeldRows
+from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line
 from tidings.keys import Keys
 from tidings.work import Item, Troubles
 
@@ -36,7 +37,8 @@ HELD_SECONDS: Final = 1.0
 """So often a service looks through all held events, because operators may have changed what they wait for. What it
 knows itself (a time that has come, an event that ran) it looks for at once, and only for that."""
 FLYING: Final = 1024
-"""Partition keys whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""
+"""Lines (partition keys for one handler) whose held events are in lanes at once; while handlers hang, or the breaker is
+open, no more come."""
 
 
 def _gone() -> Any:
@@ -75,8 +77,8 @@ class Revival:
         """Set while the bus gives this process messages. Whoever stands by leaves held events to the one at work."""
         self.look = asyncio.Event()
         """Look again now, not only when the second is over."""
-        self._left: set[str] = set()
-        """Keys of which a held event has landed and left others behind."""
+        self._left: set[Line] = set()
+        """Lines of which a held event has landed and left others behind."""
         self._whole = True
         """The next look is through all held events."""
         self.stale = False
@@ -85,7 +87,7 @@ class Revival:
 
     async def renew(self) -> None:
         """What failed in other code is due at once: a deploy may have mended it. Raises `DatabaseUnavailable`."""
-        codes = {handler.name: fingerprint(handler.function) for handler in self._service.handlers.values()}
+        codes = {handler.name: fingerprint(handler.function) for handler in self._service.named.values()}
         async with self._database.reading() as connection:
             if not await self._held.outdated(connection, codes):
                 return
@@ -96,7 +98,7 @@ class Revival:
     async def run(self) -> None:
         """Until cancelled; begin it when `keys` has just been read. Raises `DatabaseUnavailable`, and `Fenced` after a
         replay was asked for."""
-        holds = [handler.retry.hold for handler in self._service.handlers.values()]
+        holds = [handler.retry.hold for handler in self._service.named.values()]
         longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
         loop = asyncio.get_running_loop()
         next_whole = loop.time() + HELD_SECONDS
@@ -128,7 +130,7 @@ class Revival:
         self.look.set()
 
     async def _due(
-        self, longest: float, flying: Collection[str], left: Collection[str] | None
+        self, longest: float, flying: Collection[Line], left: Collection[Line] | None
     ) -> tuple[list[HeldEvent], list[HeldEvent]]:
         """What may run now; and of handlers whose breaker is open, what is to be tried."""
         paused = dict(self._breakers.open)
@@ -136,13 +138,13 @@ class Revival:
             async with self._database.reading() as connection:
                 await self._fence(connection)
                 rows = await self._held.due(connection, time.time(), longest, flying, left, paused)
-                besides = {*flying, *(row.key for row in rows)}
+                besides = {*flying, *(row.line for row in rows)}
                 trials: list[HeldEvent] = []
                 for name, breaker in paused.items():
                     if breaker.wants_trial:
                         newest = breaker.takes_newest
                         trials += await self._held.candidate(connection, name, besides, newest=newest)
-                        besides.update(row.key for row in trials)
+                        besides.update(row.line for row in trials)
                 return rows, trials
         except DatabaseUnavailable as error:
             if isinstance(error.__cause__, PoolTimeout):
@@ -156,19 +158,23 @@ class Revival:
         self._fly(row, trial=breaker is not None)
 
     def _fly(self, row: HeldEvent, *, trial: bool = False) -> None:
-        handler = self._service.handlers.get(row.event.type)
-        if handler is None:
-            handler = GONE
-            reason = f"service {self._service.name!r} has no handler for {row.event.type!r} any more"
-            self._troubles.condemned[row.event.position] = Failure(reason, "", permanent=True)
-        self._keys.fly(row.key)
+        handler = self._service.named.get(row.handler)
+        if handler is None or handler not in self._service.handlers_of(row.event.type):
+            handler = replace(GONE, name=row.handler)
+            which = f"handler {row.handler!r}" if self._service.handlers_of(row.event.type) else "handler"
+            reason = (
+                f"service {self._service.name!r} has no {which} for {row.event.type!r} any more: bring it back, then "
+                "retry this dead letter; or drop it"
+            )
+            self._troubles.condemned[row.event.position, row.handler] = Failure(reason, "", permanent=True)
+        self._keys.fly(row.line)
         item = Item(row.event, row.bucket, handler, None, row, replayed=row.replayed)
         item.trial = trial
         self._give(item)
 
     def landed(self, row: HeldEvent) -> None:
         """What came of a held event is durable, or it was left alone."""
-        if self._keys.land(row.key):
+        if self._keys.land(row.line):
             if self._keys.blocks(row):
-                self._left.add(row.key)
+                self._left.add(row.line)
             self.look.set()

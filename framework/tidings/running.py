@@ -355,7 +355,7 @@ async def run_service(
         if service.resources is not None:
             yielded = await stack.enter_async_context(service.resources(service))
             running.resources = Resources(service.name, yielded)
-        for handler in service.handlers.values():
+        for handler in service.named.values():
             running.resources.check(handler)
         stack.enter_context(Watchdog(running))
         async with supervised(running.serve(), stop=running.stopping):

@@ -17,7 +17,7 @@ from tidings.buses import EventBus, check_partitions, check_service_name
 from tidings.codec import encode
 from tidings.errors import ConfigurationError
 from tidings.events import Event, Registry
-from tidings.handlers import Handler, Retry, declare
+from tidings.handlers import Handler, Retry, Since, declare
 from tidings.position import RESERVED
 from tidings.repository import Repository
 from tidings.stores import ANY, Appended, EventStore, Expected
@@ -40,7 +40,7 @@ Lifespan = Callable[["Service"], AbstractAsyncContextManager[Any]]
 
 
 class Service:
-    """One service: one queue, one database, at most one handler per event type.
+    """One service: one queue, one database, any number of handlers per event type.
 
     `tables` are created in the service's database when it starts. `lifespan(service)` is an async context manager
     around the running service; what it yields (one object, or a tuple of them) is injected into handlers by type.
@@ -67,9 +67,12 @@ class Service:
         self.concurrency = concurrency
         self.prefetch = prefetch
         self.partitions = partitions if partitions is None else check_partitions(partitions)
-        self.handlers: dict[str, Handler] = {}
-        """By wire name."""
-        self._names: dict[str, Handler] = {}
+        self.handlers: dict[str, tuple[Handler, ...]] = {}
+        """By wire name, in the order of their declaration; those of `on_any` are among them."""
+        self.handlers_of_any: tuple[Handler, ...] = ()
+        """Those of `on_any`: of types that are not declared, they alone are given the events."""
+        self.named: dict[str, Handler] = {}
+        """All handlers by name."""
         self._types = Registry(f"service {name!r}")
         self._running: RunningService | None = None
         self._claimed = False
@@ -83,8 +86,12 @@ class Service:
         timeout: float = 30.0,
         replay: bool = True,
         was: tuple[str, ...] = (),
+        since: Since = None,
     ) -> Callable[[F], F]:
         """Handle these events; returns the function unchanged.
+
+        Several handlers of one event run one after the other, in the order of their declaration; each is retried, held
+        and given up on its own.
 
         Parameters are injected by annotation: the event, `Context`, SQLAlchemy's `AsyncSession` or `AsyncConnection`,
         or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
@@ -92,34 +99,84 @@ class Service:
         `replay=False` is for handlers with such other effects: `tidings replay` does not run them again.
         `name`, by default the function's, is part of the ids of what the handler emits. When a handler is renamed, keep
         its `name`, or list the former ones in `was`, the oldest first: what it emitted under them is then recognised.
-        Raises `ConfigurationError` for a second handler of an event, a name used twice, or a signature that cannot be
-        served.
+        `since` says where a handler begins that is new in a service which has settled events before: "now" (the
+        default) after them, "start" with the first event of the log, or at a position. Its past is then done beside
+        the other handlers' present, in order per partition key, before it is given new events. Without `since`, the
+        service says in its log what the handler was not given. It counts until the handler has begun; a lower one
+        later adds the past that is missing.
+        Raises `ConfigurationError` for a name used twice, or a signature that cannot be served.
         """
 
         def register(function: F) -> F:
             policy = retry or Retry()
-            handler = declare(function, events, name=name, retry=policy, timeout=timeout, replay=replay, was=was)
-            if handler.name in self._names:
-                raise ConfigurationError(
-                    f"service {self.name!r} has two handlers named {handler.name!r}: give one of them name=..., "
-                    "because the ids of emitted events are made from it"
-                )
-            for event in events:
+            handler = declare(
+                function, events, name=name, retry=policy, timeout=timeout, replay=replay, was=was, since=since
+            )
+            self._add(handler)
+            for event in dict.fromkeys(events):
                 self._types.add(event)
-                known = self.handlers.get(event.wire_name)
-                if known is not None:
-                    raise ConfigurationError(
-                        f"service {self.name!r} handles {event.wire_name!r} twice, in {known.name!r} and "
-                        f"{handler.name!r}: one service has one effect per event; call both from one handler"
-                    )
-                self.handlers[event.wire_name] = handler
-            self._names[handler.name] = handler
+                known = self.handlers.get(event.wire_name, self.handlers_of_any)
+                self.handlers[event.wire_name] = (*known, handler)
             return function
 
         return register
 
+    def on_any(
+        self,
+        *,
+        name: str | None = None,
+        retry: Retry | None = None,
+        timeout: float = 30.0,
+        replay: bool = True,
+        was: tuple[str, ...] = (),
+        since: Since = None,
+    ) -> Callable[[F], F]:
+        """Handle every event that the log carries to services, of whatever type, declared or not, as a
+        `RecordedEvent`; everything else is as with `on`.
+
+        Events that a handler of `on` takes are given to both. What the handler itself emits comes back to it.
+        """
+
+        def register(function: F) -> F:
+            handler = declare(
+                function,
+                (),
+                name=name,
+                retry=retry or Retry(),
+                timeout=timeout,
+                replay=replay,
+                was=was,
+                since=since,
+                every=True,
+            )
+            self._add(handler)
+            self.handlers_of_any += (handler,)
+            self.handlers = {wire_name: (*known, handler) for wire_name, known in self.handlers.items()}
+            return function
+
+        return register
+
+    def _add(self, handler: Handler) -> None:
+        if handler.name in self.named:
+            raise ConfigurationError(
+                f"service {self.name!r} has two handlers named {handler.name!r}: give one of them name=..., "
+                "because the ids of emitted events are made from it"
+            )
+        for other in self.named.values():
+            if both := handler.names & other.names:
+                raise ConfigurationError(
+                    f"service {self.name!r}: {min(both)!r} is, or was, the name of two handlers, {other.name!r} and "
+                    f"{handler.name!r}: what was emitted and held under it belongs to one of them; take it out of the "
+                    "other's was="
+                )
+        self.named[handler.name] = handler
+
+    def handlers_of(self, wire_name: str) -> tuple[Handler, ...]:
+        """The handlers that are given an event of this type, in the order in which they run."""
+        return self.handlers.get(wire_name, self.handlers_of_any)
+
     def view(self, wire_name: str) -> type[Event] | None:
-        """This service's declaration of an event type, None for one it does not handle."""
+        """This service's declaration of an event type, None for one it does not declare."""
         return self._types.get(wire_name)
 
     def repository(self, aggregate: type[A]) -> Repository[A]:

@@ -78,7 +78,7 @@ class SessionHandlers:
             if not self._given or self._clock() - began > GROUP_SECONDS:
                 return
             first = self._given[0]
-            alone = first.handler.name in self._slow or first.event.position in self._troubles.suspected
+            alone = first.handler.name in self._slow or first.turn in self._troubles.suspected
             if alone and nth:
                 return
             item = self._given.popleft()

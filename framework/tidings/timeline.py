@@ -244,7 +244,7 @@ def _standing(service: Service, settled: Settled, happening: Happening, position
     bucket = happening.bucket
     if bucket is None:
         return Standing(service.name, "not carried")
-    if happening.type not in service.handlers:
+    if not service.handlers_of(happening.type):
         return Standing(service.name, "not handled here")
     return Standing(service.name, "settled" if settled(bucket, position) else "pending")
 

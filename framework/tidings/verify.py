@@ -102,7 +102,7 @@ async def _count(
     store: EventStore, position: int, limit: int | None, views: Sequence[_View], relay: RelayReport | None
 ) -> bool:
     """Read what is not known to be settled or published, and count it; False when `limit` ended it."""
-    handling = [view for view in views if view.handled]
+    handling = [view for view in views if view.service.named]
     published = position
     if relay is not None and relay.checkpoint is not None:
         published = relay.checkpoint
@@ -172,11 +172,11 @@ class _View:
     """What one service has settled, as its database says."""
 
     report: ServiceReport
-    handled: frozenset[str]
+    service: Service
     settled: Settled
 
     def compare(self, event: RecordedEvent, bucket: int) -> None:
-        if event.type not in self.handled or self.settled(bucket, event.position):
+        if not self.service.handlers_of(event.type) or self.settled(bucket, event.position):
             return
         self.report.pending_count += 1
         if len(self.report.pending) < NAMED:
@@ -187,7 +187,7 @@ class _View:
 
 async def _look(service: Service, database: Database | None, log_id: UUID) -> _View:
     if database is None:
-        return _View(ServiceReport(service.name, floor=-1, ran=False), frozenset(service.handlers), Settled([], {}))
+        return _View(ServiceReport(service.name, floor=-1, ran=False), service, Settled([], {}))
     of = _of(service.name, log_id)
     async with database.reading() as connection:
         settled, _ = await settled_in(connection, service.name, log_id)
@@ -215,7 +215,7 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
                 )
                 for row in rows
             ]
-    return _View(report, frozenset(service.handlers), settled)
+    return _View(report, service, settled)
 
 
 async def _first_due(connection: AsyncConnection, of: Own) -> float | None:

@@ -17,14 +17,14 @@ from tidings.context import Context
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.fingerprints import fingerprint
 from tidings.handlers import Handler
-from tidings.held import HeldEvent
+from tidings.held import HeldEvent, Line
 from tidings.inbox import Letter, StagedEvent, key_of
 from tidings.own_metadata import own_metadata
 from tidings.position import Ticket
 from tidings.stores import RecordedEvent
 from tidings.tracebacks import Kind, Tracebacks
 
-__all__ = ["SKIPPED", "Item", "Step", "Troubles"]
+__all__ = ["SKIPPED", "Item", "Step", "Troubles", "Turn"]
 
 log = structlog.get_logger("tidings.dispatch")
 
@@ -40,31 +40,40 @@ class Step(NamedTuple):
     consumer: Consumer | None = None
     tag: int = 0
     floor: int = -1
+    caught: int = -1
+    """Handlers that are behind have been given everything up to here."""
+
+
+Turn = tuple[int, str]
+"""An event for one handler: position, and the handler's name."""
 
 
 class Troubles:
-    """Attempts that failed, by position: they outlive a rejoin, so that an event cannot be retried for ever."""
+    """Attempts that failed, by turn: they outlive a rejoin, so that an event cannot be retried for ever."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracebacks: Final = Tracebacks(clock)
         self.process: Final = str(uuid4())
         """Who marks a range as its own: every process has another one (`tidings.crashes`)."""
-        self.attempts: dict[int, int] = {}
-        self.condemned: dict[int, Failure] = {}
+        self.attempts: dict[Turn, int] = {}
+        self.condemned: dict[Turn, Failure] = {}
         """Dead without being run again: the handler ended the transaction that it was part of, or made its commit
         fail."""
-        self.losses: dict[int, int] = {}
+        self.crashed: dict[int, tuple[Failure, int]] = {}
+        """By position: dead without being run again by any handler, because the process crashed so many times while
+        one of them ran (which one, nobody can say), or because an operator wants it."""
+        self.losses: dict[Turn, int] = {}
         """How often in a row the connection to the database was lost while the event's handler was at work."""
-        self.suspected: set[int] = set()
+        self.suspected: set[Turn] = set()
         """Each gets a transaction of its own: the commit of a group that it was part of failed."""
 
     def skip(self, positions: Iterable[int]) -> None:
         """An operator wants the events at these positions dead without being run."""
-        self.condemned |= dict.fromkeys(positions, Failure(SKIPPED, "", permanent=True, skipped=True))
+        self.crashed |= dict.fromkeys(positions, (Failure(SKIPPED, "", permanent=True, skipped=True), 1))
 
     def condemn(self, item: Item, failure: Failure, what: str) -> Fenced:
         """What to raise for a handler that did what only joining again can undo."""
-        self.condemned[item.event.position] = Failure(failure.reason, failure.detail, permanent=True)
+        self.condemned[item.turn] = Failure(failure.reason, failure.detail, permanent=True)
         return Fenced(
             f"handler {item.handler.name!r} {what} ({failure.reason}); the group is undone, and the event at position "
             f"{item.event.position} dead"
@@ -75,8 +84,8 @@ class Troubles:
     ) -> DatabaseUnavailable:
         """What to raise when the connection was lost while the handler was at work. Mostly it is not the handler's
         doing; where it is so again and again, the event counts as failed, and others go on."""
-        position, name = item.event.position, item.handler.name
-        losses = self.losses[position] = self.losses.get(position, 0) + 1
+        turn = position, name = item.turn
+        losses = self.losses[turn] = self.losses.get(turn, 0) + 1
         why = failure.reason if failure is not None else f"{type(cause).__name__}: {cause}" if cause else "no error"
         said = (
             f"the connection was lost while handler {name!r} was at the event at position {position} ({why}). If it is "
@@ -84,10 +93,10 @@ class Troubles:
             "keeps its session waiting for longer than the server bears (idle_in_transaction_session_timeout)"
         )
         if losses >= LOSSES:
-            del self.losses[position]
-            self.attempts[position] = item.handler.retry.attempts
+            del self.losses[turn]
+            self.attempts[turn] = item.handler.retry.attempts
             detail = failure.detail if failure is not None else ""
-            self.condemned[position] = Failure(f"ConnectionLost: {losses} times {said}", detail, permanent=False)
+            self.condemned[turn] = Failure(f"ConnectionLost: {losses} times {said}", detail, permanent=False)
         return DatabaseUnavailable(f"database {database}: {said}. Nothing is lost: its group is undone, and done again")
 
     def suspect(self, ran: Sequence[Item], error: DBAPIError) -> Fenced:
@@ -96,7 +105,7 @@ class Troubles:
         if len(ran) == 1:
             detail = "".join(traceback.format_exception(error))
             return self.condemn(ran[0], Failure(reason, detail, permanent=True), "wrote what cannot be committed")
-        self.suspected.update(item.event.position for item in ran)
+        self.suspected.update(item.turn for item in ran)
         return Fenced(
             f"the database refused to commit what {len(ran)} events wrote ({reason}); they are undone, and each of "
             "them gets a transaction of its own"
@@ -104,16 +113,18 @@ class Troubles:
 
     def forget(self, items: Iterable[Item]) -> None:
         """They are settled."""
-        if self.condemned or self.suspected or self.losses:
+        if self.condemned or self.suspected or self.losses or self.crashed:
             for item in items:
-                self.condemned.pop(item.event.position, None)
-                self.losses.pop(item.event.position, None)
-                self.suspected.discard(item.event.position)
+                self.condemned.pop(item.turn, None)
+                self.losses.pop(item.turn, None)
+                self.suspected.discard(item.turn)
+                if not item.more:
+                    self.crashed.pop(item.event.position, None)
 
 
 class Item(Ticket[Step | None]):
-    """One event, and in the end what came of it: nothing more, or a letter, or a held event. It is its own ticket,
-    which says what to do when it and everything before it are settled."""
+    """One event for one handler, and in the end what came of it: nothing more, or a letter, or a held event. It is its
+    own ticket, which says what to do when it and everything before it are settled."""
 
     __slots__ = (
         "bucket",
@@ -121,8 +132,11 @@ class Item(Ticket[Step | None]):
         "event",
         "handler",
         "held",
+        "late",
         "letter",
         "metadata",
+        "more",
+        "plain",
         "postponed",
         "replayed",
         "since",
@@ -139,6 +153,8 @@ class Item(Ticket[Step | None]):
         *,
         replayed: bool = False,
         metadata: dict[str, Any] | None = None,
+        more: bool = False,
+        late: bool = False,
     ) -> None:
         self.value = step
         self.done = False
@@ -154,6 +170,12 @@ class Item(Ticket[Step | None]):
         """The event's metadata document, where it was read already."""
         self.trial = False
         """It runs to find out whether its handler, whose breaker is open, still fails."""
+        self.more = more
+        """Other handlers have this event after this one: the watermark waits for them."""
+        self.late = late
+        """Its handler is behind the watermark of the bucket, which has nothing to do with it."""
+        self.plain = held is None and not more and not late
+        """The watermark moves with it."""
         self.since = 0.0
         """When its handler was called last, in seconds of the dispatcher's clock."""
         self.emissions: Sequence[StagedEvent] = ()
@@ -180,6 +202,15 @@ class Item(Ticket[Step | None]):
         if own is None:
             own = self.metadata = own_metadata(self.event.metadata)  # the attempt that comes next needs it too
         return key_of(self.event, own)
+
+    @property
+    def turn(self) -> Turn:
+        return self.event.position, self.handler.name
+
+    @property
+    def line(self) -> Line:
+        """What waits for what: events of one partition key for one handler."""
+        return self.key, self.handler.name
 
     def succeed(self, context: Context) -> None:
         aliases = context.aliases

@@ -30,7 +30,7 @@ from tests.integration.served import open_log
 from tidings import Hold, Relay, Retry, Service, open_bus
 from tidings.database import dead, held
 from tidings.dead import DeadLetters
-from tidings.held import HeldRows
+from tidings.held import HeldRows, Line
 from tidings.supervision import supervised
 from tidings.verify import verify
 
@@ -161,7 +161,7 @@ async def test_what_is_delivered_before_it_is_known_which_keys_are_blocked_waits
     known = asyncio.Event()
     blocked = HeldRows.blocked
 
-    async def late(self: HeldRows, connection: AsyncConnection) -> dict[int, dict[str, int]]:
+    async def late(self: HeldRows, connection: AsyncConnection) -> dict[int, dict[Line, int]]:
         await known.wait()
         return await blocked(self, connection)
 

@@ -94,8 +94,7 @@ class World:
         if actor.position >= len(self.store.log):
             return False
         event = self.store.log[actor.position]
-        handler = actor.service.handlers.get(event.type)
-        if handler is not None:
+        for handler in actor.service.handlers_of(event.type):
             context = Context(name, handler.name, LOG, event, read_metadata(event), 1)
             try:
                 await self._attempt(actor, context, dies)
@@ -135,7 +134,7 @@ class World:
         await self.store.append(stream, [data], expected=version)
 
     async def _attempt(self, actor: Actor, context: Context, dies: bool) -> None:
-        handler = actor.service.handlers[context.event.type]
+        handler = actor.service.named[context.handler]
         attempts = Attempts(actor.service, actor.resources)
         async with actor.database.transaction() as connection:
             try:

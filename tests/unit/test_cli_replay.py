@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop, shop
+from tidings.handlers import Handler
 
 SHOP = "tests.unit.command_line:shop"
 TABLES = ("watermarks", "floors", "replay", "held", "dead", "staged", "schema")
@@ -28,17 +29,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def declare_anew(monkeypatch: pytest.MonkeyPatch, handler: Handler) -> None:
+    monkeypatch.setitem(shop.handlers, "OrderCreated", (handler,))
+    monkeypatch.setitem(shop.named, handler.name, handler)
+
+
 @pytest.fixture
 def handled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The orders that `shop` takes from now on."""
     found: list[str] = []
-    handler = shop.handlers["OrderCreated"]
+    (handler,) = shop.handlers["OrderCreated"]
 
     async def take(event: OrderCreated) -> None:
         found.append(event.order_id)
 
-    changed = replace(handler, function=take, parameters=handler.parameters[:1])
-    monkeypatch.setitem(shop.handlers, "OrderCreated", changed)
+    declare_anew(monkeypatch, replace(handler, function=take, parameters=handler.parameters[:1]))
     return found
 
 
@@ -72,8 +77,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(folder: Path) -> None:
 
 
 def test_a_dry_run_names_the_handlers_that_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = shop.handlers["OrderCreated"]
-    monkeypatch.setitem(shop.handlers, "OrderCreated", replace(handler, replay=False))
+    (handler,) = shop.handlers["OrderCreated"]
+    declare_anew(monkeypatch, replace(handler, replay=False))
     (share, _) = json.loads(invoke("replay", SHOP, "--from", "0", "--dry-run", "--json").out)["shares"]
     assert (share["handler"], share["replay"], share["run"], share["passed_over"]) == ("take", False, 0, 3)
     (line,) = (line for line in invoke("replay", SHOP, "--from", "0", "--dry-run").out.splitlines() if "take" in line)

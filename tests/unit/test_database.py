@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from tidings.database import connected, guarded, open_database
+from tidings.database import connected, guarded, held, open_database
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.outages import is_outage
 
@@ -185,3 +185,37 @@ def test_of_errors_that_sqlalchemy_does_not_class_the_servers_state_says_whose_t
     error = DBAPIError("SELECT 1", None, Refused())
     error._tidings = True  # type: ignore[attr-defined]  # as the engine marks its own
     assert is_outage(error) is outage
+
+
+async def test_held_events_of_an_older_schema_are_kept_and_may_be_held_for_a_second_handler(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    async with open_database(f"sqlite:///{path}"):
+        pass
+    with closing(sqlite3.connect(path)) as connection, connection:
+        (made,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'tidings_held'").fetchone()
+        connection.execute("DROP TABLE tidings_held")
+        connection.execute(made.replace("position, handler)", "position)"))
+        connection.execute("CREATE INDEX tidings_held_keys ON tidings_held (service, log, partition_key)")
+        connection.execute("UPDATE tidings_schema SET version = 3")
+        connection.execute(HELD, ("first", b"\x00\xff"))
+        with pytest.raises(sqlite3.IntegrityError):
+            connection.execute(HELD, ("second", b""))
+    for _ in range(2):
+        async with open_database(f"sqlite:///{path}"):
+            pass
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(HELD, ("second", b""))
+        found = connection.execute("SELECT handler, data, replayed FROM tidings_held ORDER BY handler").fetchall()
+        indexes = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert found == [("first", b"\x00\xff", 0), ("second", b"", 0)]
+    assert {index.name for index in held.indexes} <= indexes
+    assert "tidings_held_keys" not in indexes
+    assert "tidings_held_former" not in tables
+
+
+HELD = (
+    "INSERT INTO tidings_held (service, log, position, bucket, partition_key, version, ticks, event_id, stream, type, "
+    "handler, data, metadata, is_json, attempts, tries, due, reason) VALUES "
+    "('s', 'l', 5, 0, 'k', 0, 0, 'id', 's', 't', ?, ?, x'', 1, 1, 0, 0.0, 'because')"
+)

@@ -15,6 +15,7 @@ from tidings.errors import ConfigurationError
 from tidings.events import Event
 from tidings.handlers import Handler, Inject, Retry, declare
 from tidings.service import Service
+from tidings.stores import RecordedEvent
 
 if TYPE_CHECKING:
     from decimal import Decimal as OnlyForChecking
@@ -75,6 +76,10 @@ def test_a_plain_function_is_threaded_and_not_transactional() -> None:
 async def _newer(event: Placed | Cancelled) -> None: ...
 async def _older(event: Union[Placed, Cancelled]) -> None: ...  # noqa: UP007
 async def _any(event: Event) -> None: ...
+
+
+async def everything(event: RecordedEvent) -> None: ...
+async def nothing() -> None: ...
 
 
 @pytest.mark.parametrize("function", [_newer, _older, _any])
@@ -170,11 +175,36 @@ def test_the_decorator_returns_the_function_unchanged_and_registers_every_event(
     assert service.view("Unknown") is None
 
 
-def test_a_second_handler_of_an_event_is_refused_and_both_are_named() -> None:
+def test_several_handlers_of_an_event_run_in_the_order_of_their_declaration() -> None:
     service = Service("stock")
     service.on(Placed)(narrow)
-    with pytest.raises(ConfigurationError, match=r"'stock' handles 'Placed' twice, in 'narrow' and 'other'"):
-        service.on(Placed, name="other")(narrow)
+    service.on_any(name="all")(everything)
+    service.on(Placed, Cancelled, name="other")(_newer)
+    assert [handler.name for handler in service.handlers_of("Placed")] == ["narrow", "all", "other"]
+    assert [handler.name for handler in service.handlers_of("Cancelled")] == ["all", "other"]
+    assert [handler.name for handler in service.handlers_of("Unknown")] == ["all"]
+    assert list(service.named) == ["narrow", "all", "other"]
+
+
+def test_on_any_asks_for_the_recorded_event_and_nothing_else() -> None:
+    service = Service("stock")
+    with pytest.raises(ConfigurationError, match=r"'narrow'.*on_any hands over RecordedEvent"):
+        service.on_any()(narrow)
+    with pytest.raises(ConfigurationError, match=r"'nothing'.*no parameter is annotated with RecordedEvent"):
+        service.on_any()(nothing)
+
+
+def test_a_former_name_belongs_to_one_handler() -> None:
+    service = Service("stock")
+    service.on(Placed, name="old")(narrow)
+    with pytest.raises(ConfigurationError, match="'old' is, or was, the name of two handlers"):
+        service.on(Placed, name="new", was=("old",))(narrow)
+
+
+@pytest.mark.parametrize("since", ["begin", -1, 1.5, True])
+def test_where_a_handler_begins_is_start_now_or_a_position(since: Any) -> None:
+    with pytest.raises(ConfigurationError, match="since="):
+        Service("stock").on(Placed, since=since)(narrow)
 
 
 def test_a_second_handler_of_a_name_is_refused() -> None:

@@ -10,22 +10,22 @@ from uuid import UUID
 import pytest
 
 from tidings.database import dead, floors, open_database
-from tidings.held import AT_ONCE, HeldEvent, HeldRows
+from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line
 from tidings.position import ALL_BUCKETS, bucket_of
 from tidings.stores import RecordedEvent
 
 LOG = UUID(int=7)
 NOW, LONGEST = 1_000.0, 600.0
-KEYS = [f"key{number}" for number in range(6)]
+KEYS = [(f"key{number}", handler) for number in range(4) for handler in ("place", "count")]
 
 
-def held_event(position: int, key: str, attempts: int, due: float) -> HeldEvent:
+def held_event(position: int, line: Line, attempts: int, due: float) -> HeldEvent:
     event = RecordedEvent(position, "orders", position, "Placed", b"{}", b"", True, UUID(int=position).bytes, 0)
-    return HeldEvent(event, bucket_of(key), key, "place", attempts, 0, due, "because", None)
+    return HeldEvent(event, bucket_of(line[0]), *line, attempts, 0, due, "because", None)
 
 
-def random_rows(dice: random.Random) -> tuple[list[HeldEvent], list[tuple[int, str, bool]]]:
-    """Held events, and dead letters (position, key, whether it holds the key)."""
+def random_rows(dice: random.Random) -> tuple[list[HeldEvent], list[tuple[int, Line, bool]]]:
+    """Held events, and dead letters (position, line, whether it holds the line)."""
     rows, letters = [], []
     for position in range(1, dice.randrange(2, 40)):
         key, fate = dice.choice(KEYS), dice.random()
@@ -38,13 +38,13 @@ def random_rows(dice: random.Random) -> tuple[list[HeldEvent], list[tuple[int, s
     return rows, letters
 
 
-def have_their_turn(rows: list[HeldEvent], letters: list[tuple[int, str, bool]], besides: set[str]) -> list[int]:
+def have_their_turn(rows: list[HeldEvent], letters: list[tuple[int, Line, bool]], besides: set[Line]) -> list[int]:
     """By the rules: the oldest of a key, when it is due or only waited, and what follows it up to a letter that holds
     the key."""
     found: list[int] = []
     for key in set(KEYS) - besides:
         graves = [position for position, of, holds in letters if of == key and holds]
-        mine = [row for row in rows if row.key == key and row.event.position < min(graves, default=10**9)]
+        mine = [row for row in rows if row.line == key and row.event.position < min(graves, default=10**9)]
         if not mine:
             continue
         first = mine[0]
@@ -64,7 +64,7 @@ async def test_what_is_due_is_what_the_rules_say(tmp_path: Path, seed: int) -> N
         own = {"service": "shop", "log": str(LOG)}
         await connection.execute(floors.insert().values(own | {"first_bucket": 0, "last_bucket": 255, "position": 99}))
         await mine.hold(connection, rows)
-        for position, key, holds in letters:
+        for position, (key, handler), holds in letters:
             letter = {
                 "kind": "handler",
                 "attempts": 1,
@@ -73,21 +73,24 @@ async def test_what_is_due_is_what_the_rules_say(tmp_path: Path, seed: int) -> N
                 "bucket": bucket_of(key),
             }
             await connection.execute(
-                dead.insert().values(own | letter | {"position": position, "key": key, "holds_key": holds})
+                dead.insert().values(
+                    own | letter | {"position": position, "key": key, "handler": handler, "holds_key": holds}
+                )
             )
         whole = await mine.due(connection, NOW, LONGEST, besides)
         part = await mine.due(connection, NOW, LONGEST, besides, after)
         blocked = await mine.blocked(connection)
     turn = have_their_turn(rows, letters, besides)
     assert [row.event.position for row in whole] == turn
-    waited = {row.key for row in rows if row.event.position in turn and row.attempts == 0 and row.key not in after}
-    first = {key: next(row for row in rows if row.key == key) for key in {row.key for row in rows}}
+    waited = {row.line for row in rows if row.event.position in turn and row.attempts == 0 and row.line not in after}
+    first = {key: next(row for row in rows if row.line == key) for key in {row.line for row in rows}}
     unasked = {key for key in waited if first[key].attempts == 0}
-    expected = [row.event.position for row in rows if row.event.position in turn and row.key not in unasked]
+    expected = [row.event.position for row in rows if row.event.position in turn and row.line not in unasked]
     assert [row.event.position for row in part] == expected
-    keys = [row.key for row in rows] + [key for _, key, holds in letters if holds]
+    keys = [row.line for row in rows] + [key for _, key, holds in letters if holds]
     assert blocked == {
-        bucket: {key: keys.count(key) for key in keys if bucket_of(key) == bucket} for bucket in map(bucket_of, keys)
+        bucket: {key: keys.count(key) for key in keys if bucket_of(key[0]) == bucket}
+        for bucket in [bucket_of(key) for key, _ in keys]
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 from hypothesis import given, settings
@@ -11,28 +12,30 @@ from hypothesis import strategies as st
 
 from tidings.attempt import Failure
 from tidings.handlers import Handler, Hold, Retry
-from tidings.held import HeldEvent
+from tidings.held import HeldEvent, Line
 from tidings.inbox import key_of
 from tidings.keys import Keys
 from tidings.stores import RecordedEvent
 from tidings.work import Item
+
+A = ("a", "handle")
 
 
 def event(position: int, key: str) -> RecordedEvent:
     return RecordedEvent(position, key, position, "Happened", b"{}", b"{}", True, UUID(int=position).bytes, 0)
 
 
-def handler(hold_key: bool) -> Handler:
+def handler(hold_key: bool, name: str = "handle") -> Handler:
     retry = Retry(attempts=1, hold=Hold(attempts=10), hold_key=hold_key)
-    return Handler("handle", lambda: None, (), (), retry, 1.0, threaded=True)
+    return Handler(name, lambda: None, (), (), retry, 1.0, threaded=True)
 
 
-def fresh(position: int, key: str, *, hold_key: bool = True) -> Item:
-    return Item(event(position, key), 0, handler(hold_key), None)
+def fresh(position: int, key: str, name: str = "handle", *, hold_key: bool = True) -> Item:
+    return Item(event(position, key), 0, handler(hold_key, name), None)
 
 
 def revived(row: HeldEvent, *, hold_key: bool = True) -> Item:
-    return Item(row.event, 0, handler(hold_key), None, row)
+    return Item(row.event, 0, handler(hold_key, row.handler), None, row)
 
 
 def row(position: int, key: str) -> HeldEvent:
@@ -49,16 +52,17 @@ def test_an_event_that_failed_blocks_its_key_and_no_other() -> None:
     keys.ended(fail(fresh(1, "a")))
     assert keys.must_wait(fresh(2, "a"))
     assert not keys.must_wait(fresh(2, "b"))
+    assert not keys.must_wait(fresh(2, "a", "other")), "each handler has its own order"
 
 
 def test_a_key_blocks_in_its_own_bucket_until_nothing_is_left_that_blocks_it() -> None:
     keys = Keys()
-    keys.read({0: {"a": 1}, 7: {"b": 1}}, ())
+    keys.read({0: {A: 1}, 7: {("b", "handle"): 1}}, ())
     assert not keys.must_wait(fresh(2, "b")), "its bucket is another one"
     assert keys.blocks(row(1, "a"))
     assert not keys.blocks(row(1, "b"))
     keys.ended(revived(row(1, "a")))
-    assert keys.blocked == {7: {"b": 1}}
+    assert keys.blocked == {7: {("b", "handle"): 1}}
 
 
 def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
@@ -70,9 +74,9 @@ def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
 
 def test_a_held_event_that_becomes_a_dead_letter_without_a_hold_lets_those_behind_it_go_on() -> None:
     keys = Keys()
-    keys.read({0: {"a": 2}}, ())
-    keys.fly("a")
-    keys.fly("a")
+    keys.read({0: {A: 2}}, ())
+    keys.fly(A)
+    keys.fly(A)
     keys.ended(fail(revived(row(1, "a"), hold_key=False), permanent=True))
     assert not keys.must_wait(revived(row(2, "a")))
     assert keys.must_wait(fresh(3, "a")), "the second is held still"
@@ -80,22 +84,22 @@ def test_a_held_event_that_becomes_a_dead_letter_without_a_hold_lets_those_behin
 
 def test_a_key_whose_flight_met_a_failure_flies_again_when_all_of_it_has_landed() -> None:
     keys = Keys()
-    keys.read({0: {"a": 2}}, ())
-    keys.fly("a")
-    keys.fly("a")
+    keys.read({0: {A: 2}}, ())
+    keys.fly(A)
+    keys.fly(A)
     keys.ended(fail(revived(row(1, "a"))))
     assert keys.must_wait(revived(row(2, "a")))
-    assert not keys.land("a")
-    assert keys.flying == {"a"}
+    assert not keys.land(A)
+    assert keys.flying == {A}
     assert keys.must_wait(revived(row(2, "a"))), "the first is not committed yet"
-    assert keys.land("a")
+    assert keys.land(A)
     assert keys.flying == frozenset()
     assert not keys.must_wait(revived(row(2, "a")))
 
 
 def test_what_an_operator_took_away_is_known_with_the_next_reading() -> None:
     keys = Keys()
-    keys.read({0: {"a": 1}}, ())
+    keys.read({0: {A: 1}}, ())
     assert keys.must_wait(fresh(2, "a"))
     keys.read({}, ())
     assert not keys.must_wait(fresh(2, "a"))
@@ -112,25 +116,25 @@ def test_no_two_keys_are_one_text_in_the_rows_and_a_plain_one_is_itself(keys: li
 
 @dataclass
 class Database:
-    """What is committed: held events and dead letters that hold, by key; and which events are done with."""
+    """What is committed: held events and dead letters that hold, by line; and which events are done with."""
 
-    held: dict[str, list[HeldEvent]] = field(default_factory=dict)
-    graves: dict[str, int] = field(default_factory=dict)
+    held: dict[Line, list[HeldEvent]] = field(default_factory=dict)
+    graves: dict[Line, int] = field(default_factory=dict)
 
-    def blocked(self) -> dict[int, dict[str, int]]:
-        numbers = {key: len(rows) + self.graves.get(key, 0) for key, rows in self.held.items()}
-        blocked = {key: number for key, number in (self.graves | numbers).items() if number}
+    def blocked(self) -> dict[int, dict[Line, int]]:
+        numbers = {line: len(rows) + self.graves.get(line, 0) for line, rows in self.held.items()}
+        blocked = {line: number for line, number in (self.graves | numbers).items() if number}
         return {0: blocked} if blocked else {}
 
     def write(self, item: Item) -> None:
-        rows = self.held.setdefault(item.key, [])
+        rows = self.held.setdefault(item.line, [])
         if item.held is not None:
             rows.remove(item.held)
         if item.postponed is not None:
             rows.append(item.postponed)
             rows.sort(key=lambda each: each.event.position)
         elif item.letter is not None and item.letter.holds_key:
-            self.graves[item.key] = self.graves.get(item.key, 0) + 1
+            self.graves[item.line] = self.graves.get(item.line, 0) + 1
 
 
 @dataclass
@@ -141,21 +145,21 @@ class World:
     database: Database = field(default_factory=Database)
     lane: deque[Item] = field(default_factory=deque)
     batch: list[Item] = field(default_factory=list)
-    ran: list[tuple[str, int]] = field(default_factory=list)
+    ran: list[tuple[Line, int]] = field(default_factory=list)
     gone: set[int] = field(default_factory=set)
     """Dead: they need not have run for later ones to run."""
     appended: int = 0
 
-    def append(self, key: str) -> None:
+    def append(self, line: Line) -> None:
         self.appended += 1
-        self.lane.append(fresh(self.appended, key))
+        self.lane.append(fresh(self.appended, *line))
 
     def look(self) -> None:
         before = self.keys.flying
-        for key, rows in self.database.held.items():
-            if key not in before and not self.database.graves.get(key):
+        for line, rows in self.database.held.items():
+            if line not in before and not self.database.graves.get(line):
                 for each in rows:
-                    self.keys.fly(key)
+                    self.keys.fly(line)
                     self.lane.append(revived(each))
 
     def step(self, outcome: str) -> None:
@@ -164,11 +168,11 @@ class World:
         item = self.lane.popleft()
         if self.keys.must_wait(item):
             if item.held is not None:
-                self.keys.land(item.held.key)
+                self.keys.land(item.line)
                 return
             item.wait()
         elif outcome == "succeeds":
-            self.ran.append((item.key, item.event.position))
+            self.ran.append((item.line, item.event.position))
         else:
             fail(item, permanent=outcome == "dies")
             if item.letter is not None:
@@ -182,7 +186,7 @@ class World:
             self.database.write(item)
         for item in batch:
             if item.held is not None:
-                self.keys.land(item.held.key)
+                self.keys.land(item.line)
 
     def read(self) -> None:
         self.keys.read(self.database.blocked(), self.batch)
@@ -192,8 +196,9 @@ class World:
         self.database.graves.clear()
 
 
+LINES = [("a", "handle"), ("b", "handle"), ("a", "other")]
 ACTIONS = st.one_of(
-    st.tuples(st.just("append"), st.sampled_from("ab")),
+    st.tuples(st.just("append"), st.sampled_from(LINES)),
     st.tuples(st.just("step"), st.sampled_from(["succeeds", "succeeds", "fails", "dies"])),
     st.tuples(st.sampled_from(["commit", "read", "look", "drop"]), st.just("")),
 )
@@ -201,7 +206,7 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(ACTIONS, max_size=80))
-def test_whatever_fails_each_key_runs_in_order_and_nothing_waits_for_ever(actions: list[tuple[str, str]]) -> None:
+def test_whatever_fails_each_key_runs_in_order_and_nothing_waits_for_ever(actions: list[tuple[str, Any]]) -> None:
     world = World()
     for name, argument in actions:
         if name == "append":
@@ -220,8 +225,8 @@ def test_whatever_fails_each_key_runs_in_order_and_nothing_waits_for_ever(action
             world.step("succeeds")
         world.commit()
         world.look()
-    for key in "ab":
-        positions = [position for of, position in world.ran if of == key]
-        assert positions == sorted(set(positions)), f"{key}: once, and in order"
+    for line in LINES:
+        positions = [position for of, position in world.ran if of == line]
+        assert positions == sorted(set(positions)), f"{line}: once, and in order"
     assert {position for _, position in world.ran} | world.gone == set(range(1, world.appended + 1))
     assert world.keys.flying == frozenset()

@@ -73,7 +73,7 @@ async def test_a_failure_at_an_event_that_nobody_else_has_done_is_no_reason_to_j
 
 async def test_an_event_that_failed_and_ended_before_the_same_commit_is_written(database: Database) -> None:
     ours = await Process(database).join()
-    row = HeldEvent(event(5), BUCKET, "key", "place", 1, 0, 0.0, "because", None)
+    row = HeldEvent(event(5), BUCKET, "key", "handle", 1, 0, 0.0, "because", None)
     async with database.transaction() as connection:
         await ours.held.hold(connection, [row])
     fresh, again = item(6), item(5, row)
@@ -108,13 +108,13 @@ async def test_a_failure_where_another_process_has_gone_on_is_a_reason_to_join_a
 async def test_a_failure_at_a_held_event_that_another_process_has_settled_is_a_reason_to_join_again(
     database: Database,
 ) -> None:
-    rows = [HeldEvent(event(n), BUCKET, "key", "place", 1, 0, 0.0, "because", None) for n in (5, 6)]
+    rows = [HeldEvent(event(n), BUCKET, "key", "handle", 1, 0, 0.0, "because", None) for n in (5, 6)]
     ours = await Process(database).join()
     async with database.transaction() as connection:
         await ours.held.hold(connection, rows)
     await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))
     async with database.transaction() as connection:
-        await Process(database).held.release(connection, [6])
+        await Process(database).held.release(connection, [(6, "handle")])
     await ours.commit(doubted(item(5, rows[0])))
     with pytest.raises(Fenced, match="the held event at position 6 was settled by another process"):
         await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))

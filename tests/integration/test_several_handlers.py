@@ -1,0 +1,174 @@
+"""Several handlers of one event in one service: each once, in order, retried, held and given up on its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.embedded import Followed, Happened, audit, count, embedded, letters, many, rows, tables, until
+from tidings import Context, Hold, RecordedEvent, Retry, Service
+from tidings.database import held, partials
+from tidings.dead import DeadLetters
+
+QUICK = Retry(attempts=2, delay=0.01, hold=Hold(attempts=2, delay=0.05))
+
+
+async def note(session: AsyncSession, handler: str, event: Happened | Followed) -> None:
+    await session.execute(sa.insert(audit).values(key=f"{handler} {event.key}", n=event.n))
+
+
+class Pair:
+    """`first` has a session, `second` has one too, `told` has none; each fails as long as it is in `broken`."""
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+        self.told: list[tuple[str, int]] = []
+        self.open = asyncio.Event()
+        """`told` waits for it."""
+        self.open.set()
+        self.service = service = Service("pair", tables=tables)
+
+        @service.on(Happened, retry=QUICK)
+        async def first(event: Happened, session: AsyncSession) -> None:
+            await self.work("first", event, session)
+
+        @service.on(Happened, retry=QUICK)
+        async def tell(event: Happened) -> None:
+            await self.open.wait()
+            self.fail("tell", event)
+            self.told.append((event.key, event.n))
+
+        @service.on(Happened, retry=QUICK)
+        async def second(event: Happened, session: AsyncSession) -> None:
+            await self.work("second", event, session)
+
+    async def work(self, name: str, event: Happened, session: AsyncSession) -> None:
+        await note(session, name, event)
+        self.fail(name, event)
+
+    def fail(self, name: str, event: Happened) -> None:
+        if name in self.broken and event.key == "k0":
+            raise RuntimeError(f"{name} is broken")
+
+
+async def effects(service: Service) -> dict[str, list[int]]:
+    found = defaultdict(list)
+    for name, n in await rows(service):
+        found[name].append(n)
+    return found
+
+
+async def test_each_handler_has_every_event_once_and_in_order(tmp_path: Path) -> None:
+    pair, events = Pair(), many(300, 7)
+    async with embedded(tmp_path, pair.service) as world:
+        await world.append(*events)
+        await world.settled()
+        found = await effects(pair.service)
+        for key in {event.key for event in events}:
+            expected = [event.n for event in events if event.key == key]
+            assert found[f"first {key}"] == found[f"second {key}"] == expected
+            assert [n for of, n in pair.told if of == key] == expected
+        assert await count(pair.service, partials) == 0
+
+
+async def test_a_handler_that_fails_holds_its_own_keys_and_nobody_elses(tmp_path: Path) -> None:
+    pair = Pair()
+    pair.broken = {"first"}
+    async with embedded(tmp_path, pair.service) as world:
+        await world.append(*(Happened(key="k0", n=n) for n in range(5)), Happened(key="k1"))
+        await until(lambda: _number(pair.service, held, 5))
+        assert await world.running[0].reached(await world.store.head(), timeout=20.0)
+        found = await effects(pair.service)
+        assert found["second k0"] == [0, 1, 2, 3, 4]
+        assert [n for of, n in pair.told if of == "k0"] == [0, 1, 2, 3, 4]
+        assert found["first k1"] == [0]
+        assert "first k0" not in found
+        await until(lambda: _dead(pair.service, 1))
+        pair.broken = set()
+        dead = DeadLetters(world.running[0].database, "pair", await world.store.log_id())
+        (letter,) = await letters(pair.service)
+        assert (letter.handler, letter.holds_key) == ("first", True)
+        await dead.retry([letter.id])
+        await world.settled()
+        assert (await effects(pair.service))["first k0"] == [0, 1, 2, 3, 4]
+        assert Counter(pair.told) == Counter([("k1", 0), *(("k0", n) for n in range(5))])
+
+
+async def test_two_handlers_may_hold_the_same_event(tmp_path: Path) -> None:
+    pair = Pair()
+    pair.broken = {"first", "tell", "second"}
+    async with embedded(tmp_path, pair.service) as world:
+        await world.append(Happened(key="k0"))
+        await until(lambda: _number(pair.service, held, 3))
+        pair.broken = set()
+        await world.settled()
+        assert await effects(pair.service) == {"first k0": [0], "second k0": [0]}
+        assert pair.told == [("k0", 0)]
+
+
+async def test_a_handler_that_was_committed_is_not_run_again_for_another_that_was_not(tmp_path: Path) -> None:
+    pair = Pair()
+    pair.open.clear()
+    async with embedded(tmp_path, pair.service) as world:
+        await world.append(Happened(key="k0"))
+        await until(lambda: _number(pair.service, partials, 1))
+        assert not (await world.report()).ok
+    again = Pair()
+    async with embedded(tmp_path, again.service) as world:
+        await world.append(Happened(key="k0", n=1))
+        await world.settled()
+        assert await effects(again.service) == {"first k0": [0, 1], "second k0": [0, 1]}
+        assert again.told == [("k0", 0), ("k0", 1)]
+        await until(lambda: _number(again.service, partials, 0))
+
+
+async def test_a_handler_that_left_while_an_event_waited_for_another_leaves_nothing_behind(tmp_path: Path) -> None:
+    pair = Pair()
+    pair.open.clear()
+    async with embedded(tmp_path, pair.service) as world:
+        await world.append(Happened(key="k0"))
+        await until(lambda: _number(pair.service, partials, 1))
+    alone = Service("pair", tables=tables)
+
+    @alone.on(Happened)
+    async def first(event: Happened, session: AsyncSession) -> None:
+        await note(session, "first", event)
+
+    async with embedded(tmp_path, alone) as world:
+        await world.append(Happened(key="k0", n=1))
+        await world.settled()
+        assert await effects(alone) == {"first k0": [0, 1]}
+
+
+async def test_on_any_is_given_every_event_whether_it_is_declared_or_not(tmp_path: Path) -> None:
+    service, seen = Service("any", tables=tables), list[tuple[str, str, int]]()
+
+    @service.on_any(name="audit everything", retry=QUICK)
+    async def every(event: RecordedEvent, context: Context, session: AsyncSession) -> None:
+        await session.execute(sa.insert(audit).values(key=event.type, n=event.version))
+        seen.append((event.type, event.stream, context.attempt))
+        if event.type == "Followed" and context.attempt == 1:
+            raise RuntimeError("the first attempt fails")
+
+    @service.on(Happened)
+    async def typed(event: Happened, session: AsyncSession) -> None:
+        await note(session, "typed", event)
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="a"), Followed(key="b"), Happened(key="a", n=1))
+        await world.settled()
+        found = await effects(service)
+        assert found == {"Happened": [0, 1], "typed a": [0, 1], "Followed": [0]}
+        assert [attempt for kind, _, attempt in seen if kind == "Followed"] == [1, 2]
+
+
+async def _number(service: Service, table: sa.Table, wanted: int) -> bool:
+    return await count(service, table) == wanted
+
+
+async def _dead(service: Service, wanted: int) -> bool:
+    return len(await letters(service)) == wanted
