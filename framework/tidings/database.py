@@ -511,8 +511,8 @@ def _key_by_handler(connection: sa.Connection) -> None:
         connection.execute(sa.text(f"DROP INDEX {index['name']}"))
     connection.execute(sa.text(f"ALTER TABLE {held.name} RENAME TO {held.name}_former"))
     held.create(connection)
-    names = ", ".join(column.name for column in held.columns)
-    connection.execute(sa.text(f"INSERT INTO {held.name} ({names}) SELECT {names} FROM {held.name}_former"))
+    former = sa.table(f"{held.name}_former", *(sa.column(column.name) for column in held.columns))
+    connection.execute(held.insert().from_select(list(held.columns.keys()), sa.select(*former.columns)))
     connection.execute(sa.text(f"DROP TABLE {held.name}_former"))
 
 

@@ -93,8 +93,8 @@ class HeldOperations:
     async def get(self, position: int) -> HeldEntry:
         """Raises `HeldNotFound`."""
         async with self._database.reading() as connection:
-            query = sa.select(*_COLUMNS).where(*self._mine, held.c.position == position)
-            row = (await connection.execute(query)).one_or_none()
+            query = sa.select(*_COLUMNS).where(*self._mine, held.c.position == position).order_by(held.c.handler)
+            row = (await connection.execute(query)).first()
         if row is None:
             raise HeldNotFound(self._service, [position])
         return HeldEntry(*row)
@@ -123,7 +123,7 @@ class HeldOperations:
         count = 0
         async with self._database.transaction() as connection:
             async for rows in self._chosen(connection, selection, positions, limit):
-                these = (*self._mine, held.c.position.in_([row.position for row in rows]))
+                these = (*self._mine, _turns(rows))
                 await connection.execute(held.update().where(*these).values(due=time.time(), tries=0))
                 count += len(rows)
         return count
@@ -152,8 +152,7 @@ class HeldOperations:
         return count
 
     async def _delete(self, connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) -> None:
-        these = (*self._mine, held.c.position.in_([row.position for row in rows]))
-        await connection.execute(held.delete().where(*these))
+        await connection.execute(held.delete().where(*self._mine, _turns(rows)))
 
     async def _chosen(
         self, connection: AsyncConnection, selection: Selection, positions: Sequence[int] | None, limit: int | None
@@ -170,20 +169,25 @@ class HeldOperations:
                     raise HeldNotFound(self._service, missing)
                 yield rows
             return
-        after, left = -1, limit
+        after, left = (-1, ""), limit
         while left is None or left > 0:
             query = (
                 sa.select(held)
-                .where(*self._mine, held.c.position > after, *selection.where(held))
-                .order_by(held.c.position)
+                .where(*self._mine, sa.tuple_(held.c.position, held.c.handler) > after, *selection.where(held))
+                .order_by(held.c.position, held.c.handler)
                 .limit(CHUNK if left is None else min(CHUNK, left))
                 .with_for_update()
             )
             if not (rows := (await connection.execute(query)).all()):
                 return
-            after = rows[-1].position
+            after = rows[-1].position, rows[-1].handler
             left = None if left is None else left - len(rows)
             yield rows
+
+
+def _turns(rows: Sequence[sa.Row[Any]]) -> sa.ColumnElement[bool]:
+    """These rows: several handlers may hold the same event."""
+    return sa.tuple_(held.c.position, held.c.handler).in_([(row.position, row.handler) for row in rows])
 
 
 _ALIKE: Final = (
