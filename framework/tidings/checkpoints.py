@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from tidings.errors import StoreUnavailable, StreamNotFound
-from tidings.stores import ANY, EventData, EventStore
+from tidings.stores import ANY, MAX_POSITION, EventData, EventStore
 
 __all__ = ["UnreadableCheckpoint", "checkpoint_stream", "read_checkpoint", "write_checkpoint"]
 
@@ -31,16 +31,17 @@ def checkpoint_stream(relay: str) -> str:
 
 
 async def read_checkpoint(store: EventStore, relay: str) -> int:
-    """The position up to which everything was confirmed by the bus; -1 where none was ever stored.
+    """Return the position up to which everything was confirmed by the bus; -1 where none was ever stored.
 
+    A number that no position can be is above the end of every log, as `MAX_POSITION` is, which is returned for it.
     Raises `UnreadableCheckpoint`, `StoreUnavailable`.
     """
     try:
         async for event in store.read_stream(checkpoint_stream(relay), backwards=True, limit=1):
             try:
                 position = json.loads(event.data)["position"]
-                if type(position) is int and -1 <= position < 2**63:
-                    return position
+                if type(position) is int and position >= -1:
+                    return min(position, MAX_POSITION)
             except (ValueError, KeyError, TypeError, RecursionError):
                 pass
             raise UnreadableCheckpoint(relay, event.version)

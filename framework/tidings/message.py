@@ -60,8 +60,13 @@ class Stamped(NamedTuple):
 
 
 def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int) -> Message:
-    """The message that carries `event`."""
+    """Return the message that carries `event`.
+
+    Raises `MalformedMessage` for an event whose message `decode` would refuse: nothing is published that no service
+    could read. `bucket` is that of the event's partition key (`carried` says so), which is not computed again here.
+    """
     metadata = event.metadata
+    _check_stamps(event, previous, bucket)
     identifier = str(event.id)
     headers: dict[str, Any] = {
         "cloudEvents_id": identifier,
@@ -94,6 +99,25 @@ def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int) -> Me
         app_id="tidings",
         bucket=bucket,
     )
+
+
+def _check_stamps(event: RecordedEvent, previous: int, bucket: int) -> None:
+    """Apply the rules of `decode` that an event can break; the others hold for whatever `encode` makes of it."""
+    if not (
+        -1 <= previous < event.position <= _BIGGEST
+        and event.position > 0
+        and 0 <= event.version <= _BIGGEST
+        and 0 <= bucket < BUCKETS
+        and 0 <= event.ticks <= _LAST_TICK
+        and len(event.data) <= BODY_LIMIT
+    ):
+        raise MalformedMessage(
+            f"position {event.position}, previous {previous}, version {event.version}, bucket {bucket}, "
+            f"{event.ticks} ticks, {len(event.data)} bytes: one of them is outside what a message may say"
+        )
+    for name in (event.stream, event.type):
+        if not name or name.startswith(RESERVED) or not name.isascii():
+            _name({"name": name}, "name")
 
 
 def decode(message: Message) -> Stamped:
@@ -145,18 +169,21 @@ class Marker(NamedTuple):
     """Bucket to the position of its last event in (base, position]."""
 
     def encode(self) -> Message:
+        """Raises `MalformedMessage` for a marker that `decode` would refuse."""
         body = {
             "log": str(self.log),
             "position": self.position,
             "base": self.base,
             "touched": {str(bucket): at for bucket, at in self.touched.items()},
         }
-        return Message(
+        message = Message(
             body=json.dumps(body, separators=(",", ":")).encode(),
             message_id=f"marker-{self.log}-{self.position}",
             type=MARKER,
             app_id="tidings",
         )
+        self.decode(message)  # at most one marker a second: reading it back is the whole proof
+        return message
 
     @classmethod
     def decode(cls, message: Message) -> Marker:
@@ -174,6 +201,8 @@ class Marker(NamedTuple):
 
 
 _BIGGEST: Final = 2**63 - 1
+_LAST_TICK: Final = 253_402_300_800 * 10_000_000 - 1
+"""The last 100 ns of the year 9999, after which a time has no RFC 3339 form."""
 _BUCKETS: Final = {str(bucket): bucket for bucket in range(BUCKETS)}
 """Each in the one way in which markers write it."""
 

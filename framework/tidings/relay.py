@@ -20,6 +20,7 @@ from tidings.checkpoints import checkpoint_stream, read_checkpoint, write_checkp
 from tidings.errors import (
     BusError,
     BusUnavailable,
+    MalformedMessage,
     PublishRejected,
     StoreUnavailable,
     TopologyMismatch,
@@ -27,7 +28,7 @@ from tidings.errors import (
 )
 from tidings.message import Marker, encode
 from tidings.position import CARRIED, Chain, Settled, Ticket, carried
-from tidings.stores import EventStore, RecordedEvent
+from tidings.stores import MAX_POSITION, EventStore, RecordedEvent
 from tidings.supervision import leaves, task_group
 
 __all__ = ["Relay"]
@@ -89,6 +90,8 @@ class Relay:
         self._marked_at: float | None = None
         self._waiting_since: float | None = None
         self._log_id: UUID | None = None
+        self._head = -1
+        """A position that the log was seen to have."""
 
     @property
     def needed(self) -> bool:
@@ -148,23 +151,32 @@ class Relay:
         self._marked_at, self.trouble = self._clock(), None
 
     async def _start(self) -> int:
-        """Where the log was published up to. A checkpoint above its end is no such place: then the end is."""
+        """Return where the log was published up to; its end, when the checkpoint is above that."""
         start, head = max(await self.checkpoint(), self.confirmed), await self._store.head()
         if start > head:
-            log.error(
-                "relay.beyond_the_log",
-                relay=self.name,
-                checkpoint=start,
-                head=head,
-                advice="somebody else wrote the checkpoint, or a replica lags; it begins at the end of the log, and "
-                "services read from the log what they miss",
-            )
+            self._beyond_the_log(start, head, "somebody else wrote the checkpoint, or a replica lags")
         return min(start, head)
+
+    def _beyond_the_log(self, position: int, head: int, reason: str) -> None:
+        advice = f"{reason}; it begins again at the end of the log, and services read from the log what they miss"
+        log.error("relay.beyond_the_log", relay=self.name, checkpoint=position, head=head, advice=advice)
+
+    async def _pass_by(self, turn: _Turn, position: int) -> None:
+        """Nothing is to be carried up to here. Raises `StoreUnavailable` for a place that the log has not reached: the
+        relay would publish nothing of what comes before it."""
+        if position > self._head:
+            self._head = await self._store.head()
+            if position > self._head:
+                self._beyond_the_log(position, self._head, "the store says that it looked further than its log goes")
+                raise StoreUnavailable(
+                    f"the store says that it looked at position {position}, its log ends at {self._head}"
+                )
+        turn.pass_by(position)
 
     async def _lead(self, publisher: Publisher) -> None:
         log_id = await self._store.log_id()
         if log_id != self._log_id:  # positions, and what was known of them, belong to one log
-            self._log_id, self.confirmed, self._careful_until = log_id, -1, -1
+            self._log_id, self.confirmed, self._careful_until, self._head = log_id, -1, -1, -1
             self._rejected.clear()
         start = self.confirmed = await self._start()
         async with task_group() as tasks:
@@ -179,7 +191,7 @@ class Relay:
                 if isinstance(item, RecordedEvent):
                     await self._forward(turn, item)
                 else:
-                    turn.pass_by(item.position)
+                    await self._pass_by(turn, item.position)
             raise StoreUnavailable("the store ended the relay's subscription: it was closed, or is going down")
 
     async def _forward(self, turn: _Turn, event: RecordedEvent) -> None:
@@ -187,18 +199,26 @@ class Relay:
         if bucket is None:
             return
         if self._rejected.get(event.position, 0) >= REJECTIONS:
-            log.error(
-                "relay.left_out",
-                relay=self.name,
-                stream=event.stream,
-                position=event.position,
-                event_id=str(event.id),
-                advice="the bus refuses this event; every service reads it from the log instead",
-            )
-            turn.leave_out(bucket, event.position)
+            self._leave_out(turn, event, bucket, "the bus refuses this event")
             return
         await turn.room(1 if event.position <= self._careful_until else self._window)
-        await turn.send(event, bucket)
+        try:
+            await turn.send(event, bucket)
+        except MalformedMessage as error:
+            self._leave_out(turn, event, bucket, f"no service could read this event's message: {error}")
+
+    def _leave_out(self, turn: _Turn, event: RecordedEvent, bucket: int, reason: str) -> None:
+        if event.position > MAX_POSITION:
+            raise StoreUnavailable(f"the store says that an event is at position {event.position}, and no log has that")
+        log.error(
+            "relay.left_out",
+            relay=self.name,
+            stream=event.stream,
+            position=event.position,
+            event_id=str(event.id),
+            advice=f"{reason}; every service reads it from the log instead",
+        )
+        turn.leave_out(bucket, event.position)
 
     async def _beat(self, turn: _Turn) -> None:
         """Checkpoints and markers: after carried events at most so often, and a marker when nothing else moves."""
@@ -259,7 +279,10 @@ class _Turn:
         self._moved.clear()
 
     async def send(self, event: RecordedEvent, bucket: int) -> None:
-        """Return when the event went out; its confirm ends its place in the window, an error the turn."""
+        """Return when the event went out; its confirm ends its place in the window, an error the turn.
+
+        Raises `MalformedMessage` when its message is one that no service could read: nothing went out.
+        """
         message = encode(event, log=self._log_id, previous=self._chain.stamp(bucket, event.position), bucket=bucket)
         ticket = self._window.begin((bucket, event.position))
         self._sent = event.position

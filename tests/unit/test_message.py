@@ -119,6 +119,47 @@ def test_metadata_text_that_is_no_unicode_is_still_only_metadata() -> None:
     assert decode(with_header("tidings-metadata", "\ud800")).event.metadata == b"\xed\xa0\x80"
 
 
+numbers = st.integers(-3, 3) | st.sampled_from([2**63 - 1, 2**63, 2**64 - 1]) | st.integers()
+anything = st.text(st.characters()) | st.sampled_from(["", "$x", "tidings_x", "\ud800", "order-1"])
+
+
+@given(
+    st.builds(
+        RecordedEvent,
+        position=numbers,
+        stream=anything,
+        version=numbers,
+        type=anything,
+        data=st.sampled_from([b"", b"{}", bytes(BODY_LIMIT), bytes(BODY_LIMIT + 1)]),
+        metadata=metadatas,
+        is_json=st.booleans(),
+        id_bytes=st.binary(min_size=16, max_size=16),
+        ticks=numbers | st.sampled_from([253_402_300_800 * 10_000_000 - 1, 253_402_300_800 * 10_000_000]),
+    ),
+    numbers,
+)
+def test_whatever_the_log_holds_what_is_encoded_can_be_decoded(event: RecordedEvent, previous: int) -> None:
+    bucket = bucket_of(partition_key(event))
+    try:
+        whole = encode(event, log=LOG, previous=previous, bucket=bucket)
+    except MalformedMessage as refused:
+        str(refused).encode()
+        return
+    assert decode(whole) == (LOG, previous, bucket, event)
+
+
+@given(st.uuids(), numbers, numbers, st.dictionaries(st.integers(-1, BUCKETS), numbers, max_size=3))
+def test_whatever_a_relay_believes_a_marker_that_is_encoded_can_be_decoded(
+    log: UUID, position: int, base: int, touched: dict[int, int]
+) -> None:
+    marker = Marker(log, position, base, touched)
+    try:
+        whole = marker.encode()
+    except MalformedMessage:
+        return
+    assert Marker.decode(whole) == marker
+
+
 BAD_HEADERS: list[tuple[str, object]] = [
     ("tidings-position", None),
     ("tidings-position", "9"),

@@ -6,6 +6,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -16,7 +17,7 @@ from tidings.buses import Consumer, Found, Subscription
 from tidings.errors import BusUnavailable, PublishRejected, StoreUnavailable, TopologyMismatch, Unroutable
 from tidings.message import MARKER, Marker, Message, decode
 from tidings.position import Accepted, Verdict
-from tidings.stores import ANY
+from tidings.stores import ANY, EVERYTHING, CaughtUp, Checkpoint, Filter, RecordedEvent
 
 
 class ScriptedBus:
@@ -278,17 +279,88 @@ async def test_a_foreign_event_in_the_checkpoint_stream_is_reported_with_the_rem
         await relay.checkpoint()
 
 
+@pytest.mark.parametrize("position", [1_000_000, 2**63, 2**64 - 1, 10**40])
 async def test_a_checkpoint_above_the_end_of_the_log_is_reported_and_what_follows_is_sent(
-    store: EventStore, bus: ScriptedBus
+    store: EventStore, bus: ScriptedBus, position: int
 ) -> None:
-    beyond = EventData("tidings_Checkpoint", b'{"position": 1000000}')
+    beyond = EventData("tidings_Checkpoint", b'{"position": %d}' % position)
     await store.append("tidings_relay-main", [beyond], expected=ANY)
     with capture_logs() as logs:
         async with relaying(store, bus):
             await until(lambda: bool(bus.markers))
             later = await fill(store, 3)
             await until(lambda: bus.positions == later)
-    assert [line["checkpoint"] for line in logs if line["event"] == "relay.beyond_the_log"] == [1000000]
+    said = [line["checkpoint"] for line in logs if line["event"] == "relay.beyond_the_log"]
+    assert said == [min(position, 2**63 - 1)]
+    head = await store.head()
+    assert all(-1 <= marker.base <= marker.position <= head for marker in bus.markers)
+
+
+class Boasting:
+    """A store whose subscription says first that it looked at a place which its log has not reached."""
+
+    def __init__(self, store: EventStore, boasts: list[Checkpoint | CaughtUp]) -> None:
+        self._store = store
+        self._boasts = boasts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def subscribe_all(
+        self, *, after: int = -1, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
+        if self._boasts:
+            yield self._boasts.pop()
+        async for item in self._store.subscribe_all(after=after, filter=filter):
+            yield item
+
+
+@pytest.mark.parametrize("kind", [Checkpoint, CaughtUp])
+@pytest.mark.parametrize("ahead", [1, 10**6, 2**63 - 1, 2**64 - 1])
+async def test_a_place_beyond_the_log_is_said_and_not_carried_on(
+    store: EventStore, bus: ScriptedBus, kind: type[Checkpoint | CaughtUp], ahead: int
+) -> None:
+    """What EventStoreDB 24.2 said on an empty log made the relay pass over every later event."""
+    boasting = cast("EventStore", Boasting(store, [kind(await store.head() + ahead)]))
+    with capture_logs() as logs:
+        async with relaying(boasting, bus):
+            await until(lambda: any(line["event"] == "relay.beyond_the_log" for line in logs))
+            later = await fill(store, 3)
+            await until(lambda: bus.positions == later)
+            await until(lambda: bus.markers[-1].position >= later[-1])
+    head = await store.head()
+    assert all(-1 <= marker.base <= marker.position <= head for marker in bus.markers)
+
+
+class Aged:
+    """A store whose events of one stream were recorded when no time has a form that services read."""
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def subscribe_all(
+        self, *, after: int = -1, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
+        async for item in self._store.subscribe_all(after=after, filter=filter):
+            yield item._replace(ticks=10**19) if isinstance(item, RecordedEvent) and item.stream == "old-0" else item
+
+
+async def test_an_event_whose_message_no_service_could_read_is_left_out_and_the_chain_shows_the_gap(
+    store: EventStore, bus: ScriptedBus
+) -> None:
+    good = [
+        (await store.append(name, [EventData("Thing", b"{}")])).position for name in ("a-1", "old-0", "old-0", "b-2")
+    ]
+    with capture_logs() as logs:
+        async with relaying(cast("EventStore", Aged(store)), bus):
+            await until(lambda: bus.markers[-1:] != [] and bus.markers[-1].position >= good[-1])
+    assert bus.positions == [good[0], good[3]]
+    assert [line["position"] for line in logs if line["event"] == "relay.left_out"] == good[1:3]
+    touched = {at for marker in bus.markers for at in marker.touched.values()}
+    assert good[2] in touched, "a marker names what was left out, so that services read it from the log"
 
 
 async def test_a_topology_that_differs_ends_the_relay(store: EventStore, bus: ScriptedBus) -> None:

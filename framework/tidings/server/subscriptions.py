@@ -22,6 +22,9 @@ __all__ = ["follow_all", "follow_stream"]
 PAGE = 512
 WINDOW = 32
 """Events of a filter's window when the request names none: EventStoreDB's own page."""
+UNSIGNED = 2**64 - 1
+NOTHING_TOLD = -2
+"""Below every checkpoint, the one of -1 included."""
 
 
 def _confirmation() -> bytes:
@@ -34,7 +37,8 @@ def _caught_up() -> bytes:
 
 
 def _checkpoint(position: int) -> bytes:
-    checkpoint = streams.ReadResp.Checkpoint(commit_position=position, prepare_position=position)
+    unsigned = position & UNSIGNED
+    checkpoint = streams.ReadResp.Checkpoint(commit_position=unsigned, prepare_position=unsigned)
     return packed(streams.ReadResp(checkpoint=checkpoint))
 
 
@@ -76,35 +80,38 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
     """The whole log behind a position, exclusive.
 
     With a filter, checkpoints say how far it was looked: after every window times the multiplier, and where history
-    ends. A checkpoint is the position of an event that was considered, and never goes back.
+    ends. A checkpoint never goes back.
     """
     wanted = options.all
-    choice, interval = None, 0
+    choice, window, interval = None, 0, 0
     if options.WhichOneof("filter_option") == "filter":
         choice = choice_of(options.filter)
         multiplier = options.filter.checkpointIntervalMultiplier
         if multiplier == 0:
             raise Malformed("checkpointIntervalMultiplier")
-        interval = (options.filter.max or WINDOW) * multiplier
+        window = options.filter.max or WINDOW
+        interval = window * multiplier
     start = wanted.WhichOneof("all_option")
     log.store.watch(+1)
     try:
         head = await log.head()
         after = {"end": head, "position": min(wanted.position.commit_position, MAX_VERSION)}.get(start or "", -1)
         await send([_confirmation()])
-        behind, counted, told = True, 0, after
+        behind, counted, told = True, 0, NOTHING_TOLD
+        looked = _Looked(after, window)
         while True:
             if behind:
                 batch = await log.all(
                     choice, options.resolve_links, after=after, before=MAX_VERSION, backwards=False, count=PAGE
                 )
+                looked.over(batch)
             else:
                 batch = await log.news(choice, options.resolve_links, after)
             answers, counted, told = _answers(batch, encode, interval, counted, told)
             if batch.end and behind:
                 behind = False
-                if interval and batch.considered and batch.considered[-1] > told:
-                    told, counted = batch.considered[-1], 0
+                if interval and start != "end" and looked.upto > told:
+                    told, counted = looked.upto, 0
                     answers.append(_checkpoint(told))
                 answers.append(_caught_up())
             if answers:
@@ -114,6 +121,28 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
                 await log.store.beyond(after)
     finally:
         log.store.watch(-1)
+
+
+class _Looked:
+    """How far EventStoreDB 24.2 says that it looked when history ends: up to the last whole window, or the last event
+    sent. That lags behind the end by less than a window; a log shorter than one was looked at up to where it began,
+    and that is -1 where the subscription begins at the start (recorded: 2^64 - 1 on the wire)."""
+
+    def __init__(self, start: int, window: int) -> None:
+        self.upto = start
+        self._window = window
+        self._rest = 0
+        """Events of the window that is not whole yet."""
+
+    def over(self, batch: Batch) -> None:
+        if not self._window:
+            return
+        whole, rest = divmod(self._rest + len(batch.considered), self._window)
+        if whole:
+            self.upto = max(self.upto, batch.considered[whole * self._window - self._rest - 1])
+        if batch.events:
+            self.upto = max(self.upto, batch.considered[batch.after[-1] - 1])
+        self._rest = rest
 
 
 def _answers(batch: Batch, encode: Encode, interval: int, counted: int, told: int) -> tuple[list[bytes], int, int]:

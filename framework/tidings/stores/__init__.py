@@ -6,6 +6,8 @@ Rules that every adapter keeps, each proved by a test of `tidings.testing.store_
 * What `append` returned survives the death of the process and of the machine.
 * Expected versions and idempotency by event id are EventStoreDB's, exactly (see `Expected`).
 * A global position is used once, is greater than 0, and is never seen before a lower one.
+* A position that a store tells is at most 2^63 - 1 and in the log: no checkpoint is above `head`. Before everything,
+  also of an empty log, it is -1.
 * Appends that one task starts one after the other, without waiting, to one stream are applied in that order.
 * A catch-up subscription has no gap and no repetition where history meets live events.
 * Truncation, soft delete and tombstone hide events of a stream, never of `$all`.
@@ -27,6 +29,7 @@ __all__ = [
     "APPEND_LIMIT",
     "EVERYTHING",
     "JSON",
+    "MAX_POSITION",
     "NO_STREAM",
     "OCTETS",
     "STREAM_EXISTS",
@@ -47,6 +50,9 @@ __all__ = [
 
 JSON: Final = "application/json"
 OCTETS: Final = "application/octet-stream"
+
+MAX_POSITION: Final = 2**63 - 1
+"""The highest number that a position or version can be."""
 
 APPEND_LIMIT: Final = 1024 * 1024
 """Bytes of one append, by `EventData.size`; EventStoreDB's default."""
@@ -137,7 +143,7 @@ class Appended(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Everything up to `position` was looked at, whether it matched the filter or not."""
+    """Everything up to `position` was looked at, whether it matched the filter or not. Never above the log's head."""
 
     position: int
 
@@ -145,7 +151,8 @@ class Checkpoint(NamedTuple):
 class CaughtUp(NamedTuple):
     """The subscription reached the end of the log; what follows is live. It may come again after falling behind.
 
-    `position` is the last position that was looked at.
+    `position` is the last position that was looked at; -1 when nothing was. It may lag behind the log's head, where no
+    event of the filter is.
     """
 
     position: int

@@ -15,6 +15,8 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 from uuid import UUID, uuid4
 
+import structlog
+
 from tidings.errors import StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     ANY,
@@ -39,6 +41,8 @@ from tidings.stores.grpc_h2 import Connection
 from tidings.stores.rules import METADATA, document_of
 
 __all__ = ["EventStoreDB", "open_eventstoredb"]
+
+log = structlog.get_logger("tidings.stores.eventstoredb")
 
 QUIET_SECONDS: Final = 1.0
 """A subscription on which nothing has come for so long is probed."""
@@ -231,8 +235,9 @@ class EventStoreDB:
                                     if served or filter.matches(event):
                                         yield event
                             elif response.HasField("checkpoint"):
-                                if response.checkpoint.commit_position > at:
-                                    at = response.checkpoint.commit_position
+                                position = response.checkpoint.commit_position
+                                if position > at and await self._reaches(position):
+                                    at = position
                                     yield Checkpoint(at)
                             elif response.HasField("caught_up"):
                                 told = True
@@ -240,6 +245,24 @@ class EventStoreDB:
                 raise ConnectionLost("the server ended the subscription")
             except (CallFailed, ConnectionLost) as error:
                 await trying.again(error)
+
+    async def _reaches(self, position: int) -> bool:
+        """Whether the log goes up to the checkpoint `position`. One beyond it would hide everything that comes later.
+
+        EventStoreDB 24.2 sends the largest number there is while a filtered subscription has read nothing.
+        """
+        if position == wire.NOTHING:
+            return False
+        if position <= self._leader.known or position <= (head := await self.head()):
+            return True
+        log.warning(
+            "store.checkpoint_ignored",
+            place=self._leader.place,
+            checkpoint=position,
+            head=head,
+            advice="the server names a place behind the end of its log; nothing is missed, the next one is looked at",
+        )
+        return False
 
     async def subscribe_stream(
         self, stream: str, *, after_version: int = -1

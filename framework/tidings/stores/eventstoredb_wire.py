@@ -38,6 +38,7 @@ __all__ = [
     "Answer",
     "READ",
     "Response",
+    "TimedOut",
     "Undecided",
     "append_request",
     "check",
@@ -51,6 +52,7 @@ __all__ = [
     "recorded",
     "refused_deletion",
     "served",
+    "signed",
 ]
 
 READ: Final = "/event_store.client.streams.Streams/Read"
@@ -70,13 +72,44 @@ Answer = streams_pb2.BatchAppendResp
 _Options = streams_pb2.ReadReq.Options
 _Record = streams_pb2.ReadResp.ReadEvent.RecordedEvent
 
+NOTHING: Final = 2**64 - 1
+"""Minus one as an unsigned number: what EventStoreDB 24.2 sends as the checkpoint of having read nothing."""
+
 _ACTUAL: Final = re.compile(r"Actual version: (-?\d+)")
 _EMPTY: Final = shared_pb2.Empty()
 _TEXT: Final = _Options.UUIDOption(string=_EMPTY)
 
 
 class Undecided(Exception):
-    """The server could not say whether it appended: it timed out, or lost its leadership on the way."""
+    """The server could not say whether it appended: it lost its leadership on the way, or gives no reason."""
+
+
+class TimedOut(Undecided):
+    """The server did not finish this one append in time. It is slow, or drops a repetition while the first is under way
+    (measured on EventStoreDB 24.2: answered after 2 to 3 s). The other appends of the call are not concerned."""
+
+
+# ---- numbers -------------------------------------------------------------------------
+
+
+def signed(number: int) -> int:
+    """Return a position or revision, which travels unsigned: the largest number is -1, before everything.
+
+    Raises `StoreUnavailable` for one that no log has (over 2^63 - 1), so that it goes no further.
+    """
+    if number <= MAX_VERSION:
+        return number
+    if number == NOTHING:
+        return -1
+    raise _impossible(f"position or revision {number}")
+
+
+def _impossible(what: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"EventStoreDB answers with {what}, but none is over {MAX_VERSION} (2^63 - 1). Is the address in TIDINGS_STORE "
+        "that of an EventStoreDB or KurrentDB, and is nothing between that changes answers?",
+        waiting_helps=False,
+    )
 
 
 # ---- what may be asked for -----------------------------------------------------------
@@ -194,11 +227,13 @@ def served(filter: Filter) -> bool:
 
 def recorded(record: _Record) -> RecordedEvent:
     """An event as the server sends it."""
-    facts = record.metadata
+    facts, position, version = record.metadata, record.commit_position, record.stream_revision
+    if position > MAX_VERSION or version > MAX_VERSION:
+        raise _impossible(f"an event at position {position}, revision {version}")
     return RecordedEvent(
-        record.commit_position,
+        position,
         record.stream_identifier.stream_name.decode(),
-        record.stream_revision,
+        version,
         facts["type"],
         record.data,
         record.custom_metadata,
@@ -249,10 +284,19 @@ def number_of(answer: Answer) -> int:
 
 def outcome_of(answer: Answer, stream: str, expected: Expected, size: int) -> Appended | StoreError | Undecided:
     """What became of the append. A deleted stream is said to be tombstoned: for `STREAM_EXISTS` it may not be."""
+    try:
+        return _outcome(answer, stream, expected, size)
+    except StoreUnavailable as error:  # it happened, or not: the numbers of the answer make no sense
+        return error
+
+
+def _outcome(answer: Answer, stream: str, expected: Expected, size: int) -> Appended | StoreError | Undecided:
     if answer.HasField("success"):
         success = answer.success
-        version = success.current_revision if success.HasField("current_revision") else -1
-        return Appended(version, success.position.commit_position if success.HasField("position") else -1)
+        version = signed(success.current_revision) if success.HasField("current_revision") else -1
+        if version == MAX_VERSION:  # KurrentDB 26.1 lets an empty append to a tombstoned stream succeed
+            return StreamDeleted(stream)
+        return Appended(version, signed(success.position.commit_position) if success.HasField("position") else -1)
     error = answer.error
     details = error.details
     kind = details.type_url.rpartition(".")[2]
@@ -260,7 +304,7 @@ def outcome_of(answer: Answer, stream: str, expected: Expected, size: int) -> Ap
         case "WrongExpectedVersion":
             wrong = shared_pb2.WrongExpectedVersion()
             details.Unpack(wrong)
-            actual = wrong.current_stream_revision if wrong.HasField("current_stream_revision") else -1
+            actual = signed(wrong.current_stream_revision) if wrong.HasField("current_stream_revision") else -1
             return WrongExpectedVersion(stream, describe(expected), actual)
         case "StreamDeleted":
             return StreamDeleted(stream)
@@ -279,6 +323,8 @@ def outcome_of(answer: Answer, stream: str, expected: Expected, size: int) -> Ap
             return StoreError(f"EventStoreDB refuses the append to stream {stream!r}: {bad.message}")
         case "InvalidTransaction":
             return StoreError(f"EventStoreDB refuses the append to stream {stream!r}: invalid transaction")
+        case "Timeout":
+            return TimedOut(f"EventStoreDB did not finish an append to stream {stream!r} in time")
     return Undecided(f"{kind or 'no reason'} {error.message}".rstrip())
 
 
@@ -290,7 +336,7 @@ def refused_deletion(error: Exception, stream: str, expected: Expected) -> Store
     if kind == "NotFound":
         return WrongExpectedVersion(stream, describe(expected), -1)
     if kind in ("WrongCurrentVersion", "WrongExpectedVersion") and actual is not None:
-        return WrongExpectedVersion(stream, describe(expected), int(actual[1]))
+        return WrongExpectedVersion(stream, describe(expected), signed(int(actual[1])))
     return StreamDeleted(stream) if "Deleted" in kind or "Tombstoned" in kind else None
 
 

@@ -33,6 +33,7 @@ from tidings.errors import (
 )
 from tidings.stores import (
     ANY,
+    EVERYTHING,
     NO_STREAM,
     OCTETS,
     STREAM_EXISTS,
@@ -117,6 +118,11 @@ class StoreConformance:
     @pytest.fixture
     def store(self) -> Any:
         raise NotImplementedError("define an async fixture `store` that yields an open EventStore")
+
+    @pytest.fixture
+    def empty(self, store: EventStore) -> EventStore:
+        """A store whose log nobody has written to yet; where there is none, the rules hold for any other, too."""
+        return store
 
     @pytest.fixture
     def reopen(self) -> Reopen | None:
@@ -756,16 +762,79 @@ class StoreConformance:
     async def test_checkpoints_move_where_nothing_matches_and_never_beyond_the_log(
         self, store: EventStore, stream: str
     ) -> None:
+        """The last one may lag behind the end of history, but not behind an event that the filter wants."""
         before = await store.head()
-        last = (await store.append(stream, events(*range(1_000)))).position
+        first = (await store.append(stream, events(0))).position
+        await store.append(stream, events(*range(1, 1_000)))
         nothing = Filter(stream_prefixes=(f"never-{stream}",))
         async with closing(store.subscribe_all(after=before, filter=nothing)) as source:
             got = await take(source, caught_up)
             head = await store.head()
         checkpoints = [item.position for item in got if isinstance(item, Checkpoint)]
         assert checkpoints == sorted(set(checkpoints))
-        assert last <= checkpoints[-1] <= head
+        assert first < checkpoints[-1] <= got[-1].position <= head
         assert not numbers(got)
+        assert [found async for found in store.read_all(after=checkpoints[-1], filter=nothing)] == []
+
+    # ---- from an empty log on
+
+    @pytest.mark.parametrize("filtered", ["prefix", "excluding", "type", "not"])
+    async def test_who_follows_an_empty_log_is_told_no_place_beyond_it_and_then_every_event(
+        self, empty: EventStore, stream: str, filtered: str
+    ) -> None:
+        own = {
+            "prefix": Filter(stream_prefixes=(stream,)),
+            "excluding": Filter(exclude_stream_prefixes=("$", "tidings_", f"other-{stream}")),
+            "type": Filter(types=(f"T{stream}",)),
+            "not": EVERYTHING,
+        }[filtered]
+
+        def mine(got: list[Any]) -> list[int]:
+            return numbers([item for item in got if getattr(item, "stream", "") == stream])
+
+        async with closing(empty.subscribe_all(filter=own)) as source:
+            got = await take(source, caught_up)
+            await self.in_the_log(empty, got)
+            await empty.append(f"other-{stream}", events(99), expected=NO_STREAM)
+            for n in range(40):
+                await empty.append(stream, [event(n, f"T{stream}")])
+            later = await take(source, lambda found: len(mine(found)) == 40)
+            await self.in_the_log(empty, later)
+        assert mine(later) == list(range(40))
+        assert not mine(got)
+
+    async def test_from_every_place_that_was_told_since_the_log_was_empty_nothing_is_missed(
+        self, empty: EventStore, stream: str
+    ) -> None:
+        own = Filter(stream_prefixes=(stream,))
+        async with closing(empty.subscribe_all(filter=own)) as source:
+            told = await take(source, caught_up)
+            await empty.append(f"other-{stream}", events(*range(70)), expected=NO_STREAM)
+            told += await take(source, lambda got: any(isinstance(item, Checkpoint) for item in got))
+            await empty.append(stream, events(0, 1, 2), expected=NO_STREAM)
+            told += await take(source, many(3))
+        await self.in_the_log(empty, told)
+        for item in told:
+            behind = [0, 1, 2][number(item) + 1 :] if isinstance(item, RecordedEvent) else [0, 1, 2]
+            async with closing(empty.subscribe_all(after=item.position, filter=own)) as source:
+                assert numbers(await take(source, caught_up)) == behind
+
+    async def test_a_stream_followed_since_the_log_was_empty_is_waited_for(
+        self, empty: EventStore, stream: str
+    ) -> None:
+        async with closing(empty.subscribe_stream(stream)) as source:
+            told = await take(source, caught_up)
+            await empty.append(stream, events(0), expected=NO_STREAM)
+            told += await take(source, many(1))
+        await self.in_the_log(empty, told)
+        assert numbers(told) == [0]
+
+    async def in_the_log(self, store: EventStore, told: list[Any]) -> None:
+        """Fail unless every position is one that the log has reached, or -1."""
+        head = await store.head()
+        assert -1 <= head < 2**63
+        for item in told:
+            assert -1 <= item.position <= head, item
 
     async def test_no_gap_and_no_repetition_where_history_meets_live(self, store: EventStore, stream: str) -> None:
         total, writers = 400, 4
