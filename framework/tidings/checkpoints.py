@@ -50,9 +50,13 @@ async def read_checkpoint(store: EventStore, relay: str) -> int:
     return -1
 
 
-async def write_checkpoint(store: EventStore, relay: str, position: int) -> None:
-    """Two of them are kept. Raises `StoreUnavailable`; then the outcome is unknown."""
+async def write_checkpoint(store: EventStore, relay: str, position: int) -> int:
+    """Append the checkpoint, of which two are kept; return where it is in the log.
+
+    Raises `StoreUnavailable`; then the outcome is unknown.
+    """
     event = EventData("tidings_Checkpoint", json.dumps({"position": position}).encode())
     done = await store.append(checkpoint_stream(relay), [event], expected=ANY)
     if done.version == 0:
-        await store.set_metadata(checkpoint_stream(relay), {"$maxCount": 2})
+        return (await store.set_metadata(checkpoint_stream(relay), {"$maxCount": 2})).position
+    return done.position

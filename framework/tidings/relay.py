@@ -153,6 +153,7 @@ class Relay:
     async def _start(self) -> int:
         """Return where the log was published up to; its end, when the checkpoint is above that."""
         start, head = max(await self.checkpoint(), self.confirmed), await self._store.head()
+        self._head = head
         if start > head:
             self._beyond_the_log(start, head, "somebody else wrote the checkpoint, or a replica lags")
         return min(start, head)
@@ -243,7 +244,7 @@ class Relay:
         return await read_checkpoint(self._store, self.name)
 
     async def _store_checkpoint(self, position: int) -> None:
-        await write_checkpoint(self._store, self.name, position)
+        self._head = max(self._head, await write_checkpoint(self._store, self.name, position))
 
 
 class _Turn:
