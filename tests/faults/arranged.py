@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
-from tidings import relay
+from tidings import relay, staged
 from tidings.buses import rabbitmq
 from tidings.cli import main
 
@@ -75,11 +75,17 @@ def clock_file(path: str) -> None:
     time.time = lambda: shifted() / 1e9
 
 
+def trusts_its_database(_: str) -> None:
+    """What the service's database has not heard of was never emitted: without looking into the log."""
+    staged.Stager._is_new_to_log = lambda self, staged: True  # type: ignore[method-assign]
+
+
 FAULTS: Final[dict[str, Callable[[str], None]]] = {
     "dies-before-acknowledging": dies_before_acknowledging,
     "dies-before-checkpoint": dies_before_checkpoint,
     "confirm-seconds": confirm_seconds,
     "clock-file": clock_file,
+    "trusts-its-database": trusts_its_database,
 }
 
 

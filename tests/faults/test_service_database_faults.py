@@ -94,3 +94,43 @@ async def test_service_database_replaced_by_yesterdays_backup(stage: Stage, reco
         service.start()
         seconds = await stage.recovered(since)
     recovered(await stage.keeps_promises(), seconds)
+
+
+async def set_back(stage: Stage, how: str, *arranged: str) -> float:
+    """A service loses its database, or has it restored from a backup, after a store with `tidings server` in front has
+    forgotten the ids of what was appended. The seconds until it handles what is new."""
+    server = await stage.server()
+    stage.relay()
+    service = stage.service(arranged=arranged)
+    async with stage.traffic():
+        await stage.handles(SOME)
+        backup = stage.folder / "backup.db"
+        with closing(sqlite3.connect(stage.database())) as source, closing(sqlite3.connect(backup)) as target:
+            source.backup(target)
+        await stage.handles(SOME)
+        service.kill()
+        server.kill()
+        server.start()
+        for file in stage.databases.iterdir():
+            file.unlink()
+        if how == "restored":
+            backup.rename(stage.database())
+        since = now()
+        service.start()
+        return await stage.recovered(since)
+
+
+@pytest.mark.parametrize("how", ["new", "restored"])
+async def test_service_database_set_back_while_the_store_forgets_ids(
+    stage: Stage, recovered: Recovered, how: str
+) -> None:
+    seconds = await set_back(stage, how)
+    recovered(await stage.keeps_promises(), seconds)
+
+
+@pytest.mark.parametrize("how", ["new", "restored"])
+async def test_a_service_that_trusts_its_database_alone_is_found_out(stage: Stage, how: str) -> None:
+    """The rule switched off: the test above finds it."""
+    await set_back(stage, how, "trusts-its-database")
+    with pytest.raises(AssertionError, match="twice: more than one answer"):
+        await stage.keeps_promises()

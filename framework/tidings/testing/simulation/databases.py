@@ -9,7 +9,7 @@ import asyncio
 import shutil
 import sqlite3
 import tempfile
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,11 +71,16 @@ class Databases:
         """Remove the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def renew(self) -> None:
-        """An empty database, with its tables."""
+    def renew(self, contents: bytes | None = None) -> None:
+        """Put another database in its place: an empty one with its tables, or a copy."""
         for path in self._folder.iterdir():
             path.unlink()
-        self._file.write_bytes(self._template)
+        self._file.write_bytes(contents or self._template)
+
+    def copy(self) -> bytes:
+        """What is committed in it now."""
+        with closing(sqlite3.connect(self._file)) as connection:
+            return connection.serialize()
 
     def seat(self, process: Process | None) -> Seat:
         """An engine of its own for one process. All share what SQLAlchemy has compiled: that takes most of the time."""

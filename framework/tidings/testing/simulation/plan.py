@@ -61,6 +61,8 @@ _FAULTS: Final = (
     ("retention", 2),
     ("confirms swallowed", 1),
     ("wrong clock", 1),
+    ("database lost", 2),
+    ("database restored", 2),
 )
 
 
@@ -80,6 +82,8 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
         if random.random() < 0.2:
             slot = 0
         steps.append(_fault(random, f"fault {n}", what, slot, slot < relays, seconds))
+        if what == "database restored":
+            steps.append(Step(f"backup {n}", random.uniform(0.0, steps[-1].at), "database copied"))
     muted = dice.muted
     return Plan(
         relays,

@@ -60,6 +60,8 @@ def _effects(world: World, effects: list[int]) -> Iterator[str]:
 
 def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:
     causes: Counter[str] = Counter()
+    # Only what the log still has can be handled again after the database was lost.
+    gone = world.log.removed if world.lives > 1 else frozenset()
     for event in world.log.events:
         if event.type == Answered.wire_name:
             causes[json.loads(event.metadata)["$causationId"]] += 1
@@ -71,5 +73,5 @@ def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:
             yield f"what {event.position} emitted was appended {times} times"
         elif times == 0 and (event.position in effects or event.position not in world.log.removed):
             yield f"what {event.position} emitted is lost"
-        elif times == 1 and event.type == Asked.wire_name and event.position not in effects:
+        elif times == 1 and event.type == Asked.wire_name and event.position not in effects | gone:
             yield f"{event.position} emitted something though its effects were rolled back"

@@ -205,6 +205,7 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "followers_wait": _followers_wait,
     "failed_is_undone": _failed_is_undone,
     "staged_is_looked_for": _staged_is_looked_for,
+    "fresh_for_the_log": _fresh_for_the_log,
 }
 """Without any one of them, a promise breaks."""
 

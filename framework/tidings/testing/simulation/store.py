@@ -105,9 +105,13 @@ class SimulatedLog:
         """Retention takes an event away."""
         self.removed.add(position)
 
+    def forget(self) -> None:
+        """Its memory of ids is bounded, and others have appended much."""
+        self._remembered.clear()
+
     def restart(self) -> None:
         self.term += 1
-        self._remembered.clear()
+        self.forget()
         self.wake()
 
     def stream(self, stream: str) -> list[RecordedEvent]:

@@ -76,6 +76,9 @@ class World:
         self.passes = 0
         """Passes over the log that services made."""
         self.rejoins = 0
+        self.lives = 1
+        """How often the service's database was made, or set back."""
+        self._copy: bytes | None = None
         self.calm = False
         self.died: list[str] = []
         """Processes that ended with an error that no fault of this world explains."""
@@ -195,6 +198,10 @@ class World:
                 after(step.seconds, slot.thaw)
             case "retention":
                 self._remove(step)
+            case "database copied":
+                self._copy = self.databases.copy()
+            case "database lost" | "database restored":
+                await self._lose_database(step)
             case "confirms swallowed":
                 self.tell("broker", f"confirms nothing to {slot} for {step.seconds:.1f} s")
                 self._swallow(slot)
@@ -203,6 +210,22 @@ class World:
                 self.tell(slot, f"has a clock that is wrong by {slot.clock_error:.0f} s")
                 if slot.process is not None:
                     slot.process.clock_error = slot.clock_error
+
+    async def _lose_database(self, step: Step) -> None:
+        """The processes of the service end, and find an empty database, or one of an earlier moment, when they start
+        again; what a store with a bounded memory of ids knew of the service's appends may be forgotten by then."""
+        copy = self._copy if step.what == "database restored" else None
+        self.tell("operator", "gives the service a new database" if copy is None else "restores an older database")
+        self.lives += 1
+        for slot in self.slots[self.plan.relays :]:
+            slot.kill()
+        await self._seat.close()
+        self.databases.renew(copy)
+        self._seat = self.databases.seat(None)
+        await lay_out(self._seat.database, self.service.name, self.plan.partitions if copy is None else None)
+        if int(step.seconds * 1000) % 4:
+            self.tell("store", "forgets the ids of what was appended")
+            self.log.forget()
 
     def _append(self, step: Step) -> None:
         assert step.event is not None
