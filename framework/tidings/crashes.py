@@ -6,29 +6,35 @@ buckets. It is taken away at a clean end. Whoever finds another's mark learns fr
 way, suspects it, and runs it alone, noted in the database. An event that was under way at two ends in a row is
 condemned: the third process buries it without running it.
 
-Without a notebook (the other process was on another machine, or the database is a server's) everything is suspected
-for a while, and noted before it is run, which finds the guilty event one crash later. A process that is cut off from
-the bus while another takes over looks as if it had crashed: that costs caution, seldom an event. Nothing here runs a
-handler.
+Without a notebook (the other process was on another machine, or the database is a server's) as many events as can have
+been at work are noted before they are run, many in one transaction, which finds the guilty event one crash later. A
+process that is cut off from the bus while another takes over looks as if it had crashed: that costs caution, seldom an
+event.
+
+`Caution` alone decides: the notes of this process and those that others left are kept apart, so that taking over while
+notes are being written neither loses nor keeps one. Each of its waits has an end. Nothing here runs a handler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import Enum, auto
+from typing import Final
 
 from tidings.attempt import Failure
 
-if TYPE_CHECKING:
-    from tidings.work import Item
-
 __all__ = ["Caution", "verdicts"]
 
-BESIDE_SECONDS: Final = 0.05
-"""While everything is noted, the next event begins when the one before has ended, or has run for so long without
-harm."""
 CRASHES: Final = 2
 """Unclean ends with the event under way, after which it is not run again."""
+ROOM: Final = 64
+"""Events at most that are noted and not yet forgotten, so that few are suspected if the process ends."""
+ALONE_SECONDS: Final = 30.0
+"""Seconds at most that nothing begins beside a suspect, and that a noted event counts against `ROOM`."""
+QUIET_SECONDS: Final = 5.0
+"""Seconds at most that a suspect waits for what began before it."""
+LOOK_SECONDS: Final = 0.05
+"""Seconds until somebody who may not begin asks again; what ends meanwhile makes it sooner."""
 
 
 def verdicts(notes: Mapping[int, int]) -> tuple[dict[int, Failure], frozenset[int]]:
@@ -49,63 +55,152 @@ def verdicts(notes: Mapping[int, int]) -> tuple[dict[int, Failure], frozenset[in
     return condemned, frozenset(notes) - condemned.keys()
 
 
+class _Stage(Enum):
+    """How far an event of this process is on its way through its note."""
+
+    TAKEN = auto()
+    """Out of its lane; not noted, not begun."""
+    NOTED = auto()
+    """Its note is in the database, or in a transaction under way; it runs, or may."""
+    ENDED = auto()
+    """Its attempt ended; the next commit forgets the note."""
+    AGAIN = auto()
+    """Taken once more before that commit: the new note has to wait for it."""
+
+
+class _Own:
+    __slots__ = ("bucket", "since", "stage", "times")
+
+    def __init__(self, bucket: int, since: float) -> None:
+        self.bucket = bucket
+        self.since = since
+        self.stage = _Stage.TAKEN
+        self.times = 0
+
+
 class Caution:
-    """Of one dispatcher: how carefully it gives out events."""
+    """Of one dispatcher: which events are noted before they are run, and which run alone. It is the only owner of what
+    the process knows of notes."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._left = 0
-        """Events at most that are still to be noted."""
-        self._blind = False
-        """It is not known what was under way, so everything is noted."""
-        self._notes: dict[int, int] = {}
-        """As they stand in the database."""
-        self._suspected: set[int] = set()
-        self._running: dict[int, float] = {}
-        """Noted, and not known to have ended: position to when."""
+        """Events at most that are still to be noted although nobody suspects them."""
+        self._own: dict[int, _Own] = {}
+        """Events that this process has taken to note them, until their notes are forgotten."""
+        self._found: dict[int, int] = {}
+        """Notes that another process left, position to number of unclean ends, until this one has survived the
+        event."""
         self.alert = False
         """There may be something to be careful about: asked first, because nearly always there is nothing."""
 
-    def begin(self, notes: Mapping[int, int], events: int, *, blind: bool) -> dict[int, Failure]:
-        """Another process ended uncleanly and left these notes; be careful with so many events at most. Returns those
-        that are condemned."""
-        condemned, suspected = verdicts(notes)
-        self._notes, self._suspected = dict(notes), set(suspected)
-        self._left, self._blind = events, blind
-        self.alert = self.on or bool(self._notes or self._running)
-        return condemned
+    # ---- taking over
 
     @property
-    def on(self) -> bool:
-        """Events are noted before they are run."""
-        return self._left > 0 and (self._blind or bool(self._suspected))
+    def noted(self) -> dict[int, tuple[int, int]]:
+        """Notes of this process, position to bucket and number: what the database holds, or will when the transaction
+        under way commits, without what the next commit forgets."""
+        return {at: (own.bucket, own.times) for at, own in self._own.items() if own.stage is _Stage.NOTED}
 
-    def wait(self) -> float:
-        """Seconds until the next event may begin, 0 for now; what ends meanwhile may make it sooner."""
-        if not self._running or not self.on:
-            return 0.0
-        if self._suspected:
-            return BESIDE_SECONDS  # nothing beside a suspect, however long it takes
-        return max(0.0, BESIDE_SECONDS - (self._clock() - max(self._running.values())))
+    @property
+    def own(self) -> frozenset[int]:
+        """Positions that this process has noted itself, as far as the notes are not forgotten."""
+        return frozenset(at for at, own in self._own.items() if own.stage is not _Stage.TAKEN)
 
-    def taken(self, item: Item) -> None:
+    @property
+    def known(self) -> frozenset[int]:
+        """Positions whose notes are there for a reason, or about to go."""
+        return self.own.union(self._found)
+
+    def begin(
+        self, notes: Mapping[int, int], events: int, *, blind: bool, besides: Collection[int] = ()
+    ) -> dict[int, Failure]:
+        """Another process ended uncleanly and left these notes; without its notebook (`blind`), note the next
+        `events`. `besides` are positions of this process's own, known before the notes were read: nobody suspects
+        what runs here or has ended here. Returns the condemned, with the reason."""
+        own = self.own
+        left = {at: times for at, times in notes.items() if at not in own and at not in besides}
+        self._found = left | {at: times for at, times in self._found.items() if at in own}
+        self._left = events if blind else 0
+        self._look()
+        return verdicts(self._found)[0]
+
+    def forgotten(self) -> None:
+        """The process before this one ended cleanly: there are no notes but this one's own."""
+        own = self.own
+        self._found = {at: times for at, times in self._found.items() if at in own}
+        self._left = 0
+        self._look()
+
+    @property
+    def suspects(self) -> frozenset[int]:
+        """Positions of events that are run alone."""
+        return verdicts(self._found)[1]
+
+    # ---- an event's way
+
+    def holds(self) -> float:
+        """Seconds until the next event may be taken, 0 for now."""
+        now = self._clock()
+        young = [at for at, own in self._own.items() if now - own.since < ALONE_SECONDS]
+        alone = any(at in self._found and self._own[at].stage is not _Stage.ENDED for at in young)
+        return LOOK_SECONDS if alone or len(young) >= ROOM else 0.0
+
+    def wants(self, position: int) -> bool:
+        """Whether the event is noted before it is run."""
+        return position in self._found or self._left > 0
+
+    def taken(self, position: int, bucket: int) -> None:
         """It is about to be noted and run."""
-        self._running[item.event.position] = self._clock()
+        own = self._own.get(position)
+        if own is None:
+            self._own[position] = _Own(bucket, self._clock())
+        else:
+            own.stage, own.since = _Stage.AGAIN, self._clock()
+        self.alert = True
 
-    def note(self, item: Item) -> int:
-        """What to write down before it is run: the unclean ends with it under way, should this process end so too."""
-        position = item.event.position
-        self._left -= 1
-        self._running[position] = self._clock()
-        self._notes[position] = self._notes.get(position, 0) + 1
-        return self._notes[position]
+    def group(self, waiting: Iterable[int]) -> list[int]:
+        """Which of these events, taken before, are noted together now, and run side by side: one suspect, or others."""
+        ready = [at for at in waiting if self._own[at].stage is _Stage.TAKEN]
+        plain = [at for at in ready if at not in self._found]
+        return plain or ready[:1]
+
+    def patience(self, position: int) -> float:
+        """Seconds that this event, which is to be noted next, still waits for those that began before it to end."""
+        if position not in self._found:
+            return 0.0
+        return max(0.0, self._own[position].since + QUIET_SECONDS - self._clock())
+
+    def note(self, position: int) -> tuple[int, int]:
+        """What to write down in the transaction that begins: bucket, and the unclean ends with the event under way,
+        should this process end so too."""
+        own = self._own[position]
+        self._left = max(0, self._left - 1)
+        own.stage, own.times = _Stage.NOTED, self._found.get(position, 0) + 1
+        return own.bucket, own.times
 
     def ended(self, position: int) -> bool:
-        """It ended in whatever way but the process's end. True when there is a note to be taken back."""
-        self._suspected.discard(position)
-        return self._notes.pop(position, None) is not None
+        """It ended in whatever way but the process's end. True when the next commit is to forget its note; then tell
+        `cleared` after that commit."""
+        found = self._found.pop(position, None)
+        own = self._own.get(position)
+        if own is None:
+            if found is None:
+                return False
+            own = self._own[position] = _Own(-1, self._clock())
+        elif own.stage is not _Stage.NOTED and found is None:
+            return False
+        own.stage = _Stage.ENDED
+        return True
 
     def cleared(self, position: int) -> None:
         """Its note is gone for good, with all that came of it."""
-        self._running.pop(position, None)
-        self.alert = self.on or bool(self._notes or self._running)
+        own = self._own.get(position)
+        if own is not None and own.stage is _Stage.AGAIN:
+            own.stage = _Stage.TAKEN
+        elif own is not None and own.stage is _Stage.ENDED:
+            del self._own[position]
+        self._look()
+
+    def _look(self) -> None:
+        self.alert = bool(self._left or self._found or self._own)

@@ -107,9 +107,8 @@ class Dispatcher:
         self._revival = Revival(
             service, database, held, self._keys, troubles, self.breakers, self._push, self._pump, inbox.fence
         )
-        self._guard = Guard(service, database, inbox, troubles, clock)
+        self._guard = Guard(service, database, inbox, troubles, clock, self._give_out)
         self._caution = self._guard.caution
-        self._to_note: asyncio.Queue[Item] = asyncio.Queue()
         self._beside: asyncio.TimerHandle | None = None
         self._stopping = False
         self._pumping = True
@@ -203,7 +202,8 @@ class Dispatcher:
     async def take_over(self) -> None:
         """The bus has begun to give this process messages; before that, it runs nothing. After another process that
         ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
-        await self._guard.take_over()
+        for position in await self._guard.take_over():
+            self._commits.noted(position)
         self.stager.begin()
         await self._revival.renew()
         self._at_work = True
@@ -222,7 +222,7 @@ class Dispatcher:
             return
         self._pumping = True
         lanes, caution, troubles = self._lanes, self._caution, self._troubles
-        while lanes.ready and not (caution.alert and caution.wait()):
+        while lanes.ready and not (caution.alert and caution.holds()):
             taken = lanes.take()
             assert taken is not None
             item = taken[1]
@@ -235,13 +235,12 @@ class Dispatcher:
                 failure, times = troubles.crashed[item.event.position]
                 troubles.attempts[item.turn] = times - 1
                 self._fail(item, failure)
-            elif caution.alert and caution.on:
-                caution.taken(item)
-                self._to_note.put_nowait(item)
+            elif caution.alert and caution.wants(item.event.position):
+                self._guard.give(item)
             else:
                 self._give_out(item)
         self._pumping = False
-        if self._lanes.ready and self._beside not in self._timers and (pause := self._caution.wait()):
+        if self._lanes.ready and self._beside not in self._timers and (pause := self._caution.holds()):
             self._beside = self._timers.later(pause, self._pump)
 
     def _is_passed_over(self, item: Item) -> bool:
@@ -257,13 +256,6 @@ class Dispatcher:
             self._deferred.append(item)
         else:
             self._workers.give(item)
-
-    async def _note(self) -> None:
-        """What is run after an unclean end is written down before."""
-        while True:
-            item = await self._to_note.get()
-            await self._guard.note(item)
-            self._give_out(item)
 
     def _survived(self, position: int) -> None:
         """Whatever came of the attempt: it did not end the process."""
@@ -282,7 +274,7 @@ class Dispatcher:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._workers.run())
                 tasks.create_task(self._commits.run())
-                tasks.create_task(self._note())
+                tasks.create_task(self._guard.run(lambda: self._busy - len(self._guard)))
                 tasks.create_task(self._revival.run())
                 tasks.create_task(self.stager.run())
         finally:
@@ -304,10 +296,8 @@ class Dispatcher:
         self._stopping = self._draining = True
         self.stand_by()
         self._busy -= len(self._deferred) + self._sessions.take_back() + self._workers.take_back()
+        self._busy -= self._guard.take_back()
         self._deferred.clear()
-        while not self._to_note.empty():
-            self._to_note.get_nowait()
-            self._busy -= 1
         commits = self._commits
         commits.hurry()
         try:

@@ -5,8 +5,9 @@ The decisions are those of `tidings.crashes`; here they meet the database and th
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -24,57 +25,80 @@ __all__ = ["Guard"]
 
 log = structlog.get_logger("tidings.dispatch")
 
+LOOK_SECONDS: Final = 0.01
+"""Seconds until what waits for others to end, or for a commit, looks again."""
+
 
 class Guard:
-    """Of one dispatcher. What is given out while `caution.on` goes through `note` first."""
+    """Of one dispatcher. What `caution` wants to be noted is given to it first; `run` notes it, and gives it out."""
 
     def __init__(
-        self, service: Service, database: Database, inbox: Inbox, troubles: Troubles, clock: Callable[[], float]
+        self,
+        service: Service,
+        database: Database,
+        inbox: Inbox,
+        troubles: Troubles,
+        clock: Callable[[], float],
+        give_out: Callable[[Item], None],
     ) -> None:
         self._service = service
         self._database = database
         self._inbox = inbox
         self._troubles = troubles
+        self._give_out = give_out
+        self._waiting: list[Item] = []
+        self._some = asyncio.Event()
+        self._turn = asyncio.Lock()
+        """Taking over reads the notes while none is being written."""
         self.notebook = Notebook(None, 0)
         """Told of each attempt's begin and end."""
         self.caution = Caution(clock)
 
-    async def take_over(self) -> None:
-        """This process is at work on the range from now on. Raises `DatabaseUnavailable`, and `Fenced` when a replay
-        sent the service back since it joined, or another process is at it too."""
+    # ---- taking over and leaving
+
+    async def take_over(self) -> list[int]:
+        """This process is at work on the range from now on. Returns positions whose notes were written again and
+        are not needed any more. Raises `DatabaseUnavailable`, and `Fenced` when a replay sent the service back since
+        it joined, or another process is at it too."""
         if self.notebook.open:
             self.notebook.keep()
         else:
             self.notebook = Notebook(self._notebook_of(self._troubles.process), self._service.concurrency + 1)
-        async with self._database.turn, self._database.transaction() as connection:
-            await self._inbox.fence(connection)
-            before = await self._inbox.occupy(connection, self._troubles.process)
-            if before is None:
-                return
-            process, notes = before
-            under_way = Notebook.read(self._notebook_of(process))
-            for position, bucket in (under_way or {}).items():
-                if position not in notes:
-                    notes[position] = 1
-                    await self._inbox.note(connection, position, bucket, 1)
-        Notebook.discard(self._notebook_of(process))
-        condemned = self.caution.begin(notes, int(FULL * self._service.prefetch), blind=under_way is None)
+        caution, inbox, me = self.caution, self._inbox, self._troubles.process
+        async with self._turn:
+            besides = caution.own
+            async with self._database.turn, self._database.transaction() as connection:
+                await inbox.fence(connection)
+                before = await inbox.occupy(connection, me)
+                notes = await inbox.notes(connection)
+                unclean, under_way = before not in (None, me), None
+                if unclean:
+                    under_way = Notebook.read(self._notebook_of(str(before)))
+                    fresh = {at: (bucket, 1) for at, bucket in (under_way or {}).items() if at not in notes}
+                else:
+                    fresh = {}
+                    mine = caution.known | besides if before == me else besides
+                    await inbox.forget_notes(connection, notes.keys() - mine)
+                again = {at: note for at, note in caution.noted.items() if at not in notes}
+                await inbox.note(connection, fresh | again)
+            if unclean:
+                Notebook.discard(self._notebook_of(str(before)))
+                self._suspect(notes | dict.fromkeys(fresh, 1), besides, blind=under_way is None)
+            elif before is None:
+                caution.forgotten()
+        return [at for at in again if at not in caution.noted]
+
+    def _suspect(self, notes: dict[int, int], besides: frozenset[int], *, blind: bool) -> None:
+        condemned = self.caution.begin(notes, int(FULL * self._service.prefetch), blind=blind, besides=besides)
         self._troubles.crashed |= {position: (failure, notes[position]) for position, failure in condemned.items()}
         log.warning(
             "service.careful",
             service=self._service.name,
-            suspected=sorted(notes.keys() - condemned.keys()),
+            suspected=sorted(self.caution.suspects),
             condemned=sorted(condemned),
             reason="the process that was at work before ended without a word, or has lost its connection to the bus; "
             "if an event crashes the process, it will be found",
         )
-
-    async def note(self, item: Item) -> None:
-        """Write down that the event is about to be run. Raises `DatabaseUnavailable`, and `Fenced` when another process
-        runs it too."""
-        async with self._database.turn, self._database.transaction() as connection:
-            times = self.caution.note(item)
-            await self._inbox.note(connection, item.event.position, item.bucket, times)
 
     async def leave(self) -> None:
         """This was a clean end, also of what was cut off in the middle. Raises `DatabaseUnavailable`."""
@@ -83,3 +107,53 @@ class Guard:
 
     def _notebook_of(self, process: str) -> str | None:
         return notebook_of(self._database.file, process, self._inbox.buckets.start)
+
+    # ---- noting
+
+    def __len__(self) -> int:
+        """Events that wait to be noted."""
+        return len(self._waiting)
+
+    def give(self, item: Item) -> None:
+        """Note it, then give it out."""
+        self.caution.taken(item.event.position, item.bucket)
+        self._waiting.append(item)
+        self._some.set()
+
+    def take_back(self) -> int:
+        """Forget what waits to be noted, and say how many that were."""
+        number = len(self._waiting)
+        self._waiting.clear()
+        return number
+
+    async def run(self, busy: Callable[[], int]) -> None:
+        """Until cancelled. `busy` says how many events are at work, or wait for their commit. Raises
+        `DatabaseUnavailable`, and `Fenced` when another process has taken the range over."""
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            while self._waiting:
+                async with self._turn:
+                    group = self._next(busy)
+                    await self._note(group)
+                for item in group:
+                    self._give_out(item)
+                if not group:
+                    await asyncio.sleep(LOOK_SECONDS)
+
+    def _next(self, busy: Callable[[], int]) -> list[Item]:
+        """Those that are noted now, taken out of what waits."""
+        waiting = {item.event.position: item for item in self._waiting}
+        positions = self.caution.group(waiting)
+        if not positions or (busy() and self.caution.patience(positions[0])):
+            return []
+        group = [waiting[position] for position in positions]
+        self._waiting = [item for item in self._waiting if item not in group]
+        return group
+
+    async def _note(self, group: list[Item]) -> None:
+        if group:
+            async with self._database.turn, self._database.transaction() as connection:
+                await self._inbox.hold(connection, self._troubles.process)
+                notes = {item.event.position: self.caution.note(item.event.position) for item in group}
+                await self._inbox.note(connection, notes)

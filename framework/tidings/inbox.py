@@ -367,18 +367,37 @@ class Inbox:
             floors.c.last_bucket == self.buckets.stop - 1,
         )
 
-    async def occupy(self, connection: AsyncConnection, process: str) -> tuple[str, dict[int, int]] | None:
-        """`process` is at work on the range from now on. None when nobody left it uncleanly; else the other process,
-        and notes: position to the number of unclean ends with that event under way (`tidings.crashes`)."""
+    async def occupy(self, connection: AsyncConnection, process: str) -> str | None:
+        """`process` is at work on the range from now on. Returns the one that was before, None after a clean end."""
+        active = sa.select(floors.c.active).where(*self._floor_is_ours())
+        before: str | None = await connection.scalar(active.with_for_update())  # nobody `hold`s it from here on
         ours = floors.update().where(*self._floor_is_ours())
-        before = await connection.scalar(sa.select(floors.c.active).where(*self._floor_is_ours()))
-        if before is not None and before != process:
-            notes = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))
-            await connection.execute(ours.values(active=process, asked=None))
-            return before, {row.position: row.times for row in notes}
-        await connection.execute(begun.delete().where(*self._notes_are_ours()))
         await connection.execute(ours.values(active=process, asked=None))
-        return None
+        return before
+
+    async def hold(self, connection: AsyncConnection, process: str) -> None:
+        """Nobody takes the range over before the end of the transaction. Raises `Fenced` when somebody has done."""
+        active = sa.select(floors.c.active).where(*self._floor_is_ours())
+        found = await connection.scalar(active.with_for_update(read=True))
+        if found != process:
+            raise Fenced(f"service {self._service!r}: another process is at work on this range now; joining again")
+
+    async def notes(self, connection: AsyncConnection) -> dict[int, int]:
+        """Position to the number of unclean ends with that event under way (`tidings.crashes`). What was settled
+        meanwhile, whoever did it, is forgotten first."""
+        marks = sa.select(watermarks.c.position).where(
+            watermarks.c.service == begun.c.service,
+            watermarks.c.log == begun.c.log,
+            watermarks.c.bucket == begun.c.bucket,
+        )
+        floor = sa.select(floors.c.position).where(*self._floor_is_ours())
+        still_held = sa.exists().where(
+            held.c.service == begun.c.service, held.c.log == begun.c.log, held.c.position == begun.c.position
+        )
+        settled = sa.or_(begun.c.position <= marks.scalar_subquery(), begun.c.position <= floor.scalar_subquery())
+        await connection.execute(begun.delete().where(*self._notes_are_ours(), settled, ~still_held))
+        found = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))
+        return {row.position: row.times for row in found}
 
     async def leave(self, connection: AsyncConnection, process: str) -> None:
         """`process` ends cleanly; nothing is said of another one that has taken over."""
@@ -386,19 +405,22 @@ class Inbox:
         if (await connection.execute(mine.values(active=None))).rowcount:
             await connection.execute(begun.delete().where(*self._notes_are_ours()))
 
-    async def note(self, connection: AsyncConnection, position: int, bucket: int, times: int) -> None:
-        """Should the process end now, it was the so-manieth unclean end with this event under way.
+    async def note(self, connection: AsyncConnection, notes: Mapping[int, tuple[int, int]]) -> None:
+        """Write down what is about to be run: position to bucket, and the number of unclean ends with the event under
+        way if the process ends now.
 
-        Raises `Fenced` when another process noted it at the same moment: roll back.
+        Raises `Fenced` when another process noted one of them at the same moment: roll back.
         """
-        await connection.execute(self._forget, {"of_position": position})
+        if not notes:
+            return
+        await self.forget_notes(connection, notes)
+        rows = [self._own | {"position": at, "bucket": bucket, "times": times} for at, (bucket, times) in notes.items()]
         try:
-            await connection.execute(
-                begun.insert().values(**self._own, position=position, bucket=bucket, times=times),
-            )
+            await connection.execute(begun.insert(), rows)
         except IntegrityError as error:
             raise Fenced(
-                f"service {self._service!r}: another process began position {position} at the same moment"
+                f"service {self._service!r}: another process began one of the positions {sorted(notes)} at the same "
+                "moment"
             ) from error
 
     async def forget_notes(self, connection: AsyncConnection, positions: Iterable[int]) -> None:

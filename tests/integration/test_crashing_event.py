@@ -148,7 +148,7 @@ async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_
     async with open_database(f"sqlite:///{tmp_path}/audit.db") as database:
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
-        guard = Guard(service, database, inbox, troubles, time.monotonic)
+        guard = Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
         await guard.take_over()
         guard.notebook.begin(7, 1)
         (notebook,) = notebooks(tmp_path)

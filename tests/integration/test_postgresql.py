@@ -220,13 +220,13 @@ async def test_of_two_processes_that_note_one_event_at_once_the_second_joins_aga
 
         async def note_too() -> None:
             async with rival.transaction() as connection:
-                await second.note(connection, 7, 3, 1)
+                await second.note(connection, {7: (3, 1)})
 
         async with database.transaction() as connection:
-            await first.note(connection, 7, 3, 1)
+            await first.note(connection, {7: (3, 1)})
             noting = asyncio.create_task(note_too())
             await until(lambda: _waits_for_a_lock(database))
-        with pytest.raises(Fenced, match="another process began position 7 at the same moment"):
+        with pytest.raises(Fenced, match=r"another process began one of the positions \[7\] at the same moment"):
             await noting
         assert is_infrastructure(noting.exception() or ValueError())
 

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tidings.crashes import Caution, verdicts
-
-if TYPE_CHECKING:
-    from tidings.work import Item
-
-
-def item(position: int) -> Item:
-    return cast("Item", SimpleNamespace(event=SimpleNamespace(position=position)))
+from tidings.crashes import ALONE_SECONDS, CRASHES, QUIET_SECONDS, ROOM, Caution, verdicts
 
 
 class Clock:
@@ -25,6 +17,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def note(caution: Caution, position: int) -> int:
+    """Take it, and note it alone; the number that is written."""
+    caution.taken(position, 1)
+    assert position in caution.group([position])
+    return caution.note(position)[1]
 
 
 def test_two_unclean_ends_in_a_row_condemn_and_one_only_makes_suspect() -> None:
@@ -37,97 +36,277 @@ def test_two_unclean_ends_in_a_row_condemn_and_one_only_makes_suspect() -> None:
 
 def test_without_an_unclean_end_nothing_is_noted_and_nothing_waits() -> None:
     caution = Caution(Clock())
-    assert not caution.on
-    assert caution.wait() == 0
+    assert not caution.alert
+    assert not caution.wants(1)
+    assert caution.holds() == 0
 
 
-def test_the_next_event_begins_when_the_one_before_has_ended_or_has_run_for_a_while() -> None:
+def test_many_events_are_noted_together_and_no_more_than_there_is_room_for() -> None:
     clock = Clock()
     caution = Caution(clock)
-    caution.begin({}, 10, blind=True)
-    caution.taken(item(1))
-    assert caution.note(item(1)) == 1
-    assert caution.wait() > 0
-    clock.now += 0.06
-    assert caution.wait() == 0, "a slow handler does not hold up the others"
-    caution.taken(item(2))
-    caution.note(item(2))
-    assert caution.wait() > 0
-    assert caution.ended(2)
-    caution.cleared(2)
-    assert caution.wait() == 0
-    assert not caution.ended(2), "its note was taken back already"
+    caution.begin({}, 1000, blind=True)
+    for position in range(ROOM):
+        assert caution.holds() == 0
+        assert caution.wants(position)
+        caution.taken(position, 1)
+    assert caution.holds() > 0
+    assert caution.group(range(ROOM)) == list(range(ROOM))
+    assert {caution.note(position) for position in range(ROOM)} == {(1, 1)}
+    assert caution.holds() > 0
+    assert caution.ended(3)
+    caution.cleared(3)
+    assert caution.holds() == 0
+    assert not caution.ended(3), "its note was taken back already"
 
 
-def test_nothing_runs_beside_a_suspect_however_long_it_takes() -> None:
+def test_nothing_runs_beside_a_suspect_but_one_that_hangs_does_not_stop_the_rest_for_ever() -> None:
     clock = Clock()
     caution = Caution(clock)
     caution.begin({1: 1, 2: 1}, 10, blind=False)
-    caution.taken(item(1))
-    assert caution.note(item(1)) == 2
-    clock.now += 3600
-    assert caution.wait() > 0
+    assert note(caution, 1) == 2
+    clock.now += ALONE_SECONDS - 1
+    assert caution.holds() > 0
+    clock.now += 1
+    assert caution.holds() == 0
+    assert caution.patience(1) == 0
+
+
+def test_a_suspect_waits_for_what_began_before_it_and_not_for_ever() -> None:
+    clock = Clock()
+    caution = Caution(clock)
+    caution.begin({1: 1}, 10, blind=True)
+    for position in (5, 1):
+        caution.taken(position, 1)
+    assert caution.group([5, 1]) == [5], "no suspect is noted together with others"
+    caution.note(5)
+    assert caution.group([1]) == [1]
+    assert caution.patience(1) == QUIET_SECONDS
+    clock.now += QUIET_SECONDS
+    assert caution.patience(1) == 0
 
 
 def test_who_knows_what_was_under_way_is_careful_with_that_alone() -> None:
     caution = Caution(Clock())
     caution.begin({7: 1}, 10, blind=False)
-    assert caution.on
-    caution.taken(item(7))
-    assert caution.note(item(7)) == 2
+    assert not caution.wants(8)
+    assert caution.wants(7)
+    assert note(caution, 7) == 2
     assert caution.ended(7)
-    assert not caution.on
+    caution.cleared(7)
+    assert not caution.alert
     caution.begin({}, 10, blind=False)
-    assert not caution.on, "the process ended while nothing was under way"
+    assert not caution.alert, "the process ended while nothing was under way"
 
 
 def test_caution_ends_after_as_many_events_as_could_have_been_at_work() -> None:
     caution = Caution(Clock())
-    caution.begin({99: 1, 98: 1}, 3, blind=True)
+    caution.begin({99: 1}, 3, blind=True)
     for position in range(3):
-        assert caution.on
-        caution.taken(item(position))
-        caution.note(item(position))
-    assert not caution.on, "suspects that never come again do not slow the service for ever"
-    assert caution.wait() == 0
+        assert caution.wants(position)
+        note(caution, position)
+    assert not caution.wants(4)
+    assert caution.wants(99), "a suspect is one however late it comes"
+    for position in range(3):
+        caution.ended(position)
+        caution.cleared(position)
+    assert caution.holds() == 0, "suspects that never come again do not slow the service"
+
+
+def test_a_queue_that_leaves_and_comes_back_while_a_note_is_written_stops_nothing() -> None:
+    clock = Clock()
+    caution = Caution(clock)
+    caution.begin({}, 2000, blind=True)
+    assert note(caution, 10) == 1
+    caution.begin({20: 1}, 2000, blind=True)
+    assert caution.ended(10), "its note is to be taken back"
+    caution.cleared(10)
+    assert caution.holds() == 0
+    assert caution.suspects == {20}
+
+
+def test_an_event_that_is_tried_again_waits_until_its_former_note_is_gone() -> None:
+    caution = Caution(Clock())
+    caution.begin({}, 10, blind=True)
+    note(caution, 1)
+    assert caution.ended(1)
+    caution.taken(1, 1)
+    assert caution.group([1]) == [], "the commit that forgets the note would forget the new one too"
+    caution.cleared(1)
+    assert caution.group([1]) == [1]
+    assert caution.note(1) == (1, 1)
+
+
+class TwoProcesses(RuleBasedStateMachine):
+    """Two cautions over one table of notes, which a queue is given to in turn, at any moment, also while notes and
+    forgetting are in transactions under way. Nobody crashes: so nobody is ever condemned, and in the end no note is
+    left, and nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.table: dict[int, int] = {}
+        self.cautions = [Caution(self.clock), Caution(self.clock)]
+        self.waiting: list[list[int]] = [[], []]
+        self.noted: list[set[int]] = [set(), set()]
+        self.leaving: list[list[int]] = [[], []]
+        self.active = 0
+        self.done = set[int]()
+        self.next = 0
+
+    @property
+    def caution(self) -> Caution:
+        return self.cautions[self.active]
+
+    @rule(blind=st.booleans())
+    def take_over(self, blind: bool) -> None:
+        self.active = 1 - self.active
+        self.finish_read(self.start_read(), blind)
+
+    @rule(blind=st.booleans())
+    def take_over_slowly(self, blind: bool) -> None:
+        """Between reading the notes and knowing them, commits end."""
+        self.active = 1 - self.active
+        read = self.start_read()
+        self.commit(self.active)
+        self.finish_read(read, blind)
+
+    def start_read(self) -> tuple[frozenset[int], dict[int, int]]:
+        besides = self.caution.own
+        for position in self.done & self.table.keys():
+            del self.table[position]
+        for position, (_, times) in self.caution.noted.items():
+            if position not in self.done:
+                self.table.setdefault(position, times)
+        return besides, dict(self.table)
+
+    def finish_read(self, read: tuple[frozenset[int], dict[int, int]], blind: bool) -> None:
+        assert not self.caution.begin(read[1], 10, blind=blind, besides=read[0])
+
+    @rule(who=st.integers(0, 1))
+    def take(self, who: int) -> None:
+        """An event of a lane: a new one, or one that the other has, too."""
+        caution = self.cautions[who]
+        if caution.holds():
+            return
+        mine = set(self.waiting[who]) | self.noted[who]
+        shared = sorted((set(range(self.next)) - mine) - self.done)
+        position = shared[0] if shared else self.next
+        self.next = max(self.next, position + 1)
+        if caution.wants(position):
+            caution.taken(position, 1)
+            self.waiting[who].append(position)
+        else:
+            self.noted[who].add(position)
+
+    @rule()
+    def note(self) -> None:
+        """Only who is at work may: the database sees to that."""
+        group = self.caution.group(self.waiting[self.active])
+        for position in group:
+            self.waiting[self.active].remove(position)
+            self.table[position] = self.caution.note(position)[1]
+            assert self.table[position] < CRASHES + 1
+            self.noted[self.active].add(position)
+
+    @rule(who=st.integers(0, 1), again=st.booleans())
+    def end(self, who: int, again: bool) -> None:
+        if self.noted[who]:
+            position = min(self.noted[who])
+            self.noted[who].remove(position)
+            if self.cautions[who].ended(position):
+                self.leaving[who].append(position)
+            if again and self.cautions[who].wants(position) and position not in self.done:
+                self.cautions[who].taken(position, 1)
+                self.waiting[who].append(position)
+            else:
+                self.done.add(position)
+
+    @rule(who=st.integers(0, 1))
+    def commit(self, who: int) -> None:
+        for position in self.leaving[who]:
+            self.table.pop(position, None)
+            self.cautions[who].cleared(position)
+        self.leaving[who].clear()
+
+    @precondition(lambda self: self.next)
+    @rule()
+    def wait(self) -> None:
+        self.clock.now += 0.05
+
+    @invariant()
+    def what_is_at_work_is_noted(self) -> None:
+        for position, (_, times) in self.caution.noted.items():
+            if position not in self.done:
+                assert times >= 1
+
+    def teardown(self) -> None:
+        for _ in range(6 * self.next + 20):
+            self.clock.now += 0.05
+            for who in (0, 1):
+                self.active = who
+                self.note()
+                self.end(who, False)
+                self.commit(who)
+        assert self.waiting == [[], []], "everybody gets on"
+        assert [caution.holds() for caution in self.cautions] == [0, 0]
+        assert not [caution.own for caution in self.cautions if caution.own]
+        assert not self.table.keys() & self.done, "a note outlives its event"
+
+
+TestTwoProcesses = TwoProcesses.TestCase
+TestTwoProcesses.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 def lives(events: Iterable[int], guilty: int, slow: frozenset[int], blind: bool) -> tuple[int, list[int]]:
     """Processes over these events; the guilty one ends its process as it begins, slow ones go on until something must
     wait for them. Returns the number of processes that it took, and who was condemned."""
     todo, dead = list(events), list[int]()
-    notes, under_way = dict[int, int](), list[int]()
+    table, under_way = dict[int, int](), list[int]()
 
     def end(position: int, caution: Caution) -> None:
         if caution.ended(position):
             caution.cleared(position)
-        notes.pop(position, None)
+            table.pop(position, None)
         todo.remove(position)
 
     for process in range(1, 10):
         clock = Clock()
         caution = Caution(clock)
         if process > 1:
-            if not blind:
-                notes.update({position: 1 for position in under_way if position not in notes})
-            for position in caution.begin(notes, 100, blind=blind):
+            table.update({position: 1 for position in under_way if not blind and position not in table})
+            for position in caution.begin(table, 100, blind=blind):
                 dead.append(position)
                 end(position, caution)
         under_way.clear()
-        for position in list(todo):
-            while caution.wait():
-                clock.now += 0.05
-                if caution.wait():
-                    end(under_way.pop(), caution)
-            if caution.on:
-                caution.taken(item(position))
-                notes[position] = caution.note(item(position))
-            under_way.append(position)
-            if position == guilty:
-                break
-            if position not in slow:
-                end(under_way.pop(), caution)
-        else:
+        waiting, crashed = list[int](), False
+        lane = list(todo)
+        while (lane or waiting) and not crashed:
+            while lane and not caution.holds():
+                position = lane.pop(0)
+                if caution.wants(position):
+                    caution.taken(position, 1)
+                    waiting.append(position)
+                else:
+                    under_way.append(position)
+            group = caution.group(waiting)
+            if group and caution.patience(group[0]):
+                while under_way:  # it waits until they have ended
+                    if under_way[0] == guilty:
+                        crashed = True
+                        break
+                    end(under_way.pop(0), caution)
+                if crashed:
+                    break
+            for position in group:
+                waiting.remove(position)
+                table[position] = caution.note(position)[1]
+                under_way.append(position)
+            crashed = guilty in under_way
+            for position in list(under_way) if not crashed else []:
+                if position not in slow or caution.holds():
+                    under_way.remove(position)
+                    end(position, caution)
+        if not crashed:
             return process, dead
     raise AssertionError("it crashes for ever")
 
