@@ -37,6 +37,7 @@ __all__ = [
     "partials",
     "partitions",
     "prepared",
+    "processes",
     "replays",
     "skips",
     "staged",
@@ -171,6 +172,20 @@ begun = sa.Table(
     sa.Column("bucket", sa.Integer, nullable=False),
     sa.Column("times", sa.Integer, nullable=False),
     comment="Events that are being handled, noted only after an unclean end",
+)
+
+processes = sa.Table(
+    "tidings_processes",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("process", sa.String(36), primary_key=True),
+    sa.Column("host", sa.String(100), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("version", sa.String(100), nullable=False, comment="of the package that the handlers are in"),
+    sa.Column("code", sa.String(32), nullable=False, comment="fingerprint of the handlers"),
+    sa.Column("started", sa.Double, nullable=False, comment="seconds since 1970"),
+    sa.Column("seen", sa.Double, nullable=False, comment="seconds since 1970"),
+    comment="Processes of the service, for operators to look at",
 )
 
 skips = sa.Table(

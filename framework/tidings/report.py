@@ -15,6 +15,7 @@ from tidings.printable import plain
 
 __all__ = [
     "DeadEvent",
+    "FailingHandler",
     "HeldSummary",
     "PendingEvent",
     "RelayReport",
@@ -52,6 +53,20 @@ class HeldSummary:
     handler: str
     attempts: int
     due: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailingHandler:
+    """A handler whose events are held because it failed. Times are seconds since 1970."""
+
+    handler: str
+    events: int
+    """Without those that only wait behind one of them."""
+    since: float | None
+    """When the oldest of them was held first."""
+    due: float
+    """When the next of them runs again."""
     reason: str
 
 
@@ -118,6 +133,10 @@ class ServiceReport:
     """Everything up to here is settled in all buckets."""
     ran: bool = True
     """Whether its database knows it; where it never ran, everything is pending."""
+    other_log: str | None = None
+    """The log that its database knows instead of this one."""
+    behind: int = 0
+    """Events above the floor that are carried to services."""
     beyond: int = -1
     """A floor or watermark above the end of the log: something that never was counts as settled."""
     unmarked: int = -1
@@ -128,6 +147,8 @@ class ServiceReport:
     pending: list[PendingEvent] = field(default_factory=list)
     held_count: int = 0
     held: list[HeldSummary] = field(default_factory=list)
+    failing: list[FailingHandler] = field(default_factory=list)
+    """What the held events failed in, the handler with the most first."""
     held_due: float | None = None
     """When the first held event that waits for nothing but its time has its turn, seconds since 1970."""
     dead_count: int = 0
@@ -149,8 +170,13 @@ class ServiceReport:
         waiting = f", {self.held_count} held" if self.held_count else ""
         counts = f"{self.pending_count} pending{waiting}, {self.staged_count} staged, {self.dead_count} dead"
         yield f"{self.service}: {state} ({counts}; floor {self.floor})"
-        if not self.ran:
+        if self.other_log is not None:
+            yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right?"
+        elif not self.ran:
             yield "  has never run on this log: its database does not know it"
+        for failing in self.failing:
+            since = "" if failing.since is None else f", the oldest held since {moment_of(failing.since)}"
+            yield f"  handler {failing.handler} failed at {failing.events} events{since}: {failing.reason}"
         if self.beyond >= 0:
             yield f"  claims position {self.beyond}, which the log does not reach: was it restored from a backup?"
             yield "  Restore the newer log; or give the restored log a new identity, and the service a new database"
@@ -163,7 +189,7 @@ class ServiceReport:
         for late in self.held:
             where = f"of {late.stream}, position {late.position}, {late.attempts} attempts, due {moment_of(late.due)}"
             yield f"  held {late.type} {late.event_id} {where}: {_first_line(late.reason)}"
-        yield from _more(self.held_count - len(self.held), "held")
+        yield from _more(self.held_count - len(self.held), f"held (tidings held list {self.service})")
         for row in self.staged:
             yield f"  staged {row.type} {row.event_id} for {row.stream}, caused by position {row.cause}"
         yield from _more(self.staged_count - len(self.staged), "staged")

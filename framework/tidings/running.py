@@ -25,6 +25,7 @@ from tidings.opening import opened
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.partitions import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
 from tidings.position import bucket_of
+from tidings.presence import present_as
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.standby import Post, Taken, post_of
@@ -83,6 +84,11 @@ class RunningService:
     @property
     def engine(self) -> AsyncEngine:
         return self.database.engine
+
+    @property
+    def process(self) -> str:
+        """Id of this process of the service, another one after each start."""
+        return self._troubles.process
 
     @property
     def joins(self) -> int:
@@ -358,6 +364,7 @@ async def run_service(
         for handler in service.named.values():
             running.resources.check(handler)
         stack.enter_context(Watchdog(running))
+        await stack.enter_async_context(present_as(database, service, running.process))
         async with supervised(running.serve(), stop=running.stopping):
             await running.joined.wait()
             yield running

@@ -15,13 +15,15 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.checkpoints import UnreadableCheckpoint, read_checkpoint
-from tidings.database import Database, dead, held, staged, watermarks
+from tidings.database import Database, dead, floors, held, staged, watermarks
 from tidings.errors import StreamDeleted
+from tidings.held import held_by_handler
 from tidings.partitions import Range, ranges_of
 from tidings.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
 from tidings.report import (
     NAMED,
     DeadEvent,
+    FailingHandler,
     HeldSummary,
     PendingEvent,
     RelayReport,
@@ -176,6 +178,7 @@ class _View:
     settled: Settled
 
     def compare(self, event: RecordedEvent, bucket: int) -> None:
+        self.report.behind += event.position > self.report.floor
         if not self.service.handlers_of(event.type) or self.settled(bucket, event.position):
             return
         self.report.pending_count += 1
@@ -192,6 +195,9 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
     async with database.reading() as connection:
         settled, _ = await settled_in(connection, service.name, log_id)
         report = ServiceReport(service.name, settled.floor, ran=settled.ranges > 0, partitions=max(settled.ranges, 1))
+        if not report.ran:
+            others = sa.select(floors.c.log).where(floors.c.service == service.name).order_by(floors.c.log).limit(1)
+            report.other_log = await connection.scalar(others)
         report.staged_count = await _rows(connection, staged, of)
         if report.staged_count:
             rows = await connection.execute(sa.select(staged).where(*of(staged)).order_by(staged.c.id).limit(NAMED))
@@ -206,6 +212,8 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
                 for row in rows
             ]
             report.held_due = await _first_due(connection, of)
+            counts = await held_by_handler(connection, service.name, log_id)
+            report.failing = [FailingHandler(*count) for count in counts]
         report.dead_count = await _rows(connection, dead, of)
         if report.dead_count:
             rows = await connection.execute(sa.select(dead).where(*of(dead)).order_by(dead.c.id).limit(NAMED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -218,7 +219,44 @@ async def test_what_fails_in_the_lifespan_is_one_line_with_its_code(tmp_path: Pa
         command = await commands.run("run", "web:api", f"--port={free_port()}")
     assert command.process.returncode == 3
     assert "Traceback" not in command.err
-    assert command.err.splitlines()[-1].startswith("tidings: database sqlite:///taken.db")
+    last = json.loads(command.err.splitlines()[-1])
+    assert (last["event"], last["exit_code"]) == ("process.failed", 3)
+    assert last["error"].startswith("DatabaseUnavailable: database sqlite:///taken.db")
+
+
+DYING = """
+import asyncio
+from contextlib import asynccontextmanager
+from shop import Placed, Service
+
+@asynccontextmanager
+async def lifespan(service):
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(poll())
+        yield
+
+async def poll():
+    await asyncio.sleep(0.2)
+    raise RuntimeError("poller died")
+
+dying = Service("dying", lifespan=lifespan)
+
+@dying.on(Placed)
+async def take(event: Placed) -> None: ...
+"""
+
+
+@pytest.mark.parametrize("command", [("run", "dying"), ("dev", "dying", "--no-reload")])
+async def test_what_nobody_expected_ends_the_process_with_its_traceback_as_json(
+    commands: Commands, command: tuple[str, ...]
+) -> None:
+    (commands.folder / "dying.py").write_text(DYING)
+    ended = await commands.run(*command)
+    assert ended.process.returncode == 70
+    lines = [json.loads(line) for line in ended.err.splitlines()]
+    assert (lines[-1]["event"], lines[-1]["error"]) == ("process.failed", "RuntimeError: poller died")
+    assert "dying.py" in lines[-1]["exception"]
+    assert "in poll" in lines[-1]["exception"]
 
 
 # ---- dev -----------------------------------------------------------------------------

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop, shop
-from tidings import EventStore, Settings, open_store
+from tests.unit.command_line import OrderCreated, Poisoned, Unlucky, holding, invoke, run_holding, run_shop, shop
+from tidings import EventStore, Runtime, Service, Settings, open_store
 from tidings.buses import EventBus, Found, Subscription
+from tidings.cli.exits import Refused
 from tidings.cli.state import LATE, State, look
-from tidings.errors import BusUnavailable
+from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, TidingsError
 from tidings.stores import ANY, EventData
 
 SHOP = "tests.unit.command_line:shop"
@@ -41,16 +45,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def seen(*, queue: Found | None = FITS, bus: str = "amqp://host", later: float = 0.0) -> State:
+def seen(
+    *,
+    queue: Found | None = FITS,
+    bus: str = "amqp://host",
+    later: float = 0.0,
+    target: str = SHOP,
+    service: Service = shop,
+) -> State:
     """One look, `later` seconds from now."""
 
     async def work() -> State:
-        import time
-
         settings = Settings(bus=bus, database="sqlite:///{service}.db")
         async with open_store(settings.store) as store:
             stub = cast("EventBus", StubBus(queue))
-            return await look(settings, store, stub, {SHOP: shop}, now=time.time() + later)
+            return await look(settings, store, stub, {target: service}, now=time.time() + later)
 
     return asyncio.run(work())
 
@@ -228,3 +237,181 @@ def test_a_relay_on_an_embedded_bus_is_refused() -> None:
     ended = invoke("relay")
     assert (ended.code, ended.out) == (2, "")
     assert "the relay runs where the services do" in ended.err
+
+
+# ---- held events, ages, lag, code, other logs --------------------------------------------
+
+HOLDING = "tests.unit.command_line:holding"
+
+
+def test_held_events_are_a_problem_with_handler_age_and_reason(folder: Path) -> None:
+    run_holding(folder, ("s-a", Unlucky(name="a", error="value")), ("s-a", Unlucky(name="a")), held=2)
+    ended = invoke("status", HOLDING)
+    assert ended.code == 1
+    (problem,) = (line for line in ended.out.splitlines() if line.startswith("UNHEALTHY"))
+    assert "holding: handler try_it failed at 1 events, which are held, the oldest for" in problem
+    assert problem.endswith(rf"ValueError: a \x1b[31mis unlucky; tidings held list {HOLDING}")
+    (service,) = json.loads(invoke("status", HOLDING, "--json").out)["services"]
+    assert (service["held"], service["failing"][0]["handler"], service["failing"][0]["events"]) == (2, "try_it", 1)
+    (line,) = (line for line in invoke("verify", HOLDING).out.splitlines() if "handler try_it failed at 1" in line)
+    assert "the oldest held since 20" in line
+
+
+def test_ages_are_seconds_and_never_negative_when_the_clock_of_the_store_is_ahead(folder: Path) -> None:
+    run_shop(folder)
+    write(("order-2", "OrderCreated"), checkpoint=-1)
+    behind = seen(later=-7200.0)
+    assert behind.relay.oldest_seconds == 0.0
+    assert behind.services[0].oldest_seconds == 0.0
+    later = seen(later=100.0)
+    assert 99 < (later.relay.oldest_seconds or 0) < 160
+    assert 99 < (later.services[0].oldest_seconds or 0) < 160
+    run_holding(folder, ("s-a", Unlucky(name="a", error="value")), held=1)
+    assert "oldest for -" not in " ".join(seen(later=-7200.0, target=HOLDING, service=holding).problems)
+
+
+def test_lag_is_in_events_however_far_apart_their_positions_are(folder: Path) -> None:
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    write(*[("tidings_own", "tidings_Checkpoint")] * 50, ("order-2", "OrderCreated"), ("x", "Ignored"), checkpoint=0)
+    (part,) = seen().services
+    assert (part.lag, part.pending) == (2, 1)
+
+
+def test_a_database_that_follows_another_log_is_named_with_both(folder: Path) -> None:
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    before = str(seen().log)
+    for file in folder.glob("tidings.db*"):
+        file.unlink()
+    write(("order-1", "OrderCreated"))
+    state = seen()
+    (problem,) = state.problems
+    assert f"shop: its database follows log {before}, but TIDINGS_STORE holds log {state.log}" in problem
+    assert f"follows log {before}, not this one" in invoke("verify", SHOP).out
+
+
+def test_processes_are_shown_with_the_code_that_each_runs(folder: Path) -> None:
+    async def rows() -> None:
+        from tidings.database import open_database, processes
+
+        now = time.time()
+        async with open_database("sqlite:///shop.db") as database, database.transaction() as connection:
+            await connection.execute(
+                processes.insert(),
+                [
+                    {"service": "shop", "process": str(n), "host": "h", "pid": n, "version": version, "code": f"c{n}"}
+                    | {"started": now - n, "seen": now - age}
+                    for n, (version, age) in enumerate((("2.4.1", 0), ("2.4.2", -7200), ("1.0", 61)))
+                ],
+            )
+
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    assert seen().services[0].processes == [], "who ended cleanly is gone"
+    asyncio.run(rows())
+    assert sorted(one.version for one in seen().services[0].processes) == ["2.4.1", "2.4.2"]
+    ended = invoke("status", SHOP)
+    assert "2.4.2,2.4.1" in ended.out
+    assert "shop: its processes run different code: 2.4.2 (process 1 on h), 2.4.1 (process 0 on h)" in ended.out
+
+
+def test_a_running_service_shows_its_process(folder: Path) -> None:
+    async def work() -> list[Any]:
+        settings = Settings(store="sqlite:///tidings.db", bus="memory://", database="sqlite:///{service}.db")
+        async with Runtime(shop, settings=settings), open_store(settings.store) as store:
+            while True:
+                state = await look(settings, store, cast("EventBus", StubBus(None)), {SHOP: shop})
+                if state.services[0].processes:
+                    return state.services[0].processes
+                await asyncio.sleep(0.02)
+
+    (process,) = asyncio.run(asyncio.wait_for(work(), 20))
+    assert process.pid == os.getpid()
+    assert len(process.code) == 8
+
+
+# ---- --watch and --json -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("it is away"), DatabaseUnavailable("it is locked")])
+def test_watch_outlives_an_outage(folder: Path, monkeypatch: pytest.MonkeyPatch, error: TidingsError) -> None:
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    monkeypatch.setattr("tidings.cli.status.SECONDS", 0.01)
+    answers = iter((True, False, False, True, True))
+
+    async def looked(*args: Any, **options: Any) -> State:
+        if next(answers):
+            return await look(*args, **options)
+        raise error
+
+    monkeypatch.setattr("tidings.cli.state.look", looked)
+    told: list[str] = []
+
+    def printed(line: str, **_: object) -> None:
+        told.append(line)
+        if len(told) == 3:
+            raise Refused(99, "enough")
+
+    monkeypatch.setattr("tidings.cli.status.print", printed, raising=False)
+    assert invoke("status", "--watch", SHOP).code == 99
+    first, away, again = (line.partition("  ")[2] for line in told)
+    assert "head=" in first
+    assert away == f"problems=1 {error}"
+    assert again == first
+
+
+def test_watch_begins_before_there_is_a_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def printed(line: str, **_: object) -> None:
+        told.append(line)
+        if len(told) == 2:
+            raise Refused(99, "enough")
+        run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+
+    monkeypatch.setattr("tidings.cli.status.SECONDS", 0.01)
+    monkeypatch.setattr("tidings.cli.status.print", lambda line, **_: _outside(printed, line), raising=False)
+    assert invoke("status", "--watch", "--json", SHOP).code == 99
+    assert "there is no log at" in json.loads(told[0])["problems"][0]
+    assert json.loads(told[1])["head"] >= 1
+
+
+def _outside(function: Callable[[str], None], line: str) -> None:
+    """Run it where no event loop runs."""
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function(line)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("status",),
+        ("verify", SHOP),
+        ("dead", "list", SHOP),
+        ("held", "list", SHOP),
+        ("dead", "show", "1", "--service", SHOP),
+        ("held", "show", "1", "--service", SHOP),
+        ("skip", "1", "--service", SHOP),
+        ("why", "1"),
+        ("streams", "show", "a"),
+        ("topology", "diff", SHOP),
+        ("replay", SHOP, "--from", "0"),
+        ("partitions", "tests.unit.command_line:nobody"),
+    ],
+)
+def test_json_is_printed_for_errors_too(command: tuple[str, ...]) -> None:
+    ended = invoke(*command, "--json")
+    assert ended.code in (1, 2, 3)
+    (line,) = ended.out.splitlines()
+    error = json.loads(line)
+    assert error["exit_code"] == ended.code
+    assert error["message"] in " ".join(ended.err.split())

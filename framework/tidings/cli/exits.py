@@ -16,7 +16,7 @@ from typing import Any, Final, ParamSpec
 
 import typer
 
-from tidings.cli.output import plain
+from tidings.cli.output import facts, plain
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -31,7 +31,19 @@ from tidings.printable import plain_lines
 from tidings.settings import DEBUG
 from tidings.supervision import leading
 
-__all__ = ["DEFECT", "INTERRUPTED", "NO", "OK", "TABLE", "UNAVAILABLE", "USAGE", "Refused", "answering", "complain"]
+__all__ = [
+    "DEFECT",
+    "INTERRUPTED",
+    "NO",
+    "OK",
+    "TABLE",
+    "UNAVAILABLE",
+    "USAGE",
+    "Refused",
+    "answering",
+    "code_of",
+    "complain",
+]
 
 OK: Final = 0
 NO: Final = 1
@@ -63,7 +75,8 @@ class Refused(Exception):
         super().__init__(text)
 
 
-def _code(error: BaseException) -> int:
+def code_of(error: BaseException) -> int:
+    """The exit code of a command that this error ended."""
     match error:
         case Refused():
             return error.code
@@ -84,7 +97,7 @@ def _code(error: BaseException) -> int:
 def complain(error: BaseException) -> int:
     """Say on standard error what went wrong; the exit code."""
     error = leading(error)
-    code = _code(error)
+    code = code_of(error)
     if os.environ.get(DEBUG) and not isinstance(error, typer.Abort):
         print(plain_lines("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     elif code == DEFECT:
@@ -116,9 +129,17 @@ def answering(
             if isinstance(error, typer.Exit | typer.BadParameter):
                 raise
             code = complain(error)
+            if kwargs.get("json") and code != INTERRUPTED:
+                print(_as_json(leading(error), code))
         raise typer.Exit(code or OK)
 
     return run
+
+
+def _as_json(error: BaseException, code: int) -> str:
+    """For whoever reads standard output with a program: the error as an object, too."""
+    kind = "Refused" if isinstance(error, Refused) else type(error).__name__
+    return facts({"error": kind, "message": " ".join(str(error).split()), "exit_code": code})
 
 
 async def _looking(work: Coroutine[Any, Any, int | None]) -> int | None:

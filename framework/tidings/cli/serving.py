@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import structlog
 import typer
 
-from tidings.cli.exits import OK, USAGE, Refused, answering, complain
+from tidings.cli.exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering, code_of, complain
 from tidings.cli.find import find, find_service, find_services, is_application
+from tidings.printable import plain_lines
 from tidings.service import Service
-from tidings.settings import Settings, redact
+from tidings.settings import DEBUG, Settings, redact
+from tidings.supervision import leading
 
 __all__ = ["dev", "relay", "run"]
 
@@ -135,6 +140,7 @@ def _begin(level: str, leash: bool) -> None:
     from tidings.logs import configure_logging
 
     configure_logging(level=level)
+    logging.getLogger().addHandler(_Told())
     if leash:
         threading.Thread(target=_hold_on, name="leash", daemon=True).start()
 
@@ -147,6 +153,31 @@ def _hold_on() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+class _Told(logging.Handler):
+    """Knows whether the process has logged anything: then its end is logged, too."""
+
+    anything = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _Told.anything = True
+
+
+def _end(error: BaseException) -> int:
+    """Say why the process ends, and return the exit code. It is a line of the log where there are others before it;
+    what nobody expected comes with its traceback."""
+    cause = leading(error)
+    code = code_of(cause)
+    if sys.stderr.isatty() or code == INTERRUPTED or (code != DEFECT and not _Told.anything):
+        if code == DEFECT:
+            print(plain_lines("".join(traceback.format_exception(cause)).rstrip()), file=sys.stderr)
+        return complain(error)
+    facts: dict[str, Any] = {"error": f"{type(cause).__name__}: {cause}", "exit_code": code}
+    if code == DEFECT or os.environ.get(DEBUG):
+        facts["exception"] = "".join(traceback.format_exception(cause))[-20_000:]
+    structlog.get_logger("tidings.process").critical("process.failed", **facts)
+    return code
+
+
 def _serve(work: Coroutine[Any, Any, None]) -> int:
     """Run to the end; the exit code."""
     code = OK
@@ -154,7 +185,7 @@ def _serve(work: Coroutine[Any, Any, None]) -> int:
     try:
         runner.run(work)
     except (Exception, KeyboardInterrupt) as error:
-        code = complain(error)
+        code = _end(error)
     # All is drained, or given up and named in the log; or a service has died, which nobody would notice while a handler
     # that catches every cancellation, or blocks its thread, keeps the process from ending.
     for stream in (sys.stdout, sys.stderr):

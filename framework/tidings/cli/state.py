@@ -19,6 +19,8 @@ from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database import Database
+    from tidings.presence import Process
+    from tidings.report import FailingHandler
     from tidings.service import Service
     from tidings.verify import ServiceReport
 
@@ -50,12 +52,16 @@ class ServiceState:
     service: str
     floor: int | None = None
     lag: int | None = None
-    """From the floor to the last event that services receive, in positions."""
+    """Events above the floor that services receive; counted among `LOOKED` events."""
+    oldest_seconds: float | None = None
+    """Age of the first event that is pending."""
     pending: int | None = None
     """Events that its handlers have not done; counted among `LOOKED` events."""
     complete: bool = True
     """False when `LOOKED` ended the counting: there may be more pending."""
     held: int | None = None
+    failing: list[FailingHandler] = field(default_factory=list)
+    """What the held events failed in."""
     staged: int | None = None
     dead: int | None = None
     queue: str = "unknown"
@@ -65,6 +71,8 @@ class ServiceState:
     consumers: int | None = None
     """Of the queue that has the fewest; of several processes of a service RabbitMQ counts only the one at work."""
     partitions: int = 1
+    processes: list[Process] = field(default_factory=list)
+    """Those that were seen within a minute, with the code that each runs."""
 
 
 @dataclass(slots=True)
@@ -111,8 +119,13 @@ async def _relay(store: EventStore, bus: EventBus, name: str, now: float) -> Rel
         looked += 1
         if carried(event) is not None:
             behind += 1
-            oldest = now - event.ticks / 1e7 if oldest is None else oldest
+            oldest = _age(event.ticks, now) if oldest is None else oldest
     return RelayState(name, checkpoint, behind, oldest, complete=looked < LOOKED)
+
+
+def _age(ticks: int, now: float) -> float:
+    """Seconds since then. The store's clock may be ahead of this one."""
+    return max(now - ticks / 1e7, 0.0)
 
 
 def _judge_relay(state: State, settings: Settings) -> None:
@@ -152,6 +165,7 @@ async def _bus(
 async def _service(
     settings: Settings, store: EventStore, target: str, service: Service, part: ServiceState, state: State, now: float
 ) -> None:
+    from tidings.presence import present
     from tidings.verify import verify
 
     async with AsyncExitStack() as stack:
@@ -159,12 +173,15 @@ async def _service(
         try:
             database = await stack.enter_async_context(existing_database(settings, service.name))
             report = await verify(store, [(service, database)], limit=LOOKED)
+            if database is not None:
+                part.processes = await present(database, service.name, now)
         except (DatabaseUnavailable, ConfigurationError) as error:
             state.problems.append(f"{service.name}: {error}")
             return
     view = report.services[0]
     part.complete = report.complete
-    part.floor, part.lag = view.floor, max(report.position - view.floor, 0)
+    part.floor, part.lag, part.failing = view.floor, view.behind, view.failing
+    part.oldest_seconds = _age(view.pending[0].ticks, now) if view.pending else None
     part.pending, part.held, part.staged, part.dead = (
         view.pending_count,
         view.held_count,
@@ -176,6 +193,12 @@ async def _service(
 
 def _judge_service(view: ServiceReport, complete: bool, target: str, state: State, now: float) -> None:
     name = view.service
+    if view.other_log is not None:
+        state.problems.append(
+            f"{name}: its database follows log {view.other_log}, but TIDINGS_STORE holds log {state.log}: is "
+            "TIDINGS_STORE right? If the log was restored or replaced on purpose, see 'tidings log --help'"
+        )
+        return
     if not view.ran:
         state.problems.append(f"{name}: has never run on this log; tidings run {target}")
         return
@@ -183,11 +206,17 @@ def _judge_service(view: ServiceReport, complete: bool, target: str, state: Stat
         state.problems.append(
             f"{name}: claims position {view.beyond}, which the log does not reach; was the log restored from a backup?"
         )
-    late = now - view.pending[0].ticks / 1e7 if view.pending else 0.0
+    late = _age(view.pending[0].ticks, now) if view.pending else 0.0
     if late > LATE:
         state.problems.append(
             f"{name}: {_count(view.pending_count, complete)} events are pending, the oldest for {late:.0f} s; if the "
             f"number does not fall: is it running (tidings run {target})? Then its log says what holds it"
+        )
+    for failing in view.failing:
+        for_ = "" if failing.since is None else f", the oldest for {max(now - failing.since, 0.0):.0f} s"
+        state.problems.append(
+            f"{name}: handler {failing.handler} failed at {failing.events} events, which are held{for_}; the next one: "
+            f"{failing.reason}; tidings held list {target}"
         )
     overdue = now - view.held_due if view.held_due is not None else 0.0
     if overdue > LATE:

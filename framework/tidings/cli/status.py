@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -16,10 +16,11 @@ from tidings.cli.find import find_services
 from tidings.cli.looking import existing_store
 from tidings.cli.output import BOLD, GREEN, RED, Json, columns, facts, moment, paint, plain, say
 from tidings.cli.settled import Targets
+from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.settings import Settings, open_bus
 
 if TYPE_CHECKING:
-    from tidings.cli.state import State
+    from tidings.cli.state import ServiceState, State
     from tidings.service import Service
 
 __all__ = ["status"]
@@ -37,53 +38,76 @@ async def status(
 ) -> int:
     """Show how far log, relay and services are; exit code 1 when something is unhealthy, with what to do.
 
-    LAG is from a service's floor to the last event, in positions. PENDING and 'behind' are counted among 10,000 events
-    of the log; 42+ is 42 or more. READY and CONSUMERS are the queue's on the bus; an embedded bus lives in the
-    services' process and cannot be seen from here. With --watch a terminal is redrawn; into a pipe goes a line per
-    change.
+    LAG counts the events above a service's floor, PENDING those of them that its handlers have not done; AGE is the
+    oldest one's, in seconds. They and 'behind' are counted among 10,000 events of the log; 42+ is 42 or more. CODE is
+    the version of what the service's processes run, or a fingerprint of its handlers. READY and CONSUMERS are the
+    queue's on the bus; an embedded bus lives in the services' process and cannot be seen from here. With --watch a
+    terminal is redrawn; into a pipe goes a line per change; what does not answer is tried again every second.
     """
     settings = Settings()
     found = find_services(services or (), settings, needed=False)
-    async with _looking(settings, found, relay) as looks:
-        if watch and not json and sys.stdout.isatty():
+    if not watch:
+        state = await _once(settings, found, relay)
+        for line in [facts(state_facts(state))] if json else _lines(state):
+            say(line)
+        return NO if state.problems else OK
+    async with aclosing(_looks(settings, found, relay)) as looks:
+        if not json and sys.stdout.isatty():
             await _redraw(looks)
         last = None
-        async for state in looks:
-            shown = facts(state_facts(state)) if json else _line(state)
-            if not watch:
-                if json:
-                    say(shown)
-                else:
-                    for line in _lines(state):
-                        say(line)
-                return NO if state.problems else OK
+        async for seen in looks:
+            if isinstance(seen, str):
+                shown = facts({"healthy": False, "problems": [seen]}) if json else plain(f"problems=1 {seen}")
+            else:
+                shown = facts(state_facts(seen)) if json else _line(seen)
             if shown != last:
                 last = shown
                 print(shown if json else f"{moment(datetime.now(UTC))}  {shown}", flush=True)
     return OK
 
 
+async def _once(settings: Settings, services: dict[str, Service], relay: str) -> State:
+    async with _opened(settings, services, relay) as look:
+        return await look()
+
+
 @asynccontextmanager
-async def _looking(settings: Settings, services: dict[str, Service], relay: str) -> AsyncIterator[AsyncIterator[State]]:
+async def _opened(
+    settings: Settings, services: dict[str, Service], relay: str
+) -> AsyncIterator[Callable[[], Awaitable[State]]]:
     from tidings.cli.state import look
 
-    async def looks() -> AsyncIterator[State]:
-        while True:
-            yield await look(settings, store, bus, services, relay=relay)
-            await asyncio.sleep(SECONDS)
-
     async with existing_store(settings) as store, open_bus(settings.bus) as bus:
-        yield looks()
+        yield lambda: look(settings, store, bus, services, relay=relay)
 
 
-async def _redraw(looks: AsyncIterator[State]) -> None:
+async def _looks(settings: Settings, services: dict[str, Service], relay: str) -> AsyncGenerator[State | str, None]:
+    """Look after look, for ever. What a look cannot do is told, and done with a fresh connection."""
+    while True:
+        try:
+            async with _opened(settings, services, relay) as look:
+                while True:
+                    yield await look()
+                    await asyncio.sleep(SECONDS)
+        except (StoreUnavailable, BusUnavailable, DatabaseUnavailable) as error:
+            yield " ".join(str(error).split())
+        await asyncio.sleep(SECONDS)
+
+
+async def _redraw(looks: AsyncIterator[State | str]) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
+    lines: list[str] = []
     with Live(console=Console(highlight=False), auto_refresh=False, screen=False) as live:
         async for state in looks:
-            live.update(Text.from_ansi("\n".join(_lines(state))), refresh=True)
+            if isinstance(state, str):  # what was seen last stays in sight
+                now = moment(datetime.now(UTC))
+                shown = [*lines, paint(f"UNAVAILABLE since the look above; tried again {now}", RED), plain(state)]
+            else:
+                shown = lines = _lines(state)
+            live.update(Text.from_ansi("\n".join(shown)), refresh=True)
 
 
 def state_facts(state: State) -> dict[str, object]:
@@ -108,6 +132,13 @@ def _count(number: int | None, complete: bool) -> str | None:
     return None if number is None else f"{number}{'' if complete else '+'}"
 
 
+def _codes(part: ServiceState) -> list[str]:
+    """Where processes of a service run different code."""
+    if len({(one.version, one.code) for one in part.processes}) < 2:
+        return []
+    return [plain(f"{part.service}: its processes run different code: {', '.join(map(str, part.processes))}")]
+
+
 def _lines(state: State) -> list[str]:
     relay = state.relay
     late = "" if relay.oldest_seconds is None else f", the oldest for {relay.oldest_seconds:.0f} s"
@@ -117,12 +148,23 @@ def _lines(state: State) -> list[str]:
         f"{paint('relay', BOLD)}  {plain(relay.name)}  checkpoint {relay.checkpoint}, {behind} behind{late}",
     ]
     if state.services:
-        names = ("service", "floor", "lag", "pending", "held", "staged", "dead", "ready", "consumers", "queue")
+        counts = ("held", "staged", "dead", "ready", "consumers", "queue")
+        titles = ("service", "floor", "lag", "pending", "age", *counts, "processes", "code")
         rows = [
-            [_count(part.pending, part.complete) if name == "pending" else getattr(part, name) for name in names]
+            [
+                part.service,
+                part.floor,
+                _count(part.lag, part.complete),
+                _count(part.pending, part.complete),
+                None if part.oldest_seconds is None else round(part.oldest_seconds),
+                *(getattr(part, name) for name in counts),
+                len(part.processes) or None,
+                ",".join(dict.fromkeys(one.version or one.code for one in part.processes)).replace(" ", "_"),
+            ]
             for part in state.services
         ]
-        lines += columns([name.upper() for name in names], rows, right=range(1, 9))
+        lines += columns([title.upper() for title in titles], rows, right=(*range(1, 10), 11))
+        lines += [line for part in state.services for line in _codes(part)]
     if not state.problems:
         return [*lines, paint("healthy", GREEN)]
     return [*lines, *(f"{paint('UNHEALTHY', RED)}  {plain(problem)}" for problem in state.problems)]

@@ -1,0 +1,122 @@
+"""Which processes of a service there are, and what code each runs: a row each, for operators to look at.
+
+Nothing is decided by it: which process is at work is the bus's choice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+import sqlalchemy as sa
+
+from tidings.database import Database, processes
+from tidings.errors import DatabaseUnavailable
+from tidings.fingerprints import fingerprint, version_of
+from tidings.inbox import storable
+from tidings.supervision import supervised
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["PRESENT_SECONDS", "Process", "present", "present_as"]
+
+AGAIN_SECONDS: Final = 10.0
+"""Seconds after which a process says again that it is there."""
+PARTING_SECONDS: Final = 0.3
+"""Seconds for saying that it is there no more; if that fails, it counts as there for a while."""
+PRESENT_SECONDS: Final = 60.0
+"""Seconds since a process was last seen, after which it counts as gone."""
+FORGOTTEN_SECONDS: Final = 86400.0
+"""Seconds since a process was last seen, after which its row is deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of a service. Times are seconds since 1970, by the clock of the process."""
+
+    process: str
+    host: str
+    pid: int
+    version: str
+    """Of the package that the handlers are in; "" where it has none."""
+    code: str
+    """Fingerprint of all handlers."""
+    started: float
+    seen: float
+
+    def __str__(self) -> str:
+        return f"{self.version or self.code} (process {self.pid} on {self.host})"
+
+
+def code_of(service: Service) -> tuple[str, str]:
+    """Version, and fingerprint of all handlers, of this process's code."""
+    functions = {handler.name: handler.function for handler in service.handlers.values()}
+    digest = sha256("".join(f"{name} {fingerprint(functions[name])} " for name in sorted(functions)).encode())
+    version = next((found for name in sorted(functions) if (found := version_of(functions[name]))), "")
+    return version[:50], digest.hexdigest()[:8]
+
+
+@asynccontextmanager
+async def present_as(database: Database, service: Service, process: str) -> AsyncIterator[None]:
+    """Within the block, operators see this process and its code. A database that does not answer changes nothing."""
+    async with supervised(_stay(database, service, process)):
+        yield
+    with suppress(DatabaseUnavailable, TimeoutError):
+        async with asyncio.timeout(PARTING_SECONDS):
+            await _leave(database, service.name, process)
+
+
+async def _stay(database: Database, service: Service, process: str) -> None:
+    started = time.time()
+    while True:
+        with suppress(DatabaseUnavailable):  # whoever needs it says so
+            await _announce(database, service, process, started)
+        await asyncio.sleep(AGAIN_SECONDS)
+
+
+async def _announce(database: Database, service: Service, process: str, started: float) -> None:
+    """This process is there, now. Raises `DatabaseUnavailable`."""
+    now = time.time()
+    version, code = code_of(service)
+    mine = (processes.c.service == service.name, processes.c.process == process)
+    async with database.turn, database.transaction() as connection:
+        if (await connection.execute(processes.update().where(*mine).values(seen=now))).rowcount:
+            return
+        long_ago = (processes.c.service == service.name, processes.c.seen < now - FORGOTTEN_SECONDS)
+        await connection.execute(processes.delete().where(*long_ago))
+        await connection.execute(
+            processes.insert().values(
+                service=service.name,
+                process=process,
+                host=storable(socket.gethostname())[:100],
+                pid=os.getpid(),
+                version=storable(version),
+                code=code,
+                started=started,
+                seen=now,
+            )
+        )
+
+
+async def _leave(database: Database, service: str, process: str) -> None:
+    """This process ends. Raises `DatabaseUnavailable`."""
+    mine = (processes.c.service == service, processes.c.process == process)
+    async with database.turn, database.transaction() as connection:
+        await connection.execute(processes.delete().where(*mine))
+
+
+async def present(database: Database, service: str, now: float) -> list[Process]:
+    """The processes that were seen lately, the oldest first. Raises `DatabaseUnavailable`."""
+    names = [processes.c[name] for name in Process.__slots__]
+    lately = (processes.c.service == service, processes.c.seen > now - PRESENT_SECONDS)
+    async with database.reading() as connection:
+        rows = await connection.execute(sa.select(*names).where(*lately).order_by(processes.c.started))
+        return [Process(*row) for row in rows]
