@@ -58,7 +58,7 @@ class Process:
 
 def code_of(service: Service) -> tuple[str, str]:
     """Version, and fingerprint of all handlers, of this process's code."""
-    functions = {handler.name: handler.function for handler in service.handlers.values()}
+    functions = {name: handler.function for name, handler in service.named.items()}
     digest = sha256("".join(f"{name} {fingerprint(functions[name])} " for name in sorted(functions)).encode())
     version = next((found for name in sorted(functions) if (found := version_of(functions[name]))), "")
     return version[:50], digest.hexdigest()[:8]

@@ -7,6 +7,7 @@ service comes to the event, and holds while the service is paused, stuck, or die
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -63,16 +64,17 @@ async def skip(database: Database, service: Service, log: UUID, event: RecordedE
             .order_by(watermarks.c.bucket)
             .with_for_update()
         )
-        found, row = await _look(connection, service, log, event)
-        if found is Skip.HELD and row is not None:
-            await connection.execute(dead.insert(), as_skipped(row))
+        found, rows, pending = await _look(connection, service, log, event)
+        if rows:
+            await connection.execute(dead.insert(), [as_skipped(row) for row in rows])
             await connection.execute(held.delete().where(*_of(held, name, log), held.c.position == at))
-        elif found is Skip.DEAD:
+        if found is Skip.DEAD:
             letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
             await connection.execute(dead.update().where(*letters).values(holds_key=False))
-        elif found is Skip.PENDING:
+        if pending and found is not Skip.NOTED:
             bucket = carried(event)
             values = {"service": name, "log": str(log), "position": at, "bucket": bucket}
+            await connection.execute(skips.delete().where(*_of(skips, name, log), skips.c.position == at))
             await connection.execute(skips.insert().values(values))
             await _fence(connection, name, log, bucket)
     return found
@@ -84,20 +86,15 @@ def _of(table: sa.Table, service: str, log: UUID) -> tuple[sa.ColumnElement[bool
 
 async def _look(
     connection: AsyncConnection, service: Service, log: UUID, event: RecordedEvent
-) -> tuple[Skip, sa.Row[Any] | None]:
+) -> tuple[Skip, Sequence[sa.Row[Any]], bool]:
+    """Where the event stands, the rows that hold it, and whether a handler may still come to it."""
     name, at, bucket = service.name, event.position, carried(event)
-    row = (await connection.execute(sa.select(held).where(*_of(held, name, log), held.c.position == at))).one_or_none()
-    if row is not None:
-        return Skip.HELD, row
-    letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
-    holding = list(await connection.scalars(sa.select(dead.c.holds_key).where(*letters)))
-    if holding:
-        return (Skip.DEAD if any(holding) else Skip.RELEASED), None
     where = f"event {event.id} (position {at}) of stream {event.stream!r}"
     if bucket is None:
         raise NotSkippable(f"{where} is never carried to services: there is nothing to skip")
-    if event.type not in service.handlers:
-        raise NotSkippable(f"service {name!r} has no handler for {event.type!r}, so it passes by {where} in any case")
+    rows = (await connection.execute(sa.select(held).where(*_of(held, name, log), held.c.position == at))).all()
+    letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
+    holding = list(await connection.scalars(sa.select(dead.c.holds_key).where(*letters)))
     mark = await connection.scalar(
         sa.select(watermarks.c.position).where(*_of(watermarks, name, log), watermarks.c.bucket == bucket)
     )
@@ -106,12 +103,22 @@ async def _look(
             *_of(floors, name, log), floors.c.first_bucket <= bucket, floors.c.last_bucket >= bucket
         )
     )
+    pending = mark is not None and at > max(mark, -1 if floor is None else floor)
+    pending = pending and bool(service.handlers_of(event.type))
+    if rows:
+        return Skip.HELD, rows, pending
+    if holding and any(holding):
+        return Skip.DEAD, (), pending
+    if pending:
+        noted = sa.select(skips.c.position).where(*_of(skips, name, log), skips.c.position == at)
+        return (Skip.PENDING if await connection.scalar(noted) is None else Skip.NOTED), (), True
+    if holding:
+        return Skip.RELEASED, (), False
+    if not service.handlers_of(event.type):
+        raise NotSkippable(f"service {name!r} has no handler for {event.type!r}, so it passes by {where} in any case")
     if mark is None:
         raise NotSkippable(f"service {name!r} has never run on log {log}: start it once, then skip the event")
-    if at <= max(mark, -1 if floor is None else floor):
-        raise NotSkippable(f"service {name!r} has handled {where}: there is nothing to skip. Nothing was changed.")
-    noted = await connection.scalar(sa.select(skips.c.position).where(*_of(skips, name, log), skips.c.position == at))
-    return (Skip.PENDING if noted is None else Skip.NOTED), None
+    raise NotSkippable(f"service {name!r} has handled {where}: there is nothing to skip. Nothing was changed.")
 
 
 async def _fence(connection: AsyncConnection, service: str, log: UUID, bucket: int | None) -> None:
