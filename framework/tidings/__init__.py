@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tidings.aggregate import Aggregate, evolves
+from tidings.aggregate import Aggregate, evolves, stream_version
 from tidings.context import Context
-from tidings.events import Event, upcaster
+from tidings.events import Event, partition_key, schema_version, upcaster, wire_name
 from tidings.handlers import Hold, Retry
 from tidings.repository import Changed, HistoryEntry, Repository
 from tidings.service import Service
@@ -43,7 +43,11 @@ __all__ = [
     "evolves",
     "open_bus",
     "open_store",
+    "partition_key",
+    "schema_version",
+    "stream_version",
     "upcaster",
+    "wire_name",
 ]
 
 __version__ = "0.1.0"

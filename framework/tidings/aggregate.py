@@ -1,17 +1,23 @@
-"""Aggregates: state that is the sum of a stream's events, and decisions that record new ones. Pure, no I/O."""
+"""Aggregates: state that is the sum of a stream's events, and decisions that record new ones. Pure, no I/O.
+
+All that Tidings keeps of an aggregate is the attribute `__tidings__`: of the class a `Declaration`, of an instance a
+`State`. `id`, `version`, `record` and the others are there for users, who may have attributes of these names instead.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from tidings.errors import ConfigurationError, UnknownEventType
 from tidings.events import Event
 from tidings.position import RESERVED
 from tidings.stores import check_stream_name
 
-__all__ = ["Aggregate", "evolves"]
+__all__ = ["Aggregate", "State", "apply", "begin", "declared", "evolves", "state_of", "stream_of", "stream_version"]
 
+A = TypeVar("A", bound="Aggregate")
 F = TypeVar("F", bound=Callable[..., None])
 
 
@@ -33,6 +39,50 @@ def evolves(*events: type[Event]) -> Callable[[F], F]:
     return mark
 
 
+class Declaration:
+    """What Tidings knows of one aggregate class."""
+
+    __slots__ = ("category", "evolutions")
+
+    def __init__(self, category: str, evolutions: dict[type[Event], Callable[[Any, Any], None]]) -> None:
+        self.category: Final = category
+        self.evolutions: Final = evolutions
+        """The method for each event class."""
+
+
+class State:
+    """What Tidings knows of one aggregate."""
+
+    __slots__ = ("id", "recorded", "version")
+
+    def __init__(self, id: str) -> None:
+        self.id: Final = id
+        self.version = -1
+        """Version of the last event applied from the stream; -1 before the first."""
+        self.recorded: list[Event] = []
+        """Events recorded since the last load, oldest first."""
+
+
+class _OfState:
+    """An attribute that shows one of `State`; a subclass or an instance that has its own of that name hides it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, aggregate: Aggregate | None, owner: type) -> Any:
+        return self if aggregate is None else getattr(state_of(aggregate), self._name)
+
+
+class _OfClass:
+    """The same for `Declaration`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, aggregate: Aggregate | None, owner: type[Aggregate]) -> Any:
+        return getattr(declared(owner), self._name)
+
+
 class Aggregate:
     """Subclass with a category; the stream of one aggregate is `<category>-<id>`.
 
@@ -47,63 +97,111 @@ class Aggregate:
             def _placed(self, event):
                 self.status = "placed"
 
-    `__init__` takes no arguments: it is the state before the first event.
+    `__init__` takes no arguments: it is the state before the first event. A subclass may have attributes `id`,
+    `version`, `category` and so on of its own: `stream_version(order)` is the stream's version in any case.
     """
 
-    category: ClassVar[str] = ""
-    evolutions: ClassVar[dict[type[Event], Callable[[Any, Any], None]]] = {}
+    __tidings__: ClassVar[Declaration] = Declaration("", {})
 
-    id: str
-    version: int
-    """Version of the last event applied from the stream; -1 before the first. Recorded events do not count yet."""
-    recorded: list[Event]
-    """Events recorded since the last load, oldest first."""
+    if TYPE_CHECKING:
+        category: ClassVar[str]
+        evolutions: ClassVar[dict[type[Event], Callable[[Any, Any], None]]]
+        id: str
+        version: int
+        """Version of the last event applied from the stream; -1 before the first. Recorded events do not count yet."""
+        recorded: list[Event]
+        """Events recorded since the last load, oldest first."""
+    else:
+        category, evolutions = _OfClass(), _OfClass()
+        id, version, recorded = _OfState(), _OfState(), _OfState()
 
     def __init_subclass__(cls, *, category: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.category = cls.__name__.lower() if category is None else category
+        category = cls.__name__.lower() if category is None else category
         where = f"aggregate {cls.__module__}.{cls.__qualname__}"
-        check_stream_name(cls.category)
-        if cls.category.startswith(RESERVED) or "-" in cls.category:
+        if "__tidings__" in vars(cls) or "__tidings__" in inspect.get_annotations(cls):
+            raise ConfigurationError(f"{where}: the name __tidings__ is Tidings' own; every other name is free")
+        check_stream_name(category)
+        if category.startswith(RESERVED) or "-" in category:
             raise ConfigurationError(
-                f"{where}: category {cls.category!r} must not begin with '$', 'tidings_' or 'tidings.', nor contain '-'"
+                f"{where}: category {category!r} must not begin with '$', 'tidings_' or 'tidings.', nor contain '-'"
             )
-        cls.evolutions = {}
+        evolutions: dict[type[Event], Callable[[Any, Any], None]] = {}
         for base in reversed(cls.__mro__[1:]):
-            for event, method in getattr(base, "evolutions", {}).items():
-                cls.evolutions[event] = getattr(cls, method.__name__, method)
-        own: set[type[Event]] = set()
-        for method in vars(cls).values():
+            own = vars(base).get("__tidings__")
+            for event, method in own.evolutions.items() if isinstance(own, Declaration) else ():
+                evolutions[event] = getattr(cls, method.__name__, method)
+        mine: set[type[Event]] = set()
+        for method in list(vars(cls).values()):
             for event in getattr(method, "__evolves__", ()):
-                if event in own:
+                if event in mine:
                     raise ConfigurationError(f"{where}: two methods evolve {event.__name__}")
-                own.add(event)
-                cls.evolutions[event] = method
+                mine.add(event)
+                evolutions[event] = method
+        cls.__tidings__ = Declaration(category, evolutions)
 
     @classmethod
     def empty(cls, id: str) -> Any:
         """A new aggregate without events."""
-        if not id:
-            raise ConfigurationError(f"aggregate {cls.__qualname__}: an empty id names no stream")
-        aggregate = cls()
-        aggregate.id, aggregate.version, aggregate.recorded = id, -1, []
-        return aggregate
+        return begin(cls, id)
 
     @classmethod
     def stream_of(cls, id: str) -> str:
-        return f"{cls.category}-{id}"
+        return stream_of(cls, id)
 
     def record(self, event: Event) -> None:
         """Decide: apply the event to the state now; it is appended when the decision has returned."""
-        self.apply(event)
-        self.recorded.append(event)
+        state = state_of(self)
+        apply(self, event)
+        state.recorded.append(event)
 
     def apply(self, event: Event) -> None:
         """Raises `UnknownEventType` when no method `@evolves` the event's class."""
-        method = self.evolutions.get(type(event))
-        if method is None:
-            known = ", ".join(kind.__name__ for kind in self.evolutions)
-            raise UnknownEventType(
-                f"aggregate {type(self).__qualname__} has no @evolves({type(event).__name__}); it knows {known}"
-            )
-        method(self, event)
+        apply(self, event)
+
+
+def begin(kind: type[A], id: str) -> A:
+    """Return a new aggregate without events."""
+    if not id:
+        raise ConfigurationError(f"aggregate {kind.__qualname__}: an empty id names no stream")
+    aggregate = kind.__new__(kind)
+    vars(aggregate)["__tidings__"] = State(id)
+    aggregate.__init__()  # type: ignore[misc]
+    return aggregate
+
+
+def state_of(aggregate: Aggregate) -> State:
+    """Return an aggregate's id, version and recorded events, whatever attributes of these names it has."""
+    state = vars(aggregate).get("__tidings__")
+    if not isinstance(state, State):
+        name = type(aggregate).__qualname__
+        raise ConfigurationError(f"this {name} has no id: make it with {name}.empty(id), not with {name}()")
+    return state
+
+
+def stream_version(aggregate: Aggregate) -> int:
+    """Return the version of the last event applied from the aggregate's stream; -1 before the first."""
+    return state_of(aggregate).version
+
+
+def declared(kind: type[Aggregate]) -> Declaration:
+    """Return what an aggregate class declares, whatever attributes it has."""
+    found: Declaration = kind.__tidings__
+    return found
+
+
+def stream_of(kind: type[Aggregate], id: str) -> str:
+    """Return the name of the stream of the aggregate `id`."""
+    return f"{declared(kind).category}-{id}"
+
+
+def apply(aggregate: Aggregate, event: Event) -> None:
+    """Evolve the state. Raises `UnknownEventType` when no method `@evolves` the event's class."""
+    evolutions = declared(type(aggregate)).evolutions
+    method = evolutions.get(type(event))
+    if method is None:
+        known = ", ".join(kind.__name__ for kind in evolutions)
+        raise UnknownEventType(
+            f"aggregate {type(aggregate).__qualname__} has no @evolves({type(event).__name__}); it knows {known}"
+        )
+    method(aggregate, event)

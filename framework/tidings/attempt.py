@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tidings.codec import decode
+from tidings.codec import check_key, decode
 from tidings.context import ATTEMPT, Context
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
+    DeployNeeded,
     EventTooLarge,
     Fenced,
     HandlerTimeout,
@@ -70,6 +71,8 @@ class Failure:
     """File and line of the raise."""
     skipped: bool = False
     """An operator wants the event dead: what waits for its key goes on."""
+    deploy_needed: bool = False
+    """Only another deploy can read the event: it is held until then, without retries that would meet the same."""
 
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:
@@ -78,12 +81,14 @@ class Failure:
             message = str(error)
         except Exception:
             message = "<its message cannot be shown: str() of it fails>"
+        deploy_needed = isinstance(error, DeployNeeded) and not isinstance(error, handler.retry.permanent)
         return cls(
             f"{type(error).__name__}: {message}"[:2000],
             lines[-20_000:],
-            isinstance(error, PERMANENT + handler.retry.permanent),
+            not deploy_needed and isinstance(error, PERMANENT + handler.retry.permanent),
             type(error).__name__,
             _place(error),
+            deploy_needed=deploy_needed,
         )
 
 
@@ -168,6 +173,7 @@ class Attempts:
         self._first_step = FirstStep()
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self._service = service.name
+        self._reader = f"service {service.name!r}"
         self._variables = dict[str, contextvars.Context]()
         """What calls of each handler begin with."""
 
@@ -183,7 +189,8 @@ class Attempts:
             if handler.events:
                 view = self._view(context.event.type)
                 assert view is not None
-                event = decode(context.event, view, context.metadata)
+                event = decode(context.event, view, context.metadata, reader=self._reader)
+                check_key(context.event, event, context.metadata, reader=self._reader)
             for parameter, wanted in handler.parameters:
                 if wanted is Inject.EVENT:
                     arguments[parameter] = event

@@ -390,7 +390,8 @@ class Dispatcher:
             self._finish(item)
             return
         self._commits.doubt(item)
-        self._tell_breaker(item, failure)
+        if item.trial or not failure.deploy_needed:
+            self._tell_breaker(item, failure)
         self._fail(item, failure)
 
     def _tell_breaker(self, item: Item, failure: Failure) -> None:

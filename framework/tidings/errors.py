@@ -20,8 +20,11 @@
     ├── Fenced
     ├── ConfigurationError
     ├── SchemaError
-    │   ├── UnknownEventType
-    │   ├── UpcastMissing
+    │   ├── DeployNeeded
+    │   │   ├── UnknownEventType
+    │   │   ├── UpcastMissing
+    │   │   ├── UpcastFailed
+    │   │   └── PartitionKeyDiffers
     │   └── MalformedMessage
     └── HandlerError
         ├── HandlerTimeout
@@ -43,6 +46,7 @@ __all__ = [
     "BusUnavailable",
     "ConfigurationError",
     "DatabaseUnavailable",
+    "DeployNeeded",
     "EventTooLarge",
     "Fenced",
     "HandlerError",
@@ -51,6 +55,7 @@ __all__ = [
     "LogBehind",
     "LogChanged",
     "MalformedMessage",
+    "PartitionKeyDiffers",
     "PublishRejected",
     "SchemaError",
     "StatementFailed",
@@ -63,6 +68,7 @@ __all__ = [
     "TransactionMisuse",
     "UnknownEventType",
     "Unroutable",
+    "UpcastFailed",
     "UpcastMissing",
     "VersionNotFound",
     "WriterHeld",
@@ -228,15 +234,27 @@ class ConfigurationError(TidingsError):
 
 
 class SchemaError(TidingsError):
-    """An event's bytes do not fit the type that was asked for."""
+    """An event's bytes do not fit the type that was asked for; or its value would not be read back as it is."""
 
 
-class UnknownEventType(SchemaError):
-    """The wire name, or its schema version, is not one that this service declares."""
+class DeployNeeded(SchemaError):
+    """An event that this service's code cannot read, and another deploy can: it is held until then, never dead."""
 
 
-class UpcastMissing(SchemaError):
-    """An event of an old schema version has no upcaster to the next one."""
+class UnknownEventType(DeployNeeded):
+    """The wire name is not one that is declared, or its schema version is newer, and does not fit."""
+
+
+class UpcastMissing(DeployNeeded):
+    """An event of a schema version older than the oldest that its class reads."""
+
+
+class UpcastFailed(DeployNeeded):
+    """An upcaster raised, or returned what is no JSON object."""
+
+
+class PartitionKeyDiffers(DeployNeeded):
+    """A consumer's view declares another `key=` than the event was written with."""
 
 
 class MalformedMessage(SchemaError):

@@ -1,27 +1,37 @@
 """Domain events as a user declares them: frozen pydantic models with a wire name, a schema version and upcasters.
 
-No registry is global: a `Registry` belongs to one service, which declares its own view of the events it uses.
+No registry is global: a `Registry` belongs to one service, which declares its own view of the events it uses. All that
+Tidings keeps of an event class is its attribute `__tidings__`, so that fields may have any other name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar, cast
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from enum import Enum
+from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from tidings.errors import ConfigurationError
+from tidings.readback import fields_of, prove
 
-__all__ = ["Event", "Registry", "Upcaster", "upcaster"]
+__all__ = ["Declaration", "Event", "Registry", "Upcaster", "partition_key", "schema_version", "upcaster", "wire_name"]
 
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
 """Turns the JSON object of one schema version into that of the next; it may change the dict it is given."""
 
 U = TypeVar("U", bound=Callable[..., Any])
 
+OWN: Final = "__tidings__"
+RESERVED: Final = ("$", "tidings_", "tidings.")
+NO_KEYS: Final = frozenset({"float", "list", "tuple", "set", "frozenset", "dict", "model", "dataclass", "typed-dict"})
+"""Kinds of pydantic schemas whose values make no partition key: each service would have to write them alike as text."""
+
 
 def upcaster(from_version: int) -> Callable[[U], U]:
-    """Mark a static method of an `Event` as the step from schema version `from_version` (1 or more) to the next.
+    """Mark a static method as the step from schema version `from_version` (1 or more) to the next.
 
     class OrderCreated(Event, version=2):
         order_id: str
@@ -31,6 +41,9 @@ def upcaster(from_version: int) -> Callable[[U], U]:
         @upcaster(1)
         def currency_was_always_pounds(data):
             return data | {"currency": "GBP"}
+
+    The method may stand in the event, in one of its base classes, or in a plain class beside it, which services that
+    do not import each other can share.
     """
 
     def mark(function: U) -> U:
@@ -41,6 +54,28 @@ def upcaster(from_version: int) -> Callable[[U], U]:
     return mark
 
 
+class Declaration:
+    """What Tidings knows of one event class."""
+
+    __slots__ = ("exact", "key", "name", "oldest", "upcasters", "version")
+
+    def __init__(
+        self, name: str, version: int, oldest: int, key: str | None, upcasters: Mapping[int, Upcaster]
+    ) -> None:
+        self.name: Final = name
+        """Wire name."""
+        self.version: Final = version
+        """Schema version that is written, and read without upcasters."""
+        self.oldest: Final = oldest
+        """Oldest schema version that can be read."""
+        self.key: Final = key
+        """Field whose value is the partition key."""
+        self.upcasters: Final = upcasters
+        """By the version that each starts from; complete from `oldest` on."""
+        self.exact: bool | None = None
+        """Its equal events have equal types throughout; None while a type that it names is not yet defined."""
+
+
 class Event(BaseModel):
     """Base of all domain events. Fields that a view does not declare are ignored, so producers may add some.
 
@@ -49,45 +84,65 @@ class Event(BaseModel):
 
     `name` is the wire name, by default the class name. `version` is the schema version, from 1. `key` names the field
     whose value is the partition key: events with the same key reach a service in log order, whatever their streams
-    (without it, the stream's name is the key). Raises `ConfigurationError` for a reserved or empty name, an unknown
-    key field, or an upcaster that cannot be reached.
+    (without it, the stream's name is the key). `upcasters` maps a version to the step from it to the next, beside those
+    marked with `@upcaster`; they must lead from version 1, or from `oldest`, to `version` without a gap.
+
+    What is appended reads back equal. A field that cannot (a secret, `exclude=True`, aliases that disagree, `Json`) is
+    refused here; a value that does not (NaN, an instance of a subclass) when its event is appended.
+
+    Raises `ConfigurationError` for a field that cannot be read back, a reserved or empty name, an unknown key field, or
+    upcasters that have a gap or cannot be reached.
     """
 
     # JSON has no NaN and no infinity: an event with one could be written, but never read.
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
-    wire_name: ClassVar[str] = ""
-    schema_version: ClassVar[int] = 1
-    key_field: ClassVar[str | None] = None
-    upcasters: ClassVar[dict[int, Upcaster]] = {}
+    __tidings__: ClassVar[Declaration] = Declaration("", 1, 1, None, {})
 
     def __init_subclass__(
-        cls, *, name: str | None = None, version: int = 1, key: str | None = None, **config: Any
+        cls,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        key: str | None = None,
+        upcasters: Mapping[int, Upcaster] | None = None,
+        oldest: int = 1,
+        **config: Any,
     ) -> None:
         super().__init_subclass__(**config)
 
     @classmethod
     def __pydantic_init_subclass__(
-        cls, *, name: str | None = None, version: int = 1, key: str | None = None, **config: Any
+        cls,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        key: str | None = None,
+        upcasters: Mapping[int, Upcaster] | None = None,
+        oldest: int = 1,
+        **config: Any,
     ) -> None:
         super().__pydantic_init_subclass__(**config)
-        wire = cls.__name__ if name is None else name
-        where = f"event {cls.__module__}.{cls.__qualname__}"
-        if not wire or wire.startswith(("$", "tidings_", "tidings.")):
-            raise ConfigurationError(f"{where}: {wire!r} is no wire name; '$', 'tidings_' and 'tidings.' are reserved")
-        if version < 1:
-            raise ConfigurationError(f"{where}: schema versions count from 1, not {version}")
-        if key is not None and key not in cls.model_fields:
-            raise ConfigurationError(f"{where}: key={key!r} is none of its fields ({', '.join(cls.model_fields)})")
-        cls.wire_name, cls.schema_version = wire, version
-        cls.key_field = key if key is not None else cls.key_field
-        cls.upcasters = _upcasters(cls, where)
-
-    @property
-    def partition_key(self) -> str | None:
-        """The partition key that this event's class asks for, None (also where the field is) for the stream's name."""
-        value = None if self.key_field is None else getattr(self, self.key_field)
-        return None if value is None else str(value)
+        where = _where(cls)
+        if OWN in vars(cls) or OWN in inspect.get_annotations(cls):
+            raise ConfigurationError(f"{where}: the name {OWN} is Tidings' own; every other name is free")
+        origin: Any = cls.__pydantic_generic_metadata__["origin"]
+        if origin is not None:  # OrderEvent[int] is the event OrderEvent
+            whole: Declaration = origin.__tidings__
+            own = Declaration(whole.name, whole.version, whole.oldest, whole.key, whole.upcasters)
+        else:
+            wire = _checked_name(where, cls.__name__ if name is None else name)
+            for what, number in (("version", version), ("oldest", oldest)):
+                if type(number) is not int or number < 1:
+                    raise ConfigurationError(f"{where}: {what}={number!r}: schema versions count from 1")
+            steps = _upcasters(cls, where, version, upcasters or {})
+            _complete(where, steps, oldest, version)
+            own = Declaration(wire, version, oldest, key if key is not None else cls.__tidings__.key, steps)
+        cls.__tidings__ = own
+        if own.key is not None:
+            _check_key(cls, where, own.key)
+        if cls.__pydantic_complete__:
+            own.exact = prove(cls, where)
 
 
 # This class has no fields and no instances: building its validator would be much of what importing Tidings costs.
@@ -95,20 +150,134 @@ class Event(BaseModel):
 Event.model_config["defer_build"] = False
 
 
-def _upcasters(cls: type[Event], where: str) -> dict[int, Upcaster]:
-    found: dict[int, Upcaster] = {}
-    for name, value in vars(cls).items():
-        start = getattr(getattr(value, "__func__", value), "__upcasts_from__", None)
-        if start is None:
-            continue
-        if not 1 <= start < cls.schema_version:
+def wire_name(event: Event | type[Event]) -> str:
+    """Return the name under which the event is stored and sent."""
+    return event.__tidings__.name
+
+
+def schema_version(event: Event | type[Event]) -> int:
+    """Return the schema version with which the event is stored."""
+    return event.__tidings__.version
+
+
+def partition_key(event: Event) -> str | None:
+    """Return the partition key that the event's class asks for; None (also where the field is) for the stream's name.
+
+    An enum's key is its value, as it is on the wire.
+    """
+    field = event.__tidings__.key
+    value = None if field is None else event.__dict__.get(field)
+    if isinstance(value, Enum):
+        value = value.value
+    return None if value is None else str(value)
+
+
+def comparable_key(event: Event) -> str | None:
+    """Return `partition_key` where the same field makes the same text in every view of the event, else None."""
+    field = event.__tidings__.key
+    value = None if field is None else event.__dict__.get(field)
+    # A view may declare a moment as a text, whose JSON differs from what `str` makes of a datetime.
+    return None if isinstance(value, datetime | bytes) else partition_key(event)
+
+
+def is_exact(event: type[Event]) -> bool:
+    """Return whether equal events of the class have equal types throughout.
+
+    Raises `ConfigurationError` for a class that names a type which is still not defined, or has a field that cannot be
+    read back.
+    """
+    own = event.__tidings__
+    if own.exact is None:
+        if not event.__pydantic_complete__ and not event.model_rebuild(raise_errors=False):
             raise ConfigurationError(
-                f"{where}: an upcaster from version {start} is never used by version {cls.schema_version}"
+                f"{_where(event)} names a type that is not defined, so it cannot be read or written: define the type "
+                "in its module, or import it there outside 'if TYPE_CHECKING'"
             )
-        if start in found:
-            raise ConfigurationError(f"{where}: two upcasters start from version {start}")
-        found[start] = cast("Upcaster", getattr(cls, name))
+        own.exact = prove(event, _where(event))
+    return own.exact
+
+
+def _where(cls: type[Event]) -> str:
+    return f"event {cls.__module__}.{cls.__qualname__}"
+
+
+def _checked_name(where: str, wire: object) -> str:
+    if not isinstance(wire, str) or not wire or wire.startswith(RESERVED):
+        raise ConfigurationError(f"{where}: {wire!r} is no wire name; '$', 'tidings_' and 'tidings.' are reserved")
+    try:
+        wire.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{where}: {wire!r} is no wire name: it cannot be written as UTF-8") from None
+    return wire
+
+
+def _check_key(cls: type[Event], where: str, key: str) -> None:
+    fields = fields_of(cls)
+    if key not in fields:
+        raise ConfigurationError(f"{where}: key={key!r} is none of its fields ({', '.join(fields)})")
+    if not cls.__pydantic_complete__:
+        return
+    node: Any = cls.__pydantic_core_schema__
+    while isinstance(node, dict) and node["type"] not in NO_KEYS - {"model"}:
+        if node["type"] == "model" and node["cls"] is not cls:
+            break
+        node = node["fields"].get(key) if node["type"] == "model-fields" else node.get("schema")
+    if isinstance(node, dict):
+        raise ConfigurationError(
+            f"{where}: key={key!r} is a {node['type']}: a partition key is a text, a whole number, a UUID, a date, a "
+            "Decimal or an enum of such values"
+        )
+
+
+def _upcasters(cls: type[Event], where: str, version: int, given: Mapping[int, Upcaster]) -> dict[int, Upcaster]:
+    """By the version they start from: the class's own, then those given, then what base classes and mixins bring."""
+    found: dict[int, Upcaster] = {}
+    for base in cls.__mro__:
+        here: dict[int, Upcaster] = {}
+        if base in (Event, BaseModel, object):
+            continue
+        for value in list(vars(base).values()):
+            start = getattr(getattr(value, "__func__", value), "__upcasts_from__", None)
+            if start is None:
+                continue
+            if start in here:
+                raise ConfigurationError(f"{where}: two upcasters of {base.__name__} start from version {start}")
+            if base is cls and not (type(start) is int and 1 <= start < version):
+                raise ConfigurationError(
+                    f"{where}: an upcaster from version {start} is never used by version {version}"
+                )
+            here[start] = value.__get__(None, cls)
+        if base is cls:
+            twice = here.keys() & given.keys()
+            if twice:
+                raise ConfigurationError(f"{where}: two upcasters start from version {min(twice)}")
+            here |= _given(where, given)
+        for start, step in here.items():
+            if start < version:  # what is shared may lead further than this class goes
+                found.setdefault(start, step)
     return found
+
+
+def _given(where: str, upcasters: Mapping[int, Upcaster]) -> Mapping[int, Upcaster]:
+    for start, step in upcasters.items():
+        if type(start) is not int or start < 1 or not callable(step):
+            raise ConfigurationError(
+                f"{where}: upcasters={{{start!r}: {step!r}}}: map a schema version, from 1, to a function that turns "
+                "its JSON object into that of the next version"
+            )
+    return upcasters
+
+
+def _complete(where: str, steps: Mapping[int, Upcaster], oldest: int, version: int) -> None:
+    if oldest > version:
+        raise ConfigurationError(f"{where}: oldest={oldest} is above its version, {version}")
+    missing = [start for start in range(oldest, version) if start not in steps]
+    if missing:
+        raise ConfigurationError(
+            f"{where}: version {version} has no @upcaster({missing[0]}), so events of schema version {missing[0]} "
+            f"could not be read. Write it, or share the producer's (a mixin, or upcasters=); where the log holds no "
+            f"event that old, say so with oldest={missing[-1] + 1}"
+        )
 
 
 class Registry:
@@ -119,11 +288,12 @@ class Registry:
         self._types: dict[str, type[Event]] = {}
 
     def add(self, event: type[Event]) -> None:
-        """Raises `ConfigurationError` when another class already has the wire name."""
-        known = self._types.setdefault(event.wire_name, event)
+        """Raises `ConfigurationError` when another class already has the wire name, or the class cannot be read."""
+        is_exact(event)
+        known = self._types.setdefault(wire_name(event), event)
         if known is not event:
             raise ConfigurationError(
-                f"{self._owner}: wire name {event.wire_name!r} is declared twice, by {_named(known)} and "
+                f"{self._owner}: wire name {wire_name(event)!r} is declared twice, by {_named(known)} and "
                 f"{_named(event)}. One service has one view of an event: use one class, or give name= to the other"
             )
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 
 from tidings.context import Context
 from tidings.errors import ConfigurationError
-from tidings.events import Event
+from tidings.events import Event, wire_name
 from tidings.stores import RecordedEvent
 
 __all__ = ["Handler", "Hold", "Inject", "Retry", "Since", "declare"]
@@ -149,7 +149,7 @@ def declare(
     if not (since in (None, "start", "now") or (type(since) is int and since >= 0)):
         raise ConfigurationError(f"{where}: since={since!r}: give 'start', 'now', or a position of the log from 0 on")
     for event in events:
-        if not (isinstance(event, type) and issubclass(event, Event)) or not event.wire_name:
+        if not (isinstance(event, type) and issubclass(event, Event)) or not wire_name(event):
             raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
     if not timeout > 0:
         raise ConfigurationError(f"{where}: timeout is {timeout} s; it must be positive")

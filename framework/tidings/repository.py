@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID, uuid4, uuid5
 
-from tidings.aggregate import Aggregate
+from tidings.aggregate import Aggregate, apply, begin, declared, state_of, stream_of, stream_version
 from tidings.codec import CAUSATION, CORRELATION, Cause, decode, encode, read_metadata
 from tidings.errors import ConfigurationError, StreamNotFound, UnknownEventType, VersionNotFound, WrongExpectedVersion
 from tidings.events import Event, Registry
@@ -67,13 +67,14 @@ class Repository(Generic[A]):
     def __init__(self, aggregate: type[A], store: Callable[[], EventStore]) -> None:
         self._aggregate = aggregate
         self._store = store
-        self._types = Registry(f"aggregate {aggregate.__qualname__}")
-        for event in aggregate.evolutions:
+        self._reader = f"aggregate {aggregate.__qualname__}"
+        self._types = Registry(self._reader)
+        for event in declared(aggregate).evolutions:
             self._types.add(event)
 
     def stream_of(self, id: str) -> str:
         """Return the name of the aggregate's stream."""
-        return self._aggregate.stream_of(id)
+        return stream_of(self._aggregate, id)
 
     async def create(
         self,
@@ -85,9 +86,9 @@ class Repository(Generic[A]):
         **kwargs: Any,
     ) -> Changed[A]:
         """Decide on a new aggregate; raises `WrongExpectedVersion` when its stream has events."""
-        aggregate: A = self._aggregate.empty(id)
+        aggregate: A = begin(self._aggregate, id)
         result = _decided(decide, aggregate, args, kwargs)
-        if not aggregate.recorded:
+        if not state_of(aggregate).recorded:
             raise ConfigurationError(f"{_named(decide)} recorded nothing, so {id!r} was not created")
         return await self._append(aggregate, result, NO_STREAM, uuid4(), metadata, None, correlation_id)
 
@@ -108,11 +109,12 @@ class Repository(Generic[A]):
         """
         for left in range(CONFLICTS, -1, -1):
             aggregate = await self.load(id)
-            if expected is not None and aggregate.version != expected:
-                raise WrongExpectedVersion(self._aggregate.stream_of(id), f"version {expected}", aggregate.version)
+            version = stream_version(aggregate)
+            if expected is not None and version != expected:
+                raise WrongExpectedVersion(stream_of(self._aggregate, id), f"version {expected}", version)
             result = _decided(decide, aggregate, args, kwargs)
             try:
-                return await self._append(aggregate, result, aggregate.version, uuid4(), metadata, None, correlation_id)
+                return await self._append(aggregate, result, version, uuid4(), metadata, None, correlation_id)
             except WrongExpectedVersion:
                 if expected is not None or not left:
                     raise
@@ -136,17 +138,17 @@ class Repository(Generic[A]):
         bases = base if isinstance(base, tuple) else (base,)
         known = {_nth(one, 0).bytes for one in bases}
         for left in range(CONFLICTS, -1, -1):
-            aggregate: A = self._aggregate.empty(id)
+            aggregate: A = begin(self._aggregate, id)
             done = -1
-            async for event in self._store().read_stream(self._aggregate.stream_of(id)):
+            async for event in self._store().read_stream(stream_of(self._aggregate, id)):
                 self._apply(aggregate, event)
                 if event.position > since and event.id_bytes in known:
                     done = event.position
             if done >= 0:
-                return Changed(aggregate, aggregate.version, done, ())
+                return Changed(aggregate, stream_version(aggregate), done, ())
             result = _decided(decide, aggregate, args, kwargs)
             try:
-                return await self._append(aggregate, result, aggregate.version, bases[0], metadata, cause, None)
+                return await self._append(aggregate, result, stream_version(aggregate), bases[0], metadata, cause, None)
             except WrongExpectedVersion:
                 if not left:
                     raise
@@ -159,8 +161,8 @@ class Repository(Generic[A]):
         """
         if as_of is not None and as_of.tzinfo is None:
             raise ConfigurationError("as_of needs a time zone: datetime.now(UTC), not datetime.now()")
-        stream = self._aggregate.stream_of(id)
-        aggregate: A = self._aggregate.empty(id)
+        stream = stream_of(self._aggregate, id)
+        aggregate: A = begin(self._aggregate, id)
         limit = None if at_version is None else at_version + 1
         if limit is not None and limit < 1:
             raise VersionNotFound(stream, f"version {at_version}", "versions count from 0")
@@ -168,22 +170,23 @@ class Repository(Generic[A]):
             if at_version is not None and event.version > at_version:
                 break  # a stream that was truncated, or begun anew after a deletion, does not begin at version 0
             if as_of is not None and event.recorded_at > as_of:
-                if aggregate.version < 0:
+                if stream_version(aggregate) < 0:
                     raise VersionNotFound(stream, f"event as of {as_of}", f"it began at {event.recorded_at}")
                 break
             self._apply(aggregate, event)
-        if at_version is not None and aggregate.version != at_version:
-            found = f"its last event is version {aggregate.version}" if aggregate.version >= 0 else "it begins later"
+        version = stream_version(aggregate)
+        if at_version is not None and version != at_version:
+            found = f"its last event is version {version}" if version >= 0 else "it begins later"
             raise VersionNotFound(stream, f"version {at_version}", found)
-        if aggregate.version < 0:
+        if version < 0:
             raise StreamNotFound(stream)
         return aggregate
 
     async def history(self, id: str) -> AsyncIterator[HistoryEntry]:
         """Every event of the aggregate, oldest first. Raises `StreamNotFound`."""
-        async for recorded in self._store().read_stream(self._aggregate.stream_of(id)):
+        async for recorded in self._store().read_stream(stream_of(self._aggregate, id)):
             metadata = read_metadata(recorded)
-            event = decode(recorded, self._view(recorded), metadata)
+            event = decode(recorded, self._view(recorded), metadata, reader=self._reader)
             yield HistoryEntry(recorded.version, recorded.position, event, recorded.recorded_at, metadata)
 
     def _view(self, recorded: RecordedEvent) -> type[Event]:
@@ -196,8 +199,8 @@ class Repository(Generic[A]):
         return view
 
     def _apply(self, aggregate: A, recorded: RecordedEvent) -> None:
-        aggregate.apply(decode(recorded, self._view(recorded)))
-        aggregate.version = recorded.version
+        apply(aggregate, decode(recorded, self._view(recorded), reader=self._reader))
+        state_of(aggregate).version = recorded.version
 
     async def _append(
         self,
@@ -209,17 +212,18 @@ class Repository(Generic[A]):
         cause: Cause | None,
         correlation_id: str | None,
     ) -> Changed[A]:
-        recorded = tuple(aggregate.recorded)
+        state = state_of(aggregate)
+        recorded = tuple(state.recorded)
         if not recorded:
-            return Changed(aggregate, aggregate.version, -1, (), result)
+            return Changed(aggregate, state.version, -1, (), result)
         correlation_id = correlation_id or (None if cause else str(_nth(base, 0)))
         events = [
             encode(event, id=_nth(base, n), metadata=metadata, cause=cause, correlation_id=correlation_id)
             for n, event in enumerate(recorded)
         ]
-        done = await self._store().append(self._aggregate.stream_of(aggregate.id), events, expected=expected)
-        aggregate.recorded.clear()
-        aggregate.version = done.version
+        done = await self._store().append(stream_of(self._aggregate, state.id), events, expected=expected)
+        state.recorded.clear()
+        state.version = done.version
         return Changed(aggregate, done.version, done.position, recorded, result)
 
 

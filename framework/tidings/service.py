@@ -16,7 +16,7 @@ from tidings.aggregate import Aggregate
 from tidings.buses import EventBus, check_partitions, check_service_name
 from tidings.codec import encode
 from tidings.errors import ConfigurationError
-from tidings.events import Event, Registry
+from tidings.events import Event, Registry, wire_name
 from tidings.handlers import Handler, Retry, Since, declare
 from tidings.position import RESERVED
 from tidings.repository import Repository
@@ -115,8 +115,8 @@ class Service:
             self._add(handler)
             for event in dict.fromkeys(events):
                 self._types.add(event)
-                known = self.handlers.get(event.wire_name, self.handlers_of_any)
-                self.handlers[event.wire_name] = (*known, handler)
+                known = self.handlers.get(wire_name(event), self.handlers_of_any)
+                self.handlers[wire_name(event)] = (*known, handler)
             return function
 
         return register

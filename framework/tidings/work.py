@@ -241,14 +241,15 @@ class Item(Ticket[Step | None]):
         if tracebacks is not None and failure.detail and (more := tracebacks.due(kind)) is not None:
             # The text, not the exception: what renders that as JSON follows its causes, which may go in circles.
             facts |= {"exception": failure.detail, "failed_like_this_since": more}
-        if not failure.permanent and self.trial and held is not None and attempts < retry.attempts:
+        again = not failure.permanent and not failure.deploy_needed
+        if again and self.trial and held is not None and attempts < retry.attempts:
             self._hold(attempts, held.tries, 0.0, failure.reason, failure.detail)  # the breaker makes the pauses
             return None
-        if not failure.permanent and untried and attempts < retry.attempts:
+        if again and untried and attempts < retry.attempts:
             pause = retry.wait(attempts)
             log.warning("event.retrying", pause=round(pause, 3), **facts)
             return pause
-        if not failure.permanent and retry.hold is not None and tries < retry.hold.attempts:
+        if retry.hold is not None and (failure.deploy_needed or (again and tries < retry.hold.attempts)):
             delay = retry.hold.wait(tries + 1)
             log.warning("event.held", delay=round(delay, 3), **facts)
             self._hold(attempts, tries, delay, failure.reason, failure.detail)

@@ -15,6 +15,7 @@ from services.demo.trade import LIVE_COUNTRY, LIVE_ORDERS, place_live, take_in
 from services.importer import Invoice, Kind, Report, invoices, read_rows
 from services.order import repository
 from services.sales import sales
+from tidings import wire_name
 
 __all__ = ["perform", "rehearse"]
 
@@ -118,7 +119,7 @@ async def _show_one_order(demo: Stage) -> None:
         (
             str(entry.version),
             entry.recorded_at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3],
-            entry.event.wire_name,
+            wire_name(entry.event),
             str(entry.metadata.get("actor", "")),
             str(entry.metadata.get("reason", "")),
         )

@@ -16,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from services.order.events import OrderLine
 from services.order.order import Order, Status
+from tidings import wire_name
 from tidings.repository import HistoryEntry
 
 __all__ = [
@@ -189,7 +190,7 @@ class HistoryEvent(BaseModel):
         return cls(
             version=entry.version,
             position=entry.position,
-            type=entry.event.wire_name,
+            type=wire_name(entry.event),
             recorded_at=entry.recorded_at,
             data=entry.event.model_dump(mode="json"),
             actor=text(entry.metadata.get("actor")),

@@ -16,7 +16,7 @@ import uvicorn
 
 from services.order.events import OrderCreated
 from tests.integration.embedded import StoreAround
-from tidings import ANY, EventData, EventStore, open_store
+from tidings import ANY, EventData, EventStore, open_store, wire_name
 from tidings.stores import Appended, Expected
 
 
@@ -25,7 +25,7 @@ class Killing(StoreAround):
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         done = await super().append(stream, events, expected=expected)
-        if any(event.type == OrderCreated.wire_name for event in events):
+        if any(event.type == wire_name(OrderCreated) for event in events):
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 

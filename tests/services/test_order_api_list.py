@@ -18,7 +18,7 @@ from services.order.read_model import listed
 from tests.integration.embedded import settings_for
 from tests.services.counter import CUPS, ORDER, Counter, OpenCounter, problem
 from tests.services.shop import OpenShop
-from tidings import Relay, Runtime
+from tidings import Relay, Runtime, wire_name
 from tidings.errors import DatabaseUnavailable
 from tidings.supervision import supervised
 
@@ -176,4 +176,4 @@ async def test_a_new_database_lists_all_orders_again(open_shop: OpenShop, tmp_pa
         await after.runtime.settled()
         rows = {row.order_id: row.status for row in await after.rows(orders, listed)}
         assert rows == {"1": "cancelled", "2": "placed"}
-        assert (await after.log()).count(OrderCreated.wire_name) == 2
+        assert (await after.log()).count(wire_name(OrderCreated)) == 2

@@ -8,10 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from tidings.errors import ConfigurationError
-from tidings.events import Event, Registry, upcaster
+from tidings.events import Event, Registry, partition_key, schema_version, upcaster, wire_name
 
 
-class Paid(Event, name="PaymentTaken", version=2, key="order_id"):
+class Paid(Event, name="PaymentTaken", version=2, key="order_id", oldest=2):
     order_id: str
 
 
@@ -19,16 +19,17 @@ def test_declared_facts_are_the_class_own() -> None:
     class Plain(Event):
         pass
 
-    assert (Plain.wire_name, Plain.schema_version, Plain.key_field, Plain.upcasters) == ("Plain", 1, None, {})
-    assert (Paid.wire_name, Paid.schema_version, Paid.key_field) == ("PaymentTaken", 2, "order_id")
-    assert (Event.wire_name, Event.schema_version, Event.key_field) == ("", 1, None)
+    assert (wire_name(Plain), schema_version(Plain), Plain.__tidings__.key) == ("Plain", 1, None)
+    assert (wire_name(Paid), schema_version(Paid), Paid.__tidings__.key) == ("PaymentTaken", 2, "order_id")
+    assert (wire_name(Paid(order_id="1")), schema_version(Paid(order_id="1"))) == ("PaymentTaken", 2)
 
 
 def test_a_subclass_has_its_own_name_and_version_and_its_parents_key() -> None:
     class PaidTwice(Paid):
         pass
 
-    assert (PaidTwice.wire_name, PaidTwice.schema_version, PaidTwice.key_field) == ("PaidTwice", 1, "order_id")
+    assert (wire_name(PaidTwice), schema_version(PaidTwice)) == ("PaidTwice", 1)
+    assert partition_key(PaidTwice(order_id="1")) == "1"
 
 
 def test_events_are_frozen() -> None:
@@ -40,9 +41,9 @@ def test_the_key_is_a_text_or_none() -> None:
     class Numbered(Event, key="number"):
         number: int | None
 
-    assert Paid(order_id="1").partition_key == "1"
-    assert Numbered(number=7).partition_key == "7"
-    assert Numbered(number=None).partition_key is None
+    assert partition_key(Paid(order_id="1")) == "1"
+    assert partition_key(Numbered(number=7)) == "7"
+    assert partition_key(Numbered(number=None)) is None
 
 
 @pytest.mark.parametrize("name", ["", "$x", "tidings_x", "tidings.marker"])
@@ -68,7 +69,7 @@ def test_a_key_must_be_a_field() -> None:
 def test_an_upcaster_that_no_version_needs_is_refused(start: int) -> None:
     with pytest.raises(ConfigurationError, match=f"from version {start} is never used by version 2"):
 
-        class Bad(Event, version=2):
+        class Bad(Event, version=2, oldest=2):
             @staticmethod
             @upcaster(start)
             def step(data: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def test_an_upcaster_that_no_version_needs_is_refused(start: int) -> None:
 
 
 def test_two_upcasters_from_one_version_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="two upcasters start from version 1"):
+    with pytest.raises(ConfigurationError, match="two upcasters of Bad start from version 1"):
 
         class Bad(Event, version=2):
             @staticmethod

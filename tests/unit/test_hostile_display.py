@@ -22,7 +22,7 @@ from tidings import Context, EventData, Runtime, Service, Settings, open_store
 from tidings.buses import Found, Subscription
 from tidings.cli.app import app
 from tidings.errors import StoreUnavailable
-from tidings.events import Event
+from tidings.events import Event, wire_name
 from tidings.handlers import Hold, Retry
 from tidings.logs import configure_logging
 from tidings.printable import plain_lines
@@ -91,7 +91,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             metadata = JSON_OF_EVIL[:-1] + b',"partitionKey":' + json.dumps(EVIL, ensure_ascii=False).encode() + b"}"
             for kind in (Dies, Waits, Unhandled):
                 for data in (b'{"text":' + json.dumps(EVIL).encode() + b"}", JSON_OF_EVIL, EVIL.encode()):
-                    event = EventData(kind.wire_name, data, metadata if kind is Unhandled else b"")
+                    event = EventData(wire_name(kind), data, metadata if kind is Unhandled else b"")
                     await runtime.store.append(f"order-{kind.__name__}{EVIL}", [event], expected=ANY)
             async with asyncio.timeout(30):
                 while (report := await runtime.verify()).services[0].pending_count:
@@ -104,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     async def afterwards() -> None:
         async with open_store(settings.store) as store:  # what status and verify call pending, and late
-            await store.append(f"order-Dies{EVIL}", [EventData(Dies.wire_name, JSON_OF_EVIL)], expected=ANY)
+            await store.append(f"order-Dies{EVIL}", [EventData(wire_name(Dies), JSON_OF_EVIL)], expected=ANY)
 
     asyncio.run(afterwards())
     return folder

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from tidings.database import dead
+from tidings.events import wire_name
 from tidings.position import partition_key
 from tidings.testing.simulation.service import Answered, Asked, Called, Ignored, audit
 from tidings.testing.simulation.world import World
@@ -41,9 +42,9 @@ def _effects(world: World, effects: list[int]) -> Iterator[str]:
         yield f"handled twice: {twice}"
     own = [event for event in world.log.events if not event.stream.startswith(("tidings_", "$"))]
     done = set(effects)
-    expected = {event.position for event in own if event.type not in (Called.wire_name, Ignored.wire_name)}
+    expected = {event.position for event in own if event.type not in (wire_name(Called), wire_name(Ignored))}
     lost = sorted(expected - done - world.log.removed)
-    called = {event.position for event in own if event.type == Called.wire_name}
+    called = {event.position for event in own if event.type == wire_name(Called)}
     lost += sorted(called - set(world.desk.calls) - world.log.removed)
     if lost:
         yield f"lost: {lost}"
@@ -63,15 +64,15 @@ def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:
     # Only what the log still has can be handled again after the database was lost.
     gone = world.log.removed if world.lives > 1 else frozenset()
     for event in world.log.events:
-        if event.type == Answered.wire_name:
+        if event.type == wire_name(Answered):
             causes[json.loads(event.metadata)["$causationId"]] += 1
     for event in world.log.events:
-        if event.type not in (Asked.wire_name, Called.wire_name):
+        if event.type not in (wire_name(Asked), wire_name(Called)):
             continue
         times = causes[str(event.id)]
         if times > 1:
             yield f"what {event.position} emitted was appended {times} times"
         elif times == 0 and (event.position in effects or event.position not in world.log.removed):
             yield f"what {event.position} emitted is lost"
-        elif times == 1 and event.type == Asked.wire_name and event.position not in effects | gone:
+        elif times == 1 and event.type == wire_name(Asked) and event.position not in effects | gone:
             yield f"{event.position} emitted something though its effects were rolled back"

@@ -23,6 +23,7 @@ from tidings.attempt import Resources
 from tidings.buses import EventBus
 from tidings.dead import DeadLetters
 from tidings.errors import DatabaseUnavailable, LogBehind
+from tidings.events import wire_name
 from tidings.partitions import lay_out, resize
 from tidings.relay import Relay
 from tidings.running import RunningService
@@ -65,7 +66,7 @@ class World:
         self.story: list[tuple[float, str, str]] = []
         """Seconds, who, what."""
         self._telling = telling
-        self.plan: Plan = plan(dice, tuple(kind.wire_name for kind in KINDS))
+        self.plan: Plan = plan(dice, tuple(wire_name(kind) for kind in KINDS))
         self.log = SimulatedLog(self.loop, dice, self.tell)
         self.broker = SimulatedBroker(self.loop, dice, self.tell)
         self.databases = databases
