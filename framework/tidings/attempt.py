@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.codec import check_key, decode
 from tidings.context import ATTEMPT, Context
@@ -35,7 +34,8 @@ from tidings.errors import (
 from tidings.first_step import FirstStep
 from tidings.handlers import Handler, Inject
 from tidings.logs import bind_handling, handling
-from tidings.outages import is_outage, waits_for_itself
+from tidings.outages import is_outage
+from tidings.owned import Ours
 
 if TYPE_CHECKING:
     from tidings.service import Service
@@ -139,16 +139,19 @@ class Resources:
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """The service's database, the store or the bus is away: the service pauses, and no attempt is counted."""
+    """A database, store or bus is away. For errors that no handler raised; `Ours` judges those (`tidings.owned`)."""
     return isinstance(error, Fenced | StoreUnavailable | BusUnavailable) or is_outage(error)
 
 
 class Attempt:
     """One that has begun and waits for something. Attempts never overlap: one that is over its time is waited for."""
 
-    __slots__ = ("_context", "_handler", "_work")
+    __slots__ = ("_context", "_handler", "_ours", "_work")
 
-    def __init__(self, work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> None:
+    def __init__(
+        self, work: asyncio.Future[BaseException | None], handler: Handler, context: Context, ours: Ours
+    ) -> None:
+        self._ours = ours
         self._work = work
         self._handler = handler
         self._context = context
@@ -160,15 +163,17 @@ class Attempt:
         finally:
             self._context.end("was stopped with its process, or to be run again")
         if self._work.cancelled():  # it cancelled its own task, and returned without another await
-            return _judged(self._handler, asyncio.CancelledError("the handler cancelled its own task"), late)
-        return _judged(self._handler, self._work.result(), late)
+            cancelled = asyncio.CancelledError("the handler cancelled its own task")
+            return _judged(self._ours, self._handler, cancelled, late)
+        return _judged(self._ours, self._handler, self._work.result(), late)
 
 
 class Attempts:
     """How the handlers of one service are called; for one event loop."""
 
-    def __init__(self, service: Service, resources: Resources) -> None:
+    def __init__(self, service: Service, resources: Resources, ours: Ours) -> None:
         self._view = service.view
+        self._ours = ours
         self._resources = resources
         self._first_step = FirstStep()
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
@@ -182,7 +187,7 @@ class Attempts:
 
         `provide` gives the session or connection. The handler runs in a task of its own, so that nothing it does to
         its task (or that its time does) reaches the caller's; a plain function runs in a thread. Call it in a task.
-        Raises only what is not the handler's own: infrastructure errors.
+        Raises only what is not the handler's: the outage of an object of the service's own.
         """
         arguments: dict[str, Any] = {}
         try:
@@ -211,11 +216,13 @@ class Attempts:
         variables = base.copy()
         if handler.threaded:
             call = partial(variables.run, _call, handler, arguments, context)
-            return Attempt(asyncio.get_running_loop().run_in_executor(self._threads, call), handler, context)
+            return Attempt(
+                asyncio.get_running_loop().run_in_executor(self._threads, call), handler, context, self._ours
+            )
         work, raised = self._first_step.run(_run(handler, arguments, context), variables, HANDLER_TASK + handler.name)
         if work is not None:
-            return Attempt(work, handler, context)
-        return None if raised is None else _judged(handler, raised, late=False)
+            return Attempt(work, handler, context, self._ours)
+        return None if raised is None else _judged(self._ours, handler, raised, late=False)
 
     def open(self) -> None:
         """Get ready for the first one."""
@@ -227,13 +234,13 @@ class Attempts:
         self._first_step.close()
 
 
-def _judged(handler: Handler, raised: BaseException | None, late: bool) -> Failure | None:
-    if raised is not None and handler.transactional and waits_for_itself(raised):
+def _judged(ours: Ours, handler: Handler, raised: BaseException | None, late: bool) -> Failure | None:
+    if raised is not None and handler.transactional and ours.waits_for_itself(raised):
         writer_held = WriterHeld(handler.name)
         writer_held.__cause__ = raised
         return Failure.of(writer_held, handler)
-    if raised is not None and is_infrastructure(raised) and not isinstance(raised, PoolTimeout):
-        raise raised
+    if raised is not None and (outage := ours.outage(raised)) is not None:
+        raise outage
     if late:
         timeout = HandlerTimeout(handler.name, handler.timeout)
         timeout.__cause__ = raised

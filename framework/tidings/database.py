@@ -14,11 +14,13 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tidings.context import ATTEMPT
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.outages import is_refusal, marked, outages, stays_with_connections
+from tidings.owned import Writes, mark
 from tidings.settings import redact
 
 __all__ = [
@@ -320,6 +322,7 @@ class Database:
         """Where it is a file of this machine."""
         self.one_writer = engine.dialect.name == "sqlite"
         """All transactions that write share one writer; elsewhere every lane may have its own."""
+        self.writes = Writes()
         self.turn: AbstractAsyncContextManager[object] = asyncio.Lock() if self.one_writer else nullcontext()
         """Around the transactions of dispatchers: a handler may hold the one writer for longer than those that wait
         for it would bear."""
@@ -348,16 +351,27 @@ class Database:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that will write. Raises `DatabaseUnavailable`; then the outcome of its commit is unknown."""
-        with outages(self.shown):
-            async with self._connected(self._writing) as connection, connection.begin():
-                yield connection
+        try:
+            with outages(self.shown):
+                async with self._connected(self._writing) as connection, connection.begin():
+                    yield connection
+        except DatabaseUnavailable as error:
+            if not isinstance(error.__cause__, PoolTimeout):
+                self.writes.failed(error)
+            mark(error, self)
+            raise
+        self.writes.succeeded()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """A connection for reading only."""
-        with outages(self.shown):
-            async with self._connected(self.engine) as connection:
-                yield connection
+        try:
+            with outages(self.shown):
+                async with self._connected(self.engine) as connection:
+                    yield connection
+        except DatabaseUnavailable as error:
+            mark(error, self)
+            raise
 
     @asynccontextmanager
     async def _connected(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:

@@ -27,6 +27,7 @@ from tidings.handlers import Inject
 from tidings.held import HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
 from tidings.keys import Keys
+from tidings.owned import Ours
 from tidings.position import Lanes
 from tidings.progress import Batch, Progress
 from tidings.revival import HELD_SECONDS, Revival
@@ -62,6 +63,7 @@ class Dispatcher:
         resources: Resources,
         troubles: Troubles,
         *,
+        ours: Ours | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service = service
@@ -116,7 +118,7 @@ class Dispatcher:
         self._at_work = self._draining = False
         self._busy = 0
         """Events given out whose outcome is not committed."""
-        self._attempts = Attempts(service, resources)
+        self._attempts = Attempts(service, resources, ours or Ours(store, None, database))
         self.working: dict[int, Item] = {}
         """Handlers at work, by position."""
         self.stager = Stager(store, self._commits.appended, self._commits.given_up, clock=clock)

@@ -9,6 +9,7 @@
     │   ├── EventTooLarge
     │   ├── InvalidStreamName
     │   ├── StoreUnavailable
+    │   │   └── StreamForbidden
     │   ├── LogChanged
     │   └── LogBehind
     ├── BusError
@@ -62,6 +63,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "StreamDeleted",
+    "StreamForbidden",
     "StreamNotFound",
     "TidingsError",
     "TopologyMismatch",
@@ -153,6 +155,18 @@ class StoreUnavailable(StoreError):
         super().__init__(message)
         self.waiting_helps = waiting_helps
         """It may pass by itself: a process that starts waits for it, and ends where somebody must do something."""
+
+
+class StreamForbidden(StoreUnavailable):
+    """The store is there, but denies its user one operation on one stream, `stream`; nothing was written or read."""
+
+    def __init__(self, stream: str, operation: str) -> None:
+        self.stream = stream
+        super().__init__(
+            f"the store denies its user {operation} stream {stream!r}. Give the user of TIDINGS_STORE access to it "
+            "($acl in the stream's metadata), or name another user; other streams are not concerned",
+            waiting_helps=False,
+        )
 
 
 class LogChanged(StoreError):

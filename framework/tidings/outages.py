@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -45,14 +45,15 @@ _TIMEOUTS: Final = ("55P03", "57014")
 _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
-def is_outage(error: BaseException) -> bool:
-    """Is the service's own database down, locked or full? Then the error is no attempt of a handler.
+def is_outage(error: BaseException, dialect: Dialect | None = None) -> bool:
+    """Is a service's database down, locked or full? Then the error is no attempt of a handler.
 
-    An error of any other engine, which a handler may use for something else, is the handler's.
+    With `dialect`, only the database whose engine has this dialect object counts; else any service's. An error of any
+    other engine, which a handler may use for something else, is the handler's.
     """
     if isinstance(error, DatabaseUnavailable | PoolTimeout):
-        return True
-    if not isinstance(error, DBAPIError) or not getattr(error, "_tidings", False):
+        return dialect is None
+    if not isinstance(error, DBAPIError) or not _is_of(error, dialect):
         return False
     if isinstance(error.orig, sqlite3.Error):
         return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_OUTAGES
@@ -61,6 +62,11 @@ def is_outage(error: BaseException) -> bool:
     state = _state(error)
     # An InterfaceError of a connection that is whole is about what the driver was given.
     return state.startswith(_SERVER_OUTAGES) if state else isinstance(error, OperationalError)
+
+
+def _is_of(error: BaseException, dialect: Dialect | None) -> bool:
+    owner = getattr(error, "_tidings", None)
+    return owner is not None and (dialect is None or owner is dialect)
 
 
 def _state(error: BaseException) -> str:
@@ -102,17 +108,20 @@ def stays_with_connections(error: BaseException) -> bool:
     return error.connection_invalidated or _state(error).startswith(_OF_CONNECTIONS)
 
 
-def waits_for_itself(error: BaseException) -> bool:
+def waits_for_itself(error: BaseException, dialect: Dialect) -> bool:
     """Told of an error that came out of a handler with a session: it wrote through another connection to the SQLite
     database whose one writer it holds itself, so that no waiting helps."""
-    code = getattr(error.orig, "sqlite_errorcode", 0) if isinstance(error, DBAPIError) else 0
+    if not isinstance(error, DBAPIError) or not _is_of(error, dialect):
+        return False
+    code = getattr(error.orig, "sqlite_errorcode", 0)
     return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def marked(context: ExceptionContext) -> None:
-    """A listener: an error of the service's own engine is told from those of any other."""
+    """A listener: an error of a service's engine is told from those of any other by the engine's dialect object, which
+    all engines that were made of it share."""
     if context.sqlalchemy_exception is not None:
-        context.sqlalchemy_exception._tidings = True  # type: ignore[attr-defined]
+        context.sqlalchemy_exception._tidings = context.dialect  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tidings.healing import Pass
 from tidings.held import HeldRows
 from tidings.inbox import Inbox
 from tidings.intake import Intake
+from tidings.owned import Ours
 from tidings.position import Accepted
 from tidings.stores import EventStore
 from tidings.supervision import leaves, task_group
@@ -152,6 +153,7 @@ class Partition:
             remembered,
             self._resources,
             self._troubles,
+            ours=Ours(self._store, self._bus, self._database),
             clock=clock,
         )
         self._healing = healing = Pass(service.name, self._store, accepted, dispatcher, clock=clock)

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
@@ -22,6 +22,7 @@ from tidings.buses import EventBus
 from tidings.database import Database, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.opening import opened
+from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.partitions import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
 from tidings.position import bucket_of
@@ -66,8 +67,9 @@ class RunningService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.service = service
-        self.store = store
-        self.bus = bus
+        self.store: EventStore = OwnStore.of(store)
+        self.bus: EventBus = cast("EventBus", OwnBus(bus))
+        self._bus = bus
         self.database = database
         self.resources = Resources(service.name, None)
         self.joined = asyncio.Event()
@@ -258,7 +260,7 @@ class RunningService:
                 subscription,
                 layout.epoch,
                 self.store,
-                self.bus,
+                self._bus,
                 self.database,
                 self.resources,
                 self._troubles,

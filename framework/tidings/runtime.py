@@ -6,7 +6,7 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import structlog
 
@@ -14,6 +14,7 @@ from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_logging
 from tidings.opening import opened
+from tidings.owned import OwnBus, OwnStore
 from tidings.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store, redact
 from tidings.signals import StopSignals
@@ -57,7 +58,7 @@ class Runtime:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self._store = await opened(stack, lambda: open_store(self.settings.store), "the event store")
+            self._store = OwnStore(await opened(stack, lambda: open_store(self.settings.store), "the event store"))
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))
             self._tasks = await stack.enter_async_context(together(self._stop))
             if self.with_relay:
@@ -91,7 +92,7 @@ class Runtime:
     def bus(self) -> EventBus:
         if self._bus is None:
             raise ConfigurationError("the runtime is not running: use it inside 'async with Runtime(...)'")
-        return self._bus
+        return cast("EventBus", OwnBus(self._bus))
 
     @property
     def services(self) -> list[Service]:

@@ -14,12 +14,12 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 from sqlalchemy.orm import Session
 
-from tidings.attempt import Failure, is_infrastructure
+from tidings.attempt import Failure
 from tidings.context import Context
 from tidings.database import guarded
 from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.handlers import Handler, Inject
-from tidings.outages import is_unusable
+from tidings.outages import is_outage, is_unusable
 from tidings.transaction import GuardedConnection, GuardedSession, drop, keep
 
 __all__ = ["ConnectionLost", "GroupBroken", "in_savepoint"]
@@ -64,7 +64,7 @@ async def in_savepoint(
     except (DBAPIError, InvalidRequestError, TransactionMisuse) as error:
         if connection.invalidated:
             raise ConnectionLost(failure) from error
-        if is_infrastructure(error):
+        if is_outage(error, connection.dialect):
             raise
         # Without its savepoint its effects cannot be told from the group's: the whole group is undone. SQLAlchemy may
         # believe that the transaction is over, and would hand the connection back as it is.
@@ -109,7 +109,7 @@ class _Scope:
             if self._objects is not None:
                 await self._connection.run_sync(keep, self._objects)
         except Exception as error:
-            if is_infrastructure(error):
+            if is_outage(error, self._connection.dialect):
                 raise
             return Failure.of(error, handler)
         return None

@@ -11,10 +11,11 @@ from uuid import UUID
 import structlog
 
 from tidings.errors import (
-    EventTooLarge,
-    InvalidStreamName,
+    LogBehind,
+    LogChanged,
+    StoreError,
     StoreUnavailable,
-    StreamDeleted,
+    StreamForbidden,
     WrongExpectedVersion,
 )
 from tidings.inbox import Letter, StagedEvent
@@ -29,7 +30,8 @@ log = structlog.get_logger("tidings.staged")
 FLIGHTS: Final = 64
 """Appends under way at once, each of another bucket."""
 
-_NEVER: Final = (StreamDeleted, EventTooLarge, InvalidStreamName)
+FORBIDDEN_ATTEMPTS: Final = 6
+"""Attempts at a forbidden stream before the event is dead: some six seconds, in which a right may arrive."""
 
 
 FRESH_SECONDS: Final = 1.0
@@ -119,7 +121,9 @@ class Stager:
             identity = row.staged.event.id
             try:
                 await self._append(row)
-            except _NEVER as error:
+            except (LogChanged, LogBehind):
+                raise
+            except StoreError as error:  # about this stream or event alone: others go on
                 reason = f"{type(error).__name__}: {error}"
                 log.error("staged.dead", stream=row.staged.stream, event_id=str(identity), reason=reason)
                 self._buried(identity, Letter.of_staged(row.staged, row.attempts + 1, reason))
@@ -141,6 +145,20 @@ class Stager:
                 return
             except WrongExpectedVersion as error:
                 row.actual = error.actual  # somebody appended between reading and writing, or the stream hides events
+            except StreamForbidden as error:
+                row.attempts += 1
+                if row.attempts >= FORBIDDEN_ATTEMPTS:
+                    raise
+                pause = 0.1 * 2**row.attempts
+                log.warning(
+                    "staged.forbidden",
+                    stream=row.staged.stream,
+                    event_id=str(row.staged.event.id),
+                    attempts=row.attempts,
+                    pause=pause,
+                    error=str(error),
+                )
+                await asyncio.sleep(pause)
             except StoreUnavailable as error:
                 self._outage = self._clock()
                 row.attempts += 1

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.integration.eventstoredb import PATIENCE, many
-from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted
+from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted, StreamForbidden
 from tidings.server import EventStoreServer
 from tidings.settings import open_store
 from tidings.stores import EventStore
@@ -47,6 +47,26 @@ async def test_everything_works_over_tls(server: EventStoreServer) -> None:
         await store.tombstone("s")
         with pytest.raises(StreamDeleted):
             await read(store, "s")
+
+
+async def test_a_forbidden_stream_is_named_and_other_streams_are_not_concerned(server: EventStoreServer) -> None:
+    """It is no outage of the store: nobody has to wait for it."""
+    async with opened(url(server)) as admin, opened(url(server, user="clerk", password="12345678")) as store:
+        for name in ("locked", "free"):
+            await admin.append(name, events(0))
+        await admin.set_metadata("locked", {"$acl": {"$w": ["admin"], "$d": ["admin"], "$r": ["admin"]}})
+        uses = (
+            lambda name: store.append(name, events(1)),
+            lambda name: store.append(name, events(1), expected=0),
+            lambda name: read(store, name),
+        )
+        for use in uses:
+            with pytest.raises(StreamForbidden, match=r"stream 'locked'.*\$acl") as caught:
+                await use("locked")
+            assert caught.value.stream == "locked"
+            assert not caught.value.waiting_helps
+        assert (await store.append("free", events(1))).version == 1
+        assert len(await read(store, "free")) == 2
 
 
 async def test_who_may_not_read_the_whole_log_is_told_so_and_may_append(server: EventStoreServer) -> None:

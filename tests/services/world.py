@@ -26,6 +26,7 @@ from tidings.attempt import Attempt, Attempts, Resources
 from tidings.codec import encode, read_metadata
 from tidings.database import Database, open_database
 from tidings.errors import StreamNotFound, WrongExpectedVersion
+from tidings.owned import Ours
 from tidings.stores import NO_STREAM, Appended, EventData, Expected, RecordedEvent
 
 LOG = UUID("00000000-0000-0000-0000-0000000000aa")
@@ -135,7 +136,7 @@ class World:
 
     async def _attempt(self, actor: Actor, context: Context, dies: bool) -> None:
         handler = actor.service.named[context.handler]
-        attempts = Attempts(actor.service, actor.resources)
+        attempts = Attempts(actor.service, actor.resources, Ours(self.store, None, actor.database))
         async with actor.database.transaction() as connection:
             try:
                 begun = attempts.begin(handler, context, lambda _: connection)

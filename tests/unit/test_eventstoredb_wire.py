@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.errors import EventTooLarge, InvalidStreamName, StoreError, StoreUnavailable, StreamDeleted
+from tidings.errors import (
+    EventTooLarge,
+    InvalidStreamName,
+    StoreError,
+    StreamDeleted,
+    StreamForbidden,
+)
 from tidings.position import CARRIED
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, Filter, RecordedEvent
 from tidings.stores import eventstoredb_wire as wire
@@ -83,9 +89,15 @@ def test_a_refused_append_becomes_an_error_of_the_port() -> None:
     assert isinstance(large, EventTooLarge)
     assert (large.size, large.limit) == (5, 4)
     denied = refusal(shared_pb2.AccessDenied())
-    assert isinstance(denied, StoreUnavailable)
+    assert isinstance(denied, StreamForbidden)
+    assert denied.stream == "s"
     assert "$acl" in str(denied)
+    assert isinstance(wire.refused_deletion(AccessDeniedError(), "s", ANY), StreamForbidden)
     assert "no such thing" in str(refusal(shared_pb2.BadRequest(message="no such thing")))
+
+
+class AccessDeniedError(Exception):
+    """As the client of EventStoreDB raises it."""
 
 
 def test_what_the_server_cannot_say_is_undecided() -> None:

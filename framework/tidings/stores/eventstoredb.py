@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from tidings.errors import StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
+from tidings.errors import StoreUnavailable, StreamDeleted, StreamForbidden, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     ANY,
     EVERYTHING,
@@ -160,7 +160,7 @@ class EventStoreDB:
                                 raise StreamNotFound(stream)
                 return
             except (CallFailed, ConnectionLost) as error:
-                _raise_deleted(error, stream)
+                _raise_refused(error, stream)
                 await trying.again(error)
                 if left == 0 or (start is not None and start < 0):
                     return
@@ -298,7 +298,7 @@ class EventStoreDB:
                                 yield CaughtUp(position)
                 raise ConnectionLost("the server ended the subscription")
             except (CallFailed, ConnectionLost) as error:
-                _raise_deleted(error, stream)
+                _raise_refused(error, stream)
                 await trying.again(error)
 
     async def _is_behind(self, stream: str, version: int) -> bool:
@@ -422,8 +422,10 @@ async def _nothing(connection: object) -> None:
     """What needs the connection only, or that there was one."""
 
 
-def _raise_deleted(error: CallFailed | ConnectionLost, stream: str) -> None:
+def _raise_refused(error: CallFailed | ConnectionLost, stream: str) -> None:
     if isinstance(error, CallFailed) and error.status is Status.FAILED_PRECONDITION and "is deleted" in error.details:
         raise StreamDeleted(stream) from error
     if isinstance(error, CallFailed) and error.trailers.get("exception") == "stream-deleted":
         raise StreamDeleted(stream) from error
+    if isinstance(error, CallFailed) and error.status is Status.PERMISSION_DENIED:
+        raise StreamForbidden(stream, "to read") from error

@@ -83,7 +83,9 @@ class Leader:
         if self.closed:
             raise StoreUnavailable("the event store is closed: open it again")
         if asyncio.get_running_loop() is not self._loop:
-            raise StoreUnavailable("the event store was opened in another event loop: open one in this loop")
+            raise StoreUnavailable(
+                "the event store was opened in another event loop: open one in this loop", waiting_helps=False
+            )
 
     async def close(self) -> None:
         self.closed = True

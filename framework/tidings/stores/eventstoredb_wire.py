@@ -13,6 +13,7 @@ from tidings.errors import (
     StoreError,
     StoreUnavailable,
     StreamDeleted,
+    StreamForbidden,
     WrongExpectedVersion,
 )
 from tidings.stores import (
@@ -313,10 +314,7 @@ def _outcome(answer: Answer, stream: str, expected: Expected, size: int) -> Appe
             details.Unpack(limit)
             return EventTooLarge(stream, size, limit.maxAppendSize)
         case "AccessDenied":
-            return StoreUnavailable(
-                f"EventStoreDB denies the append to stream {stream!r}: give the user of TIDINGS_STORE write access to "
-                "it ($acl in the stream's metadata), or name another user"
-            )
+            return StreamForbidden(stream, "to append to")
         case "BadRequest":
             bad = shared_pb2.BadRequest()
             details.Unpack(bad)
@@ -337,6 +335,8 @@ def refused_deletion(error: Exception, stream: str, expected: Expected) -> Store
         return WrongExpectedVersion(stream, describe(expected), -1)
     if kind in ("WrongCurrentVersion", "WrongExpectedVersion") and actual is not None:
         return WrongExpectedVersion(stream, describe(expected), signed(int(actual[1])))
+    if kind == "AccessDenied" or "PERMISSION_DENIED" in str(error):
+        return StreamForbidden(stream, "to delete")
     return StreamDeleted(stream) if "Deleted" in kind or "Tombstoned" in kind else None
 
 

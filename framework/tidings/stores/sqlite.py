@@ -368,7 +368,9 @@ class SqliteStore:
         if self._closing:
             raise StoreUnavailable("the event store is closed: open it again")
         if asyncio.get_running_loop() is not self._loop:
-            raise StoreUnavailable("the event store was opened in another event loop: open one in this loop")
+            raise StoreUnavailable(
+                "the event store was opened in another event loop: open one in this loop", waiting_helps=False
+            )
 
     async def close(self) -> None:
         """End: appends that began are finished, reads and subscriptions raise `StoreUnavailable` at their next step."""

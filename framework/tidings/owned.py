@@ -1,0 +1,259 @@
+"""Whose error is it? What a service's own store, bus and database raise is marked with the object that raised it.
+
+An outage of these pauses the service. The same error from another store, bus or database, from another service's
+client, or raised by a handler itself, is a failure of that handler. The type cannot tell them apart, the mark can: it
+is kept through threads, exception groups and `raise ... from`. It asks nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, StreamForbidden
+from tidings.outages import is_outage, waits_for_itself
+from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Expected, Filter, RecordedEvent
+
+if TYPE_CHECKING:
+    from tidings.buses import EventBus, Publisher, Subscription
+    from tidings.database import Database
+    from tidings.message import Message
+
+__all__ = ["Ours", "OwnBus", "OwnStore", "Writes", "mark", "related"]
+
+T = TypeVar("T")
+
+
+def mark(error: BaseException, owner: object) -> None:
+    """Say which object raised the error; whoever said so first is right."""
+    if getattr(error, "_owner", None) is None:
+        error._owner = owner  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _marking(owner: object) -> Iterator[None]:
+    try:
+        yield
+    except (StoreUnavailable, BusUnavailable) as error:
+        mark(error, owner)
+        raise
+
+
+def related(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and the members of exception groups among these."""
+    seen, left = set[int](), [error]
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        before = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+        if before is not None:
+            left.append(before)
+        if isinstance(each, BaseExceptionGroup):
+            left.extend(reversed(each.exceptions))
+
+
+class Writes:
+    """Does a store or database take writes? Learned from the writes themselves."""
+
+    def __init__(self) -> None:
+        self.error: str | None = None
+        """What the last write was answered, if it failed."""
+        self.failing_since: float | None = None
+        """When the first of the writes in a row failed, by the monotonic clock."""
+        self.last_at = time.monotonic()
+        """When the last write ended, well or not, by the monotonic clock."""
+
+    def succeeded(self) -> None:
+        self.error = self.failing_since = None
+        self.last_at = time.monotonic()
+
+    def failed(self, error: BaseException) -> None:
+        self.last_at = time.monotonic()
+        self.error = str(error)
+        if self.failing_since is None:
+            self.failing_since = self.last_at
+
+
+class Ours:
+    """The objects of one service. `store` and `bus` are the adapters themselves, whatever stands before them."""
+
+    def __init__(self, store: object, bus: object, database: Database) -> None:
+        self._store = inner(store)
+        self._bus = inner(bus)
+        self._database = database
+        self._dialect = database.engine.dialect
+
+    def outage(self, error: BaseException) -> BaseException | None:
+        """Which error, of those that `error` comes from, says that an object of this service's own is away, so that
+        waiting heals it; None for a failure of the handler."""
+        return next((each for each in related(error) if self._is_outage(each)), None)
+
+    def waits_for_itself(self, error: BaseException) -> bool:
+        """Whether a handler with a session has waited for the one writer that it holds itself."""
+        return any(waits_for_itself(each, self._dialect) for each in related(error))
+
+    def _is_outage(self, error: BaseException) -> bool:
+        owner = getattr(error, "_owner", None)
+        match error:
+            case StreamForbidden():
+                return False
+            case StoreUnavailable():
+                return owner is self._store and error.waiting_helps
+            case BusUnavailable():
+                return owner is self._bus
+            case DatabaseUnavailable():
+                # All connections taken is the doing of handlers, and ending them all would help none of them.
+                return owner is self._database and not isinstance(error.__cause__, PoolTimeout)
+            case DBAPIError():
+                return is_outage(error, self._dialect)
+        return False
+
+
+def inner(thing: object) -> object:
+    """What an `OwnStore` or `OwnBus` stands before; anything else itself."""
+    return thing.inner if isinstance(thing, OwnStore | OwnBus) else thing
+
+
+class OwnStore(EventStore):
+    """Stands before a service's own store: marks its errors, and learns whether it takes writes."""
+
+    def __init__(self, store: EventStore) -> None:
+        self.inner = store
+        self.writes = Writes()
+
+    @classmethod
+    def of(cls, store: EventStore) -> OwnStore:
+        """The store itself, where it is one already: who shares it shares what is known of it."""
+        return store if isinstance(store, OwnStore) else cls(store)
+
+    def __getattr__(self, name: str) -> Any:  # what an adapter has beyond the port
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+    async def _write(self, writing: Awaitable[Appended]) -> Appended:
+        try:
+            done = await writing
+        except StoreUnavailable as error:
+            mark(error, self.inner)
+            if not isinstance(error, StreamForbidden):
+                self.writes.failed(error)
+            raise
+        self.writes.succeeded()
+        return done
+
+    async def _ask(self, asking: Awaitable[T]) -> T:
+        with _marking(self.inner):
+            return await asking
+
+    async def _read(self, reading: AsyncIterator[T]) -> AsyncIterator[T]:
+        with _marking(self.inner):
+            async with aclosing(cast("Any", reading)) as source:
+                async for item in source:
+                    yield item
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        return await self._write(self.inner.append(stream, events, expected=expected))
+
+    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
+        return await self._write(self.inner.set_metadata(stream, values, expected=expected))
+
+    def read_stream(
+        self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
+    ) -> AsyncIterator[RecordedEvent]:
+        return self._read(self.inner.read_stream(stream, start=start, backwards=backwards, limit=limit))
+
+    def read_all(
+        self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent]:
+        return self._read(self.inner.read_all(after=after, backwards=backwards, limit=limit, filter=filter))
+
+    def subscribe_all(self, *, after: int = -1, filter: Filter = EVERYTHING) -> AsyncIterator[Any]:
+        return self.inner.subscribe_all(after=after, filter=filter)  # the relay's, which reads as fast as it can
+
+    def subscribe_stream(self, stream: str, *, after_version: int = -1) -> AsyncIterator[Any]:
+        return self._read(self.inner.subscribe_stream(stream, after_version=after_version))
+
+    async def head(self) -> int:
+        return await self._ask(self.inner.head())
+
+    async def log_id(self) -> UUID:
+        return await self._ask(self.inner.log_id())
+
+    async def get_metadata(self, stream: str) -> Any:
+        return await self._ask(self.inner.get_metadata(stream))
+
+    async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
+        await self._ask(self.inner.delete(stream, expected=expected))
+
+    async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
+        await self._ask(self.inner.tombstone(stream, expected=expected))
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+
+class OwnBus:
+    """Stands before a service's own bus where handlers may use it: marks its errors."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self.inner: EventBus = cast("EventBus", inner(bus))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+    async def provision(self, subscription: Subscription | None = None) -> None:
+        with _marking(self.inner):
+            await self.inner.provision(subscription)
+
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        with _marking(self.inner):
+            await self.inner.delete(subscriptions)
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> Any:
+        with _marking(self.inner):
+            return await self.inner.inspect(subscriptions)
+
+    @asynccontextmanager
+    async def publisher(self, *, lock: str | None = None) -> AsyncIterator[Publisher]:
+        async with self._entered(self.inner.publisher(lock=lock)) as publisher:
+            yield cast("Publisher", _OwnPublisher(publisher, self.inner))
+
+    @asynccontextmanager
+    async def _entered(self, entering: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
+        """Only what entering raises is the bus's: what is raised within the block may come from anywhere."""
+        with _marking(self.inner):
+            entered = await entering.__aenter__()
+        try:
+            yield entered
+        except BaseException as error:
+            if not await entering.__aexit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            await entering.__aexit__(None, None, None)
+
+
+class _OwnPublisher:
+    def __init__(self, publisher: Publisher, bus: object) -> None:
+        self._publisher = publisher
+        self._bus = bus
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._publisher, name)
+
+    async def send(self, message: Message) -> None:
+        with _marking(self._bus):
+            await self._publisher.send(message)
