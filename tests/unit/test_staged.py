@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tidings import ANY, NO_STREAM, EventData, EventStore, open_store
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
 from tidings.inbox import StagedEvent
-from tidings.resolution import Ids, Resolver
+from tidings.resolution import LONG, Ids, Resolver
 from tidings.staged import FRESH_SECONDS, Stager
 from tidings.stores import Appended, Expected, RecordedEvent
 
@@ -127,6 +127,38 @@ async def _append(
                 continue
         return
     raise AssertionError("it is refused for ever")
+
+
+async def test_of_a_stream_that_is_known_in_part_what_is_older_newer_or_hidden_by_now_is_read_too() -> None:
+    async with open_store(f"memory://{uuid4()}") as store:
+        resolver = Resolver(store)
+        await store.log_id()
+
+        async def others(count: int) -> None:
+            await store.append("told", [EventData("Other", b"") for _ in range(count)])
+
+        async def row(*, appended: bool) -> StagedEvent:
+            made = StagedEvent(0, await store.head(), "told", event())
+            if appended:
+                await store.append("told", [made.event])
+            return made
+
+        await others(LONG)
+        old = await row(appended=True)
+        await others(LONG)
+        middle, late = await row(appended=False), await row(appended=False)
+        await others(LONG)
+        await _append(store, resolver, middle)  # the stream is known back to the causes of these two
+        await _append(store, resolver, old)
+        await others(3)
+        await _append(store, resolver, late)
+        await others(1)
+        hidden, absent = await row(appended=True), await row(appended=False)
+        await store.delete("told")
+        for each in (hidden, absent, old, middle, late):
+            await _append(store, resolver, each)
+        found = [recorded.id async for recorded in store.read_all() if recorded.type == "Told"]
+    assert sorted(found) == sorted(each.event.id for each in (old, middle, late, hidden, absent))
 
 
 # ---- one reading for many ---------------------------------------------------------------------
