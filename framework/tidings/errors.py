@@ -3,9 +3,11 @@
     TidingsError
     ├── StoreError
     │   ├── WrongExpectedVersion
+    │   ├── Contention
     │   ├── StreamNotFound
     │   ├── VersionNotFound
     │   ├── StreamDeleted
+    │   ├── StreamTruncated
     │   ├── EventTooLarge
     │   ├── InvalidStreamName
     │   ├── StoreUnavailable
@@ -46,6 +48,7 @@ __all__ = [
     "BusError",
     "BusUnavailable",
     "ConfigurationError",
+    "Contention",
     "DatabaseUnavailable",
     "DeployNeeded",
     "EventTooLarge",
@@ -65,6 +68,7 @@ __all__ = [
     "StreamDeleted",
     "StreamForbidden",
     "StreamNotFound",
+    "StreamTruncated",
     "TidingsError",
     "TopologyMismatch",
     "TransactionMisuse",
@@ -104,6 +108,24 @@ class WrongExpectedVersion(StoreError):
         )
 
 
+class Contention(StoreError):
+    """A change gave up after so many seconds, because others changed the same aggregate all the time; nothing was
+    written. Nobody asked for a version: whoever asked may ask again."""
+
+    def __init__(self, stream: str, seconds: float, lost: int) -> None:
+        self.stream, self.seconds, self.lost = stream, seconds, lost
+        met = (
+            f"{lost} attempts in {seconds:g} s lost to changes by other processes"
+            if lost
+            else f"it waited {seconds:g} s behind other changes of this process, and was not tried"
+        )
+        super().__init__(
+            f"stream {stream!r} is changed by many at once: {met}; nothing was written. Ask again later. If it happens "
+            "often, divide the aggregate into several, or let one process change it; within= of the repository gives "
+            "each change more time."
+        )
+
+
 class StreamNotFound(StoreError):
     """The stream never existed, or was deleted softly."""
 
@@ -131,6 +153,29 @@ class StreamDeleted(StoreError):
             else "It was deleted softly: append with ANY or NO_STREAM to begin it anew."
         )
         super().__init__(f"stream {stream!r} is deleted. {remedy}")
+
+
+class StreamTruncated(StoreError):
+    """The first events of an aggregate's stream are hidden, so that its state cannot be known.
+
+    `first` is the version with which the stream begins now; -1 where every event is hidden.
+    """
+
+    def __init__(self, stream: str, first: int, hidden_by: str) -> None:
+        self.stream, self.first = stream, first
+        begins = f"begins with version {first}" if first >= 0 else "shows none of its events"
+        super().__init__(
+            f"stream {stream!r} {begins}: what was before is hidden by its metadata ({hidden_by}), so the state of the "
+            "aggregate cannot be known. Streams of aggregates are kept whole: leave $maxCount, $maxAge and $tb out, "
+            f"with  await store.set_metadata({stream!r}, {{}}) , and the events are there again, unless a scavenge "
+            "removed them."
+            + (
+                f" If version {first} does begin the aggregate (its event carries the whole state, or the stream was "
+                f"deleted and begun anew), add  'tidingsBegins': {first}  to the metadata."
+                if first >= 0
+                else ""
+            )
+        )
 
 
 class EventTooLarge(StoreError):

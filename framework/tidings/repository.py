@@ -11,7 +11,14 @@ from uuid import UUID, uuid4, uuid5
 
 from tidings.aggregate import Aggregate, apply, begin, declared, state_of, stream_of, stream_version
 from tidings.codec import CAUSATION, CORRELATION, Cause, decode, encode, read_metadata
-from tidings.errors import ConfigurationError, StreamNotFound, UnknownEventType, VersionNotFound, WrongExpectedVersion
+from tidings.contention import CHANGE_SECONDS, Turns
+from tidings.errors import (
+    ConfigurationError,
+    StreamTruncated,
+    UnknownEventType,
+    VersionNotFound,
+    WrongExpectedVersion,
+)
 from tidings.events import Event, Registry
 from tidings.stores import NO_STREAM, EventStore, Expected, RecordedEvent
 
@@ -19,8 +26,12 @@ __all__ = ["Changed", "HistoryEntry", "Repository"]
 
 A = TypeVar("A", bound=Aggregate)
 
-CONFLICTS: Final = 20
-"""Decisions lost to others before a change without `expected` gives up."""
+BEGINS: Final = "tidingsBegins"
+"""Key of a stream's metadata: the version with which its aggregate begins, where that is not 0."""
+CREATION: Final = 8
+"""UUID version of the id of the first event that `create` appends."""
+HIDING: Final = ("$maxCount", "$maxAge", "$tb")
+"""Keys of a stream's metadata that hide events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +73,15 @@ class Repository(Generic[A]):
 
     A decision is a method of the aggregate, called with the loaded aggregate and the further arguments; the events it
     records are appended together. An exception that it raises passes through, and nothing is appended.
+
+    `within` is how many seconds a change without `expected` may take: changes of one aggregate queue within this
+    process, and are decided anew when another process was faster.
     """
 
-    def __init__(self, aggregate: type[A], store: Callable[[], EventStore]) -> None:
+    def __init__(self, aggregate: type[A], store: Callable[[], EventStore], *, within: float = CHANGE_SECONDS) -> None:
         self._aggregate = aggregate
         self._store = store
+        self._turns = Turns(within)
         self._reader = f"aggregate {aggregate.__qualname__}"
         self._types = Registry(self._reader)
         for event in declared(aggregate).evolutions:
@@ -104,21 +119,22 @@ class Repository(Generic[A]):
     ) -> Changed[A]:
         """Decide on an existing aggregate.
 
-        With `expected`, the stream must stand at that version (`WrongExpectedVersion`); without it a decision that
-        lost to another is taken again on the new state. Raises `StreamNotFound`.
+        With `expected`, the stream must stand at that version, else `WrongExpectedVersion`. Without it, a decision that
+        lost to another is taken again on the new state; `Contention` when that took too long (see `within`). Raises
+        `StreamNotFound`, and `StreamTruncated` where the aggregate's first events are hidden.
         """
-        for left in range(CONFLICTS, -1, -1):
+
+        async def attempt() -> Changed[A]:
             aggregate = await self.load(id)
             version = stream_version(aggregate)
             if expected is not None and version != expected:
-                raise WrongExpectedVersion(stream_of(self._aggregate, id), f"version {expected}", version)
+                raise WrongExpectedVersion(self.stream_of(id), f"version {expected}", version)
             result = _decided(decide, aggregate, args, kwargs)
-            try:
-                return await self._append(aggregate, result, version, uuid4(), metadata, None, correlation_id)
-            except WrongExpectedVersion:
-                if expected is not None or not left:
-                    raise
-        raise AssertionError("unreachable")
+            return await self._append(aggregate, result, version, uuid4(), metadata, None, correlation_id)
+
+        if expected is not None:
+            return await attempt()
+        return await self._turns.until_won(self.stream_of(id), attempt)
 
     async def change_for(
         self,
@@ -137,27 +153,28 @@ class Repository(Generic[A]):
         """
         bases = base if isinstance(base, tuple) else (base,)
         known = {_nth(one, 0).bytes for one in bases}
-        for left in range(CONFLICTS, -1, -1):
+
+        async def attempt() -> Changed[A]:
             aggregate: A = begin(self._aggregate, id)
             done = -1
-            async for event in self._store().read_stream(stream_of(self._aggregate, id)):
-                self._apply(aggregate, event)
+            async for event in self._store().read_stream(self.stream_of(id)):
+                await self._apply(aggregate, event)
                 if event.position > since and event.id_bytes in known:
                     done = event.position
+            if stream_version(aggregate) < 0:
+                await self._check_begins(id, -1)
             if done >= 0:
                 return Changed(aggregate, stream_version(aggregate), done, ())
             result = _decided(decide, aggregate, args, kwargs)
-            try:
-                return await self._append(aggregate, result, stream_version(aggregate), bases[0], metadata, cause, None)
-            except WrongExpectedVersion:
-                if not left:
-                    raise
-        raise AssertionError("unreachable")
+            return await self._append(aggregate, result, stream_version(aggregate), bases[0], metadata, cause, None)
+
+        return await self._turns.until_won(self.stream_of(id), attempt)
 
     async def load(self, id: str, *, at_version: int | None = None, as_of: datetime | None = None) -> A:
         """The aggregate now, at a version (that event included), or as of a moment (stops at the first later event).
 
-        Raises `StreamNotFound`; `VersionNotFound` for a version or moment that the stream does not reach.
+        Raises `StreamNotFound`; `VersionNotFound` for a version or moment that the stream does not reach;
+        `StreamTruncated` where the first events are hidden.
         """
         if as_of is not None and as_of.tzinfo is None:
             raise ConfigurationError("as_of needs a time zone: datetime.now(UTC), not datetime.now()")
@@ -171,20 +188,22 @@ class Repository(Generic[A]):
                 break  # a stream that was truncated, or begun anew after a deletion, does not begin at version 0
             if as_of is not None and event.recorded_at > as_of:
                 if stream_version(aggregate) < 0:
+                    if event.version > 0 and event.id.version != CREATION:
+                        await self._check_begins(id, event.version)
                     raise VersionNotFound(stream, f"event as of {as_of}", f"it began at {event.recorded_at}")
                 break
-            self._apply(aggregate, event)
+            await self._apply(aggregate, event)
         version = stream_version(aggregate)
         if at_version is not None and version != at_version:
             found = f"its last event is version {version}" if version >= 0 else "it begins later"
             raise VersionNotFound(stream, f"version {at_version}", found)
         if version < 0:
-            raise StreamNotFound(stream)
+            await self._check_begins(id, -1)
         return aggregate
 
     async def history(self, id: str) -> AsyncIterator[HistoryEntry]:
-        """Every event of the aggregate, oldest first. Raises `StreamNotFound`."""
-        async for recorded in self._store().read_stream(stream_of(self._aggregate, id)):
+        """Every event of the aggregate that can be read, oldest first. Raises `StreamNotFound`."""
+        async for recorded in self._store().read_stream(self.stream_of(id)):
             metadata = read_metadata(recorded)
             event = decode(recorded, self._view(recorded), metadata, reader=self._reader)
             yield HistoryEntry(recorded.version, recorded.position, event, recorded.recorded_at, metadata)
@@ -198,9 +217,23 @@ class Repository(Generic[A]):
             )
         return view
 
-    def _apply(self, aggregate: A, recorded: RecordedEvent) -> None:
+    async def _apply(self, aggregate: A, recorded: RecordedEvent) -> None:
+        state = state_of(aggregate)
+        if state.version < 0 < recorded.version and recorded.id.version != CREATION:
+            await self._check_begins(state.id, recorded.version)
         apply(aggregate, decode(recorded, self._view(recorded), reader=self._reader))
-        state_of(aggregate).version = recorded.version
+        state.version = recorded.version
+
+    async def _check_begins(self, id: str, first: int) -> None:
+        """Raise `StreamTruncated` unless the aggregate begins with `first`, the first version that can be read.
+
+        It is -1 where none can be read.
+        """
+        stream = self.stream_of(id)
+        values = (await self._store().get_metadata(stream)).values
+        if first < 0 or values.get(BEGINS) != first:
+            hiding = ", ".join(f"{key}: {values[key]}" for key in HIDING if key in values)
+            raise StreamTruncated(stream, first, hiding or "it has changed meanwhile")
 
     async def _append(
         self,
@@ -216,12 +249,15 @@ class Repository(Generic[A]):
         recorded = tuple(state.recorded)
         if not recorded:
             return Changed(aggregate, state.version, -1, (), result)
-        correlation_id = correlation_id or (None if cause else str(_nth(base, 0)))
+        ids = [_nth(base, n) for n in range(len(recorded))]
+        if expected is NO_STREAM:
+            ids[0] = _creating(ids[0])
+        correlation_id = correlation_id or (None if cause else str(ids[0]))
         events = [
-            encode(event, id=_nth(base, n), metadata=metadata, cause=cause, correlation_id=correlation_id)
-            for n, event in enumerate(recorded)
+            encode(event, id=identity, metadata=metadata, cause=cause, correlation_id=correlation_id)
+            for event, identity in zip(recorded, ids, strict=True)
         ]
-        done = await self._store().append(stream_of(self._aggregate, state.id), events, expected=expected)
+        done = await self._store().append(self.stream_of(state.id), events, expected=expected)
         state.recorded.clear()
         state.version = done.version
         return Changed(aggregate, done.version, done.position, recorded, result)
@@ -237,6 +273,15 @@ def _decided(decide: Callable[..., Any], aggregate: Aggregate, args: tuple[Any, 
 
 def _nth(base: UUID, n: int) -> UUID:
     return uuid5(base, str(n))
+
+
+def _creating(id: UUID) -> UUID:
+    """Return the id as that of an event that begins an aggregate, whatever its version: UUID version 8 (RFC 9562).
+
+    A stream that was deleted and begun anew begins above version 0, as one does of which the first events are hidden:
+    by this the two can be told apart.
+    """
+    return UUID(int=id.int & ~(0xF << 76) | CREATION << 76)
 
 
 def _named(decide: Callable[..., Any]) -> str:

@@ -15,6 +15,7 @@ import structlog
 from tidings.aggregate import Aggregate
 from tidings.buses import EventBus, check_partitions, check_service_name
 from tidings.codec import encode
+from tidings.contention import CHANGE_SECONDS
 from tidings.errors import ConfigurationError
 from tidings.events import Event, Registry, wire_name
 from tidings.handlers import Handler, Retry, Since, declare
@@ -179,9 +180,10 @@ class Service:
         """This service's declaration of an event type, None for one it does not declare."""
         return self._types.get(wire_name)
 
-    def repository(self, aggregate: type[A]) -> Repository[A]:
-        """Aggregates of one kind; usable while the service runs."""
-        return Repository(aggregate, lambda: self.running_now.store)
+    def repository(self, aggregate: type[A], *, within: float = CHANGE_SECONDS) -> Repository[A]:
+        """Aggregates of one kind; usable while the service runs. `within`: seconds that a change may take under
+        contention."""
+        return Repository(aggregate, lambda: self.running_now.store, within=within)
 
     async def append(
         self,

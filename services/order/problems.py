@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Match
 
 from services.order.order import OrderRefused
 from tidings.errors import (
+    Contention,
     DatabaseUnavailable,
     EventTooLarge,
     StoreUnavailable,
@@ -183,6 +184,9 @@ async def _tidings(request: Request, error: Exception) -> JSONResponse:
             problem = Problem(410, "order-deleted", f"The {order} was deleted.")
         case WrongExpectedVersion():
             problem = Problem(412, "order-changed", f"The {order} has changed: get it again, and decide again.")
+        case Contention():  # nobody sent a version: asking again is all that there is to do
+            log.warning("request.contended", error=f"{error}")
+            problem = Problem(503, "contention", f"The {order} is being changed by many at once. Ask again.")
         case EventTooLarge():
             problem = Problem(413, "order-too-large", "The order is too large to be kept: split it.")
         case StoreUnavailable() | DatabaseUnavailable():

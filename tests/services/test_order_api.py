@@ -17,7 +17,7 @@ from services.order.order import Order
 from tests.integration.embedded import StoreAround
 from tests.services.counter import CUPS, ORDER, OpenCounter, problem
 from tidings import ANY, EventData
-from tidings.errors import StoreUnavailable
+from tidings.errors import Contention, StoreUnavailable
 from tidings.stores import Appended, Expected
 
 # ---- placing ---------------------------------------------------------------------------
@@ -203,6 +203,20 @@ async def test_an_order_that_was_deleted_for_ever_is_gone(open_counter: OpenCoun
 
 
 # ---- cancelling ------------------------------------------------------------------------
+
+
+async def test_an_order_that_many_change_at_once_is_no_failed_precondition_of_who_sent_none(
+    open_counter: OpenCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def contended(*_: object, **__: object) -> None:
+        raise Contention("order-1", 10, 90)
+
+    async with open_counter() as at:
+        order_id = await at.placed()
+        monkeypatch.setattr("services.order.api.repository.change", contended)
+        answer = await at.cancel(order_id)
+        problem(answer, 503, "contention")
+        assert int(answer.headers["Retry-After"]) > 0
 
 
 async def test_cancelling_answers_with_the_cancelled_order(open_counter: OpenCounter) -> None:

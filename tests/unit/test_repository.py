@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,13 +11,21 @@ from uuid import UUID, uuid4
 import pytest
 
 from tidings.aggregate import Aggregate, evolves
-from tidings.codec import Cause
+from tidings.codec import Cause, encode
 from tidings.context import Context
-from tidings.errors import ConfigurationError, StreamNotFound, UnknownEventType, VersionNotFound, WrongExpectedVersion
+from tidings.errors import (
+    ConfigurationError,
+    Contention,
+    StreamNotFound,
+    StreamTruncated,
+    UnknownEventType,
+    VersionNotFound,
+    WrongExpectedVersion,
+)
 from tidings.events import Event
 from tidings.repository import Repository
 from tidings.settings import open_store
-from tidings.stores import ANY, EventData, EventStore, RecordedEvent
+from tidings.stores import ANY, NO_STREAM, Appended, EventData, EventStore, Expected, RecordedEvent
 
 
 class Opened(Event):
@@ -136,6 +144,186 @@ async def test_conflicting_changes_all_take_effect(accounts: Repository[Account]
     account = await accounts.load("1")
     assert (account.balance, account.version) == (20, 20)
     assert sorted(one.result for one in done) == list(range(1, 21)), "each decision saw the one before it"
+
+
+@pytest.mark.parametrize("number", [50, 300])
+async def test_many_changes_at_once_queue_and_no_decision_is_taken_twice(
+    accounts: Repository[Account], number: int
+) -> None:
+    await accounts.create("1", Account.open, "ann")
+    taken: list[int] = []
+
+    def deposit(account: Account, n: int) -> None:
+        taken.append(n)
+        account.deposit(1)
+
+    done = await asyncio.gather(*(accounts.change("1", deposit, n) for n in range(number)))
+    assert taken == list(range(number)), "each is decided once, in the order in which they were asked for"
+    assert [one.version for one in done] == list(range(1, number + 1))
+    assert len(accounts._turns) == 0, "nothing is kept of an aggregate that nobody changes"
+
+
+async def test_changes_of_several_repositories_at_once_all_take_effect(store: EventStore) -> None:
+    """As in several processes, whose changes do not queue behind each other."""
+    repositories = [Repository(Account, lambda: store) for _ in range(5)]
+    await repositories[0].create("1", Account.open, "ann")
+    done = await asyncio.gather(*(one.change("1", Account.deposit, 1) for one in repositories for _ in range(20)))
+    assert sorted(one.result for one in done) == list(range(1, 101))
+
+
+async def test_changes_of_different_aggregates_do_not_wait_for_each_other(store: EventStore) -> None:
+    stuck, entered = asyncio.Event(), asyncio.Event()
+
+    class Stuck(Around):
+        async def append(self, stream: str, events: list[EventData], *, expected: Expected) -> Appended:
+            if stream == "account-1" and expected == 0:
+                entered.set()
+                await stuck.wait()
+            return await store.append(stream, events, expected=expected)
+
+    accounts: Repository[Account] = Repository(Account, lambda: Stuck(store))  # type: ignore[arg-type,return-value]
+    for name in ("1", "2"):
+        await accounts.create(name, Account.open, "ann")
+    first = asyncio.ensure_future(accounts.change("1", Account.deposit, 1))
+    await entered.wait()
+    behind = asyncio.ensure_future(accounts.change("1", Account.deposit, 2))
+    gone = asyncio.ensure_future(accounts.change("1", Account.deposit, 4))
+    assert (await accounts.change("2", Account.deposit, 1)).version == 1
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert not behind.done()
+    stuck.set()
+    assert [(await first).result, (await behind).result] == [1, 3]
+    assert len(accounts._turns) == 0
+
+
+class Around:
+    """A store that passes everything on but what a test overrides."""
+
+    def __init__(self, store: EventStore) -> None:
+        self._inner = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Overtaking(Around):
+    """Somebody else is always faster."""
+
+    async def append(self, stream: str, events: list[EventData], *, expected: Expected) -> Appended:
+        if expected is not NO_STREAM:
+            await self._inner.append(stream, [encode(Deposited(amount=1), id=uuid4())])
+        return await self._inner.append(stream, events, expected=expected)
+
+
+async def test_a_change_that_always_loses_says_contention_after_its_time(store: EventStore) -> None:
+    accounts: Repository[Account] = Repository(
+        Account,
+        lambda: Overtaking(store),  # type: ignore[arg-type,return-value]
+        within=0.3,
+    )
+    created = await accounts.create("1", Account.open, "ann")
+    began = asyncio.get_running_loop().time()
+    for change in (
+        accounts.change("1", Account.deposit, 100),
+        accounts.change_for(CAUSE, created.position, BASE, "1", Account.deposit, 100),
+    ):
+        with pytest.raises(Contention, match=r"account-1.*lost to changes by other processes.*within=") as contention:
+            await change
+        assert contention.value.lost > 3
+        assert not isinstance(contention.value, WrongExpectedVersion)
+    assert asyncio.get_running_loop().time() - began < 5
+    account = await accounts.load("1")
+    assert account.balance == account.version, "nothing of it was written"
+    with pytest.raises(WrongExpectedVersion):
+        await accounts.change("1", Account.deposit, 100, expected=account.version)
+    assert (await accounts.load("1")).version == account.version + 1, "with expected it was tried once"
+
+
+async def test_a_change_that_waits_too_long_in_the_queue_was_not_tried(store: EventStore) -> None:
+    entered, stuck = asyncio.Event(), asyncio.Event()
+
+    class Stuck(Around):
+        async def append(self, stream: str, events: list[EventData], *, expected: Expected) -> Appended:
+            if expected is not NO_STREAM:
+                entered.set()
+                await stuck.wait()
+            return await store.append(stream, events, expected=expected)
+
+    accounts: Repository[Account] = Repository(Account, lambda: Stuck(store), within=0.2)  # type: ignore[arg-type,return-value]
+    await accounts.create("1", Account.open, "ann")
+    first = asyncio.ensure_future(accounts.change("1", Account.deposit, 1))
+    await entered.wait()
+    with pytest.raises(Contention, match="was not tried"):
+        await accounts.change("1", Account.deposit, 2)
+    stuck.set()
+    assert (await first).version == 1, "an attempt under way is not broken off"
+
+
+# ---- streams that were truncated -----------------------------------------------------
+
+
+@pytest.mark.parametrize("hiding", [{"$maxCount": 2}, {"$tb": 3}, {"$tb": 3, "k": 1}, {"$maxCount": 1, "$tb": 2}])
+@pytest.mark.parametrize("before", [{}, {"k": 1}, {"$tb": 1}])
+async def test_an_aggregate_whose_first_events_are_hidden_is_refused_with_the_remedy(
+    accounts: Repository[Account], store: EventStore, hiding: dict[str, int], before: dict[str, int]
+) -> None:
+    created = await accounts.create("1", Account.open, "ann")
+    for amount in (1, 2, 4, 8):
+        await accounts.change("1", Account.deposit, amount)
+    await store.set_metadata("account-1", before)
+    await store.set_metadata("account-1", hiding)
+    key = next(key for key in ("$maxCount", "$tb") if key in hiding)
+    uses: list[Callable[[], Awaitable[object]]] = [
+        lambda: accounts.load("1"),
+        lambda: accounts.load("1", at_version=4),
+        lambda: accounts.load("1", as_of=datetime.now(UTC)),
+        lambda: accounts.load("1", as_of=datetime(2020, 1, 1, tzinfo=UTC)),
+        lambda: accounts.change("1", Account.deposit, 1),
+        lambda: accounts.change("1", Account.deposit, 1, expected=4),
+        lambda: accounts.change_for(CAUSE, created.position, BASE, "1", Account.deposit, 1),
+    ]
+    for use in uses:
+        with pytest.raises(StreamTruncated) as refused:
+            await use()
+        assert f"{key[1:]}" in str(refused.value)
+        assert "set_metadata('account-1', {})" in str(refused.value)
+    await store.set_metadata("account-1", {})
+    assert (await accounts.load("1")).balance == 15, "the remedy works"
+
+
+async def test_an_aggregate_all_of_whose_events_are_hidden_is_not_one_that_is_missing(
+    accounts: Repository[Account], store: EventStore
+) -> None:
+    created = await accounts.create("1", Account.open, "ann")
+    await store.set_metadata("account-1", {"$tb": 7})
+    uses: list[Callable[[], Awaitable[object]]] = [
+        lambda: accounts.load("1"),
+        lambda: accounts.change("1", Account.deposit, 1),
+        lambda: accounts.change_for(CAUSE, created.position, BASE, "1", Account.deposit, 1),
+    ]
+    for use in uses:
+        with pytest.raises(StreamTruncated, match="shows none of its events"):
+            await use()
+
+
+async def test_a_limit_that_hides_nothing_yet_is_no_harm(accounts: Repository[Account], store: EventStore) -> None:
+    await accounts.create("1", Account.open, "ann")
+    await store.set_metadata("account-1", {"$maxCount": 100, "$maxAge": 1_000_000})
+    await accounts.change("1", Account.deposit, 1)
+    assert (await accounts.load("1")).balance == 1
+
+
+async def test_who_says_where_the_aggregate_begins_may_truncate_before_it(
+    accounts: Repository[Account], store: EventStore
+) -> None:
+    await accounts.create("1", Account.open, "ann")
+    await accounts.change("1", Account.deposit, 1, 2, 4)
+    await store.set_metadata("account-1", {"$tb": 2, "tidingsBegins": 2})
+    assert (await accounts.load("1")).balance == 6
+    await store.set_metadata("account-1", {"$tb": 3, "tidingsBegins": 2})
+    with pytest.raises(StreamTruncated):
+        await accounts.load("1")
 
 
 async def test_of_concurrent_changes_that_expect_one_version_one_wins(accounts: Repository[Account]) -> None:
