@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -15,28 +16,30 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from importlib import metadata
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 __all__ = ["fingerprint", "version_of"]
 
 MOST: Final = 5000
 """Functions and classes that one fingerprint looks at."""
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis))
+_ADDRESS: Final = re.compile(" at 0x[0-9a-fA-F]+")
 _INSTALLED: Final = tuple(
     path for name, path in sysconfig.get_paths().items() if name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 
 
 @lru_cache(maxsize=1024)
-def fingerprint(function: Callable[..., Any]) -> str:
-    """32 hexadecimal digits: the version of the function's package, its code, and the code that it reaches by name.
+def fingerprint(function: Callable[..., Any], views: tuple[type, ...] = ()) -> str:
+    """32 hexadecimal digits: the version of the function's package, its code, the code that it reaches by name, and
+    how the events that it takes are declared.
 
     Libraries count by nothing, unless the handler is part of one: then by the code of its own package.
     """
     digest = sha256(version_of(function).encode())
     package = _package(_unwrapped(function))
     seen: set[int] = set()
-    waiting: list[Any] = [function]
+    waiting: list[Any] = [function, *views]
     while waiting and len(seen) < MOST:
         thing = waiting.pop()
         if id(thing) in seen:
@@ -98,6 +101,7 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield thing.__qualname__
         yield repr(list(inspect.get_annotations(thing)))
         yield from thing.__bases__
+        yield from _parts_of_model(thing)
         for name, value in list(vars(thing).items()):
             if isinstance(value, FunctionType | staticmethod | classmethod | property):
                 yield value
@@ -105,6 +109,24 @@ def _parts(thing: Any) -> Iterator[Any]:
                 yield f"{name}={_shown(value)}"
     elif not isinstance(thing, ModuleType):
         yield type(thing)
+
+
+def _parts_of_model(model: type) -> Iterator[Any]:
+    """How a pydantic model reads: the types of its fields, and of an event its version and upcasters."""
+    declared = vars(model).get("__tidings__")
+    for name in ("name", "version", "oldest", "key"):
+        yield f"{name}={_shown(getattr(declared, name, None))}"
+    for version, step in sorted(getattr(declared, "upcasters", {}).items()):
+        yield str(version)
+        yield step
+    for name, field in sorted(vars(model).get("__pydantic_fields__", {}).items()):
+        yield f"{name}: {_ADDRESS.sub('', repr(field))}"
+        waiting = [field.annotation]
+        while waiting:
+            kind = waiting.pop()
+            if isinstance(kind, type):
+                yield kind
+            waiting += reversed(get_args(kind))
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[Any]:

@@ -87,7 +87,9 @@ class Revival:
 
     async def renew(self) -> None:
         """What failed in other code is due at once: a deploy may have mended it. Raises `DatabaseUnavailable`."""
-        codes = {handler.name: fingerprint(handler.function) for handler in self._service.named.values()}
+        codes = {
+            handler.name: fingerprint(handler.function, handler.events) for handler in self._service.named.values()
+        }
         async with self._database.reading() as connection:
             if not await self._held.outdated(connection, codes):
                 return

@@ -290,7 +290,7 @@ class Item(Ticket[Step | None]):
             detail,
             self.replayed,
             since=now if self.held is None or self.held.since is None else self.held.since,
-            code=fingerprint(self.handler.function),
+            code=fingerprint(self.handler.function, self.handler.events),
         )
 
     @property

@@ -11,7 +11,7 @@ from tests.integration.embedded import World, count, embedded, letters, until
 from tidings import Event, Hold, Retry, Service, upcaster
 from tidings.database import dead, held
 
-IMPATIENT = Retry(attempts=3, delay=0.01, hold=Hold(attempts=1, delay=0.01, factor=1))
+IMPATIENT = Retry(attempts=3, delay=0.01, hold=Hold(attempts=1, delay=0.01, factor=4))
 ORDERS = range(30)
 """More events than failures in a row open a breaker."""
 
@@ -101,7 +101,7 @@ async def test_what_needs_a_deploy_is_held_however_often_and_handled_in_order_af
         assert world.running[0].joins == 1
     service, seen = reading(AmountView, Other)
     async with embedded(tmp_path, service) as world:
-        await world.settled()
+        await world.settled()  # at once: the view has changed, whatever their next attempts are due
         assert await count(service, held) == await count(service, dead) == 0
     assert sorted(event.model_dump_json() for event in seen) == sorted(
         event.model_dump_json() for event in [*news, AmountView(order="0", amount=9), Other(order="7")]

@@ -96,3 +96,53 @@ def test_a_module_beside_it_counts(before: dict[str, str], tmp_path: Path) -> No
 def test_a_new_version_of_the_package_counts_everywhere(before: dict[str, str], tmp_path: Path) -> None:
     after = fingerprints(tmp_path, APP + "\n__version__ = '2.0'\n")
     assert {name for name in NAMES if after[name] != before[name]} == set(NAMES)
+
+
+VIEWS = """
+from __future__ import annotations
+from typing import Literal
+from pydantic import BaseModel, Field, field_validator
+from tidings import Event, upcaster
+class Line(BaseModel):
+    sku: str
+class Placed(Event, version=2, key="order_id"):
+    order_id: str
+    lines: tuple[Line, ...] = ()
+    kind: Literal["a", "b"] = Field("a", description="x")
+    @staticmethod
+    @upcaster(1)
+    def step(data): return data
+    @field_validator("kind")
+    @classmethod
+    def check(cls, kind): return kind
+async def handle(event: Placed) -> None: pass
+"""
+
+
+def fingerprint_of_view(folder: Path, views: str, seed: str = "1") -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "views.py").write_text(views)
+    code = (
+        "import views; from tidings.fingerprints import fingerprint; print(fingerprint(views.handle, (views.Placed,)))"
+    )
+    environment = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_how_an_event_is_declared_counts_because_a_new_view_may_read_what_the_old_one_could_not(tmp_path: Path) -> None:
+    before = fingerprint_of_view(tmp_path / "before", VIEWS)
+    assert fingerprint_of_view(tmp_path / "same", "# a comment" + VIEWS, seed="7") == before
+    for number, (was, now) in enumerate(
+        [
+            ("order_id: str", "order_id: int"),
+            ("sku: str", "sku: int"),
+            ('"b"]', '"c"]'),
+            ("version=2", "version=2, oldest=2"),
+            (', key="order_id"', ""),
+            ("step(data): return data", "step(data): return {}"),
+            ("check(cls, kind): return kind", "check(cls, kind): return 'b'"),
+        ]
+    ):
+        assert was in VIEWS
+        assert fingerprint_of_view(tmp_path / str(number), VIEWS.replace(was, now)) != before, now
