@@ -257,6 +257,10 @@ def test_data_comes_from_standard_input_and_octets_as_they_are() -> None:
         (["order-1", "T", "NaN"], "DATA is not JSON"),
         (["order-1", "T", "{}", "--metadata", "[]"], "--metadata is JSON, but no object"),
         (["order-1", "T", "{}", "--metadata", "x"], "--metadata is not JSON"),
+        (["order-1", "T", "[" * 300 + "]" * 300], "DATA is not JSON that services can read: it nests"),
+        (["order-1", "T", "1e999"], "DATA is not JSON that services can read"),
+        (["order-1", "T", "{}", "--metadata", '{"a":' * 300 + "1" + "}" * 300], "it nests more than"),
+        (["order-1", "T", "{}", "--key", "a", "--metadata", '{"partitionKey":"b"}'], "'b' differ: give one"),
         (["order-1", "T", "{}", "--expected", "-1"], "--expected '-1'"),
         (["tidings_x", "T"], "stream 'tidings_x': names that begin with"),
         (["$x", "T"], "are reserved"),
@@ -269,7 +273,7 @@ def test_what_cannot_be_appended_is_refused_before_anything_is_written(arguments
     assert (ended.code, ended.out) == (2, "")
     assert said in ended.err
     assert ended.err.count("\n") == 1
-    assert invoke("streams", "list", "--json").out == ""
+    assert not Path("tidings.db").exists()
 
 
 def test_the_expected_version_is_kept_and_a_repetition_with_an_id_is_written_once() -> None:

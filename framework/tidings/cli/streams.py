@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import json as json_
 import sys
 from collections.abc import AsyncIterator, Iterable
-from typing import Annotated, Any, Final
+from contextlib import suppress
+from typing import Annotated, Final
 from uuid import UUID, uuid4
 
 import typer
 
 from tidings.cli.exits import USAGE, Refused, answering
+from tidings.cli.find import find_services
+from tidings.cli.handmade import (
+    Handmade,
+    check_against,
+    check_data,
+    checked,
+    classes_of,
+    dry_lines,
+    given_metadata,
+    made,
+)
 from tidings.cli.looking import existing_store, writable_store
-from tidings.cli.output import Json, columns, event_facts, event_lines, facts, moment, one_line, say
-from tidings.errors import StreamNotFound
+from tidings.cli.output import Json, columns, event_facts, event_lines, facts, moment, one_line, plain, say
+from tidings.errors import StoreUnavailable, StreamNotFound
 from tidings.position import RESERVED
 from tidings.settings import Settings
 from tidings.stores import (
@@ -23,11 +34,11 @@ from tidings.stores import (
     NO_STREAM,
     OCTETS,
     STREAM_EXISTS,
-    EventData,
     EventStore,
     Expected,
     Filter,
     RecordedEvent,
+    check_stream_name,
 )
 
 __all__ = ["app"]
@@ -161,52 +172,63 @@ async def append(
     stream: Annotated[str, typer.Argument(metavar="STREAM")],
     type: Annotated[str, typer.Argument(metavar="TYPE", help="The event's wire name.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSON; '-' reads it from standard input.")] = "{}",
-    metadata: Annotated[
-        str, typer.Option(metavar="JSON", help='An object; "partitionKey" in it orders events across streams.')
-    ] = "{}",
+    metadata: Annotated[str, typer.Option(metavar="JSON", help="An object, for what handlers find in context.")] = "{}",
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Partition key. Default: as the event's class says.")
+    ] = None,
+    schema_version: Annotated[
+        int | None, typer.Option("--schema-version", min=1, metavar="N", help="Default: as the event's class says.")
+    ] = None,
     expected: Annotated[
         str, typer.Option(metavar="any|no-stream|exists|VERSION", help="What the stream must be like.")
     ] = "any",
     id: Annotated[UUID | None, typer.Option(metavar="UUID", help="The event's id; by default a new one.")] = None,
-    octets: Annotated[bool, typer.Option("--octets", help="DATA is not JSON, but bytes.")] = False,
+    octets: Annotated[bool, typer.Option("--octets", help="DATA is not JSON, but bytes; nothing is checked.")] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare it with any class.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check it, and print what would be appended.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Append one event, and print its version and position.
 
+    It is checked by the classes that the services of TIDINGS_SERVICES declare for its type, and gets the partition key
+    and schema version that these say. Without such a class the stream's name is its key, unless --key names another.
     With --id and --expected no-stream or a VERSION, it can be repeated without being written twice.
     """
     for what, name in (("stream", stream), ("type", type)):
         if name.startswith(RESERVED):
             raise Refused(USAGE, f"{what} {name!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved")
+    check_stream_name(stream)
     content = sys.stdin.buffer.read() if data == "-" else data.encode("utf-8", "surrogateescape")
     if not octets:
-        _parsed("DATA", content, "; --octets takes anything")
-    identity = id or uuid4()
-    document = _parsed("--metadata", metadata.encode("utf-8", "surrogateescape"), "")
-    if not isinstance(document, dict):
-        raise Refused(USAGE, '--metadata is JSON, but no object: write it as \'{"actor": "me"}\'')
-    packed = json_.dumps({"$correlationId": str(identity)} | document, ensure_ascii=False, separators=(",", ":"))
-    event = EventData(type, content, packed.encode("utf-8", "backslashreplace"), OCTETS if octets else JSON, identity)
-    async with writable_store(Settings()) as store:
-        done = await store.append(stream, [event], expected=_expected(expected))
+        check_data(content)
+    wanted, settings = _expected(expected), Settings()
+    given = Handmade(stream, type, content, given_metadata(metadata, key, schema_version))
+    looked = not octets and not unchecked
+    known = checked(given, classes_of(type, find_services((), settings, needed=False) if looked else {}))
+    event = made(given, known, id or uuid4(), JSON if not octets else OCTETS)
+    for note in known.notes:
+        print(f"Note: {plain(note)}", file=sys.stderr)
+    if dry_run:
+        if looked and not known.by:
+            with suppress(StoreUnavailable):  # there is no log yet, or none to be asked
+                async with existing_store(settings) as store:
+                    await check_against(given, store)
+        for line in dry_lines(stream, event, expected, known, json):
+            say(line)
+        return
+    async with writable_store(settings) as store:
+        if looked and not known.by:
+            await check_against(given, store)
+        done = await store.append(stream, [event], expected=wanted)
     if json:
-        say(facts({"stream": stream, "version": done.version, "position": done.position, "id": identity}))
+        say(facts({"stream": stream, "version": done.version, "position": done.position, "id": event.id}))
     else:
         for line in columns(
-            ("STREAM", "VERSION", "POSITION", "ID"), [(stream, done.version, done.position, identity)], right=(1, 2)
+            ("STREAM", "VERSION", "POSITION", "ID"), [(stream, done.version, done.position, event.id)], right=(1, 2)
         ):
             say(line)
-
-
-def _parsed(what: str, content: bytes, more: str) -> Any:
-    try:
-        return json_.loads(content, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise Refused(USAGE, f"{what} is not JSON: {error}{more}") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is Python's, JSON has none")
 
 
 def _expected(text: str) -> Expected:
