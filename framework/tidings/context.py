@@ -17,7 +17,7 @@ from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge
 from tidings.events import Event
 from tidings.identity import digest
 from tidings.position import RESERVED
-from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name
+from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name, check_text
 
 if TYPE_CHECKING:
     from tidings.aggregate import Aggregate
@@ -172,6 +172,7 @@ class Context:
         """
         self.check_alive("context.emit()")
         check_stream_name(stream)
+        check_text(stream)
         if stream.startswith(RESERVED):
             raise ConfigurationError(
                 f"stream {stream!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved"

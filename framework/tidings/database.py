@@ -22,6 +22,7 @@ from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionM
 from tidings.outages import is_refusal, marked, outages, stays_with_connections
 from tidings.owned import Writes, mark
 from tidings.settings import redact
+from tidings.texts import Text, learn_encoding
 
 __all__ = [
     "Database",
@@ -127,7 +128,7 @@ floors = sa.Table(
     sa.Column("position", sa.BigInteger, nullable=False),
     sa.Column("active", sa.String(36), comment="process at work on the range; null after a clean end"),
     sa.Column("asked", sa.String(36), comment="process that asks the one at work to give the range up"),
-    sa.Column("handlers", sa.Text, comment="JSON: each handler that its events are given to, and after which position"),
+    sa.Column("handlers", Text, comment="JSON: each handler that its events are given to, and after which position"),
     comment="Per bucket range: everything up to here is settled",
 )
 
@@ -137,7 +138,7 @@ partials = sa.Table(
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("handler", Text, primary_key=True),
     sa.Column("bucket", sa.Integer, nullable=False),
     sa.Column("again", sa.Boolean, nullable=False, server_default=sa.false(), comment="a replay has it run again"),
     comment="Handlers that are done with an event which waits for others; gone when the watermark has passed it",
@@ -148,7 +149,7 @@ handlers = sa.Table(
     metadata,
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("log", _LOG, primary_key=True),
-    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("handler", Text, primary_key=True),
     sa.Column("since", sa.BigInteger, nullable=False, comment="it is given events after this position"),
     sa.Column("seen_at", _Moment, nullable=False, comment="when it was first at work"),
     comment="Handlers that have been at work in a service",
@@ -160,7 +161,7 @@ behind = sa.Table(
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("handler", Text, primary_key=True),
     sa.Column("done", sa.BigInteger, nullable=False, comment="the handler has done everything up to this position"),
     comment="Handlers that are behind the watermark of a bucket: added late, or away for a while",
 )
@@ -213,8 +214,8 @@ partitions = sa.Table(
 
 _event_columns = (
     ("event_id", sa.String(36)),
-    ("stream", sa.Text),
-    ("type", sa.Text),
+    ("stream", Text),
+    ("type", Text),
     ("data", sa.LargeBinary),
     ("metadata", sa.LargeBinary),
     ("is_json", sa.Boolean),
@@ -229,7 +230,7 @@ staged = sa.Table(
     sa.Column("bucket", sa.Integer, nullable=False),
     sa.Column("cause", sa.BigInteger, nullable=False, comment="position of the event whose handler emitted this"),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
-    sa.Column("aliases", sa.Text, nullable=False, server_default="", comment="ids under former names of the handler"),
+    sa.Column("aliases", Text, nullable=False, server_default="", comment="ids under former names of the handler"),
     sa.UniqueConstraint("service", "log", "event_id"),
     comment="Events that handlers emitted, until they are appended to the store",
 )
@@ -241,16 +242,16 @@ held = sa.Table(
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("bucket", sa.Integer, nullable=False),
-    sa.Column("partition_key", sa.Text, key="key", nullable=False),
+    sa.Column("partition_key", Text, key="key", nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("ticks", sa.BigInteger, nullable=False),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
-    sa.Column("handler", sa.Text, primary_key=True),
+    sa.Column("handler", Text, primary_key=True),
     sa.Column("attempts", sa.Integer, nullable=False, comment="all of them; 0 for one that waits behind another"),
     sa.Column("tries", sa.Integer, nullable=False, comment="attempts since it was held"),
     sa.Column("due", sa.Double, nullable=False, comment="seconds since 1970"),
-    sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message, or whom it waits for"),
-    sa.Column("detail", sa.Text, comment="traceback of the last attempt"),
+    sa.Column("reason", Text, nullable=False, comment="one line: error type and message, or whom it waits for"),
+    sa.Column("detail", Text, comment="traceback of the last attempt"),
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
     sa.Column("since", sa.Double, comment="when it was held first, seconds since 1970"),
     sa.Column("code", sa.String(32), comment="fingerprint of the handler's code that failed"),
@@ -289,12 +290,12 @@ dead = sa.Table(
     sa.Column("version", sa.BigInteger),
     sa.Column("ticks", sa.BigInteger),
     *(sa.Column(name, kind) for name, kind in _event_columns),
-    sa.Column("handler", sa.Text),
+    sa.Column("handler", Text),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False, comment="one line: error type and message"),
-    sa.Column("detail", sa.Text, comment="traceback, or the headers of a message that could not be read"),
+    sa.Column("reason", Text, nullable=False, comment="one line: error type and message"),
+    sa.Column("detail", Text, comment="traceback, or the headers of a message that could not be read"),
     sa.Column("died_at", _Moment, nullable=False),
-    sa.Column("partition_key", sa.Text, key="key"),
+    sa.Column("partition_key", Text, key="key"),
     sa.Column("holds_key", sa.Boolean, nullable=False, server_default=sa.false(), comment="later events wait for it"),
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
     comment="Events and messages that this service gave up, whole, with the reason",
@@ -329,6 +330,7 @@ class Database:
         level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
         self._writing = engine.execution_options(tidings_writing=True, **level)
         sa.event.listen(engine.sync_engine, "handle_error", marked)
+        sa.event.listen(engine.sync_engine, "connect", self._learn)
         self._distrusted = 0.0
         """Connections that were made before this moment (of the monotonic clock) are not used again."""
         if self.file is not None or not self.one_writer:  # a database in memory ends with its connection
@@ -339,6 +341,9 @@ class Database:
         sa.event.listen(writing, "before_cursor_execute", _refuse_statement)
         sa.event.listen(writing, "commit", partial(_refuse, "commit"))
         sa.event.listen(writing, "rollback", partial(_refuse, "rollback"))
+
+    def _learn(self, connection: object, record: object) -> None:
+        learn_encoding(self.engine.dialect, connection)
 
     def _distrust(self, context: sa.engine.ExceptionContext) -> None:
         if context.sqlalchemy_exception is not None and stays_with_connections(context.sqlalchemy_exception):

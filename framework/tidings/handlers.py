@@ -15,7 +15,10 @@ from tidings.errors import ConfigurationError
 from tidings.events import Event, wire_name
 from tidings.stores import RecordedEvent
 
-__all__ = ["Handler", "Hold", "Inject", "Retry", "Since", "declare"]
+__all__ = ["NAME_LENGTH", "Handler", "Hold", "Inject", "Retry", "Since", "declare"]
+
+NAME_LENGTH: Final = 150
+"""Characters of a handler's name at most: it is a part of keys, whose length PostgreSQL limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,11 @@ def declare(
     """
     name = name or str(getattr(function, "__name__", function))
     where = f"handler {name!r} ({getattr(function, '__module__', '?')})"
+    if len(name) > NAME_LENGTH:
+        raise ConfigurationError(
+            f"handler {name[:40]!r}...: its name has {len(name)} characters, and {NAME_LENGTH} is the limit: the "
+            "service's database finds held events by it. Give it a shorter one with name=..."
+        )
     _check_former(where, name, was)
     if not events and not every:
         raise ConfigurationError(f"{where}: name the events: @service.on(OrderCreated)")

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import dead, floors, held, watermarks
 from tidings.errors import Fenced
-from tidings.inbox import recorded, storable
+from tidings.inbox import recorded
 from tidings.stores import RecordedEvent
 
 __all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "Line", "held_by_handler"]
@@ -395,7 +395,7 @@ def _changing(row: HeldEvent) -> dict[str, Any]:
         "attempts": row.attempts,
         "tries": row.tries,
         "due": row.due,
-        "reason": storable(row.reason),
-        "detail": storable(row.detail),
+        "reason": row.reason,
+        "detail": row.detail,
         "code": row.code,
     }

@@ -24,7 +24,7 @@ from tidings.partitions import layout_of
 from tidings.position import partition_key
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
-__all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "key_of", "recorded", "storable"]
+__all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "key_of", "recorded"]
 
 
 _STAGE: Final = staged.insert()
@@ -34,8 +34,8 @@ _IDS: Final = 1000
 _KEY_BYTES: Final = 1000
 
 
-def storable(value: Any) -> Any:
-    """Foreign texts (an exception's message, a header) without what databases refuse: NUL and lone surrogates."""
+def _plain(value: Any) -> Any:
+    """A text without what could be in no row when the first keys were kept: NUL and lone surrogates."""
     if not isinstance(value, str) or (value.isascii() and "\0" not in value):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
@@ -45,7 +45,7 @@ def key_of(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> str:
     """The partition key as rows have it; `own` is as for `partition_key`. Of one that databases refuse, or that fits
     into no index of PostgreSQL's, a digest tells the rest, so that no other key has the same text by chance."""
     name = partition_key(event, own)
-    key: str = storable(name)
+    key: str = _plain(name)
     if key == name and (len(key) <= _KEY_BYTES // 4 or len(key.encode()) <= _KEY_BYTES):
         return key
     digest = sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
@@ -518,7 +518,7 @@ class Inbox:
     async def bury(self, connection: AsyncConnection, letters: Iterable[Letter]) -> None:
         now = datetime.now(UTC)
         rows: list[dict[str, Any]] = [
-            self._own | {name: storable(getattr(letter, name)) for name in Letter.__slots__} | {"died_at": now}
+            self._own | {name: getattr(letter, name) for name in Letter.__slots__} | {"died_at": now}
             for letter in letters
         ]
         if rows:

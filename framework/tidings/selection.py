@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from tidings.database import dead
-from tidings.inbox import storable
 
 __all__ = ["EVERYTHING", "Selection"]
 
@@ -31,12 +30,12 @@ class Selection:
     def where(self, table: sa.Table) -> list[sa.ColumnElement[bool]]:
         """For the table of held events or of dead letters."""
         found: list[sa.ColumnElement[bool]] = [
-            table.c[name] == storable(value)
+            table.c[name] == value
             for name in ("handler", "type", "key", "stream")
             if (value := getattr(self, name)) is not None
         ]
         if self.error is not None:
-            found.append(table.c.reason.icontains(storable(self.error), autoescape=True))
+            found.append(table.c.reason.icontains(self.error, autoescape=True))
         if table is dead:
             moments = [None if at is None else datetime.fromtimestamp(at, UTC) for at in (self.since, self.until)]
             column: sa.ColumnElement[object] = table.c.died_at
