@@ -20,7 +20,6 @@ import sqlalchemy as sa
 from tidings.database import Database, processes
 from tidings.errors import DatabaseUnavailable
 from tidings.fingerprints import fingerprint, version_of
-from tidings.inbox import storable
 from tidings.supervision import supervised
 
 if TYPE_CHECKING:
@@ -96,9 +95,9 @@ async def _announce(database: Database, service: Service, process: str, started:
             processes.insert().values(
                 service=service.name,
                 process=process,
-                host=storable(socket.gethostname())[:100],
+                host=socket.gethostname(),
                 pid=os.getpid(),
-                version=storable(version),
+                version=version,
                 code=code,
                 started=started,
                 seen=now,

@@ -85,11 +85,10 @@ async def test_what_is_handled_and_what_dies_keeps_its_texts_and_touches_nothing
         assert {(text, stream, said) for text, stream, said in heard} == {(text, f"s-{text}", text) for text in HOSTILE}
         found = await letters(service)
         for letter, text in zip(found, HOSTILE, strict=True):
-            readable = text.replace("\x00", "\\x00")  # PostgreSQL keeps no NUL
-            assert letter.reason.startswith(f"ValueError: {readable}"[:500])
-            assert letter.stream == f"s-{readable}"
+            assert letter.reason.startswith(f"ValueError: {text}"[:500])
+            assert letter.stream == f"s-{text}"
         for letter, text in zip(found, HOSTILE, strict=True):
-            readable = text.replace("\x00", "\\x00")
+            readable = text.replace("\x00", "\\x00")  # in a key, which is compared
             kept = readable == text and len(text) <= 1000  # a longer one fits into no index of PostgreSQL's
             assert (letter.key == text) if kept else str(letter.key).startswith(f"{readable[:1000]}...")
         assert len({letter.key for letter in found}) == len(HOSTILE)

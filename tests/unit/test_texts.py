@@ -15,7 +15,7 @@ SURROGATES = st.characters(categories=["Cs"])
 PARTS = st.sampled_from(["\0", "\\", "\\u{0}", "\\\\", ESCAPED, BASE64, "ü", "€", "😀", "\ud800", "\x7f", "\x85", "a"])
 TEXTS = st.lists(st.one_of(PARTS, st.characters(), SURROGATES, st.text())).map("".join)
 
-OUR_OWN = {"service", "log", "active", "asked", "event_id", "kind", "code"}
+OUR_OWN = {"service", "log", "active", "asked", "event_id", "kind", "code", "process"}
 """Columns whose texts Tidings makes itself, of letters, digits and dashes."""
 
 
