@@ -36,7 +36,7 @@ from tidings.service import Service
 from tidings.sessions import SessionHandlers
 from tidings.staged import Stager
 from tidings.stores import EventStore, RecordedEvent
-from tidings.timers import Timers
+from tidings.timers import Timers, counting_sleep
 from tidings.work import Item, Step, Troubles
 from tidings.workers import Workers
 
@@ -93,7 +93,7 @@ class Dispatcher:
             troubles,
             self._timers,
             service.prefetch,
-            clock,
+            counting_sleep(clock),
             work=self._in_transaction,
             committed=self._committed,
         )
@@ -121,7 +121,7 @@ class Dispatcher:
         self._attempts = Attempts(service, resources, ours or Ours(store, None, database))
         self.working: dict[int, Item] = {}
         """Handlers at work, by position."""
-        self.stager = Stager(store, self._commits.appended, self._commits.given_up, clock=clock)
+        self.stager = Stager(store, self._commits.appended, self._commits.given_up, clock=counting_sleep(clock))
 
     # ---- what comes in -------------------------------------------------------------
 

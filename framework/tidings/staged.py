@@ -35,8 +35,8 @@ FORBIDDEN_ATTEMPTS: Final = 6
 
 
 FRESH_SECONDS: Final = 1.0
-"""Seconds after a commit within which nobody else can have taken over and appended the same row: a successor first has
-to notice and to join."""
+"""Seconds after the beginning of a commit within which nobody else can have taken over and appended the same row: a
+successor first has to notice and to join. They pass while the process is stopped, and while the machine sleeps."""
 FORGET_SECONDS: Final = 60.0
 """Seconds after which what was read of streams is forgotten when nobody needs it."""
 

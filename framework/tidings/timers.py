@@ -1,11 +1,24 @@
-"""Calls that are made after some seconds, none of which outlives the one who asked for them."""
+"""Calls that are made after some seconds, none of which outlives the one who asked for them; and a clock."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from functools import partial
 
-__all__ = ["Timers"]
+__all__ = ["Timers", "counting_sleep"]
+
+
+def counting_sleep(clock: Callable[[], float]) -> Callable[[], float]:
+    """Return a clock that, unlike `time.monotonic`, goes on while the machine sleeps, as laptops do.
+
+    Any other clock is returned as it is, and so is this one where the system has none.
+    """
+    since_boot = getattr(time, "CLOCK_BOOTTIME", None)
+    if clock is not time.monotonic or since_boot is None:
+        return clock
+    return partial(time.clock_gettime, since_boot)
 
 
 class Timers:

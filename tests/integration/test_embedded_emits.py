@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.integration.embedded import (
     rows,
     until,
 )
-from tidings import ANY, NO_STREAM, Aggregate, Context, EventData, EventStore, Service, evolves
+from tidings import ANY, NO_STREAM, Aggregate, Context, EventData, EventStore, Hold, Retry, Service, evolves
 from tidings.database import staged
 from tidings.errors import StoreUnavailable
 from tidings.stores import Appended, Expected
@@ -142,6 +143,46 @@ async def test_an_emission_that_can_never_be_appended_is_dead_and_verify_lists_i
         assert await followed(world.store) == [("b", 1)]
         first = (await letters(service))[0]
         assert (first.stream, first.type, first.data) == ("followed-a", "Followed", b'{"key":"a","n":1}')
+
+
+class Listening(StoreAround):
+    """Keeps the expected versions with which `Followed` is appended, by number."""
+
+    def __init__(self, store: EventStore) -> None:
+        super().__init__(store)
+        self.expected: dict[int, Expected] = {}
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        if events[0].type == "Followed":
+            self.expected[json.loads(events[0].data)["n"]] = expected
+        return await self.inner.append(stream, events, expected=expected)
+
+
+async def test_what_was_held_or_may_have_been_handled_in_an_earlier_life_is_looked_for(tmp_path: Path) -> None:
+    """A database that was set back may hold an event again that was done, and has forgotten others."""
+    stores, failed = list[Listening](), list[int]()
+    service = Service("audit")
+
+    def wrap(store: EventStore) -> EventStore:
+        stores.append(Listening(store))
+        return stores[0]
+
+    @service.on(Happened, retry=Retry(attempts=1, hold=Hold(attempts=5, delay=0.01)))
+    async def follow(event: Happened, context: Context) -> None:
+        if event.n == 2 and not failed:
+            failed.append(event.n)
+            raise ValueError("held once")
+        context.emit(f"followed-{event.key}", Followed(key=event.key, n=event.n))
+
+    async with embedded(tmp_path, Service("first")) as world:
+        await world.append(Happened(key="a", n=0))
+    async with embedded(tmp_path, service, wrap=wrap) as world:
+        await world.settled()
+        for n in (1, 2, 3):
+            await world.append(Happened(key="a", n=n))
+            await world.settled()
+        assert failed == [2]
+        assert stores[0].expected == {0: NO_STREAM, 1: ANY, 2: 1, 3: ANY}
 
 
 class Counter(Aggregate, category="counter"):
