@@ -524,13 +524,16 @@ class Inbox:
         if rows:
             await connection.execute(_BURY, rows)
 
-    async def emitted_before(self, connection: AsyncConnection, rows: Iterable[StagedEvent]) -> set[str]:
+    async def emitted_before(
+        self, connection: AsyncConnection, rows: Iterable[StagedEvent], replayed: Collection[int] = ()
+    ) -> set[str]:
         """Return the ids of those whose cause is replayed and that wait for their append already, or were given up,
-        under whatever name of their handler: they are not staged a second time."""
+        under whatever name of their handler: they are not staged a second time. `replayed` are positions of causes that
+        run again by themselves."""
         of_id = {
             str(identity): str(row.event.id)
             for row in rows
-            if self._replay.covers(row.bucket, row.cause) or row.cause in self._half_done
+            if self._replay.covers(row.bucket, row.cause) or row.cause in self._half_done or row.cause in replayed
             for identity in row.ids
         }
         ids = list(of_id)

@@ -114,7 +114,8 @@ class Progress:
             await held.release(connection, [item.turn for item in again if item.postponed is None])
         await held.hold(connection, _postponed(fresh))
         emissions = [row for item in batch.notable for row in item.emissions]
-        if before := await inbox.emitted_before(connection, emissions):
+        replayed = {item.event.position for item in again if item.replayed}
+        if before := await inbox.emitted_before(connection, emissions, replayed):
             for item in batch.notable:
                 item.emissions = [row for row in item.emissions if str(row.event.id) not in before]
             emissions = [row for item in batch.notable for row in item.emissions]

@@ -137,3 +137,33 @@ def test_a_service_that_has_never_run_has_nothing_to_replay() -> None:
     assert (ended.code, ended.out) == (1, "")
     assert "has never run here" in ended.err
     assert not Path("other.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "say from where: --from POSITION or TIME; or which: --key, --stream or --handler"),
+        (("--cancel", "--from", "0"), "--cancel takes back all replays"),
+        (("--cancel", "--key", "1"), "--cancel takes back all replays"),
+        (("--handler", "nobody", "--yes"), "has no handler 'nobody'; its handlers: "),
+    ],
+)
+def test_what_cannot_be_chosen_is_2_and_says_so(options: tuple[str, ...], said: str) -> None:
+    ended = invoke("replay", SHOP, *options)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+
+
+def test_chosen_events_run_again_and_are_taken_back() -> None:
+    ended = invoke("replay", SHOP, "--stream", "order-1", "--dry-run", "--json")
+    assert (ended.code, json.loads(ended.out)["run"]) == (0, 1)
+    ended = invoke("replay", SHOP, "--stream", "order-1")
+    assert (ended.code, ended.out) == (2, "")
+    assert "say --yes" in ended.err
+    assert invoke("replay", SHOP, "--stream", "order-1", "--yes").out.startswith("1 run again as soon as shop runs")
+    held = json.loads(invoke("held", "list", SHOP, "--json").out)
+    assert (held["stream"], held["reason"], held["attempts"]) == ("order-1", "replayed by operator", 0)
+    ended = invoke("replay", SHOP, "--stream", "order-1", "--yes")
+    assert (ended.code, ended.out.partition(";")[0]) == (1, "0 would run again")
+    assert json.loads(invoke("replay", SHOP, "--cancel", "--yes", "--json").out)["events"] == 1
+    assert json.loads(invoke("held", "list", SHOP, "--json").out) == {"shown": 0, "total": 0}

@@ -21,7 +21,8 @@ from tidings.settings import Settings
 if TYPE_CHECKING:
     from tidings.authors import Stranger
     from tidings.database import Database
-    from tidings.replay import Plan
+    from tidings.replay import Plan, Start
+    from tidings.selective_replay import Chosen
     from tidings.service import Service
     from tidings.stores import EventStore
 
@@ -32,14 +33,21 @@ __all__ = ["replay"]
 async def replay(
     service: Annotated[str, typer.Argument(metavar="MODULE:SERVICE", help="Or a name of one in TIDINGS_SERVICES.")],
     since: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--from",
             metavar="POSITION|TIME",
             help="Events at or above this position of the log; or after the last one recorded before this time, ISO "
-            "8601, UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00).",
+            "8601, UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00). With --key, --stream or "
+            "--handler it may be left out.",
         ),
-    ],
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="KEY", help="Only events of this partition key.")] = None,
+    stream: Annotated[str | None, typer.Option(metavar="STREAM", help="Only events of this stream.")] = None,
+    handler: Annotated[str | None, typer.Option(metavar="NAME", help="Only this handler.")] = None,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Take back what replays of the service have not begun.")
+    ] = False,
     gone: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,16 +67,33 @@ async def replay(
     code that runs. The service may be running, and begins within seconds; only what is at work in that very moment, in
     handlers without a session, runs twice, as after a kill. A replay under way is only ever extended. It is refused
     where it would append again what a handler emitted that has another name today.
+
+    With --key, --stream or --handler only those events run again, each in its key's order; nothing else of the service
+    is sent back. 'tidings held list' shows what is left of them.
     """
     from tidings.replay import find_start, plan, send_back
+    from tidings.selective_replay import Chosen
 
-    wanted = _wanted(since)
+    chooses = any(choice is not None for choice in (key, stream, handler))
+    if cancel and (since is not None or chooses):
+        raise Refused(
+            USAGE, "--cancel takes back all replays of the service: give it no --from, --key, --stream, --handler"
+        )
+    if since is None and not chooses and not cancel:
+        raise Refused(USAGE, "say from where: --from POSITION or TIME; or which: --key, --stream or --handler")
     settings = Settings()
     target, of = named(service, settings)
+    if cancel:
+        return await _cancel(settings, of, dry_run, yes, json)
+    since = "0" if since is None else since
+    wanted = _wanted(since)
     async with _opened(settings, of) as (store, database):
         start = await find_start(store, wanted)
         if start is None:
             raise Refused(NO, f"the log has no event from {since} on that services receive: there is nothing to replay")
+        if chooses:
+            chosen = Chosen(key, stream, handler)
+            return await _some(store, database, of, start, chosen, gone or (), dry_run=dry_run, yes=yes, json=json)
         found = await plan(store, database, of, start)
         doubling = [stranger for stranger in found.strangers if stranger.name not in (gone or ())]
         if json:
@@ -88,6 +113,74 @@ async def replay(
         say(
             f"{of.name} is sent back to position {start.position}. If it runs, it begins within seconds; else start "
             f"it: tidings run {plain(target)}. tidings verify {plain(target)} says how far it is."
+        )
+    return OK
+
+
+async def _some(
+    store: EventStore,
+    database: Database,
+    service: Service,
+    start: Start,
+    chosen: Chosen,
+    gone: Sequence[str],
+    *,
+    dry_run: bool,
+    yes: bool,
+    json: bool,
+) -> int:
+    """Run chosen events again."""
+    from tidings.authors import strangers
+    from tidings.selective_replay import pick, run_again
+
+    picked = await pick(store, database, service, start, chosen)
+    names = {turn.handler for turn in picked.turns}
+    doubling = [
+        one for one in await strangers(store, service, start.before) if one.name not in gone and one.handler in names
+    ]
+    count = len(picked.turns)
+    if doubling and not dry_run:
+        raise Refused(NO, _refusal(doubling))
+    told = {"service": service.name, "dry_run": dry_run, "unsettled": picked.unsettled}
+    told |= {"passed_over": picked.passed_over, "strangers": [asdict(one) for one in doubling]}
+    stays = f"; {picked.unsettled} are held, dead or not handled yet, and stay as they are" if picked.unsettled else ""
+    stays += f"; {picked.passed_over} are passed over, because their handlers have replay=False" * bool(
+        picked.passed_over
+    )
+    if dry_run or not count:
+        say(facts(told | {"run": count}) if json else f"{count} would run again{stays}. Nothing was changed.")
+        if doubling and not json:
+            say(f"NOT now: {_refusal(doubling)}")
+        return OK if count or dry_run else NO
+    if not confirmed(f"Run {count} events again in service {service.name}{stays}?", yes):
+        print("Nothing was changed.", file=sys.stderr)
+        return NO
+    count = await run_again(database, service.name, await store.log_id(), picked)
+    if json:
+        say(facts(told | {"run": count}))
+    else:
+        say(f"{count} run again as soon as {service.name} runs{stays}. --cancel takes back what has not begun.")
+    return OK
+
+
+async def _cancel(settings: Settings, service: Service, dry_run: bool, yes: bool, json: bool) -> int:
+    from tidings.selective_replay import cancel
+
+    if dry_run:
+        raise Refused(
+            USAGE, "--cancel has no --dry-run: 'tidings held list --error \"replayed by operator\"' shows most of it"
+        )
+    async with _opened(settings, service) as (store, database):
+        if not confirmed(f"Take back what replays of {service.name} have not begun?", yes):
+            print("Nothing was changed.", file=sys.stderr)
+            return NO
+        done = await cancel(database, service.name, await store.log_id())
+    if json:
+        say(facts({"service": service.name, "events": done.events, "buckets": done.buckets}))
+    else:
+        say(
+            f"{done.events} chosen events do not run again; {done.buckets} of 256 buckets had been sent back, and "
+            "are where they had been. What had begun and failed stays held."
         )
     return OK
 

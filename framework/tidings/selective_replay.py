@@ -1,0 +1,242 @@
+"""Replays of one key, stream or handler: chosen events that a service has settled become held events that are due now.
+
+Watermarks stay where they are, so nothing else runs again. What is chosen runs in the order of its partition key, each
+in the transaction that deletes its row, so its effects come once more, and later events of the key wait behind it. It
+can be taken back while it has not begun.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from tidings.database import Database, behind, dead, handlers, held, partials, partitions, replays, watermarks
+from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
+from tidings.inbox import key_of, storable
+from tidings.position import CARRIED, carried
+from tidings.replay import Start
+from tidings.stores import EventStore, RecordedEvent
+from tidings.verify import settled_in
+
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["REPLAYED", "Cancelled", "Chosen", "Picked", "TooMany", "cancel", "pick", "run_again"]
+
+REPLAYED: Final = "replayed by operator"
+"""The reason of a held event that was settled, and is to run again."""
+MOST: Final = 100_000
+"""Events that one replay of a choice runs; each is a row with the whole event until then."""
+CHUNK: Final = 500
+"""Rows that one statement writes."""
+
+
+class TooMany(TidingsError):
+    """So many events are replayed by sending the service back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """All of these hold together; None chooses nothing away. One at least is given."""
+
+    key: str | None = None
+    stream: str | None = None
+    handler: str | None = None
+
+
+class Turn(NamedTuple):
+    """An event for one handler."""
+
+    event: RecordedEvent
+    bucket: int
+    key: str
+    handler: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """What a choice comes to. It is done by `run_again`."""
+
+    turns: Sequence[Turn]
+    unsettled: int
+    """Chosen, and held, dead, or not handled yet: these stay as they are."""
+    passed_over: int
+    """Chosen, for handlers with `replay=False`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What was taken back."""
+
+    events: int
+    """Chosen events that had not begun."""
+    buckets: int
+    """Buckets that were sent back, and are now where they had been."""
+
+
+async def pick(store: EventStore, database: Database, service: Service, start: Start, chosen: Chosen) -> Picked:
+    """Read what would run again. It only reads.
+
+    A stream is read by itself, anything else from the log's `start` on. Raises `ConfigurationError` for a handler that
+    the service does not have, or that no replay runs; `TooMany`, `StoreUnavailable`, `DatabaseUnavailable`.
+    """
+    name, log = service.name, await store.log_id()
+    if chosen.handler is not None and chosen.handler not in service.named:
+        known = ", ".join(service.named) or "none"
+        raise ConfigurationError(f"service {name!r} has no handler {chosen.handler!r}; its handlers: {known}")
+    if chosen.handler is not None and not service.named[chosen.handler].replay:
+        raise ConfigurationError(f"handler {chosen.handler!r} of service {name!r} has replay=False: no replay runs it")
+    async with database.reading() as connection:
+        settled, _ = await settled_in(connection, name, log)
+        undone = await _undone(connection, name, log)
+        begins = sa.select(handlers.c.handler, handlers.c.since).where(
+            handlers.c.service == name, handlers.c.log == str(log)
+        )
+        since = {row.handler: row.since for row in await connection.execute(begins)}
+        late = sa.select(behind.c.bucket, behind.c.handler, behind.c.done).where(
+            behind.c.service == name, behind.c.log == str(log)
+        )
+        done = {(row.bucket, row.handler): row.done for row in await connection.execute(late)}
+    turns: list[Turn] = []
+    unsettled = passed_over = 0
+    async for event in _events(store, start, chosen.stream):
+        bucket = carried(event)
+        if bucket is None or (chosen.key is not None and key_of(event) != storable(chosen.key)):
+            continue
+        for handler in service.handlers_of(event.type):
+            if chosen.handler not in (None, handler.name) or event.position <= since.get(handler.name, -1):
+                continue
+            upto = done.get((bucket, handler.name), event.position)
+            if event.position > upto or not settled(bucket, event.position) or (event.position, handler.name) in undone:
+                unsettled += 1
+            elif not handler.replay:
+                passed_over += 1
+            else:
+                turns.append(Turn(event, bucket, key_of(event), handler.name))
+        if len(turns) > MOST:
+            raise TooMany(
+                f"more than {MOST} events are chosen: choose fewer (a key, a stream, a later --from), or replay all of "
+                "the service with --from alone. Nothing was changed."
+            )
+    return Picked(turns, unsettled, passed_over)
+
+
+async def _events(store: EventStore, start: Start, stream: str | None) -> AsyncIterator[RecordedEvent]:
+    if stream is None:
+        async for event in store.read_all(after=start.before, filter=CARRIED):
+            yield event
+        return
+    try:
+        async for event in store.read_stream(stream):
+            if event.position > start.before:
+                yield event
+    except StreamNotFound:
+        return
+
+
+async def _undone(connection: Any, service: str, log: UUID) -> set[tuple[int, str]]:
+    rows = sa.select(held.c.position, held.c.handler).where(held.c.service == service, held.c.log == str(log))
+    letters = sa.select(dead.c.position, dead.c.handler).where(
+        dead.c.service == service, dead.c.log == str(log), dead.c.kind == "handler"
+    )
+    return {(row[0], row[1]) for row in await connection.execute(sa.union_all(rows, letters))}
+
+
+async def run_again(database: Database, service: str, log: UUID, picked: Picked) -> int:
+    """Do it, in one transaction; what became held or dead since it was picked is left alone. Returns how many events
+    run again. Raises `DatabaseUnavailable`."""
+    now = time.time()
+    async with database.turn, database.transaction() as connection:
+        await _lock(connection, service, log)
+        undone = await _undone(connection, service, log)
+        turns = [turn for turn in picked.turns if (turn.event.position, turn.handler) not in undone]
+        for start in range(0, len(turns), CHUNK):
+            await connection.execute(
+                held.insert(), [_row(turn, service, log, now) for turn in turns[start : start + CHUNK]]
+            )
+    return len(turns)
+
+
+def _row(turn: Turn, service: str, log: UUID, now: float) -> dict[str, Any]:
+    event = turn.event
+    return {
+        "service": service,
+        "log": str(log),
+        "position": event.position,
+        "bucket": turn.bucket,
+        "key": turn.key,
+        "version": event.version,
+        "ticks": event.ticks,
+        "event_id": str(event.id),
+        "stream": event.stream,
+        "type": event.type,
+        "data": event.data,
+        "metadata": event.metadata,
+        "is_json": event.is_json,
+        "handler": turn.handler,
+        "attempts": 0,
+        "tries": 0,
+        "due": now,
+        "reason": REPLAYED,
+        "detail": None,
+        "replayed": True,
+        "since": now,
+        "code": None,
+    }
+
+
+async def _lock(connection: Any, service: str, log: UUID) -> None:
+    """What others wait for, in the order in which groups take it."""
+    await connection.execute(sa.select(partitions.c.epoch).where(partitions.c.service == service).with_for_update())
+    await connection.execute(
+        sa.select(watermarks.c.bucket)
+        .where(watermarks.c.service == service, watermarks.c.log == str(log))
+        .order_by(watermarks.c.bucket)
+        .with_for_update()
+    )
+
+
+async def cancel(database: Database, service: str, log: UUID) -> Cancelled:
+    """Take back what replays have not begun: chosen events, and the way back to where the service had been.
+
+    What has begun and failed stays held. Raises `DatabaseUnavailable`.
+    """
+    own = (watermarks.c.service == service, watermarks.c.log == str(log))
+    async with database.turn, database.transaction() as connection:
+        await _lock(connection, service, log)
+        chosen = (
+            held.c.service == service,
+            held.c.log == str(log),
+            held.c.replayed,
+            held.c.attempts == 0,
+            held.c.reason == REPLAYED,
+        )
+        events = (await connection.execute(held.delete().where(*chosen))).rowcount
+        short = sa.select(replays.c.bucket, replays.c.upto).join(
+            watermarks,
+            (watermarks.c.service == replays.c.service)
+            & (watermarks.c.log == replays.c.log)
+            & (watermarks.c.bucket == replays.c.bucket),
+        )
+        rows = await connection.execute(short.where(*own, watermarks.c.position < replays.c.upto))
+        sent_back = {row.bucket: row.upto for row in rows}
+        if sent_back:  # fence whoever goes on from where it was sent back to
+            await connection.execute(watermarks.update().where(*own).values(replays=watermarks.c.replays + 1))
+        for bucket, upto in sent_back.items():
+            await connection.execute(
+                watermarks.update().where(*own, watermarks.c.bucket == bucket).values(position=upto)
+            )
+            await connection.execute(
+                partials.delete().where(
+                    partials.c.service == service,
+                    partials.c.log == str(log),
+                    partials.c.bucket == bucket,
+                    partials.c.position <= upto,
+                )
+            )
+    return Cancelled(events, len(sent_back))
