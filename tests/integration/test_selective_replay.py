@@ -16,6 +16,7 @@ from tests.integration.embedded import (
     count,
     embedded,
     followed,
+    letters,
     many,
     note,
     rows,
@@ -110,6 +111,23 @@ async def test_what_it_emits_is_appended_once_however_often_it_runs(tmp_path: Pa
             await world.settled()
         assert len(await rows(service)) == 3 * len(EVENTS)
         assert sorted(await followed(world.store)) == sorted((event.key, event.n) for event in EVENTS)
+
+
+async def test_what_it_emitted_and_the_store_refused_is_not_given_up_a_second_time(tmp_path: Path) -> None:
+    async def effect(event: Happened, context: Context, session: AsyncSession) -> None:
+        context.emit(f"followed-{event.key}", Followed(key=event.key))
+
+    service = auditing(effect=effect)
+    async with embedded(tmp_path, service) as world:
+        await world.store.tombstone("followed-k")
+        await world.append(Happened(key="k"))
+        await world.settled()
+        (before,) = await letters(service)
+        assert before.kind == "staged"
+        assert await again(world, service, key="k") == 1
+        await world.settled()
+        assert len(await rows(service)) == 2
+        assert [letter.id for letter in await letters(service)] == [before.id]
 
 
 async def test_what_has_not_begun_is_taken_back(tmp_path: Path) -> None:
