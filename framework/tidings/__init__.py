@@ -17,6 +17,7 @@ from tidings.service import Service
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
 
 if TYPE_CHECKING:
+    from tidings.connection import connect
     from tidings.relay import Relay
     from tidings.runtime import Runtime
     from tidings.settings import Settings, open_bus, open_store
@@ -40,6 +41,7 @@ __all__ = [
     "Runtime",
     "Service",
     "Settings",
+    "connect",
     "evolves",
     "open_bus",
     "open_store",
@@ -53,6 +55,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LATER = {
+    "connect": "tidings.connection",
     "Relay": "tidings.relay",
     "Runtime": "tidings.runtime",
     "Settings": "tidings.settings",

@@ -50,8 +50,10 @@ def encode(
     metadata: Mapping[str, Any] | None = None,
     cause: Cause | None = None,
     correlation_id: str | None = None,
+    handler: str | None = None,
 ) -> EventData:
-    """The event as the store keeps it. `metadata` are the user's own keys, JSON values.
+    """The event as the store keeps it. `metadata` are the user's own keys, JSON values; `handler` is what emits the
+    event where no other one is the cause.
 
     Without cause or correlation id the event's own id begins the correlation. Raises `ConfigurationError` for metadata
     keys that are Tidings' or the store's, `SchemaError` for an event or metadata that would not be read back equal.
@@ -61,6 +63,8 @@ def encode(
         CORRELATION: correlation_id or (cause.correlation_id if cause else str(id)),
         "schemaVersion": own.version,
     }
+    if handler is not None:
+        document["tidingsHandler"] = handler
     if cause is not None:
         document[CAUSATION] = str(cause.event_id)
         if cause.handler:

@@ -47,7 +47,7 @@ __all__ = [
     "watermarks",
 ]
 
-SCHEMA: Final = 6
+SCHEMA: Final = 7
 """Version of the tables below."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
@@ -70,6 +70,7 @@ _UPGRADES: Final = {
     ),
     4: (("tidings_staged", "aliases", "TEXT DEFAULT '' NOT NULL"),),
     5: (("tidings_floors", "handlers", "TEXT"),),
+    6: (("tidings_staged", "requested", "BOOLEAN DEFAULT false NOT NULL"),),
 }
 """Columns that each older version lacks; tables that are missing are made whole before."""
 
@@ -228,11 +229,24 @@ staged = sa.Table(
     sa.Column("service", _NAME, nullable=False),
     sa.Column("log", _LOG, nullable=False),
     sa.Column("bucket", sa.Integer, nullable=False),
-    sa.Column("cause", sa.BigInteger, nullable=False, comment="position of the event whose handler emitted this"),
+    sa.Column(
+        "cause",
+        sa.BigInteger,
+        nullable=False,
+        comment="position of the event whose handler emitted this; of a request, one below it",
+    ),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
     sa.Column("aliases", Text, nullable=False, server_default="", comment="ids under former names of the handler"),
+    sa.Column("requested", sa.Boolean, nullable=False, server_default=sa.false(), comment="emitted by a request"),
     sa.UniqueConstraint("service", "log", "event_id"),
-    comment="Events that handlers emitted, until they are appended to the store",
+    comment="Events that handlers and requests emitted, until they are appended to the store",
+)
+
+sa.Index(
+    "tidings_staged_requested",
+    *(staged.c.service, staged.c.log, staged.c.id),
+    sqlite_where=sa.text("requested = 1"),
+    postgresql_where=staged.c.requested,
 )
 
 held = sa.Table(
@@ -520,7 +534,7 @@ async def _prepare(database: Database, tables: sa.MetaData | None) -> None:
 
 def _index(connection: sa.Connection) -> None:
     """Tables that were made by an older version lack indexes, and keep some that nobody uses."""
-    for table in (held, dead):
+    for table in (held, dead, staged):
         for index in table.indexes:
             index.create(connection, checkfirst=True)
     for name in _FORMER_INDEXES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -25,7 +25,7 @@ from tidings.errors import DatabaseUnavailable
 from tidings.guard import Guard
 from tidings.handlers import Inject
 from tidings.held import HeldRows
-from tidings.inbox import Inbox, Letter, Remembered
+from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.keys import Keys
 from tidings.owned import Ours
 from tidings.position import Lanes
@@ -210,6 +210,11 @@ class Dispatcher:
         await self._revival.renew()
         self._at_work = True
         self._revival.active.set()
+
+    def collect(self, rows: Sequence[StagedEvent], *, all: bool) -> None:
+        """Append what requests emitted, while this process is the one at work: as `Stager.collect`."""
+        if self._revival.active.is_set() and not self._stopping:
+            self.stager.collect([row for row in rows if row.bucket in self._inbox.buckets], all=all)
 
     def stand_by(self) -> None:
         """The bus gives this process nothing any more: held events are left to the one at work."""

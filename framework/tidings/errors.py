@@ -353,13 +353,14 @@ class AttemptEnded(HandlerError):
 
 
 class TransactionMisuse(HandlerError):
-    """A handler tried to commit, roll back or begin on the injected session; Tidings does that, with the watermark."""
+    """A handler, or a request, tried to commit, roll back or begin on its session; Tidings does that at the end."""
 
     def __init__(self, operation: str) -> None:
         self.operation = operation
         super().__init__(
-            f"{operation}() on the injected session is not for handlers: effects and watermark are committed together, "
-            "after the handler returns. Use session.begin_nested() for a part that may fail; raise to undo everything."
+            f"{operation}() on this session is Tidings' own business: effects, and what belongs to them, are committed "
+            "together, after the handler has returned, or the block has ended. Use session.begin_nested() for a part "
+            "that may fail; raise to undo everything."
         )
 
 

@@ -24,7 +24,17 @@ from tidings.partitions import layout_of
 from tidings.position import partition_key
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
-__all__ = ["Inbox", "Letter", "Remembered", "Replay", "StagedEvent", "key_of", "recorded"]
+__all__ = [
+    "Inbox",
+    "Letter",
+    "Remembered",
+    "Replay",
+    "StagedEvent",
+    "key_of",
+    "recorded",
+    "requested_events",
+    "stage",
+]
 
 
 _STAGE: Final = staged.insert()
@@ -109,6 +119,8 @@ class StagedEvent(NamedTuple):
     event: EventData
     aliases: tuple[UUID, ...] = ()
     """Ids under which it may have been appended when its handler had another name."""
+    requested: bool = False
+    """A request emitted it (`service.transaction`), no handler: `cause` is only a position below which it cannot be."""
 
     @property
     def ids(self) -> tuple[UUID, ...]:
@@ -550,25 +562,7 @@ class Inbox:
         return found
 
     async def stage(self, connection: AsyncConnection, rows: Sequence[StagedEvent]) -> None:
-        if rows:
-            await connection.execute(
-                _STAGE,
-                [
-                    self._own
-                    | {
-                        "bucket": row.bucket,
-                        "cause": row.cause,
-                        "stream": row.stream,
-                        "event_id": str(row.event.id),
-                        "type": row.event.type,
-                        "data": row.event.data,
-                        "metadata": row.event.metadata,
-                        "is_json": row.event.content_type == JSON,
-                        "aliases": " ".join(map(str, row.aliases)),
-                    }
-                    for row in rows
-                ],
-            )
+        await stage(connection, self._own, rows)
 
     async def unstage(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
         """Forget staged events that were appended."""
@@ -591,13 +585,46 @@ class Inbox:
                 )
                 .order_by(staged.c.id)
             )
-            return [
-                StagedEvent(
-                    row.bucket,
-                    row.cause,
-                    row.stream,
-                    EventData(row.type, row.data, row.metadata, JSON if row.is_json else OCTETS, id=UUID(row.event_id)),
-                    tuple(map(UUID, row.aliases.split())),
-                )
+            return [_staged(row) for row in rows]
+
+
+async def stage(connection: AsyncConnection, own: Mapping[str, str], rows: Sequence[StagedEvent]) -> None:
+    """Keep events for their append; `own` is the service and the log that they belong to."""
+    if rows:
+        await connection.execute(
+            _STAGE,
+            [
+                {
+                    **own,
+                    "bucket": row.bucket,
+                    "cause": row.cause,
+                    "stream": row.stream,
+                    "event_id": str(row.event.id),
+                    "type": row.event.type,
+                    "data": row.event.data,
+                    "metadata": row.event.metadata,
+                    "is_json": row.event.content_type == JSON,
+                    "aliases": " ".join(map(str, row.aliases)),
+                    "requested": row.requested,
+                }
                 for row in rows
-            ]
+            ],
+        )
+
+
+async def requested_events(connection: AsyncConnection, service: str, log: UUID, limit: int) -> list[StagedEvent]:
+    """The oldest of what requests emitted, in whichever process, and nobody has appended yet."""
+    mine = (staged.c.service == service, staged.c.log == str(log), staged.c.requested)
+    rows = await connection.execute(sa.select(staged).where(*mine).order_by(staged.c.id).limit(limit))
+    return [_staged(row) for row in rows]
+
+
+def _staged(row: sa.Row[Any]) -> StagedEvent:
+    return StagedEvent(
+        row.bucket,
+        row.cause,
+        row.stream,
+        EventData(row.type, row.data, row.metadata, JSON if row.is_json else OCTETS, id=UUID(row.event_id)),
+        tuple(map(UUID, row.aliases.split())),
+        row.requested,
+    )

@@ -252,9 +252,10 @@ async def _ledger(service: Service, database: Database | None, log: UUID, found:
             ledger.rows[row.position].append(("held", row))
         for row in await connection.execute(rows(dead, "position").where(dead.c.kind == "handler")):
             ledger.rows[row.position].append(("dead", row))
-        for row in await connection.execute(rows(staged, "cause")):
+        for row in await connection.execute(rows(staged, "cause", "requested")):
             ledger.staged[UUID(row.event_id).bytes] = row
-            ledger.causes[row.cause].append(row)
+            if not row.requested:
+                ledger.causes[row.cause].append(row)
         ledger.settled, marks = await settled_in(connection, service.name, log)
         again = await connection.execute(
             sa.select(replays.c.bucket, replays.c.upto).where(

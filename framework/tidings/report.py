@@ -86,12 +86,18 @@ class DeadEvent:
 
 @dataclass(frozen=True, slots=True)
 class StagedSummary:
-    """Emitted by a handler whose transaction was committed, and not known to be appended yet."""
+    """Emitted in a transaction that was committed, and not known to be appended yet."""
 
     event_id: str
     type: str
     stream: str
     cause: int
+    requested: bool = False
+    """By a request, not by the handler of the event at position `cause`."""
+
+    def __str__(self) -> str:
+        by = "by a request" if self.requested else f"caused by position {self.cause}"
+        return f"staged {self.type} {self.event_id} for {self.stream}, {by}"
 
 
 @dataclass(slots=True)
@@ -191,7 +197,7 @@ class ServiceReport:
             yield f"  held {late.type} {late.event_id} {where}: {_first_line(late.reason)}"
         yield from _more(self.held_count - len(self.held), f"held (tidings held list {self.service})")
         for row in self.staged:
-            yield f"  staged {row.type} {row.event_id} for {row.stream}, caused by position {row.cause}"
+            yield f"  {row}"
         yield from _more(self.staged_count - len(self.staged), "staged")
         for letter in self.dead:
             what = f"{letter.type} {letter.event_id} of {letter.stream}" if letter.event_id else f"a {letter.kind}"

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
+from uuid import UUID
 
 import structlog
 
@@ -21,6 +22,7 @@ from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
 from tidings.database import Database, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
+from tidings.inbox import requested_events
 from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
@@ -50,6 +52,8 @@ BALANCE_LOOKS: Final = 3
 """Every so many looks it asks for one itself: what was asked before has mostly come by then."""
 STANDBY_SECONDS: Final = 1.0
 """Seconds between two attempts of a standby to take over, and between two looks of the process at work at its lock."""
+REQUESTED: Final = 1000
+"""Events emitted by requests that are looked at together."""
 REBIND_SECONDS: Final = (0.2, 5.0)
 """First and longest pause between attempts to make queues anew."""
 
@@ -76,11 +80,14 @@ class RunningService:
         """Set after the first join of every partition, or when this process first stands by for another."""
         self.standing_by: str | None = None
         """Which other process is at work, on a bus that reaches only this process; else None."""
+        self.staged = asyncio.Event()
+        """A request of this process has staged events: whoever is at work here need not wait for its next look."""
         self.stopping = asyncio.Event()
         self.partitions: list[Partition] = []
         """As the service is laid out now; none before the first join."""
         self._clock = clock
         self._troubles = Troubles()
+        self._log_id: UUID | None = None
         self._post = post_of(database, service.name) if getattr(bus, "within_process", False) else None
 
     @property
@@ -180,10 +187,16 @@ class RunningService:
 
     async def ranges(self) -> list[Range]:
         """Of each partition what is committed, by whichever process; else as `settled`."""
-        known = self.partitions[0].log_id if self.partitions else None
-        log_id = known or await self.store.log_id()
+        log_id = await self.log_id()
         async with self.database.reading() as connection:
             return await ranges_of(connection, self.service.name, log_id)
+
+    async def log_id(self) -> UUID:
+        """Return the log's id; the store is asked only before the first join. Raises `StoreUnavailable`."""
+        known = self.partitions[0].log_id if self.partitions else None
+        if known is None:
+            known = self._log_id = self._log_id or await self.store.log_id()
+        return known
 
     def at_work(self) -> list[Item]:
         """Handlers at work now."""
@@ -270,7 +283,10 @@ class RunningService:
             for subscription in layout.subscriptions
         ]
         async with task_group() as tasks:
-            beside = [tasks.create_task(self._rebind(layout, ready)), tasks.create_task(self._join(parts))]
+            beside = [
+                tasks.create_task(work)
+                for work in (self._rebind(layout, ready), self._join(parts), self._collect(parts))
+            ]
             for part in parts:
                 tasks.create_task(part.serve())
             await self._watch(layout)
@@ -304,6 +320,23 @@ class RunningService:
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
         ready.set()
+
+    async def _collect(self, parts: Sequence[Partition]) -> None:
+        """Hand on what requests emitted, in whichever process."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self.staged.wait()
+            self.staged.clear()
+            try:
+                log_id = await self.log_id()
+                async with self.database.reading() as connection:
+                    rows = await requested_events(connection, self.service.name, log_id, REQUESTED)
+            except (DatabaseUnavailable, StoreUnavailable):
+                continue  # the partitions notice it themselves, and say so
+            for part in parts:
+                if part.dispatcher is not None and part.log_id == log_id:
+                    part.dispatcher.collect(rows, all=len(rows) < REQUESTED)
 
     # ---- what other processes and operators want ---------------------------------------
 

@@ -8,25 +8,24 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
 
 import structlog
 
 from tidings.aggregate import Aggregate
+from tidings.appending import append
 from tidings.buses import EventBus, check_partitions, check_service_name
-from tidings.codec import encode
 from tidings.contention import CHANGE_SECONDS
 from tidings.errors import ConfigurationError
 from tidings.events import Event, Registry, wire_name
 from tidings.handlers import Handler, Retry, Since, declare
-from tidings.position import RESERVED
 from tidings.repository import Repository
 from tidings.stores import ANY, Appended, EventStore, Expected
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+    from tidings.outbox import Emit
     from tidings.running import RunningService
     from tidings.settings import Settings
 
@@ -194,16 +193,27 @@ class Service:
         correlation_id: str | None = None,
     ) -> Appended:
         """Append events outside any handler (inside one, use `Context.emit`). Errors are the store's."""
-        if stream.startswith(RESERVED):
-            raise ConfigurationError(
-                f"stream {stream!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved"
-            )
-        ids = [uuid4() for _ in events]
-        data = [
-            encode(event, id=identity, metadata=metadata, correlation_id=correlation_id or str(ids[0]))
-            for event, identity in zip(events, ids, strict=True)
-        ]
-        return await self.running_now.store.append(stream, data, expected=expected)
+        store = self.running_now.store
+        return await append(store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id)
+
+    @asynccontextmanager
+    async def transaction(self, *, idempotency_key: str | None = None) -> AsyncIterator[tuple[AsyncSession, Emit]]:
+        """Commit rows of the service's database and events together, outside any handler:
+        `async with service.transaction() as (session, emit):`.
+
+        Leaving the block commits; an exception undoes everything. What `emit(stream, event)` was given is appended to
+        the log exactly once: by the process of the service that is at work, at once if it is this one, else within some
+        2 s, and after a crash by the next. It works while the event store is away.
+
+        With `idempotency_key` the events' ids are made from it, so that a request that is repeated, however late,
+        appends nothing twice; to find what it was, each target stream is read to its beginning. The rows are yours to
+        keep unique. On SQLite nobody else writes during the block. Raises `DatabaseUnavailable` (when it comes from the
+        commit itself, the outcome is unknown: repeat with a key), `ConfigurationError` in a handler.
+        """
+        from tidings.outbox import transaction
+
+        async with transaction(self.running_now, idempotency_key) as both:
+            yield both
 
     @property
     def running_now(self) -> RunningService:

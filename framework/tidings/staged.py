@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -37,6 +38,8 @@ FORBIDDEN_ATTEMPTS: Final = 6
 FRESH_SECONDS: Final = 1.0
 """Seconds after the beginning of a commit within which nobody else can have taken over and appended the same row: a
 successor first has to notice and to join. They pass while the process is stopped, and while the machine sleeps."""
+GONE_SECONDS: Final = 2.0
+"""Seconds within which the row of an event that was appended is gone."""
 FORGET_SECONDS: Final = 60.0
 """Seconds after which what was read of streams is forgotten when nobody needs it."""
 
@@ -80,6 +83,8 @@ class Stager:
         self._clock = clock
         self._outage = -FRESH_SECONDS
         """When the store was last away: what was staged before is fresh no more."""
+        self._requested: dict[UUID, float] = {}
+        """What requests emitted, as long as it has a row: infinity, or when it was appended."""
         self._resolver = Resolver(store)
         self._resolved_at = 0.0
         self._tenure = 0
@@ -102,8 +107,23 @@ class Stager:
         """Append these. `since`: when, at the earliest, rows were committed that nobody tried yet; None for rows of any
         age."""
         for row in rows:
+            if row.requested:
+                self._requested[row.event.id] = math.inf
             self._lanes.push(row.bucket, _Row(row, 0.0 if since is None else since + FRESH_SECONDS))
         self._pump()
+
+    def collect(self, rows: Sequence[StagedEvent], *, all: bool) -> None:
+        """Append what requests emitted, in whichever process. `rows` are `all` that wait in the database, or the oldest
+        of them; those that are known already are passed over."""
+        # A row that stays after its append is another one of the same id, by a request that came again.
+        late = self._clock() - GONE_SECONDS
+        new = [row for row in rows if self._requested.get(row.event.id, -math.inf) < late]
+        if all:
+            known, self._requested = self._requested, {}
+            for row in rows:
+                if (done_at := known.get(row.event.id)) is not None:
+                    self._requested[row.event.id] = done_at
+        self.add(new, since=None)
 
     def _pump(self) -> None:
         while (taken := self._lanes.take()) is not None:
@@ -129,6 +149,8 @@ class Stager:
                 self._buried(identity, Letter.of_staged(row.staged, row.attempts + 1, reason))
             else:
                 self._appended(identity)
+            if row.staged.requested:
+                self._requested[identity] = self._clock()
             self._lanes.finish(bucket)
             self._pump()
 

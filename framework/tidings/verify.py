@@ -201,7 +201,9 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
         report.staged_count = await _rows(connection, staged, of)
         if report.staged_count:
             rows = await connection.execute(sa.select(staged).where(*of(staged)).order_by(staged.c.id).limit(NAMED))
-            report.staged = [StagedSummary(row.event_id, row.type, row.stream, row.cause) for row in rows]
+            report.staged = [
+                StagedSummary(row.event_id, row.type, row.stream, row.cause, row.requested) for row in rows
+            ]
         report.held_count = await _rows(connection, held, of)
         if report.held_count:
             rows = await connection.execute(sa.select(held).where(*of(held)).order_by(held.c.position).limit(NAMED))

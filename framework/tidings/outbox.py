@@ -1,0 +1,193 @@
+"""Rows and events of a request, committed together: the events wait in the service's database for their append.
+
+Whoever is at work appends them: in whichever process, and also after this one has died. It never appends one itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+from uuid import UUID, uuid4
+
+import sqlalchemy as sa
+import structlog
+from pydantic_core import from_json
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from tidings.appending import check_target
+from tidings.codec import encode
+from tidings.context import ATTEMPT
+from tidings.database import floors, guarded, staged
+from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
+from tidings.events import Event
+from tidings.identity import digest
+from tidings.inbox import StagedEvent, stage
+from tidings.position import bucket_of
+from tidings.stores import APPEND_LIMIT, check_stream_name
+
+if TYPE_CHECKING:
+    from tidings.running import RunningService
+
+__all__ = ["Emit", "RequestSession", "transaction"]
+
+log = structlog.get_logger("tidings.outbox")
+
+SLOW_SECONDS: Final = 0.25
+"""Seconds after which a transaction that keeps SQLite's one writer from everybody else is named in the log."""
+
+
+class RequestSession(AsyncSession):
+    """Everything of SQLAlchemy's, except ending the transaction: the end of the block does that."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        super().__init__(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
+
+    async def commit(self) -> NoReturn:
+        raise TransactionMisuse("commit")
+
+    async def rollback(self) -> NoReturn:
+        raise TransactionMisuse("rollback")
+
+    def begin(self) -> NoReturn:
+        raise TransactionMisuse("begin")
+
+
+class Emit:
+    """Stages events of one transaction, in the order of the calls."""
+
+    def __init__(self, service: str, key: str | None) -> None:
+        self._service = service
+        self._key = key
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._correlation = str(uuid4() if key is None else digest(service, "request", key))
+        self.events: list[StagedEvent] = []
+        self.open = True
+
+    def __call__(
+        self,
+        stream: str,
+        event: Event,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+    ) -> UUID:
+        """Append `event` to `stream` exactly once, after the transaction has been committed; never, if it is not.
+
+        Events of one partition key are appended in the order of their transactions and calls. Returns the event's id.
+        Without a correlation id, all events of the transaction share one. Raises at once what could never be
+        appended: `InvalidStreamName`, `EventTooLarge`, `SchemaError`.
+        """
+        if not self.open:
+            raise ConfigurationError("emit() was called after its transaction had ended: call it within the block")
+        check_stream_name(stream)
+        check_target(stream)
+        data = encode(
+            event,
+            id=_NO_ID,
+            metadata=metadata,
+            correlation_id=correlation_id or self._correlation,
+            handler=f"{self._service}.transaction",
+        )
+        if data.size > APPEND_LIMIT:
+            raise EventTooLarge(stream, data.size, APPEND_LIMIT)
+        identity = self._next(stream, data.type)
+        key = from_json(data.metadata).get("partitionKey")
+        self.events.append(
+            StagedEvent(bucket_of(key or stream), -1, stream, replace(data, id=identity), requested=True)
+        )
+        return identity
+
+    def _next(self, stream: str, type: str) -> UUID:
+        if self._key is None:
+            return uuid4()
+        nth = self._counts[stream, type]
+        self._counts[stream, type] += 1
+        return digest(self._service, "request", self._key, stream, type, str(nth))
+
+
+_NO_ID: Final = UUID(int=0)
+_OPEN: Final[ContextVar[Emit | None]] = ContextVar("transaction of a request", default=None)
+
+
+@asynccontextmanager
+async def transaction(running: RunningService, idempotency_key: str | None) -> AsyncIterator[tuple[AsyncSession, Emit]]:
+    """What `Service.transaction` does."""
+    name = running.service.name
+    _refuse_within(name)
+    log_id = await running.log_id()
+    emit = Emit(name, idempotency_key)
+    token, before = None, _OPEN.get()
+    database = running.database
+    try:
+        async with database.turn, database.transaction() as connection:
+            began = time.monotonic()
+            token = _OPEN.set(emit)
+            # Within a savepoint, so that a statement which fails undoes what was written here, and is raised as it is.
+            async with connection.begin_nested() as savepoint:
+                with guarded(connection):
+                    async with RequestSession(connection) as session:
+                        yield session, emit
+                        emit.open = False
+                        await session.flush()
+                if not savepoint.is_active:
+                    raise TransactionMisuse("rollback")
+            rows = await _new(connection, name, str(log_id), emit.events, known=idempotency_key is not None)
+            await stage(connection, {"service": name, "log": str(log_id)}, rows)
+            _note_slow(name, database.one_writer, time.monotonic() - began)
+    finally:
+        emit.open = False
+        if token is not None:
+            with suppress(ValueError):  # left in another context than it was entered in
+                _OPEN.reset(token)
+            if _OPEN.get() is emit:
+                _OPEN.set(before)
+    running.staged.set()
+
+
+def _refuse_within(service: str) -> None:
+    """It would wait for itself, where there is one writer."""
+    if ATTEMPT.get() is not None:
+        raise ConfigurationError(
+            f"service.transaction() of {service!r} was called in a handler: take `session: AsyncSession` there, and "
+            "`context.emit`; they are committed together with the watermark"
+        )
+    outer = _OPEN.get()
+    if outer is not None and outer.open:
+        raise ConfigurationError(
+            f"service.transaction() of {service!r} was called within another one: use that one's session and emit"
+        )
+
+
+async def _new(
+    connection: AsyncConnection, service: str, log: str, events: list[StagedEvent], *, known: bool
+) -> list[StagedEvent]:
+    """The events with a position that surely is below theirs, without those that are staged already.
+
+    Below it nobody needs to look for them. Of a request with a key, which may come again after a year, that is said of
+    no position.
+    """
+    if not events:
+        return []
+    own = (staged.c.service == service, staged.c.log == log)
+    if known:
+        ids = [str(row.event.id) for row in events]
+        waiting = set(await connection.scalars(sa.select(staged.c.event_id).where(*own, staged.c.event_id.in_(ids))))
+        return [row for row in events if str(row.event.id) not in waiting]
+    highest = sa.select(sa.func.max(floors.c.position)).where(floors.c.service == service, floors.c.log == log)
+    settled = await connection.scalar(highest)
+    return [row._replace(cause=-1 if settled is None else settled) for row in events]
+
+
+def _note_slow(service: str, one_writer: bool, seconds: float) -> None:
+    if one_writer and seconds > SLOW_SECONDS:
+        log.warning(
+            "transaction.holds_writer",
+            service=service,
+            seconds=round(seconds, 3),
+            advice="on SQLite nobody else writes meanwhile, handlers neither: do slow work before the transaction",
+        )
