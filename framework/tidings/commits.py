@@ -205,6 +205,7 @@ class Commits:
             if step is None:
                 continue
             self.progress.floor = max(self.progress.floor, step.floor)
+            self.progress.caught = max(self.progress.caught, step.caught)
             if step.consumer is not None:
                 if consumer is not None and step.consumer is not consumer:
                     consumer.settle_through(tag)

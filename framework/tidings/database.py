@@ -27,7 +27,6 @@ from tidings.texts import Text, learn_encoding
 __all__ = [
     "Database",
     "begun",
-    "behind",
     "connected",
     "dead",
     "file_of",
@@ -43,6 +42,7 @@ __all__ = [
     "processes",
     "replays",
     "skips",
+    "spans",
     "staged",
     "watermarks",
 ]
@@ -156,15 +156,17 @@ handlers = sa.Table(
     comment="Handlers that have been at work in a service",
 )
 
-behind = sa.Table(
-    "tidings_behind",
+spans = sa.Table(
+    "tidings_spans",
     metadata,
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("handler", Text, primary_key=True),
-    sa.Column("done", sa.BigInteger, nullable=False, comment="the handler has done everything up to this position"),
-    comment="Handlers that are behind the watermark of a bucket: added late, or away for a while",
+    sa.Column("kind", sa.String(10), primary_key=True, comment="behind, past or skipped"),
+    sa.Column("done", sa.BigInteger, nullable=False, comment="its first event is above this position"),
+    sa.Column("upto", sa.BigInteger, nullable=False, comment="its last position; -1 for kind behind, which has none"),
+    comment="What a handler that was added late, or was away, is still given on its own, or was not given",
 )
 
 begun = sa.Table(

@@ -21,9 +21,10 @@ from tidings.codec import read_metadata
 from tidings.commits import Commits
 from tidings.context import Context
 from tidings.database import Database
-from tidings.errors import DatabaseUnavailable
+from tidings.enrolment import enrol
+from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.guard import Guard
-from tidings.handlers import Inject
+from tidings.handlers import Handler, Inject
 from tidings.held import HeldRows
 from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.keys import Keys
@@ -31,7 +32,7 @@ from tidings.owned import Ours
 from tidings.position import Lanes
 from tidings.progress import Batch, Progress
 from tidings.revival import HELD_SECONDS, Revival
-from tidings.roster import Roster
+from tidings.roster import Roster, Span
 from tidings.service import Service
 from tidings.sessions import SessionHandlers
 from tidings.staged import Stager
@@ -46,6 +47,10 @@ log = structlog.get_logger("tidings.dispatch")
 
 PARTING_SECONDS: Final = 0.2
 """So long a service that stops tries to say that it ended cleanly; who cannot is only taken for one that crashed."""
+
+
+_NOTHING: Final = RecordedEvent(-1, "", -1, "", b"", b"", False, bytes(16), 0)
+"""Stands for an event where a span ends."""
 
 
 class Dispatcher:
@@ -116,6 +121,7 @@ class Dispatcher:
         self._pumping = True
         """Nothing is given out before `run` knows which keys are blocked; from then on, while `_pump` is at it."""
         self._at_work = self._draining = False
+        self._at_work_again = asyncio.Event()
         self._busy = 0
         """Events given out whose outcome is not committed."""
         self._attempts = Attempts(service, resources, ours or Ours(store, None, database))
@@ -140,7 +146,7 @@ class Dispatcher:
         self._commits.progress = Progress(self._inbox, self._held, remembered, self._clock)
         self._replay = remembered.replay
         self._troubles.skip(remembered.skips)
-        self.roster = Roster(self._service.handlers_of, remembered.partial)
+        self.roster.renew(remembered.partial)
         self.stager.add(await self._inbox.staged_events(), since=None)
 
     @property
@@ -181,6 +187,27 @@ class Dispatcher:
         if self._lanes.ready:
             self._pump()
 
+    def submit_late(self, event: RecordedEvent, handler: Handler, span: Span, metadata: dict[str, Any] | None) -> None:
+        """An event of the past, for a handler that is given it on its own."""
+        item = Item(event, span.bucket, handler, None, metadata=metadata, late=span)
+        self._commits.take(item)
+        self._lanes.push(span.bucket, item)
+        if self._lanes.ready:
+            self._pump()
+
+    def end_span(self, span: Span) -> None:
+        """Nothing is left of it once everything before it in its lane is done."""
+        handler = self._service.named[span.handler]
+        self._lanes.push(span.bucket, Item(_NOTHING, span.bucket, handler, None, replayed=True, late=span, ends=True))
+        if self._lanes.ready:
+            self._pump()
+
+    async def taken_over(self, generation: int) -> None:
+        """Wait until the bus gives this process messages, and what it knows of handlers is of another generation."""
+        while not (self._revival.active.is_set() and self.roster.known and self.roster.generation != generation):
+            self._at_work_again.clear()
+            await self._at_work_again.wait()
+
     def settle(self, step: Step) -> None:
         """Nothing to handle, but to be settled in its turn: a marker, a duplicate, the progress of a pass."""
         self._commits.settle(step)
@@ -204,12 +231,28 @@ class Dispatcher:
     async def take_over(self) -> None:
         """The bus has begun to give this process messages; before that, it runs nothing. After another process that
         ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
+        # Where there is work of an earlier connection at hand, it is of the handlers that were known then.
+        fresh = self.idle or not self.roster.known
         for position in await self._guard.take_over():
             self._commits.noted(position)
+        await self._enrol(fresh)
         self.stager.begin()
         await self._revival.renew()
         self._at_work = True
         self._revival.active.set()
+        self._at_work_again.set()
+
+    async def _enrol(self, fresh: bool) -> None:
+        async with self._database.turn, self._database.transaction() as connection:
+            await self._inbox.fence(connection)
+            enrolled = await enrol(connection, self._service, self._log_id, self._inbox.buckets)
+        if enrolled.changed:
+            self._inbox.succeed()
+        if fresh:
+            self.roster.read(enrolled.after, enrolled.spans)
+            self._commits.progress.spans = {span[:3]: span.done for span in enrolled.spans if span.open}
+        elif enrolled.changed:
+            raise Fenced(f"service {self._service.name!r}: another version of it was at work meanwhile")
 
     def collect(self, rows: Sequence[StagedEvent], *, all: bool) -> None:
         """Append what requests emitted, while this process is the one at work: as `Stager.collect`."""
@@ -252,7 +295,7 @@ class Dispatcher:
 
     def _is_passed_over(self, item: Item) -> bool:
         """A replay does not run it: its handler is not to be run again, or a held row will run it."""
-        return item.held is None and (not item.handler.replay or item.turn in self._replay.waiting)
+        return item.held is None and (not item.handler.replay or item.ends or item.turn in self._replay.waiting)
 
     def _give_out(self, item: Item) -> None:
         """To the handlers of its kind."""

@@ -16,12 +16,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, begun, dead, floors, held, partials, replays, skips, staged, watermarks
+from tidings.database import Database, begun, dead, floors, held, partials, replays, skips, spans, staged, watermarks
 from tidings.errors import Fenced, LogChanged
 from tidings.many import ForMany
 from tidings.message import Message
 from tidings.partitions import layout_of
 from tidings.position import partition_key
+from tidings.roster import SKIPPED
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
 __all__ = [
@@ -492,6 +493,48 @@ class Inbox:
                 )
             )
 
+    async def advance(
+        self, connection: AsyncConnection, moves: Sequence[tuple[tuple[int, str, str], int, int]]
+    ) -> None:
+        """Compare and set spans: bucket, handler and kind; from, to. Raises `Fenced` when any stood elsewhere: roll
+        back."""
+        for late, old, new in moves:
+            this = spans.update().where(*self._span(late), spans.c.done == old).values(done=new)
+            self._moved(late, (await connection.execute(this)).rowcount)
+
+    async def end(self, connection: AsyncConnection, ended: Sequence[tuple[tuple[int, str, str], int]]) -> None:
+        """Nothing is left of these spans, each of which stands at a position. Raises `Fenced`: roll back."""
+        for late, at in ended:
+            this = spans.delete().where(*self._span(late), spans.c.done == at)
+            self._moved(late, (await connection.execute(this)).rowcount)
+
+    async def caught(self, connection: AsyncConnection, names: Collection[str], position: int) -> None:
+        """These handlers have done everything up to here that they are given on their own. `fence` goes before."""
+        theirs = (*self._of_range(spans), spans.c.handler.in_(names), spans.c.kind != SKIPPED, spans.c.done < position)
+        await connection.execute(spans.update().where(*theirs).values(done=position))
+
+    def _span(self, late: tuple[int, str, str]) -> tuple[sa.ColumnElement[bool], ...]:
+        bucket, handler, kind = late
+        return (
+            spans.c.service == self._service,
+            spans.c.log == str(self._log),
+            spans.c.bucket == bucket,
+            spans.c.handler == handler,
+            spans.c.kind == kind,
+        )
+
+    def _moved(self, late: tuple[int, str, str], rows: int) -> None:
+        if rows != 1:
+            raise Fenced(
+                f"service {self._service!r}: another process gave handler {late[1]!r} its past in bucket {late[0]}; "
+                "this group was rolled back"
+            )
+
+    def succeed(self) -> None:
+        """Another version of the service was at work before: in the transaction that says so, the watermarks were
+        counted up as by a replay, so that it can commit nothing any more."""
+        self._replays = {bucket: times + 1 for bucket, times in self._replays.items()}
+
     async def stand(self, connection: AsyncConnection, marks: Mapping[int, int]) -> None:
         """Raises `Fenced` when any watermark stands elsewhere than `marks` says, bucket to position."""
         if not marks:
@@ -520,7 +563,10 @@ class Inbox:
         writes, none can until its end."""
         found = await connection.scalar(self._sent_back.with_for_update(read=True))
         if found != self._replays[self.buckets.start]:
-            raise Fenced(f"service {self._service!r}: a replay was asked for, or an event skipped; joining again")
+            raise Fenced(
+                f"service {self._service!r}: a replay was asked for, an event skipped, or another version of the "
+                "service has taken over; joining again"
+            )
 
     async def raise_floor(self, connection: AsyncConnection, position: int) -> None:
         """Never lowers it: two processes may each know something true. `fence` goes before: after a replay, what they

@@ -16,6 +16,7 @@ import structlog
 
 from tidings.attempt import Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
+from tidings.catchup import CatchUp
 from tidings.database import Database
 from tidings.dispatch import Dispatcher
 from tidings.errors import LogBehind
@@ -157,6 +158,7 @@ class Partition:
             clock=clock,
         )
         self._healing = healing = Pass(service.name, self._store, accepted, dispatcher, clock=clock)
+        catching_up = CatchUp(service.name, self._store, accepted, dispatcher, clock=clock)
         self.intake = intake = Intake(
             subscription,
             self._bus,
@@ -173,12 +175,14 @@ class Partition:
         async with task_group() as tasks:
             working = tasks.create_task(dispatcher.run())
             reading = tasks.create_task(healing.run())
+            catching = tasks.create_task(catching_up.run())
             taking = tasks.create_task(self._take(intake))
             self.joined.set()
             await self._leave.wait()
             # The connection stays open meanwhile, and with it the place in line: nobody else begins before this ends.
             intake.hold()
             reading.cancel()
+            catching.cancel()
             await dispatcher.drain(self._patience)
             # It says that it ended cleanly before another process is given the queue, which looks for that.
             working.cancel()

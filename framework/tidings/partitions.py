@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Subscription, check_partitions
 from tidings.database import Database, floors, partitions, watermarks
+from tidings.enrolment import common
 from tidings.errors import ConfigurationError, Fenced
 from tidings.notebook import Notebook, notebook_of
 from tidings.position import BUCKETS
@@ -80,6 +81,8 @@ class Range(NamedTuple):
     """The process at work on it; None after a clean end."""
     asked: str | None
     """The process that asks for it."""
+    handlers: str | None = None
+    """Whom its events are given to (`tidings.enrolment`); None where nobody has noted it."""
 
 
 async def layout_of(connection: AsyncConnection, service: str, *, locked: bool = False) -> Layout | None:
@@ -137,9 +140,17 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
         logs = await connection.scalars(sa.select(floors.c.log).where(floors.c.service == service).distinct())
         for log in map(UUID, list(logs)):
             rows = await ranges_of(connection, service, log)
+            agreed, handlers = common(row.handlers for row in rows)
+            if not agreed:
+                raise ConfigurationError(
+                    f"service {service!r} is in the middle of a deploy: its partitions give their events to different "
+                    "handlers. Start the new version, wait until 'tidings status' shows it at work on every partition, "
+                    "then resize. Nothing was changed"
+                )
             of_log = (floors.c.service == service, floors.c.log == str(log))
             await connection.execute(floors.delete().where(*of_log))
-            own = {"service": service, "log": str(log)}
+            own: dict[str, object] = {"service": service, "log": str(log)}
+            own["handlers"] = handlers
             divided = [own | _covering(rows, subscription.buckets) for subscription in after.subscriptions]
             await connection.execute(floors.insert(), divided)
             begun += [(row.active, row.first) for row in rows if row.active is not None]
@@ -166,7 +177,14 @@ async def was_rebound(database: Database, layout: Layout) -> None:
 
 async def ranges_of(connection: AsyncConnection, service: str, log: UUID) -> list[Range]:
     """The rows of a service's partitions, as far as they have joined this log, in their order."""
-    columns = (floors.c.first_bucket, floors.c.last_bucket, floors.c.position, floors.c.active, floors.c.asked)
+    columns = (
+        floors.c.first_bucket,
+        floors.c.last_bucket,
+        floors.c.position,
+        floors.c.active,
+        floors.c.asked,
+        floors.c.handlers,
+    )
     of_log = (floors.c.service == service, floors.c.log == str(log))
     found = await connection.execute(sa.select(*columns).where(*of_log).order_by(floors.c.first_bucket))
     return [Range(*row) for row in found]

@@ -15,12 +15,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
 from tidings.position import Ticket
+from tidings.roster import Span
 from tidings.work import SKIPPED, Item, Step
 
 __all__ = ["Batch", "Progress"]
 
 FLOOR_SECONDS: Final = 1.0
 """The floor is stored at most so often."""
+
+
+Late = tuple[int, str, str]
+"""A span's bucket, handler and kind."""
 
 
 @dataclass(slots=True)
@@ -34,6 +39,10 @@ class Batch:
     """Bucket to its new watermark: that of its last item, because items of one bucket finish in order."""
     parts: dict[int, list[Item]] = field(default_factory=dict)
     """Bucket to items whose event still waits for other handlers."""
+    late: dict[Late, int] = field(default_factory=dict)
+    """What handlers that are behind have done: to which position each span moves."""
+    ended: list[Span] = field(default_factory=list)
+    """Spans of which nothing is left."""
     foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
     """Messages that are no events of ours."""
     appended: list[UUID] = field(default_factory=list)
@@ -49,12 +58,16 @@ class Batch:
         """True when it leaves more behind than the watermark."""
         self.finished.append(item)
         if item.held is None:
-            if item.more:
-                self.parts.setdefault(item.bucket, []).append(item)
-            else:
+            if item.plain:
                 self.moves[item.bucket] = item.event.position
                 if self.parts:
                     self.parts.pop(item.bucket, None)
+            elif item.late is None:
+                self.parts.setdefault(item.bucket, []).append(item)
+            elif item.ends:
+                self.ended.append(item.late)
+            else:
+                self.late[item.late[:3]] = item.event.position
             if item.letter is None and item.postponed is None and not item.emissions:
                 return False
         self.notable.append(item)
@@ -78,10 +91,16 @@ class Progress:
         self.floor = self._stored_floor = remembered.floor
         """Everything up to here is settled (durably at most a second later)."""
         self._stored_at = clock()
+        self.spans: dict[Late, int] = {}
+        """How far the spans of handlers that are behind have come, as read or written last."""
+        self.caught = self._stored_caught = -1
+        """Handlers that are behind have done everything up to here."""
+        self._raised = -1
+        """Up to where the commit under way moves all spans."""
 
     @property
     def floor_is_stored(self) -> bool:
-        return self.floor <= self._stored_floor
+        return self.floor <= self._stored_floor and self.caught <= self._stored_caught
 
     def floor_is_due(self, now: bool) -> bool:
         return not self.floor_is_stored and (now or self._clock() - self._stored_at >= FLOOR_SECONDS)
@@ -108,6 +127,10 @@ class Progress:
         if self._parts:
             passed = {bucket: at for bucket, at in batch.moves.items() if bucket in self._parts}
             await inbox.forget_parts(connection, passed)
+        if batch.late or batch.ended:
+            reached = self.spans | batch.late
+            await inbox.advance(connection, [(late, self.spans[late], at) for late, at in batch.late.items()])
+            await inbox.end(connection, [(span[:3], reached[span[:3]]) for span in batch.ended])
         await inbox.part(connection, [(at, *item.turn) for at, items in batch.parts.items() for item in items])
         if again:
             await held.postpone(connection, _postponed(again))
@@ -129,8 +152,18 @@ class Progress:
         if floor_is_due:
             self._stored_floor, self._stored_at = self.floor, self._clock()
             await inbox.raise_floor(connection, self.floor)
+            if self.caught > self._stored_caught:
+                self._stored_caught = self.caught
+                await inbox.caught(connection, {name for _, name, _ in self.spans}, self.caught)
+                self._raised = self.caught
 
     def written(self, batch: Batch) -> None:
+        self.spans.update(batch.late)
+        for span in batch.ended:
+            del self.spans[span[:3]]
+        if self._raised >= 0:
+            self.spans = {late: max(at, self._raised) for late, at in self.spans.items()}
+            self._raised = -1
         self._watermarks.update(batch.moves)
         if self._parts:
             for bucket in batch.moves:

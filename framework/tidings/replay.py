@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.authors import Stranger, may_emit, strangers
 from tidings.database import Database, dead, floors, held, partitions, replays, staged, watermarks
 from tidings.dead import held_again
+from tidings.enrolment import sent_back
 from tidings.errors import TidingsError
 from tidings.handlers import Handler
 from tidings.position import ALL_BUCKETS, CARRIED, carried
@@ -223,6 +224,7 @@ async def send_back(database: Database, service: Service, log: UUID, start: Star
         )
         for table in (watermarks, floors):
             await connection.execute(table.update().where(*own.above(table, before)).values(position=before))
+        await sent_back(connection, service, log, before, _run_again(service))
         await _revive(connection, own, before, _run_again(service))
 
 

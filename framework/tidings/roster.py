@@ -1,20 +1,48 @@
 """Which handlers an event is given to: pure bookkeeping beside the lanes. No I/O.
 
 Mostly all that the service declares for its type. Not those that are done with it already while it waits for another
-handler (`partial`), not those that began after it, and not those that are behind in its bucket and come to it on their
-own (`tidings.catchup`).
+handler (`partial`), not those that were to begin after it, and not those that are behind in its bucket and come to it
+on their own (`tidings.catchup`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NamedTuple
 
 from tidings.handlers import Handler
 
-__all__ = ["Partial", "Roster"]
+__all__ = ["BEHIND", "PAST", "SKIPPED", "Partial", "Roster", "Span"]
 
 Partial = Mapping[int, Mapping[str, bool]]
 """Position to the handlers that are done with the event there; True for one that a replay has run again."""
+
+BEHIND: Final = "behind"
+"""The handler is given nothing of the bucket when it comes, before it has caught up."""
+PAST: Final = "past"
+"""The handler is given what comes, and beside it what it was not given before."""
+SKIPPED: Final = "skipped"
+"""The handler was not given this, and is not meant to be."""
+
+
+class Span(NamedTuple):
+    """Some positions of a bucket, for one handler."""
+
+    bucket: int
+    handler: str
+    kind: str
+    done: int
+    """It begins above this position."""
+    upto: int
+    """It ends here; -1 for `BEHIND`, which ends where the handler has caught up."""
+
+    @property
+    def open(self) -> bool:
+        """The handler is still to be given something."""
+        return self.kind != SKIPPED
+
+    def covers(self, position: int) -> bool:
+        return position > self.done and (self.kind == BEHIND or position <= self.upto)
 
 
 class Roster:
@@ -23,34 +51,42 @@ class Roster:
     def __init__(self, of: Callable[[str], tuple[Handler, ...]], partial: Partial) -> None:
         self._of = of
         self.partial = partial
-        self.since: Mapping[str, int] = {}
-        """Handler to the position after which it is given events."""
-        self._upto = -1
-        """Above it, every handler is given every event of its types."""
-        self.behind: dict[int, dict[str, int]] = {}
-        """By bucket: handlers that are not given its events now, to the position up to which they are done."""
+        self.spans: dict[int, dict[tuple[str, str], Span]] = {}
+        """By bucket: what is still to be given to handlers, by handler and kind."""
         self.known = False
         """What the database says of handlers was read."""
         self.generation = 0
-        """Counts how often it was read."""
+        """Rises when everything that was known before is true no more."""
+        self._after: Mapping[str, int] = {}
+        self._upto = -1
+        """Above it, a handler is given events whatever `_after` says."""
 
-    def read(self, since: Mapping[str, int], behind: dict[int, dict[str, int]]) -> None:
-        """What the database says; `behind` becomes ours to change."""
-        self.since, self.behind, self.known = since, behind, True
+    def renew(self, partial: Partial) -> None:
+        """Another process may have been at work: nothing is known any more."""
+        self.partial, self.spans, self.known = partial, {}, False
         self.generation += 1
-        self._upto = max(since.values(), default=-1)
 
-    def handlers(self, type: str, bucket: int, position: int) -> tuple[Handler, ...]:
-        """Those that are given this event of the bucket, in the order in which they run."""
-        found = self._of(type)
-        if position > self._upto and not self.behind and not self.partial:
+    def read(self, after: Mapping[str, int], spans: Iterable[Span]) -> None:
+        """What the database says: handlers that are given events above a position only, and spans."""
+        self._after, self.known = after, True
+        self._upto = max(after.values(), default=-1)
+        self.spans = {}
+        for span in spans:
+            if span.open:
+                self.spans.setdefault(span.bucket, {})[span.handler, span.kind] = span
+        self.generation += 1
+
+    def handlers(self, kind: str, bucket: int, position: int) -> tuple[Handler, ...]:
+        """Those that are given this event of the bucket now, in the order in which they run."""
+        found = self._of(kind)
+        if position > self._upto and not self.spans and not self.partial:
             return found
-        behind, done = self.behind.get(bucket, {}), self.partial.get(position, {})
+        spans, done = self.spans.get(bucket, {}), self.partial.get(position, {})
         return tuple(
             handler
             for handler in found
-            if position > self.since.get(handler.name, -1)
-            and handler.name not in behind
+            if position > self._after.get(handler.name, -1)
+            and (handler.name, BEHIND) not in spans
             and done.get(handler.name, True)
         )
 
@@ -58,13 +94,30 @@ class Roster:
         """A replay has the handler run this event again, though its bucket's watermark never passed it."""
         return bool(self.partial) and self.partial.get(position, {}).get(handler, False)
 
-    def late(self, type: str, bucket: int, position: int) -> list[Handler]:
-        """Those that are behind in the bucket, and have not done this event of it."""
-        behind = self.behind.get(bucket)
-        if not behind:
+    def late(self, kind: str, bucket: int, position: int) -> list[tuple[Handler, Span]]:
+        """Those that are to be given this event of the bucket on their own."""
+        spans = self.spans.get(bucket)
+        if not spans:
             return []
-        return [handler for handler in self._of(type) if position > behind.get(handler.name, position)]
+        return [
+            (handler, span)
+            for handler in self._of(kind)
+            for of in (BEHIND, PAST)
+            if (span := spans.get((handler.name, of))) is not None and span.covers(position)
+        ]
 
-    def caught_up(self, bucket: int) -> list[str]:
-        """No handler is behind in the bucket from now on: those that were."""
-        return list(self.behind.pop(bucket, ()))
+    def ended(self, bucket: int, reached: int, tail: int) -> list[Span]:
+        """Everything up to `reached` was given, and the bucket has accepted everything up to `tail`: which spans have
+        ended. From now on, who was behind is given what comes."""
+        spans = self.spans.get(bucket, {})
+        ended = [span for span in spans.values() if (tail if span.kind == BEHIND else span.upto) <= reached]
+        for span in ended:
+            del spans[span.handler, span.kind]
+        if not spans:
+            self.spans.pop(bucket, None)
+        return ended
+
+    @property
+    def first(self) -> int:
+        """Everything up to here was given to every handler."""
+        return min(span.done for spans in self.spans.values() for span in spans.values())

@@ -21,6 +21,7 @@ from tidings.held import HeldEvent, Line
 from tidings.inbox import Letter, StagedEvent, key_of
 from tidings.own_metadata import own_metadata
 from tidings.position import Ticket
+from tidings.roster import Span
 from tidings.stores import RecordedEvent
 from tidings.tracebacks import Kind, Tracebacks
 
@@ -129,6 +130,7 @@ class Item(Ticket[Step | None]):
     __slots__ = (
         "bucket",
         "emissions",
+        "ends",
         "event",
         "handler",
         "held",
@@ -154,7 +156,8 @@ class Item(Ticket[Step | None]):
         replayed: bool = False,
         metadata: dict[str, Any] | None = None,
         more: bool = False,
-        late: bool = False,
+        late: Span | None = None,
+        ends: bool = False,
     ) -> None:
         self.value = step
         self.done = False
@@ -173,8 +176,10 @@ class Item(Ticket[Step | None]):
         self.more = more
         """Other handlers have this event after this one: the watermark waits for them."""
         self.late = late
-        """Its handler is behind the watermark of the bucket, which has nothing to do with it."""
-        self.plain = held is None and not more and not late
+        """It is given to its handler on its own: this span of the bucket moves with it, and the watermark does not."""
+        self.ends = ends
+        """No event, but the end of the span, in the order of the lane."""
+        self.plain = held is None and not more and late is None
         """The watermark moves with it."""
         self.since = 0.0
         """When its handler was called last, in seconds of the dispatcher's clock."""

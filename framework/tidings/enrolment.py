@@ -1,0 +1,308 @@
+"""Which handlers a bucket range gives its events to, in the service's database: who is new, who left, who is behind.
+
+Each range remembers the handlers of the process that was at work on it last. A process that takes over compares them
+with its own, bucket by bucket: a handler that left is behind from there on; one that comes back goes on from there; a
+new one begins where it was declared to (`since`). What a handler is behind, `tidings.catchup` gives it. So a deploy, a
+rollback, and two versions of a service side by side lose nothing and do nothing twice. No handler is run here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.database import dead, floors, handlers, held, partials, spans, watermarks
+from tidings.roster import BEHIND, PAST, SKIPPED, Span
+
+if TYPE_CHECKING:
+    from tidings.handlers import Handler
+    from tidings.service import Service
+
+__all__ = ["Enrolled", "Record", "common", "enrol", "read_records", "sent_back", "wanted"]
+
+log = structlog.get_logger("tidings.enrolment")
+
+
+class Begun(NamedTuple):
+    """How a handler began in a range."""
+
+    since: int | None
+    """The position after which it was to begin; None for one that began with what came next."""
+    after: int = -1
+    """It is given the events above this position, when they come."""
+
+
+Since = Mapping[str, Begun]
+
+
+@dataclass(slots=True)
+class Enrolled:
+    """What a process that has taken over a range knows of its handlers."""
+
+    after: dict[str, int] = field(default_factory=dict)
+    """Handlers that are given events above a position only."""
+    spans: list[Span] = field(default_factory=list)
+    """What its handlers are behind, or were not given."""
+    changed: bool = False
+    """Another version of the service was at work before: whatever it still has under way can be committed no more."""
+
+
+class Record(NamedTuple):
+    """A handler that has been at work in a service."""
+
+    handler: str
+    since: int
+    """What the service had settled up to this position was not given to it; -1 for one that has been there always."""
+    seen_at: datetime
+
+
+def wanted(handler: Handler) -> int | None:
+    """The position after which it wants events; None for whatever comes next."""
+    if handler.since == "start":
+        return -1
+    return int(handler.since) - 1 if isinstance(handler.since, int) else None
+
+
+async def read_records(connection: AsyncConnection, service: str, log_id: UUID) -> dict[str, Record]:
+    """Every handler that has been at work in the service, by name."""
+    columns = (handlers.c.handler, handlers.c.since, handlers.c.seen_at)
+    of_log = (handlers.c.service == service, handlers.c.log == str(log_id))
+    rows = await connection.execute(sa.select(*columns).where(*of_log))
+    return {row.handler: Record(*row) for row in rows}
+
+
+async def enrol(connection: AsyncConnection, service: Service, log_id: UUID, buckets: range) -> Enrolled:
+    """Have the service's handlers be those of the range from now on; the process has taken it over."""
+    return await _Enrolment(connection, service, log_id, buckets).run()
+
+
+class _Enrolment:
+    """One range, in the transaction of one process that takes it over."""
+
+    def __init__(self, connection: AsyncConnection, service: Service, log_id: UUID, buckets: range) -> None:
+        self._connection = connection
+        self._service = service
+        self._buckets = buckets
+        self._log_id = log_id
+        self._own: dict[str, Any] = {"service": service.name, "log": str(log_id)}
+
+    async def run(self) -> Enrolled:
+        of_range = (floors.c.first_bucket == self._buckets.start, floors.c.last_bucket == self._buckets.stop - 1)
+        this = (*self._of(floors), *of_range)
+        row = (await self._connection.execute(sa.select(floors.c.position, floors.c.handlers).where(*this))).one()
+        before: Since | None = None
+        if row.handlers is not None:
+            before = {name: Begun(*begun) for name, begun in json.loads(row.handlers).items()}
+        if before is not None and self._is_unchanged(before):
+            return Enrolled(_positions(before), await self._spans())
+        settled = await self._settled(row.position)
+        since = await (self._begin(settled) if before is None else self._compare(before, settled))
+        text = json.dumps(since, sort_keys=True)
+        await self._connection.execute(floors.update().where(*this).values(handlers=text))
+        changed = before is not None or max(settled.values()) >= 0
+        if changed:
+            marks = watermarks.update().where(*self._of(watermarks), self._in_range(watermarks))
+            await self._connection.execute(marks.values(replays=watermarks.c.replays + 1))
+        return Enrolled(_positions(since), await self._spans(), changed)
+
+    def _is_unchanged(self, before: Since) -> bool:
+        """The range gives to exactly these handlers, and none of them wants more of its past."""
+        named = self._service.named
+        return before.keys() == named.keys() and not any(_wants_more(handler, before) for handler in named.values())
+
+    async def _begin(self, settled: Mapping[int, int]) -> Since:
+        """Nobody noted the range's handlers: it is new, or Tidings was older. No handler is known to be new."""
+        since: dict[str, Begun] = {}
+        for name, handler in self._service.named.items():
+            after = wanted(handler)
+            since[name] = Begun(after, -1 if after is None else after)
+            await self._record(name, since[name].after)
+            await self._skip(name, settled, since[name].after)
+        return since
+
+    async def _skip(self, name: str, buckets: Iterable[int], upto: int) -> None:
+        if upto >= 0:
+            await self._add(name, SKIPPED, dict.fromkeys(buckets, -1), dict.fromkeys(buckets, upto))
+
+    async def _compare(self, before: Since, settled: Mapping[int, int]) -> Since:
+        known = await read_records(self._connection, self._service.name, self._log_id)
+        before = await self._rename(before, known)
+        named = self._service.named
+        for name in before.keys() - named.keys():
+            await self._add(name, BEHIND, settled)
+            log.warning("handler.left", service=self._service.name, handler=name, advice="if it comes back, it goes on")
+        since: dict[str, Begun] = {}
+        for name, handler in named.items():
+            if name not in before:
+                since[name] = await self._join(handler, settled)
+            elif _wants_more(handler, before):
+                since[name] = await self._add_past(handler, before[name])
+            else:
+                since[name] = before[name]
+        return since
+
+    async def _join(self, handler: Handler, settled: Mapping[int, int]) -> Begun:
+        """The handler is not one of those that the range gave its events to. Where it is behind already, it goes on."""
+        name, after = handler.name, wanted(handler)
+        there = {row.bucket for row in await self._spans(name) if row.kind == BEHIND}
+        fresh = {bucket: position for bucket, position in settled.items() if bucket not in there}
+        highest = max(settled.values())
+        told = {"service": self._service.name, "handler": name, "settled": highest}
+        if there:
+            log.warning("handler.came_back", **told, advice="it goes on where it left: 'tidings verify' says how far")
+        if fresh and highest >= 0:
+            if after is None:
+                await self._add(name, SKIPPED, dict.fromkeys(fresh, -1), fresh)
+                await self._adopt(name)
+                await self._record(name, highest)
+            else:
+                await self._add(name, BEHIND, {at: after for at, position in fresh.items() if position > after})
+                await self._record(name, after)
+            if not there:
+                self._tell(handler, told, after)
+        else:
+            await self._record(name, -1 if after is None else after)
+        begun = Begun(after, -1 if after is None else after)
+        await self._skip(name, fresh, begun.after)
+        return begun
+
+    def _tell(self, handler: Handler, told: dict[str, Any], after: int | None) -> None:
+        if after is not None:
+            advice = "the past comes first: 'tidings verify' says how far it is"
+        elif handler.since == "now":
+            advice = "what the service had settled before is not given to it, as it was declared"
+        else:
+            advice = (
+                "what the service had settled before is not given to it. If it is to have that, declare it with "
+                "since='start' or since=POSITION, and start the service again; since='now' says that this is meant"
+            )
+        log.warning("handler.begins", **told, advice=advice)
+
+    async def _add_past(self, handler: Handler, old: Begun) -> Begun:
+        """What the handler was not given, and now wants, is its past. One past after the other."""
+        after, rows = wanted(handler), await self._spans(handler.name)
+        assert after is not None
+        if any(row.kind == PAST for row in rows):
+            return old
+        missing = [row for row in rows if row.kind == SKIPPED and row.upto > after]
+        await self._add(
+            handler.name,
+            PAST,
+            {row.bucket: after for row in missing},
+            {row.bucket: row.upto for row in missing},
+        )
+        this = (*self._of(spans), self._in_range(spans), spans.c.handler == handler.name, spans.c.kind == SKIPPED)
+        await self._connection.execute(spans.delete().where(*this, spans.c.upto > after))
+        await self._skip(handler.name, [row.bucket for row in missing], after)
+        record = (*self._of(handlers), handlers.c.handler == handler.name, handlers.c.since > after)
+        await self._connection.execute(handlers.update().where(*record).values(since=after))
+        log.warning(
+            "handler.past_added",
+            service=self._service.name,
+            handler=handler.name,
+            after=after,
+            advice="it is given what it had not, beside what comes, so not in the order of the log: 'tidings verify' "
+            "says how far it is",
+        )
+        return old._replace(since=after)
+
+    async def _rename(self, before: Since, known: Mapping[str, Record]) -> Since:
+        """Whatever was noted under a former name of a handler is noted under its present one."""
+        renames = {former: handler.name for handler in self._service.named.values() for former in handler.was}
+        for former, name in renames.items():
+            for table in (held, dead, partials, spans):
+                this = (*self._of(table), self._in_range(table), table.c.handler == former)
+                await self._connection.execute(table.update().where(*this).values(handler=name))
+            if former in known:
+                await self._record(name, known[former].since)
+        return {renames.get(name, name): begun for name, begun in before.items()}
+
+    async def _adopt(self, name: str) -> None:
+        """A handler that was renamed without a word, as far as can be seen: what another one, that is gone, held or
+        gave up of types that only the new one handles now, is the new one's."""
+        named = list(self._service.named)
+        types = [kind for kind, of in self._service.handlers.items() if [each.name for each in of] == [name]]
+        for table in (held, dead):
+            this = (*self._of(table), self._in_range(table), table.c.handler.not_in(named), table.c.type.in_(types))
+            await self._connection.execute(table.update().where(*this).values(handler=name))
+
+    async def _record(self, name: str, since: int) -> None:
+        known = (*self._of(handlers), handlers.c.handler == name)
+        if await self._connection.scalar(sa.select(handlers.c.since).where(*known)) is None:
+            row = self._own | {"handler": name, "since": since, "seen_at": datetime.now(UTC)}
+            await self._connection.execute(handlers.insert().values(row))
+
+    async def _add(self, name: str, kind: str, done: Mapping[int, int], upto: Mapping[int, int] | None = None) -> None:
+        """Rows by bucket; where there is one of that kind already, it stays."""
+        there = {row.bucket for row in await self._spans(name) if row.kind == kind}
+        rows = [
+            self._own
+            | {"bucket": at, "handler": name, "kind": kind, "done": position, "upto": (upto or {}).get(at, -1)}
+            for at, position in done.items()
+            if at not in there
+        ]
+        if rows:
+            await self._connection.execute(spans.insert(), rows)
+
+    async def _settled(self, floor: int) -> dict[int, int]:
+        """How far each bucket of the range is."""
+        columns = (watermarks.c.bucket, watermarks.c.position)
+        of_range = (*self._of(watermarks), self._in_range(watermarks))
+        rows = await self._connection.execute(sa.select(*columns).where(*of_range))
+        return dict.fromkeys(self._buckets, floor) | {row.bucket: max(row.position, floor) for row in rows}
+
+    async def _spans(self, name: str | None = None) -> list[Span]:
+        names = list(self._service.named) if name is None else [name]
+        columns = [spans.c[column] for column in Span._fields]
+        of_range = (*self._of(spans), self._in_range(spans), spans.c.handler.in_(names))
+        return [Span(*row) for row in await self._connection.execute(sa.select(*columns).where(*of_range))]
+
+    def _of(self, table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
+        return table.c.service == self._own["service"], table.c.log == self._own["log"]
+
+    def _in_range(self, table: sa.Table) -> sa.ColumnElement[bool]:
+        return table.c.bucket.between(self._buckets.start, self._buckets.stop - 1)
+
+
+def _wants_more(handler: Handler, before: Since) -> bool:
+    after, old = wanted(handler), before[handler.name].since
+    return after is not None and (old is None or after < old)
+
+
+def _positions(since: Since) -> dict[str, int]:
+    return {name: begun.after for name, begun in since.items() if begun.after >= 0}
+
+
+async def sent_back(
+    connection: AsyncConnection, service: Service, log_id: UUID, before: int, names: Sequence[str]
+) -> None:
+    """A replay sends the service back to after `before`: these handlers are given everything from there on again, and
+    what they had not been given for the first time."""
+    of_log = (spans.c.service == service.name, spans.c.log == str(log_id), spans.c.handler.in_(names))
+    await connection.execute(spans.delete().where(*of_log, spans.c.kind == PAST, spans.c.done >= before))
+    await connection.execute(
+        spans.update().where(*of_log, spans.c.kind == PAST, spans.c.upto > before).values(upto=before)
+    )
+    await connection.execute(
+        spans.update().where(*of_log, spans.c.kind == BEHIND, spans.c.done > before).values(done=before)
+    )
+    filtered = [name for name, handler in service.named.items() if (wanted(handler) or -1) >= 0]
+    given = (*of_log, spans.c.kind == SKIPPED, spans.c.handler.not_in(filtered))
+    await connection.execute(spans.update().where(*given, spans.c.upto > before).values(upto=before))
+    await connection.execute(spans.delete().where(*given, spans.c.upto < 0))
+    ours = (partials.c.service == service.name, partials.c.log == str(log_id), partials.c.handler.in_(names))
+    await connection.execute(partials.update().where(*ours, partials.c.position > before).values(again=True))
+
+
+def common(ranges: Iterable[str | None]) -> tuple[bool, str | None]:
+    """Whether these ranges, as far as anything is noted of them, give to the same handlers; and those."""
+    noted = [handlers for handlers in ranges if handlers is not None]
+    return all(each == noted[0] for each in noted), noted[0] if noted else None

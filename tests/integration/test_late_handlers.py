@@ -1,0 +1,186 @@
+"""Handlers that come later, leave, come back or are renamed: each event once for each, in order, none forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.embedded import Happened, audit, count, embedded, many, rows, tables, until
+from tidings import Context, Hold, Retry, Service
+from tidings.database import held, spans
+from tidings.replay import find_start, send_back
+from tidings.roster import SKIPPED
+
+Since = Literal["start", "now"] | int | None
+EVENTS = many(120, 5)
+OLD, NEW = EVENTS[:60], EVENTS[60:]
+
+
+def service(
+    *names: str, since: Since = None, replay: bool = True, was: tuple[str, ...] = (), **options: int
+) -> Service:
+    """Each handler writes its own audit rows; `since`, `replay` and `was` are the last one's."""
+    made = Service("late", tables=tables, **options)  # type: ignore[arg-type]
+    for name in names:
+        last = name == names[-1]
+
+        async def handle(event: Happened, context: Context, session: AsyncSession) -> None:
+            again = " again" if context.replayed else ""
+            await session.execute(sa.insert(audit).values(key=f"{context.handler} {event.key}{again}", n=event.n))
+
+        made.on(
+            Happened,
+            name=name,
+            since=since if last else None,
+            replay=replay or not last,
+            was=was if last else (),
+            retry=Retry(attempts=2, delay=0.01, hold=Hold(attempts=3, delay=0.05)),
+        )(handle)
+    return made
+
+
+async def done(of: Service, name: str) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for key, n in await rows(of):
+        handler, _, which = key.partition(" ")
+        if handler == name:
+            found.setdefault(which, []).append(n)
+    return found
+
+
+def by_key(events: Sequence[Happened]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for event in events:
+        found.setdefault(event.key, []).append(event.n)
+    return found
+
+
+async def live(folder: Path, of: Service, *events: Happened) -> None:
+    """One deploy: append, and wait until all is settled."""
+    async with embedded(folder, of) as world:
+        await world.append(*events)
+        await world.settled()
+        await until(lambda: _caught_up(of))
+        assert await world.running[0].reached(await world.store.head(), timeout=20.0)
+
+
+async def _caught_up(of: Service) -> bool:
+    async with of.engine.connect() as connection:
+        left = sa.select(sa.func.count()).select_from(spans).where(spans.c.kind != SKIPPED)
+        return not await connection.scalar(left.where(spans.c.handler.in_(list(of.named))))
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+@pytest.mark.parametrize(
+    ("since", "expected"), [("start", EVENTS), ("now", NEW), (None, NEW)], ids=["start", "now", "without"]
+)
+async def test_a_handler_added_later_begins_where_it_was_declared_to(
+    tmp_path: Path, since: Since, expected: list[Happened], partitions: int
+) -> None:
+    await live(tmp_path, service("first", partitions=partitions), *OLD)
+    late = service("first", "second", since=since)
+    async with embedded(tmp_path, late) as world:
+        await world.append(*NEW)
+        await world.settled()
+        await until(lambda: _caught_up(late))
+        assert await done(late, "second") == by_key(expected)
+        assert await done(late, "first") == by_key(EVENTS)
+
+
+async def test_a_handler_may_begin_at_a_position(tmp_path: Path) -> None:
+    first = service("first")
+    async with embedded(tmp_path, first) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(10)))
+        await world.settled()
+        positions = [event.position async for event in world.store.read_all() if event.type == "Happened"]
+    late = service("first", "second", since=positions[4])
+    async with embedded(tmp_path, late) as world:
+        await world.settled()
+        await until(lambda: _caught_up(late))
+        assert await done(late, "second") == {"k": [4, 5, 6, 7, 8, 9]}
+
+
+async def test_a_handler_that_leaves_and_comes_back_goes_on_where_it_left(tmp_path: Path) -> None:
+    await live(tmp_path, service("first", "second"), *EVENTS[:40])
+    await live(tmp_path, service("first"), *EVENTS[40:80])
+    back = service("first", "second")
+    async with embedded(tmp_path, back) as world:
+        await world.append(*EVENTS[80:])
+        await world.settled()
+        await until(lambda: _caught_up(back))
+        assert await done(back, "second") == await done(back, "first") == by_key(EVENTS)
+
+
+@pytest.mark.parametrize("was", [("second",), ()], ids=["said", "unsaid"])
+async def test_a_renamed_handler_goes_on_where_it_was(tmp_path: Path, was: tuple[str, ...]) -> None:
+    await live(tmp_path, service("first", "second"), *OLD)
+    renamed = service("first", "third", was=was)
+    async with embedded(tmp_path, renamed) as world:
+        await world.append(*NEW)
+        await world.settled()
+        assert await done(renamed, "second") == by_key(OLD)
+        assert await done(renamed, "third") == by_key(NEW)
+        if was:
+            assert await count(renamed, spans) == 0
+
+
+async def test_a_past_may_be_added_later(tmp_path: Path) -> None:
+    await live(tmp_path, service("first"), *OLD)
+    await live(tmp_path, service("first", "second"), *EVENTS[60:90])
+    late = service("first", "second", since="start")
+    async with embedded(tmp_path, late) as world:
+        await world.append(*EVENTS[90:])
+        await world.settled()
+        await until(lambda: _caught_up(late))
+        found = await done(late, "second")
+        assert {key: sorted(numbers) for key, numbers in found.items()} == by_key(EVENTS)
+        assert await count(late, spans) == 0
+
+
+async def test_a_replay_gives_a_late_handler_what_it_was_not_given(tmp_path: Path) -> None:
+    await live(tmp_path, service("first"), *OLD)
+    late = service("first", "second")
+    await live(tmp_path, late, *NEW)
+    async with embedded(tmp_path, late) as world:
+        start = await find_start(world.store, 0)
+        assert start is not None
+        await send_back(world.running[0].database, late, await world.store.log_id(), start)
+        await until(lambda: _has(late, "second", 180))
+        await world.settled()
+        again = await done(late, "second")
+        assert {key: again[f"{key} again"] for key in by_key(EVENTS)} == by_key(EVENTS)
+
+
+async def test_what_fails_in_the_past_is_held_and_keeps_its_order(tmp_path: Path) -> None:
+    await live(tmp_path, service("first"), *(Happened(key="k", n=n) for n in range(6)))
+    late, broken = Service("late", tables=tables), [True]
+
+    @late.on(Happened)
+    async def first(event: Happened) -> None: ...
+
+    @late.on(Happened, since="start", retry=Retry(attempts=1, hold=Hold(attempts=50, delay=0.05, factor=1)))
+    async def second(event: Happened, session: AsyncSession) -> None:
+        await session.execute(sa.insert(audit).values(key="second k", n=event.n))
+        if broken[0] and event.n == 2:
+            raise RuntimeError("not yet")
+
+    async with embedded(tmp_path, late) as world:
+        await world.append(Happened(key="k", n=6))
+        await until(lambda: _number(late, held, 5))
+        assert await done(late, "second") == {"k": [0, 1]}
+        broken[0] = False
+        await world.settled()
+        assert await done(late, "second") == {"k": [0, 1, 2, 3, 4, 5, 6]}
+
+
+async def _has(of: Service, name: str, wanted: int) -> bool:
+    return sum(map(len, (await done(of, name)).values())) >= wanted
+
+
+async def _number(of: Service, table: sa.Table, wanted: int) -> bool:
+    return await count(of, table) == wanted
