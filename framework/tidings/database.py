@@ -47,7 +47,7 @@ __all__ = [
     "watermarks",
 ]
 
-SCHEMA: Final = 7
+SCHEMA: Final = 8
 """Version of the tables below."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
@@ -71,6 +71,10 @@ _UPGRADES: Final = {
     4: (("tidings_staged", "aliases", "TEXT DEFAULT '' NOT NULL"),),
     5: (("tidings_floors", "handlers", "TEXT"),),
     6: (("tidings_staged", "requested", "BOOLEAN DEFAULT false NOT NULL"),),
+    7: (
+        ("tidings_held", "line", "TEXT DEFAULT '' NOT NULL"),
+        ("tidings_dead", "line", "TEXT DEFAULT '' NOT NULL"),
+    ),
 }
 """Columns that each older version lacks; tables that are missing are made whole before."""
 
@@ -80,6 +84,8 @@ _FORMER_INDEXES: Final = (
     "tidings_held_failed",
     "tidings_held_keys",
     "tidings_dead_holding",
+    "tidings_held_lines",
+    "tidings_dead_lines",
 )
 
 metadata = sa.MetaData()
@@ -271,7 +277,8 @@ held = sa.Table(
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
     sa.Column("since", sa.Double, comment="when it was held first, seconds since 1970"),
     sa.Column("code", sa.String(32), comment="fingerprint of the handler's code that failed"),
-    sa.Index("tidings_held_lines", "service", "log", "key", "handler", "position", "bucket", "attempts"),
+    sa.Column("line", Text, nullable=False, server_default="", comment="of the handler; others do not wait for it"),
+    sa.Index("tidings_held_order", "service", "log", "key", "line", "position", "bucket", "attempts"),
     comment="Events that failed for now, and later events of their keys; they run again when they are due",
 )
 
@@ -314,12 +321,13 @@ dead = sa.Table(
     sa.Column("partition_key", Text, key="key"),
     sa.Column("holds_key", sa.Boolean, nullable=False, server_default=sa.false(), comment="later events wait for it"),
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
+    sa.Column("line", Text, nullable=False, server_default="", comment="of the handler; others do not wait for it"),
     comment="Events and messages that this service gave up, whole, with the reason",
 )
 
 sa.Index(
-    "tidings_dead_lines",
-    *(dead.c.service, dead.c.log, dead.c.key, dead.c.handler, dead.c.position, dead.c.bucket),
+    "tidings_dead_order",
+    *(dead.c.service, dead.c.log, dead.c.key, dead.c.line, dead.c.position, dead.c.bucket),
     sqlite_where=sa.text("holds_key = 1"),
     postgresql_where=dead.c.holds_key,
 )

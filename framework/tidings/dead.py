@@ -23,7 +23,7 @@ from tidings.selection import EVERYTHING, Selection
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]
 
-_KEPT: Final = ("version", "ticks", "event_id", "stream", "type", "data", "metadata", "is_json", "replayed")
+_KEPT: Final = ("version", "ticks", "event_id", "stream", "type", "data", "metadata", "is_json", "replayed", "line")
 
 
 class DeadLetterNotFound(TidingsError):

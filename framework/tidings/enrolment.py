@@ -19,14 +19,15 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import dead, floors, handlers, held, partials, spans, watermarks
+from tidings.database import dead, floors, handlers, held, partials, partitions, spans, watermarks
+from tidings.errors import Fenced
 from tidings.roster import BEHIND, PAST, SKIPPED, Span
 
 if TYPE_CHECKING:
     from tidings.handlers import Handler
     from tidings.service import Service
 
-__all__ = ["Enrolled", "Record", "common", "enrol", "read_records", "sent_back", "wanted"]
+__all__ = ["Enrolled", "Record", "enrol", "read_records", "sent_back", "wanted"]
 
 log = structlog.get_logger("tidings.enrolment")
 
@@ -38,6 +39,7 @@ class Begun(NamedTuple):
     """The position after which it was to begin; None for one that began with what came next."""
     after: int = -1
     """It is given the events above this position, when they come."""
+    line: str = ""
 
 
 Since = Mapping[str, Begun]
@@ -97,14 +99,25 @@ class _Enrolment:
     async def run(self) -> Enrolled:
         of_range = (floors.c.first_bucket == self._buckets.start, floors.c.last_bucket == self._buckets.stop - 1)
         this = (*self._of(floors), *of_range)
-        row = (await self._connection.execute(sa.select(floors.c.position, floors.c.handlers).where(*this))).one()
+        found = sa.select(floors.c.position, floors.c.handlers).where(*this)
+        row = (await self._connection.execute(found)).one_or_none()
+        if row is None:
+            raise Fenced(f"service {self._service.name!r} was resized, and this process has not heard of it yet")
         before: Since | None = None
         if row.handlers is not None:
             before = {name: Begun(*begun) for name, begun in json.loads(row.handlers).items()}
         if before is not None and self._is_unchanged(before):
             return Enrolled(_positions(before), await self._spans())
+        # One range after the other: all note the same handlers.
+        layout = sa.select(partitions.c.epoch).where(partitions.c.service == self._service.name)
+        await self._connection.execute(layout.with_for_update())
         settled = await self._settled(row.position)
         since = await (self._begin(settled) if before is None else self._compare(before, settled))
+        since = {name: begun._replace(line=self._service.named[name].line) for name, begun in since.items()}
+        for name, begun in since.items():
+            for table in (held, dead):
+                moved = (*self._of(table), self._in_range(table), table.c.handler == name, table.c.line != begun.line)
+                await self._connection.execute(table.update().where(*moved).values(line=begun.line))
         text = json.dumps(since, sort_keys=True)
         await self._connection.execute(floors.update().where(*this).values(handlers=text))
         changed = before is not None or max(settled.values()) >= 0
@@ -116,7 +129,9 @@ class _Enrolment:
     def _is_unchanged(self, before: Since) -> bool:
         """The range gives to exactly these handlers, and none of them wants more of its past."""
         named = self._service.named
-        return before.keys() == named.keys() and not any(_wants_more(handler, before) for handler in named.values())
+        return before.keys() == named.keys() and not any(
+            handler.line != before[name].line or _wants_more(handler, before) for name, handler in named.items()
+        )
 
     async def _begin(self, settled: Mapping[int, int]) -> Since:
         """Nobody noted the range's handlers: it is new, or Tidings was older. No handler is known to be new."""
@@ -300,9 +315,3 @@ async def sent_back(
     await connection.execute(spans.delete().where(*given, spans.c.upto < 0))
     ours = (partials.c.service == service.name, partials.c.log == str(log_id), partials.c.handler.in_(names))
     await connection.execute(partials.update().where(*ours, partials.c.position > before).values(again=True))
-
-
-def common(ranges: Iterable[str | None]) -> tuple[bool, str | None]:
-    """Whether these ranges, as far as anything is noted of them, give to the same handlers; and those."""
-    noted = [handlers for handlers in ranges if handlers is not None]
-    return all(each == noted[0] for each in noted), noted[0] if noted else None

@@ -118,6 +118,9 @@ class Handler:
     """Its former names, the oldest first: what was emitted under any of them is not emitted again."""
     since: Since = None
     """Where it begins when it is new in a service that has settled events before."""
+    line: str = ""
+    """Handlers of one line wait for each other's held events of the same key. "" for all that are the first of their
+    events; each other one has a line of its own, with its name."""
 
     @property
     def names(self) -> frozenset[str]:

@@ -36,7 +36,7 @@ _NONE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
 
 
 Line = tuple[str, str]
-"""A partition key for one handler: each handler has its own order, and nothing waits for another handler."""
+"""A partition key in one line of handlers (`Handler.line`): order is kept within it, and nothing waits for another."""
 
 
 class HeldEvent(NamedTuple):
@@ -58,9 +58,11 @@ class HeldEvent(NamedTuple):
     code: str | None = None
     """Fingerprint of the handler's code that failed; None where that was not noted."""
 
+    handlers_line: str = ""
+
     @property
     def line(self) -> Line:
-        return self.key, self.handler
+        return self.key, self.handlers_line
 
 
 class HeldCount(NamedTuple):
@@ -101,12 +103,12 @@ class HeldRows:
         holding = (*self._of(dead, buckets), dead.c.holds_key)
         # Each in the order of its index, which spares sorting all of it. A key has one bucket.
         self._blocked = sa.union_all(
-            sa.select(sa.func.min(held.c.bucket), held.c.key, held.c.handler, sa.func.count())
+            sa.select(sa.func.min(held.c.bucket), held.c.key, held.c.line, sa.func.count())
             .where(*self._mine)
-            .group_by(held.c.key, held.c.handler),
-            sa.select(sa.func.min(dead.c.bucket), dead.c.key, dead.c.handler, sa.func.count())
+            .group_by(held.c.key, held.c.line),
+            sa.select(sa.func.min(dead.c.bucket), dead.c.key, dead.c.line, sa.func.count())
             .where(*holding)
-            .group_by(dead.c.key, dead.c.handler),
+            .group_by(dead.c.key, dead.c.line),
         )
         this = (
             held.c.service == service,
@@ -116,11 +118,11 @@ class HeldRows:
         )
         self._postpone = held.update().where(*this).values({name: sa.bindparam(f"new_{name}") for name in _CHANGING})
         self._release = held.delete().where(*this)
-        line = sa.tuple_(held.c.key, held.c.handler)
+        line = sa.tuple_(held.c.key, held.c.line)
         besides = line.not_in(sa.bindparam("besides", expanding=True))
         running = held.c.handler.not_in(sa.bindparam("paused", expanding=True))
         failed = (
-            sa.select(held.c.key, held.c.handler)
+            sa.select(held.c.key, held.c.line)
             .where(
                 *self._mine,
                 held.c.attempts > _NONE,
@@ -155,21 +157,29 @@ class HeldRows:
             waiting = (
                 sa.select(
                     held.c.key,
-                    held.c.handler,
+                    held.c.line,
                     sa.func.min(held.c.position).label("position"),
                     sa.func.min(held.c.bucket).label("bucket"),
                 )
                 .where(*self._mine, held.c.attempts == _NONE, besides, *where)
-                .group_by(held.c.key, held.c.handler)
+                .group_by(held.c.key, held.c.line)
                 .subquery()
             )
             free = (
-                sa.select(waiting.c.key, waiting.c.handler)
+                sa.select(waiting.c.key, waiting.c.line)
                 .where(self._oldest(waiting), *self._free(waiting))
                 .order_by(waiting.c.position)
                 .limit(AT_ONCE)
             )
-            return {False: free, True: free.where(waiting.c.handler.not_in(sa.bindparam("paused", expanding=True)))}
+            first = held.alias()
+            of_paused = sa.exists().where(
+                first.c.service == service,
+                first.c.log == str(log),
+                first.c.position == waiting.c.position,
+                first.c.line == waiting.c.line,
+                first.c.handler.in_(sa.bindparam("paused", expanding=True)),
+            )
+            return {False: free, True: free.where(~of_paused)}
 
         self._turn = turn()
         self._turn_after = turn(line.in_(sa.bindparam("after", expanding=True)))
@@ -199,7 +209,7 @@ class HeldRows:
             older.c.service == self._own["service"],
             older.c.log == self._own["log"],
             older.c.key == event.c.key,
-            older.c.handler == event.c.handler,
+            older.c.line == event.c.line,
             older.c.position < event.c.position,
         )
 
@@ -212,7 +222,7 @@ class HeldRows:
             grave.c.log == self._own["log"],
             grave.c.holds_key,
             grave.c.key == event.c.key,
-            grave.c.handler == event.c.handler,
+            grave.c.line == event.c.line,
             grave.c.position < event.c.position,
         )
         reached = sa.exists().where(
@@ -239,8 +249,8 @@ class HeldRows:
     async def blocked(self, connection: AsyncConnection) -> dict[int, dict[Line, int]]:
         """Of each bucket the blocked lines, with the number of rows that block them."""
         found = defaultdict[int, dict[Line, int]](dict)
-        for bucket, key, handler, rows in await connection.execute(self._blocked):
-            lines, line = found[bucket], (key, handler)
+        for bucket, key, of, rows in await connection.execute(self._blocked):
+            lines, line = found[bucket], (key, of)
             lines[line] = lines.get(line, 0) + rows
         return dict(found)
 
@@ -333,6 +343,7 @@ class HeldRows:
                         "metadata": row.event.metadata,
                         "is_json": row.event.is_json,
                         "handler": row.handler,
+                        "line": row.handlers_line,
                         "replayed": row.replayed,
                         "since": row.since,
                     }
@@ -387,6 +398,7 @@ def _held_event(row: sa.Row[Any]) -> HeldEvent:
         row.replayed,
         row.since,
         row.code,
+        row.line,
     )
 
 

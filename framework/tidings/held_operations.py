@@ -192,7 +192,7 @@ def _turns(rows: Sequence[sa.Row[Any]]) -> sa.ColumnElement[bool]:
 
 _ALIKE: Final = (
     *("service", "log", "position", "bucket", "key", "version", "ticks", "event_id", "stream", "type", "data"),
-    *("metadata", "is_json", "handler", "attempts", "replayed"),
+    *("metadata", "is_json", "handler", "line", "attempts", "replayed"),
 )
 
 

@@ -151,6 +151,8 @@ class Letter:
     key: str | None = None
     holds_key: bool = False
     """Later events of the same partition key are held until this letter is retried or dropped."""
+    line: str = ""
+    """The handler's."""
     replayed: bool = False
     """It failed when a replay ran it again."""
 
@@ -163,6 +165,7 @@ class Letter:
         key: str,
         holds_key: bool,
         handler: str,
+        line: str = "",
         attempts: int,
         reason: str,
         detail: str | None,
@@ -186,6 +189,7 @@ class Letter:
             event.is_json,
             key,
             holds_key,
+            line,
             replayed,
         )
 

@@ -1,8 +1,8 @@
 """Which partition keys wait, and for what: pure bookkeeping beside the lanes. No I/O.
 
-Each handler has its own keys: a line is a partition key for one handler. A line is blocked while it has a held event,
-or a dead letter that holds it. Its held events fly, as many as were read, through the bucket's lane; when one of them
-fails again, those behind it are not run.
+A line is a partition key in one line of handlers (`Handler.line`). It is blocked while it has a held event, or a dead
+letter that holds it. Its held events fly, as many as were read, through the bucket's lane; when one of them fails
+again, those behind it are not run.
 """
 
 from __future__ import annotations

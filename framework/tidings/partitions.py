@@ -19,7 +19,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Subscription, check_partitions
 from tidings.database import Database, floors, partitions, watermarks
-from tidings.enrolment import common
 from tidings.errors import ConfigurationError, Fenced
 from tidings.notebook import Notebook, notebook_of
 from tidings.position import BUCKETS
@@ -140,7 +139,7 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
         logs = await connection.scalars(sa.select(floors.c.log).where(floors.c.service == service).distinct())
         for log in map(UUID, list(logs)):
             rows = await ranges_of(connection, service, log)
-            agreed, handlers = common(row.handlers for row in rows)
+            agreed, handlers = _common(row.handlers for row in rows)
             if not agreed:
                 raise ConfigurationError(
                     f"service {service!r} is in the middle of a deploy: its partitions give their events to different "
@@ -157,6 +156,12 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
     for process, first in begun:  # nobody will look for them
         Notebook.discard(notebook_of(database.file, process, first))
     return before, after
+
+
+def _common(ranges: Iterable[str | None]) -> tuple[bool, str | None]:
+    """Whether these ranges, as far as anything is noted of them, give to the same handlers; and those."""
+    noted = [handlers for handlers in ranges if handlers is not None]
+    return all(each == noted[0] for each in noted), noted[0] if noted else None
 
 
 def _covering(rows: Iterable[Range], buckets: range) -> dict[str, object]:

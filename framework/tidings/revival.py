@@ -37,8 +37,7 @@ HELD_SECONDS: Final = 1.0
 """So often a service looks through all held events, because operators may have changed what they wait for. What it
 knows itself (a time that has come, an event that ran) it looks for at once, and only for that."""
 FLYING: Final = 1024
-"""Lines (partition keys for one handler) whose held events are in lanes at once; while handlers hang, or the breaker is
-open, no more come."""
+"""Lines whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""
 
 
 def _gone() -> Any:
@@ -162,7 +161,7 @@ class Revival:
     def _fly(self, row: HeldEvent, *, trial: bool = False) -> None:
         handler = self._service.named.get(row.handler)
         if handler is None or handler not in self._service.handlers_of(row.event.type):
-            handler = replace(GONE, name=row.handler)
+            handler = replace(GONE, name=row.handler, line=row.handlers_line)
             which = f"handler {row.handler!r}" if self._service.handlers_of(row.event.type) else "handler"
             reason = (
                 f"service {self._service.name!r} has no {which} for {row.event.type!r} any more: bring it back, then "

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -91,7 +92,9 @@ class Service:
         """Handle these events; returns the function unchanged.
 
         Several handlers of one event run one after the other, in the order of their declaration; each is retried, held
-        and given up on its own.
+        and given up on its own. While the first handler of an event holds one, later events of the same partition key
+        wait, whichever handlers are their first. A further handler of an event neither holds up others nor waits for
+        them.
 
         Parameters are injected by annotation: the event, `Context`, SQLAlchemy's `AsyncSession` or `AsyncConnection`,
         or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
@@ -112,6 +115,8 @@ class Service:
             handler = declare(
                 function, events, name=name, retry=policy, timeout=timeout, replay=replay, was=was, since=since
             )
+            if not all(self._is_first(event) for event in events):
+                handler = replace(handler, line=handler.name)
             self._add(handler)
             for event in dict.fromkeys(events):
                 self._types.add(event)
@@ -149,12 +154,17 @@ class Service:
                 since=since,
                 every=True,
             )
+            handler = replace(handler, line=handler.name)
             self._add(handler)
             self.handlers_of_any += (handler,)
-            self.handlers = {wire_name: (*known, handler) for wire_name, known in self.handlers.items()}
+            self.handlers = {kind: (*known, handler) for kind, known in self.handlers.items()}
             return function
 
         return register
+
+    def _is_first(self, event: type[Event]) -> bool:
+        """No other handler but those of `on_any` takes the event."""
+        return all(not handler.events for handler in self.handlers.get(wire_name(event), ()))
 
     def _add(self, handler: Handler) -> None:
         if handler.name in self.named:

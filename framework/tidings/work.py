@@ -214,8 +214,8 @@ class Item(Ticket[Step | None]):
 
     @property
     def line(self) -> Line:
-        """What waits for what: events of one partition key for one handler."""
-        return self.key, self.handler.name
+        """What waits for what: events of one partition key in one line of handlers."""
+        return self.key, self.handler.line
 
     def succeed(self, context: Context) -> None:
         aliases = context.aliases
@@ -270,6 +270,7 @@ class Item(Ticket[Step | None]):
             key=self.key,
             holds_key=holds_key,
             handler=self.handler.name,
+            line=self.handler.line,
             attempts=attempts,
             reason=failure.reason,
             detail=failure.detail,
@@ -296,6 +297,7 @@ class Item(Ticket[Step | None]):
             self.replayed,
             since=now if self.held is None or self.held.since is None else self.held.since,
             code=fingerprint(self.handler.function, self.handler.events),
+            handlers_line=self.handler.line,
         )
 
     @property

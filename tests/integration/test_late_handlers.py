@@ -100,7 +100,7 @@ async def test_a_handler_may_begin_at_a_position(tmp_path: Path) -> None:
         positions = [event.position async for event in world.store.read_all() if event.type == "Happened"]
     late = service("first", "second", since=positions[4])
     async with embedded(tmp_path, late) as world:
-        await world.settled()
+        await until(lambda: _has(late, "second", 6))
         await until(lambda: _caught_up(late))
         assert await done(late, "second") == {"k": [4, 5, 6, 7, 8, 9]}
 

@@ -16,12 +16,14 @@ from tidings.stores import RecordedEvent
 
 LOG = UUID(int=7)
 NOW, LONGEST = 1_000.0, 600.0
-KEYS = [(f"key{number}", handler) for number in range(4) for handler in ("place", "count")]
+KEYS = [(f"key{number}", line) for number in range(4) for line in ("", "count")]
 
 
 def held_event(position: int, line: Line, attempts: int, due: float) -> HeldEvent:
     event = RecordedEvent(position, "orders", position, "Placed", b"{}", b"", True, UUID(int=position).bytes, 0)
-    return HeldEvent(event, bucket_of(line[0]), *line, attempts, 0, due, "because", None)
+    return HeldEvent(
+        event, bucket_of(line[0]), line[0], "place", attempts, 0, due, "because", None, handlers_line=line[1]
+    )
 
 
 def random_rows(dice: random.Random) -> tuple[list[HeldEvent], list[tuple[int, Line, bool]]]:
@@ -64,7 +66,7 @@ async def test_what_is_due_is_what_the_rules_say(tmp_path: Path, seed: int) -> N
         own = {"service": "shop", "log": str(LOG)}
         await connection.execute(floors.insert().values(own | {"first_bucket": 0, "last_bucket": 255, "position": 99}))
         await mine.hold(connection, rows)
-        for position, (key, handler), holds in letters:
+        for position, (key, line), holds in letters:
             letter = {
                 "kind": "handler",
                 "attempts": 1,
@@ -74,7 +76,7 @@ async def test_what_is_due_is_what_the_rules_say(tmp_path: Path, seed: int) -> N
             }
             await connection.execute(
                 dead.insert().values(
-                    own | letter | {"position": position, "key": key, "handler": handler, "holds_key": holds}
+                    own | letter | {"position": position, "key": key, "line": line, "holds_key": holds}
                 )
             )
         whole = await mine.due(connection, NOW, LONGEST, besides)

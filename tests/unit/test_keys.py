@@ -18,24 +18,24 @@ from tidings.keys import Keys
 from tidings.stores import RecordedEvent
 from tidings.work import Item
 
-A = ("a", "handle")
+A = ("a", "")
 
 
 def event(position: int, key: str) -> RecordedEvent:
     return RecordedEvent(position, key, position, "Happened", b"{}", b"{}", True, UUID(int=position).bytes, 0)
 
 
-def handler(hold_key: bool, name: str = "handle") -> Handler:
+def handler(hold_key: bool, line: str = "", name: str = "handle") -> Handler:
     retry = Retry(attempts=1, hold=Hold(attempts=10), hold_key=hold_key)
-    return Handler(name, lambda: None, (), (), retry, 1.0, threaded=True)
+    return Handler(name, lambda: None, (), (), retry, 1.0, threaded=True, line=line)
 
 
-def fresh(position: int, key: str, name: str = "handle", *, hold_key: bool = True) -> Item:
-    return Item(event(position, key), 0, handler(hold_key, name), None)
+def fresh(position: int, key: str, line: str = "", *, hold_key: bool = True) -> Item:
+    return Item(event(position, key), 0, handler(hold_key, line), None)
 
 
 def revived(row: HeldEvent, *, hold_key: bool = True) -> Item:
-    return Item(row.event, 0, handler(hold_key, row.handler), None, row)
+    return Item(row.event, 0, handler(hold_key, row.handlers_line), None, row)
 
 
 def row(position: int, key: str) -> HeldEvent:
@@ -52,17 +52,17 @@ def test_an_event_that_failed_blocks_its_key_and_no_other() -> None:
     keys.ended(fail(fresh(1, "a")))
     assert keys.must_wait(fresh(2, "a"))
     assert not keys.must_wait(fresh(2, "b"))
-    assert not keys.must_wait(fresh(2, "a", "other")), "each handler has its own order"
+    assert not keys.must_wait(fresh(2, "a", "other")), "each line has its own order"
 
 
 def test_a_key_blocks_in_its_own_bucket_until_nothing_is_left_that_blocks_it() -> None:
     keys = Keys()
-    keys.read({0: {A: 1}, 7: {("b", "handle"): 1}}, ())
+    keys.read({0: {A: 1}, 7: {("b", ""): 1}}, ())
     assert not keys.must_wait(fresh(2, "b")), "its bucket is another one"
     assert keys.blocks(row(1, "a"))
     assert not keys.blocks(row(1, "b"))
     keys.ended(revived(row(1, "a")))
-    assert keys.blocked == {7: {("b", "handle"): 1}}
+    assert keys.blocked == {7: {("b", ""): 1}}
 
 
 def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
@@ -196,7 +196,7 @@ class World:
         self.database.graves.clear()
 
 
-LINES = [("a", "handle"), ("b", "handle"), ("a", "other")]
+LINES = [("a", ""), ("b", ""), ("a", "other")]
 ACTIONS = st.one_of(
     st.tuples(st.just("append"), st.sampled_from(LINES)),
     st.tuples(st.just("step"), st.sampled_from(["succeeds", "succeeds", "fails", "dies"])),
