@@ -15,11 +15,12 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from tidings.database import Database, behind, dead, handlers, held, partials, partitions, replays, watermarks
+from tidings.database import Database, dead, held, partials, partitions, replays, spans, watermarks
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.inbox import key_of
 from tidings.position import CARRIED, carried
 from tidings.replay import Start
+from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import settled_in
 
@@ -56,6 +57,7 @@ class Turn(NamedTuple):
     bucket: int
     key: str
     handler: str
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,12 @@ async def pick(store: EventStore, database: Database, service: Service, start: S
     async with database.reading() as connection:
         settled, _ = await settled_in(connection, name, log)
         undone = await _undone(connection, name, log)
-        begins = sa.select(handlers.c.handler, handlers.c.since).where(
-            handlers.c.service == name, handlers.c.log == str(log)
-        )
-        since = {row.handler: row.since for row in await connection.execute(begins)}
-        late = sa.select(behind.c.bucket, behind.c.handler, behind.c.done).where(
-            behind.c.service == name, behind.c.log == str(log)
-        )
-        done = {(row.bucket, row.handler): row.done for row in await connection.execute(late)}
+        columns = [spans.c[column] for column in Span._fields]
+        late = sa.select(*columns).where(spans.c.service == name, spans.c.log == str(log))
+        ungiven: dict[tuple[int, str], list[Span]] = {}
+        for row in await connection.execute(late):
+            span = Span(*row)
+            ungiven.setdefault((span.bucket, span.handler), []).append(span)
     turns: list[Turn] = []
     unsettled = passed_over = 0
     async for event in _events(store, start, chosen.stream):
@@ -109,15 +109,17 @@ async def pick(store: EventStore, database: Database, service: Service, start: S
         if bucket is None or (chosen.key is not None and key_of(event) != chosen.key):
             continue
         for handler in service.handlers_of(event.type):
-            if chosen.handler not in (None, handler.name) or event.position <= since.get(handler.name, -1):
+            if chosen.handler not in (None, handler.name):
                 continue
-            upto = done.get((bucket, handler.name), event.position)
-            if event.position > upto or not settled(bucket, event.position) or (event.position, handler.name) in undone:
+            late_by = [span for span in ungiven.get((bucket, handler.name), ()) if span.covers(event.position)]
+            if any(not span.open for span in late_by):
+                continue  # it was never given to the handler, and is not meant to be
+            if late_by or not settled(bucket, event.position) or (event.position, handler.name) in undone:
                 unsettled += 1
             elif not handler.replay:
                 passed_over += 1
             else:
-                turns.append(Turn(event, bucket, key_of(event), handler.name))
+                turns.append(Turn(event, bucket, key_of(event), handler.name, handler.line))
         if len(turns) > MOST:
             raise TooMany(
                 f"more than {MOST} events are chosen: choose fewer (a key, a stream, a later --from), or replay all of "
@@ -179,6 +181,7 @@ def _row(turn: Turn, service: str, log: UUID, now: float) -> dict[str, Any]:
         "metadata": event.metadata,
         "is_json": event.is_json,
         "handler": turn.handler,
+        "line": turn.line,
         "attempts": 0,
         "tries": 0,
         "due": now,
