@@ -32,6 +32,12 @@ def server(
     projections: Annotated[
         bool, typer.Option("--projections", help="Run $by_category and $by_event_type from the start.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="As unkind as EventStoreDB: drop an append that is repeated while it is written."
+        ),
+    ] = False,
 ) -> None:
     """Serve EventStoreDB's protocol from a file until Ctrl-C or SIGTERM: for tests, laptops and small machines.
 
@@ -58,4 +64,5 @@ def server(
         insecure=insecure,
         remember_ids=remember_ids,
         projections=projections,
+        strict=strict,
     )

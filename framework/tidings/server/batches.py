@@ -16,7 +16,7 @@ from tidings.server.wire import Malformed, event_data, expected_version, stream_
 from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.sqlite_writer import Kind
 
-__all__ = ["IN_FLIGHT", "batch_append"]
+__all__ = ["IN_FLIGHT", "UnderWay", "batch_append"]
 
 IN_FLIGHT: Final = 4096
 """Appends of one call that may wait for their commit; more requests are then not read."""
@@ -26,6 +26,32 @@ UNFINISHED: Final = 1024
 """Appends of one call whose last part has not come."""
 TIMEOUT: Final = 2.0
 """Seconds that an append may take until its last part has come: EventStoreDB's write timeout."""
+
+
+class UnderWay:
+    """Which events of which streams are being written: EventStoreDB drops a repetition that comes meanwhile."""
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[str, bytes], int] = {}
+
+    def __contains__(self, append: _Unfinished) -> bool:
+        """All of its events are being written already."""
+        keys = [(append.stream, event.id.bytes) for event in append.events]
+        return bool(keys) and all(key in self._ids for key in keys)
+
+    def add(self, append: _Unfinished, outcome: asyncio.Future[Appended]) -> None:
+        """From now until the outcome is known."""
+        keys = [(append.stream, event.id.bytes) for event in append.events]
+        for key in keys:
+            self._ids[key] = self._ids.get(key, 0) + 1
+
+        def written(_: object) -> None:
+            for key in keys:
+                self._ids[key] -= 1
+                if not self._ids[key]:
+                    del self._ids[key]
+
+        outcome.add_done_callback(written)
 
 
 class _Unfinished:
@@ -84,12 +110,23 @@ class _Answers:
         self._less.set()
 
 
-async def batch_append(log: ServedLog, access: Access, user: str, requests: AsyncIterator[Any], send: Send) -> None:
-    """The call as a whole: it ends when the client has sent everything and was answered everything."""
+async def batch_append(
+    log: ServedLog,
+    access: Access,
+    user: str,
+    requests: AsyncIterator[Any],
+    send: Send,
+    under_way: UnderWay | None = None,
+) -> None:
+    """The call as a whole: it ends when the client has sent everything and was answered everything.
+
+    With `under_way`, a repetition of an append that is being written is dropped, and answered with a time-out, as
+    EventStoreDB does; without, it is answered as soon as the first one is.
+    """
     answers = _Answers()
     async with asyncio.TaskGroup() as group:
         group.create_task(_reply(log, answers, send))
-        await _accept(log, access, user, requests, answers)
+        await _accept(log, access, user, requests, answers, under_way)
         await answers.put(None)
 
 
@@ -115,8 +152,16 @@ async def _reply(log: ServedLog, answers: _Answers, send: Send) -> None:
         await send(ready)
 
 
-async def _accept(log: ServedLog, access: Access, user: str, requests: AsyncIterator[Any], answers: _Answers) -> None:
+async def _accept(
+    log: ServedLog,
+    access: Access,
+    user: str,
+    requests: AsyncIterator[Any],
+    answers: _Answers,
+    under_way: UnderWay | None,
+) -> None:
     unfinished: dict[bytes, _Unfinished] = {}
+    dropped: list[asyncio.TimerHandle] = []
     loop = asyncio.get_running_loop()
 
     def expire(key: bytes, correlation: Any) -> None:
@@ -157,9 +202,15 @@ async def _accept(log: ServedLog, access: Access, user: str, requests: AsyncIter
                     raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
                 if request.is_final:
                     _forget(unfinished, key)
+                    if under_way is not None and append in under_way:
+                        late = _Answer(correlation, identifier, append.expected, _timeout())
+                        dropped.append(loop.call_later(TIMEOUT, answers.put_late, late))
+                        continue
                     before = log.store.heard if append.events else -1
                     outcome: Any = log.store.begin(Kind.APPEND, append.stream, append.events, append.expected)
                     outcome.add_done_callback(_seen)
+                    if under_way is not None:
+                        under_way.add(append, outcome)
                     size, stream = append.size, append.stream
                     answer = _Answer(correlation, identifier, append.expected, outcome, size, stream, before)
                     await answers.put(answer)
@@ -168,6 +219,8 @@ async def _accept(log: ServedLog, access: Access, user: str, requests: AsyncIter
                     _forget(unfinished, key)
                 await answers.put(_Answer(correlation, identifier, ANY, _error(error, ANY)))
     finally:
+        for timer in dropped:
+            timer.cancel()
         for append in unfinished.values():
             if append.timer is not None:
                 append.timer.cancel()

@@ -29,6 +29,7 @@ def run_server(
     insecure: bool = False,
     remember_ids: bool = False,
     projections: bool = False,
+    strict: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain; a second signal ends the process at once.
 
@@ -48,6 +49,7 @@ def run_server(
         insecure=insecure,
         remember_ids=remember_ids,
         projections=projections,
+        strict=strict,
     )
     asyncio.run(_run(server))
 

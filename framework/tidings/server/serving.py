@@ -46,7 +46,9 @@ class EventStoreServer:
     default, on this machine alone, EventStoreDB's own `admin` and `ops` with `changeit`. Listening elsewhere needs
     TLS and users, or `insecure=True`. As in EventStoreDB, ids of `ANY` and `STREAM_EXISTS` appends are forgotten when
     it is started again; `remember_ids` keeps them. `projections` runs `$by_category` and `$by_event_type` from the
-    start; without it they begin when somebody reads one of their streams.
+    start; without it they begin when somebody reads one of their streams. `strict` leaves out what is kinder than
+    EventStoreDB: there, and then here, an append that is repeated while its first copy is being written is dropped, and
+    answered with a time-out after two seconds.
 
     Raises `ConfigurationError` for options that do not go together and for an address that cannot be had, and
     `StoreUnavailable`, for a database that another server has too.
@@ -65,6 +67,7 @@ class EventStoreServer:
         insecure: bool = False,
         remember_ids: bool = False,
         projections: bool = False,
+        strict: bool = False,
     ) -> None:
         self._db = None if db is None else str(db)
         self.host = host
@@ -77,6 +80,7 @@ class EventStoreServer:
         self._users = dict(users or {})
         self._remember_ids = remember_ids
         self._projections = projections
+        self._strict = strict
         self._connections: set[Connection] = set()
         self._idle = asyncio.Event()
         self._started = asyncio.Event()
@@ -159,7 +163,7 @@ class EventStoreServer:
                 subscriptions = PersistentSubscriptions(store, log, access, projections.wanted, tasks)
                 await subscriptions.load()
                 methods = [
-                    *Streams(store, log, access, projections.wanted).methods(),
+                    *Streams(store, log, access, projections.wanted, strict=self._strict).methods(),
                     *subscriptions.methods(),
                     *projections.methods(),
                 ]

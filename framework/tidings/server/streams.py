@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 from tidings.errors import EventTooLarge, WrongExpectedVersion
-from tidings.server.batches import batch_append
+from tidings.server.batches import UnderWay, batch_append
 from tidings.server.calls import Call, Method, Send
 from tidings.server.group_settings import ALL
 from tidings.server.log import ServedLog
@@ -33,11 +33,14 @@ _NOTHING: Final = shared.Empty()
 class Streams:
     """The service on one log."""
 
-    def __init__(self, store: SqliteStore, log: ServedLog, access: Access, wanted: Wanted) -> None:
+    def __init__(
+        self, store: SqliteStore, log: ServedLog, access: Access, wanted: Wanted, *, strict: bool = False
+    ) -> None:
         self._store = store
         self._log = log
         self._access = access
         self._wanted = wanted
+        self._under_way = UnderWay() if strict else None
 
     def methods(self) -> list[Method]:
         return [
@@ -111,7 +114,7 @@ class Streams:
         return _accepted(appended, hidden)
 
     async def batch_append(self, requests: AsyncIterator[Any], call: Call, send: Send) -> None:
-        await batch_append(self._log, self._access, call.user, requests, send)
+        await batch_append(self._log, self._access, call.user, requests, send, self._under_way)
 
     async def delete(self, request: Any, call: Call) -> Any:
         appended = await self._close(call, request.options, Kind.DELETE, EventData(METADATA, b""))

@@ -5,11 +5,15 @@ lost, the outcome of those without an answer is unknown. `NO_STREAM` and explici
 idempotent. The ids of `ANY` and `STREAM_EXISTS` appends live in a bounded memory of the server, which a restart clears
 (measured on EventStoreDB 24.2): for those the log is asked first, and then they are appended at the version just read.
 New appends wait until that is done, so that none overtakes an older one of its stream.
+
+An append that the server answers with `Timeout` is alone with its unknown outcome: it is looked for or repeated on the
+same call, later ones of its stream wait for it, and all others go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
@@ -20,7 +24,15 @@ import structlog
 from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.eventstoredb_leader import Leader
-from tidings.stores.eventstoredb_wire import BATCH_APPEND, Answer, Undecided, append_request, number_of, outcome_of
+from tidings.stores.eventstoredb_wire import (
+    BATCH_APPEND,
+    Answer,
+    TimedOut,
+    Undecided,
+    append_request,
+    number_of,
+    outcome_of,
+)
 from tidings.stores.grpc_call import Call, CallFailed, ConnectionLost
 from tidings.stores.grpc_h2 import Connection
 from tidings.supervision import leading, task_group
@@ -37,15 +49,33 @@ PAUSE_SECONDS: Final = (0.02, 0.5)
 Outcome = Appended | StoreError
 
 
+def _rank(write: Write) -> int:
+    return write.rank
+
+
 class Write:
     """One append."""
 
-    __slots__ = ("answer", "changes", "events", "expected", "floor", "future", "repeated", "since", "size", "stream")
+    __slots__ = (
+        "answer",
+        "changes",
+        "events",
+        "expected",
+        "floor",
+        "future",
+        "rank",
+        "repeated",
+        "since",
+        "size",
+        "stream",
+    )
 
     def __init__(
         self, stream: str, events: Sequence[EventData], expected: Expected, size: int, future: asyncio.Future[Appended]
     ) -> None:
         self.stream, self.events, self.expected, self.size, self.future = stream, events, expected, size, future
+        self.rank = 0
+        """Its place in the order in which appends began."""
         self.floor = -1
         """A position that the log had reached before the append was first sent: it can only be behind it."""
         self.changes = 0
@@ -53,14 +83,14 @@ class Write:
         self.repeated = False
         """It may have been applied before."""
         self.since = 0.0
-        """When it began to wait for a connection."""
-        self.answer: asyncio.Future[Outcome] | None = None
+        """When it began to wait for a connection, or was first answered with a time-out."""
+        self.answer: asyncio.Future[Outcome | TimedOut] | None = None
         """Who repeats it waits here for the answer; else it goes to the caller at once."""
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: Outcome | TimedOut) -> None:
         if self.answer is not None and not self.answer.done():
             self.answer.set_result(outcome)
-        elif self.answer is None:
+        elif self.answer is None and not isinstance(outcome, TimedOut):
             self.tell(outcome)
 
     def tell(self, outcome: Outcome) -> None:
@@ -81,11 +111,16 @@ class Appends:
         self._find = find
         self._loop = asyncio.get_running_loop()
         self._numbers = count(1)
+        self._ranks = count(1)
         self._flights: dict[int, Write] = {}
         """Sent and not answered, in the order of sending."""
         self._unknown: list[Write] = []
         """Sent on a call that was lost, in that order."""
         self._queue: deque[Write] = deque()
+        self._held: dict[str, list[Write]] = {}
+        """By stream, in the order in which they began: what timed out on the present call, and what came after it."""
+        self._tasks: asyncio.TaskGroup | None = None
+        """Those of the present call."""
         self._call: Call | None = None
         """Takes new appends; None while there is none, or those before them are not settled."""
         self._connection: Connection | None = None
@@ -104,10 +139,13 @@ class Appends:
         if self._broken is not None:
             raise self._ended(self._broken)
         write = Write(stream, events, expected, size, self._loop.create_future())
-        write.since = self._loop.time()
+        write.since, write.rank = self._loop.time(), next(self._ranks)
         call = self._call
         if call is not None and not call.over and self._connection is not None and not self._connection.leaving:
-            self._send(call, write)
+            if stream in self._held:
+                self._held[stream].append(write)
+            else:
+                self._send(call, write)
         else:
             if call is not None:
                 self._call = None
@@ -118,20 +156,26 @@ class Appends:
 
     @property
     def idle(self) -> bool:
-        return not (self._flights or self._unknown or self._queue)
+        return not (self._flights or self._unknown or self._queue or self._held)
+
+    def _open(self) -> list[Write]:
+        """Return all that is not settled; some may be in it twice."""
+        held = [write for writes in self._held.values() for write in writes]
+        return [*self._flights.values(), *self._unknown, *held, *self._queue]
 
     async def finish(self, seconds: float) -> None:
         """Wait for the answers to what was begun, but no longer."""
-        waiting = [write.future for write in (*self._flights.values(), *self._unknown, *self._queue)]
+        waiting = [write.future for write in self._open()]
         if waiting:
             await asyncio.wait(waiting, timeout=seconds)
 
     def fail(self, error: StoreError) -> None:
         """Tell everybody who waits."""
-        for write in (*self._flights.values(), *self._unknown, *self._queue):
+        for write in self._open():
             write.tell(error)
         self._flights.clear()
         self._unknown.clear()
+        self._held.clear()
         self._queue.clear()
 
     def _send(self, call: Call, write: Write, expected: Expected | None = None) -> None:
@@ -194,6 +238,7 @@ class Appends:
         call = await self._leader.call(BATCH_APPEND, connection)
         with call:
             async with task_group() as tasks:
+                self._tasks = tasks
                 receiving = tasks.create_task(self._receive(call))
                 watching = tasks.create_task(self._watch(connection))
                 await self._settle_unknown(call)
@@ -216,7 +261,12 @@ class Appends:
                 write.repeated, write.since = True, self._loop.time()
                 self._unknown.append(write)
         self._flights.clear()
+        held = [write for writes in self._held.values() for write in writes]
+        self._held.clear()
+        self._unknown = sorted({*self._unknown, *(write for write in held if write.repeated)}, key=_rank)
         self._unknown = [write for write in self._unknown if not write.future.done()]
+        self._queue.extendleft(reversed([write for write in held if not write.repeated]))
+        self._queue = deque(sorted(self._queue, key=_rank))
         for write in self._unknown:
             write.answer = None
         self._reason = cause
@@ -242,11 +292,14 @@ class Appends:
                 if isinstance(outcome, Appended):
                     if outcome.position > leader.known:
                         leader.known = outcome.position
-                elif isinstance(outcome, Undecided):
+                elif isinstance(outcome, Undecided) and not isinstance(outcome, TimedOut):
                     raise outcome  # it stays in flight: as unknown as those behind it
                 del flights[number]
-                write.settle(outcome)
-        if flights or not self._live:
+                if isinstance(outcome, TimedOut) and write.answer is None:
+                    self._hold(call, write)
+                else:
+                    write.settle(outcome)
+        if flights or self._held or not self._live:
             raise ConnectionLost("the server ended the call of the appends before it had answered them")
 
     async def _watch(self, connection: Connection) -> None:
@@ -285,6 +338,33 @@ class Appends:
             self._queue = deque(write for write in self._queue if not write.future.done())
 
     # ---- unknown outcomes ----------------------------------------------------------------
+
+    def _hold(self, call: Call, write: Write) -> None:
+        """One that timed out: find out about it, or repeat it, while later ones of its stream wait."""
+        write.repeated, write.since = True, self._loop.time()
+        held = self._held.get(write.stream)
+        if held is None:
+            self._held[write.stream] = [write]
+            if self._tasks is not None:
+                self._tasks.create_task(self._settle_held(call, write.stream))
+        else:
+            insort(held, write, key=_rank)
+
+    async def _settle_held(self, call: Call, stream: str) -> None:
+        held = self._held[stream]
+        while (write := next((write for write in held if write.repeated), None)) is not None:
+            if not write.future.done():
+                write.tell(await self._again(call, write))
+            held.remove(write)
+        self._check_open(call)
+        del self._held[stream]
+        for write in held:
+            if not write.future.done():
+                self._send(call, write)
+
+    def _check_open(self, call: Call) -> None:
+        if call.ending or call.over:
+            raise ConnectionLost("the call of the appends takes no more, because the server is going down")
 
     async def _settle_unknown(self, call: Call) -> None:
         """Find out about, or repeat, what was lost: in order within a stream, streams side by side."""
@@ -327,10 +407,19 @@ class Appends:
                 if isinstance(found, Appended):
                     return found
                 expected = found
+            self._check_open(call)
             write.answer = self._loop.create_future()
             self._send(call, write, expected)
             outcome = await write.answer
             write.answer = None
+            if isinstance(outcome, TimedOut):
+                if self._loop.time() - write.since >= self._leader.seconds:
+                    return StoreUnavailable(
+                        f"{len(write.events)} event(s) for stream {write.stream!r} may or may not have been appended: "
+                        f"EventStoreDB answered each attempt of {self._leader.seconds:g} s that it took too long"
+                    )
+                await asyncio.sleep(PAUSE_SECONDS[0])
+                continue
             if isinstance(outcome, WrongExpectedVersion):
                 if expected is write.expected:
                     # It was applied, and then more happened (a soft delete, another append): the log knows.

@@ -345,9 +345,9 @@ class StoreConformance:
         assert await read(store, f"{stream}-b") == [(0, 1)]
 
     async def test_repetitions_that_are_under_way_together_write_once(self, store: EventStore, stream: str) -> None:
-        batch = events(0, 1)
         for expected in (ANY, NO_STREAM):
-            name = f"{stream}-{expected.name}"
+            # Ids of their own: a store remembers of each id only the first stream that it was appended to.
+            name, batch = f"{stream}-{expected.name}", events(0, 1)
             answers = await asyncio.gather(*(store.append(name, batch, expected=expected) for _ in range(8)))
             assert len(set(answers)) == 1
             assert await read(store, name) == [(0, 0), (1, 1)]
