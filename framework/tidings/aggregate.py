@@ -117,10 +117,13 @@ class Aggregate:
 
     def __init_subclass__(cls, *, category: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
-        category = cls.__name__.lower() if category is None else category
         where = f"aggregate {cls.__module__}.{cls.__qualname__}"
-        if "__tidings__" in vars(cls) or "__tidings__" in inspect.get_annotations(cls):
+        copied = vars(cls).get("__tidings__")
+        if isinstance(copied, Declaration):  # what `@dataclass(slots=True)` does: it makes the class anew
+            category = copied.category if category is None else category
+        elif copied is not None or "__tidings__" in inspect.get_annotations(cls):
             raise ConfigurationError(f"{where}: the name __tidings__ is Tidings' own; every other name is free")
+        category = cls.__name__.lower() if category is None else category
         check_stream_name(category)
         if category.startswith(RESERVED) or "-" in category:
             raise ConfigurationError(

@@ -252,6 +252,8 @@ def _upcasters(cls: type[Event], where: str, version: int, given: Mapping[int, U
             if twice:
                 raise ConfigurationError(f"{where}: two upcasters start from version {min(twice)}")
             here |= _given(where, given)
+        elif OWN in vars(base):
+            here = {**vars(base)[OWN].upcasters, **here}  # also those that were given as a mapping
         for start, step in here.items():
             if start < version:  # what is shared may lead further than this class goes
                 found.setdefault(start, step)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from uuid import uuid4
 
 import pytest
 
-from tidings.aggregate import Aggregate, evolves
-from tidings.errors import ConfigurationError, InvalidStreamName, UnknownEventType
+from tidings import open_store
+from tidings.aggregate import Aggregate, evolves, state_of, stream_version
+from tidings.errors import ConfigurationError, InvalidStreamName, UnknownEventType, WrongExpectedVersion
 from tidings.events import Event
+from tidings.repository import Repository
 
 
 class Opened(Event):
@@ -142,3 +146,93 @@ def test_two_methods_for_one_event_are_refused() -> None:
 def test_evolves_takes_event_classes_and_cannot_be_used_bare(wrong: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigurationError, match=r"@evolves\(OrderCreated\)"):
         evolves(*wrong)
+
+
+# ---- names -------------------------------------------------------------------------
+
+
+class Published(Event):
+    number: int
+
+
+class Document(Aggregate, category="document"):
+    """A document has a version, an id, a category and records of its own, and things can be applied to it."""
+
+    category = "novels"
+    evolutions: ClassVar[list[str]] = []  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.id = "ISBN"
+        self.recorded: Any = "on tape"
+
+    def apply(self, discount: int) -> int:  # type: ignore[override]
+        raise AssertionError("this is not for events")
+
+    @classmethod
+    def empty(cls) -> Document:  # type: ignore[override]
+        raise AssertionError("this makes no aggregate")
+
+    @classmethod
+    def stream_of(cls) -> str:  # type: ignore[override]
+        raise AssertionError("this names no stream")
+
+    def publish(self) -> None:
+        self.record(Published(number=self.version + 1))
+
+    @evolves(Published)
+    def _published(self, event: Published) -> None:
+        self.version = event.number
+
+
+async def test_an_aggregate_may_have_attributes_with_the_names_that_tidings_uses() -> None:
+    async with open_store(f"memory://{uuid4().hex}") as store:
+        documents = Repository(Document, lambda: store)
+        done = await documents.create("1", Document.publish)
+        assert (done.version, done.events) == (0, (Published(number=1),))
+        for number in (2, 3, 4):
+            done = await documents.change("1", Document.publish)
+            assert (done.version, done.events) == (number - 1, (Published(number=number),))
+        loaded = await documents.load("1")
+        assert (loaded.version, loaded.id, loaded.recorded, loaded.category) == (4, "ISBN", "on tape", "novels")
+        assert (stream_version(loaded), state_of(loaded).id, state_of(loaded).recorded) == (3, "1", [])
+        assert [event.stream async for event in store.read_stream("document-1")] == ["document-1"] * 4
+        assert (await documents.change("1", Document.publish, expected=3)).version == 4
+        with pytest.raises(WrongExpectedVersion):
+            await documents.change("1", Document.publish, expected=3)
+
+
+def test_the_one_name_that_tidings_keeps_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="the name __tidings__ is Tidings' own"):
+
+        class Taken(Aggregate):
+            __tidings__ = "mine"  # type: ignore[assignment]
+
+
+def test_the_id_is_known_to_the_state_before_the_first_event() -> None:
+    class Named(Aggregate):
+        def __init__(self) -> None:
+            self.title = f"order {self.id} at {self.version}"
+
+    assert Named.empty("7").title == "order 7 at -1"
+
+
+def test_an_aggregate_that_was_made_without_an_id_says_how_to_make_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"make it with Account\.empty\(id\)"):
+        Account().record(Closed())
+
+
+def test_an_aggregate_may_be_a_dataclass() -> None:
+    @dataclass(slots=True, weakref_slot=False)
+    class Basket(Aggregate, category="shopping"):
+        version: int = 0
+        items: list[str] = field(default_factory=list)
+
+        @evolves(Closed)
+        def _closed(self, event: Closed) -> None:
+            self.items.append("closed")
+
+    basket = Basket.empty("1")
+    basket.record(Closed())
+    assert (basket.items, basket.version, stream_version(basket)) == (["closed"], 0, -1)
+    assert Basket.stream_of("1") == "shopping-1"
