@@ -50,13 +50,15 @@ def _effects(world: World, effects: list[int]) -> Iterator[str]:
         yield f"lost: {lost}"
     if done - expected:
         yield f"never appended, but handled: {sorted(done - expected)}"
-    keys = {event.position: partition_key(event) for event in own}
+    # Each handler has an order of its own; no event has several handlers here.
+    handlers = {kind: handler.name for kind, (handler,) in world.service.handlers.items()}
+    lines = {event.position: (partition_key(event), handlers.get(event.type)) for event in own}
     orders = defaultdict(list)
     for position in effects:
-        orders[keys.get(position)].append(position)
-    for key, order in orders.items():
+        orders[lines.get(position)].append(position)
+    for line, order in orders.items():
         if order != sorted(order):
-            yield f"handled out of order in {key}: {order}"
+            yield f"handled out of order in {line}: {order}"
 
 
 def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:
