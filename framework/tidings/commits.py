@@ -78,6 +78,14 @@ class Commits:
         self._took = 0.0
         """Seconds, the last commit."""
         self._hurried = False
+        self.commits = 0
+        """Transactions that were committed."""
+
+    @property
+    def oldest(self) -> Item | None:
+        """The event that the floor waits for; None where something else does, or nothing."""
+        ticket = self._taken.oldest
+        return ticket if isinstance(ticket, Item) else None
 
     # ---- what comes in
 
@@ -190,7 +198,10 @@ class Commits:
             if complete and ran:
                 raise self._troubles.suspect(ran, error) from error
             raise
+        if len(batch):
+            self._database.writes.proven()
         self.progress.written(batch)
+        self.commits += 1
         for item in batch.finished:
             item.done = True
         for _, ticket in batch.foreign:

@@ -125,6 +125,10 @@ class Dispatcher:
         self._busy = 0
         """Events given out whose outcome is not committed."""
         self._attempts = Attempts(service, resources, ours or Ours(store, None, database))
+        self.resting = 0
+        """Events that rest between two quick attempts."""
+        self.attempts = 0
+        """Attempts that have ended."""
         self.working: dict[int, Item] = {}
         """Handlers at work, by position."""
         self.stager = Stager(store, self._commits.appended, self._commits.given_up, clock=counting_sleep(clock))
@@ -153,6 +157,16 @@ class Dispatcher:
     def floor(self) -> int:
         """Everything up to here is settled (durably at most a second later)."""
         return self._commits.progress.floor
+
+    @property
+    def moves(self) -> int:
+        """A number that changes whenever anything moves."""
+        return self._commits.commits + self.attempts
+
+    @property
+    def oldest(self) -> Item | None:
+        """The event that the floor waits for; None where something else does, or nothing."""
+        return self._commits.oldest
 
     @property
     def unsettled(self) -> int:
@@ -421,6 +435,7 @@ class Dispatcher:
             self._end_attempt(item)
 
     def _end_attempt(self, item: Item) -> None:
+        self.attempts += 1
         position = item.event.position
         del self.working[position]
         self._guard.notebook.end(position)
@@ -526,11 +541,13 @@ class Dispatcher:
         """The item was not done: after so many seconds it is given `to` its lane again."""
 
         def again() -> None:
+            self.resting -= 1
             to(item.bucket)
             self._pump()
 
         self._busy -= 1
         self._commits.wake()
+        self.resting += 1
         self._timers.later(seconds, again)
 
     # ---- the commit -----------------------------------------------------------------

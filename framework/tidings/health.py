@@ -7,10 +7,25 @@ counts is that markers come, that the floor follows them, and that no handler is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["Check", "Health", "Progress", "RelayFacts", "ServiceFacts", "Work", "judge_live", "judge_ready"]
+from tidings.causes import Cause, Part, explain
+from tidings.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
+
+__all__ = [
+    "STILL_SECONDS",
+    "Check",
+    "Facts",
+    "Health",
+    "Progress",
+    "RelayFacts",
+    "ServiceFacts",
+    "Work",
+    "is_still",
+    "judge_live",
+    "judge_ready",
+]
 
 MARKER_SECONDS: Final = 30.0
 """Markers come every 5 s when nothing else moves; this long without one, the path is broken somewhere."""
@@ -20,6 +35,8 @@ GRACE_SECONDS: Final = 30.0
 """Beyond its timeout; a handler that does not end by then never will."""
 SLOW_SECONDS: Final = 5.0
 """A handler at work for longer is named, well or not."""
+STILL_SECONDS: Final = 60.0
+"""Seconds in which nothing at all moves, after which a process with work is stuck."""
 STANDBY_SECONDS: Final = 3.0
 """Waiting for the lock for longer means that another relay has it, and an older trouble is over."""
 
@@ -32,6 +49,11 @@ class Check:
     ok: bool
     detail: str
     remedy: str = ""
+    part: Part = Part.PROGRESS
+    scope: str = ""
+    """The service whose part it is; "" for what all have in common."""
+    serious: bool = True
+    """Where it is not ok, events do not get through; else some are late, and the rest is well."""
 
     def document(self) -> dict[str, Any]:
         told = {"name": self.name, "ok": self.ok, "detail": self.detail}
@@ -48,120 +70,30 @@ class Health:
 
     @property
     def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+        """Nothing serious is wrong."""
+        return all(check.ok or not check.serious for check in self.checks)
+
+    @property
+    def status(self) -> str:
+        """ "ok", "degraded" (some events are late, the others get through), or "unready" or "stuck"."""
+        if not self.ok:
+            return self.otherwise
+        return "ok" if all(check.ok for check in self.checks) else "degraded"
+
+    @property
+    def causes(self) -> list[Cause[Check]]:
+        """What is wrong: each cause with what follows from it."""
+        return explain(check for check in self.checks if not check.ok)
 
     def document(self) -> dict[str, Any]:
-        """For JSON. `status` is "ok", "unready" or "stuck"."""
-        return {
-            "status": "ok" if self.ok else self.otherwise,
-            "checks": [check.document() for check in self.checks],
-        }
-
-
-class Progress:
-    """Remembers between two looks since when something has been behind without moving."""
-
-    def __init__(self) -> None:
-        self._done: int | None = None
-        self._since = 0.0
-        self._moved_at: float | None = None
-
-    def look(self, done: int, *, behind: bool, now: float) -> float:
-        """Seconds for which `done` has stood still while there was more to do; 0 for one that moves or has finished."""
-        if done != self._done:
-            self._moved_at = None if self._done is None else now
-            self._done, self._since = done, now
-        elif not behind:
-            self._since = now
-        return now - self._since
-
-    def idle(self, now: float) -> float | None:
-        """Seconds since it was seen to move; None if it never was."""
-        return None if self._moved_at is None else now - self._moved_at
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A handler at work on an event; times in seconds."""
-
-    handler: str
-    event_id: str
-    stream: str
-    position: int
-    seconds: float
-    timeout: float
-
-    def __str__(self) -> str:
-        return (
-            f"handler {self.handler!r} at event {self.event_id} of stream {self.stream!r} (position {self.position}) "
-            f"for {self.seconds:.0f} s"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceFacts:
-    """What is known of one service in this process. Positions are -1 where there is none; times are seconds."""
-
-    name: str
-    starting: bool = False
-    stopping: bool = False
-    died: str | None = None
-    """Why it is not running any more."""
-    standing_by: str | None = None
-    """The process at work, on a bus that reaches only its own process; this one waits for its place."""
-    joined: bool = True
-    consuming: bool = True
-    healing: bool = False
-    marker_age: float | None = None
-    """Since the last marker on this connection to the bus."""
-    marker: int = -1
-    floor: int = -1
-    stalled: float = 0.0
-    """For so long the floor has stood still below the marker."""
-    paused: str | None = None
-    """Why only one event is tried from time to time: everything fails."""
-    work: tuple[Work, ...] = ()
-    settled: int = -1
-    """The floor as committed by whichever process of the service."""
-    others_idle: float | None = None
-    """Since `settled` was seen to move; None if it never was."""
-    waiting_event: str | None = None
-    """The first event above `settled`, where it was looked for."""
-    database: str | None = None
-    """What the database answered instead of an answer."""
-    store: str | None = None
-    """What the store answered instead of an answer."""
-    partitions: tuple[ServiceFacts, ...] = ()
-    """Where the service is divided: of each partition what can differ among them."""
-
-
-@dataclass(frozen=True, slots=True)
-class RelayFacts:
-    """What is known of the relay in this process."""
-
-    name: str
-    started: bool = True
-    needed: bool = True
-    """A service of its process is at work; false while all stand by."""
-    leading: bool = False
-    waiting: float | None = None
-    """Seconds spent waiting for the lock."""
-    marker_age: float | None = None
-    """Since the bus confirmed a marker, in seconds."""
-    confirmed: int = -1
-    stalled: float = 0.0
-    """For so long nothing was confirmed though an event waits, in seconds."""
-    waiting_event: str | None = None
-    trouble: str | None = None
-    store: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Everything that is known of a process."""
-
-    services: tuple[ServiceFacts, ...] = ()
-    relays: tuple[RelayFacts, ...] = field(default=())
+        """For JSON. The causes of what is wrong come first, each with its effects, which go when it goes."""
+        wrong: list[dict[str, Any]] = []
+        for cause, effects in self.causes:
+            told = cause.document()
+            if effects:
+                told["effects"] = [{"name": each.name, "detail": each.detail} for each in effects]
+            wrong.append(told)
+        return {"status": self.status, "checks": wrong + [check.document() for check in self.checks if check.ok]}
 
 
 def judge_live(facts: Facts) -> Health:
@@ -181,58 +113,74 @@ def judge_live(facts: Facts) -> Health:
             for work in service.work
             if work.seconds > work.timeout + GRACE_SECONDS
         ]
+        checks += [_still(part) for part in service.partitions or (service,) if is_still(part)]
     return Health(tuple(checks), "stuck")
+
+
+def is_still(facts: ServiceFacts) -> bool:
+    """Work is there, nothing has moved for a minute, no handler is at work or waits for its next attempt, and whatever
+    it needs answers, as far as that was asked."""
+    if facts.died or facts.starting or facts.stopping or facts.standing_by or not facts.consuming:
+        return False
+    troubles = (facts.database, facts.database_writes, facts.store, facts.store_writes, facts.bus_trouble)
+    return facts.still > STILL_SECONDS and not facts.work and not facts.resting and not any(troubles)
+
+
+def _still(facts: ServiceFacts) -> Check:
+    upon = f": it stands before {facts.oldest}" if facts.oldest else ""
+    return Check(
+        f"{facts.name}.still",
+        False,
+        f"{facts.unsettled} events and markers are taken and not settled, and nothing has moved for {facts.still:.0f} "
+        f"s, though no handler is at work, and database, store and bus answer{upon}",
+        "restart the process: nothing is lost, what is not settled comes again. Please report it with the log",
+        Part.PROGRESS,
+        facts.name,
+    )
 
 
 def judge_ready(facts: Facts) -> Health:
     """Do events get through this process?"""
+    leads = any(relay.leading and _recent(relay.marker_age) and relay.trouble is None for relay in facts.relays)
     checks = [check for relay in facts.relays for check in _relay(relay)]
-    checks += [check for service in facts.services for check in _service(service)]
+    checks += [check for service in facts.services for check in _service(service, leads)]
     return Health(tuple(checks), "unready")
 
 
-def _service(facts: ServiceFacts) -> Iterator[Check]:
-    name = f"{facts.name}.running"
+def _recent(age: float | None) -> bool:
+    return age is not None and age <= MARKER_SECONDS
+
+
+def _service(facts: ServiceFacts, relay_leads: bool) -> Iterator[Check]:
+    name, ours = f"{facts.name}.running", (Part.PROCESS, facts.name)
     if facts.died is not None:
-        yield Check(name, False, facts.died, "restart the process; its log says why")
+        yield Check(name, False, facts.died, "restart the process; its log says why", *ours)
         return
     if facts.stopping:
-        yield Check(name, False, "it drains and stops", "wait, or ask another process of the service")
+        yield Check(name, False, "it drains and stops", "wait, or ask another process of the service", *ours)
         return
     if facts.starting:
-        yield Check(
-            name, False, "it is starting: it has not joined the log yet", "wait; the log says what it waits for"
-        )
+        detail = "it is starting: it has not joined the log yet"
+        yield Check(name, False, detail, "wait; the log says what it waits for (process.waiting)", *ours)
         return
     if facts.standing_by is not None:
         yield Check(name, True, f"a standby: {facts.standing_by} is at work, and this process takes over when it ends")
-        yield _answers(f"{facts.name}.database", facts.database, "the service's database", "TIDINGS_DATABASE")
-        yield _answers(f"{facts.name}.store", facts.store, "the event store", "TIDINGS_STORE")
+        yield _database(facts)
+        yield _store(f"{facts.name}.store", facts.store, facts.store_writes)
         if not facts.database and not facts.store:
             yield _other_at_work(facts)
         return
     yield Check(name, True, "it has joined the log")
-    yield _answers(f"{facts.name}.database", facts.database, "the service's database", "TIDINGS_DATABASE")
-    yield _answers(f"{facts.name}.store", facts.store, "the event store", "TIDINGS_STORE")
-    yield Check(
-        f"{facts.name}.bus",
-        facts.consuming,
-        "connected" if facts.consuming else "not connected",
-        "is the broker up, and TIDINGS_BUS right? The log says what it answered (bus.unreachable, bus.lost)",
-    )
-    if facts.paused is not None:
-        yield Check(
-            f"{facts.name}.attempts",
-            False,
-            facts.paused,
-            "mend what the handlers need; one event is tried from time to time, and the first success resumes the rest",
-        )
+    yield _database(facts)
+    yield _store(f"{facts.name}.store", facts.store, facts.store_writes)
+    yield _bus(facts)
+    yield from _failing(facts)
     if not facts.consuming or facts.database or facts.store:
-        return  # what follows from these would only hide them
+        return  # what is known of the rest is older than these
     if not facts.partitions:
-        yield from _path(facts)
+        yield from _path(facts, facts.name, relay_leads)
         return
-    wrong = [check for part in facts.partitions for check in _path(part) if not check.ok]
+    wrong = [check for part in facts.partitions for check in _path(part, facts.name, relay_leads) if not check.ok]
     yield from wrong
     if not wrong:
         all_, here = len(facts.partitions), sum(part.marker_age is not None for part in facts.partitions)
@@ -252,30 +200,103 @@ def _other_at_work(facts: ServiceFacts) -> Check:
         f"{settled}, and no further for {facts.stalled:.0f} s: {facts.waiting_event} waits for {facts.standing_by}",
         "look at that process: its /ready and its log say what holds it up. If it is paused or hangs, end it "
         "(kill -9): this one takes over within seconds",
+        Part.QUEUE,
+        facts.name,
     )
 
 
-def _path(facts: ServiceFacts) -> Iterator[Check]:
-    yield _markers(facts)
+def _path(facts: ServiceFacts, service: str, relay_leads: bool) -> Iterator[Check]:
+    markers = _markers(facts, service, relay_leads)
+    yield markers
     if facts.marker_age is not None:
-        yield _progress(facts)
+        yield _progress(facts, service)
 
 
-def _answers(name: str, error: str | None, what: str, setting: str) -> Check:
-    if error is None:
-        return Check(name, True, f"{what} answers")
-    return Check(name, False, error, f"is {what} up, and {setting} right?")
+def _database(facts: ServiceFacts) -> Check:
+    name, what, ours = f"{facts.name}.database", "the service's database", (Part.DATABASE, facts.name)
+    if facts.database is not None:
+        return Check(name, False, facts.database, f"is {what} up, and TIDINGS_DATABASE right?", *ours)
+    if facts.database_writes is not None:
+        detail = f"{what} answers, but takes no writes: {facts.database_writes}"
+        return Check(name, False, detail, _writable(facts.database_place), *ours)
+    return Check(name, True, f"{what} answers")
 
 
-def _markers(facts: ServiceFacts) -> Check:
+def _writable(place: str) -> str:
+    goes_on = "the service goes on by itself, and nothing is lost"
+    if "://" in place:
+        return (
+            "free its disk, or name the primary in TIDINGS_DATABASE. On PostgreSQL, as the service's user: "
+            f"psql -c 'SHOW transaction_read_only' -c 'SELECT pg_is_in_recovery()' ({place}). Then {goes_on}"
+        )
+    return (
+        f"free its disk or make it writable: df -h '{place}'; ls -l '{place}'; findmnt -T '{place}' (is it mounted "
+        f"ro?); lsof '{place}' (does somebody hold it?). Then {goes_on}"
+    )
+
+
+def _store(name: str, error: str | None, writes: str | None) -> Check:
+    if error is not None:
+        return Check(name, False, error, "is the event store up, and TIDINGS_STORE right?", Part.STORE)
+    if writes is not None:
+        remedy = (
+            "free the disk of the store's machine (df -h), or make it writable: nothing can be appended until then. "
+            "What services emit waits in their databases, and goes on by itself"
+        )
+        return Check(name, False, f"the log can be read, but takes no appends: {writes}", remedy, Part.STORE_WRITES)
+    return Check(name, True, "the event store answers")
+
+
+def _bus(facts: ServiceFacts) -> Check:
+    name = f"{facts.name}.bus"
+    if facts.consuming:
+        return Check(name, True, "connected")
+    if facts.bus_trouble is None:
+        detail = "not connected to its queue: it joins again"
+        remedy = "wait; the log says why (service.rejoining)"
+        return Check(name, False, detail, remedy, Part.CONNECTION, facts.name)
+    detail = f"not connected: {facts.bus_trouble}"
+    if facts.queue and facts.queue in facts.bus_trouble:
+        remedy = "tidings topology diff shows what the bus has instead; rabbitmqctl list_queues name state consumers"
+        return Check(f"{facts.name}.queue", False, detail, remedy, Part.QUEUE, facts.name)
+    remedy = (
+        "is the broker up, and TIDINGS_BUS right? On its machine: rabbitmq-diagnostics check_running; rabbitmqctl "
+        "list_connections. It goes on by itself as soon as it can"
+    )
+    return Check(name, False, detail, remedy, Part.BUS)
+
+
+def _failing(facts: ServiceFacts) -> Iterator[Check]:
+    if facts.paused is not None:
+        yield Check(
+            f"{facts.name}.attempts",
+            False,
+            facts.paused,
+            "mend what the handler needs: its events are held, one of them is tried from time to time, and the first "
+            f"success resumes it; other handlers go on. tidings held list shows them (of service {facts.name})",
+            Part.BREAKER,
+            facts.name,
+            serious=facts.all_paused,
+        )
+    if facts.held is not None:
+        remedy = f"tidings held list shows what failed and why; retry, skip or drop it there (of service {facts.name})"
+        yield Check(f"{facts.name}.held", False, facts.held, remedy, Part.HELD, facts.name, serious=False)
+
+
+def _markers(facts: ServiceFacts, service: str, relay_leads: bool) -> Check:
     name = f"{facts.name}.markers"
     if facts.marker_age is not None:
-        return Check(
-            name,
-            facts.marker_age <= MARKER_SECONDS,
-            f"the last marker came {facts.marker_age:.0f} s ago: everything up to position {facts.marker} is published",
-            "does the relay run? It sends one every 5 s; its own /ready says what holds it up",
+        detail = (
+            f"the last marker came {facts.marker_age:.0f} s ago: everything up to position {facts.marker} is published"
         )
+        if facts.marker_age <= MARKER_SECONDS:
+            return Check(name, True, detail)
+        if facts.full or _recent(facts.heard_age):
+            # Markers come in order with the events: they wait in its own queue behind what it has not done yet.
+            return Check(
+                name, True, f"{detail}; newer ones wait in its queue, behind {facts.unsettled} unsettled events"
+            )
+        return _silent(facts, service, relay_leads, detail)
     # Of several processes of a service only one hears markers. Another is well while somebody moves the floor, or as
     # long as there is nothing to move it for.
     moving = facts.others_idle is not None and facts.others_idle <= STALLED_SECONDS
@@ -285,50 +306,116 @@ def _markers(facts: ServiceFacts) -> Check:
             name, True, f"none heard here; everything up to position {facts.settled} is settled, {rest}: a standby"
         )
     waiting = f"; {facts.waiting_event} waits" if facts.waiting_event else ""
-    return Check(
-        name,
-        False,
-        f"no marker was heard on this connection{waiting}",
-        "start a relay on this store and bus; it sends one every 5 s. If one runs, its /ready says what holds it up",
-    )
+    if facts.elsewhere is not None and facts.waiting_event is not None:
+        detail = f"another process of the service ({facts.elsewhere}) has queue {facts.queue}"
+        if facts.others_still <= STALLED_SECONDS:
+            return Check(f"{facts.name}.queue", True, f"{detail}: a standby")
+        return Check(
+            f"{facts.name}.queue",
+            False,
+            f"{detail}, and has settled nothing for {facts.others_still:.0f} s{waiting}",
+            "look at that process: its /ready and its log say what holds it up. If it is paused or hangs, end it "
+            "(kill -9): this one takes over within seconds",
+            Part.QUEUE,
+            service,
+        )
+    return _silent(facts, service, relay_leads, f"no marker was heard on this connection{waiting}")
 
 
-def _progress(facts: ServiceFacts) -> Check:
-    name = f"{facts.name}.progress"
-    slowest = max(facts.work, key=lambda work: work.seconds, default=None)
-    named = f"; at work: {slowest}" if slowest is not None and slowest.seconds > SLOW_SECONDS else ""
-    honest = max((work.timeout for work in facts.work), default=0.0)
-    if facts.floor >= facts.marker:
-        return Check(name, True, f"everything up to position {facts.floor} is settled{named}")
-    healing = ", a pass over the log is under way" if facts.healing else ""
-    detail = f"settled up to position {facts.floor} of {facts.marker}{healing}"
-    if facts.stalled > STALLED_SECONDS + honest:
-        upon = named or (f"; it stands before {facts.waiting_event}" if facts.waiting_event else "")
+def _silent(facts: ServiceFacts, service: str, relay_leads: bool, detail: str) -> Check:
+    """Nothing comes, though there is room for more: of a relay, or of a queue that a relay does not reach."""
+    name = f"{facts.name}.markers"
+    if relay_leads:
         return Check(
             name,
             False,
-            f"{detail}, and no further for {facts.stalled:.0f} s{upon}",
-            "the log says what fails there (event.retrying, handler.ignores_timeout, service.rejoining)",
+            f"{detail}. The relay of this process leads, and the bus confirms its markers, so queue {facts.queue} does "
+            "not get them",
+            "tidings topology diff shows whether the queue is there and bound; who consumes it: rabbitmqctl "
+            "list_consumers",
+            Part.QUEUE,
+            service,
         )
-    return Check(name, True, detail + named)
+    return Check(
+        name,
+        False,
+        detail,
+        "start a relay on this store and bus: tidings relay. It sends a marker every 5 s. If one runs, its /ready says "
+        "what holds it up",
+        # On a new connection nothing is known of the relay yet: whatever ended the one before may end this one.
+        *((Part.MARKERS, service) if facts.marker_age is None else (Part.RELAY,)),
+    )
+
+
+def _culprit(facts: ServiceFacts) -> Work | None:
+    """The handler that the rest waits for: the one at work on the oldest unsettled event; else the one at work for the
+    longest time, unless the oldest event only rests between two attempts of its own."""
+    at_oldest = [work for work in facts.work if facts.oldest is not None and work.event_id in facts.oldest]
+    others = () if facts.oldest_tried else facts.work
+    return max(at_oldest or others, key=lambda work: work.seconds, default=None)
+
+
+def _progress(facts: ServiceFacts, service: str) -> Check:
+    name = f"{facts.name}.progress"
+    slowest = _culprit(facts)
+    named = f"; at work: {slowest}" if slowest is not None and slowest.seconds > SLOW_SECONDS else ""
+    honest = max((work.timeout for work in facts.work), default=0.0)
+    if facts.floor >= facts.marker and not facts.unsettled:
+        return Check(name, True, f"everything up to position {facts.floor} is settled{named}")
+    healing = ", a pass over the log is under way" if facts.healing else ""
+    detail = f"settled up to position {facts.floor} of {facts.marker}{healing}"
+    if facts.unsettled:
+        detail += f"; {facts.unsettled} events and markers are taken and not settled"
+    if facts.stalled <= STALLED_SECONDS + honest:
+        return Check(name, True, detail + named)
+    detail = f"{detail}, and no further for {facts.stalled:.0f} s"
+    if slowest is not None:
+        return Check(
+            f"{facts.name}.handlers",
+            False,
+            f"{detail}; at work: {slowest}; its timeout is {slowest.timeout:g} s",
+            f"find out what handler {slowest.handler!r} waits for, and give that wait a limit of its own; if the work "
+            f"is honest, it needs more time. tidings why {slowest.event_id} tells the event's story",
+            Part.HANDLER,
+            service,
+        )
+    if facts.oldest_tried:
+        return Check(
+            f"{facts.name}.handlers",
+            False,
+            f"{detail}; it stands before {facts.oldest}, which has failed {facts.oldest_tried} times",
+            "the log says what fails there (event.retrying); it is held after its quick attempts, and the rest goes on",
+            Part.HANDLER,
+            service,
+        )
+    before = facts.oldest or facts.waiting_event
+    return Check(
+        name,
+        False,
+        f"{detail}; it stands before {before}" if before else detail,
+        "the log says what fails there (event.retrying, handler.ignores_timeout, service.rejoining)",
+        Part.PROGRESS,
+        service,
+    )
 
 
 def _relay(facts: RelayFacts) -> Iterator[Check]:
     name = f"relay.{facts.name}"
     if not facts.started:
-        yield Check(name, False, "it is starting", "wait; the log says what it waits for")
+        yield Check(name, False, "it is starting", "wait; the log says what it waits for", Part.RELAY)
         return
     if not facts.needed:
         yield Check(f"{name}.bus", True, "a standby, as all services of this process are: nobody here could hear it")
         return
-    yield _answers(f"{name}.store", facts.store, "the event store", "TIDINGS_STORE")
+    yield _store(f"{name}.store", facts.store, facts.store_writes)
     if facts.leading and facts.marker_age is not None and facts.trouble is None:
         yield Check(
             f"{name}.bus",
             facts.marker_age <= MARKER_SECONDS,
             f"it leads; the bus confirmed a marker {facts.marker_age:.0f} s ago",
             "the broker confirms nothing: is it out of memory or disk (it then blocks publishers), or a queue without "
-            "a leader?",
+            "a leader? rabbitmq-diagnostics alarms; rabbitmqctl list_queues name state",
+            Part.BUS,
         )
         stalled = facts.waiting_event is not None and facts.stalled > STALLED_SECONDS
         upon = f", and no further for {facts.stalled:.0f} s: {facts.waiting_event} waits" if stalled else ""
@@ -337,13 +424,22 @@ def _relay(facts: RelayFacts) -> Iterator[Check]:
             not stalled,
             f"published up to position {facts.confirmed}{upon}",
             "the log says what the bus or the store answers (relay.interrupted); restart the relay if it says nothing",
+            Part.RELAY,
         )
     elif facts.waiting is not None and (facts.trouble is None or facts.waiting > STANDBY_SECONDS):
         yield Check(f"{name}.bus", True, f"another relay leads; standing by for {facts.waiting:.0f} s")
+    elif facts.trouble is not None and facts.trouble_is_the_stores:
+        if facts.store is None and facts.store_writes is None:
+            remedy = "the store answers by now: the relay goes on by itself. If it does not, its log says why"
+            yield Check(f"{name}.store", False, facts.trouble, remedy, Part.STORE)
+        else:
+            yield Check(f"{name}.progress", False, facts.trouble, "it goes on by itself as soon as it can", Part.RELAY)
     else:
         yield Check(
             f"{name}.bus",
             False,
             facts.trouble or "it has not reached the bus yet",
-            "is the broker up, and TIDINGS_BUS right? It goes on by itself as soon as it can",
+            "is the broker up, and TIDINGS_BUS right? On its machine: rabbitmq-diagnostics check_running. It goes on "
+            "by itself as soon as it can",
+            Part.BUS,
         )

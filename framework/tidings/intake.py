@@ -60,7 +60,18 @@ class Intake:
         self.marker = -1
         """What the last marker said."""
         self.connected = False
+        self.heard_at: float | None = None
+        """When the last message came, of whatever kind, by `clock`."""
+        self.heard = 0
+        """Messages that came."""
+        self.trouble: str | None = None
+        """What the bus answered last instead of messages; None while it is connected."""
         self._holding = asyncio.Event()
+
+    @property
+    def reached(self) -> int:
+        """Everything at or below this position was accepted."""
+        return self._accepted.reached
 
     def hold(self) -> None:
         """Take nothing more, and keep the connection: nobody else is given the queue before `run` is cancelled."""
@@ -75,7 +86,7 @@ class Intake:
                 await self._bus.provision(self._subscription)
                 async with self._bus.consume(self._subscription, prefetch=self._prefetch) as consumer:
                     log.info("service.connected", service=self._subscription.service, queue=self._subscription.queue)
-                    self.connected, self.marker_at = True, None
+                    self.connected, self.marker_at, self.trouble = True, None, None
                     pause = first
                     chosen = False
                     async with supervised(self._stay_bound()):
@@ -88,6 +99,7 @@ class Intake:
                             self.take(consumer, delivery)
                 raise BusUnavailable(f"queue {self._subscription.queue!r}: the bus ended the deliveries")
             except BusUnavailable as error:
+                self.trouble = str(error)
                 what = "bus.lost" if self.connected else "bus.unreachable"
                 log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=pause)
             finally:
@@ -130,6 +142,8 @@ class Intake:
     def take(self, consumer: Consumer, delivery: Delivery) -> None:
         """One delivery: accepted, dropped, or recorded as dead; it never raises for what a message says."""
         message = delivery.message
+        self.heard += 1
+        self.heard_at = self._clock()
         step = Step(consumer, delivery.tag)
         try:
             if message.type == MARKER and "tidings-position" not in message.headers:

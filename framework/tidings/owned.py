@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, StreamForbidden
+from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreError, StoreUnavailable, StreamForbidden
 from tidings.outages import is_outage, waits_for_itself
 from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Expected, Filter, RecordedEvent
 
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["Ours", "OwnBus", "OwnStore", "Writes", "mark", "related"]
 
 T = TypeVar("T")
+
+DOUBT_SECONDS: Final = 15.0
+"""Seconds after a failed write for which a small one that succeeds does not show that all do."""
+PROBED: Final = "tidings_probe"
+"""The stream that is appended to in order to learn whether a log takes writes."""
 
 
 def mark(error: BaseException, owner: object) -> None:
@@ -68,16 +73,26 @@ class Writes:
         self.error: str | None = None
         """What the last write was answered, if it failed."""
         self.failing_since: float | None = None
-        """When the first of the writes in a row failed, by the monotonic clock."""
+        """When the first of the writes failed that none was proven to work after, by the monotonic clock."""
+        self.failed_at = 0.0
+        """When the last write failed, by the monotonic clock."""
         self.last_at = time.monotonic()
         """When the last write ended, well or not, by the monotonic clock."""
 
     def succeeded(self) -> None:
+        """A write succeeded, perhaps one that changes hardly anything: it proves little while others fail."""
+        now = time.monotonic()
+        if self.error is not None and now - self.failed_at > DOUBT_SECONDS:
+            self.proven()
+        self.last_at = now
+
+    def proven(self) -> None:
+        """What had to be written was written."""
         self.error = self.failing_since = None
         self.last_at = time.monotonic()
 
     def failed(self, error: BaseException) -> None:
-        self.last_at = time.monotonic()
+        self.last_at = self.failed_at = time.monotonic()
         self.error = str(error)
         if self.failing_since is None:
             self.failing_since = self.last_at
@@ -149,7 +164,7 @@ class OwnStore(EventStore):
             if not isinstance(error, StreamForbidden):
                 self.writes.failed(error)
             raise
-        self.writes.succeeded()
+        self.writes.proven()
         return done
 
     async def _ask(self, asking: Awaitable[T]) -> T:
@@ -161,6 +176,14 @@ class OwnStore(EventStore):
             async with aclosing(cast("Any", reading)) as source:
                 async for item in source:
                     yield item
+
+    async def probe_writes(self) -> None:
+        """Append one event to a stream of Tidings' own that keeps one: `writes` knows then whether the log takes it. A
+        user who may not append there learns nothing."""
+        with suppress(StoreError):
+            done = await self.append(PROBED, [EventData("tidings_Probed", b"{}")])
+            if done.version == 0:
+                await self.set_metadata(PROBED, {"$maxCount": 1})
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         return await self._write(self.inner.append(stream, events, expected=expected))

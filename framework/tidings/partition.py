@@ -65,6 +65,8 @@ class Partition:
         self.joined = asyncio.Event()
         """Set after the first join."""
         self.joins = 0
+        self.lost: BaseException | None = None
+        """What ended the last session; None where nothing did."""
         self.log_id: UUID | None = None
         self.dispatcher: Dispatcher | None = None
         self.intake: Intake | None = None
@@ -111,6 +113,20 @@ class Partition:
         """Connected to the bus, at work or standing by."""
         return self.intake is not None and self.intake.connected
 
+    @property
+    def heard_age(self) -> float | None:
+        """Seconds since anything came on this connection to the bus; None before that."""
+        heard = self.intake.heard_at if self.intake else None
+        return None if heard is None else self._clock() - heard
+
+    @property
+    def moves(self) -> int:
+        """A number that changes whenever anything moves."""
+        dispatcher, intake = self.dispatcher, self.intake
+        if dispatcher is None or intake is None:
+            return self.joins
+        return self.joins + dispatcher.moves + dispatcher.floor + intake.heard + intake.reached
+
     def at_work(self) -> list[Item]:
         """Handlers at work now."""
         return list(self.dispatcher.working.values()) if self.dispatcher else []
@@ -130,7 +146,10 @@ class Partition:
 
     async def serve(self) -> None:
         """Until it is to leave. Raises what no waiting heals: configuration, another log, a log that went back."""
-        await persistently(self._session, self._left, self._clock, **self._told)
+        await persistently(self._session, self._left, self._clock, self._lost, **self._told)
+
+    def _lost(self, error: BaseException) -> None:
+        self.lost = error
 
     async def _session(self) -> None:
         """From joining to the first loss of what was joined, or to leaving it."""
@@ -196,7 +215,11 @@ class Partition:
 
 
 async def persistently(
-    session: Callable[[], Awaitable[None]], stop: asyncio.Event, clock: Callable[[], float], **told: str
+    session: Callable[[], Awaitable[None]],
+    stop: asyncio.Event,
+    clock: Callable[[], float],
+    lost: Callable[[BaseException], None] | None = None,
+    **told: str,
 ) -> None:
     """Have one session after the other until `stop` is set, with pauses that grow while they fail for what waiting may
     heal. Raises any other error, out of any group."""
@@ -214,6 +237,8 @@ async def persistently(
                 raise strange[0] from None
             if clock() - began > longest:
                 pause = first
+            if lost is not None:
+                lost(causes[0])
             log.warning("service.rejoining", error=str(causes[0]), pause=pause, **told)
         try:
             async with asyncio.timeout(pause):

@@ -10,14 +10,16 @@ import errno
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
-from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, judge_live, judge_ready
+from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, is_still, judge_live, judge_ready
+from tidings.held import HeldCount
 from tidings.logs import masked
+from tidings.owned import OwnStore, Writes
 from tidings.position import CARRIED, carried
 from tidings.stores import EventStore
 from tidings.supervision import together
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 ANSWER_SECONDS: Final = 2.0
 """So long a database or store may take; give probes that ask a timeout of 5 s."""
+IDLE_SECONDS: Final = 10.0
+"""Seconds without a write after which a probe writes, to learn whether that is possible."""
 FRESH_SECONDS: Final = 0.5
 """An answer is good for so long: whoever asks more often gets it again."""
 
@@ -59,13 +63,29 @@ class Probe:
         self._last: tuple[float, Health] | None = None
 
     async def live(self) -> Health:
-        """Answers without asking anybody: that it answers says that the loop turns."""
-        facts = []
-        for service in self._services:
-            running, known = _state(service)
+        """Asks nobody as long as something moves: that it answers says that the loop turns. Only before it says that a
+        restart would help, it makes sure that database and store answer, which takes `ANSWER_SECONDS` at most."""
+        return judge_live(Facts(tuple([await self._alive(service) for service in self._services])))
+
+    async def _alive(self, service: Service) -> ServiceFacts:
+        running, known = _state(service)
+        if running is None or known or running.standing_by is not None or not running.partitions:
             work = _work(running.at_work()) if running is not None else ()
-            facts.append(ServiceFacts(service.name, work=work, **known))
-        return judge_live(Facts(tuple(facts)))
+            return ServiceFacts(service.name, work=work, **known)
+        now = self._clock()
+        parts = tuple(self._still(part, running, now) for part in running.partitions)
+        if any(is_still(part) for part in parts):
+            (_, database), (_, store) = await asyncio.gather(_answer(running.ranges()), _answer(running.store.head()))
+            parts = tuple(replace(part, database=database, store=store) for part in parts)
+        work = tuple(work for part in parts for work in part.work)
+        return ServiceFacts(service.name, work=work, consuming=running.consuming, partitions=parts)
+
+    def _still(self, part: Partition, running: RunningService, now: float) -> ServiceFacts:
+        """What tells whether anything moves."""
+        facts = _condition(part, running)
+        behind = facts.unsettled > 0 or facts.floor < facts.marker
+        moves = self._of(f"{facts.name} moves")
+        return replace(facts, still=moves.look(part.moves, behind=behind, now=now), work=_work(part.at_work()))
 
     async def ready(self) -> Health:
         """Asks the databases and the store, all at once, and then the store for what waits: no longer than
@@ -86,12 +106,18 @@ class Probe:
             return await self._standby(service.name, running, running.standing_by)
         if running is None or known or not running.partitions:
             return ServiceFacts(service.name, **(known or {"starting": True}))
-        (ranges, database), (head, store) = await asyncio.gather(
-            _answer(running.ranges()), _answer(running.store.head())
+        await self._probe_writes(running)
+        (ranges, database), (head, store), (held, _) = await asyncio.gather(
+            _answer(running.ranges()), _answer(running.store.head()), _answer(running.held())
         )
         floors = {row.first: row.floor for row in ranges or ()}
         now = self._clock()
-        parts = [self._partition(part, None if ranges is None else floors, now) for part in running.partitions]
+        parts = [self._partition(part, running, None if ranges is None else floors, now) for part in running.partitions]
+        actives = {row.first: row.active for row in ranges or () if row.active != running.process}
+        parts = [
+            replace(found, elsewhere=actives.get(part.subscription.buckets.start))
+            for found, part in zip(parts, running.partitions, strict=True)
+        ]
         settled, waiting = lowest(ranges or ()), None
         if ranges is not None and head is not None and any(p.marker_age is None or p.stalled > 0 for p in parts):
             waiting, store = await _answer(_first_after(running.store, settled))
@@ -101,6 +127,9 @@ class Probe:
             name=service.name,
             consuming=running.consuming,
             paused=None if running.paused is None else masked(running.paused),
+            bus_trouble=next((part.bus_trouble for part in parts if part.bus_trouble), None),
+            all_paused=len(running.paused_handlers) >= len(service.named),
+            held=_held(held or (), time.time()),
             settled=settled,
             database=database,
             store=store,
@@ -126,23 +155,33 @@ class Probe:
             store=store,
         )
 
-    def _partition(self, part: Partition, floors: Mapping[int, int] | None, now: float) -> ServiceFacts:
+    async def _probe_writes(self, running: RunningService) -> None:
+        """Where nothing was written for a while, write something: a database that only reads, or a log whose last
+        append failed, would else be noticed by the next event alone, or never be known to be well again."""
+        now, database, writes = time.monotonic(), running.database, store_writes(running.store)
+        if now - database.writes.last_at > IDLE_SECONDS and running.consuming:
+            await _answer(database.probe_writes())
+        if writes is not None and writes.error is not None and now - writes.last_at > IDLE_SECONDS:
+            await _answer(cast("OwnStore", running.store).probe_writes())
+
+    def _partition(
+        self, part: Partition, running: RunningService, floors: Mapping[int, int] | None, now: float
+    ) -> ServiceFacts:
         """`floors` is what is committed, by first bucket; None where the database did not answer."""
         name = part.subscription.queue.removeprefix("tidings.")
         ours, others = self._of(f"{name} floor"), self._of(f"{name} settled")
         settled = -1 if floors is None else floors.get(part.subscription.buckets.start, -1)
-        if floors is not None:
-            others.look(settled, behind=True, now=now)
-        return ServiceFacts(
-            name,
-            healing=part.healing,
-            marker_age=part.marker_age,
-            marker=part.marker,
-            floor=part.floor,
-            stalled=ours.look(part.floor, behind=part.floor < part.marker, now=now),
+        still = 0.0 if floors is None else others.look(settled, behind=True, now=now)
+        facts = _condition(part, running)
+        oldest = part.dispatcher.oldest if part.dispatcher else None
+        at = part.floor if oldest is None else oldest.event.position
+        return replace(
+            facts,
+            stalled=ours.look(at, behind=part.floor < part.marker or facts.unsettled > 0, now=now),
             work=_work(part.at_work()),
             settled=settled,
             others_idle=others.idle(now),
+            others_still=still,
         )
 
     async def _relays(self) -> tuple[RelayFacts, ...]:
@@ -152,7 +191,7 @@ class Probe:
         relay = runtime.relay
         if relay is None:
             return (RelayFacts(runtime.relay_name, started=False),)
-        confirmed = relay.confirmed
+        confirmed, writes = relay.confirmed, store_writes(runtime.store)
         waiting, store = await _answer(_first_after(runtime.store, confirmed))
         stalled = self._of("relay").look(confirmed, behind=waiting is not None, now=self._clock())
         return (
@@ -166,12 +205,69 @@ class Probe:
                 stalled=stalled,
                 waiting_event=waiting,
                 trouble=None if relay.trouble is None else masked(relay.trouble),
+                trouble_is_the_stores=relay.trouble_is_the_stores,
                 store=store,
+                store_writes=_masked(writes.error if writes is not None else None),
             ),
         )
 
     def _of(self, name: str) -> Progress:
         return self._progress.setdefault(name, Progress())
+
+
+def store_writes(store: EventStore) -> Writes | None:
+    """What is known of a store's appends; None of one that nobody stands before."""
+    return store.writes if isinstance(store, OwnStore) else None
+
+
+def _masked(text: str | None) -> str | None:
+    return None if text is None else masked(text)
+
+
+def _condition(part: Partition, running: RunningService) -> ServiceFacts:
+    """What one partition knows of itself, without asking anybody."""
+    dispatcher, intake = part.dispatcher, part.intake
+    writes, database = store_writes(running.store), running.database
+    unsettled = dispatcher.unsettled if dispatcher else 0
+    oldest = dispatcher.oldest if dispatcher else None
+    return ServiceFacts(
+        part.subscription.queue.removeprefix("tidings."),
+        consuming=part.consuming,
+        healing=part.healing,
+        marker_age=part.marker_age,
+        marker=part.marker,
+        floor=part.floor,
+        database_writes=_masked(database.writes.error),
+        database_place=database.file or database.shown,
+        store_writes=_masked(writes.error if writes is not None else None),
+        bus_trouble=_masked(intake.trouble if intake else None),
+        queue=part.subscription.queue,
+        heard_age=part.heard_age,
+        unsettled=unsettled,
+        full=unsettled >= running.service.prefetch,
+        oldest=None if oldest is None else _told(oldest),
+        oldest_tried=running.failed_attempts(oldest) if oldest is not None else 0,
+        resting=dispatcher.resting if dispatcher else 0,
+    )
+
+
+def _told(item: Item) -> str:
+    event = item.event
+    return (
+        f"event {event.id} ({event.type}, position {event.position}) of stream {event.stream!r}, for handler "
+        f"{item.handler.name!r}"
+    )
+
+
+def _held(counts: Sequence[HeldCount], now: float) -> str | None:
+    """How many events are held, since when, and what the handler that failed most says."""
+    if not counts:
+        return None
+    since = min((count.since for count in counts if count.since is not None), default=None)
+    oldest = "" if since is None else f", the oldest for {max(now - since, 0.0):.0f} s"
+    first, events = counts[0], sum(count.events for count in counts)
+    told = masked(f"{events} events are held{oldest}; first reason, of handler {first.handler!r}: {first.reason}")
+    return str(told)
 
 
 def _work(found: Iterable[Item]) -> tuple[Work, ...]:

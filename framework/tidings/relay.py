@@ -85,6 +85,8 @@ class Relay:
         self.confirmed = -1
         """Everything up to here was confirmed by the bus."""
         self.leading = False
+        self.trouble_is_the_stores = False
+        """What interrupted the relay last came from the store; else from the bus."""
         self.trouble: str | None = None
         """What interrupted the relay last; None while the bus confirms markers."""
         self._marked_at: float | None = None
@@ -133,6 +135,7 @@ class Relay:
                 if strange:
                     raise strange[0] from None
                 self.trouble = str(causes[0])
+                self.trouble_is_the_stores = isinstance(causes[0], StoreUnavailable)
                 if self.confirmed > began:
                     pause, unheard = first, 0
                 if isinstance(causes[0], Unroutable):

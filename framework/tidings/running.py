@@ -22,6 +22,7 @@ from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
 from tidings.database import Database, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
+from tidings.held import HeldCount, held_by_handler
 from tidings.inbox import requested_events
 from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
@@ -197,6 +198,15 @@ class RunningService:
         if known is None:
             known = self._log_id = self._log_id or await self.store.log_id()
         return known
+
+    def failed_attempts(self, item: Item) -> int:
+        """Attempts at an event that failed since it was read."""
+        return self._troubles.attempts.get(item.turn, 0)
+
+    async def held(self) -> list[HeldCount]:
+        """What is held because a handler failed, by handler; else as `settled`."""
+        async with self.database.reading() as connection:
+            return await held_by_handler(connection, self.service.name, await self.log_id())
 
     def at_work(self) -> list[Item]:
         """Handlers at work now."""

@@ -14,6 +14,7 @@ import pytest
 import tidings.commits
 from tidings.commits import LOOK_SECONDS, MANY, Commits
 from tidings.handlers import Handler, Retry
+from tidings.owned import Writes
 from tidings.progress import Batch
 from tidings.stores import RecordedEvent
 from tidings.timers import Timers
@@ -21,6 +22,7 @@ from tidings.work import Item, Step, Troubles
 
 
 class Database:
+    writes = Writes()
     turn = nullcontext()
 
     @asynccontextmanager

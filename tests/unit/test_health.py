@@ -50,7 +50,7 @@ def wrong(health: Health) -> list[str]:
         ({"floor": 3, "stalled": 29}, []),
         ({"floor": 3, "stalled": 31}, ["audit.progress"]),
         ({"floor": 3, "stalled": 59, "work": (STUCK,)}, []),
-        ({"floor": 3, "stalled": 61, "work": (STUCK,)}, ["audit.progress"]),
+        ({"floor": 3, "stalled": 61, "work": (STUCK,)}, ["audit.handlers"]),
         ({"marker_age": None}, []),
         ({"marker_age": None, "settled": -1}, ["audit.markers"]),
         ({"marker_age": None, "waiting_event": "event 10"}, ["audit.markers"]),

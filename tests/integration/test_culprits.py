@@ -1,0 +1,462 @@
+"""Each incident of a night: `/ready` names its cause, with what to do, and folds what follows from it under it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tests.integration.embedded import (
+    Followed,
+    Happened,
+    StoreAround,
+    World,
+    audit,
+    auditing,
+    embedded,
+    note,
+    tables,
+    until,
+)
+from tidings import ANY, EventData, EventStore, Hold, Relay, Retry, Runtime, Service, Settings
+from tidings.errors import BusUnavailable, StoreUnavailable
+from tidings.probes import Probe
+from tidings.stores import Appended, Expected
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def wrong(document: dict[str, Any]) -> list[str]:
+    """The names of the causes, in their order."""
+    found = [check for check in document["checks"] if not check["ok"]]
+    assert all(check["remedy"] for check in found), "each says what to do"
+    assert document["checks"][: len(found)] == found, "causes come first"
+    return [check["name"] for check in found]
+
+
+def said(document: dict[str, Any], name: str) -> str:
+    (check,) = [check for check in document["checks"] if check["name"] == name]
+    return str(check)
+
+
+class Clock:
+    """Runs as the loop's, and may be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return asyncio.get_running_loop().time() + self.ahead
+
+
+async def becomes(probe: Probe, condition: Callable[[dict[str, Any]], bool], seconds: float = 20.0) -> dict[str, Any]:
+    """The first answer of /ready for which the condition holds."""
+    document: dict[str, Any] = {}
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                document = (await probe.ready()).document()
+                if condition(document):
+                    return document
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise AssertionError(f"the last answer was {document}") from None
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidings.probes.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.05, 0.2))
+
+
+@pytest.mark.sqlite("a trigger makes the database refuse")
+@pytest.mark.parametrize("why", ["read-only", "full"])
+async def test_a_database_that_takes_no_writes_is_blamed_and_not_the_bus(tmp_path: Path, why: str) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        assert (await becomes(probe, lambda found: found["status"] == "ok"))["status"] == "ok"
+        async with _refusing(service, why):
+            await world.append(Happened(key="second", n=1))
+            document = await becomes(probe, lambda found: found["status"] != "ok")
+            for _ in range(20):  # also while it joins again, connected or not
+                document = (await probe.ready()).document()
+                assert wrong(document) == ["audit.database"]
+                assert document["status"] == "unready"
+                await asyncio.sleep(0.03)
+            told = said(document, "audit.database")
+            assert "takes no writes" in told
+            assert "df -h" in told
+            assert "audit.db" in told
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+@asynccontextmanager
+async def _refusing(service: Service, why: str) -> AsyncIterator[None]:
+    """The connections of the service's pool write nothing, as on a disk that is full or read-only."""
+
+    def refuse(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            error = sqlite3.OperationalError("attempt to write a readonly database" if why == "read-only" else "full")
+            error.sqlite_errorcode = sqlite3.SQLITE_READONLY if why == "read-only" else sqlite3.SQLITE_FULL
+            raise error
+
+    writing = service.running_now.database._writing.sync_engine
+    sa.event.listen(writing, "before_cursor_execute", refuse)
+    try:
+        yield
+    finally:
+        sa.event.remove(writing, "before_cursor_execute", refuse)
+
+
+@pytest.mark.sqlite("a file that is made read-only")
+async def test_an_idle_service_finds_out_that_its_database_takes_no_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No event comes that would show it."""
+    monkeypatch.setattr("tidings.probes.IDLE_SECONDS", 0.1)
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        async with _refusing(service, "read-only"):
+            assert wrong(await becomes(probe, lambda found: found["status"] != "ok")) == ["audit.database"]
+        monkeypatch.setattr("tidings.owned.DOUBT_SECONDS", 0.1)
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+class Full(StoreAround):
+    """A log that may be full: it is read as ever, and takes no appends."""
+
+    full = away = False
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        if self.full or self.away:
+            raise StoreUnavailable("the event store log.db: database or disk is full")
+        return await super().append(stream, events, expected=expected)
+
+    async def head(self) -> int:
+        if self.away:
+            raise StoreUnavailable("the event store is away")
+        return await self.inner.head()
+
+
+@asynccontextmanager
+async def full_world(folder: Path, service: Service) -> AsyncIterator[tuple[World, Full]]:
+    made: list[Full] = []
+
+    def wrap(store: EventStore) -> EventStore:
+        made.append(Full(store))
+        return made[0]
+
+    async with embedded(folder, service, wrap=wrap) as world:
+        yield world, made[0]
+
+
+async def test_a_log_that_takes_no_appends_is_blamed_though_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.probes.IDLE_SECONDS", 0.1)
+    service = auditing()
+    async with full_world(tmp_path, service) as (world, store):
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        store.full = True
+        with pytest.raises(StoreUnavailable):
+            await world.append(Happened(key="second"))
+        document = (await probe.ready()).document()
+        assert wrong(document) == ["audit.store"]
+        assert "takes no appends" in said(document, "audit.store")
+        assert "df -h" in said(document, "audit.store")
+        store.full = False
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+async def test_a_store_that_is_away_is_blamed_alone(tmp_path: Path) -> None:
+    service = auditing()
+    async with full_world(tmp_path, service) as (world, store):
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        store.away = True
+        document = await becomes(probe, lambda found: found["status"] != "ok")
+        assert wrong(document) == ["audit.store"]
+        assert "TIDINGS_STORE" in said(document, "audit.store")
+        store.away = False
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+async def test_a_service_that_is_behind_blames_no_relay_that_leads(tmp_path: Path) -> None:
+    """The markers wait in its own queue, behind what it has taken."""
+    gate = asyncio.Event()
+
+    async def slow(*_: object) -> None:
+        await gate.wait()
+
+    service = auditing(effect=slow, prefetch=20)
+    clock = Clock()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,), clock=clock)
+        await becomes(probe, lambda found: found["status"] == "ok")
+        part = world.running[0].partitions[0]
+        part._clock = clock
+        await world.append(*(Happened(key=f"k{n}") for n in range(60)))
+        dispatcher = part.dispatcher
+        assert dispatcher is not None
+        await until(lambda: dispatcher.unsettled >= 20)
+        await until(lambda: len(part.at_work()) > 0)
+        assert (await probe.ready()).ok
+        clock.ahead = 45.0
+        document = (await probe.ready()).document()
+        assert document["status"] == "ok", "no longer than its handler may honestly take"
+        assert "newer ones wait in its queue, behind" in said(document, "audit.markers")
+        clock.ahead = 100.0
+        document = (await probe.ready()).document()
+        assert wrong(document) == ["audit.handlers"]
+        (work,) = part.at_work()
+        told = said(document, "audit.handlers")
+        assert str(work.event.id) in told
+        assert "'handle'" in told
+        assert f"tidings why {work.event.id}" in told
+        gate.set()
+        await world.settled()
+
+
+async def test_a_handler_that_hangs_is_named_with_its_own_event_and_no_other_one(tmp_path: Path) -> None:
+    """Also between two attempts, when no handler is at work."""
+    hangs = asyncio.Event()
+    service = Service("audit", tables=tables)
+
+    @service.on(Happened, timeout=0.3, retry=Retry(attempts=50, delay=0.3, maximum=0.3, hold=Hold()))
+    async def handle(event: Happened, session: AsyncSession) -> None:
+        if event.key == "culprit":
+            await hangs.wait()
+        await note(session, event)
+
+    clock = Clock()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,), clock=clock)
+        await world.append(Happened(key="before"))
+        await world.settled()
+        await world.append(Happened(key="culprit"), *(Happened(key=f"k{n}") for n in range(10)))
+        part = world.running[0].partitions[0]
+        await until(lambda: part.dispatcher is not None and part.dispatcher.oldest is not None)
+        await probe.ready()
+        clock.ahead = 120.0
+        assert part.dispatcher is not None
+        names = set[str]()
+        for _ in range(40):
+            document = (await probe.ready()).document()
+            assert wrong(document) == ["audit.handlers"]
+            told = said(document, "audit.handlers")
+            assert "Happened-culprit" in told
+            assert "Happened-k" not in told
+            names.add("at work" if "at work" in told else "between attempts")
+            await asyncio.sleep(0.03)
+        assert names == {"at work", "between attempts"}
+        hangs.set()
+        await world.settled()
+
+
+async def test_a_relay_that_is_missing_is_blamed_and_one_that_leads_here_is_not(tmp_path: Path) -> None:
+    service = auditing()
+    clock = Clock()
+    async with embedded(tmp_path, service, relay=False) as world:
+        probe = Probe((service,), clock=clock)
+        await world.append(Happened(key="first"))
+        document = (await probe.ready()).document()
+        assert wrong(document) == ["audit.markers"]
+        assert "tidings relay" in said(document, "audit.markers")
+
+    settings = Settings(
+        store=f"sqlite:///{tmp_path}/two.db", bus="memory://two", database=f"sqlite:///{tmp_path}/two-s.db"
+    )
+    async with Runtime(service, settings=settings) as runtime:
+        probe = Probe((service,), runtime)
+        await service.append("happened-1", Happened(key="first"))
+        await runtime.settled()
+        intake = service.running_now.partitions[0].intake
+        assert intake is not None
+        intake.take = lambda *_: None  # type: ignore[method-assign]
+        intake.marker_at = intake.heard_at = asyncio.get_running_loop().time() - 40
+        document = (await probe.ready()).document()
+        assert wrong(document) == ["audit.markers"]
+        told = said(document, "audit.markers")
+        assert "The relay of this process leads" in told
+        assert "tidings topology diff" in told
+
+
+async def test_a_bus_that_is_down_is_blamed_once_by_service_and_relay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = auditing()
+    settings = Settings(
+        store=f"sqlite:///{tmp_path}/log.db", bus="memory://down", database=f"sqlite:///{tmp_path}/s.db"
+    )
+    async with Runtime(service, settings=settings) as runtime:
+        probe = Probe((service,), runtime)
+        await becomes(probe, lambda found: found["status"] == "ok")
+        bus: Any = service.running_now._bus
+
+        async def refuse(*_: object, **__: object) -> None:
+            raise BusUnavailable("the broker cannot be reached: connection refused")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(bus, "provision", refuse)
+            bus.drop_connections()
+            document = await becomes(probe, lambda found: found["status"] != "ok" and "effects" in str(found))
+            assert len(wrong(document)) == 1
+            (cause,) = [check for check in document["checks"] if not check["ok"]]
+            assert cause["name"] in ("relay.main.bus", "audit.bus")
+            assert "connection refused" in str(cause)
+            assert "rabbitmq-diagnostics" in cause["remedy"]
+            assert [effect["name"] for effect in cause["effects"]] == sorted(
+                {"relay.main.bus", "audit.bus"} - {cause["name"]}
+            )
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+async def test_a_queue_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,))
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+        async def refuse(*_: object, **__: object) -> None:
+            raise BusUnavailable("queue 'tidings.audit' was deleted, and may not be made again")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(world.bus, "provision", refuse)
+            world.bus.delete_queue("tidings.audit")
+            document = await becomes(probe, lambda found: found["status"] != "ok")
+            document = await becomes(probe, lambda found: wrong(found) == ["audit.queue"])
+            assert "tidings topology diff" in said(document, "audit.queue")
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+async def test_a_paused_handler_and_held_events_are_degraded_and_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.breaker.PAUSES", (0.1, 0.2))
+
+    async def fail(event: Happened, *_: object) -> None:
+        raise LookupError("no such appointment")
+
+    service = auditing(effect=fail, retry=Retry(attempts=2, delay=0.01, hold=Hold(attempts=99, delay=0.05)))
+
+    @service.on(Followed)
+    async def other(event: Followed) -> None:
+        """Goes on."""
+
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,))
+        await world.append(Happened(key="only"))
+        document = await becomes(probe, lambda found: found["status"] == "degraded")
+        assert wrong(document) == ["audit.held"]
+        assert "1 events are held" in said(document, "audit.held")
+        assert "no such appointment" in said(document, "audit.held")
+        assert (await probe.ready()).ok, "degraded is ready"
+        await world.append(*(Happened(key=f"k{n}") for n in range(40)))
+        document = await becomes(probe, lambda found: wrong(found)[:1] == ["audit.attempts"])
+        assert document["status"] == "degraded", "another handler works"
+        assert wrong(document) == ["audit.attempts"]
+        assert [each["name"] for each in document["checks"][0]["effects"]] == ["audit.held"]
+        assert "tidings held list" in said(document, "audit.attempts")
+
+
+async def test_another_process_that_has_the_queue_and_does_nothing_is_named(tmp_path: Path) -> None:
+    """Two processes on one bus: this one stands by for one that hangs."""
+    hangs = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        await hangs.wait()
+
+    first, second = auditing(effect=hang), auditing(effect=hang)
+    settings = Settings(
+        store=f"sqlite:///{tmp_path}/log.db", bus="memory://shared", database=f"sqlite:///{tmp_path}/s.db"
+    )
+    from tidings.settings import open_bus, open_store
+    from tidings.supervision import supervised
+
+    clock = Clock()
+    async with (
+        open_store(settings.store) as store,
+        open_bus(settings.bus) as bus,
+        first.running(settings, store=store, bus=bus) as one,
+        supervised(Relay(store, bus, marker_seconds=0.2, checkpoint_seconds=0.1).run()),
+    ):
+        await until(lambda: one.marker_age is not None)
+        async with second.running(settings, store=store, bus=bus) as two:
+            probe = Probe((second,), clock=clock)
+            await until(lambda: two.consuming)
+            await first.append("happened-1", Happened(key="k"))
+            await until(lambda: bool(one.at_work()))
+            await probe.ready()
+            await until(lambda: two.partitions[0].marker_age is None)
+            clock.ahead = 100.0
+            document = (await probe.ready()).document()
+            assert wrong(document) == ["audit.queue"]
+            told = said(document, "audit.queue")
+            assert one.process in told
+            assert "kill -9" in told
+            hangs.set()
+            await until(lambda: _handled(first))
+
+
+async def test_live_fails_for_a_process_that_has_work_and_does_not_move_though_everything_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = auditing()
+    clock = Clock()
+    async with full_world(tmp_path, service) as (world, store):
+        probe = Probe((service,), clock=clock)
+        await world.append(Happened(key="first"))
+        await world.settled()
+        part = world.running[0].partitions[0]
+        assert part.dispatcher is not None
+        clock.ahead += 200
+        await until(lambda: part.floor >= part.marker)
+        assert (await probe.live()).ok, "there is nothing to do"
+
+        part.dispatcher._pumping = True  # what is accepted is given out no more, as a bug may do it
+        intake = part.intake
+        assert intake is not None
+        await world.append(Happened(key="second"))
+        await until(lambda: part.dispatcher is not None and part.dispatcher.oldest is not None)
+        intake.take = lambda *_: None  # type: ignore[method-assign]
+        assert (await probe.live()).ok
+        clock.ahead += 59
+        assert (await probe.live()).ok, "not for a minute yet"
+        clock.ahead += 10
+        store.away = True
+        assert (await probe.live()).ok, "a restart mends no store"
+        store.away = False
+        found = await probe.live()
+        assert not found.ok
+        assert [check.name for check in found.checks if not check.ok] == ["audit.still"]
+        assert "Happened-second" in str(found.document())
+        part.dispatcher._pumping = False
+        part.dispatcher._pump()
+
+
+async def _handled(service: Service) -> bool:
+    async with service.engine.connect() as connection:
+        return bool(await connection.scalar(sa.select(sa.func.count()).select_from(audit)))
+
+
+def test_the_remedy_names_the_file_or_the_server() -> None:
+    from tidings.health import _writable
+
+    assert "df -h '/var/lib/inventory.db'" in _writable("/var/lib/inventory.db")
+    assert "pg_is_in_recovery" in _writable("postgresql+asyncpg://inventory@db/inventory")

@@ -1,0 +1,104 @@
+"""One model of cause and effect: every fault is told once, causes first, and no effect is ever taken for a cause."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidings.causes import _BECAUSE, BECAUSE, SHARED, Part, explain
+
+
+class Fault(NamedTuple):
+    part: Part
+    scope: str
+    n: int = 0
+
+
+def fault(part: Part, service: str = "inventory") -> Fault:
+    return Fault(part, "" if part in SHARED else service)
+
+
+faults = st.lists(
+    st.builds(
+        lambda part, service, n: Fault(part, "" if part in SHARED else service, n),
+        st.sampled_from(Part),
+        st.sampled_from(("inventory", "shipping")),
+        st.integers(0, 3),
+    ),
+    max_size=12,
+    unique=True,
+)
+
+
+@given(faults)
+def test_every_fault_is_told_once(given: list[Fault]) -> None:
+    told = [each for cause in explain(given) for each in (cause.fault, *cause.effects)]
+    assert sorted(told) == sorted(given)
+
+
+@given(faults)
+def test_no_fault_that_another_one_brings_about_is_a_cause(given: list[Fault]) -> None:
+    causes = explain(given)
+    for cause in causes:
+        for other in given:
+            mine = other.scope in ("", cause.fault.scope)
+            assert not (mine and other.part in _BECAUSE[cause.fault.part]), f"{other} explains {cause.fault}"
+        for effect in cause.effects:
+            assert cause.fault.part == effect.part in SHARED or cause.fault.part in _BECAUSE[effect.part]
+            assert cause.fault.scope in ("", effect.scope), "one service's trouble is no other one's"
+    assert [cause.fault.part for cause in causes] == sorted(cause.fault.part for cause in causes)
+
+
+@given(faults, st.randoms())
+def test_the_order_in_which_faults_are_found_names_no_other_causes(given: list[Fault], random: object) -> None:
+    mixed = list(given)
+    random.shuffle(mixed)  # type: ignore[attr-defined]
+    kinds = [[(cause.fault.part, cause.fault.scope) for cause in explain(found)] for found in (given, mixed)]
+    assert kinds[0] == kinds[1]
+
+
+@given(faults, faults)
+def test_what_only_follows_from_a_cause_changes_no_cause(given: list[Fault], more: list[Fault]) -> None:
+    causes = explain(given)
+    following = [
+        each
+        for each in more
+        if any(cause.fault.part in _BECAUSE[each.part] and cause.fault.scope in ("", each.scope) for cause in causes)
+    ]
+    assert [cause.fault for cause in explain(given + following)] == [cause.fault for cause in causes]
+
+
+def test_nothing_brings_itself_about_and_causes_come_before_their_effects() -> None:
+    for part, causes in _BECAUSE.items():
+        assert part not in causes
+        assert all(cause < part for cause in causes)
+        for cause in causes & SHARED:
+            assert cause in SHARED
+    assert set(BECAUSE) == set(Part)
+
+
+@pytest.mark.parametrize(
+    ("found", "culprits"),
+    [
+        ([Part.CONNECTION, Part.DATABASE, Part.MARKERS, Part.PROGRESS], [Part.DATABASE]),
+        ([Part.CONNECTION, Part.BUS, Part.RELAY, Part.MARKERS], [Part.BUS]),
+        ([Part.STORE, Part.STORE_WRITES, Part.RELAY, Part.CONNECTION, Part.HANDLER], [Part.STORE]),
+        ([Part.STORE_WRITES, Part.RELAY, Part.MARKERS, Part.PROGRESS], [Part.STORE_WRITES]),
+        ([Part.RELAY, Part.MARKERS, Part.PROGRESS], [Part.RELAY]),
+        ([Part.HANDLER, Part.MARKERS, Part.PROGRESS], [Part.HANDLER]),
+        ([Part.QUEUE, Part.CONNECTION, Part.MARKERS], [Part.QUEUE]),
+        ([Part.BREAKER, Part.HELD], [Part.BREAKER]),
+        ([Part.DATABASE, Part.BUS, Part.CONNECTION], [Part.DATABASE, Part.BUS]),
+        ([Part.HELD, Part.DEAD], [Part.HELD, Part.DEAD]),
+    ],
+)
+def test_the_culprit_of_each_incident_is_named(found: list[Part], culprits: list[Part]) -> None:
+    assert [cause.fault.part for cause in explain(map(fault, found))] == culprits
+
+
+def test_a_database_explains_nothing_of_another_service() -> None:
+    causes = explain([fault(Part.DATABASE), fault(Part.CONNECTION), fault(Part.CONNECTION, "shipping")])
+    assert [cause.fault for cause in causes] == [fault(Part.DATABASE), fault(Part.CONNECTION, "shipping")]
