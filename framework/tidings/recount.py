@@ -14,9 +14,11 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tidings.codec import CAUSATION, read_metadata
-from tidings.database import Database, dead, held, replays, staged
+from tidings.database import Database, dead, held, partials, replays, staged
+from tidings.handler_report import read_spans
 from tidings.position import carried
 from tidings.printable import plain
+from tidings.roster import BEHIND, Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, last_carried, settled_in
 
@@ -41,6 +43,10 @@ class Tally:
     held: int = 0
     dead: int = 0
     pending: int = 0
+    late: dict[str, int] = field(default_factory=dict)
+    """By handler: events that others have done, and that are still to be given to it."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """By handler: events that were settled before it began, and that it was never given."""
 
 
 @dataclass(slots=True)
@@ -63,7 +69,7 @@ class Recount:
     @property
     def ok(self) -> bool:
         """The log contradicts nothing, and nothing is pending."""
-        return not self.wrong_count and not any(tally.pending for tally in self.services)
+        return not self.wrong_count and not any(tally.pending or tally.late for tally in self.services)
 
     def contradict(self, text: str) -> None:
         self.wrong_count += 1
@@ -83,6 +89,15 @@ class Recount:
             f"{tally.held} held, {tally.dead} dead, {tally.pending} pending"
             for tally in self.services
         ]
+        for tally in self.services:
+            lines += [
+                f"    {count} of them are still to be given to handler {plain(name)}"
+                for name, count in tally.late.items()
+            ]
+            lines += [
+                f"    {count} of them were settled before handler {plain(name)} began, and never given to it"
+                for name, count in tally.skipped.items()
+            ]
         lines += [f"  WRONG {plain(text)}" for text in self.wrong]
         lines += [f"  and {self.wrong_count - len(self.wrong)} more"] if self.wrong_count > len(self.wrong) else []
         lines += [f"  note: {plain(text)}" for text in self.notes]
@@ -170,6 +185,10 @@ class _Ledger:
         self.replayed: dict[int, int] = {}
         """Buckets that a replay sent back, and that have not come to where they were: rows up to there stay, and the
         watermark stands wherever the replay began."""
+        self.spans: dict[tuple[int, str], list[Span]] = {}
+        """What handlers are behind, or were not given, by bucket and handler."""
+        self.partial: set[tuple[int, str]] = set()
+        """Handlers that are done with an event which waits for others: position and handler."""
         self._handlers_of = service.handlers_of
         self._found = found
         self._tally = Tally(service.name)
@@ -190,6 +209,7 @@ class _Ledger:
         if bucket is None or not self._handlers_of(event.type) or position > self._found.position:
             return
         self._tally.events += 1
+        self._count_late(event, bucket)
         kinds = {kind for kind, _ in rows}
         if "held" in kinds:
             self._tally.held += 1
@@ -200,13 +220,24 @@ class _Ledger:
         else:
             self._tally.pending += 1
 
+    def _count_late(self, event: RecordedEvent, bucket: int) -> None:
+        for handler in self._handlers_of(event.type) if self.spans else ():
+            for span in self.spans.get((bucket, handler.name), ()):
+                if span.covers(event.position) and (span.kind != BEHIND or self.settled(bucket, event.position)):
+                    counts = self._tally.late if span.open else self._tally.skipped
+                    counts[handler.name] = counts.get(handler.name, 0) + 1
+
     def _compare(self, kind: str, row: sa.Row[Any], event: RecordedEvent, bucket: int | None) -> None:
         what = f"the {kind} row of {row.type} {row.event_id}, position {row.position},"
         if (str(event.id), event.type, event.stream) != (row.event_id, row.type, row.stream):
             self._wrong(f"{what} is not the event that the log has there: {_place(event)}")
         elif bucket is None or (row.bucket is not None and row.bucket != bucket):
             self._wrong(f"{what} is of bucket {row.bucket}, the event of {'none' if bucket is None else bucket}")
-        elif not self.settled(bucket, row.position) and row.position > self.replayed.get(bucket, -1):
+        elif (
+            not self.settled(bucket, row.position)
+            and row.position > self.replayed.get(bucket, -1)
+            and (row.position, row.handler) not in self.partial
+        ):
             self._wrong(f"{what} stands above the watermark of its bucket: the event would be handled once more")
 
     def close(self, end: int, still_staged: set[bytes]) -> None:
@@ -248,14 +279,20 @@ async def _ledger(service: Service, database: Database | None, log: UUID, found:
             return sa.select(*columns).where(table.c.service == service.name, table.c.log == str(log))
 
         # The watermarks last: in their own transactions, they move before a row of that event is to be seen.
-        for row in await connection.execute(rows(held, "position")):
+        for row in await connection.execute(rows(held, "position", "handler")):
             ledger.rows[row.position].append(("held", row))
-        for row in await connection.execute(rows(dead, "position").where(dead.c.kind == "handler")):
+        for row in await connection.execute(rows(dead, "position", "handler").where(dead.c.kind == "handler")):
             ledger.rows[row.position].append(("dead", row))
         for row in await connection.execute(rows(staged, "cause", "requested")):
             ledger.staged[UUID(row.event_id).bytes] = row
             if not row.requested:
                 ledger.causes[row.cause].append(row)
+        for span in await read_spans(connection, service.name, log):
+            ledger.spans.setdefault((span.bucket, span.handler), []).append(span)
+        done = sa.select(partials.c.position, partials.c.handler).where(
+            partials.c.service == service.name, partials.c.log == str(log)
+        )
+        ledger.partial = {(row.position, row.handler) for row in await connection.execute(done)}
         ledger.settled, marks = await settled_in(connection, service.name, log)
         again = await connection.execute(
             sa.select(replays.c.bucket, replays.c.upto).where(

@@ -9,7 +9,7 @@ dead one, unless its handler has `replay=False`, becomes held.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -23,8 +23,11 @@ from tidings.database import Database, dead, floors, held, partitions, replays, 
 from tidings.dead import held_again
 from tidings.enrolment import sent_back
 from tidings.errors import TidingsError
+from tidings.handler_report import read_handlers, read_spans
 from tidings.handlers import Handler
+from tidings.partitions import ranges_of
 from tidings.position import ALL_BUCKETS, CARRIED, carried
+from tidings.roster import Span
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
@@ -63,6 +66,8 @@ class Share:
     run: int = 0
     """Events that are run again."""
     passed_over: int = 0
+    never_given: int = 0
+    """Events that were settled before the handler began, or while it was away: they run for the first time."""
     held: int = 0
     """Held, or dead and to be held: these have not been done, and each runs in its turn."""
     first: int | None = None
@@ -139,6 +144,8 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
                 )
             )
         ).all()
+        late = await read_spans(connection, service.name, log_id)
+        ranges = await ranges_of(connection, service.name, log_id)
         waits = sa.select(sa.func.count()).select_from(staged).where(*own.of(staged))
         found.staged = (await connection.scalar(waits)) or 0
     run_again = _run_again(service)
@@ -147,12 +154,28 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
     found.upto = state.highest
     if found.upto < start.position:
         raise NothingToReplay(_nothing(service.name, start))
-    await _count(store, service, found, state, waiting | again)
+    reports = read_handlers(service, ranges, state.highest, late)
+    new = {report.handler for report in reports if report.state == "to begin"}
+    spans: dict[tuple[int, str], list[Span]] = {}
+    for span in late:
+        spans.setdefault((span.bucket, span.handler), []).append(span)
+
+    def never_given(handler: str, bucket: int, position: int) -> bool:
+        return handler in new or any(span.covers(position) for span in spans.get((bucket, handler), ()))
+
+    await _count(store, service, found, state, waiting | again, never_given)
     found.strangers = await strangers(store, service, start.before)
     return found
 
 
-async def _count(store: EventStore, service: Service, found: Plan, state: _State, undone: set[tuple[int, str]]) -> None:
+async def _count(
+    store: EventStore,
+    service: Service,
+    found: Plan,
+    state: _State,
+    undone: set[tuple[int, str]],
+    never_given: Callable[[str, int, int], bool],
+) -> None:
     shares = {
         (name, handler.name): _share(handler, name)
         for name, handlers in service.handlers.items()
@@ -182,6 +205,8 @@ async def _count(store: EventStore, service: Service, found: Plan, state: _State
                 share = shares[event.type, handler.name] = _share(handler, event.type)
             if (event.position, handler.name) in undone:
                 share.held += 1
+            elif share.replay and never_given(handler.name, bucket, event.position):
+                share.never_given += 1
             elif share.replay:
                 share.run += 1
             else:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
+from tidings.handler_report import HandlerReport
 from tidings.printable import plain
 
 __all__ = [
@@ -161,10 +162,13 @@ class ServiceReport:
     dead: list[DeadEvent] = field(default_factory=list)
     staged_count: int = 0
     staged: list[StagedSummary] = field(default_factory=list)
+    handlers: list[HandlerReport] = field(default_factory=list)
+    """Handlers that are behind the service, or were not given all that it has settled."""
 
     @property
     def ok(self) -> bool:
-        return not self.pending_count and not self.held_count and not self.staged_count and self.beyond < 0
+        waits = self.pending_count or self.held_count or self.staged_count
+        return not waits and self.beyond < 0 and all(handler.ok for handler in self.handlers)
 
     @property
     def healable(self) -> bool:
@@ -183,6 +187,9 @@ class ServiceReport:
         for failing in self.failing:
             since = "" if failing.since is None else f", the oldest held since {moment_of(failing.since)}"
             yield f"  handler {failing.handler} failed at {failing.events} events{since}: {failing.reason}"
+        for handler in self.handlers:
+            for line in handler.lines(self.service):
+                yield f"  {line}"
         if self.beyond >= 0:
             yield f"  claims position {self.beyond}, which the log does not reach: was it restored from a backup?"
             yield "  Restore the newer log; or give the restored log a new identity, and the service a new database"

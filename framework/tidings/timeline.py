@@ -17,10 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.checkpoints import read_checkpoint
 from tidings.codec import CAUSATION, CORRELATION, read_metadata
-from tidings.database import Database, dead, held, staged
+from tidings.database import Database, dead, held, partials, staged
 from tidings.errors import StoreError
+from tidings.handler_report import read_spans
 from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
 from tidings.position import CARRIED, carried
+from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, settled_in
 
@@ -39,10 +41,11 @@ _AT_ONCE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """An event in one service."""
+    """An event in one service: for all of its handlers alike, or for one of them."""
 
     service: str
-    state: Literal["settled", "held", "dead", "pending", "not handled here", "not carried"]
+    state: Literal["settled", "held", "dead", "pending", "not given", "not handled here", "not carried"]
+    """`not given`: it was settled before the handler began, which was not to have it."""
     handler: str | None = None
     attempts: int = 0
     reason: str = ""
@@ -201,7 +204,8 @@ class _Tracer:
         at = {happening.position: happening for happening in happenings if happening.position is not None}
         known = {happening.event_id for happening in happenings}
         for service, database in self._services:
-            settled, rows = Settled([], {}), dict[int, Standing]()
+            settled, rows, late = Settled([], {}), dict[int, dict[str, Standing]](), list[Span]()
+            done: set[tuple[int, str]] = set()
             if database is not None:
                 async with database.reading() as connection:
                     for waiting in await self._emitted(connection, service.name, list(at)):
@@ -209,9 +213,15 @@ class _Tracer:
                             cause = at[waiting.cause]
                             cause.caused.append(_staged(waiting, cause.depth + 1))
                     rows = await self._kept(connection, service.name, list(at))
+                    late = await read_spans(connection, service.name, self._log)
+                    halves = sa.select(partials.c.position, partials.c.handler)
+                    halves = halves.where(*self._lookup.own(partials, service.name))
+                    done = {(row.position, row.handler) for row in await connection.execute(halves)}
                     settled, _ = await settled_in(connection, service.name, self._log)
             for position, happening in at.items():
-                happening.services.append(rows.get(position) or _standing(service, settled, happening, position))
+                mine = [span for span in late if span.bucket == happening.bucket and span.covers(position)]
+                kept = rows.get(position, {})
+                happening.services += _standings(service, settled, happening, position, kept, mine, done)
 
     async def _emitted(self, connection: AsyncConnection, service: str, positions: Sequence[int]) -> list[Waiting]:
         found = []
@@ -221,32 +231,59 @@ class _Tracer:
                 found += [Waiting(service, row.reason, row.cause, row) for row in await connection.execute(query)]
         return found
 
-    async def _kept(self, connection: AsyncConnection, service: str, positions: Sequence[int]) -> dict[int, Standing]:
-        found: dict[int, Standing] = {}
+    async def _kept(
+        self, connection: AsyncConnection, service: str, positions: Sequence[int]
+    ) -> dict[int, dict[str, Standing]]:
+        found: dict[int, dict[str, Standing]] = {}
         for chunk in _chunks(positions):
             letters = sa.select(dead).where(
                 *self._lookup.own(dead, service), dead.c.kind == "handler", dead.c.position.in_(chunk)
             )
             for row in await connection.execute(letters):
-                found[row.position] = Standing(
+                found.setdefault(row.position, {})[row.handler] = Standing(
                     service, "dead", row.handler, row.attempts, row.reason, None, row.id, row.died_at
                 )
             late = sa.select(held).where(*self._lookup.own(held, service), held.c.position.in_(chunk))
             for row in await connection.execute(late):
-                found[row.position] = Standing(service, "held", row.handler, row.attempts, row.reason, row.due)
+                standing = Standing(service, "held", row.handler, row.attempts, row.reason, row.due)
+                found.setdefault(row.position, {})[row.handler] = standing
         return found
 
 
 _CAUSATION: Final = b'"' + CAUSATION.encode() + b'"'
 
 
-def _standing(service: Service, settled: Settled, happening: Happening, position: int) -> Standing:
+def _standings(
+    service: Service,
+    settled: Settled,
+    happening: Happening,
+    position: int,
+    kept: dict[str, Standing],
+    late: Sequence[Span],
+    done: set[tuple[int, str]],
+) -> list[Standing]:
+    """One for each handler, or one for all where nothing tells them apart. `kept` are held and dead rows, `late` what
+    handlers are behind or were not given, `done` who is done with an event that waits for others."""
     bucket = happening.bucket
     if bucket is None:
-        return Standing(service.name, "not carried")
-    if not service.handlers_of(happening.type):
-        return Standing(service.name, "not handled here")
-    return Standing(service.name, "settled" if settled(bucket, position) else "pending")
+        return [Standing(service.name, "not carried")]
+    names = [handler.name for handler in service.handlers_of(happening.type)]
+    if not names and not kept:
+        return [Standing(service.name, "not handled here")]
+    found = []
+    for name in (*names, *(kept.keys() - set(names))):
+        spans = [span for span in late if span.handler == name]
+        state: Literal["settled", "pending", "not given"]
+        if spans and any(not span.open for span in spans):
+            state = "not given"
+        elif not spans and (settled(bucket, position) or (position, name) in done):
+            state = "settled"
+        else:
+            state = "pending"
+        found.append(kept.get(name) or Standing(service.name, state, name))
+    if len({standing.state for standing in found}) == 1 and found[0].state in ("settled", "pending"):
+        return [Standing(service.name, found[0].state)]
+    return found
 
 
 def _chunks(positions: Sequence[int]) -> Iterable[Sequence[int]]:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.checkpoints import UnreadableCheckpoint, read_checkpoint
 from tidings.database import Database, dead, floors, held, staged, watermarks
 from tidings.errors import StreamDeleted
+from tidings.handler_report import read_handlers, read_spans
 from tidings.held import held_by_handler
 from tidings.partitions import Range, ranges_of
 from tidings.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
@@ -31,6 +32,7 @@ from tidings.report import (
     ServiceReport,
     StagedSummary,
 )
+from tidings.roster import Roster
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
@@ -108,7 +110,11 @@ async def _count(
     published = position
     if relay is not None and relay.checkpoint is not None:
         published = relay.checkpoint
-    lowest = min((published, *(view.report.floor for view in handling)))
+    if limit is None:
+        for handler in (handler for view in handling for handler in view.report.handlers):
+            handler.pending_count = 0
+    # With a limit, what a late handler has before it is not counted: it may be all of the log.
+    lowest = min((published, *(view.lowest if limit is None else view.report.floor for view in handling)))
     if lowest >= position:
         return True
     looked = 0
@@ -176,10 +182,22 @@ class _View:
     report: ServiceReport
     service: Service
     settled: Settled
+    roster: Roster
+
+    @property
+    def lowest(self) -> int:
+        """Everything up to here is settled, for every handler."""
+        return min(self.report.floor, self.roster.first) if self.roster.spans else self.report.floor
 
     def compare(self, event: RecordedEvent, bucket: int) -> None:
         self.report.behind += event.position > self.report.floor
-        if not self.service.handlers_of(event.type) or self.settled(bucket, event.position):
+        if not self.service.handlers_of(event.type):
+            return
+        if self.settled(bucket, event.position):
+            late = {handler.name for handler, _ in self.roster.late(event.type, bucket, event.position)}
+            for handler in self.report.handlers if late else ():
+                if handler.pending_count is not None:
+                    handler.pending_count += handler.handler in late
             return
         self.report.pending_count += 1
         if len(self.report.pending) < NAMED:
@@ -190,10 +208,14 @@ class _View:
 
 async def _look(service: Service, database: Database | None, log_id: UUID) -> _View:
     if database is None:
-        return _View(ServiceReport(service.name, floor=-1, ran=False), service, Settled([], {}))
+        return _View(
+            ServiceReport(service.name, floor=-1, ran=False), service, Settled([], {}), Roster(service.handlers_of, {})
+        )
     of = _of(service.name, log_id)
     async with database.reading() as connection:
         settled, _ = await settled_in(connection, service.name, log_id)
+        found = await read_spans(connection, service.name, log_id)
+        ranges = await ranges_of(connection, service.name, log_id)
         report = ServiceReport(service.name, settled.floor, ran=settled.ranges > 0, partitions=max(settled.ranges, 1))
         if not report.ran:
             others = sa.select(floors.c.log).where(floors.c.service == service.name).order_by(floors.c.log).limit(1)
@@ -225,7 +247,10 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
                 )
                 for row in rows
             ]
-    return _View(report, service, settled)
+    report.handlers = read_handlers(service, ranges, settled.highest, found)
+    roster = Roster(service.handlers_of, {})
+    roster.read({}, [span for span in found if span.handler in service.named])
+    return _View(report, service, settled, roster)
 
 
 async def _first_due(connection: AsyncConnection, of: Own) -> float | None:

@@ -68,6 +68,12 @@ async def live(folder: Path, of: Service, *events: Happened) -> None:
         await until(lambda: _caught_up(of))
         assert await world.running[0].reached(await world.store.head(), timeout=20.0)
 
+        async def begun() -> bool:
+            (part,) = (await world.report()).services
+            return not any(handler.state == "to begin" for handler in part.handlers)
+
+        await until(begun)
+
 
 async def _caught_up(of: Service) -> bool:
     async with of.engine.connect() as connection:

@@ -234,7 +234,7 @@ def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
             share.type,
             share.run,
             share.passed_over,
-            share.held,
+            share.held + share.never_given,
             share.first,
             share.last,
             "" if share.replay else "replay=False",
@@ -261,6 +261,12 @@ def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
         )
     say("The service's own tables are not emptied: what handlers do comes on top of what is there. Empty a read model")
     say("before, while the service is stopped.")
+    for share in found.shares:
+        if share.never_given:
+            say(
+                f"{share.never_given} {plain(share.type)} were settled before handler {plain(share.handler)} began, or "
+                "while it was away: it is given them for the first time"
+            )
     emitting = [share.handler for share in found.shares if share.may_emit and share.run]
     if emitting:
         say(

@@ -19,6 +19,7 @@ from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database import Database
+    from tidings.handler_report import HandlerReport
     from tidings.presence import Process
     from tidings.report import FailingHandler
     from tidings.service import Service
@@ -64,6 +65,8 @@ class ServiceState:
     """What the held events failed in."""
     staged: int | None = None
     dead: int | None = None
+    handlers: list[HandlerReport] = field(default_factory=list)
+    """Handlers that are behind the service, or were not given all that it has settled."""
     queue: str = "unknown"
     """On the bus: missing, fits, differs (of several the worst); unknown where it cannot be seen from here."""
     ready: int | None = None
@@ -179,7 +182,7 @@ async def _service(
             state.problems.append(f"{service.name}: {error}")
             return
     view = report.services[0]
-    part.complete = report.complete
+    part.complete, part.handlers = report.complete, view.handlers
     part.floor, part.lag, part.failing = view.floor, view.behind, view.failing
     part.oldest_seconds = _age(view.pending[0].ticks, now) if view.pending else None
     part.pending, part.held, part.staged, part.dead = (
@@ -224,6 +227,9 @@ def _judge_service(view: ServiceReport, complete: bool, target: str, state: Stat
             f"{name}: of {view.held_count} held events the first was due {overdue:.0f} s ago, and nobody ran it; is it "
             f"running (tidings run {target})? Then its log says what holds it"
         )
+    for handler in view.handlers:
+        if handler.state == "to begin" and not handler.ok:
+            state.problems += [f"{name}: {line}" for line in handler.lines(target)]
     if view.dead_count:
         state.problems.append(f"{name}: {view.dead_count} dead letters; tidings dead list {target}")
 

@@ -165,6 +165,14 @@ def _lines(state: State) -> list[str]:
         ]
         lines += columns([title.upper() for title in titles], rows, right=(*range(1, 10), 11))
         lines += [line for part in state.services for line in _codes(part)]
+    for part in state.services:
+        said = [
+            line
+            for handler in part.handlers
+            if handler.ok or handler.state != "to begin"
+            for line in handler.lines(part.service)
+        ]
+        lines += [f"{plain(part.service)}: {plain(line)}" for line in said]
     if not state.problems:
         return [*lines, paint("healthy", GREEN)]
     return [*lines, *(f"{paint('UNHEALTHY', RED)}  {plain(problem)}" for problem in state.problems)]

@@ -138,7 +138,9 @@ def _told(timeline: Timeline) -> str:
 
 def _stands(standing: Standing) -> str:
     if standing.state not in ("held", "dead"):
-        return standing.state
+        if standing.state == "not given":
+            return f"not given to {plain(standing.handler or 'its handler')}: it was settled before that began"
+        return f"{standing.state} by {plain(standing.handler)}" if standing.handler else standing.state
     tried = f"{standing.attempts} attempts of {plain(standing.handler or 'its handler')}"
     since = ""
     if standing.due is not None:

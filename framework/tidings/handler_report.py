@@ -1,0 +1,119 @@
+"""How the handlers of a service stand beside its watermarks: behind, not begun yet, gone, or not given the past.
+
+It only reads, and costs a few rows for each handler that was added late or has left, none for any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tidings.database import spans
+from tidings.enrolment import wanted
+from tidings.partitions import Range
+from tidings.roster import SKIPPED, Span
+
+if TYPE_CHECKING:
+    from tidings.handlers import Handler
+    from tidings.service import Service
+
+__all__ = ["HandlerReport", "read_handlers", "read_spans"]
+
+
+@dataclass(slots=True)
+class HandlerReport:
+    """One handler of which there is something to say."""
+
+    handler: str
+    state: Literal["at work", "catching up", "to begin", "gone"]
+    """`to begin`: the service was not started with it yet. `gone`: the code does not have it any more."""
+    skipped_upto: int = -1
+    """What was settled before it began was not given to it, up to this position; -1 for nothing."""
+    done_upto: int = -1
+    """Of one that catches up, or is gone: it has done everything up to here."""
+    needs_past: bool = False
+    """Of one that is to begin: what the service has settled is to be given to it."""
+    pending_count: int | None = None
+    """Of one that catches up: events that others have done, and it has not; None where nobody counted them."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that it is to have is missing."""
+        return self.state in ("at work", "gone") or (self.state == "to begin" and not self.needs_past)
+
+    def lines(self, service: str) -> Iterator[str]:
+        name = f"handler {self.handler}"
+        if self.state == "catching up":
+            count = "" if self.pending_count is None else f", {self.pending_count} events are pending"
+            yield f"{name} catches up: done up to position {self.done_upto}{count}"
+        elif self.state == "gone":
+            yield f"{name} is not in this code: it had done everything up to position {self.done_upto}"
+        elif self.state == "to begin" and self.needs_past:
+            yield f"{name} has NOT begun, and is to be given the past: start service {service} with this code"
+        elif self.state == "to begin":
+            yield (
+                f"{name} has not begun: when service {service} is started with this code, it is given what comes then, "
+                "and nothing that was settled before (since='start' or since=POSITION would give it that)"
+            )
+        if self.skipped_upto >= 0:
+            yield (
+                f"{name} runs from position {self.skipped_upto + 1} on: what was settled before was never given to it "
+                "(--deep counts it; since='start' or since=POSITION, and a start of the service, would give it that)"
+            )
+
+
+async def read_spans(connection: AsyncConnection, service: str, log: UUID) -> list[Span]:
+    """What handlers are behind, or were not given."""
+    columns = [spans.c[column] for column in Span._fields]
+    found = await connection.execute(
+        sa.select(*columns).where(spans.c.service == service, spans.c.log == str(log)).order_by(spans.c.bucket)
+    )
+    return [Span(*row) for row in found]
+
+
+def read_handlers(
+    service: Service, ranges: Sequence[Range], highest: int, found: Sequence[Span]
+) -> list[HandlerReport]:
+    """Only those of which there is something to say; `highest` is what the service has settled at most."""
+    of: dict[str, list[Span]] = {}
+    for span in found:
+        of.setdefault(span.handler, []).append(span)
+    noted = [json.loads(part.handlers) for part in ranges if part.handlers is not None]
+    reports = []
+    for name, handler in service.named.items():
+        mine = of.pop(name, [])
+        former = [span for old in handler.was for span in of.pop(old, [])]
+        report = HandlerReport(name, "at work", max((s.upto for s in mine if s.kind == SKIPPED), default=-1))
+        _judge(report, handler, noted, highest, [*mine, *former])
+        if report.state != "at work" or report.skipped_upto >= 0:
+            reports.append(report)
+    for name, left in of.items():
+        behind = [span.done for span in left if span.open]
+        if behind:
+            reports.append(HandlerReport(name, "gone", done_upto=min(behind)))
+    return reports
+
+
+def _judge(
+    report: HandlerReport,
+    handler: Handler,
+    noted: Sequence[dict[str, list[int | None]]],
+    highest: int,
+    mine: Sequence[Span],
+) -> None:
+    after = wanted(handler)
+    for begun in noted:
+        known = next((begun[name] for name in (handler.name, *handler.was) if name in begun), None)
+        if known is None:
+            report.state = "to begin"
+            report.needs_past |= highest >= 0 and (any(s.open for s in mine) or (after is not None and highest > after))
+        elif after is not None and (known[0] is None or after < known[0]) and report.skipped_upto > after:
+            report.state, report.needs_past = "to begin", True
+    if report.state == "at work" and (behind := [span.done for span in mine if span.open]):
+        report.state, report.done_upto = "catching up", min(behind)
