@@ -28,6 +28,7 @@ from tidings.handlers import Handler, Inject
 from tidings.held import HeldRows
 from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.keys import Keys
+from tidings.lineage import Lineage
 from tidings.owned import Ours
 from tidings.position import Lanes
 from tidings.progress import Batch, Progress
@@ -69,13 +70,14 @@ class Dispatcher:
         troubles: Troubles,
         *,
         ours: Ours | None = None,
+        lineage: Lineage | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service = service
         self._database = database
         self._inbox = inbox
         self._held = held
-        self._log_id = log_id
+        self._lineage = lineage or Lineage(log_id)
         self._troubles = troubles
         self._clock = clock
         self._lanes: Lanes[Item] = Lanes()
@@ -407,7 +409,8 @@ class Dispatcher:
         if metadata is None:
             metadata = read_metadata(event)
         handler, service = item.handler, self._service.name
-        return Context(service, handler.name, self._log_id, event, metadata, tried + 1, item.replayed, handler.was)
+        log_id = self._lineage.at(event.position)
+        return Context(service, handler.name, log_id, event, metadata, tried + 1, item.replayed, handler.was)
 
     def _begin_attempt(
         self, item: Item, context: Context, provide: Callable[[Inject], Any]

@@ -221,8 +221,9 @@ class LogChanged(StoreError):
         self.owner, self.known, self.found = owner, known, found
         super().__init__(
             f"{owner} has followed log {known}, but the store now holds log {found}. Positions of one log mean nothing "
-            "in another. Point TIDINGS_STORE back at the right store; or, if the log was replaced on purpose, give the "
-            "service a new database."
+            "in another. Point TIDINGS_STORE back at the right store. If this log was restored from a backup of the "
+            "other one, and has a new identity: 'tidings log adopt' lets the service's database follow it. If the log "
+            "was replaced on purpose, give the service a new database."
         )
 
 
@@ -233,8 +234,8 @@ class LogBehind(StoreError):
         self.owner, self.log, self.head, self.known = owner, log, head, known
         super().__init__(
             f"{owner} has handled log {log} up to position {known}, but the log now ends at {head}: it was restored "
-            "from an older backup, or lost its tail. Restore the newer log; or give the restored log a new identity, "
-            "and the service a database that belongs to it."
+            "from an older backup, or lost its tail. Restore the newer log. If there is none: stop the relay and all "
+            "services, run 'tidings log renew-identity', then 'tidings log adopt' for each service (docs/restoring.md)."
         )
 
 

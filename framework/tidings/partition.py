@@ -24,6 +24,7 @@ from tidings.healing import Pass
 from tidings.held import HeldRows
 from tidings.inbox import Inbox
 from tidings.intake import Intake
+from tidings.lineage import lineage_of
 from tidings.owned import Ours
 from tidings.position import Accepted
 from tidings.stores import EventStore
@@ -155,7 +156,8 @@ class Partition:
         """From joining to the first loss of what was joined, or to leaving it."""
         service, subscription, clock = self._service, self.subscription, self._clock
         self._leave.clear()
-        self.log_id = log_id = await self._store.log_id()
+        lineage = await lineage_of(self._store)
+        self.log_id = log_id = lineage.log
         inbox = Inbox(self._database, service.name, log_id, subscription.buckets, epoch=self._epoch)
         remembered = await inbox.join()
         head = await self._store.head()
@@ -174,6 +176,7 @@ class Partition:
             self._resources,
             self._troubles,
             ours=Ours(self._store, self._bus, self._database),
+            lineage=lineage,
             clock=clock,
         )
         self._healing = healing = Pass(service.name, self._store, accepted, dispatcher, clock=clock)

@@ -9,8 +9,10 @@ import typer
 
 from tidings import __version__
 from tidings.cli import (
+    backup,
     dead,
     held,
+    log,
     partitions,
     replay,
     server,
@@ -76,8 +78,11 @@ app.command("status", short_help="How far are log, relay and services?")(status.
 app.command("partitions", short_help="Into how many a service is divided; resize it.")(partitions.partitions)
 app.command("why", short_help="What became of one event, and what it caused.")(why.why)
 app.command("skip", short_help="Have a service never run one event.")(skip.skip)
+app.command("backup", short_help="Copy log and databases while they are in use.")(backup.backup)
+app.command("restore", short_help="Put back what 'tidings backup' kept.")(backup.restore)
 app.command("simulate", short_help="Prove the promises in random worlds.")(simulate.simulate)
 app.add_typer(streams.app, name="streams", short_help="Look into the log, append to it.")
 app.add_typer(dead.app, name="dead", short_help="What services gave up: look, retry, drop.")
 app.add_typer(held.app, name="held", short_help="What failed for now: look, retry, skip, drop.")
+app.add_typer(log.app, name="log", short_help="The log's identity, after a restore.")
 app.add_typer(topology.app, name="topology", short_help="What the bus must have, has, lacks.")

@@ -196,14 +196,19 @@ class Leader:
 
     async def identity(self, connection: Connection) -> UUID | None:
         """The log's; None when it has none that can be read."""
+        # The first event says it, or the last one that gave a restored log a new identity (`tidings.lineage`).
         try:
-            found = await self._first(connection, wire.read_stream_request(LOG_STREAM, 0, count=1))
+            request = wire.read_stream_request(LOG_STREAM, None, backwards=True, count=1)
+            found = await self._first(connection, request)
+            if found is not None and found.version and found.type != "tidings_LogRenewed":
+                found = await self._first(connection, wire.read_stream_request(LOG_STREAM, 0, count=1))
         except CallFailed as error:
             if error.status is Status.FAILED_PRECONDITION:  # a tombstone
                 return None
             raise
         try:
-            return None if found is None or found.version else UUID(document_of(found.data)["log"])
+            renewed = found is not None and found.type == "tidings_LogRenewed"
+            return None if found is None or (found.version and not renewed) else UUID(document_of(found.data)["log"])
         except (TypeError, KeyError, ValueError, AttributeError):
             return None
 

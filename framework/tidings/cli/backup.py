@@ -1,0 +1,133 @@
+"""`tidings backup`, `tidings restore`: the embedded log and the services' SQLite databases, kept and put back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tidings.cli.dead import Yes, confirmed
+from tidings.cli.exits import NO, OK, USAGE, Refused, answering
+from tidings.cli.find import find_services
+from tidings.cli.looking import existing_database, existing_store
+from tidings.cli.output import Json, facts, plain, say
+from tidings.cli.settled import Targets
+from tidings.settings import Settings, redact
+
+__all__ = ["backup", "restore"]
+
+LOG = "log"
+
+
+@answering
+async def backup(
+    folder: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder.")],
+    services: Targets = None,
+    json: Json = False,
+) -> int:
+    """Copy the log and the databases of services into a new folder, while everything runs.
+
+    Services come first and the log last, so that no service is ahead of the log. Only SQLite files are copied; what is
+    kept in EventStoreDB or PostgreSQL has tools of its own, and is named.
+    """
+    from tidings.backups import take
+
+    settings = Settings()
+    files, elsewhere = _files(settings, services or ())
+    files = {name: path for name, path in files.items() if name == LOG or path.exists()}
+    if not files:
+        raise Refused(USAGE, f"there is no SQLite file to copy: {'; '.join(elsewhere)}")
+    done = take(folder, files)
+    if json:
+        say(facts({"folder": str(done.folder), "files": done.kept, "elsewhere": elsewhere}))
+        return OK
+    for one in done.kept:
+        say(plain(f"{one.name}: {one.bytes} bytes in {done.folder / one.file}"))
+    for what in elsewhere:
+        say(plain(f"NOT in it: {what}"))
+    return OK
+
+
+@answering
+async def restore(
+    folder: Annotated[Path, typer.Argument(metavar="SRC", help="What 'tidings backup' made.")],
+    services: Targets = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="'log', or the name of a service; repeat it.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there; it is kept as FILE.before-restore-N.")
+    ] = False,
+    yes: Yes = False,
+    json: Json = False,
+) -> int:
+    """Put back the log and the databases of services. Stop the relay and all services before.
+
+    With the log, its restored copy gets a new identity, because it will go on with other events than the one before,
+    and the databases that are restored with it follow it. For other services: 'tidings log adopt'. A service restored
+    without the log reads what it lacks from the log when it starts.
+    """
+    from tidings.backups import read
+    from tidings.backups import restore as put_back
+    from tidings.lineage import adopt, lineage_of, renew
+
+    settings = Settings()
+    kept = read(folder)
+    names = {one.name for one in kept.kept}
+    files, _ = _files(settings, services or ())
+    unknown = sorted(set(only or ()) - names)
+    if unknown:
+        raise Refused(USAGE, f"{folder} has no {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+    wanted = names if not only else set(only)
+    if lacking := sorted(wanted - files.keys()):
+        raise Refused(
+            USAGE,
+            f"where does {', '.join(lacking)} go? Name the services, or set TIDINGS_SERVICES; or use --only",
+        )
+    chosen = {name: path for name, path in files.items() if name in wanted}
+    where = ", ".join(f"{name} to {path}" for name, path in chosen.items())
+    if not confirmed(f"Restore {where}, as they were at {kept.taken_at}?", yes):
+        print("Nothing was changed.", file=sys.stderr)
+        return NO
+    put_back(kept, chosen, overwrite=overwrite)
+    renewed = None
+    if LOG in chosen:
+        async with existing_store(settings) as store:
+            renewed = await renew(store)
+            lineage = await lineage_of(store)
+        for name in chosen.keys() - {LOG}:
+            async with existing_database(settings, name) as database:
+                if database is not None:
+                    await adopt(database, name, lineage)
+    if json:
+        say(facts({"restored": sorted(chosen), "taken_at": kept.taken_at, "log": renewed and renewed.log}))
+        return OK
+    say(plain(f"Restored {where}, as they were at {kept.taken_at}."))
+    if renewed is not None:
+        say(f"The log is {renewed.log} from now on, after position {renewed.position}.")
+        say("Services that were not restored with it: tidings log adopt SERVICE. Then start everything.")
+    return OK
+
+
+def _files(settings: Settings, services: tuple[str, ...] | list[str]) -> tuple[dict[str, Path], list[str]]:
+    """Files by name, the log last; and what is kept elsewhere, in words."""
+    from tidings.database import file_of
+
+    found: dict[str, Path] = {}
+    elsewhere = []
+    for service in find_services(services, settings, needed=False).values():
+        url = settings.database_of(service.name)
+        if file := file_of(url):
+            found[service.name] = Path(file)
+        else:
+            elsewhere.append(f"service {service.name}, in {redact(url)}")
+    scheme, _, path = settings.store.partition(":///")
+    if scheme.lower() == "sqlite" and path not in ("", ":memory:"):
+        found[LOG] = Path(path)
+    else:
+        elsewhere.append(f"the log, in {redact(settings.store)}")
+    if len(set(found.values())) != len(found):
+        raise Refused(USAGE, "two services share a database file: copy it with sqlite3's .backup")
+    return found, elsewhere

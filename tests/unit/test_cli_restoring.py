@@ -1,0 +1,100 @@
+"""`tidings backup`, `restore` and `log`: what they say, what they refuse, and that a restored system goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.command_line import OrderCreated, invoke, run_shop
+
+SHOP = "tests.unit.command_line:shop"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
+        monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
+    monkeypatch.setenv("TIDINGS_SERVICES", SHOP)
+    monkeypatch.chdir(tmp_path)
+    run_shop(tmp_path, ("order-1", OrderCreated(order_id="1")))
+    return tmp_path
+
+
+def shown(*command: str) -> dict[str, Any]:
+    ended = invoke(*command, "--json")
+    assert ended.code == 0, ended.err
+    facts: dict[str, Any] = json.loads(ended.out)
+    return facts
+
+
+def test_everything_is_kept_put_back_and_goes_on(folder: Path) -> None:
+    before = shown("log", "show")
+    assert [one["name"] for one in shown("backup", "kept")["files"]] == ["shop", "log"], "no service ahead of the log"
+    run_shop(folder, ("order-2", OrderCreated(order_id="2")))
+    ended = invoke("restore", "kept", "--yes")
+    assert (ended.code, ended.out) == (1, "")
+    assert "--overwrite" in ended.err
+    ended = invoke("restore", "kept", "--overwrite")
+    assert (ended.code, ended.out) == (2, "")
+    assert "say --yes" in ended.err
+    ended = invoke("restore", "kept", "--overwrite", "--yes")
+    assert ended.code == 0
+    assert "Services that were not restored with it: tidings log adopt SERVICE" in ended.out
+    after = shown("log", "show")
+    assert after["log"] != before["log"]
+    assert after["former"][0]["log"] == before["log"]
+    run_shop(folder, ("order-3", OrderCreated(order_id="3")))
+    assert invoke("verify").code == 0
+    assert invoke("streams", "show", "order-2").code == 1
+    assert (folder / "tidings.db.before-restore-1").exists()
+
+
+def test_the_log_alone_is_put_back_and_the_service_follows(folder: Path) -> None:
+    assert invoke("backup", "kept").code == 0
+    run_shop(folder, ("order-2", OrderCreated(order_id="2")))
+    assert invoke("restore", "kept", "--only", "log", "--overwrite", "--yes").code == 0
+    (report,) = json.loads(invoke("verify", "--json").out)["services"]
+    assert report["other_log"] is not None
+    ended = invoke("log", "adopt", SHOP)
+    assert (ended.code, ended.out) == (2, "")
+    ended = invoke("log", "adopt", SHOP, "--yes")
+    assert ended.code == 0
+    assert "it had done events beyond that in 1 buckets, which the log has lost" in ended.out
+    assert "follows this log already" in invoke("log", "adopt", SHOP, "--yes").out
+    run_shop(folder, ("order-3", OrderCreated(order_id="3")))
+    assert invoke("verify").code == 0
+
+
+def test_a_log_gets_a_new_identity_only_after_a_yes(folder: Path) -> None:
+    before = shown("log", "show")["log"]
+    ended = invoke("log", "renew-identity")
+    assert (ended.code, ended.out) == (2, "")
+    assert shown("log", "show")["log"] == before
+    done = shown("log", "renew-identity", "--yes")
+    assert (done["before"], shown("log", "show")["log"]) == (before, done["log"])
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (("restore", "nowhere", "--yes"), 1, "is no backup, or one that was not finished"),
+        (("restore", "kept", "--only", "nobody", "--yes"), 2, "has no nobody; it has log, shop"),
+        (("backup", "kept"), 1, "is there already, and not empty"),
+    ],
+)
+def test_what_cannot_be_done_is_said(command: tuple[str, ...], code: int, said: str) -> None:
+    assert invoke("backup", "kept").code == 0
+    ended = invoke(*command)
+    assert (ended.code, ended.out) == (code, "")
+    assert said in ended.err
+
+
+def test_what_is_kept_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDINGS_DATABASE", "postgresql+asyncpg://user:hush@host/{service}")
+    ended = invoke("backup", "kept")
+    assert ended.code == 0
+    assert "NOT in it: service shop, in postgresql+asyncpg://user:" in ended.out
+    assert "hush" not in ended.out
