@@ -77,6 +77,7 @@ class Dispatcher:
         self._database = database
         self._inbox = inbox
         self._held = held
+        self._log_id = log_id
         self._lineage = lineage or Lineage(log_id)
         self._troubles = troubles
         self._clock = clock

@@ -19,7 +19,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database import (
     Database,
     begun,
-    behind,
     dead,
     floors,
     handlers,
@@ -27,6 +26,7 @@ from tidings.database import (
     partials,
     replays,
     skips,
+    spans,
     staged,
     watermarks,
 )
@@ -44,7 +44,7 @@ _FOLLOWING: Final = (
     floors,
     partials,
     handlers,
-    behind,
+    spans,
     begun,
     skips,
     staged,
@@ -157,7 +157,8 @@ async def _cap(connection: AsyncConnection, service: str, log: UUID, upto: int) 
         (watermarks, watermarks.c.position),
         (floors, floors.c.position),
         (replays, replays.c.upto),
-        (behind, behind.c.done),
+        (spans, spans.c.done),
+        (spans, spans.c.upto),
         (handlers, handlers.c.since),
         (staged, staged.c.cause),
     ]
