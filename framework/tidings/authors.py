@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -33,6 +33,8 @@ class Stranger:
     """Class names of what `handler` handles."""
     was: tuple[str, ...]
     """Former names that `handler` has already."""
+    is_there: bool
+    """A handler of today has that name, and takes other events."""
     count: int = 0
     """Events in the log that were emitted under `name`."""
     causes: list[str] = field(default_factory=list)
@@ -44,10 +46,18 @@ class Stranger:
 
     @property
     def line(self) -> str:
-        """What to write where the handler of today is the one of that name."""
+        """What to write where the handler of today is the one of that name; empty where it cannot be."""
+        if self.is_there:
+            return ""
         was = ", ".join(f'"{name}"' for name in (*self.was, self.name))
-        kinds = f"on({', '.join(self.events)}, " if self.events else "on_any("
-        return f"@service.{kinds}..., was=({was},))"
+        return f"@service.on({', '.join(self.events)}, ..., was=({was},))"
+
+    @property
+    def remedy(self) -> str:
+        """What to do so that nothing is appended twice, as a sentence without its end."""
+        if self.is_there:
+            return f"have handler {self.name!r}, which is still there, handle {', '.join(self.causes)} again"
+        return f"if {self.handler!r} is {self.name!r} under another name, write {self.line} and deploy that"
 
 
 def may_emit(handler: Handler) -> bool:
@@ -74,16 +84,17 @@ async def strangers(store: EventStore, service: Service, after: int) -> list[Str
             if isinstance(author, str) and author.startswith(prefix) and cause is not None:
                 waiting[cause].append((author.removeprefix(prefix), event))
         if waiting:
-            _attribute(event.type, waiting.pop(event.id_bytes, ()), service.handlers_of(event.type), found)
+            _attribute(service, event.type, waiting.pop(event.id_bytes, ()), found)
     return sorted(found.values(), key=lambda stranger: stranger.first)
 
 
 def _attribute(
+    service: Service,
     cause: str,
     emitted: Iterable[tuple[str, RecordedEvent]],
-    handlers: Sequence[Handler],
     found: dict[tuple[str, str], Stranger],
 ) -> None:
+    handlers = service.handlers_of(cause)
     for name, event in emitted:
         if any(name in handler.names for handler in handlers):
             continue
@@ -93,7 +104,9 @@ def _attribute(
             stranger = found.get((name, handler.name))
             if stranger is None:
                 names = tuple(kind.__name__ for kind in handler.events)
-                stranger = found[name, handler.name] = Stranger(name, handler.name, names, handler.was)
+                stranger = found[name, handler.name] = Stranger(
+                    name, handler.name, names, handler.was, name in service.named
+                )
             stranger.count += 1
             stranger.first = event.position
             for kind, kinds in ((cause, stranger.causes), (event.type, stranger.emitted)):

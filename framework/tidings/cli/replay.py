@@ -212,13 +212,12 @@ async def _opened(settings: Settings, service: Service) -> AsyncIterator[tuple[E
 
 
 def _refusal(doubling: Sequence[Stranger]) -> str:
-    names = ", ".join(dict.fromkeys(stranger.name for stranger in doubling))
-    lines = "; ".join(f"in handler {stranger.handler!r}: {stranger.line}" for stranger in doubling)
-    ends = " ".join(f"--gone {name}" for name in dict.fromkeys(stranger.name for stranger in doubling))
+    names = list(dict.fromkeys(stranger.name for stranger in doubling))
+    remedies = "; ".join(stranger.remedy for stranger in doubling)
+    ends = " ".join(f"--gone {name}" for name in names)
     return (
-        f"what {plain(names)} emitted would be appended twice, so nothing was changed. If the handlers were renamed, "
-        f"write {plain(lines)} and deploy that. If they were not, and what today's handlers emit is to come beside it, "
-        f"add {plain(ends)}"
+        f"what {plain(', '.join(names))} emitted would be appended twice, so nothing was changed. To append nothing "
+        f"twice: {plain(remedies)}. If what today's handlers emit is to come beside it, add {plain(ends)}"
     )
 
 
@@ -277,7 +276,7 @@ def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
     for stranger in doubling:
         say(
             f"TWICE: the log holds {stranger.count} events ({plain(', '.join(stranger.emitted))}) that handler "
-            f"{plain(stranger.name)} emitted for {plain(', '.join(stranger.causes))}. No handler of today answers to "
-            f"that name; {plain(stranger.handler)} runs for these now, and what it emits again is appended beside them."
+            f"{plain(stranger.name)} emitted for {plain(', '.join(stranger.causes))}. No handler of these answers to "
+            f"that name today; {plain(stranger.handler)} runs for them, and what it emits again is appended beside it."
         )
-        say(f"If {plain(stranger.handler)} is {plain(stranger.name)} renamed, write: {plain(stranger.line)}")
+        say(f"To append nothing twice: {plain(stranger.remedy)}")
