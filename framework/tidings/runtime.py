@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -173,14 +174,15 @@ async def serve(
     settings: Settings | None = None,
     relay: bool | str | None = None,
     health: int | str | None = None,
+    beside: Sequence[AbstractAsyncContextManager[object]] = (),
 ) -> None:
     """Run services until SIGINT or SIGTERM, then drain and return; that takes less than 5 seconds, whatever hangs.
 
     A second signal ends the process at once, with 130 or 143. `relay` as for `Runtime`: `serve(relay=True)` is the
     relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`, that answers `/live` and
-    `/ready` (see `tidings.probes`). Where structlog is not configured yet, this does it (`tidings.logs`). For the
-    main thread; raises `ConfigurationError`, `LogChanged`, `LogBehind`, and `StoreUnavailable` or
-    `DatabaseUnavailable` where waiting does not help.
+    `/ready` (see `tidings.probes`). `beside` are entered after the services and left before them. Where structlog is
+    not configured yet, this does it (`tidings.logs`). For the main thread; raises `ConfigurationError`, `LogChanged`,
+    `LogBehind`, and `StoreUnavailable` or `DatabaseUnavailable` where waiting does not help.
     """
     if not structlog.is_configured():
         configure_logging()
@@ -198,6 +200,8 @@ async def serve(
                 async with asyncio.timeout(0 if signals.requested.is_set() else None) as start:
                     signals.on_request = lambda: start.reschedule(loop.time())
                     await stack.enter_async_context(runtime)
+                    for other in beside:
+                        await stack.enter_async_context(other)
             except TimeoutError:
                 if not start.expired():
                     raise

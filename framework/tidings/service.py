@@ -260,7 +260,10 @@ class Service:
         from tidings.running import run_service
 
         if self._claimed:
-            raise ConfigurationError(f"service {self.name!r} runs already in this process")
+            raise ConfigurationError(
+                f"service {self.name!r} runs already in this process. Start it once: a web application with "
+                "lifespan=service.lifespan starts its service itself"
+            )
         self._claimed, self._died = True, None
         try:
             async with run_service(self, settings, store, bus) as running:

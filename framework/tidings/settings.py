@@ -33,7 +33,7 @@ _BUSES: Final = {
 }
 
 
-_OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL", "TIDINGS_SERVER_")
+OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL", "TIDINGS_SERVER_")
 """Read by the tests, by `deploy/local` and by `tidings server`."""
 DEBUG: Final = "TIDINGS_DEBUG"
 """When set, the command line shows tracebacks: no setting, because it must work where settings are wrong."""
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         """A misspelt variable would otherwise run everything embedded, and nobody would notice."""
         known = [f"TIDINGS_{name.upper()}" for name in cls.model_fields if name != "databases"]
         for name in os.environ:
-            if name.startswith("TIDINGS_") and name not in (*known, DEBUG) and not name.startswith(_OTHER_VARIABLES):
+            if name.startswith("TIDINGS_") and name not in (*known, DEBUG) and not name.startswith(OTHER_VARIABLES):
                 if is_further(name):
                     continue
                 raise ConfigurationError(

@@ -21,7 +21,7 @@ from tidings.cli.exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering
 from tidings.cli.find import find, find_service, find_services, is_application
 from tidings.printable import plain_lines
 from tidings.service import Service
-from tidings.settings import DEBUG, Settings, redact
+from tidings.settings import DEBUG, OTHER_VARIABLES, Settings, redact
 from tidings.supervision import leading
 
 __all__ = ["dev", "relay", "run"]
@@ -101,35 +101,67 @@ def relay(
 
 @answering
 def dev(
-    services: Annotated[
-        list[str] | None, typer.Argument(metavar="MODULE:SERVICE", help="By default those of TIDINGS_SERVICES.")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODULE:SERVICE|APPLICATION", help="Services and web applications; by default TIDINGS_SERVICES."
+        ),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where log and databases are kept.", file_okay=False)] = Path(),
     reload: Annotated[bool, typer.Option(help="Start again when a .py file below here changes.")] = True,
+    host: Annotated[str, typer.Option(help="Of web applications.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the first web application; the next ones have the next.")
+    ] = 8000,
     health: Health = None,
     level: Level = "info",
     leash: Leash = False,
 ) -> int:
-    """Run services and relay in one process, embedded, and start again when a .py file changes.
+    """Run services, web applications and the relay in one process, embedded, and start again when a .py file changes.
 
-    Nothing needs to be installed: TIDINGS_STORE, TIDINGS_BUS and TIDINGS_DATABASE are not looked at.
+    Nothing needs to be installed: TIDINGS_STORE, TIDINGS_BUS and TIDINGS_DATABASE are not looked at. A service that is
+    the lifespan of a web application is started by that one: do not name it, too.
     """
     if reload:
         from tidings.cli.reload import serve_with_reload
 
-        options = [f"--folder={folder}", "--no-reload", f"--log-level={level}"]
+        options = [f"--folder={folder}", "--no-reload", f"--host={host}", f"--port={port}", f"--log-level={level}"]
         options += [] if health is None else [f"--health={health}"]
-        return serve_with_reload(["dev", *options, "--", *(services or ())])
+        return serve_with_reload(["dev", *options, "--", *(targets or ())])
     _begin(level, leash)
     from tidings.runtime import serve
 
-    found = find_services(services or (), Settings())
+    named = Settings().services
     here = folder.absolute()
     here.mkdir(parents=True, exist_ok=True)
-    settings = Settings(
-        store=f"sqlite:///{here / 'tidings.db'}", bus="memory://", database=f"sqlite:///{here}/{{service}}.db"
-    )
-    return _serve(serve(*found.values(), settings=settings, health=_port(health)))
+    settings = _embedded(here, named)
+    applications: dict[str, object] = {}
+    services: list[str] = []
+    for target in targets or settings.service_names:
+        found = find(target)
+        if isinstance(found, Service) or not is_application(found):
+            services.append(target)
+        else:
+            applications[target] = found
+    chosen = find_services(services, settings) if services or not applications else {}
+    beside = []
+    if applications:
+        from tidings.cli.web import application_beside
+
+        for nth, application in enumerate(applications.values()):
+            beside.append(application_beside(application, host, port and port + nth))
+    return _serve(serve(*chosen.values(), settings=settings, health=_port(health), beside=beside))
+
+
+def _embedded(folder: Path, services: str | None) -> Settings:
+    """What everything in this process runs on: the environment says it, too, to web applications that ask there."""
+    kept = {"TIDINGS_SERVICES", DEBUG}
+    for name in [name for name in os.environ if name.startswith("TIDINGS_") and name not in kept]:
+        if not name.startswith(OTHER_VARIABLES):
+            del os.environ[name]
+    os.environ["TIDINGS_STORE"] = f"sqlite:///{folder / 'tidings.db'}"
+    os.environ["TIDINGS_DATABASE"] = f"sqlite:///{folder}/{{service}}.db"
+    return Settings(services=services)
 
 
 def _port(health: str | None) -> int | str | None:
