@@ -10,6 +10,7 @@
     │   ├── StreamTruncated
     │   ├── EventTooLarge
     │   ├── InvalidStreamName
+    │   ├── InvalidMetadata
     │   ├── StoreUnavailable
     │   │   └── StreamForbidden
     │   ├── LogChanged
@@ -55,6 +56,7 @@ __all__ = [
     "Fenced",
     "HandlerError",
     "HandlerTimeout",
+    "InvalidMetadata",
     "InvalidStreamName",
     "LogBehind",
     "LogChanged",
@@ -191,6 +193,17 @@ class EventTooLarge(StoreError):
 
 class InvalidStreamName(StoreError):
     """A stream name or event type that no store accepts, or that is reserved."""
+
+
+class InvalidMetadata(StoreError):
+    """A stream's metadata document that no store accepts, because a server could end over it; nothing was written."""
+
+    def __init__(self, stream: str, reason: str) -> None:
+        self.stream, self.reason = stream, reason
+        super().__init__(
+            f"metadata of stream {stream!r}: {reason}; nothing was written (the process of an EventStoreDB server can "
+            "end over it). Write a smaller number, or leave $maxAge out"
+        )
 
 
 class StoreUnavailable(StoreError):

@@ -14,8 +14,10 @@ from tidings.errors import (
     EventTooLarge,
     InvalidStreamName,
     StoreError,
+    StoreUnavailable,
     StreamDeleted,
     StreamForbidden,
+    WrongExpectedVersion,
 )
 from tidings.position import CARRIED
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, Filter, RecordedEvent
@@ -103,6 +105,55 @@ class AccessDeniedError(Exception):
 def test_what_the_server_cannot_say_is_undecided() -> None:
     for unknown in (shared_pb2.Timeout(), shared_pb2.Unknown(), shared_pb2.Empty()):
         assert isinstance(refusal(unknown), wire.Undecided)
+
+
+BIGGEST = 2**63 - 1
+
+
+@pytest.mark.parametrize(("sent", "meant"), [(0, 0), (7, 7), (BIGGEST, BIGGEST), (2**64 - 1, -1)])
+def test_a_number_travels_unsigned_and_the_largest_is_minus_one(sent: int, meant: int) -> None:
+    assert wire.signed(sent) == meant
+
+
+@given(st.integers(2**63, 2**64 - 2))
+def test_a_number_that_no_log_has_goes_no_further(number: int) -> None:
+    with pytest.raises(StoreUnavailable, match=str(number)):
+        wire.signed(number)
+    kind = streams_pb2.ReadResp.ReadEvent.RecordedEvent
+    for record in (kind(commit_position=number), kind(stream_revision=number)):
+        with pytest.raises(StoreUnavailable, match=str(number)):
+            wire.recorded(record)
+    answer = wire.Answer()
+    answer.success.current_revision = number
+    assert isinstance(wire.outcome_of(answer, "s", ANY, 1), StoreUnavailable)
+    answer.success.current_revision = 1
+    answer.success.position.commit_position = number
+    assert isinstance(wire.outcome_of(answer, "s", ANY, 1), StoreUnavailable)
+
+
+def test_a_refusal_that_counts_from_minus_one_unsigned_says_minus_one() -> None:
+    answer = wire.Answer()
+    answer.error.details.Pack(shared_pb2.WrongExpectedVersion(current_stream_revision=2**64 - 1))
+    refused = wire.outcome_of(answer, "s", 3, 1)
+    assert isinstance(refused, WrongExpectedVersion)
+    assert refused.actual == -1
+
+
+def test_an_empty_append_that_succeeds_on_a_tombstoned_stream_is_refused() -> None:
+    """As KurrentDB 26.1 answers it."""
+    answer = wire.Answer()
+    answer.success.current_revision = BIGGEST
+    assert isinstance(wire.outcome_of(answer, "s", ANY, 0), StreamDeleted)
+
+
+def test_a_time_out_is_told_from_what_concerns_the_whole_call() -> None:
+    answer = wire.Answer()
+    answer.error.details.Pack(shared_pb2.Timeout())
+    assert isinstance(wire.outcome_of(answer, "s", ANY, 1), wire.TimedOut)
+    answer.error.details.Pack(shared_pb2.Unknown())
+    outcome = wire.outcome_of(answer, "s", ANY, 1)
+    assert isinstance(outcome, wire.Undecided)
+    assert not isinstance(outcome, wire.TimedOut)
 
 
 def test_what_would_end_the_call_of_all_appends_is_not_sent() -> None:

@@ -403,7 +403,7 @@ async def test_numbers_beyond_64_bits_are_numbers(store: EventStore) -> None:
     assert numbers([e async for e in store.read_all(after=1, limit=2**70)]) == [0, 1]
     with pytest.raises(WrongExpectedVersion):
         await store.append("a", events(0), expected=2**70)
-    await store.set_metadata("a", {"$maxCount": 2**70, "$maxAge": 2**62, "$tb": -5})
+    await store.set_metadata("a", {"$maxCount": 2**70, "$maxAge": 60_000_000_000, "$tb": -5})
     assert await read(store, "a") == [(0, 0), (1, 1)]
     async with closing(store.subscribe_stream("a", after_version=2**70)) as subscription:
         assert await take(subscription, caught_up) == [CaughtUp(await store.head())]

@@ -11,6 +11,8 @@ Rules that every adapter keeps, each proved by a test of `tidings.testing.store_
 * Appends that one task starts one after the other, without waiting, to one stream are applied in that order.
 * A catch-up subscription has no gap and no repetition where history meets live events.
 * Truncation, soft delete and tombstone hide events of a stream, never of `$all`.
+* What would end the process of an EventStoreDB 24.2 server is refused before anything is sent, by every store: any use
+  of a stream `$$`, `$maxAge` over 60,000,000,000 s, metadata for a tombstoned stream, deletion of a metadata stream.
 """
 
 from __future__ import annotations
@@ -194,8 +196,8 @@ class StreamMetadata(NamedTuple):
 
 
 def check_stream_name(stream: str) -> None:
-    """Raise `InvalidStreamName` for a name that EventStoreDB refuses: empty, or `$$` with nothing behind it."""
-    if not stream or stream == "$$":
+    """Raise `InvalidStreamName` for a name that EventStoreDB refuses, or ends over: empty, or `$$` of nothing."""
+    if not stream or (stream[:2] == "$$" and len(stream) % 2 == 0 and not stream.strip("$")):
         raise InvalidStreamName(f"{stream!r} is not a stream name: give at least one character (behind '$$', too)")
 
 
@@ -215,8 +217,9 @@ class EventStore(Protocol):
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         """Append all events or none, durably.
 
-        Raises `WrongExpectedVersion`, `StreamDeleted`, `EventTooLarge`, `InvalidStreamName`; `StoreUnavailable` leaves
-        the outcome unknown. An append that its caller cancels while it waits may still happen.
+        Raises `WrongExpectedVersion`, `StreamDeleted`, `EventTooLarge`, `InvalidStreamName`, and for a metadata stream
+        (`$$...`) `InvalidMetadata`; `StoreUnavailable` leaves the outcome unknown. An append that its caller cancels
+        while it waits may still happen.
         """
         ...
 
@@ -261,15 +264,19 @@ class EventStore(Protocol):
         ...
 
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
-        """Replace the stream's metadata document; `expected` is about the metadata stream's own version."""
+        """Replace the stream's metadata document; `expected` is about the metadata stream's own version.
+
+        Raises what `append` does; `StreamDeleted` for a tombstoned stream.
+        """
         ...
 
     async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
-        """Hide the stream's events; a later append begins after them. `WrongExpectedVersion` for a missing stream."""
+        """Hide the stream's events; a later append begins after them. `WrongExpectedVersion` for a missing stream,
+        `InvalidStreamName` for a metadata stream."""
         ...
 
     async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
-        """Close the stream for ever: every later use raises `StreamDeleted`."""
+        """Close the stream for ever: every later use raises `StreamDeleted`. `InvalidStreamName` as for `delete`."""
         ...
 
     async def close(self) -> None:

@@ -38,6 +38,7 @@ from tidings.stores.eventstoredb_appends import Appends, Write
 from tidings.stores.eventstoredb_leader import LOG_STREAM, Leader, Trying
 from tidings.stores.grpc_call import CallFailed, ConnectionLost, Status
 from tidings.stores.grpc_h2 import Connection
+from tidings.stores.metadata import check_closing, check_metadata_write, is_metadata_stream
 from tidings.stores.rules import METADATA, document_of
 
 __all__ = ["EventStoreDB", "open_eventstoredb"]
@@ -65,6 +66,7 @@ class EventStoreDB:
     def __init__(self, url: str) -> None:
         self._leader = Leader(url)
         self._appends = Appends(self._leader, self.find)
+        self._metadata_writes = asyncio.Lock()
         self._task = asyncio.create_task(self._appends.run(), name="tidings-eventstoredb-appends")
 
     def __repr__(self) -> str:
@@ -84,11 +86,27 @@ class EventStoreDB:
         if isinstance(expected, int) and expected < 0:  # what `Appended.version` says of a stream without events
             expected = NO_STREAM
         try:
-            return await self._appends.submit(stream, tuple(events), expected, size)
+            if not is_metadata_stream(stream):
+                return await self._appends.submit(stream, tuple(events), expected, size)
+            check_metadata_write(stream, events)
+            async with self._metadata_writes:  # keeps the order in which they began
+                await self._check_not_tombstoned(stream)
+                answer = self._appends.submit(stream, tuple(events), expected, size)
+            return await answer
         except StreamDeleted:
             if expected is STREAM_EXISTS:
                 raise await self._how_deleted(stream) from None
             raise
+
+    async def _check_not_tombstoned(self, metadata_stream: str) -> None:
+        """Metadata of a tombstoned stream is refused here: the server refuses it too, and can end over what follows."""
+        try:
+            async for _ in self.read_stream(metadata_stream.removeprefix("$$"), limit=1):
+                break
+        except StreamDeleted as error:
+            raise StreamDeleted(metadata_stream, tombstoned=error.tombstoned) from None
+        except (StreamNotFound, StoreUnavailable):  # who may write metadata need not be allowed to read the stream
+            pass
 
     async def _how_deleted(self, stream: str) -> StreamDeleted:
         """EventStoreDB answers `STREAM_EXISTS` alike for both; reading tells them apart."""
@@ -118,6 +136,7 @@ class EventStoreDB:
     async def _rare(self, stream: str, expected: Expected, operation: Callable[..., Awaitable[object]]) -> None:
         """By the client, which repeats what failed once: both operations may be repeated."""
         wire.check(stream)
+        check_closing(stream)
         leader = self._leader
         await leader.persistently(_nothing)
         version = wire.client_version(NO_STREAM if expected == -1 else expected)
@@ -247,10 +266,8 @@ class EventStoreDB:
                 await trying.again(error)
 
     async def _reaches(self, position: int) -> bool:
-        """Whether the log goes up to the checkpoint `position`. One beyond it would hide everything that comes later.
-
-        EventStoreDB 24.2 sends the largest number there is while a filtered subscription has read nothing.
-        """
+        """Whether the log goes up to the checkpoint `position`: one beyond it would hide everything that comes later.
+        EventStoreDB 24.2 sends the largest number there is while a filtered subscription has read nothing."""
         if position == wire.NOTHING:
             return False
         if position <= self._leader.known or position <= (head := await self.head()):

@@ -42,6 +42,7 @@ from tidings.stores import (
     check_text,
 )
 from tidings.stores import sqlite_log as reading
+from tidings.stores.metadata import check_closing, check_metadata_write
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
 from tidings.stores.sqlite_log import PAGE_EVENTS, Database, Page, now
 from tidings.stores.sqlite_writer import Appender, Kind, Outcome, Write, Writer
@@ -154,17 +155,23 @@ class SqliteStore:
     # ---- writing
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        check_metadata_write(stream, events)
         return await self.begin(Kind.APPEND, stream, events, expected)
 
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
         _check_stream(stream)
         document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
-        return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
+        try:
+            return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
+        except StreamDeleted as error:
+            raise StreamDeleted(stream, tombstoned=error.tombstoned) from None
 
     async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
+        check_closing(stream)
         await self.begin(Kind.DELETE, stream, [EventData(METADATA, b"")], expected)
 
     async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
+        check_closing(stream)
         await self.begin(Kind.TOMBSTONE, stream, [EventData(STREAM_DELETED, b"", content_type=OCTETS)], expected)
 
     def begin(

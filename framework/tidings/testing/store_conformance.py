@@ -25,6 +25,7 @@ import pytest
 
 from tidings.errors import (
     EventTooLarge,
+    InvalidMetadata,
     InvalidStreamName,
     StoreUnavailable,
     StreamDeleted,
@@ -668,6 +669,71 @@ class StoreConformance:
         found = [found async for found in store.read_all(filter=Filter(stream_prefixes=(stream,)))]
         assert [(item.version, item.type) for item in found] == [(0, "Happened"), (SOFT, "$streamDeleted")]
         assert found[1].position > found[0].position
+
+    # ---- what would end a server
+
+    async def test_a_stream_that_would_hold_metadata_of_nothing_is_refused(self, store: EventStore) -> None:
+        for name in ("", "$$", "$$$$"):
+            uses: list[Callable[[], Awaitable[object]]] = [
+                lambda name=name: store.append(name, [event()]),  # type: ignore[misc]
+                lambda name=name: store.set_metadata(name, {"k": 1}),  # type: ignore[misc]
+                lambda name=name: store.delete(name),  # type: ignore[misc]
+                lambda name=name: store.tombstone(name),  # type: ignore[misc]
+                lambda name=name: read(store, name),  # type: ignore[misc]
+            ]
+            for use in uses:
+                with pytest.raises(InvalidStreamName):
+                    await use()
+
+    @pytest.mark.parametrize("seconds", [60_000_000_001, 60_000_000_000.5, 922_337_203_686, 2**63, 10**30, 1e300])
+    async def test_a_max_age_before_the_beginning_of_time_is_refused_and_nothing_is_written(
+        self, store: EventStore, stream: str, seconds: float
+    ) -> None:
+        document = json.dumps({"k": 1, "$maxAge": seconds}).encode()
+        twice = b'{"$maxAge": %s, "$maxAge": 1}' % json.dumps(seconds).encode()
+        escaped = document.replace(b"$", b"\\u0024")
+        with pytest.raises(InvalidMetadata, match=r"\$maxAge.*60000000000 seconds"):
+            await store.set_metadata(stream, {"k": 1, "$maxAge": seconds})
+        for data in (document, twice, escaped):
+            with pytest.raises(InvalidMetadata):
+                await store.append(f"$${stream}", [event(), EventData("$metadata", data)])
+        with pytest.raises(InvalidMetadata, match="not JSON"):
+            await store.append(f"$${stream}", [EventData("$metadata", document.replace(b'"', b"'"))])
+        assert await store.get_metadata(stream) == ({}, -1)
+        await store.set_metadata(stream, {"$maxAge": 60_000_000_000, "custom": {"$maxAge": seconds}})
+        await store.append(stream, events(1))
+        assert await read(store, stream) == [(0, 1)]
+
+    async def test_a_metadata_stream_cannot_be_deleted(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        await store.set_metadata(stream, {"k": 1})
+        for close in (store.delete, store.tombstone):
+            for expected in (ANY, 0):
+                with pytest.raises(InvalidStreamName, match="set_metadata"):
+                    await close(f"$${stream}", expected=expected)
+        assert await store.get_metadata(stream) == ({"k": 1}, 0)
+
+    async def test_metadata_of_a_tombstoned_stream_can_neither_be_written_nor_deleted(
+        self, store: EventStore, stream: str
+    ) -> None:
+        await store.append(stream, events(0))
+        await store.tombstone(stream)
+        for _ in range(2):
+            with pytest.raises(StreamDeleted) as deleted:
+                await store.set_metadata(stream, {"k": 1})
+            assert (deleted.value.stream, deleted.value.tombstoned) == (stream, True)
+            with pytest.raises(StreamDeleted):
+                await store.append(f"$${stream}", [EventData("$metadata", b"{}")])
+            with pytest.raises(InvalidStreamName):
+                await store.delete(f"$${stream}")
+        await store.append(f"{stream}-other", events(1))
+
+    async def test_metadata_written_one_after_the_other_is_applied_in_that_order(
+        self, store: EventStore, stream: str
+    ) -> None:
+        writes = [asyncio.ensure_future(store.set_metadata(stream, {"n": n})) for n in range(30)]
+        assert [(await write).version for write in writes] == list(range(30))
+        assert await store.get_metadata(stream) == ({"n": 29}, 29)
 
     # ---- catch-up subscriptions to a stream
 
