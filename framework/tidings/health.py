@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tidings.causes import Cause, Part, explain
 from tidings.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
+from tidings.remedies import STORE_WRITABLE, writable, writes_refused
 
 __all__ = [
     "STILL_SECONDS",
@@ -218,32 +219,15 @@ def _database(facts: ServiceFacts) -> Check:
         return Check(name, False, facts.database, f"is {what} up, and TIDINGS_DATABASE right?", *ours)
     if facts.database_writes is not None:
         detail = f"{what} answers, but takes no writes: {facts.database_writes}"
-        return Check(name, False, detail, _writable(facts.database_place), *ours)
+        return Check(name, False, detail, writable(facts.database_place), *ours)
     return Check(name, True, f"{what} answers")
-
-
-def _writable(place: str) -> str:
-    goes_on = "the service goes on by itself, and nothing is lost"
-    if "://" in place:
-        return (
-            "free its disk, or name the primary in TIDINGS_DATABASE. On PostgreSQL, as the service's user: "
-            f"psql -c 'SHOW transaction_read_only' -c 'SELECT pg_is_in_recovery()' ({place}). Then {goes_on}"
-        )
-    return (
-        f"free its disk or make it writable: df -h '{place}'; ls -l '{place}'; findmnt -T '{place}' (is it mounted "
-        f"ro?); lsof '{place}' (does somebody hold it?). Then {goes_on}"
-    )
 
 
 def _store(name: str, error: str | None, writes: str | None) -> Check:
     if error is not None:
         return Check(name, False, error, "is the event store up, and TIDINGS_STORE right?", Part.STORE)
     if writes is not None:
-        remedy = (
-            "free the disk of the store's machine (df -h), or make it writable: nothing can be appended until then. "
-            "What services emit waits in their databases, and goes on by itself"
-        )
-        return Check(name, False, f"the log can be read, but takes no appends: {writes}", remedy, Part.STORE_WRITES)
+        return Check(name, False, writes_refused(writes), STORE_WRITABLE, Part.STORE_WRITES)
     return Check(name, True, "the event store answers")
 
 

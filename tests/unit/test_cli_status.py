@@ -18,6 +18,7 @@ from tidings import EventStore, Runtime, Service, Settings, open_store
 from tidings.buses import EventBus, Found, Subscription
 from tidings.cli.exits import Refused
 from tidings.cli.state import LATE, State, look
+from tidings.database import Database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, TidingsError
 from tidings.stores import ANY, EventData
 
@@ -139,9 +140,54 @@ def test_counts_that_ended_early_say_so(folder: Path, monkeypatch: pytest.Monkey
     ended = invoke("status", SHOP)
     assert "checkpoint -1, 3+ behind" in ended.out
     assert "3+" in next(line for line in ended.out.splitlines() if line.startswith("shop")).split()
-    late = seen(later=LATE + 5).problems
-    assert any("3 or more events are pending" in problem for problem in late)
-    assert any("3 or more events are not published" in problem for problem in late)
+    late = seen(later=LATE + 5)
+    (problem,) = late.problems
+    assert "3 or more events are not published" in problem
+    assert any("3 or more events are pending" in effect for effect in late.effects[problem])
+
+
+def test_what_only_follows_from_a_cause_stands_under_it(folder: Path) -> None:
+    """The relay is down, so events are pending; nobody is sent to look at the service."""
+    run_shop(folder)
+    write(("order-1", "OrderCreated"), checkpoint=-1)
+    state = seen(later=LATE + 5, queue=Found("queue", "tidings.shop", "fits", messages=0, consumers=1))
+    (problem,) = state.problems
+    assert problem.startswith("relay main: 1 events are not published")
+    (effect,) = state.effects[problem]
+    assert effect.startswith("shop: 1 events are pending")
+
+
+def test_a_log_that_takes_no_appends_is_unhealthy_though_it_can_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(self: object, *_: object, **__: object) -> None:
+        raise StoreUnavailable("database or disk is full")
+
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    write(checkpoint=2)
+    before = seen(later=LATE + 5)
+    assert before.problems == []
+    monkeypatch.setattr("tidings.stores.sqlite.SqliteStore.append", full)
+    assert seen().problems == [], "something was appended just now"
+    (problem,) = seen(later=LATE + 5).problems
+    assert "takes no appends: database or disk is full" in problem
+    assert "df -h" in problem
+
+
+def test_a_database_that_takes_no_writes_is_unhealthy_though_it_can_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(self: Database) -> None:
+        self.writes.failed(DatabaseUnavailable("database shop.db: attempt to write a readonly database"))
+
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    write(checkpoint=2)
+    assert seen(later=LATE + 5).problems == []
+    monkeypatch.setattr(Database, "probe_writes", refuse)
+    (problem,) = seen(later=LATE + 5).problems
+    assert problem.startswith("shop: its database takes no writes: database shop.db: attempt to write a readonly")
+    assert "df -h" in problem
+    assert "shop.db" in problem
 
 
 def test_a_service_that_never_ran_is_a_problem_and_is_not_made_by_looking(folder: Path) -> None:

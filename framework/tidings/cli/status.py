@@ -175,4 +175,7 @@ def _lines(state: State) -> list[str]:
         lines += [f"{plain(part.service)}: {plain(line)}" for line in said]
     if not state.problems:
         return [*lines, paint("healthy", GREEN)]
-    return [*lines, *(f"{paint('UNHEALTHY', RED)}  {plain(problem)}" for problem in state.problems)]
+    for problem in state.problems:
+        lines.append(f"{paint('UNHEALTHY', RED)}  {plain(problem)}")
+        lines += [f"    follows  {plain(effect)}" for effect in state.effects.get(problem, ())]
+    return lines
