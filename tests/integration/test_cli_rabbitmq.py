@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aio_pika
 import pytest
 
 from tests.integration.commands import Command, Commands
 from tests.integration.processes import until
+from tidings import open_bus
+from tidings.buses import Subscription
+from tidings.database import floors, open_database
 
 
 @pytest.fixture
@@ -114,3 +120,66 @@ async def test_a_queue_of_somebody_else_is_named_and_left_alone(commands: Comman
             assert "tidings.shop: queue 'tidings.shop'" in command.out
             assert "rabbitmqctl delete_queue tidings.shop" in command.out
         await channel.declare_queue("tidings.shop", passive=True)
+
+
+class _Management(BaseHTTPRequestHandler):
+    """RabbitMQ's management API, as far as it is asked."""
+
+    answers: ClassVar[dict[str, object]] = {
+        "exchanges": [
+            {"destination": "tidings.shop", "destination_type": "queue"},
+            {"destination": "tidings.unheard-of", "destination_type": "queue"},
+            {"destination": "tidings.served-elsewhere", "destination_type": "queue"},
+        ],
+        "queues": [
+            {"name": "tidings.shop", "messages_ready": 0, "consumers": 1},
+            {"name": "tidings.unheard-of", "messages_ready": 1159, "consumers": 0},
+            {"name": "tidings.served-elsewhere", "messages_ready": 5, "consumers": 1},
+            {"name": "tidings.relay.main", "messages_ready": 0, "consumers": 0},
+            {"name": "somebody-else", "messages_ready": 0, "consumers": 0},
+        ],
+    }
+
+    def do_GET(self) -> None:
+        kind = re.fullmatch(r"/api/(exchanges|queues)/[^/]+(?:/tidings\.events/bindings/source)?", self.path)
+        found = None if kind is None else self.answers[kind[1]]
+        self.send_response(401 if "Authorization" not in self.headers else 200 if found is not None else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(found).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+async def test_queues_that_nobody_serves_are_shown(commands: Commands, amqp_url: str) -> None:
+    assert (await commands.run("topology", "apply")).process.returncode == 0
+    async with open_bus(amqp_url) as bus:
+        for name in ("retired", "renamed"):
+            await bus.provision(Subscription(name, 0, 1))
+    try:
+        url = f"sqlite:///{commands.folder / 'renamed.db'}"
+        async with open_database(url) as database, database.transaction() as connection:
+            values = {"service": "renamed", "log": "x", "first_bucket": 0, "last_bucket": 255, "position": 5}
+            await connection.execute(floors.insert().values(values))
+        ended = await commands.run("topology", "diff", "--json")
+        assert ended.process.returncode == 1
+        (found,) = objects(ended)
+        assert (found["name"], found["messages"]) == ("tidings.renamed", 0)
+        assert "rabbitmqctl delete_queue tidings.renamed" in found["detail"]
+        ended = await commands.run("topology", "diff", "--former", "retired", "--former", "never-was")
+        assert [line.split()[1] for line in ended.out.splitlines()[1:3]] == ["tidings.renamed", "tidings.retired"]
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _Management)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            ended = await commands.run("topology", "diff", "--management", url, "--json")
+            assert {found["name"] for found in objects(ended)} == {"tidings.renamed", "tidings.unheard-of"}
+        finally:
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+        ended = await commands.run("topology", "diff", "--management", url)
+        assert (ended.process.returncode, ended.out) == (3, "")
+        assert "does not say which queues there are" in ended.err
+    finally:
+        async with open_bus(amqp_url) as bus:
+            await bus.delete([Subscription(name, 0, 1) for name in ("retired", "renamed")])

@@ -126,3 +126,27 @@ async def test_after_a_deploy_of_other_code_held_events_of_changed_handlers_are_
 async def _attempts(service: Service) -> set[int]:
     async with service.engine.connect() as connection:
         return set(await connection.scalars(sa.select(held.c.attempts)))
+
+
+async def test_a_service_that_begins_at_the_start_of_a_log_with_history_says_so(tmp_path: Path) -> None:
+    def named(name: str) -> Service:
+        service = Service(name)
+
+        @service.on(Happened)
+        async def handle(event: Happened) -> None:
+            """Nothing to do."""
+
+        return service
+
+    with structlog.testing.capture_logs() as logs:
+        async with embedded(tmp_path, named("orders")) as world:
+            await world.append(*many(10, 3))
+            await world.settled()
+        async with embedded(tmp_path, named("orders")) as world:
+            await world.settled()
+        assert said(logs, "service.begins_at_the_start") == [], "on an empty log, and where it goes on"
+        async with embedded(tmp_path, named("order")) as world:
+            await world.settled()
+    (entry,) = said(logs, "service.begins_at_the_start")
+    assert (entry["log_level"], entry["service"]) == ("warning", "order")
+    assert "If it was renamed" in entry["advice"]

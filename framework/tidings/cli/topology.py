@@ -41,10 +41,39 @@ async def plan(services: Targets = None, json: Json = False) -> int:
 
 @app.command()
 @answering
-async def diff(services: Targets = None, json: Json = False) -> int:
-    """Show only what is missing or differs; exit code 1 when anything does."""
-    found = [thing for thing in await _found(*await _needed(services)) if thing.state != "fits"]
+async def diff(
+    services: Targets = None,
+    former: Annotated[
+        list[str] | None, typer.Option("--former", metavar="NAME", help="A service that there was once; repeat it.")
+    ] = None,
+    management: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="RabbitMQ's management API, http://host:15672, which lists all queues."),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Show only what is missing or differs, and queues that nobody serves; exit code 1 when there is anything.
+
+    Queues of renamed and retired services are known by the databases, by --former, or by --management.
+    """
+    from tidings.cli.orphans import former_services, listed_queues, orphans
+
+    settings, subscriptions = await _needed(services)
+    names = {subscription.service for subscription in subscriptions}
+    past = await former_services(settings, names) | set(former or ())
+    async with open_bus(settings.bus) as bus:
+        found = [thing for thing in await bus.inspect(subscriptions) if thing.state != "fits"]
+        listed: list[Found] = []
+        if management is not None:
+            from tidings.buses.rabbitmq import address_of
+            from tidings.buses.rabbitmq_topology import EXCHANGE
+
+            address = address_of(settings.bus)
+            listed = await listed_queues(management, address.user, address.password, address.vhost, EXCHANGE)
+        found += await orphans(bus, past - names, {subscription.queue for subscription in subscriptions}, listed)
     _show(found, json)
+    if json and not found:
+        say(facts({"differences": 0}))
     if not found and not json:
         say("No differences.")
     return NO if found else OK
