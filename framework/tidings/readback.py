@@ -87,6 +87,11 @@ def _judge(node: Any, place: _Place, within: frozenset[str]) -> bool:
         return _serialized(node["serialization"], place)
     if kind in _HOPELESS:
         raise place.refuse(_HOPELESS[kind])
+    if node.get("now_op") == "future":
+        raise place.refuse(
+            "what lies ahead when it is written is past when it is read. Write date or datetime, and check it where "
+            "the event is made"
+        )
     if kind in _EXACT:
         return True
     if kind == "literal":
