@@ -15,12 +15,16 @@ TOO_LONG := sigkill or compare_and_set or a_standby_leaves or killed_at_any_step
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
+LOWEST := .venv-lowest
+LOWEST_INSTALLED := $(LOWEST)/.installed
+LOWER_BOUNDS := cli.py cli_find.py cli_status.py settings.py codec.py handlers.py logs.py \
+	connection.py repository.py public_api.py sqlite_store.py
 
 # Each process of pytest starts a broker and a database of its own, and the tests of a file stay together. Where they are
 # named instead, there is one for all.
 SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numprocesses 2 --dist loadfile)
 
-.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served postgresql kurrentdb soak audit bench format broker database clean
+.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served postgresql kurrentdb lower-bounds soak audit bench format broker database clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -29,7 +33,7 @@ help:
 	@echo "make test    lint, types and tests, against a real RabbitMQ and PostgreSQL"
 	@echo "make test-all"
 	@echo "             the same, all faults, the log behind tidings server, services on PostgreSQL,"
-	@echo "             and kurrentdbclient"
+	@echo "             kurrentdbclient, and the lowest versions of what Tidings needs"
 	@echo "make audit   known vulnerabilities of what is installed; needs the network, so no test runs it"
 	@echo "make soak MINUTES=30"
 	@echo "             random faults under order traffic, then everything is counted; SEED=N chooses the same again"
@@ -49,7 +53,7 @@ demo-rabbitmq: $(INSTALLED)
 
 test: lint types pytest
 
-test-all: test faults served postgresql kurrentdb
+test-all: test lower-bounds faults served postgresql kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -84,6 +88,19 @@ $(KURRENT_INSTALLED): pyproject.toml deploy/local/venv
 	@deploy/local/venv $(KURRENT) kurrentdb,tests
 	@touch $@
 
+# What pyproject.toml allows at the least: what users declare, the command line, settings, logs and pages.
+lower-bounds: $(LOWEST_INSTALLED)
+	$(LOWEST)/bin/pytest -p no:cacheprovider -W ignore::pytest.PytestUnraisableExceptionWarning $(addprefix tests/unit/test_, $(LOWER_BOUNDS))
+
+$(LOWEST_INSTALLED): pyproject.toml deploy/local/lowest $(INSTALLED)
+	@echo "installing into $(LOWEST) (once) ..."
+	@$(BIN)/python -m venv $(LOWEST)
+	@$(BIN)/python deploy/local/lowest cli fastapi rabbitmq postgresql testing > $(LOWEST)/constraints.txt
+	@echo "click<8.2" >> $(LOWEST)/constraints.txt  # the first typers do not know later ones
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt \
+		--editable ".[cli,fastapi,rabbitmq,postgresql,testing]" httpx hypothesis pytest-timeout aiosqlite
+	@touch $@
+
 # pip-audit asks PyPI about each package, so it says nothing without the network. In an environment of its own, because
 # it would otherwise have an opinion about what Tidings may use.
 audit: $(INSTALLED) $(AUDIT)/bin/pip-audit
@@ -112,4 +129,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) $(KURRENT) $(AUDIT) var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(KURRENT) $(AUDIT) $(LOWEST) var .mypy_cache .ruff_cache .pytest_cache .hypothesis

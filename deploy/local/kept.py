@@ -17,10 +17,11 @@ __all__ = ["Kept", "private"]
 
 
 class Kept:
-    """In the folder TIDINGS_LOCAL, or else in `default`."""
+    """In the folder TIDINGS_LOCAL, or else in `default` of this checkout, wherever the script is called."""
 
     def __init__(self, default: str) -> None:
-        self.home = Path(os.environ.get("TIDINGS_LOCAL") or default).absolute()
+        named = os.environ.get("TIDINGS_LOCAL")
+        self.home = Path(named).absolute() if named else Path(__file__).resolve().parents[2] / default
         self._file = self.home / "state.json"
 
     def read(self) -> dict[str, Any] | None:

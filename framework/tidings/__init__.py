@@ -1,6 +1,6 @@
 """Tidings: event-driven microservices in which nothing is lost, each effect happens once, in order, and provably.
 
-Importing this is light: adapters, SQLAlchemy and web frameworks are imported when they are used.
+Importing this is light: each name is imported when it is used, and so are adapters, SQLAlchemy and web frameworks.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tidings.aggregate import Aggregate, evolves, stream_version
-from tidings.context import Context
-from tidings.events import Event, partition_key, schema_version, upcaster, wire_name
-from tidings.handlers import Hold, Retry
-from tidings.repository import Changed, HistoryEntry, Repository
-from tidings.service import Service
-from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
-
 if TYPE_CHECKING:
+    from tidings.aggregate import Aggregate, evolves, stream_version
     from tidings.connection import connect
+    from tidings.context import Context
+    from tidings.events import Event, partition_key, schema_version, upcaster, wire_name
+    from tidings.handlers import Hold, Retry
     from tidings.relay import Relay
+    from tidings.repository import Changed, HistoryEntry, Repository
     from tidings.runtime import Runtime
+    from tidings.service import Service
     from tidings.settings import Settings, open_bus, open_store
+    from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
 
 __all__ = [
     "ANY",
@@ -54,17 +53,29 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = {
-    "connect": "tidings.connection",
-    "Relay": "tidings.relay",
-    "Runtime": "tidings.runtime",
-    "Settings": "tidings.settings",
-    "open_bus": "tidings.settings",
-    "open_store": "tidings.settings",
+_PLACES = {
+    "aggregate": ("Aggregate", "evolves", "stream_version"),
+    "connection": ("connect",),
+    "context": ("Context",),
+    "events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
+    "handlers": ("Hold", "Retry"),
+    "relay": ("Relay",),
+    "repository": ("Changed", "HistoryEntry", "Repository"),
+    "runtime": ("Runtime",),
+    "service": ("Service",),
+    "settings": ("Settings", "open_bus", "open_store"),
+    "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent"),
 }
+_MODULES = {name: f"tidings.{module}" for module, names in _PLACES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import what is asked for: the command line is to hear signals before it has imported everything."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,6 +15,7 @@ from tidings.appending import append
 from tidings.codec import decode, read_metadata
 from tidings.errors import ConfigurationError
 from tidings.events import Event, Registry
+from tidings.logs import configure_by_default
 from tidings.repository import HistoryEntry, Repository
 from tidings.settings import Settings, open_store
 from tidings.stores import ANY, Appended, EventStore, Expected, RecordedEvent
@@ -143,6 +144,7 @@ class Connecting:
         self._closing: Callable[[], object] = lambda: None
 
     async def __aenter__(self) -> Log:
+        configure_by_default()
         settings = self._settings or Settings()
         return Log(await self._stack.enter_async_context(open_store(settings.store)))
 

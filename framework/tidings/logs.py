@@ -14,10 +14,25 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import structlog
+from structlog import PrintLogger
 from structlog.contextvars import bind_contextvars, merge_contextvars
 from structlog.dev import ConsoleRenderer, plain_traceback
-from structlog.processors import ExceptionRenderer, JSONRenderer, StackInfoRenderer, TimeStamper, format_exc_info
-from structlog.stdlib import LoggerFactory, ProcessorFormatter, add_log_level, add_logger_name
+from structlog.processors import (
+    ExceptionRenderer,
+    JSONRenderer,
+    KeyValueRenderer,
+    StackInfoRenderer,
+    TimeStamper,
+    format_exc_info,
+)
+from structlog.stdlib import (
+    BoundLogger,
+    LoggerFactory,
+    ProcessorFormatter,
+    add_log_level,
+    add_logger_name,
+    filter_by_level,
+)
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -27,7 +42,7 @@ from tidings.printable import plain, plain_lines
 if TYPE_CHECKING:
     from tidings.context import Context
 
-__all__ = ["bind_handling", "configure_logging", "handling", "masked"]
+__all__ = ["bind_handling", "configure_by_default", "configure_logging", "handling", "masked"]
 
 _LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 _THEIR_OWN: Final = ("uvicorn", "uvicorn.error", "uvicorn.access")
@@ -56,15 +71,7 @@ def configure_logging(*, json: bool | None = None, level: str = "info", stream: 
         TimeStamper(fmt="iso", utc=True),
         StackInfoRenderer(),
     ]
-    rendering: list[Processor]
-    if json if json is not None else not terminal:
-        # Local variables of a frame would show what is secret: they are off by name, because they are on by default.
-        rendering = [ExceptionRenderer(ExceptionDictTransformer(show_locals=False)), _mask, JSONRenderer()]
-    else:
-        columns = ConsoleRenderer(
-            colors=terminal and not os.environ.get("NO_COLOR"), exception_formatter=plain_traceback
-        )
-        rendering = [format_exc_info, _mask, _escape, columns]
+    rendering = _rendering(json if json is not None else not terminal, colors=terminal)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         ProcessorFormatter(foreign_pre_chain=facts, processors=[ProcessorFormatter.remove_processors_meta, *rendering])
@@ -83,6 +90,40 @@ def configure_logging(*, json: bool | None = None, level: str = "info", stream: 
         processors=[*facts, ProcessorFormatter.wrap_for_formatter],
         logger_factory=LoggerFactory(),
         wrapper_class=structlog.make_filtering_bound_logger(number),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _rendering(json: bool, *, colors: bool) -> list[Processor]:
+    if json:
+        # Local variables of a frame would show what is secret: they are off by name, because they are on by default.
+        return [ExceptionRenderer(ExceptionDictTransformer(show_locals=False)), _mask, JSONRenderer()]
+    columns = ConsoleRenderer(colors=colors and not os.environ.get("NO_COLOR"), exception_formatter=plain_traceback)
+    return [format_exc_info, _mask, _escape, columns]
+
+
+def configure_by_default() -> None:
+    """Where nobody has configured structlog, send its lines, from info on, to standard error; or to the standard
+    library's logging, where that is configured. structlog's own default is standard output, and every level.
+
+    It is for whoever does not own the process (a script, a web server): nothing else is touched.
+    """
+    if structlog.is_configured():
+        return
+    facts: list[Processor] = [merge_contextvars, add_log_level, StackInfoRenderer()]
+    if logging.getLogger().handlers:
+        structlog.configure(
+            processors=[filter_by_level, *facts, format_exc_info, _mask, KeyValueRenderer(key_order=["event"])],
+            logger_factory=LoggerFactory(),
+            wrapper_class=BoundLogger,
+            cache_logger_on_first_use=False,
+        )
+        return
+    terminal = sys.stderr.isatty()
+    structlog.configure(
+        processors=[*facts, TimeStamper(fmt="iso", utc=True), *_rendering(not terminal, colors=terminal)],
+        logger_factory=lambda *_: PrintLogger(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=False,
     )
 

@@ -24,6 +24,7 @@ from tidings.database import Database, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.held import HeldCount, held_by_handler
 from tidings.inbox import requested_events
+from tidings.logs import configure_by_default
 from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
@@ -388,6 +389,7 @@ async def run_service(
     service: Service, settings: Settings | None, store: EventStore | None, bus: EventBus | None
 ) -> AsyncIterator[RunningService]:
     """What `Service.running` does; `service.running_now` is set by it before the service's own lifespan begins."""
+    configure_by_default()
     settings = settings or Settings()
     async with AsyncExitStack() as stack:
         if store is None:

@@ -13,7 +13,7 @@ import structlog
 
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
-from tidings.logs import configure_logging
+from tidings.logs import configure_by_default, configure_logging
 from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
 from tidings.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
@@ -58,6 +58,7 @@ class Runtime:
         self._bus: EventBus | None = None
 
     async def __aenter__(self) -> Self:
+        configure_by_default()
         async with AsyncExitStack() as stack:
             self._store = OwnStore(await opened(stack, lambda: open_store(self.settings.store), "the event store"))
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))

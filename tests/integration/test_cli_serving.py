@@ -68,6 +68,26 @@ async def test_a_signal_lets_the_handler_finish_and_ends_with_0(commands: Comman
     assert (await commands.run("verify", "shop")).process.returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", [("run", "shop:shop"), ("dev", "shop:shop"), ("server", "--db", "x.db")])
+async def test_a_signal_while_it_starts_ends_it_with_0(
+    commands: Commands, command: tuple[str, ...], number: signal.Signals
+) -> None:
+    """At whatever moment: from the first that Python gives to a program to the one at which it serves."""
+    for seconds in (0.0, 0.05, 0.15, 0.3, 0.6):
+        started = commands.start(*command)
+        await until(lambda: _catches_sigterm(started.process.pid), "it hears signals", 30)  # noqa: B023
+        await asyncio.sleep(seconds)
+        started.signal(number)
+        assert await started.ended() == 0, (seconds, started.err)
+
+
+def _catches_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 @pytest.mark.parametrize("event", ["Stuck", "Blocking"])
 async def test_a_handler_that_cannot_be_ended_is_named_and_left_behind(commands: Commands, event: str) -> None:
     command = commands.start("run", "shop")

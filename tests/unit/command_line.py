@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,10 +53,16 @@ def _logging_kept() -> Iterator[None]:
             structlog.reset_defaults()
 
 
+def _runner() -> CliRunner:
+    """Click before 8.2 mixes standard error into the output, unless it is told not to."""
+    options: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    return CliRunner(**options)
+
+
 def invoke(*arguments: str, input: str | bytes | None = None) -> Ended:
     """`tidings ARGUMENTS`, with nobody at the terminal."""
     with _logging_kept():
-        result = CliRunner().invoke(app, list(arguments), input=input, prog_name="tidings")
+        result = _runner().invoke(app, list(arguments), input=input, prog_name="tidings")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ended(result.exit_code, result.stdout, result.stderr)

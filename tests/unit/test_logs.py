@@ -6,6 +6,9 @@ import asyncio
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,3 +167,76 @@ async def test_each_attempt_is_told_from_the_others_before_and_after_it_waits(
         assert (entry["service"], entry["handler"], entry["attempt"]) == ("audit", "tell", entry["at"])
         assert entry["event_id"]
         assert entry["stream"]
+
+
+# ---- where the application configured nothing -----------------------------------------
+
+SCRIPT = """
+import asyncio, sys
+{configure}
+from tidings import Event, Runtime, Service
+import structlog
+
+class Noted(Event):
+    text: str
+
+notes = Service("notes")
+
+@notes.on(Noted)
+async def keep(event: Noted) -> None:
+    structlog.get_logger("app").debug("app.debugged")
+    structlog.get_logger("app").info("app.told", secret="amqp://u:hush@host")
+
+async def main():
+    async with Runtime(notes) as runtime:
+        await notes.append("n-1", Noted(text="x"))
+        await runtime.settled()
+        print("the answer")
+
+asyncio.run(main())
+"""
+
+
+def _run(folder: Path, configure: str = "") -> tuple[str, str]:
+    """Standard output and error of a script that runs a service."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
+    script = SCRIPT.replace("{configure}", configure)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout, done.stderr
+
+
+def test_a_script_that_configures_nothing_keeps_its_standard_output_to_itself(tmp_path: Path) -> None:
+    out, err = _run(tmp_path)
+    assert out == "the answer\n"
+    told = [json.loads(line) for line in err.splitlines()]
+    assert {"service.joined", "app.told"} <= {entry["event"] for entry in told}
+    assert {entry["level"] for entry in told} <= {"info", "warning"}
+    assert "hush" not in err
+    (app,) = [entry for entry in told if entry["event"] == "app.told"]
+    assert app["handler"] == "keep"
+
+
+def test_an_application_that_configured_logging_has_the_lines_there(tmp_path: Path) -> None:
+    configure = "import logging; logging.basicConfig(level='WARNING', format='%(name)s|%(message)s')"
+    out, err = _run(tmp_path, configure)
+    assert (out, err) == ("the answer\n", "")
+    out, err = _run(tmp_path, configure.replace("WARNING", "DEBUG"))
+    assert out == "the answer\n"
+    assert "tidings.partition|" in err or "tidings.running|" in err
+    assert "app|" in err
+    assert "service.joined" in err
+    assert "app.debugged" in err
+    assert "hush" not in err
+
+
+def test_an_application_that_configured_structlog_keeps_its_own(tmp_path: Path) -> None:
+    configure = (
+        "import structlog; structlog.configure(processors=[structlog.processors.JSONRenderer()], "
+        "logger_factory=structlog.PrintLoggerFactory(sys.stdout))"
+    )
+    out, err = _run(tmp_path, configure)
+    assert err == ""
+    assert "service.joined" in out
+    assert "app.debugged" in out

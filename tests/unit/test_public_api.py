@@ -57,7 +57,13 @@ def _fresh(code: str) -> str:
 
 
 def test_importing_tidings_imports_nothing_heavy() -> None:
-    assert _fresh(f"import sys, tidings; print([name for name in {HEAVY!r} if name in sys.modules])") == "[]"
+    declares = "from tidings import Aggregate, Context, Event, EventStore, Repository, Retry, Service"
+    assert _fresh(f"import sys; {declares}; print([name for name in {HEAVY!r} if name in sys.modules])") == "[]"
+
+
+def test_the_command_line_hears_signals_before_it_imports_what_takes_its_time() -> None:
+    slow = ("pydantic", "structlog", "typer", "asyncio")
+    assert _fresh(f"import sys, tidings.cli; print([name for name in {slow!r} if name in sys.modules])") == "[]"
 
 
 def test_declaring_a_service_imports_nothing_heavy() -> None:

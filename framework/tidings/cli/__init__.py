@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
 
 __all__ = ["main"]
 
 
+_SERVE = {"run", "relay", "dev", "server"}
+
+
+def _end(number: int, frame: object) -> None:
+    """A command that serves has begun nothing yet, so there is nothing to drain: it ends well. Once it serves, signals
+    are `tidings.signals`'."""
+    os._exit(0)
+
+
 def main() -> None:
     """The console script. Never returns: it exits with a code of `tidings.cli.exits`."""
+    if _SERVE.intersection(sys.argv[1:]):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
     missing = [name for name in ("typer", "rich") if find_spec(name) is None]
     if missing:
         print(f"tidings: the command line needs {' and '.join(missing)}: pip install 'tidings[cli]'", file=sys.stderr)

@@ -131,6 +131,7 @@ def answering(
             code = complain(error)
             if kwargs.get("json") and code != INTERRUPTED:
                 print(_as_json(leading(error), code))
+        sys.stderr.flush()
         raise typer.Exit(code or OK)
 
     return run

@@ -17,6 +17,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
+import pytest
+
+from tidings.settings import redact
 from tidings.testing.local import LocalServer, docker_answers, missing, script_of
 
 __all__ = ["RabbitMQ", "RabbitMQCluster", "RabbitMQNode", "cluster_for_tests", "node_for_tests", "rabbitmq_for_tests"]
@@ -137,7 +140,8 @@ class RabbitMQCluster(RabbitMQNode):
 
 
 class _Named:
-    """A broker of somebody else, at a URL: its vhost is shared, and cleared of Tidings' exchange around each test."""
+    """A vhost of somebody else's broker, which was empty when the first test came: that one leaves a mark, and only a
+    vhost with the mark is cleared of Tidings' exchange around each test."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -160,10 +164,40 @@ class _Named:
 
         connection = await Connection.open(address_of(self._url), "tidings tests")
         try:
+            if not await _has(connection, _MARK):
+                if await _has(connection, EXCHANGE):
+                    pytest.fail(
+                        f"TIDINGS_TEST_AMQP names a vhost of {redact(self._url)} that has an exchange {EXCHANGE!r}: "
+                        "somebody uses it, and tests would delete it. Name a vhost of its own for tests: "
+                        "rabbitmqctl add_vhost tests; rabbitmqctl set_permissions -p tests USER '.*' '.*' '.*'",
+                        pytrace=False,
+                    )
+                mark = commands.Exchange.Declare(exchange=_MARK, exchange_type="fanout", durable=True)
+                await (await connection.channel()).call(mark, commands.Exchange.DeclareOk)
             delete = commands.Exchange.Delete(exchange=EXCHANGE)
             await (await connection.channel()).call(delete, commands.Exchange.DeleteOk)
         finally:
             await connection.close()
+
+
+_MARK: Final = "tidings-tests"
+"""An exchange that says: this vhost is for tests."""
+
+
+async def _has(connection: Any, exchange: str) -> bool:
+    """Is there such an exchange? It makes none."""
+    from pamqp import commands
+
+    from tidings.buses.amqp_channel import ChannelClosed
+
+    asked = commands.Exchange.Declare(exchange=exchange, passive=True)
+    try:
+        await (await connection.channel()).call(asked, commands.Exchange.DeclareOk)
+    except ChannelClosed as error:
+        if error.code != 404:
+            raise
+        return False
+    return True
 
 
 def _container() -> Any:
