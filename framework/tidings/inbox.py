@@ -262,9 +262,7 @@ class Inbox:
             .where(*self._floor_is_ours(), floors.c.position < sa.bindparam("to_position"))
             .values(position=sa.bindparam("to_position"))
         )
-        self._forget = begun.delete().where(
-            begun.c.service == service, begun.c.log == str(log), begun.c.position == sa.bindparam("of_position")
-        )
+        self._forgotten = (begun.c.service == service, begun.c.log == str(log))
         self._unstage = staged.delete().where(
             staged.c.service == service, staged.c.log == str(log), staged.c.event_id == sa.bindparam("appended")
         )
@@ -433,7 +431,7 @@ class Inbox:
         await self.forget_notes(connection, notes)
         rows = [self._own | {"position": at, "bucket": bucket, "times": times} for at, (bucket, times) in notes.items()]
         try:
-            await connection.execute(begun.insert(), rows)
+            await connection.execute(begun.insert().values(rows))  # one statement, however many
         except IntegrityError as error:
             raise Fenced(
                 f"service {self._service!r}: another process began one of the positions {sorted(notes)} at the same "
@@ -442,9 +440,9 @@ class Inbox:
 
     async def forget_notes(self, connection: AsyncConnection, positions: Iterable[int]) -> None:
         """These events ended, and the process did not."""
-        rows = [{"of_position": position} for position in positions]
-        if rows:
-            await connection.execute(self._forget, rows)
+        these = list(positions)
+        for some in (these[start : start + _IDS] for start in range(0, len(these), _IDS)):
+            await connection.execute(begun.delete().where(*self._forgotten, begun.c.position.in_(some)))
 
     def _notes_are_ours(self) -> tuple[sa.ColumnElement[bool], ...]:
         return (

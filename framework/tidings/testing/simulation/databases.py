@@ -9,7 +9,7 @@ import asyncio
 import shutil
 import sqlite3
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,19 +82,28 @@ class Databases:
         with closing(sqlite3.connect(self._file)) as connection:
             return connection.serialize()
 
-    def seat(self, process: Process | None) -> Seat:
-        """An engine of its own for one process. All share what SQLAlchemy has compiled: that takes most of the time."""
+    def seat(self, process: Process | None, *, slow_notes: float | None = None) -> Seat:
+        """An engine of its own for one process. All share what SQLAlchemy has compiled: that takes most of the time.
+
+        With `slow_notes` it is like a server's: there is no notebook beside it, transactions of one process do not wait
+        for each other's turn, and a note of what has begun takes so many seconds.
+        """
         engine = Engine(self._made.pool.recreate(), self._made.dialect, self._made.url)
         engine._compiled_cache = self._made._compiled_cache
         seat = Seat(Database(AsyncEngine(engine), "the simulated service's database"))
+
+        if slow_notes is not None:
+            seat.database.file, seat.database.turn = None, nullcontext()
 
         def connected(connection: Any, record: object) -> None:
             connection.execute("PRAGMA synchronous = OFF")
             seat.connections.append(connection)
 
-        def execute(connection: object, cursor: Any, *statement: object) -> None:
+        def execute(connection: object, cursor: Any, statement: str, *rest: object) -> None:
             if process is None or process.gone:
                 return
+            if slow_notes and statement.startswith("INSERT INTO tidings_begun"):
+                await_only(asyncio.sleep(slow_notes))
             process.spring("statement")
             if process.paused or process.dead or process.chance(SLOW_STATEMENTS):
                 await_only(asyncio.sleep(process.seconds()))

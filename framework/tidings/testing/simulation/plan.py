@@ -44,6 +44,8 @@ class Plan:
     window: int
     seconds: float
     steps: tuple[Step, ...]
+    slow_notes: float | None = None
+    """Seconds that a note of what has begun takes, where the service's database is like a server's; else None."""
 
 
 _FAULTS: Final = (
@@ -84,6 +86,10 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
         steps.append(_fault(random, f"fault {n}", what, slot, slot < relays, seconds))
         if what == "database restored":
             steps.append(Step(f"backup {n}", random.uniform(0.0, steps[-1].at), "database copied"))
+    slow_notes, takeovers = _server(dice, relays, seconds)
+    if slow_notes is not None:
+        services = 2
+    steps += takeovers
     muted = dice.muted
     return Plan(
         relays,
@@ -93,7 +99,22 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
         window=random.choice((2, 8, 256)),
         seconds=seconds,
         steps=tuple(step for step in sorted(steps, key=lambda step: step.at) if step.name not in muted),
+        slow_notes=slow_notes,
     )
+
+
+def _server(dice: Dice, relays: int, seconds: float) -> tuple[float | None, list[Step]]:
+    """In a third of the worlds the service's database is like a server's, so that whoever comes after an unclean end
+    is careful with everything; and queues go to and fro between two processes."""
+    random = dice.random("server")
+    if random.random() > 0.35:
+        return None, []
+    at, steps = random.uniform(0.4, seconds), []
+    for n in range(random.randint(2, 7)):
+        what = random.choices(("cut", "delete queue", "kill"), (8, 3, 1))[0]
+        steps.append(Step(f"takeover {n}", at, what, relays + n % 2))
+        at += random.uniform(0.05, 0.5)
+    return random.choice((0.05, 0.2, 0.6)), steps
 
 
 def _event(random: Random, n: int, kinds: tuple[str, ...]) -> tuple[str, str, int, int, str | None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from tidings.database import dead
+from tidings.database import begun, dead
 from tidings.events import wire_name
 from tidings.position import partition_key
 from tidings.testing.simulation.service import Answered, Asked, Called, Ignored, audit
@@ -25,12 +25,15 @@ async def broken(world: World) -> list[str]:
             effects = [
                 row.position for row in await connection.execute(sa.select(audit.c.position).order_by(audit.c.id))
             ]
+            notes = {row.position for row in await connection.execute(sa.select(begun.c.position))}
             letters = [tuple(row) for row in await connection.execute(sa.select(dead.c.kind, dead.c.reason))]
     finally:
         await seat.close()
     found = [f"dead for no good reason: {kind}, {reason}" for kind, reason in letters]
     found += _effects(world, effects)
     found += _emitted(world, frozenset(effects))
+    if kept := sorted(notes - world.log.removed):
+        found.append(f"noted as under way, though done: {kept}")
     found += world.died
     found += [f"nobody looked at this: {complaint}" for complaint in world.loop.complaints]
     return found

@@ -122,7 +122,7 @@ class World:
         await relay.run()
 
     async def _service(self, slot: Slot, process: Process) -> None:
-        slot.seat = self.databases.seat(process)
+        slot.seat = self.databases.seat(process, slow_notes=self.plan.slow_notes)
         running = RunningService(
             self.service,
             cast("EventStore", slot.store),
