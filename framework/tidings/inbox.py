@@ -305,6 +305,7 @@ class Inbox:
         if floor is None:
             floor = -1
             await connection.execute(floors.insert().values(**self._own, **self._range, position=floor))
+        await self._forget_settled(connection)
         self._replay = await self._find_replay(connection, floor, marks)
         done: dict[int, dict[str, bool]] = {}
         done_at: dict[int, int] = {}
@@ -399,7 +400,13 @@ class Inbox:
 
     async def notes(self, connection: AsyncConnection) -> dict[int, int]:
         """Position to the number of unclean ends with that event under way (`tidings.crashes`). What was settled
-        meanwhile, whoever did it, is forgotten first."""
+        meanwhile is forgotten first."""
+        await self._forget_settled(connection)
+        found = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))
+        return {row.position: row.times for row in found}
+
+    async def _forget_settled(self, connection: AsyncConnection) -> None:
+        """Forget notes of events that were settled, whoever did it: who noted them may have been fenced since."""
         marks = sa.select(watermarks.c.position).where(
             watermarks.c.service == begun.c.service,
             watermarks.c.log == begun.c.log,
@@ -411,8 +418,6 @@ class Inbox:
         )
         settled = sa.or_(begun.c.position <= marks.scalar_subquery(), begun.c.position <= floor.scalar_subquery())
         await connection.execute(begun.delete().where(*self._notes_are_ours(), settled, ~still_held))
-        found = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))
-        return {row.position: row.times for row in found}
 
     async def leave(self, connection: AsyncConnection, process: str) -> None:
         """`process` ends cleanly; nothing is said of another one that has taken over."""
