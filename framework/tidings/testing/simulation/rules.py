@@ -13,7 +13,6 @@ from unittest.mock import patch
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
-from tidings.crashes import Caution
 from tidings.database import floors, watermarks
 from tidings.errors import StreamNotFound
 from tidings.healing import Pass
@@ -168,28 +167,11 @@ def _fresh_for_the_log() -> Patches:
     yield Stager, "_is_new_to_log", for_this_database
 
 
-def _notes_have_one_owner() -> Patches:
-    begin = Caution.begin
-
-    def forgetful(self: Caution, *given: Any, besides: Any = (), **options: Any) -> Any:
-        self._own.clear()
-        return begin(self, *given, **options)
-
-    yield Caution, "begin", forgetful
-
-
 def _settled_is_not_under_way() -> Patches:
     async def nothing(self: Inbox, connection: AsyncConnection) -> None:
         pass
 
     yield Inbox, "_forget_settled", nothing
-
-
-def _who_is_at_work_notes() -> Patches:
-    async def anybody(self: Inbox, connection: AsyncConnection, process: str) -> None:
-        pass
-
-    yield Inbox, "hold", anybody
 
 
 def _acknowledged_late() -> Patches:
@@ -231,9 +213,7 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "failed_is_undone": _failed_is_undone,
     "staged_is_looked_for": _staged_is_looked_for,
     "fresh_for_the_log": _fresh_for_the_log,
-    "notes_have_one_owner": _notes_have_one_owner,
     "settled_is_not_under_way": _settled_is_not_under_way,
-    "who_is_at_work_notes": _who_is_at_work_notes,
 }
 """Without any one of them, a promise breaks."""
 

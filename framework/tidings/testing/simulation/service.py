@@ -80,6 +80,8 @@ class Desk:
         """Position to failed attempts."""
         self.calls: defaultdict[int, int] = defaultdict(int)
         """Position to attempts of handlers without a session that ended well."""
+        self.slow = 0.4
+        """Seconds that some handlers without a session take."""
         self.mended = False
         """Nothing fails any more."""
 
@@ -114,7 +116,7 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
 
     @service.on(Called, retry=retry)
     async def call(event: Called, context: Context, desk: Desk) -> None:
-        await asyncio.sleep(0.01 if event.n % 3 else 0.4)
+        await asyncio.sleep(0.01 if event.n % 3 else desk.slow)
         await desk.work(context, event)
         desk.calls[context.position] += 1
         context.emit(f"answers-{event.n % 3}", Answered(n=event.n))

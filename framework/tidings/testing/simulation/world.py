@@ -71,6 +71,8 @@ class World:
         self.broker = SimulatedBroker(self.loop, dice, self.tell)
         self.databases = databases
         self.desk = Desk()
+        if self.plan.slow_notes is not None:
+            self.desk.slow = 2.5  # long enough for the queue to go and to come back
         self.service: Service = simulated_service(prefetch=self.plan.prefetch)
         self.slots = [Slot(self, f"relay {n + 1}", self._relay) for n in range(self.plan.relays)]
         self.slots += [Slot(self, f"audit {n + 1}", self._service) for n in range(self.plan.services)]
