@@ -74,7 +74,8 @@ def two_handlers(trouble: Trouble, *, transactional: bool = True, retry: Retry |
 
 @pytest.mark.parametrize("transactional", [True, False])
 async def test_other_handlers_and_keys_go_on_while_one_handler_is_paused(tmp_path: Path, transactional: bool) -> None:
-    service = two_handlers(Trouble(), transactional=transactional)
+    trouble = Trouble()
+    service = two_handlers(trouble, transactional=transactional)
     good = [Followed(key=f"good-{n % 7}", n=n) for n in range(50)]
     async with embedded(tmp_path, service) as world:
         await world.append(*(Happened(key=f"bad-{n}", n=n) for n in range(40)))
@@ -82,11 +83,16 @@ async def test_other_handlers_and_keys_go_on_while_one_handler_is_paused(tmp_pat
         await until(lambda: running.paused is not None)
         assert list(running.paused_handlers) == ["bad"]
         assert "no such appointment" in (running.paused or "")
+        await until(lambda: _held(service, 40))
+        tried = len(trouble.tried)
+        await world.append(*(Happened(key=f"late-{n}", n=n) for n in range(100)))
+        await until(lambda: _held(service, 140))
+        assert len(trouble.tried) - tried < 40, "they are held without an attempt, but for some trials"
         await world.append(*good)
         await until(lambda: _done(service, len(good)), 5)
         assert sorted(await rows(service)) == sorted((event.key, event.n) for event in good)
         report = (await world.report()).services[0]
-        assert (report.pending_count, report.held_count) == (0, 40), "what is not tried is held, and can be skipped"
+        assert (report.pending_count, report.held_count) == (0, 140), "what is not tried is held, and can be skipped"
         assert running.paused is not None
 
 

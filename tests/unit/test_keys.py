@@ -65,6 +65,21 @@ def test_a_key_blocks_in_its_own_bucket_until_nothing_is_left_that_blocks_it() -
     assert keys.blocked == {7: {("b", ""): 1}}
 
 
+def test_those_behind_a_held_event_that_was_left_alone_wait_until_the_key_is_looked_for_again() -> None:
+    """Its handler is paused: what comes behind it in the lane must not overtake it."""
+    keys = Keys()
+    keys.read({0: {A: 2}}, ())
+    keys.fly(A)
+    keys.fly(A)
+    keys.left(row(1, "a"))
+    assert not keys.land(A)
+    assert keys.must_wait(revived(row(2, "a")))
+    assert not keys.must_wait(revived(row(2, "b")))
+    assert keys.land(A)
+    keys.fly(A)
+    assert not keys.must_wait(revived(row(1, "a"))), "it was read again, the oldest first"
+
+
 def test_a_dead_letter_blocks_its_key_only_when_it_holds_it() -> None:
     for holds in (True, False):
         keys = Keys()
