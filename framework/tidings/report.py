@@ -181,7 +181,7 @@ class ServiceReport:
         counts = f"{self.pending_count} pending{waiting}, {self.staged_count} staged, {self.dead_count} dead"
         yield f"{self.service}: {state} ({counts}; floor {self.floor})"
         if self.other_log is not None:
-            yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right?"
+            yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right? Or: tidings log adopt"
         elif not self.ran:
             yield "  has never run on this log: its database does not know it"
         for failing in self.failing:
@@ -192,7 +192,7 @@ class ServiceReport:
                 yield f"  {line}"
         if self.beyond >= 0:
             yield f"  claims position {self.beyond}, which the log does not reach: was it restored from a backup?"
-            yield "  Restore the newer log; or give the restored log a new identity, and the service a new database"
+            yield "  Restore the newer log; or follow docs/restoring.md: tidings log renew-identity, log adopt"
         if self.unmarked >= 0 and not self.ok:
             yield f"  no marker for the relay's checkpoint {self.unmarked} was taken in"
         for event in self.pending:

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from tidings.database import Database, dead, held, partials, partitions, replays, spans, watermarks
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.inbox import key_of
-from tidings.position import CARRIED, carried
+from tidings.position import CARRIED, carried, partition_key
 from tidings.replay import Start
 from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent
@@ -106,7 +106,7 @@ async def pick(store: EventStore, database: Database, service: Service, start: S
     unsettled = passed_over = 0
     async for event in _events(store, start, chosen.stream):
         bucket = carried(event)
-        if bucket is None or (chosen.key is not None and key_of(event) != chosen.key):
+        if bucket is None or (chosen.key is not None and chosen.key not in (key_of(event), partition_key(event))):
             continue
         for handler in service.handlers_of(event.type):
             if chosen.handler not in (None, handler.name):

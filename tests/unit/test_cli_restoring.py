@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.unit.command_line import OrderCreated, invoke, run_shop
+from tidings import Settings
 
 SHOP = "tests.unit.command_line:shop"
 
@@ -98,3 +102,36 @@ def test_what_is_kept_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ended.code == 0
     assert "NOT in it: service shop, in postgresql+asyncpg://user:" in ended.out
     assert "hush" not in ended.out
+
+
+def test_a_relay_says_that_its_log_is_not_the_one_the_services_know(folder: Path) -> None:
+    from tidings.cli.acquainted import compare_logs
+
+    async def told() -> list[Any]:
+        with structlog.testing.capture_logs() as logs:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await compare_logs(Settings(), "main")
+            return [entry for entry in logs if entry["event"] == "relay.other_log"]
+
+    assert asyncio.run(told()) == []
+    before = shown("log", "show")["log"]
+    after = shown("log", "renew-identity", "--yes")["log"]
+    (entry,) = asyncio.run(told())
+    assert (entry["log_level"], entry["service"], entry["log"], entry["follows"]) == ("error", "shop", after, before)
+    assert invoke("log", "adopt", "--yes").code == 0
+    assert asyncio.run(told()) == []
+
+
+@pytest.mark.parametrize("services", ["no.such.module:shop", "tests.unit.command_line:nobody"])
+def test_a_relay_that_cannot_see_the_services_goes_on(services: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tidings.cli.acquainted import compare_logs
+
+    monkeypatch.setenv("TIDINGS_SERVICES", services)
+
+    async def waits() -> None:
+        async with asyncio.timeout(0.2):
+            await compare_logs(Settings(), "main")
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(waits())

@@ -22,7 +22,7 @@ from tidings.cli.find import find, find_service, find_services, is_application
 from tidings.printable import plain_lines
 from tidings.service import Service
 from tidings.settings import DEBUG, OTHER_VARIABLES, Settings, redact
-from tidings.supervision import leading
+from tidings.supervision import leading, supervised
 
 __all__ = ["dev", "relay", "run"]
 
@@ -87,8 +87,6 @@ def relay(
 ) -> int:
     """Carry events from the log to the bus, until Ctrl-C or SIGTERM. A second relay of the name waits as a standby."""
     _begin(level, False)
-    from tidings.runtime import serve
-
     settings = Settings()
     if settings.embedded_bus:
         raise Refused(
@@ -96,7 +94,15 @@ def relay(
             f"TIDINGS_BUS is {redact(settings.bus)}: no other process can be reached over it, and the relay runs where "
             "the services do. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost for one of its own",
         )
-    return _serve(serve(settings=settings, relay=name, health=_port(health)))
+    return _serve(_relaying(settings, name, _port(health)))
+
+
+async def _relaying(settings: Settings, name: str, health: int | str | None) -> None:
+    from tidings.cli.acquainted import compare_logs
+    from tidings.runtime import serve
+
+    async with supervised(compare_logs(settings, name)):
+        await serve(settings=settings, relay=name, health=health)
 
 
 @answering
