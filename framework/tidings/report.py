@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from tidings.handler_report import HandlerReport
 from tidings.printable import plain
+
+if TYPE_CHECKING:  # commands that only show help do without SQLAlchemy
+    from tidings.handler_report import HandlerReport
 
 __all__ = [
     "DeadEvent",
