@@ -91,6 +91,9 @@ class Caution:
         self._found: dict[int, int] = {}
         """Notes that another process left, position to number of unclean ends, until this one has survived the
         event."""
+        self._noted_once: set[int] = set()
+        """Every event that this process has noted: another process that took over counted an unclean end with it under
+        way, and this one knows better."""
         self.alert = False
         """There may be something to be careful about: asked first, because nearly always there is nothing."""
 
@@ -119,7 +122,11 @@ class Caution:
         `events`. `besides` are positions of this process's own, known before the notes were read: nobody suspects
         what runs here or has ended here. Returns the condemned, with the reason."""
         own = self.own
-        left = {at: times for at, times in notes.items() if at not in own and at not in besides}
+        left = {
+            at: min(times, CRASHES - 1) if at in self._noted_once else times
+            for at, times in notes.items()
+            if at not in own and at not in besides
+        }
         self._found = left | {at: times for at, times in self._found.items() if at in own}
         self._left = events if blind else 0
         self._look()
@@ -176,6 +183,7 @@ class Caution:
         should this process end so too."""
         own = self._own[position]
         self._left = max(0, self._left - 1)
+        self._noted_once.add(position)
         own.stage, own.times = _Stage.NOTED, self._found.get(position, 0) + 1
         return own.bucket, own.times
 

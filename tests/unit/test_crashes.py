@@ -136,6 +136,19 @@ def test_an_event_that_is_tried_again_waits_until_its_former_note_is_gone() -> N
     assert caution.note(1) == (1, 1)
 
 
+def test_who_has_noted_an_event_itself_and_lives_does_not_condemn_it_for_that() -> None:
+    """The other process took the first unclean end for a crash, and so counts two; only its own may have been one."""
+    caution = Caution(Clock())
+    caution.begin({}, 10, blind=True)
+    note(caution, 1)
+    assert caution.ended(1)
+    caution.cleared(1)
+    assert not caution.begin({1: 2}, 10, blind=True)
+    assert caution.suspects == {1}
+    assert note(caution, 1) == 2
+    assert list(Caution(Clock()).begin({1: 2}, 10, blind=True)) == [1], "a new process knows nothing of that"
+
+
 class TwoProcesses(RuleBasedStateMachine):
     """Two cautions over one table of notes, which a queue is given to in turn, at any moment, also while notes and
     forgetting are in transactions under way. Nobody crashes: so nobody is ever condemned, and in the end no note is
