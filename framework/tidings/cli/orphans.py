@@ -42,7 +42,10 @@ async def former_services(settings: Settings, names: Collection[str]) -> set[str
     from tidings.database import file_of, floors
 
     asked = set(names)
-    file = file_of(settings.database_of(_PLACE))
+    try:
+        file = file_of(settings.database_of(_PLACE))
+    except ConfigurationError:  # no database is named for services that have none of their own
+        file = None
     if file and _PLACE in file:
         path = Path(file)
         pattern = path.name.replace(_PLACE, "*")
