@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from tidings.context import ATTEMPT
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
-from tidings.outages import is_refusal, marked, outages, stays_with_connections
+from tidings.outages import advice_for, is_refusal, marked, outages, stays_with_connections
 from tidings.owned import Writes, mark
 from tidings.settings import redact
 from tidings.texts import Text, learn_encoding
@@ -428,8 +428,8 @@ class Database:
                 raise
             except Exception as error:
                 raise DatabaseUnavailable(
-                    f"database {self.shown}: it lets nobody in: {type(error).__name__}: {error}. Nothing is lost: the "
-                    "service goes on where it was when the database answers again",
+                    f"database {self.shown}: it lets nobody in: {type(error).__name__}: {error}{advice_for(error)}. "
+                    "Nothing is lost: the service goes on where it was when the database answers again",
                     waiting_helps=not is_refusal(error),
                 ) from error
             yield connection

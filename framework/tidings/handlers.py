@@ -8,6 +8,7 @@ import types
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from tidings.context import Context
@@ -147,8 +148,11 @@ def declare(
 
     `every`: the handler takes every event of the log, declared or not, as a `RecordedEvent`.
     """
-    name = name or str(getattr(function, "__name__", function))
-    where = f"handler {name!r} ({getattr(function, '__module__', '?')})"
+    body = _body(function)
+    name = name or str(
+        getattr(body, "__name__", body) if body is not type(function).__call__ else type(function).__name__
+    )
+    where = f"handler {name!r} ({getattr(body, '__module__', '?')})"
     if len(name) > NAME_LENGTH:
         raise ConfigurationError(
             f"handler {name[:40]!r}...: its name has {len(name)} characters, and {NAME_LENGTH} is the limit: the "
@@ -164,17 +168,17 @@ def declare(
             raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
     if not timeout > 0:
         raise ConfigurationError(f"{where}: timeout is {timeout} s; it must be positive")
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise ConfigurationError(f"{where}: it contains a yield, so that calling it would run nothing; remove it")
     try:
-        hints = get_type_hints(function)
+        hints = get_type_hints(body)
     except (NameError, AttributeError, TypeError, SyntaxError) as error:
         raise ConfigurationError(
             f"{where}: an annotation cannot be resolved ({error}); import what it names outside 'if TYPE_CHECKING'"
         ) from error
     parameters = tuple(_parameters(where, function, events, hints))
     # A plain wrapper around an async function returns its coroutine, which is awaited all the same.
-    threaded = not inspect.iscoroutinefunction(inspect.unwrap(function))
+    threaded = not inspect.iscoroutinefunction(inspect.unwrap(body))
     wanted = {want for _, want in parameters}
     transactional = not wanted.isdisjoint((Inject.SESSION, Inject.CONNECTION))
     if threaded and transactional:
@@ -184,6 +188,19 @@ def declare(
     if not every and Inject.EVENT not in wanted:
         raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
     return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay, was, since)
+
+
+def _body(function: Any) -> Callable[..., Any]:
+    """What runs when the handler is called: of an object with `__call__` that method, of a `partial` its function."""
+    if isinstance(function, partial):
+        return _body(function.func)
+    if isinstance(function, type):
+        raise ConfigurationError(
+            f"a handler is called with the event, but {function.__qualname__} is a class: give an instance of it"
+        )
+    if not callable(function):
+        raise ConfigurationError(f"{function!r} is no handler: give a function, or an object with an async __call__")
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _check_former(where: str, name: str, was: tuple[str, ...]) -> None:
@@ -197,7 +214,10 @@ def _parameters(
     where: str, function: Callable[..., Any], events: tuple[type[Event], ...], hints: dict[str, Any]
 ) -> list[tuple[str, Inject | type]]:
     found: list[tuple[str, Inject | type]] = []
+    bound = function.keywords if isinstance(function, partial) else {}
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in bound:
+            continue
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ConfigurationError(f"{where}: parameter {parameter.name!r} must be an ordinary, annotated one")
         hint = hints.get(parameter.name)

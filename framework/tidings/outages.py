@@ -13,7 +13,16 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings.errors import DatabaseUnavailable
 
-__all__ = ["is_outage", "is_refusal", "is_unusable", "marked", "outages", "stays_with_connections", "waits_for_itself"]
+__all__ = [
+    "advice_for",
+    "is_outage",
+    "is_refusal",
+    "is_unusable",
+    "marked",
+    "outages",
+    "stays_with_connections",
+    "waits_for_itself",
+]
 
 # SQLite's result codes (sqlite.org/rescode.html) that say "the database", not "your statement".
 _SQLITE_OUTAGES: Final = frozenset(
@@ -139,7 +148,8 @@ def outages(database: str) -> Iterator[None]:
 
 
 _ADVICE: Final = {
-    _REFUSED: "; check user, password and name of the database in TIDINGS_DATABASE",
+    ("3D000",): "; create it (createdb NAME), or correct its name in TIDINGS_DATABASE",
+    ("28",): "; check user and password in TIDINGS_DATABASE, and what pg_hba.conf allows",
     ("25006",): "; it takes no writes, as a standby does: name the primary in TIDINGS_DATABASE",
     ("40",): "; another transaction was in its way, so it is done again",
     ("53100",): "; free some space",
@@ -149,15 +159,20 @@ _ADVICE: Final = {
 """By PostgreSQL's code."""
 
 
+def advice_for(error: BaseException) -> str:
+    """What to do about an error of PostgreSQL's, begun with a semicolon; "" where nothing is known."""
+    state = _state(error)
+    return next((advice for states, advice in _ADVICE.items() if state.startswith(states)), "")
+
+
 def _remedy(error: DBAPIError | PoolTimeout) -> str:
     if isinstance(error, PoolTimeout):
         return "no connection became free; raise the pool's size, or look for a handler that holds one"
     code = getattr(error.orig, "sqlite_errorcode", None)
     cause = f"{error.orig}"
     if code is None:
-        state = _state(error)
-        found = next((advice for states, advice in _ADVICE.items() if state.startswith(states)), "")
-        return f"{cause}{found}. Nothing is lost: the service goes on where it was when the database answers again"
+        advice = advice_for(error)
+        return f"{cause}{advice}. Nothing is lost: the service goes on where it was when the database answers again"
     advice = {
         sqlite3.SQLITE_BUSY: "another process holds the writer: find it (lsof on the file) and let it finish",
         sqlite3.SQLITE_LOCKED: "another process holds the writer: find it (lsof on the file) and let it finish",

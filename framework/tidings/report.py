@@ -164,6 +164,8 @@ class ServiceReport:
     dead: list[DeadEvent] = field(default_factory=list)
     staged_count: int = 0
     staged: list[StagedSummary] = field(default_factory=list)
+    missing: bool = False
+    """There is no database of the service where the settings say."""
     handlers: list[HandlerReport] = field(default_factory=list)
     """Handlers that are behind the service, or were not given all that it has settled."""
 
@@ -178,12 +180,16 @@ class ServiceReport:
         return self.beyond < 0 and bool(self.pending_count or self.staged_count)
 
     def lines(self, upto: int) -> Iterator[str]:
-        state = f"settled up to position {upto}" if self.ok else f"NOT settled up to position {upto}"
+        done = "settled" if self.ran else "nothing to do"
+        state = f"{done} up to position {upto}" if self.ok else f"NOT settled up to position {upto}"
         waiting = f", {self.held_count} held" if self.held_count else ""
         counts = f"{self.pending_count} pending{waiting}, {self.staged_count} staged, {self.dead_count} dead"
-        yield f"{self.service}: {state} ({counts}; floor {self.floor})"
+        floor = f"floor {self.floor}" if self.floor >= 0 else "no floor yet"
+        yield f"{self.service}: {state} ({counts}; {floor})"
         if self.other_log is not None:
             yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right? Or: tidings log adopt"
+        elif self.missing:
+            yield "  has no database: it has never run, or TIDINGS_DATABASE names another place than where it runs"
         elif not self.ran:
             yield "  has never run on this log: its database does not know it"
         for failing in self.failing:

@@ -209,7 +209,10 @@ class _View:
 async def _look(service: Service, database: Database | None, log_id: UUID) -> _View:
     if database is None:
         return _View(
-            ServiceReport(service.name, floor=-1, ran=False), service, Settled([], {}), Roster(service.handlers_of, {})
+            ServiceReport(service.name, floor=-1, ran=False, missing=True),
+            service,
+            Settled([], {}),
+            Roster(service.handlers_of, {}),
         )
     of = _of(service.name, log_id)
     async with database.reading() as connection:

@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 
 from tests.integration import test_embedded_exactly_once as once
 from tests.integration import test_embedded_held as holding
+from tests.integration.commands import Commands
 from tests.integration.databases import PLACE, database_url
 from tests.integration.embedded import (
     Happened,
@@ -381,3 +382,18 @@ async def test_a_session_that_outlasts_the_servers_patience_holds_the_event_and_
         assert world.running[0].joins == 1 + LOSSES
         (reason,) = await _held(service)
         assert "idle_in_transaction_session_timeout" in reason
+
+
+async def test_a_database_that_is_not_there_is_said_with_the_way_to_make_it(
+    tmp_path: Path, postgresql_url: str
+) -> None:
+    missing = make_url(postgresql_url).set(database="nobody_made_it").render_as_string(hide_password=False)
+    with Commands(tmp_path, {"TIDINGS_DATABASE": missing}) as commands:
+        await commands.append("Placed", '{"number": 1}')
+        ended = await commands.run("run", "shop:shop")
+        assert ended.process.returncode == 3
+        assert "createdb" in ended.err
+        assert "nobody_made_it" in ended.err
+        looked = await commands.run("verify", "shop:shop")
+        assert looked.process.returncode == 3
+        assert "createdb" in looked.err

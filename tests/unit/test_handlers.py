@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -14,7 +17,9 @@ from tidings.context import Context
 from tidings.errors import ConfigurationError
 from tidings.events import Event
 from tidings.handlers import Handler, Inject, Retry, declare
+from tidings.runtime import Runtime
 from tidings.service import Service
+from tidings.settings import Settings
 from tidings.stores import RecordedEvent
 
 if TYPE_CHECKING:
@@ -264,3 +269,61 @@ def test_waits_grow_by_the_factor() -> None:
 def test_a_retry_that_cannot_work_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="attempts must be 1 or more"):
         Retry(**wrong)
+
+
+# ---- callables that are no functions ----------------------------------------------------
+
+
+class Greeter:
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    async def __call__(self, event: Called, context: Context) -> None:
+        pass
+
+
+class SyncGreeter:
+    def __call__(self, event: Called) -> None:
+        pass
+
+
+class Called(Event):
+    x: int
+
+
+async def _greet(event: Called, *, word: str) -> None:
+    pass
+
+
+def test_an_object_with_call_is_a_handler_named_after_its_class() -> None:
+    service = Service("callables")
+    service.on(Called)(Greeter("hello"))
+    service.on(Called)(SyncGreeter())
+    service.on(Called)(functools.partial(_greet, word="hello"))
+    service.on(Called, name="again")(Greeter("again"))
+    by_name = service.named
+    assert set(by_name) == {"Greeter", "SyncGreeter", "_greet", "again"}
+    assert [by_name[name].threaded for name in ("Greeter", "SyncGreeter", "_greet")] == [False, True, False]
+    assert [parameter for parameter, _ in by_name["_greet"].parameters] == ["event"]
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(Greeter, "is a class: give an instance"), (7, "is no handler")])
+def test_what_cannot_be_called_with_an_event_is_refused(wrong: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Service("callables").on(Called)(wrong)
+
+
+async def test_a_callable_object_is_called(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Keeper:
+        async def __call__(self, event: Called) -> None:
+            seen.append(event.x)
+
+    service = Service("callables")
+    service.on(Called)(Keeper())
+    settings = Settings(store=f"memory://{uuid4()}", bus=f"memory://{uuid4()}", database=f"sqlite:///{tmp_path}/c.db")
+    async with Runtime(service, settings=settings) as runtime:
+        await service.append("called-1", Called(x=3))
+        await runtime.settled()
+    assert seen == [3]
