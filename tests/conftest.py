@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
@@ -14,6 +15,15 @@ from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_f
 # A busy machine takes its time over an example, and over thinking of one: that is nobody's failure.
 settings.register_profile("tidings", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tidings")
+
+
+@pytest.fixture(autouse=True)
+def _log_of_the_process() -> Iterator[None]:
+    """A runtime configures structlog where nobody has: a test leaves that as it found it."""
+    configured = structlog.is_configured()
+    yield
+    if not configured:
+        structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
