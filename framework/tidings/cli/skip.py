@@ -58,7 +58,8 @@ async def skip(
                 return NO
             state = await do(database, of, log, found)
     if json:
-        told = {"service": of.name, "position": found.position, "event_id": found.id, "was": state.value}
+        told = {"service": of.name, "position": found.position, "event_id": found.id, "type": found.type}
+        told |= {"stream": found.stream, "version": found.version, "was": state.value}
         say(facts(told | {"dry_run": dry_run}))
         return OK
     if dry_run:
