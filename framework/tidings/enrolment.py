@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tidings.handlers import Handler
     from tidings.service import Service
 
-__all__ = ["Enrolled", "Record", "enrol", "read_records", "sent_back", "wanted"]
+__all__ = ["Enrolled", "Enrolment", "Record", "enrol", "read_records", "sent_back", "wanted"]
 
 log = structlog.get_logger("tidings.enrolment")
 
@@ -83,10 +83,10 @@ async def read_records(connection: AsyncConnection, service: str, log_id: UUID) 
 
 async def enrol(connection: AsyncConnection, service: Service, log_id: UUID, buckets: range) -> Enrolled:
     """Have the service's handlers be those of the range from now on; the process has taken it over."""
-    return await _Enrolment(connection, service, log_id, buckets).run()
+    return await Enrolment(connection, service, log_id, buckets).run()
 
 
-class _Enrolment:
+class Enrolment:
     """One range, in the transaction of one process that takes it over."""
 
     def __init__(self, connection: AsyncConnection, service: Service, log_id: UUID, buckets: range) -> None:
@@ -122,9 +122,18 @@ class _Enrolment:
         await self._connection.execute(floors.update().where(*this).values(handlers=text))
         changed = before is not None or max(settled.values()) >= 0
         if changed:
-            marks = watermarks.update().where(*self._of(watermarks), self._in_range(watermarks))
-            await self._connection.execute(marks.values(replays=watermarks.c.replays + 1))
+            await self.fence()
         return Enrolled(_positions(since), await self._spans(), changed)
+
+    async def fence(self) -> None:
+        """Whoever was at work before, with another version of the service, can commit nothing any more."""
+        marks = watermarks.update().where(*self._of(watermarks), self._in_range(watermarks))
+        await self._connection.execute(marks.values(replays=watermarks.c.replays + 1))
+
+    async def leave(self, name: str, settled: Mapping[int, int]) -> None:
+        """The code does not have the handler any more: it is behind from here on, should it come back."""
+        await self._add(name, BEHIND, settled)
+        log.warning("handler.left", service=self._service.name, handler=name, advice="if it comes back, it goes on")
 
     def _is_unchanged(self, before: Since) -> bool:
         """The range gives to exactly these handlers, and none of them wants more of its past."""
@@ -152,8 +161,7 @@ class _Enrolment:
         before = await self._rename(before, known)
         named = self._service.named
         for name in before.keys() - named.keys():
-            await self._add(name, BEHIND, settled)
-            log.warning("handler.left", service=self._service.name, handler=name, advice="if it comes back, it goes on")
+            await self.leave(name, settled)
         since: dict[str, Begun] = {}
         for name, handler in named.items():
             if name not in before:

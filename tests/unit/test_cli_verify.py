@@ -52,7 +52,7 @@ def test_deep_tells_where_every_event_stands() -> None:
     found = facts("--deep")
     assert found["ok"] is True
     assert found["deep"]["services"] == [
-        {"service": "shop", "events": 2, "handled": 1, "held": 0, "dead": 1, "pending": 0}
+        {"service": "shop", "events": 2, "handled": 1, "held": 0, "dead": 1, "pending": 0, "late": {}, "skipped": {}}
     ]
     assert "shop: of 2 events of its types 1 are handled, 0 held, 1 dead, 0 pending" in invoke("verify", "--deep").out
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from tidings.database import begun, dead
-from tidings.events import wire_name
+from tidings.events import Event, wire_name
 from tidings.position import partition_key
-from tidings.testing.simulation.service import Answered, Asked, Called, Ignored, audit
+from tidings.testing.simulation.service import LATE, SECOND, Answered, Asked, Called, Counted, Fragile, Ignored, audit
 from tidings.testing.simulation.world import World
 
 __all__ = ["broken"]
@@ -22,18 +22,22 @@ async def broken(world: World) -> list[str]:
     seat = world.databases.seat(None)
     try:
         async with seat.database.reading() as connection:
-            effects = [
-                row.position for row in await connection.execute(sa.select(audit.c.position).order_by(audit.c.id))
-            ]
+            rows = (await connection.execute(sa.select(audit.c.position, audit.c.handler).order_by(audit.c.id))).all()
             notes = {row.position for row in await connection.execute(sa.select(begun.c.position))}
             letters = [tuple(row) for row in await connection.execute(sa.select(dead.c.kind, dead.c.reason))]
     finally:
         await seat.close()
     found = [f"dead for no good reason: {kind}, {reason}" for kind, reason in letters]
+    effects = [row.position for row in rows if row.handler not in (SECOND, LATE)]
     found += _effects(world, effects)
     found += _emitted(world, frozenset(effects))
     if kept := sorted(notes - world.log.removed):
         found.append(f"noted as under way, though done: {kept}")
+    for name, kinds in ((SECOND, (Counted, Fragile)), (LATE, (Counted, Asked))):
+        found += _of_one(world, name, [row.position for row in rows if row.handler == name], kinds)
+    counted = {event.position for event in world.log.events if event.type == wire_name(Counted)}
+    if unheard := sorted(counted - world.desk.heard - world.log.removed):
+        found.append(f"lost, for a second handler without a session: {unheard}")
     found += world.died
     found += [f"nobody looked at this: {complaint}" for complaint in world.loop.complaints]
     return found
@@ -53,15 +57,27 @@ def _effects(world: World, effects: list[int]) -> Iterator[str]:
         yield f"lost: {lost}"
     if done - expected:
         yield f"never appended, but handled: {sorted(done - expected)}"
-    # Each handler has an order of its own; no event has several handlers here.
-    handlers = {kind: handler.name for kind, (handler,) in world.service.handlers.items()}
-    lines = {event.position: (partition_key(event), handlers.get(event.type)) for event in own}
+    yield from _order(world, effects, "handled out of order")
+
+
+def _of_one(world: World, name: str, effects: list[int], kinds: tuple[type[Event], ...]) -> Iterator[str]:
+    """A handler that has a line of its own."""
+    if twice := [position for position, times in Counter(effects).items() if times > 1]:
+        yield f"handled twice by {name}: {twice}"
+    expected = {event.position for event in world.log.events if event.type in map(wire_name, kinds)}
+    if lost := sorted(expected - set(effects) - world.log.removed):
+        yield f"lost for {name}: {lost}"
+    yield from _order(world, effects, f"handled out of order by {name}")
+
+
+def _order(world: World, effects: list[int], broken: str) -> Iterator[str]:
+    keys = {event.position: partition_key(event) for event in world.log.events}
     orders = defaultdict(list)
     for position in effects:
-        orders[lines.get(position)].append(position)
-    for line, order in orders.items():
+        orders[keys.get(position)].append(position)
+    for key, order in orders.items():
         if order != sorted(order):
-            yield f"handled out of order in {line}: {order}"
+            yield f"{broken} in {key}: {order}"
 
 
 def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:

@@ -14,7 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
 from tidings.database import floors, watermarks
+from tidings.enrolment import Enrolment
 from tidings.errors import StreamNotFound
+from tidings.handlers import Handler
 from tidings.healing import Pass
 from tidings.inbox import Inbox, StagedEvent
 from tidings.intake import Intake
@@ -22,6 +24,7 @@ from tidings.keys import Keys
 from tidings.position import Accepted, Chain, Settled, Verdict
 from tidings.relay import Relay
 from tidings.resolution import Resolver
+from tidings.roster import Roster
 from tidings.savepoint import _Scope
 from tidings.staged import Stager
 from tidings.stores import NO_STREAM, Expected
@@ -200,6 +203,44 @@ def _one_leads() -> Patches:
     yield SimulatedBus, "publisher", unlocked
 
 
+def _parts_are_noted() -> Patches:
+    async def none(self: Inbox, connection: AsyncConnection, rows: object) -> None:
+        return None
+
+    yield Inbox, "part", none
+
+
+def _behind_waits() -> Patches:
+    handlers = Roster.handlers
+
+    def all_of_them(self: Roster, kind: str, bucket: int, position: int) -> tuple[Handler, ...]:
+        spans, self.spans = self.spans, {}
+        try:
+            return handlers(self, kind, bucket, position)
+        finally:
+            self.spans = spans
+
+    yield Roster, "handlers", all_of_them
+
+
+def _leaving_is_noted() -> Patches:
+    async def none(self: Enrolment, name: str, settled: object) -> None:
+        return None
+
+    yield Enrolment, "leave", none
+
+
+def _other_code_is_fenced() -> Patches:
+    async def none(self: Enrolment) -> None:
+        return None
+
+    def same(self: Inbox) -> None:
+        return None
+
+    yield Enrolment, "fence", none
+    yield Inbox, "succeed", same
+
+
 RULES: Final[dict[str, Callable[[], Patches]]] = {
     "gap": _gap,
     "marker": _marker,
@@ -214,6 +255,10 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "staged_is_looked_for": _staged_is_looked_for,
     "fresh_for_the_log": _fresh_for_the_log,
     "settled_is_not_under_way": _settled_is_not_under_way,
+    "parts_are_noted": _parts_are_noted,
+    "behind_waits": _behind_waits,
+    "leaving_is_noted": _leaving_is_noted,
+    "other_code_is_fenced": _other_code_is_fenced,
 }
 """Without any one of them, a promise breaks."""
 

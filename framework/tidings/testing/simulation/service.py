@@ -16,6 +16,8 @@ from tidings.service import Service
 
 __all__ = [
     "KINDS",
+    "LATE",
+    "SECOND",
     "Answered",
     "Asked",
     "Called",
@@ -35,6 +37,7 @@ audit = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("position", sa.Integer, nullable=False),
     sa.Column("stream", sa.String, nullable=False),
+    sa.Column("handler", sa.String, nullable=False),
 )
 """One row per effect, in the order in which they were written."""
 
@@ -69,6 +72,11 @@ class Ignored(_Simulated, name="Ignored"):
     """Handled by nobody here."""
 
 
+SECOND: Final = "second"
+"""A second handler of `Counted` and `Fragile`, with a session."""
+LATE: Final = "late"
+"""A handler of `Counted` and `Asked` that some processes do not have."""
+
 KINDS: Final[tuple[type[_Simulated], ...]] = (Counted, Counted, Fragile, Asked, Called, Ignored)
 
 
@@ -82,6 +90,8 @@ class Desk:
         """Position to attempts of handlers without a session that ended well."""
         self.slow = 0.4
         """Seconds that some handlers without a session take."""
+        self.heard: set[int] = set()
+        """Positions of events that the second handler without a session has ended well at."""
         self.mended = False
         """Nothing fails any more."""
 
@@ -91,12 +101,15 @@ class Desk:
             raise RuntimeError("the simulated handler fails")
 
 
-def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: int = 4) -> Service:
+def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: int = 4, late: bool = True) -> Service:
+    """With `late`, the code has a handler that other processes may not have yet, or not any more."""
     service = Service(name, tables=tables, prefetch=prefetch, concurrency=concurrency)
     retry = Retry(attempts=2, delay=0.05, hold=Hold(attempts=2, delay=0.2), hold_key=True)
 
     async def note(context: Context, session: AsyncSession) -> None:
-        await session.execute(audit.insert().values(position=context.position, stream=context.stream))
+        await session.execute(
+            audit.insert().values(position=context.position, stream=context.stream, handler=context.handler)
+        )
 
     @service.on(Counted, Answered, retry=retry)
     async def count(event: Counted | Answered, context: Context, session: AsyncSession) -> None:
@@ -120,5 +133,20 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
         await desk.work(context, event)
         desk.calls[context.position] += 1
         context.emit(f"answers-{event.n % 3}", Answered(n=event.n))
+
+    @service.on(Counted, retry=retry)
+    async def hear(event: Counted, context: Context, desk: Desk) -> None:
+        await asyncio.sleep(0.01 if event.n % 3 else 0.3)
+        desk.heard.add(context.position)
+
+    @service.on(Counted, Fragile, name=SECOND, retry=retry)
+    async def count_again(event: Counted | Fragile, context: Context, session: AsyncSession) -> None:
+        await note(context, session)
+
+    if late:
+
+        @service.on(Counted, Asked, name=LATE, retry=retry, since="start")
+        async def count_late(event: Counted | Asked, context: Context, session: AsyncSession) -> None:
+            await note(context, session)
 
     return service

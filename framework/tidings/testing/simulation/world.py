@@ -22,7 +22,7 @@ import structlog
 from tidings.attempt import Resources
 from tidings.buses import EventBus
 from tidings.dead import DeadLetters
-from tidings.errors import DatabaseUnavailable, LogBehind
+from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
 from tidings.events import wire_name
 from tidings.partitions import lay_out, resize
 from tidings.relay import Relay
@@ -74,6 +74,9 @@ class World:
         if self.plan.slow_notes is not None:
             self.desk.slow = 2.5  # long enough for the queue to go and to come back
         self.service: Service = simulated_service(prefetch=self.plan.prefetch)
+        self._former: Service = simulated_service(prefetch=self.plan.prefetch, late=False)
+        self._deploys = dice.chance("deploys") < 0.5
+        """A version of the service without its late handler comes first, and may come back."""
         self.slots = [Slot(self, f"relay {n + 1}", self._relay) for n in range(self.plan.relays)]
         self.slots += [Slot(self, f"audit {n + 1}", self._service) for n in range(self.plan.services)]
         self.passes = 0
@@ -125,8 +128,12 @@ class World:
 
     async def _service(self, slot: Slot, process: Process) -> None:
         slot.seat = self.databases.seat(process, slow_notes=self.plan.slow_notes)
+        late = self.dice.chance(f"code of {slot}/{slot.starts}") * self.plan.seconds < self.loop.time()
+        slot.former = self._deploys and not self.calm and not late
+        if slot.former:
+            self.tell(slot, "has the code without the late handler")
         running = RunningService(
-            self.service,
+            self._former if slot.former else self.service,
             cast("EventStore", slot.store),
             cast("EventBus", slot.bus),
             slot.seat.database,
@@ -188,6 +195,8 @@ class World:
                     await resize(self._seat.database, self.service.name, count)
                 except DatabaseUnavailable:
                     self.tell("operator", "gives up: the database is locked")
+                except ConfigurationError:
+                    self.tell("operator", "gives up: a deploy is under way")
             case "store away":
                 self.tell("network", f"hides the store from {slot} for {step.seconds:.1f} s")
                 slot.hide_store()
@@ -258,6 +267,8 @@ class World:
         self.tell("world", "no more faults from here on")
         for slot in self.slots:
             slot.recover()
+            if slot.former:
+                slot.stop()  # the last deploy
         database = self._seat.database
         letters = DeadLetters(database, self.service.name, LOG)
         watcher = Process("watcher", self.loop, "", hasty=True)
@@ -306,7 +317,9 @@ class Slot:
         self.world = world
         self.name = name
         self._main = main
-        self._starts = 0
+        self.starts = 0
+        self.former = False
+        """Its process has the code without the late handler."""
         self.process: Process | None = None
         self.store: SimulatedStore | None = None
         self.bus: SimulatedBus | None = None
@@ -326,11 +339,11 @@ class Slot:
         world = self.world
         if self.process is not None:
             return
-        self._starts += 1
-        seed = f"{world.dice.seed}/{self.name}/{self._starts}"
+        self.starts += 1
+        seed = f"{world.dice.seed}/{self.name}/{self.starts}"
         haste = f"speed of {self.name}"
         hasty = haste in world.dice.muted
-        if self._starts == 1 and not hasty:
+        if self.starts == 1 and not hasty:
             world.dice.thrown.append(haste)
         self.process = process = Process(self.name, world.loop, seed, hasty=hasty)
         process.clock_error = self.clock_error
@@ -390,7 +403,7 @@ class Slot:
             self.seat.die()
         self._left()
         # Mostly the broker hears at once that the connection is gone; sometimes only its heartbeat says so.
-        late = HEARTBEAT if world.dice.chance(f"death of {self.name}/{self._starts}") < 0.3 else 0.0
+        late = HEARTBEAT if world.dice.chance(f"death of {self.name}/{self.starts}") < 0.3 else 0.0
         world.later(late, world.broker.cut, process)
         world.later(RESTART, self.start)
 
