@@ -6,9 +6,8 @@ It only reads, and costs a few rows for each handler that was added late or has 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -17,55 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database import spans
 from tidings.enrolment import wanted
 from tidings.partitions import Range
+from tidings.report import HandlerReport
 from tidings.roster import SKIPPED, Span
 
 if TYPE_CHECKING:
     from tidings.handlers import Handler
     from tidings.service import Service
 
-__all__ = ["HandlerReport", "read_handlers", "read_spans"]
-
-
-@dataclass(slots=True)
-class HandlerReport:
-    """One handler of which there is something to say."""
-
-    handler: str
-    state: Literal["at work", "catching up", "to begin", "gone"]
-    """`to begin`: the service was not started with it yet. `gone`: the code does not have it any more."""
-    skipped_upto: int = -1
-    """What was settled before it began was not given to it, up to this position; -1 for nothing."""
-    done_upto: int = -1
-    """Of one that catches up, or is gone: it has done everything up to here."""
-    needs_past: bool = False
-    """Of one that is to begin: what the service has settled is to be given to it."""
-    pending_count: int | None = None
-    """Of one that catches up: events that others have done, and it has not; None where nobody counted them."""
-
-    @property
-    def ok(self) -> bool:
-        """Nothing that it is to have is missing."""
-        return self.state in ("at work", "gone") or (self.state == "to begin" and not self.needs_past)
-
-    def lines(self, service: str) -> Iterator[str]:
-        name = f"handler {self.handler}"
-        if self.state == "catching up":
-            count = "" if self.pending_count is None else f", {self.pending_count} events are pending"
-            yield f"{name} catches up: done up to position {self.done_upto}{count}"
-        elif self.state == "gone":
-            yield f"{name} is not in this code: it had done everything up to position {self.done_upto}"
-        elif self.state == "to begin" and self.needs_past:
-            yield f"{name} has NOT begun, and is to be given the past: start service {service} with this code"
-        elif self.state == "to begin":
-            yield (
-                f"{name} has not begun: when service {service} is started with this code, it is given what comes then, "
-                "and nothing that was settled before (since='start' or since=POSITION would give it that)"
-            )
-        if self.skipped_upto >= 0:
-            yield (
-                f"{name} runs from position {self.skipped_upto + 1} on: what was settled before was never given to it "
-                "(--deep counts it; since='start' or since=POSITION, and a start of the service, would give it that)"
-            )
+__all__ = ["read_handlers", "read_spans"]
 
 
 async def read_spans(connection: AsyncConnection, service: str, log: UUID) -> list[Span]:

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final, Literal
 from uuid import UUID
 
 from tidings.printable import plain
 
-if TYPE_CHECKING:  # commands that only show help do without SQLAlchemy
-    from tidings.handler_report import HandlerReport
-
 __all__ = [
     "DeadEvent",
+    "HandlerReport",
     "FailingHandler",
     "HeldSummary",
     "PendingEvent",
@@ -131,6 +129,48 @@ class RelayReport:
 
 def _behind(count: int) -> str:
     return f"{count} events above it are not known to be published" if count else "nothing above it"
+
+
+@dataclass(slots=True)
+class HandlerReport:
+    """One handler of which there is something to say."""
+
+    handler: str
+    state: Literal["at work", "catching up", "to begin", "gone"]
+    """`to begin`: the service was not started with it yet. `gone`: the code does not have it any more."""
+    skipped_upto: int = -1
+    """What was settled before it began was not given to it, up to this position; -1 for nothing."""
+    done_upto: int = -1
+    """Of one that catches up, or is gone: it has done everything up to here."""
+    needs_past: bool = False
+    """Of one that is to begin: what the service has settled is to be given to it."""
+    pending_count: int | None = None
+    """Of one that catches up: events that others have done, and it has not; None where nobody counted them."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that it is to have is missing."""
+        return self.state in ("at work", "gone") or (self.state == "to begin" and not self.needs_past)
+
+    def lines(self, service: str) -> Iterator[str]:
+        name = f"handler {self.handler}"
+        if self.state == "catching up":
+            count = "" if self.pending_count is None else f", {self.pending_count} events are pending"
+            yield f"{name} catches up: done up to position {self.done_upto}{count}"
+        elif self.state == "gone":
+            yield f"{name} is not in this code: it had done everything up to position {self.done_upto}"
+        elif self.state == "to begin" and self.needs_past:
+            yield f"{name} has NOT begun, and is to be given the past: start service {service} with this code"
+        elif self.state == "to begin":
+            yield (
+                f"{name} has not begun: when service {service} is started with this code, it is given what comes then, "
+                "and nothing that was settled before (since='start' or since=POSITION would give it that)"
+            )
+        if self.skipped_upto >= 0:
+            yield (
+                f"{name} runs from position {self.skipped_upto + 1} on: what was settled before was never given to it "
+                "(--deep counts it; since='start' or since=POSITION, and a start of the service, would give it that)"
+            )
 
 
 @dataclass(slots=True)

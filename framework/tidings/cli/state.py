@@ -29,9 +29,8 @@ from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database import Database
-    from tidings.handler_report import HandlerReport
     from tidings.presence import Process
-    from tidings.report import FailingHandler
+    from tidings.report import FailingHandler, HandlerReport
     from tidings.service import Service
     from tidings.verify import ServiceReport
 

@@ -14,7 +14,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
 from tidings.database import floors, watermarks
-from tidings.enrolment import Enrolment
 from tidings.errors import StreamNotFound
 from tidings.handlers import Handler
 from tidings.healing import Pass
@@ -223,24 +222,6 @@ def _behind_waits() -> Patches:
     yield Roster, "handlers", all_of_them
 
 
-def _leaving_is_noted() -> Patches:
-    async def none(self: Enrolment, name: str, settled: object) -> None:
-        return None
-
-    yield Enrolment, "leave", none
-
-
-def _other_code_is_fenced() -> Patches:
-    async def none(self: Enrolment) -> None:
-        return None
-
-    def same(self: Inbox) -> None:
-        return None
-
-    yield Enrolment, "fence", none
-    yield Inbox, "succeed", same
-
-
 RULES: Final[dict[str, Callable[[], Patches]]] = {
     "gap": _gap,
     "marker": _marker,
@@ -257,8 +238,6 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "settled_is_not_under_way": _settled_is_not_under_way,
     "parts_are_noted": _parts_are_noted,
     "behind_waits": _behind_waits,
-    "leaving_is_noted": _leaving_is_noted,
-    "other_code_is_fenced": _other_code_is_fenced,
 }
 """Without any one of them, a promise breaks."""
 
