@@ -372,9 +372,9 @@ class TransactionMisuse(HandlerError):
     def __init__(self, operation: str) -> None:
         self.operation = operation
         super().__init__(
-            f"{operation}() on this session is Tidings' own business: effects, and what belongs to them, are committed "
-            "together, after the handler has returned, or the block has ended. Use session.begin_nested() for a part "
-            "that may fail; raise to undo everything."
+            f"{operation}() on this session is not for handlers, nor for requests: effects, and what belongs to them, "
+            "are committed together, when the handler has returned or the block has ended. Use session.begin_nested() "
+            "for a part that may fail; raise to undo everything."
         )
 
 
