@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
-from tidings.roster import BEHIND, PAST, SKIPPED, Span
+from tidings.roster import BEHIND, PAST, SKIPPED, Span, under_one_name
 
 if TYPE_CHECKING:
     from tidings.handlers import Handler
@@ -40,6 +40,7 @@ class Begun(NamedTuple):
     after: int = -1
     """It is given the events above this position, when they come."""
     line: str = ""
+    was: Sequence[str] = ()
 
 
 Since = Mapping[str, Begun]
@@ -113,7 +114,10 @@ class Enrolment:
         await self._connection.execute(layout.with_for_update())
         settled = await self._settled(row.position)
         since = await (self._begin(settled) if before is None else self._compare(before, settled))
-        since = {name: begun._replace(line=self._service.named[name].line) for name, begun in since.items()}
+        since = {
+            name: begun._replace(line=self._service.named[name].line, was=self._service.named[name].was)
+            for name, begun in since.items()
+        }
         for name, begun in since.items():
             for table in (held, dead):
                 moved = (*self._of(table), self._in_range(table), table.c.handler == name, table.c.line != begun.line)
@@ -138,8 +142,10 @@ class Enrolment:
     def _is_unchanged(self, before: Since) -> bool:
         """The range gives to exactly these handlers, and none of them wants more of its past."""
         named = self._service.named
-        return before.keys() == named.keys() and not any(
-            handler.line != before[name].line or _wants_more(handler, before) for name, handler in named.items()
+        return before.keys() == named.keys() and all(
+            (before[name].line, tuple(before[name].was)) == (handler.line, handler.was)
+            and not _wants_more(handler, before)
+            for name, handler in named.items()
         )
 
     async def _begin(self, settled: Mapping[int, int]) -> Since:
@@ -240,13 +246,36 @@ class Enrolment:
     async def _rename(self, before: Since, known: Mapping[str, Record]) -> Since:
         """Whatever was noted under a former name of a handler is noted under its present one."""
         renames = {former: handler.name for handler in self._service.named.values() for former in handler.was}
+        for handler in self._service.named.values():
+            if handler.was:
+                await self._unite(handler, joined=handler.name in before)
         for former, name in renames.items():
-            for table in (held, dead, partials, spans):
+            for table in (held, partials, dead):
                 this = (*self._of(table), self._in_range(table), table.c.handler == former)
-                await self._connection.execute(table.update().where(*this).values(handler=name))
+                other = table.alias()
+                # It may have the event under both names; an event is held, or done in part, once for a handler.
+                twice = sa.exists().where(
+                    other.c.service == table.c.service,
+                    other.c.log == table.c.log,
+                    other.c.position == table.c.position,
+                    other.c.handler == name,
+                )
+                unique = () if table is dead else (~twice,)
+                await self._connection.execute(table.update().where(*this, *unique).values(handler=name))
             if former in known:
                 await self._record(name, known[former].since)
         return {renames.get(name, name): begun for name, begun in before.items()}
+
+    async def _unite(self, handler: Handler, *, joined: bool) -> None:
+        """What was noted of the handler under several names is noted under one."""
+        rows = [row for name in sorted(handler.names) for row in await self._spans(name)]
+        united = under_one_name(rows, handler.name, handler.was, joined=joined)
+        if sorted(rows) == sorted(united):
+            return
+        theirs = (*self._of(spans), self._in_range(spans), spans.c.handler.in_(handler.names))
+        await self._connection.execute(spans.delete().where(*theirs))
+        if united:
+            await self._connection.execute(spans.insert(), [self._own | row._asdict() for row in united])
 
     async def _adopt(self, name: str) -> None:
         """A handler that was renamed without a word, as far as can be seen: what another one, that is gone, held or

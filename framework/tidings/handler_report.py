@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import spans
 from tidings.enrolment import wanted
-from tidings.partitions import Range
+from tidings.partitions import Range, ranges_of
 from tidings.report import HandlerReport
-from tidings.roster import SKIPPED, Span
+from tidings.roster import SKIPPED, Span, under_one_name
 
 if TYPE_CHECKING:
     from tidings.handlers import Handler
@@ -26,13 +26,22 @@ if TYPE_CHECKING:
 __all__ = ["read_handlers", "read_spans"]
 
 
-async def read_spans(connection: AsyncConnection, service: str, log: UUID) -> list[Span]:
-    """What handlers are behind, or were not given."""
+async def read_spans(connection: AsyncConnection, service: Service, log: UUID) -> list[Span]:
+    """What handlers are behind, or were not given; what is noted under a former name counts as the present one's."""
     columns = [spans.c[column] for column in Span._fields]
     found = await connection.execute(
-        sa.select(*columns).where(spans.c.service == service, spans.c.log == str(log)).order_by(spans.c.bucket)
+        sa.select(*columns).where(spans.c.service == service.name, spans.c.log == str(log)).order_by(spans.c.bucket)
     )
-    return [Span(*row) for row in found]
+    rows = [Span(*row) for row in found]
+    renamed = [handler for handler in service.named.values() if handler.was] if rows else []
+    if renamed:
+        ranges = await ranges_of(connection, service.name, log)
+        noted = {name for part in ranges if part.handlers is not None for name in json.loads(part.handlers)}
+        for handler in renamed:
+            others = [row for row in rows if row.handler not in handler.names]
+            joined = handler.name in noted
+            rows = [*others, *under_one_name(rows, handler.name, handler.was, joined=joined)]
+    return rows
 
 
 def read_handlers(
@@ -46,9 +55,8 @@ def read_handlers(
     reports = []
     for name, handler in service.named.items():
         mine = of.pop(name, [])
-        former = [span for old in handler.was for span in of.pop(old, [])]
         report = HandlerReport(name, "at work", max((s.upto for s in mine if s.kind == SKIPPED), default=-1))
-        _judge(report, handler, noted, highest, [*mine, *former])
+        _judge(report, handler, noted, highest, mine)
         if report.state != "at work" or report.skipped_upto >= 0:
             reports.append(report)
     for name, left in of.items():

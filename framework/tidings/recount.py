@@ -287,7 +287,7 @@ async def _ledger(service: Service, database: Database | None, log: UUID, found:
             ledger.staged[UUID(row.event_id).bytes] = row
             if not row.requested:
                 ledger.causes[row.cause].append(row)
-        for span in await read_spans(connection, service.name, log):
+        for span in await read_spans(connection, service, log):
             ledger.spans.setdefault((span.bucket, span.handler), []).append(span)
         done = sa.select(partials.c.position, partials.c.handler).where(
             partials.c.service == service.name, partials.c.log == str(log)

@@ -144,7 +144,7 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
                 )
             )
         ).all()
-        late = await read_spans(connection, service.name, log_id)
+        late = await read_spans(connection, service, log_id)
         ranges = await ranges_of(connection, service.name, log_id)
         waits = sa.select(sa.func.count()).select_from(staged).where(*own.of(staged))
         found.staged = (await connection.scalar(waits)) or 0

@@ -7,12 +7,12 @@ on their own (`tidings.catchup`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from tidings.handlers import Handler
 
-__all__ = ["BEHIND", "PAST", "SKIPPED", "Partial", "Roster", "Span"]
+__all__ = ["BEHIND", "PAST", "SKIPPED", "Partial", "Roster", "Span", "under_one_name"]
 
 Partial = Mapping[int, Mapping[str, bool]]
 """Position to the handlers that are done with the event there; True for one that a replay has run again."""
@@ -43,6 +43,33 @@ class Span(NamedTuple):
 
     def covers(self, position: int) -> bool:
         return position > self.done and (self.kind == BEHIND or position <= self.upto)
+
+
+def under_one_name(spans: Iterable[Span], name: str, former: Collection[str], *, joined: bool) -> list[Span]:
+    """The spans of a handler that has, or had, several names, as spans of `name`.
+
+    `joined`: it has already been given events under `name`. What it did under a former name before is then no more to
+    be given, and was not skipped; that it is behind under the former name says only how far it came with it.
+    """
+    found: dict[tuple[int, str], Span] = {}
+    before: dict[int, int] = {}
+    theirs: list[Span] = []
+    for span in spans:
+        if span.handler == name:
+            found[span.bucket, span.kind] = span
+        elif span.handler in former:
+            theirs.append(span)
+            if span.kind == BEHIND and joined:
+                before[span.bucket] = max(span.done, before.get(span.bucket, -1))
+    for place, span in list(found.items()):
+        if (done := before.get(span.bucket, -1)) > span.done:
+            found[place] = span._replace(done=done)
+            if span.kind != BEHIND and done >= span.upto:
+                del found[place]
+    for span in theirs:
+        if span.kind != BEHIND or not joined:
+            found.setdefault((span.bucket, span.kind), span._replace(handler=name))
+    return list(found.values())
 
 
 class Roster:

@@ -213,7 +213,7 @@ class _Tracer:
                             cause = at[waiting.cause]
                             cause.caused.append(_staged(waiting, cause.depth + 1))
                     rows = await self._kept(connection, service.name, list(at))
-                    late = await read_spans(connection, service.name, self._log)
+                    late = await read_spans(connection, service, self._log)
                     halves = sa.select(partials.c.position, partials.c.handler)
                     halves = halves.where(*self._lookup.own(partials, service.name))
                     done = {(row.position, row.handler) for row in await connection.execute(halves)}

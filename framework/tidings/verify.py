@@ -217,7 +217,7 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
     of = _of(service.name, log_id)
     async with database.reading() as connection:
         settled, _ = await settled_in(connection, service.name, log_id)
-        found = await read_spans(connection, service.name, log_id)
+        found = await read_spans(connection, service, log_id)
         ranges = await ranges_of(connection, service.name, log_id)
         report = ServiceReport(service.name, settled.floor, ran=settled.ranges > 0, partitions=max(settled.ranges, 1))
         if not report.ran:

@@ -135,6 +135,21 @@ async def test_a_renamed_handler_goes_on_where_it_was(tmp_path: Path, was: tuple
             assert await count(renamed, spans) == 0
 
 
+async def test_a_former_name_that_is_said_later_counts_from_the_beginning(tmp_path: Path) -> None:
+    await live(tmp_path, service("first", "second"), *EVENTS[:40])
+    await live(tmp_path, service("first", "third"), *EVENTS[40:80])
+    said = service("first", "third", was=("second",))
+    async with embedded(tmp_path, said, relay=False) as world:
+        report = await world.report()
+        assert (report.ok, report.services[0].handlers) == (True, [])
+    await live(tmp_path, said, *EVENTS[80:])
+    async with embedded(tmp_path, said, relay=False) as world:
+        assert (await world.report()).services[0].handlers == []
+        assert await done(said, "second") == by_key(EVENTS[:40])
+        assert await done(said, "third") == by_key(EVENTS[40:])
+        assert await count(said, spans) == 0
+
+
 async def test_a_past_may_be_added_later(tmp_path: Path) -> None:
     await live(tmp_path, service("first"), *OLD)
     await live(tmp_path, service("first", "second"), *EVENTS[60:90])

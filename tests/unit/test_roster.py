@@ -1,0 +1,86 @@
+"""Which handlers are given an event, and what their spans say, by hand and against a model of single positions."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidings.handlers import Handler, Retry
+from tidings.roster import BEHIND, PAST, SKIPPED, Roster, Span, under_one_name
+
+POSITIONS = range(12)
+
+
+def handler(name: str) -> Handler:
+    return Handler(name, lambda: None, (), (), Retry(), 1.0, threaded=True)
+
+
+A, B = handler("a"), handler("b")
+
+
+def roster(
+    *spans: Span, after: dict[str, int] | None = None, partial: dict[int, dict[str, bool]] | None = None
+) -> Roster:
+    made = Roster(lambda kind: (A, B) if kind == "Placed" else (), partial or {})
+    made.read(after or {}, spans)
+    return made
+
+
+def test_all_handlers_of_its_type_are_given_an_event_in_their_order() -> None:
+    assert roster().handlers("Placed", 0, 5) == (A, B)
+    assert roster().handlers("Other", 0, 5) == ()
+
+
+def test_who_is_behind_is_given_nothing_of_the_bucket_and_who_has_a_past_is() -> None:
+    found = roster(Span(0, "a", BEHIND, 3, -1), Span(0, "b", PAST, 2, 4))
+    assert found.handlers("Placed", 0, 9) == (B,)
+    assert found.handlers("Placed", 1, 9) == (A, B)
+    assert [of for of, _ in found.late("Placed", 0, 3)] == [B]
+    assert [of for of, _ in found.late("Placed", 0, 4)] == [A, B]
+    assert [of for of, _ in found.late("Placed", 0, 5)] == [A]
+
+
+def test_who_was_behind_has_caught_up_where_all_that_was_accepted_was_given() -> None:
+    behind = Span(0, "a", BEHIND, 3, -1)
+    found = roster(behind)
+    assert found.ended(0, reached=7, tail=8) == []
+    assert found.handlers("Placed", 0, 9) == (B,)
+    assert found.ended(0, reached=8, tail=8) == [behind]
+    assert found.handlers("Placed", 0, 9) == (A, B)
+    assert found.late("Placed", 0, 9) == []
+
+
+def test_who_is_done_with_an_event_that_waits_for_others_is_not_given_it_again_unless_a_replay_wants_it() -> None:
+    found = roster(partial={5: {"a": False}, 6: {"a": True}})
+    assert found.handlers("Placed", 0, 5) == (B,)
+    assert found.handlers("Placed", 0, 6) == (A, B)
+    assert found.again("a", 6)
+    assert not found.again("a", 5)
+
+
+def test_a_handler_that_was_to_begin_later_is_given_nothing_before() -> None:
+    found = roster(after={"a": 5})
+    assert found.handlers("Placed", 0, 5) == (B,)
+    assert found.handlers("Placed", 0, 6) == (A, B)
+
+
+@given(st.integers(-1, 10), st.integers(-1, 10))
+def test_what_was_done_under_a_former_name_was_not_skipped(left: int, begun: int) -> None:
+    spans = [Span(0, "old", BEHIND, left, -1), Span(0, "new", SKIPPED, -1, begun)]
+    united = under_one_name(spans, "new", ["old"], joined=True)
+    for position in POSITIONS:
+        skipped = any(span.covers(position) for span in united)
+        assert skipped is (left < position <= begun), (
+            "between its leaving under one name and its coming under the other"
+        )
+
+
+@given(st.integers(-1, 10))
+def test_a_handler_that_left_under_its_former_name_goes_on_there_under_the_new_one(left: int) -> None:
+    spans = [Span(0, "old", BEHIND, left, -1), Span(0, "other", BEHIND, 3, -1)]
+    assert under_one_name(spans, "new", ["old"], joined=False) == [Span(0, "new", BEHIND, left, -1)]
+
+
+def test_what_it_was_not_given_under_its_first_name_it_was_not_given() -> None:
+    spans = [Span(0, "old", SKIPPED, -1, 3), Span(0, "old", BEHIND, 9, -1), Span(0, "new", SKIPPED, -1, 9)]
+    assert under_one_name(spans, "new", ["old"], joined=True) == [Span(0, "new", SKIPPED, -1, 3)]
