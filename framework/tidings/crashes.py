@@ -96,8 +96,25 @@ class Caution:
         way, and this one knows better."""
         self.alert = False
         """There may be something to be careful about: asked first, because nearly always there is nothing."""
+        self.informed = False
+        """It has been told how the process before this one ended."""
 
     # ---- taking over
+
+    def cut_off(self) -> None:
+        """Forget what this process had begun, because it joins again. That proves nothing of an event: a suspect stays
+        one, and for each other event that was cut off in its noted attempt one more is noted."""
+        self._left += sum(own.stage is _Stage.NOTED and at not in self._found for at, own in self._own.items())
+        self._own.clear()
+        self._look()
+
+    def rejoined(self, notes: Mapping[int, int]) -> dict[int, int]:
+        """Compare with the notes in the database: this process was the last one at work. Returns notes to correct,
+        position to number: they count an attempt that was cut off and is not under way any more."""
+        own = self.own
+        self._found = {at: times for at, times in self._found.items() if at in notes or at in own}
+        self._look()
+        return {at: times for at, times in self._found.items() if at not in own and notes[at] != times}
 
     @property
     def noted(self) -> dict[int, tuple[int, int]]:
@@ -129,6 +146,7 @@ class Caution:
         }
         self._found = left | {at: times for at, times in self._found.items() if at in own}
         self._left = events if blind else 0
+        self.informed = True
         self._look()
         return verdicts(self._found)[0]
 
@@ -137,6 +155,7 @@ class Caution:
         own = self.own
         self._found = {at: times for at, times in self._found.items() if at in own}
         self._left = 0
+        self.informed = True
         self._look()
 
     @property

@@ -433,17 +433,21 @@ class Dispatcher:
         return await self._outcome(item, begun) if isinstance(begun, Attempt) else begun
 
     async def _outcome(self, item: Item, begun: Attempt) -> Failure | None:
+        cut_off = False
         try:
             return await begun.outcome()
+        except asyncio.CancelledError:
+            cut_off = True
+            raise
         finally:
-            self._end_attempt(item)
+            self._end_attempt(item, cut_off=cut_off)
 
-    def _end_attempt(self, item: Item) -> None:
+    def _end_attempt(self, item: Item, *, cut_off: bool = False) -> None:
         self.attempts += 1
         position = item.event.position
         del self.working[position]
         self._guard.notebook.end(position)
-        if self._caution.alert:
+        if self._caution.alert and not cut_off:  # an attempt that was cut off has not shown what it does
             self._survived(position)
 
     # ---- what came of it ---------------------------------------------------------------

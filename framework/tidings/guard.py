@@ -52,7 +52,8 @@ class Guard:
         """Taking over reads the notes while none is being written."""
         self.notebook = Notebook(None, 0)
         """Told of each attempt's begin and end."""
-        self.caution = Caution(clock)
+        self.caution = troubles.cautions.setdefault(inbox.buckets, Caution(clock))
+        self.caution.cut_off()
 
     # ---- taking over and leaving
 
@@ -71,18 +72,22 @@ class Guard:
                 await inbox.fence(connection)
                 before = await inbox.occupy(connection, me)
                 notes = await inbox.notes(connection)
-                unclean, under_way = before not in (None, me), None
+                # A takeover whose commit was cut off has marked the range, and nobody has looked at what it found.
+                unclean, under_way = before is not None and (before != me or not caution.informed), None
+                fresh: dict[int, tuple[int, int]] = {}
                 if unclean:
-                    under_way = Notebook.read(self._notebook_of(str(before)))
+                    under_way = None if before == me else Notebook.read(self._notebook_of(str(before)))
                     fresh = {at: (bucket, 1) for at, bucket in (under_way or {}).items() if at not in notes}
                 else:
-                    fresh = {}
+                    if before == me:
+                        await inbox.count_notes(connection, caution.rejoined(notes))
                     mine = caution.known | besides if before == me else besides
                     await inbox.forget_notes(connection, notes.keys() - mine)
                 again = {at: note for at, note in caution.noted.items() if at not in notes}
                 await inbox.note(connection, fresh | again)
             if unclean:
-                Notebook.discard(self._notebook_of(str(before)))
+                if before != me:
+                    Notebook.discard(self._notebook_of(str(before)))
                 self._suspect(notes | dict.fromkeys(fresh, 1), besides, blind=under_way is None)
             elif before is None:
                 caution.forgotten()

@@ -443,6 +443,12 @@ class Inbox:
                 "moment"
             ) from error
 
+    async def count_notes(self, connection: AsyncConnection, notes: Mapping[int, int]) -> None:
+        """Set the number of unclean ends in notes that are there, position to number."""
+        for position, times in notes.items():
+            this = begun.update().where(*self._forgotten, begun.c.position == position)
+            await connection.execute(this.values(times=times))
+
     async def forget_notes(self, connection: AsyncConnection, positions: Iterable[int]) -> None:
         """These events ended, and the process did not."""
         these = list(positions)

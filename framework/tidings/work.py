@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from tidings.attempt import Failure
 from tidings.buses import Consumer
 from tidings.context import Context
+from tidings.crashes import Caution
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.fingerprints import fingerprint
 from tidings.handlers import Handler
@@ -57,6 +58,8 @@ class Troubles:
         self.process: Final = str(uuid4())
         """Who marks a range as its own: every process has another one (`tidings.crashes`)."""
         self.attempts: dict[Turn, int] = {}
+        self.cautions: Final[dict[range, Caution]] = {}
+        """Events under suspicion of ending the process, by bucket range."""
         self.condemned: dict[Turn, Failure] = {}
         """Dead without being run again: the handler ended the transaction that it was part of, or made its commit
         fail."""

@@ -17,12 +17,13 @@ from tests.integration.embedded import QUICK, Happened, audit, embedded, tables
 from tidings import Service
 
 POISON = 31
-KINDS = ("session", "free", "slow", "leaves", "healed")
+KINDS = ("session", "free", "slow", "leaves", "healed", "rejoins")
 
 
 def mortal(kind: str, folder: Path) -> Service:
     """`session` and `free` kill the process at once, `slow` beside others that are at work; `leaves` hangs, and the
-    process ends cleanly; `healed` handles everything."""
+    process ends cleanly; `healed` handles everything; `rejoins` is cut off in the middle first, and kills the process
+    when it is run again."""
     service = Service("audit", tables=tables)
     service.poisoned = asyncio.Event()  # type: ignore[attr-defined]
 
@@ -33,6 +34,11 @@ def mortal(kind: str, folder: Path) -> Service:
             await asyncio.sleep(0.1)
         if kind == "leaves":
             service.poisoned.set()  # type: ignore[attr-defined]
+            await asyncio.Event().wait()
+        if kind == "rejoins" and not service.poisoned.is_set():  # type: ignore[attr-defined]
+            service.poisoned.set()  # type: ignore[attr-defined]
+            async with service.engine.begin() as connection:  # as a replay or a skip does it
+                await connection.execute(sa.text("UPDATE tidings_watermarks SET replays = replays + 1"))
             await asyncio.Event().wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -51,7 +57,7 @@ def mortal(kind: str, folder: Path) -> Service:
             row = {"key": event.key, "n": event.n, "note": str(event.n)}
             await connection.execute(insert(audit).values(row).on_conflict_do_nothing())
 
-    service.on(Happened, name="handle", retry=QUICK)(without if kind in ("free", "slow") else with_session)
+    service.on(Happened, name="handle", retry=QUICK)(without if kind in ("free", "slow", "rejoins") else with_session)
     return service
 
 

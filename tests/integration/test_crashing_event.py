@@ -14,7 +14,7 @@ from tests.integration.databases import answers, database_url, on_server
 from tests.integration.embedded import Happened, embedded, rows, until
 from tests.integration.mortal import POISON, mortal
 from tidings import Context, Service
-from tidings.database import open_database
+from tidings.database import Database, open_database
 from tidings.guard import Guard
 from tidings.inbox import Inbox
 from tidings.notebook import Notebook
@@ -111,6 +111,14 @@ async def test_retried_from_the_dead_letters_it_is_run_again(tmp_path: Path) -> 
         assert sorted(n for _, n in await rows(service)) == list(range(60))
 
 
+async def test_a_process_that_joins_again_in_the_middle_of_a_suspect_still_suspects_it(tmp_path: Path) -> None:
+    await append(tmp_path)
+    assert [await start(tmp_path, "rejoins") for _ in range(crashes() + 1)] == [-9] * crashes() + [0]
+    assert (tmp_path / "runs").read_text().split() == ["run"] * 2 * crashes()
+    (reason,) = await answers(tmp_path, "SELECT reason FROM tidings_dead")
+    assert str(reason).startswith("ProcessCrashed: 2 times")
+
+
 @pytest.mark.sqlite("only a process with its database in a file keeps a notebook beside it")
 async def test_resizing_after_a_crash_leaves_no_notebook_behind(tmp_path: Path) -> None:
     await append(tmp_path)
@@ -155,4 +163,56 @@ async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_
         notebook.unlink()  # as another process does, which has read it
         await guard.take_over()
         assert Notebook.read(str(notebook)) == {7: 1}
+        guard.notebook.close()
+
+
+async def _notes(database: Database, inbox: Inbox) -> dict[int, int]:
+    async with database.reading() as connection:
+        return await inbox.notes(connection)
+
+
+async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_what_was_cut_off(
+    tmp_path: Path,
+) -> None:
+    service, log, buckets, troubles = Service("audit"), uuid4(), range(256), Troubles()
+    async with open_database(database_url(tmp_path, "audit")) as database:
+        inbox = Inbox(database, "audit", log, buckets)
+        await inbox.join()
+        async with database.transaction() as connection:  # what a process leaves that crashes
+            assert await inbox.occupy(connection, "other") is None
+            await inbox.note(connection, {3: (1, 1), 5: (1, 1)})
+
+        def guard() -> Guard:
+            return Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
+
+        first = guard()
+        await first.take_over()
+        assert first.caution.suspects == {3, 5}
+        first.caution.taken(3, 1)
+        async with database.transaction() as connection:
+            await inbox.note(connection, {3: first.caution.note(3)})
+        assert await _notes(database, inbox) == {3: 2, 5: 1}
+        first.notebook.close()
+        second = guard()
+        await second.take_over()
+        assert second.caution.suspects == {3, 5}
+        assert second.caution.wants(5)
+        assert second.caution.wants(7), "without a notebook of the other process, others are noted, too"
+        assert await _notes(database, inbox) == {3: 1, 5: 1}
+        second.notebook.close()
+
+
+async def test_a_takeover_that_was_cut_off_after_its_commit_is_done_again(tmp_path: Path) -> None:
+    service, log, buckets, troubles = Service("audit"), uuid4(), range(256), Troubles()
+    async with open_database(database_url(tmp_path, "audit")) as database:
+        inbox = Inbox(database, "audit", log, buckets)
+        await inbox.join()
+        async with database.transaction() as connection:
+            await inbox.occupy(connection, "other")
+            await inbox.note(connection, {3: (1, 1)})
+            await inbox.occupy(connection, troubles.process)
+        guard = Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
+        await guard.take_over()
+        assert guard.caution.suspects == {3}
+        assert guard.caution.wants(7)
         guard.notebook.close()

@@ -149,6 +149,30 @@ def test_who_has_noted_an_event_itself_and_lives_does_not_condemn_it_for_that() 
     assert list(Caution(Clock()).begin({1: 2}, 10, blind=True)) == [1], "a new process knows nothing of that"
 
 
+def test_a_rejoin_proves_nothing_of_suspects_and_has_as_many_others_noted_as_were_cut_off() -> None:
+    caution = Caution(Clock())
+    caution.begin({1: 1, 2: 1, 3: 1}, 2, blind=True)
+    assert (note(caution, 1), note(caution, 3), note(caution, 8)) == (2, 2, 1)
+    assert caution.ended(3)
+    caution.cut_off()
+    assert caution.suspects == {1, 2}, "what had ended is cleared, what was cut off is not"
+    assert caution.rejoined({1: 2, 2: 1, 3: 2, 8: 1}) == {1: 1}, "nobody is at work on it any more"
+    assert caution.known == {1, 2}
+    assert caution.alert
+    assert caution.wants(9), "8 was cut off"
+    assert note(caution, 9) == 1
+    assert not caution.wants(10)
+    assert note(caution, 1) == 2
+
+
+def test_after_a_rejoin_suspects_that_somebody_has_settled_are_forgotten() -> None:
+    caution = Caution(Clock())
+    caution.begin({1: 1}, 2, blind=False)
+    caution.cut_off()
+    assert caution.rejoined({}) == {}
+    assert not caution.alert
+
+
 class TwoProcesses(RuleBasedStateMachine):
     """Two cautions over one table of notes, which a queue is given to in turn, at any moment, also while notes and
     forgetting are in transactions under way. Nobody crashes: so nobody is ever condemned, and in the end no note is
