@@ -339,7 +339,7 @@ def test_a_service_that_never_ran_is_named_and_not_made_by_looking(folder: Path)
     ended = invoke("verify", SHOP)
     assert ended.code == 1
     assert "shop: NOT settled up to position 2 (1 pending" in ended.out
-    assert "has never run on this log" in ended.out
+    assert "has no database: it has never run" in ended.out
     assert set(folder.iterdir()) == before
 
 

@@ -71,7 +71,7 @@ def test_foreign_names_are_shown_with_their_control_characters_escaped() -> None
 def test_what_it_caused_is_indented_below_it() -> None:
     root = append("a-1", "Root")
     child = append("b-1", "Child", "{}", "--metadata", json.dumps({"$causationId": root}))
-    grandchild = append("c-1", "OrderCreated", "{}", "--metadata", json.dumps({"$causationId": child}))
+    grandchild = append("c-1", "OrderCreated", '{"order_id": "1"}', "--metadata", json.dumps({"$causationId": child}))
     lines = invoke("why", root).out.splitlines()
     at = next(at for at, line in enumerate(lines) if "2 events" in line)
     assert lines[at + 1].startswith(f"    -> Child {child} at b-1@0, position ")
