@@ -182,10 +182,17 @@ async def test_a_timeout_of_a_lock_that_tidings_waits_for_is_an_outage(
             assert await letters(service) == []
 
 
-@pytest.mark.parametrize("change", [{"password": "wrong"}, {"username": "ghost"}, {"database": "nowhere"}])
-async def test_who_is_not_let_in_at_the_start_is_told_what_to_check(change: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"password": "wrong"}, "check user and password"),
+        ({"username": "ghost"}, "check user and password"),
+        ({"database": "nowhere"}, "create it"),
+    ],
+)
+async def test_who_is_not_let_in_at_the_start_is_told_what_to_check(change: dict[str, str], advice: str) -> None:
     url = make_url(os.environ[PLACE]).set(**change)  # type: ignore[arg-type]
-    with pytest.raises(DatabaseUnavailable, match="user, password") as caught:
+    with pytest.raises(DatabaseUnavailable, match=advice) as caught:
         async with open_database(url.render_as_string(hide_password=False)):
             pass
     assert not caught.value.waiting_helps
