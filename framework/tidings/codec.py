@@ -30,6 +30,8 @@ E = TypeVar("E", bound=Event)
 
 CORRELATION: Final = "$correlationId"
 CAUSATION: Final = "$causationId"
+BY_REQUEST: Final = "transaction"
+"""Name after the service's in `tidingsHandler` of what `service.transaction()` emitted. Such an event has no cause."""
 OWN_KEYS: Final = frozenset({"tidingsHandler", "schemaVersion", "traceparent", "partitionKey"})
 
 

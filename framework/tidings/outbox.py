@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from tidings.appending import check_target
-from tidings.codec import encode
+from tidings.codec import BY_REQUEST, encode
 from tidings.context import ATTEMPT
 from tidings.database import floors, guarded, staged
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
@@ -91,7 +91,7 @@ class Emit:
             id=_NO_ID,
             metadata=metadata,
             correlation_id=correlation_id or self._correlation,
-            handler=f"{self._service}.transaction",
+            handler=f"{self._service}.{BY_REQUEST}",
         )
         if data.size > APPEND_LIMIT:
             raise EventTooLarge(stream, data.size, APPEND_LIMIT)

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from tidings.codec import CAUSATION, read_metadata
+from tidings.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.database import Database, dead, held, partials, replays, staged
 from tidings.handler_report import read_spans
 from tidings.position import carried
@@ -136,7 +136,7 @@ async def recount(
 
 
 class _Causes:
-    """Events that handlers emitted: each once, and each with a cause before it."""
+    """Events that handlers and requests emitted: each once, and those of handlers with a cause before them."""
 
     def __init__(self, services: set[str], found: Recount) -> None:
         self._services = services
@@ -159,6 +159,8 @@ class _Causes:
         if short in self._emitted:
             self._found.contradict(f"{what} has an id that was emitted before: it is in the log twice")
         self._emitted.add(short)
+        if CAUSATION not in metadata and by.partition(".")[2] == BY_REQUEST:
+            return
         try:
             cause = UUID(metadata.get(CAUSATION))
         except (ValueError, TypeError, AttributeError):

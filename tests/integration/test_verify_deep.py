@@ -85,6 +85,24 @@ async def test_the_log_confirms_every_row_of_a_service_that_works(place: Place) 
     assert "of 7 events of its types 5 are handled, 1 held, 1 dead, 0 pending" in str(found)
 
 
+async def test_what_requests_emitted_needs_no_cause_and_may_be_in_the_log_once_only(tmp_path: Path) -> None:
+    service = shop()
+    async with embedded(tmp_path, service) as world:
+        for key, idempotency_key in (("good", None), ("better", "request-1"), ("better", "request-1")):
+            async with service.transaction(idempotency_key=idempotency_key) as (_, emit):
+                emit(f"happened-{key}", Happened(key=key))
+        await world.settled()
+    async with opened(tmp_path) as (store, database):
+        found = await count(store, database)
+        assert (found.wrong, found.notes) == ([], [])
+        assert found.ok
+        first = await first_emitted(store)
+        await store.append(
+            "copies", [EventData(type=first.type, data=first.data, metadata=first.metadata, id=first.id)], expected=ANY
+        )
+        assert "it is in the log twice" in str(await count(store, database))
+
+
 async def test_progress_tells_how_far_the_log_was_read(place: Place) -> None:
     store, database = place
     for first in range(4):
