@@ -114,9 +114,7 @@ class Dispatcher:
         self._keys = Keys()
         self._knows_keys = asyncio.Event()
         self.breakers = Breakers(clock)
-        self._revival = Revival(
-            service, database, held, self._keys, troubles, self.breakers, self._push, self._pump, inbox.fence
-        )
+        self._revival = Revival(service, database, held, self._keys, self.breakers, self._push, self._pump, inbox.fence)
         self._guard = Guard(service, database, inbox, troubles, clock, self._give_out)
         self._caution = self._guard.caution
         self._beside: asyncio.TimerHandle | None = None
@@ -505,8 +503,6 @@ class Dispatcher:
         """Whether the item is not run now, because of another one of its partition key, or because its handler's
         breaker is open; then it is done with."""
         breaker = None if item.trial else self.breakers.open.get(item.handler.name)
-        if item.held is not None and item.held.handler != item.handler.name:
-            breaker = None  # held under a former name of the handler: nobody looks for it to be tried
         if not (behind := self._keys.must_wait(item)) and breaker is None:
             return False
         if item.held is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -20,7 +20,10 @@ from tidings.errors import Fenced
 from tidings.inbox import recorded
 from tidings.stores import RecordedEvent
 
-__all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "Line", "held_by_handler"]
+if TYPE_CHECKING:
+    from tidings.service import Service
+
+__all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "Line", "held_by_handler", "in_code", "reason_in_code"]
 
 AT_ONCE: Final = 256
 """Held events read at once: what is due, with its followers."""
@@ -93,6 +96,20 @@ async def held_by_handler(connection: AsyncConnection, service: str, log: UUID) 
     return found
 
 
+def in_code(service: Service, handler: str, kind: str) -> bool:
+    """Whether the service, as it is declared here, gives events of this type to a handler of this name."""
+    return any(known.name == handler for known in service.handlers_of(kind))
+
+
+def reason_in_code(service: Service, handler: str, kind: str | None, reason: str) -> str:
+    """Return the reason why an event is held, with what this code adds: without its handler, nobody runs it. Without a
+    `kind`, the handler is looked for among those of all types."""
+    known = handler in service.named if kind is None else in_code(service, handler, kind)
+    if known:
+        return reason
+    return f"its handler {handler!r} is not in this code: bring it back, or skip or drop the event; before: {reason}"
+
+
 class HeldRows:
     """One service's held events of one log and one range of buckets."""
 
@@ -120,7 +137,11 @@ class HeldRows:
         self._release = held.delete().where(*this)
         line = sa.tuple_(held.c.key, held.c.line)
         besides = line.not_in(sa.bindparam("besides", expanding=True))
-        running = held.c.handler.not_in(sa.bindparam("paused", expanding=True))
+        gone: sa.BindParameter[Any] = sa.bindparam("gone", expanding=True)
+        running = sa.and_(
+            held.c.handler.not_in(sa.bindparam("paused", expanding=True)),
+            sa.tuple_(held.c.handler, held.c.type).not_in(gone),
+        )
         failed = (
             sa.select(held.c.key, held.c.line)
             .where(
@@ -135,13 +156,14 @@ class HeldRows:
             .limit(AT_ONCE)
         )
         self._failed = {False: failed, True: failed.where(running)}
-        """Without and with handlers that are paused."""
+        """Without and with handlers that are paused, or not in the code."""
         self._candidates = [
             sa.select(held)
             .where(
                 *self._mine,
                 held.c.handler == sa.bindparam("of_handler"),
                 held.c.attempts > _NONE if order is held.c.due else held.c.attempts == _NONE,
+                sa.tuple_(held.c.handler, held.c.type).not_in(gone),
                 besides,
                 self._oldest(held),
                 *self._free(held),
@@ -177,7 +199,8 @@ class HeldRows:
                 first.c.log == str(log),
                 first.c.position == waiting.c.position,
                 first.c.line == waiting.c.line,
-                first.c.handler.in_(sa.bindparam("paused", expanding=True)),
+                first.c.handler.in_(sa.bindparam("paused", expanding=True))
+                | sa.tuple_(first.c.handler, first.c.type).in_(gone),
             )
             return {False: free, True: free.where(~of_paused)}
 
@@ -262,18 +285,19 @@ class HeldRows:
         besides: Collection[Line],
         after: Collection[Line] | None = None,
         paused: Collection[str] = (),
+        gone: Collection[tuple[str, str]] = (),
     ) -> list[HeldEvent]:
         """What may run now, of other lines than `besides` and of other handlers than `paused`; each line's events in
-        order, `AT_ONCE` at most.
+        order, `AT_ONCE` at most. No line begins with a handler and type of `gone`.
 
         A due time further away than `longest` seconds was written by a clock that jumped: it counts as now. What only
         waited for an older event is looked for in the lines `after`, whose events were run, or in all of them, which
         takes as long as there are held events.
         """
         other: dict[str, Any] = {"besides": list(besides)}
-        if paused:
-            other["paused"] = list(paused)
-        some = bool(paused)
+        some = bool(paused or gone)
+        if some:
+            other |= {"paused": list(paused), "gone": list(gone)}
         lines = list(await connection.execute(self._failed[some], {"now": now, "absurd": now + longest, **other}))
         if after is None:
             lines += await connection.execute(self._turn[some], other)
@@ -285,17 +309,28 @@ class HeldRows:
         return [_held_event(row) for row in await connection.execute(self._due, wanted)]
 
     async def candidate(
-        self, connection: AsyncConnection, handler: str, besides: Collection[Line], *, newest: bool
+        self,
+        connection: AsyncConnection,
+        handler: str,
+        besides: Collection[Line],
+        *,
+        newest: bool,
+        gone: Collection[tuple[str, str]] = (),
     ) -> list[HeldEvent]:
-        """One event for a trial of a handler, of another line than `besides`, if there is any: the newest that was
-        never tried, or the one that has been due the longest."""
-        wanted = {"of_handler": handler, "besides": list(besides)}
+        """One event for a trial of a handler, of another line than `besides` and no handler and type of `gone`, if
+        there is any: the newest that was never tried, or the one that has been due the longest."""
+        wanted = {"of_handler": handler, "besides": list(besides), "gone": list(gone)}
         latest, due, oldest = self._candidates
         for query in (latest, due) if newest else (due, oldest):
             found = [_held_event(row) for row in await connection.execute(query, wanted)]
             if found:
                 return found
         return []
+
+    async def gone(self, connection: AsyncConnection, service: Service) -> set[tuple[str, str]]:
+        """Return handler and type of held events that nobody can run, because the handler is not in the code."""
+        kinds = sa.select(held.c.handler, held.c.type).where(*self._mine).distinct()
+        return {(row.handler, row.type) for row in await connection.execute(kinds) if not in_code(service, *row)}
 
     async def outdated(self, connection: AsyncConnection, codes: Mapping[str, str]) -> dict[str, int]:
         """How many events have failed in other code than `codes` names, by handler."""

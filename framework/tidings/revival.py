@@ -9,22 +9,19 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.attempt import Failure
 from tidings.breaker import Breakers
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
 from tidings.fingerprints import fingerprint
-from tidings.handlers import Handler, Retry
-from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line
+from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line, in_code
 from tidings.keys import Keys
-from tidings.work import Item, Troubles
+from tidings.work import Item
 
 if TYPE_CHECKING:
     from tidings.service import Service
@@ -40,14 +37,6 @@ FLYING: Final = 1024
 """Lines whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""
 
 
-def _gone() -> Any:
-    raise AssertionError("an event without a handler was run")
-
-
-GONE: Final = Handler("gone", _gone, (), (), Retry(hold=None, hold_key=False), 1.0, threaded=True)
-"""Stands for the handler of a held event that the service does not handle any more."""
-
-
 class Revival:
     """`give` puts an item into its lane, `pump` gives out what the lanes have."""
 
@@ -57,7 +46,6 @@ class Revival:
         database: Database,
         held: HeldRows,
         keys: Keys,
-        troubles: Troubles,
         breakers: Breakers,
         give: Callable[[Item], None],
         pump: Callable[[], None],
@@ -67,7 +55,6 @@ class Revival:
         self._database = database
         self._held = held
         self._keys = keys
-        self._troubles = troubles
         self._breakers = breakers
         self._give = give
         self._pump = pump
@@ -78,6 +65,8 @@ class Revival:
         """Look again now, not only when the second is over."""
         self._left: set[Line] = set()
         """Lines of which a held event has landed and left others behind."""
+        self._gone: set[tuple[str, str]] = set()
+        """Handler and type of held events whose handler is not in this code: they wait for one that has it."""
         self._whole = True
         """The next look is through all held events."""
         self.stale = False
@@ -115,8 +104,7 @@ class Revival:
                 left, self._left = self._left, set()
                 whole, self._whole = self._whole, False
                 rows, trials = await self._due(longest, flying, None if whole else left)
-                for row in rows:
-                    self._fly(row)
+                self._fly_all(rows)
                 for row in trials:
                     self._try(row)
                 self._pump()
@@ -138,13 +126,15 @@ class Revival:
         try:
             async with self._database.reading() as connection:
                 await self._fence(connection)
-                rows = await self._held.due(connection, time.time(), longest, flying, left, paused)
+                if left is None:
+                    self._find_gone(await self._held.gone(connection, self._service))
+                rows = await self._held.due(connection, time.time(), longest, flying, left, paused, self._gone)
                 besides = {*flying, *(row.line for row in rows)}
                 trials: list[HeldEvent] = []
                 for name, breaker in paused.items():
                     if breaker.wants_trial:
                         newest = breaker.takes_newest
-                        trials += await self._held.candidate(connection, name, besides, newest=newest)
+                        trials += await self._held.candidate(connection, name, besides, newest=newest, gone=self._gone)
                         besides.update(row.line for row in trials)
                 return rows, trials
         except DatabaseUnavailable as error:
@@ -152,24 +142,38 @@ class Revival:
                 return [], []  # handlers hold all connections (a database in memory has one): no reason to end them
             raise
 
+    def _find_gone(self, gone: set[tuple[str, str]]) -> None:
+        for handler, kind in sorted(gone - self._gone):
+            log.warning(
+                "handler.not_in_code",
+                service=self._service.name,
+                handler=handler,
+                type=kind,
+                advice="its held events wait, and later events of their keys behind them: bring the handler back, or "
+                f"skip or drop them (tidings held list --handler {handler})",
+            )
+        self._gone = gone
+
+    def _fly_all(self, rows: Collection[HeldEvent]) -> None:
+        """Up to the first of each line that nobody can run."""
+        stopped: set[Line] = set()
+        for row in rows:
+            if not in_code(self._service, row.handler, row.event.type):
+                stopped.add(row.line)
+            if row.line not in stopped:
+                self._fly(row)
+
     def _try(self, row: HeldEvent) -> None:
         breaker = self._breakers.open.get(row.handler)
+        if not in_code(self._service, row.handler, row.event.type):
+            return
         if breaker is not None:
             breaker.begin_trial()
         self._fly(row, trial=breaker is not None)
 
     def _fly(self, row: HeldEvent, *, trial: bool = False) -> None:
-        handler = self._service.named.get(row.handler)
-        if handler is None or handler not in self._service.handlers_of(row.event.type):
-            handler = replace(GONE, name=row.handler, line=row.handlers_line)
-            which = f"handler {row.handler!r}" if self._service.handlers_of(row.event.type) else "handler"
-            reason = (
-                f"service {self._service.name!r} has no {which} for {row.event.type!r} any more: bring it back, then "
-                "retry this dead letter; or drop it"
-            )
-            self._troubles.condemned[row.event.position, row.handler] = Failure(reason, "", permanent=True)
         self._keys.fly(row.line)
-        item = Item(row.event, row.bucket, handler, None, row, replayed=row.replayed)
+        item = Item(row.event, row.bucket, self._service.named[row.handler], None, row, replayed=row.replayed)
         item.trial = trial
         self._give(item)
 

@@ -22,7 +22,7 @@ from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
 from tidings.database import Database, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
-from tidings.held import HeldCount, held_by_handler
+from tidings.held import HeldCount, held_by_handler, reason_in_code
 from tidings.inbox import requested_events
 from tidings.logs import configure_by_default
 from tidings.opening import opened
@@ -207,7 +207,9 @@ class RunningService:
     async def held(self) -> list[HeldCount]:
         """What is held because a handler failed, by handler; else as `settled`."""
         async with self.database.reading() as connection:
-            return await held_by_handler(connection, self.service.name, await self.log_id())
+            counts = await held_by_handler(connection, self.service.name, await self.log_id())
+        service = self.service
+        return [count._replace(reason=reason_in_code(service, count.handler, None, count.reason)) for count in counts]
 
     def at_work(self) -> list[Item]:
         """Handlers at work now."""

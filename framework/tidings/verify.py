@@ -18,7 +18,7 @@ from tidings.checkpoints import UnreadableCheckpoint, read_checkpoint
 from tidings.database import Database, dead, floors, held, staged, watermarks
 from tidings.errors import StreamDeleted
 from tidings.handler_report import read_handlers, read_spans
-from tidings.held import held_by_handler
+from tidings.held import held_by_handler, in_code, reason_in_code
 from tidings.partitions import Range, ranges_of
 from tidings.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
 from tidings.report import (
@@ -234,13 +234,23 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
             rows = await connection.execute(sa.select(held).where(*of(held)).order_by(held.c.position).limit(NAMED))
             report.held = [
                 HeldSummary(
-                    row.position, row.event_id, row.type, row.stream, row.handler, row.attempts, row.due, row.reason
+                    row.position,
+                    row.event_id,
+                    row.type,
+                    row.stream,
+                    row.handler,
+                    row.attempts,
+                    row.due,
+                    reason_in_code(service, row.handler, row.type, row.reason),
                 )
                 for row in rows
             ]
-            report.held_due = await _first_due(connection, of)
+            report.held_due = await _first_due(connection, of, service)
             counts = await held_by_handler(connection, service.name, log_id)
-            report.failing = [FailingHandler(*count) for count in counts]
+            report.failing = [
+                FailingHandler(*count._replace(reason=reason_in_code(service, count.handler, None, count.reason)))
+                for count in counts
+            ]
         report.dead_count = await _rows(connection, dead, of)
         if report.dead_count:
             rows = await connection.execute(sa.select(dead).where(*of(dead)).order_by(dead.c.id).limit(NAMED))
@@ -256,16 +266,17 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
     return _View(report, service, settled, roster)
 
 
-async def _first_due(connection: AsyncConnection, of: Own) -> float | None:
-    """Of the oldest held event of each key, where no dead letter holds the key."""
+async def _first_due(connection: AsyncConnection, of: Own, service: Service) -> float | None:
+    """Of the oldest held event of each key, where no dead letter holds the key, and the code has its handler."""
 
     def before(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
         return (*of(table), table.c.key == held.c.key, table.c.position < held.c.position)
 
     older = held.alias()
     waits = sa.exists().where(*before(older)) | sa.exists().where(*before(dead), dead.c.holds_key)
-    due: float | None = await connection.scalar(sa.select(sa.func.min(held.c.due)).where(*of(held), ~waits))
-    return due
+    first = sa.select(held.c.handler, held.c.type, sa.func.min(held.c.due).label("due")).where(*of(held), ~waits)
+    rows = await connection.execute(first.group_by(held.c.handler, held.c.type))
+    return min((row.due for row in rows if in_code(service, row.handler, row.type)), default=None)
 
 
 async def _rows(connection: AsyncConnection, table: sa.Table, of: Own) -> int:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.databases import database_url
 from tests.integration.embedded import (
+    Followed,
     Happened,
     World,
     assert_once_in_order,
@@ -32,6 +33,7 @@ from tidings import Context, Hold, Retry, Service
 from tidings.database import SCHEMA, connected, held, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters, NotRetriable
 from tidings.errors import DatabaseUnavailable
+from tidings.held_operations import HeldOperations
 
 SHORT = Hold(attempts=3, delay=0.02, factor=1)
 HELD = Retry(attempts=1, hold=SHORT)
@@ -283,18 +285,89 @@ async def test_retried_while_the_service_is_down_runs_once_when_it_starts(tmp_pa
         assert await rows(again) == [("culprit", 0), ("culprit", 1)]
 
 
-async def test_a_held_event_without_a_handler_any_more_is_dead_and_releases_its_key(tmp_path: Path) -> None:
-    service = auditing(effect=Moody("culprit"), retry=Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05)))
+async def _held_rows(folder: Path) -> list[tuple[int, str, int, str]]:
+    async with open_database(database_url(folder, "audit"), tables) as database, database.reading() as connection:
+        columns = (held.c.position, held.c.handler, held.c.attempts, held.c.reason)
+        return [tuple(row) for row in await connection.execute(sa.select(*columns).order_by(held.c.position))]
+
+
+@pytest.mark.parametrize("gone", ["all", "handler", "type"])
+async def test_a_rollback_to_code_without_the_handler_changes_nothing_of_what_it_holds(
+    tmp_path: Path, gone: str
+) -> None:
+    """It waits, however long; then the handler is back, and the order of the key is as ever."""
+    moody = Moody("culprit")
+    retry = Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05))
+    seen: list[tuple[str, int]] = []
+
+    async def another(event: Happened) -> None:
+        seen.append((event.key, event.n))
+
+    def current() -> Service:
+        service = auditing(effect=moody, retry=retry)
+        service.on(Happened)(another)
+        return service
+
+    async with embedded(tmp_path, service := current()) as world:
+        await world.append(Happened(key="culprit"), Happened(key="culprit", n=1))
+        await until(lambda: _held(service, 2))
+    before = await _held_rows(tmp_path)
+    old = Service("audit", tables=tables)
+    if gone == "handler":
+        old.on(Happened)(another)
+    if gone == "type":
+
+        @old.on(Followed, name="handle")
+        async def other(event: Followed) -> None:
+            raise AssertionError
+
+    async with embedded(tmp_path, old) as world:
+        (part,) = world.running[0].partitions
+        assert part.dispatcher is not None
+        revival = part.dispatcher._revival
+        await until(lambda: revival._gone == {("handle", "Happened")})
+        revival.look_at_all()
+        await until(lambda: not revival._whole)
+        (view,) = (await world.report()).services
+        assert view.held_due is None, "nobody is late to run it"
+        assert view.dead_count == 0
+        assert "its handler 'handle' is not in this code" in view.held[0].reason
+        (counted,) = await world.running[0].held()
+        assert ("its handler 'handle' is not in this code" in counted.reason) == (gone != "type")
+    assert await _held_rows(tmp_path) == before
+    moody.angry.clear()
+    async with embedded(tmp_path, again := current()) as world:
+        await world.append(Happened(key="culprit", n=3))
+        await world.settled()
+        assert await rows(again) == [("culprit", n) for n in (0, 1, 3)]
+
+
+async def test_an_operator_skips_or_drops_what_waits_for_a_handler_that_is_gone(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+
+    async def successor(event: Happened) -> None:
+        ran.append((event.key, event.n))
+
+    service = auditing(effect=Moody("a", "b"), retry=Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05)))
+    service.on(Happened)(successor)
     async with embedded(tmp_path, service) as world:
-        await world.append(Happened(key="culprit"))
-        await until(lambda: _held(service, 1))
+        await world.append(Happened(key="a"), Happened(key="b"))
+        await until(lambda: _held(service, 2))
+    assert sorted(ran) == [("a", 0), ("b", 0)]
     changed = Service("audit", tables=tables)
+    changed.on(Happened)(successor)
     async with embedded(tmp_path, changed) as world:
-        await until(lambda: _dead(changed, 1))
+        operations = HeldOperations(world.running[0].database, "audit", await world.store.log_id())
+        await world.append(Happened(key="a", n=1), Happened(key="b", n=1))
+        await until(lambda: _held(changed, 4))
+        assert len(ran) == 2, "the order of the keys is kept"
+        first, second = [entry for entry in await operations.list() if entry.handler == "handle"]
+        await operations.skip(positions=[first.position])
+        await operations.drop(positions=[second.position])
+        await world.settled()
+        assert sorted(ran[2:]) == [("a", 1), ("b", 1)]
         (letter,) = await letters(changed)
-        assert "no handler for 'Happened' any more" in letter.reason
         assert not letter.holds_key
-        assert (await world.settled()).services[0].held_count == 0
 
 
 async def test_a_message_that_is_no_event_cannot_be_retried(tmp_path: Path) -> None:

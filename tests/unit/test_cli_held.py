@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.command_line import Unlucky, invoke, run_holding
+from tests.unit.command_line import Unlucky, holding, invoke, run_holding
 
 HOLDING = "tests.unit.command_line:holding"
 OTHER = "tests.unit.command_line:other"
@@ -52,6 +52,19 @@ def test_held_events_are_listed_with_their_reasons_and_counted_by_handler() -> N
     assert first.endswith(r"ValueError: a \x1b[31mis unlucky")
     assert second.endswith("waits behind an earlier event of its partition key")
     assert counted.startswith("holding.try_it: 3 failed, the oldest held since 20")
+
+
+def test_what_waits_for_a_handler_that_is_not_in_the_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "named", {})
+    monkeypatch.setattr(holding, "handlers", {})
+    said = "its handler 'try_it' is not in this code: bring it back, or skip or drop the event; before: "
+    _, first, *_, counted = invoke("held", "list").out.splitlines()
+    assert f"{said}ValueError: a" in first
+    assert said in counted
+    assert not any(entry["handler_in_code"] for entry in listed())
+    assert said in invoke("held", "show", "s-a@0").out
+    assert said in invoke("status", HOLDING).out
+    assert invoke("held", "skip", "--all", "--yes").out.startswith("4 skipped.")
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,22 @@ async def test_so_many_are_read_at_once_and_the_oldest_first(tmp_path: Path) -> 
         await mine.hold(connection, rows)
         found = await mine.due(connection, NOW, LONGEST, ())
     assert [row.event.position for row in found] == list(range(1, AT_ONCE + 1))
+
+
+@pytest.mark.parametrize("attempts", [0, 1])
+async def test_what_has_no_handler_has_no_turn_and_is_no_trial(tmp_path: Path, attempts: int) -> None:
+    mine, line, other = HeldRows("shop", LOG, ALL_BUCKETS), ("key0", ""), ("key1", "")
+    first, second, free = (held_event(at, of, attempts, NOW) for at, of in ((1, line), (2, line), (3, other)))
+    first = first._replace(event=first.event._replace(type="Gone"))
+    gone = {("place", "Gone")}
+    async with open_database(f"sqlite:///{tmp_path}/shop.db") as database, database.transaction() as connection:
+        own = {"service": "shop", "log": str(LOG)}
+        await connection.execute(floors.insert().values(own | {"first_bucket": 0, "last_bucket": 255, "position": 99}))
+        await mine.hold(connection, [first, second, free])
+        assert [row.event.position for row in await mine.due(connection, NOW, LONGEST, ())] == [1, 2, 3]
+        for after in (None, {line, other}):
+            found = await mine.due(connection, NOW, LONGEST, (), after, (), gone)
+            assert [row.event.position for row in found] == [3], "the next of its key waits behind it"
+        for newest in (True, False):
+            trials = await mine.candidate(connection, "place", {other}, newest=newest, gone=gone)
+            assert trials == []

@@ -65,6 +65,8 @@ async def list_(
 
     What waits behind an earlier event of its partition key is listed too, without attempts of its own.
     """
+    from tidings.held import reason_in_code
+
     settings = Settings()
     selection = selected(handler, error, type, key, stream, since, until)
     rows: list[tuple[Any, ...]] = []
@@ -78,16 +80,17 @@ async def list_(
         shown, total = shown + len(found), total + of
         counted += [
             f"{service.name}.{count.handler}: {count.events} failed, the oldest held since "
-            f"{moment_of(count.since) if count.since is not None else 'an older version'}: {count.reason}"
+            f"{moment_of(count.since) if count.since is not None else 'an older version'}: "
+            f"{reason_in_code(service, count.handler, None, count.reason)}"
             for count in counts
         ]
         for entry in found:
             if json:
-                say(facts(_facts(service.name, entry)))
+                say(facts(_facts(service, entry)))
                 continue
             due = moment_of(entry.due) if entry.attempts else None
             place = f"{entry.stream}@{entry.version}"
-            why = entry.reason.partition("\n")[0]
+            why = reason_in_code(service, entry.handler, entry.type, entry.reason).partition("\n")[0]
             held_at = None if entry.since is None else moment_of(entry.since)
             rows.append((service.name, entry.position, held_at, due, entry.attempts, entry.type, place, why))
     if json:
@@ -115,19 +118,18 @@ async def show(
     json: Json = False,
 ) -> int:
     """Show one held event whole: the event, its attempts, the reason, the traceback."""
+    from tidings.held import reason_in_code
+
     settings = Settings()
     of = chosen(service, settings)
     async with _opened(settings, of) as held:
         existing = _existing(held)
         entry = await existing.get(await _position(existing, event))
     if json:
-        say(facts(_facts(of.name, entry)))
+        say(facts(_facts(of, entry)))
         return OK
-    say(
-        paint(
-            f"held event at position {entry.position} of {of.name}: {plain(entry.reason.partition(chr(10))[0])}", BOLD
-        )
-    )
+    reason = reason_in_code(of, entry.handler, entry.type, entry.reason)
+    say(paint(f"held event at position {entry.position} of {of.name}: {plain(reason.partition(chr(10))[0])}", BOLD))
     for name in ("stream", "version", "type", "event_id", "key", "handler", "attempts", "tries"):
         say(f"  {name:<9} {plain(str(getattr(entry, name)))}")
     if entry.since is not None:
@@ -270,8 +272,10 @@ def _existing(held: HeldOperations | None) -> HeldOperations:
     return held
 
 
-def _facts(service: str, entry: HeldEntry) -> dict[str, Any]:
-    return {"service": service} | {
+def _facts(service: Service, entry: HeldEntry) -> dict[str, Any]:
+    from tidings.held import in_code
+
+    return {"service": service.name, "handler_in_code": in_code(service, entry.handler, entry.type)} | {
         name: getattr(entry, name) if name not in ("since", "due") else _time(getattr(entry, name))
         for name in entry.__slots__
         if not (name in ("data", "metadata") and not getattr(entry, name))

@@ -88,8 +88,9 @@ class Repair:
             )
         elif part.held_count and part.held_due is None:
             self._say(
-                f"{part.service}: {part.held_count} held events wait behind dead letters of their keys: mend the "
-                "handler, then 'tidings dead retry', or 'tidings dead drop'"
+                f"{part.service}: {part.held_count} held events wait behind dead letters of their keys, or for a "
+                "handler that is not in this code ('tidings held list' says which): mend the handler or bring it back, "
+                "then 'tidings dead retry', or 'tidings dead drop'"
             )
         elif part.held_count:
             self._say(f"{part.service}: {part.held_count} held events run when they are due; nothing needs repair")
