@@ -71,7 +71,7 @@ class Guard:
             async with self._database.turn, self._database.transaction() as connection:
                 await inbox.fence(connection)
                 before = await inbox.occupy(connection, me)
-                notes = await inbox.notes(connection)
+                notes = await inbox.notes(connection, self._service.names)
                 # A takeover whose commit was cut off has marked the range, and nobody has looked at what it found.
                 unclean, under_way = before is not None and (before != me or not caution.informed), None
                 fresh: dict[int, tuple[int, int]] = {}

@@ -22,7 +22,7 @@ from tidings.many import ForMany
 from tidings.message import Message
 from tidings.partitions import layout_of
 from tidings.position import partition_key
-from tidings.roster import SKIPPED
+from tidings.roster import BEHIND, SKIPPED
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
 __all__ = [
@@ -398,15 +398,19 @@ class Inbox:
         if found != process:
             raise Fenced(f"service {self._service!r}: another process is at work on this range now; joining again")
 
-    async def notes(self, connection: AsyncConnection) -> dict[int, int]:
+    async def notes(self, connection: AsyncConnection, names: Collection[str] | None = None) -> dict[int, int]:
         """Position to the number of unclean ends with that event under way (`tidings.crashes`). What was settled
-        meanwhile is forgotten first."""
-        await self._forget_settled(connection)
+        meanwhile is forgotten first; `names` are all that the service's handlers have, or had, as far as is known."""
+        await self._forget_settled(connection, names)
         found = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))
         return {row.position: row.times for row in found}
 
-    async def _forget_settled(self, connection: AsyncConnection) -> None:
-        """Forget notes of events that were settled, whoever did it: who noted them may have been fenced since."""
+    async def _forget_settled(self, connection: AsyncConnection, names: Collection[str] | None = None) -> None:
+        """Forget notes of events that were settled, whoever did it: who noted them may have been fenced since.
+
+        An event that is held, or that is still to be given to a handler on its own (one of `names`, or any), is not
+        settled, although the watermark is above it.
+        """
         marks = sa.select(watermarks.c.position).where(
             watermarks.c.service == begun.c.service,
             watermarks.c.log == begun.c.log,
@@ -416,8 +420,17 @@ class Inbox:
         still_held = sa.exists().where(
             held.c.service == begun.c.service, held.c.log == begun.c.log, held.c.position == begun.c.position
         )
+        still_late = sa.exists().where(
+            spans.c.service == begun.c.service,
+            spans.c.log == begun.c.log,
+            spans.c.bucket == begun.c.bucket,
+            spans.c.kind != SKIPPED,
+            spans.c.done < begun.c.position,
+            (spans.c.kind == BEHIND) | (spans.c.upto >= begun.c.position),
+            *(() if names is None else (spans.c.handler.in_(names),)),
+        )
         settled = sa.or_(begun.c.position <= marks.scalar_subquery(), begun.c.position <= floor.scalar_subquery())
-        await connection.execute(begun.delete().where(*self._notes_are_ours(), settled, ~still_held))
+        await connection.execute(begun.delete().where(*self._notes_are_ours(), settled, ~still_held, ~still_late))
 
     async def leave(self, connection: AsyncConnection, process: str) -> None:
         """`process` ends cleanly; nothing is said of another one that has taken over."""

@@ -181,6 +181,11 @@ class Service:
                 )
         self.named[handler.name] = handler
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All that its handlers have, or had."""
+        return frozenset().union(*(handler.names for handler in self.named.values()))
+
     def handlers_of(self, wire_name: str) -> tuple[Handler, ...]:
         """The handlers that are given an event of this type, in the order in which they run."""
         return self.handlers.get(wire_name, self.handlers_of_any)

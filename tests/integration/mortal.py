@@ -17,13 +17,13 @@ from tests.integration.embedded import QUICK, Happened, audit, embedded, tables
 from tidings import Service
 
 POISON = 31
-KINDS = ("session", "free", "slow", "leaves", "healed", "rejoins")
+KINDS = ("session", "free", "slow", "leaves", "healed", "rejoins", "late")
 
 
 def mortal(kind: str, folder: Path) -> Service:
     """`session` and `free` kill the process at once, `slow` beside others that are at work; `leaves` hangs, and the
     process ends cleanly; `healed` handles everything; `rejoins` is cut off in the middle first, and kills the process
-    when it is run again."""
+    when it is run again. `late` adds a handler that is given the past of the log, and kills the process."""
     service = Service("audit", tables=tables)
     service.poisoned = asyncio.Event()  # type: ignore[attr-defined]
 
@@ -43,7 +43,7 @@ def mortal(kind: str, folder: Path) -> Service:
         os.kill(os.getpid(), signal.SIGKILL)
 
     async def with_session(event: Happened, session: AsyncSession) -> None:
-        if event.n == POISON and kind != "healed":
+        if event.n == POISON and kind not in ("healed", "late"):
             await poison()
         await session.execute(sa.insert(audit).values(key=event.key, n=event.n))
 
@@ -58,6 +58,13 @@ def mortal(kind: str, folder: Path) -> Service:
             await connection.execute(insert(audit).values(row).on_conflict_do_nothing())
 
     service.on(Happened, name="handle", retry=QUICK)(without if kind in ("free", "slow", "rejoins") else with_session)
+    if kind == "late":
+
+        @service.on(Happened, since="start", retry=QUICK)
+        async def late(event: Happened) -> None:
+            if event.n == POISON:
+                await poison()
+
     return service
 
 

@@ -88,6 +88,24 @@ async def test_without_a_notebook_it_is_found_one_crash_later(tmp_path: Path) ->
     assert len(await answers(tmp_path, "SELECT n FROM audit")) == len(EVENTS) - 1
 
 
+@pytest.mark.parametrize("blind", [False, True], ids=["noted", "blind"])
+async def test_an_event_of_its_past_that_kills_a_late_handler_is_dead_after_as_many_crashes(
+    tmp_path: Path, blind: bool
+) -> None:
+    """The watermark is above all of its past, and the notes of it count nevertheless."""
+    await append(tmp_path)
+    assert await start(tmp_path, "healed") == 0
+    statuses: list[int] = []
+    while len(statuses) < 5 and (not statuses or statuses[-1]):
+        statuses.append(await start(tmp_path, "late"))
+        for notebook in notebooks(tmp_path) if blind else ():
+            notebook.unlink()
+    assert statuses == [-9] * (3 if blind else crashes()) + [0]
+    assert await answers(tmp_path, "SELECT handler FROM tidings_dead") == ["late"]
+    assert await answers(tmp_path, "SELECT count(*) FROM tidings_begun") == [0]
+    assert len(await answers(tmp_path, "SELECT n FROM audit")) == len(EVENTS)
+
+
 async def test_a_clean_end_in_the_middle_of_a_handler_is_no_crash(tmp_path: Path) -> None:
     await append(tmp_path)
     statuses = [await start(tmp_path, kind) for kind in ("session", "leaves", "leaves")]
