@@ -507,6 +507,31 @@ class Inbox:
                 f"service {self._service!r}: another process handled position {rows[0][1]} at the same moment"
             ) from error
 
+    async def check_parts(
+        self,
+        connection: AsyncConnection,
+        moves: Mapping[int, tuple[int, int]],
+        known: Mapping[int, tuple[int, frozenset[str]]],
+    ) -> None:
+        """Each bucket's watermark moves over an event with several handlers. Raises `Fenced` when rows say that another
+        process is done with one of them: `known` has those of this process. Call it after `move`, which waits for
+        whoever has written such rows and not committed yet."""
+        if not moves:
+            return
+        rows = await connection.execute(
+            sa.select(partials.c.bucket, partials.c.position, partials.c.handler).where(
+                partials.c.service == self._service, partials.c.log == str(self._log), partials.c.bucket.in_(moves)
+            )
+        )
+        for bucket, position, handler in rows:
+            old, new = moves[bucket]
+            at, handlers = known.get(bucket, (-1, frozenset()))
+            if old < position <= new and (position != at or handler not in handlers):
+                raise Fenced(
+                    f"service {self._service!r}: another process has handled position {position} with {handler!r}; "
+                    "joining again"
+                )
+
     async def forget_parts(self, connection: AsyncConnection, moves: Mapping[int, int]) -> None:
         """All handlers are done with what these buckets had up to these positions."""
         for bucket, position in moves.items():

@@ -40,7 +40,9 @@ class Notebook:
         with suppress(OSError):  # a folder that cannot be written: the database will say so
             if self._path is not None:
                 with open(self._path, "w+b") as file:
-                    file.truncate(self._size)
+                    # With its blocks: to write to a mapped page that the disk has no room for ends the process.
+                    file.write(bytes(self._size))
+                    file.flush()
                     self._file = mmap.mmap(file.fileno(), self._size)
 
     @property

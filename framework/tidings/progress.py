@@ -39,6 +39,8 @@ class Batch:
     """Bucket to its new watermark: that of its last item, because items of one bucket finish in order."""
     parts: dict[int, list[Item]] = field(default_factory=dict)
     """Bucket to items whose event still waits for other handlers."""
+    shared: set[int] = field(default_factory=set)
+    """Buckets in which several handlers of one event have finished together."""
     late: dict[Late, int] = field(default_factory=dict)
     """What handlers that are behind have done: to which position each span moves."""
     ended: list[Span] = field(default_factory=list)
@@ -60,8 +62,8 @@ class Batch:
         if item.held is None:
             if item.plain:
                 self.moves[item.bucket] = item.event.position
-                if self.parts:
-                    self.parts.pop(item.bucket, None)
+                if self.parts and self.parts.pop(item.bucket, None) is not None:
+                    self.shared.add(item.bucket)
             elif item.late is None:
                 self.parts.setdefault(item.bucket, []).append(item)
             elif item.ends:
@@ -86,8 +88,10 @@ class Progress:
         self._held = held
         self._clock = clock
         self._watermarks = dict(remembered.watermarks)
-        self._parts = dict(remembered.partial_at)
-        """Bucket to the position of an event of which rows say that some handlers are done."""
+        self._parts = {
+            bucket: (at, frozenset(remembered.partial.get(at, ()))) for bucket, at in remembered.partial_at.items()
+        }
+        """Bucket to the position of an event of which rows say that some handlers are done, and to these handlers."""
         self.floor = self._stored_floor = remembered.floor
         """Everything up to here is settled (durably at most a second later)."""
         self._stored_at = clock()
@@ -124,6 +128,10 @@ class Progress:
             marks = {bucket: self._watermarks[bucket] for bucket in batch.parts}
             moves = {bucket: (at, at) for bucket, at in marks.items()} | moves
         await inbox.move(connection, moves)
+        if batch.shared or self._parts:
+            # The watermark does not tell that another process is done with some handlers of an event: its rows do.
+            steps = {b: moves[b] for b in batch.moves if b in batch.shared or b in self._parts}
+            await inbox.check_parts(connection, steps, self._parts)
         if self._parts:
             passed = {bucket: at for bucket, at in batch.moves.items() if bucket in self._parts}
             await inbox.forget_parts(connection, passed)
@@ -169,7 +177,10 @@ class Progress:
             for bucket in batch.moves:
                 self._parts.pop(bucket, None)
         for bucket, items in batch.parts.items():
-            self._parts[bucket] = items[-1].event.position
+            at = items[-1].event.position
+            before, handlers = self._parts.get(bucket, (-1, frozenset()))
+            done = frozenset(item.handler.name for item in items if item.event.position == at)
+            self._parts[bucket] = (at, handlers | done if before == at else done)
 
 
 def _postponed(items: Iterable[Item]) -> list[HeldEvent]:

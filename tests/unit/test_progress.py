@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
 
-from tidings.database import Database, dead, open_database, staged, watermarks
+from tidings.database import Database, dead, open_database, partials, staged, watermarks
 from tidings.errors import Fenced
 from tidings.handlers import Handler, Retry
 from tidings.held import HeldEvent, HeldRows
@@ -130,3 +132,45 @@ async def test_a_staged_event_that_two_processes_give_up_is_one_dead_letter(data
     async with database.reading() as connection:
         assert await connection.scalar(sa.select(sa.func.count()).select_from(staged)) == 0
         assert list(await connection.scalars(sa.select(dead.c.event_id))) == [str(waiting.event.id)]
+
+
+HANDLERS = ("first", "slow", "second", "third")
+
+
+def shared(position: int, *names: str) -> Batch:
+    """These handlers, of the event's four, have finished."""
+    batch = Batch()
+    for name in names:
+        handler = replace(item(position).handler, name=name)
+        batch.finish(Item(event(position), BUCKET, handler, None, more=name != HANDLERS[-1]))
+    return batch
+
+
+@pytest.mark.parametrize("known", range(3))
+@pytest.mark.parametrize("theirs", range(1, 4))
+async def test_what_another_process_is_done_with_is_not_done_again_by_who_finishes_the_event(
+    database: Database, known: int, theirs: int
+) -> None:
+    """Both know the same handlers to be done; the other one goes on, and this one believes that it is alone."""
+    ours = await Process(database).join()
+    if known:
+        await ours.commit(shared(5, *HANDLERS[:known]))
+    other = await Process(database).join()
+    if theirs > known:
+        await other.commit(shared(5, *HANDLERS[known:theirs]))
+        with pytest.raises(Fenced, match="another process has handled position 5"):
+            await ours.commit(shared(5, *HANDLERS[known:]))
+        again = await Process(database).join()
+        await again.commit(shared(5, *HANDLERS[theirs:]))
+    else:
+        await ours.commit(shared(5, *HANDLERS[known:]))
+    async with database.reading() as connection:
+        assert (await connection.execute(sa.select(partials))).all() == []
+
+
+async def test_who_was_alone_finishes_events_with_several_handlers_in_any_portions(database: Database) -> None:
+    ours = await Process(database).join()
+    for position, cut in enumerate([(4,), (1, 4), (2, 4), (1, 2, 3, 4), (4,)]):
+        for begin, end in pairwise((0, *cut)):
+            await ours.commit(shared(position, *HANDLERS[begin:end]))
+    assert await ours.inbox.settled(BUCKET) == 4
