@@ -9,7 +9,7 @@ rollback, and two versions of a service side by side lose nothing and do nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,13 +21,24 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
-from tidings.roster import BEHIND, PAST, SKIPPED, Span, under_one_name
+from tidings.roster import BEHIND, PAST, SKIPPED, Span, successors, under_one_name
 
 if TYPE_CHECKING:
     from tidings.handlers import Handler
     from tidings.service import Service
 
-__all__ = ["Enrolled", "Enrolment", "Record", "enrol", "read_records", "sent_back", "wanted"]
+__all__ = [
+    "Begun",
+    "Enrolled",
+    "Enrolment",
+    "Record",
+    "by_present_name",
+    "enrol",
+    "names_of",
+    "read_records",
+    "sent_back",
+    "wanted",
+]
 
 log = structlog.get_logger("tidings.enrolment")
 
@@ -65,6 +76,19 @@ class Record(NamedTuple):
     since: int
     """What the service had settled up to this position was not given to it; -1 for one that has been there always."""
     seen_at: datetime
+
+
+def by_present_name(noted: Mapping[str, Begun], handlers: Iterable[Handler]) -> dict[str, Begun]:
+    """Return what is noted of handlers, with those that the code has under another name under their present one."""
+    now = successors({name: begun.was for name, begun in noted.items()}, handlers)
+    others = {now.get(name, name): begun for name, begun in noted.items()}
+    return others | {name: begun for name, begun in noted.items() if now.get(name, name) == name}
+
+
+def names_of(handler: Handler, noted: Mapping[str, Begun], handlers: Iterable[Handler]) -> frozenset[str]:
+    """Return all names of a handler: those that it declares, and those of the version that was at work before."""
+    now = successors({name: begun.was for name, begun in noted.items()}, handlers)
+    return handler.names.union(name for name in noted if now.get(name) == handler.name)
 
 
 def wanted(handler: Handler) -> int | None:
@@ -244,11 +268,15 @@ class Enrolment:
         return old._replace(since=after)
 
     async def _rename(self, before: Since, known: Mapping[str, Record]) -> Since:
-        """Whatever was noted under a former name of a handler is noted under its present one."""
-        renames = {former: handler.name for handler in self._service.named.values() for former in handler.was}
-        for handler in self._service.named.values():
-            if handler.was:
-                await self._unite(handler, joined=handler.name in before)
+        """Whatever was noted under another name of a handler is noted under its present one. That is a former name, or
+        when a deploy is rolled back, the one that the deploy gave it."""
+        handlers = self._service.named.values()
+        renames: dict[str, str] = {}
+        for handler in handlers:
+            names = names_of(handler, before, handlers)
+            renames |= dict.fromkeys(names - {handler.name}, handler.name)
+            if len(names) > 1:
+                await self._unite(handler.name, names, before)
         for former, name in renames.items():
             for table in (held, partials, dead):
                 this = (*self._of(table), self._in_range(table), table.c.handler == former)
@@ -264,15 +292,15 @@ class Enrolment:
                 await self._connection.execute(table.update().where(*this, *unique).values(handler=name))
             if former in known:
                 await self._record(name, known[former].since)
-        return {renames.get(name, name): begun for name, begun in before.items()}
+        return by_present_name(before, handlers)
 
-    async def _unite(self, handler: Handler, *, joined: bool) -> None:
+    async def _unite(self, name: str, names: Collection[str], before: Since) -> None:
         """What was noted of the handler under several names is noted under one."""
-        rows = [row for name in sorted(handler.names) for row in await self._spans(name)]
-        united = under_one_name(rows, handler.name, handler.was, joined=joined)
+        rows = [row for each in sorted(names) for row in await self._spans(each)]
+        united = under_one_name(rows, name, [each for each in before if each in names])
         if sorted(rows) == sorted(united):
             return
-        theirs = (*self._of(spans), self._in_range(spans), spans.c.handler.in_(handler.names))
+        theirs = (*self._of(spans), self._in_range(spans), spans.c.handler.in_(names))
         await self._connection.execute(spans.delete().where(*theirs))
         if united:
             await self._connection.execute(spans.insert(), [self._own | row._asdict() for row in united])

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import spans
-from tidings.enrolment import wanted
+from tidings.enrolment import Begun, by_present_name, names_of, wanted
 from tidings.partitions import Range, ranges_of
 from tidings.report import HandlerReport
 from tidings.roster import SKIPPED, Span, under_one_name
@@ -27,21 +27,30 @@ __all__ = ["read_handlers", "read_spans"]
 
 
 async def read_spans(connection: AsyncConnection, service: Service, log: UUID) -> list[Span]:
-    """What handlers are behind, or were not given; what is noted under a former name counts as the present one's."""
+    """What handlers are behind, or were not given; what is noted under another name of a handler counts as the
+    present one's."""
     columns = [spans.c[column] for column in Span._fields]
     found = await connection.execute(
         sa.select(*columns).where(spans.c.service == service.name, spans.c.log == str(log)).order_by(spans.c.bucket)
     )
     rows = [Span(*row) for row in found]
-    renamed = [handler for handler in service.named.values() if handler.was] if rows else []
-    if renamed:
-        ranges = await ranges_of(connection, service.name, log)
-        noted = {name for part in ranges if part.handlers is not None for name in json.loads(part.handlers)}
-        for handler in renamed:
-            others = [row for row in rows if row.handler not in handler.names]
-            joined = handler.name in noted
-            rows = [*others, *under_one_name(rows, handler.name, handler.was, joined=joined)]
+    if not rows:
+        return []
+    handlers = service.named.values()
+    for part in await ranges_of(connection, service.name, log):
+        noted = _noted(part)
+        for handler in handlers:
+            names = names_of(handler, noted, handlers)
+            if len(names) > 1:
+                mine = [row for row in rows if row.handler in names and part.first <= row.bucket <= part.last]
+                united = under_one_name(mine, handler.name, [name for name in noted if name in names])
+                rows = [*(row for row in rows if row not in mine), *united]
     return rows
+
+
+def _noted(part: Range) -> dict[str, Begun]:
+    """Return the handlers that the range's events are given to."""
+    return {name: Begun(*begun) for name, begun in json.loads(part.handlers or "{}").items()}
 
 
 def read_handlers(
@@ -51,7 +60,8 @@ def read_handlers(
     of: dict[str, list[Span]] = {}
     for span in found:
         of.setdefault(span.handler, []).append(span)
-    noted = [json.loads(part.handlers) for part in ranges if part.handlers is not None]
+    handlers = service.named.values()
+    noted = [by_present_name(_noted(part), handlers) for part in ranges if part.handlers is not None]
     reports = []
     for name, handler in service.named.items():
         mine = of.pop(name, [])
@@ -69,17 +79,17 @@ def read_handlers(
 def _judge(
     report: HandlerReport,
     handler: Handler,
-    noted: Sequence[dict[str, list[int | None]]],
+    noted: Sequence[dict[str, Begun]],
     highest: int,
     mine: Sequence[Span],
 ) -> None:
     after = wanted(handler)
     for begun in noted:
-        known = next((begun[name] for name in (handler.name, *handler.was) if name in begun), None)
+        known = begun.get(handler.name)
         if known is None:
             report.state = "to begin"
             report.needs_past |= highest >= 0 and (any(s.open for s in mine) or (after is not None and highest > after))
-        elif after is not None and (known[0] is None or after < known[0]) and report.skipped_upto > after:
+        elif after is not None and (known.since is None or after < known.since) and report.skipped_upto > after:
             report.state, report.needs_past = "to begin", True
     if report.state == "at work" and (behind := [span.done for span in mine if span.open]):
         report.state, report.done_upto = "catching up", min(behind)

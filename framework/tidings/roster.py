@@ -8,11 +8,12 @@ on their own (`tidings.catchup`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from math import inf
 from typing import Final, NamedTuple
 
 from tidings.handlers import Handler
 
-__all__ = ["BEHIND", "PAST", "SKIPPED", "Partial", "Roster", "Span", "under_one_name"]
+__all__ = ["BEHIND", "PAST", "SKIPPED", "Partial", "Roster", "Span", "successors", "under_one_name"]
 
 Partial = Mapping[int, Mapping[str, bool]]
 """Position to the handlers that are done with the event there; True for one that a replay has run again."""
@@ -45,31 +46,56 @@ class Span(NamedTuple):
         return position > self.done and (self.kind == BEHIND or position <= self.upto)
 
 
-def under_one_name(spans: Iterable[Span], name: str, former: Collection[str], *, joined: bool) -> list[Span]:
-    """The spans of a handler that has, or had, several names, as spans of `name`.
+def successors(noted: Mapping[str, Collection[str]], handlers: Iterable[Handler]) -> dict[str, str]:
+    """Return the present name of each noted handler that the code still has, under whatever name.
 
-    `joined`: it has already been given events under `name`. What it did under a former name before is then no more to
-    be given, and was not skipped; that it is behind under the former name says only how far it came with it.
+    `noted` are the handlers of the version that was at work before, with their former names. A handler goes on under a
+    new name that says what it `was`, and under a former one when a deploy that renamed it is rolled back.
     """
-    found: dict[tuple[int, str], Span] = {}
-    before: dict[int, int] = {}
-    theirs: list[Span] = []
+    present = {name: handler.name for handler in handlers for name in handler.names}
+    found: dict[str, str] = {}
+    for name, was in noted.items():
+        back = (present[former] for former in reversed([*was]) if former in present and present[former] not in noted)
+        if (now := present.get(name) or next(back, None)) is not None:
+            found[name] = now
+    return found
+
+
+_Missing = tuple[int, float, str]
+"""What a handler did not do under one of its names: above a position, up to another, and the kind of the span."""
+
+
+def under_one_name(spans: Iterable[Span], name: str, at_work: Collection[str]) -> list[Span]:
+    """Return the spans of a handler, noted under several of its names, as spans of `name`.
+
+    What it did under any of its names is done. Of what it did under none, a past that was asked for is still to be
+    given; and where it was to begin later under one of them, it was not given the rest. `at_work` are the names under
+    which it was given events last: without spans, everything is done under them.
+    """
+    buckets: dict[int, dict[str, list[_Missing]]] = {}
     for span in spans:
-        if span.handler == name:
-            found[span.bucket, span.kind] = span
-        elif span.handler in former:
-            theirs.append(span)
-            if span.kind == BEHIND and joined:
-                before[span.bucket] = max(span.done, before.get(span.bucket, -1))
-    for place, span in list(found.items()):
-        if (done := before.get(span.bucket, -1)) > span.done:
-            found[place] = span._replace(done=done)
-            if span.kind != BEHIND and done >= span.upto:
-                del found[place]
-    for span in theirs:
-        if span.kind != BEHIND or not joined:
-            found.setdefault((span.bucket, span.kind), span._replace(handler=name))
-    return list(found.values())
+        end = inf if span.kind == BEHIND else span.upto
+        buckets.setdefault(span.bucket, {}).setdefault(span.handler, []).append((span.done, end, span.kind))
+    united: list[Span] = []
+    for bucket, of in buckets.items():
+        missing, *others = (of.get(each, []) for each in {**of, **dict.fromkeys(at_work)})
+        for other in others:
+            missing = [both for one in missing for two in other if (both := _both(one, two)) is not None]
+        found: dict[str, Span] = {}
+        for done, end, kind in missing:
+            span = Span(bucket, name, kind, done, -1 if end == inf else int(end))
+            if (known := found.get(kind)) is not None:  # a table has one of each kind
+                span = span._replace(done=min(done, known.done), upto=max(span.upto, known.upto))
+            found[kind] = span
+        united.extend(found.values())
+    return united
+
+
+def _both(one: _Missing, two: _Missing) -> _Missing | None:
+    done, end = max(one[0], two[0]), min(one[1], two[1])
+    kinds = {one[2], two[2]}
+    kind = next(kind for kind in (PAST, SKIPPED, BEHIND) if kind in kinds)
+    return (done, end, kind) if done < end else None
 
 
 class Roster:

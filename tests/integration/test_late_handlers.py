@@ -150,6 +150,45 @@ async def test_a_former_name_that_is_said_later_counts_from_the_beginning(tmp_pa
         assert await count(said, spans) == 0
 
 
+async def test_a_rename_that_is_rolled_back_and_deployed_again_runs_nothing_twice(tmp_path: Path) -> None:
+    old, new = service("first", "second"), service("first", "third", was=("second",))
+    for number in range(6):
+        version = (old, new)[number % 2]
+        async with embedded(tmp_path, version, relay=False) as world:
+            report = await world.report()
+            assert report.services[0].handlers == []
+        await live(tmp_path, version, *EVENTS[20 * number : 20 * number + 20])
+    async with embedded(tmp_path, old, relay=False) as world:
+        assert (await world.report()).services[0].handlers == []
+        both = [*(await done(old, "second")).items(), *(await done(old, "third")).items()]
+        numbers = {key: sorted(n for of, some in both if of == key for n in some) for key in by_key(EVENTS)}
+        assert numbers == by_key(EVENTS)
+        assert await count(old, spans) == 0
+
+
+async def test_what_a_renamed_handler_holds_is_its_own_after_a_rollback(tmp_path: Path) -> None:
+    def version(name: str, *was: str, broken: bool) -> Service:
+        made = Service("late", tables=tables)
+
+        @made.on(Happened, name=name, was=was, retry=Retry(attempts=1, hold=Hold(attempts=99, delay=0.05, factor=1)))
+        async def handle(event: Happened, session: AsyncSession) -> None:
+            await session.execute(sa.insert(audit).values(key="k", n=event.n))
+            if broken and event.n == 1:
+                raise RuntimeError("not yet")
+
+        return made
+
+    new = version("new", "old", broken=True)
+    async with embedded(tmp_path, new) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(4)))
+        await until(lambda: _number(new, held, 3))
+    old = version("old", broken=False)
+    async with embedded(tmp_path, old) as world:
+        await world.append(Happened(key="k", n=4))
+        await world.settled()
+        assert await rows(old) == [("k", n) for n in range(5)]
+
+
 async def test_a_past_may_be_added_later(tmp_path: Path) -> None:
     await live(tmp_path, service("first"), *OLD)
     await live(tmp_path, service("first", "second"), *EVENTS[60:90])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings.handlers import Handler, Retry
-from tidings.roster import BEHIND, PAST, SKIPPED, Roster, Span, under_one_name
+from tidings.roster import BEHIND, PAST, SKIPPED, Roster, Span, successors, under_one_name
 
 POSITIONS = range(12)
 
@@ -67,7 +69,7 @@ def test_a_handler_that_was_to_begin_later_is_given_nothing_before() -> None:
 @given(st.integers(-1, 10), st.integers(-1, 10))
 def test_what_was_done_under_a_former_name_was_not_skipped(left: int, begun: int) -> None:
     spans = [Span(0, "old", BEHIND, left, -1), Span(0, "new", SKIPPED, -1, begun)]
-    united = under_one_name(spans, "new", ["old"], joined=True)
+    united = under_one_name(spans, "new", ["new"])
     for position in POSITIONS:
         skipped = any(span.covers(position) for span in united)
         assert skipped is (left < position <= begun), (
@@ -77,10 +79,48 @@ def test_what_was_done_under_a_former_name_was_not_skipped(left: int, begun: int
 
 @given(st.integers(-1, 10))
 def test_a_handler_that_left_under_its_former_name_goes_on_there_under_the_new_one(left: int) -> None:
-    spans = [Span(0, "old", BEHIND, left, -1), Span(0, "other", BEHIND, 3, -1)]
-    assert under_one_name(spans, "new", ["old"], joined=False) == [Span(0, "new", BEHIND, left, -1)]
+    spans = [Span(0, "old", BEHIND, left, -1)]
+    assert under_one_name(spans, "new", []) == [Span(0, "new", BEHIND, left, -1)]
 
 
 def test_what_it_was_not_given_under_its_first_name_it_was_not_given() -> None:
     spans = [Span(0, "old", SKIPPED, -1, 3), Span(0, "old", BEHIND, 9, -1), Span(0, "new", SKIPPED, -1, 9)]
-    assert under_one_name(spans, "new", ["old"], joined=True) == [Span(0, "new", SKIPPED, -1, 3)]
+    assert under_one_name(spans, "new", ["new"]) == [Span(0, "new", SKIPPED, -1, 3)]
+
+
+def names(name: str, *was: str) -> Handler:
+    return replace(handler(name), was=was)
+
+
+def test_a_rename_that_is_rolled_back_is_the_same_handler_and_so_is_one_that_comes_again() -> None:
+    assert successors({"tell": ()}, [names("inform", "tell")]) == {"tell": "inform"}
+    assert successors({"inform": ("tell",)}, [names("tell")]) == {"inform": "tell"}
+    assert successors({"third": ("first", "second")}, [names("second", "first")]) == {"third": "second"}
+    assert successors({"third": ("first", "second")}, [names("first")]) == {"third": "first"}
+
+
+def test_who_is_there_already_is_nobody_elses_successor() -> None:
+    assert successors({"inform": ("tell",), "tell": ()}, [names("tell")]) == {"tell": "tell"}
+    assert successors({"inform": ()}, [names("tell")]) == {}
+
+
+spans_of = st.fixed_dictionaries(
+    {BEHIND: st.none() | st.integers(-1, 10), SKIPPED: st.none() | st.integers(0, 10), PAST: st.none()}
+)
+
+
+@given(st.lists(spans_of, min_size=1, max_size=3), st.sets(st.integers(0, 2)))
+def test_done_under_any_of_its_names_is_done_and_nothing_else(notes: list[dict[str, int | None]], at: set[int]) -> None:
+    spans = []
+    for number, note in enumerate(notes):
+        for kind, position in note.items():
+            if position is not None:
+                done, upto = (position, -1) if kind == BEHIND else (-1, position)
+                spans.append(Span(0, str(number), kind, done, upto))
+    noted = {span.handler for span in spans} | {str(number) for number in at}
+    united = under_one_name(spans, "new", [str(number) for number in at])
+    assert {span.handler for span in united} <= {"new"}
+    assert len({span.kind for span in united}) == len(united)
+    for position in POSITIONS if spans else ():
+        missing = all(any(s.covers(position) for s in spans if s.handler == name) for name in noted)
+        assert any(span.covers(position) for span in united) is missing
