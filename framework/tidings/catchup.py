@@ -85,6 +85,8 @@ class CatchUp:
     async def _read(self, reached: int, head: int) -> int:
         dispatcher, offered = self._dispatcher, self._clock()
         async for event in self._store.read_all(after=reached, filter=CARRIED):
+            if self._is_stale:  # what it came to is said of the spans that were read anew, or that nobody has read yet
+                return reached
             position = event.position
             if position > head:
                 break

@@ -1,0 +1,91 @@
+"""The past of handlers that are behind: what is read, given and said to be done, with the log and the lanes by hand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from tidings.catchup import PROGRESS_SECONDS, CatchUp
+from tidings.handlers import Handler, Retry
+from tidings.position import BUCKETS, Accepted
+from tidings.roster import BEHIND, Roster, Span
+from tidings.stores import RecordedEvent
+from tidings.work import Step
+
+HEAD = 6
+LATE = Handler("late", lambda: None, (), (), Retry(), 1.0, threaded=True)
+
+
+def behind(after: int) -> list[Span]:
+    return [Span(bucket, "late", BEHIND, after, -1) for bucket in range(BUCKETS)]
+
+
+class Lanes:
+    """What the dispatcher is told."""
+
+    full = False
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+        self.given: list[int] = []
+        self.caught: list[int] = []
+
+    async def taken_over(self, generation: int) -> None: ...
+
+    def submit_late(self, event: RecordedEvent, *rest: Any) -> None:
+        self.given.append(event.position)
+
+    def settle(self, step: Step) -> None:
+        self.caught.append(step.caught)
+
+    def end_span(self, span: Span) -> None: ...
+
+
+class Log:
+    """Before it gives the event at a position, it does what `at` says."""
+
+    def __init__(self, at: dict[int, Any]) -> None:
+        self._at = at
+
+    async def head(self) -> int:
+        return HEAD
+
+    async def read_all(self, *, after: int, **rest: Any) -> AsyncIterator[RecordedEvent]:
+        for position in range(after + 1, HEAD + 1):
+            for do in self._at.get(position, ()):
+                do()
+            yield RecordedEvent(position, f"s-{position}", 0, "T", b"{}", b"{}", True, bytes(16), 1)
+
+
+async def catch_up(*at: tuple[int, Any]) -> tuple[list[int], list[int]]:
+    """One reading; every event takes long enough for its progress to be noted."""
+    roster, seconds = Roster(lambda kind: (LATE,), {}), [0.0]
+    roster.read({}, behind(-1))
+
+    def take_time() -> None:
+        seconds[0] += PROGRESS_SECONDS
+
+    doing: dict[int, list[Any]] = {position: [take_time] for position in range(HEAD + 1)}
+    for position, do in at:
+        doing[position].append(partial(do, roster))
+    lanes = Lanes(roster)
+    store: Any = Log(doing)
+    dispatcher: Any = lanes
+    catching = CatchUp("s", store, Accepted(range(BUCKETS), 100, {}), dispatcher, clock=lambda: seconds[0])
+    catching._generation = roster.generation
+    reached = await catching._read(-1, HEAD)
+    assert (reached == HEAD) is (not catching._is_stale)
+    return lanes.given, lanes.caught
+
+
+async def test_everything_is_given_and_said_to_be_done_in_order() -> None:
+    assert await catch_up() == ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6])
+
+
+async def test_nothing_is_said_to_be_done_once_another_process_may_have_been_at_work() -> None:
+    assert await catch_up((3, lambda roster: roster.renew({}))) == ([0, 1, 2], [0, 1, 2])
+
+
+async def test_nothing_is_given_or_said_to_be_done_of_spans_that_were_read_anew() -> None:
+    assert await catch_up((3, lambda roster: roster.read({}, behind(1)))) == ([0, 1, 2], [0, 1, 2])
