@@ -159,8 +159,13 @@ class Enrolment:
         await self._connection.execute(marks.values(replays=watermarks.c.replays + 1))
 
     async def leave(self, name: str, settled: Mapping[int, int]) -> None:
-        """The code does not have the handler any more: it is behind from here on, should it come back."""
-        await self._add(name, BEHIND, settled)
+        """The code does not have the handler any more: it is behind from here on, should it come back. In a bucket
+        whose next event waits for other handlers only, this one is done with that event already."""
+        part = (*self._of(partials), self._in_range(partials), partials.c.handler == name, ~partials.c.again)
+        columns = (partials.c.bucket, sa.func.max(partials.c.position).label("position"))
+        done = await self._connection.execute(sa.select(*columns).where(*part).group_by(partials.c.bucket))
+        further = {row.bucket: row.position for row in done}
+        await self._add(name, BEHIND, {at: max(position, further.get(at, -1)) for at, position in settled.items()})
         log.warning("handler.left", service=self._service.name, handler=name, advice="if it comes back, it goes on")
 
     def _is_unchanged(self, before: Since) -> bool:

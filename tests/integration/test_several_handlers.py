@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -142,6 +143,40 @@ async def test_a_handler_that_left_while_an_event_waited_for_another_leaves_noth
         await world.append(Happened(key="k0", n=1))
         await world.settled()
         assert await effects(alone) == {"first k0": [0, 1]}
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["there before", "added by the deploy"])
+async def test_a_handler_that_left_when_it_was_done_with_an_event_that_waited_for_another_is_not_given_it_again(
+    tmp_path: Path, added: bool
+) -> None:
+    def without_first() -> Service:
+        service = Service("pair", tables=tables)
+
+        @service.on(Happened)
+        async def tell(event: Happened) -> None:
+            told.append(event.n)
+
+        return service
+
+    told = list[int]()
+    if added:
+        async with embedded(tmp_path, without_first()) as world:
+            await world.append(Happened(key="k0", n=7))
+            await world.settled()
+    pair = Pair()
+    pair.open.clear()
+    async with embedded(tmp_path, pair.service) as world:
+        await world.append(Happened(key="k0"))
+        await until(lambda: _number(pair.service, partials, 1))
+    async with embedded(tmp_path, without_first()) as world:
+        await world.append(Happened(key="k0", n=1))
+        await world.settled()
+        assert told[-2:] == [0, 1]
+    back = Pair()
+    async with embedded(tmp_path, back.service) as world:
+        await world.append(Happened(key="k0", n=2))
+        await world.settled()
+        assert (await effects(back.service))["first k0"] == [0, 1, 2]
 
 
 async def test_on_any_is_given_every_event_whether_it_is_declared_or_not(tmp_path: Path) -> None:
