@@ -129,9 +129,10 @@ class Commits:
         self.batch.doubted.append(item)
         self._wake.set()
 
-    def noted(self, position: int) -> None:
-        """An event that was noted before it was run has ended."""
-        self.batch.noted.append(position)
+    def noted(self, position: int, times: int) -> None:
+        """An event that was noted before it was run has ended. Its note is to count so many unclean ends from now on;
+        0 for no note."""
+        self.batch.noted[position] = times
         self._wake.set()
 
     def wake(self) -> None:

@@ -90,7 +90,9 @@ class Caution:
         """Events that this process has taken to note them, until their notes are forgotten."""
         self._found: dict[int, int] = {}
         """Notes that another process left, position to number of unclean ends, until this one has survived the
-        event."""
+        event in each of its handlers."""
+        self._survived: dict[int, set[str]] = {}
+        """By position of a suspect: handlers that have been run and have not ended the process."""
         self._noted_once: set[int] = set()
         """Every event that this process has noted: another process that took over counted an unclean end with it under
         way, and this one knows better."""
@@ -145,6 +147,7 @@ class Caution:
             if at not in own and at not in besides
         }
         self._found = left | {at: times for at, times in self._found.items() if at in own}
+        self._survived.clear()
         self._left = events if blind else 0
         self.informed = True
         self._look()
@@ -172,9 +175,13 @@ class Caution:
         alone = any(at in self._found and self._own[at].stage is not _Stage.ENDED for at in young)
         return LOOK_SECONDS if alone or len(young) >= ROOM else 0.0
 
-    def wants(self, position: int) -> bool:
-        """Whether the event is noted before it is run."""
-        return position in self._found or self._left > 0
+    def wants(self, position: int, handler: str = "") -> bool:
+        """Whether the event is noted before it is run by this handler."""
+        return self._left > 0 or (position in self._found and handler not in self._survived.get(position, ()))
+
+    def times(self, position: int) -> int:
+        """Return the unclean ends that the event's note is to count while it is not under way: 0 for no note."""
+        return self._found.get(position, 0)
 
     def taken(self, position: int, bucket: int) -> None:
         """It is about to be noted and run."""
@@ -206,10 +213,16 @@ class Caution:
         own.stage, own.times = _Stage.NOTED, self._found.get(position, 0) + 1
         return own.bucket, own.times
 
-    def ended(self, position: int) -> bool:
-        """It ended in whatever way but the process's end. True when the next commit is to forget its note; then tell
-        `cleared` after that commit."""
-        found = self._found.pop(position, None)
+    def ended(self, position: int, handler: str = "", others: Collection[str] = (), *, ran: bool = True) -> bool:
+        """It ended in this handler in whatever way but the process's end. `others` are handlers that may run it still:
+        until they have, or when it was not even run, a suspect stays one. True when the next commit is to forget its
+        note, or to have it count `times`; then tell `cleared` after that commit."""
+        found = self._found.get(position)
+        if found is not None and ran:
+            survived = self._survived.setdefault(position, set())
+            survived.add(handler)
+            if survived.issuperset(others):
+                del self._found[position], self._survived[position]
         own = self._own.get(position)
         if own is None:
             if found is None:

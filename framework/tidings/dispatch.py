@@ -249,7 +249,7 @@ class Dispatcher:
         # Where there is work of an earlier connection at hand, it is of the handlers that were known then.
         fresh = self.idle or not self.roster.known
         for position in await self._guard.take_over():
-            self._commits.noted(position)
+            self._commits.noted(position, self._caution.times(position))
         await self._enrol(fresh)
         self.stager.begin()
         await self._revival.renew()
@@ -300,7 +300,7 @@ class Dispatcher:
                 failure, times = troubles.crashed[item.event.position]
                 troubles.attempts[item.turn] = times - 1
                 self._fail(item, failure)
-            elif caution.alert and caution.wants(item.event.position):
+            elif caution.alert and caution.wants(*item.turn):
                 self._guard.give(item)
             else:
                 self._give_out(item)
@@ -322,10 +322,12 @@ class Dispatcher:
         else:
             self._workers.give(item)
 
-    def _survived(self, position: int) -> None:
-        """Whatever came of the attempt: it did not end the process."""
-        if self._caution.ended(position):
-            self._commits.noted(position)
+    def _survived(self, item: Item, *, ran: bool = True) -> None:
+        """Whatever came of the attempt, if there was one: it did not end the process."""
+        position, name = item.turn
+        handlers = () if item.plain else self._service.handlers_of(item.event.type)
+        if self._caution.ended(position, name, [other.name for other in handlers], ran=ran):
+            self._commits.noted(position, self._caution.times(position))
 
     async def run(self) -> None:
         """Until cancelled, or until the database, the store or another process ends it with an error."""
@@ -446,7 +448,7 @@ class Dispatcher:
         del self.working[position]
         self._guard.notebook.end(position)
         if self._caution.alert and not cut_off:  # an attempt that was cut off has not shown what it does
-            self._survived(position)
+            self._survived(item)
 
     # ---- what came of it ---------------------------------------------------------------
 
@@ -511,11 +513,11 @@ class Dispatcher:
                 item.wait(tried=tried)
             else:
                 item.wait(f"waits until handler {item.handler.name!r} succeeds again: {breaker.reason}", tried)
-            self._finish(item)
+            self._finish(item, ran=False)
         else:
             self._keys.left(item.held)
             self._revival.landed(item.held)
-            self._survived(item.event.position)
+            self._survived(item, ran=False)
             self._end_trial(item)
             self._lanes.finish(item.bucket)
             self._busy -= 1
@@ -523,10 +525,10 @@ class Dispatcher:
             self._pump()
         return True
 
-    def _finish(self, item: Item) -> None:
+    def _finish(self, item: Item, *, ran: bool = True) -> None:
         """Its lane goes on; the item waits for the commit."""
         if self._caution.alert:
-            self._survived(item.event.position)
+            self._survived(item, ran=ran)
         if self._commits.batch.finish(item):
             self._keys.ended(item)
         self._end_trial(item)

@@ -51,8 +51,9 @@ class Batch:
     """Staged events that are in the store."""
     never: list[tuple[UUID, Letter]] = field(default_factory=list)
     """Staged events that can never be appended."""
-    noted: list[int] = field(default_factory=list)
-    """Positions of events that were noted before they were run, and have ended (`tidings.crashes`)."""
+    noted: dict[int, int] = field(default_factory=dict)
+    """Events that were noted before they were run, and have ended (`tidings.crashes`): position to the unclean ends
+    that the note is to count, 0 for no note."""
     doubted: list[Item] = field(default_factory=list)
     """An attempt at them failed, perhaps because another process has done them. They are not finished by that."""
 
@@ -156,7 +157,8 @@ class Progress:
         skipped = [item for item in batch.notable if item.letter is not None and item.letter.reason == SKIPPED]
         await inbox.skipped(connection, [item.event.position for item in skipped if not item.more])
         await inbox.unstage(connection, batch.appended)
-        await inbox.forget_notes(connection, batch.noted)
+        await inbox.forget_notes(connection, [at for at, times in batch.noted.items() if not times])
+        await inbox.count_notes(connection, {at: times for at, times in batch.noted.items() if times})
         if floor_is_due:
             self._stored_floor, self._stored_at = self.floor, self._clock()
             await inbox.raise_floor(connection, self.floor)

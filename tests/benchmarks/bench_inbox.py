@@ -32,7 +32,7 @@ EVENTS = {"one INSERT": 5_000, "without session": 20_000}
 tables = sa.MetaData()
 effects = sa.Table("effects", tables, sa.Column("number", sa.Integer, primary_key=True), sa.Column("key", sa.String))
 
-OWN = ("move", "raise_floor", "fence", "occupy", "leave", "note", "forget_notes")
+OWN = ("move", "raise_floor", "fence", "occupy", "leave", "note", "forget_notes", "count_notes")
 """What the inbox asks of the database or writes into it while a service is at work."""
 
 

@@ -17,13 +17,14 @@ from tests.integration.embedded import QUICK, Happened, audit, embedded, tables
 from tidings import Service
 
 POISON = 31
-KINDS = ("session", "free", "slow", "leaves", "healed", "rejoins", "late")
+KINDS = ("session", "free", "slow", "leaves", "healed", "rejoins", "late", "second")
 
 
 def mortal(kind: str, folder: Path) -> Service:
     """`session` and `free` kill the process at once, `slow` beside others that are at work; `leaves` hangs, and the
     process ends cleanly; `healed` handles everything; `rejoins` is cut off in the middle first, and kills the process
-    when it is run again. `late` adds a handler that is given the past of the log, and kills the process."""
+    when it is run again. `late` adds a handler that is given the past of the log, and kills the process. With `second`,
+    another handler has each event first, and a third one after it."""
     service = Service("audit", tables=tables)
     service.poisoned = asyncio.Event()  # type: ignore[attr-defined]
 
@@ -57,7 +58,14 @@ def mortal(kind: str, folder: Path) -> Service:
             row = {"key": event.key, "n": event.n, "note": str(event.n)}
             await connection.execute(insert(audit).values(row).on_conflict_do_nothing())
 
-    service.on(Happened, name="handle", retry=QUICK)(without if kind in ("free", "slow", "rejoins") else with_session)
+    async def harmless(event: Happened) -> None: ...
+
+    if kind == "second":
+        service.on(Happened, name="before", retry=QUICK)(harmless)
+    plain = kind in ("free", "slow", "rejoins", "second")
+    service.on(Happened, name="handle", retry=QUICK)(without if plain else with_session)
+    if kind == "second":
+        service.on(Happened, name="behind", retry=QUICK)(harmless)
     if kind == "late":
 
         @service.on(Happened, since="start", retry=QUICK)

@@ -137,6 +137,16 @@ async def test_a_process_that_joins_again_in_the_middle_of_a_suspect_still_suspe
     assert str(reason).startswith("ProcessCrashed: 2 times")
 
 
+async def test_a_handler_that_survives_the_event_does_not_clear_it_for_the_next_one(tmp_path: Path) -> None:
+    await append(tmp_path)
+    assert [await start(tmp_path, "second") for _ in range(crashes() + 1)] == [-9] * crashes() + [0]
+    reasons = await answers(tmp_path, "SELECT reason FROM tidings_dead")
+    assert all(str(reason).startswith("ProcessCrashed: 2 times") for reason in reasons)
+    handlers = await answers(tmp_path, "SELECT handler FROM tidings_dead")
+    assert {"handle", "behind"} <= set(handlers)
+    assert await answers(tmp_path, "SELECT count(*) FROM tidings_begun") == [0]
+
+
 @pytest.mark.sqlite("only a process with its database in a file keeps a notebook beside it")
 async def test_resizing_after_a_crash_leaves_no_notebook_behind(tmp_path: Path) -> None:
     await append(tmp_path)

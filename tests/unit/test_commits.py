@@ -35,7 +35,7 @@ class Progress:
     """Its floor is due at once where it is asked for now, else never."""
 
     def __init__(self) -> None:
-        self.floor = self.stored = -1
+        self.floor = self.stored = self.caught = -1
         self.written_items: list[int] = []
 
     @property

@@ -173,6 +173,33 @@ def test_after_a_rejoin_suspects_that_somebody_has_settled_are_forgotten() -> No
     assert not caution.alert
 
 
+def test_a_suspect_is_cleared_when_each_of_its_handlers_has_survived_it() -> None:
+    caution = Caution(Clock())
+    caution.begin({1: 1}, 2, blind=False)
+    assert note(caution, 1) == 2
+    assert caution.ended(1, "a", ["a", "b"])
+    assert caution.times(1) == 1, "its note counts what was, until the next handler is at work"
+    assert not caution.wants(1, "a")
+    assert caution.wants(1, "b")
+    caution.taken(1, 1)
+    caution.cleared(1)
+    assert (caution.group([1]), caution.note(1)) == ([1], (1, 2)), "alone, and noted again"
+    assert caution.ended(1, "b", ["a", "b"])
+    assert caution.times(1) == 0
+    caution.cleared(1)
+    assert not caution.alert
+
+
+def test_a_suspect_that_was_not_run_stays_one() -> None:
+    caution = Caution(Clock())
+    caution.begin({1: 1}, 2, blind=False)
+    assert note(caution, 1) == 2
+    assert caution.ended(1, "a", ran=False)
+    caution.cleared(1)
+    assert caution.suspects == {1}
+    assert (caution.times(1), caution.wants(1, "a"), caution.holds()) == (1, True, 0)
+
+
 class TwoProcesses(RuleBasedStateMachine):
     """Two cautions over one table of notes, which a queue is given to in turn, at any moment, also while notes and
     forgetting are in transactions under way. Nobody crashes: so nobody is ever condemned, and in the end no note is
