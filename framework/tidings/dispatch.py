@@ -274,6 +274,17 @@ class Dispatcher:
         if self._revival.active.is_set() and not self._stopping:
             self.stager.collect([row for row in rows if row.bucket in self._inbox.buckets], all=all)
 
+    def watch(self, row: StagedEvent, *, alone: bool) -> asyncio.Future[bool] | None:
+        """As `Stager.watch`; None where another process may append the event. `alone`: only this process can be at
+        work, so it will be, even when it has only just joined."""
+        if self._stopping or row.bucket not in self._inbox.buckets or not (alone or self._revival.active.is_set()):
+            return None
+        return self.stager.watch(row.event.id)
+
+    async def until_at_work(self) -> None:
+        """Wait until the bus gives this process events."""
+        await self._revival.active.wait()
+
     def stand_by(self) -> None:
         """The bus gives this process nothing any more: held events are left to the one at work."""
         self._revival.active.clear()

@@ -5,12 +5,14 @@ Whoever is at work appends them: in whichever process, and also after this one h
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from uuid import UUID, uuid4
 
@@ -60,7 +62,9 @@ class RequestSession(AsyncSession):
 class Emit:
     """Stages events of one transaction, in the order of the calls."""
 
-    def __init__(self, service: str, key: str | None) -> None:
+    def __init__(self, service: str, key: str | None, gone: Callable[[Sequence[UUID]], Awaitable[bool]]) -> None:
+        """`gone` says whether none of these events waits for its append any more."""
+        self._gone = gone
         self._service = service
         self._key = key
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -78,7 +82,8 @@ class Emit:
     ) -> UUID:
         """Append `event` to `stream` exactly once, after the transaction has been committed; never, if it is not.
 
-        Events of one partition key are appended in the order of their transactions and calls. Returns the event's id.
+        Events of one partition key are appended in the order of their transactions and calls. Returns the event's id;
+        `await emit.appended()` after the block waits for the append.
         Without a correlation id, all events of the transaction share one. Raises at once what could never be
         appended: `InvalidStreamName`, `EventTooLarge`, `SchemaError`.
         """
@@ -102,6 +107,24 @@ class Emit:
         )
         return identity
 
+    async def appended(self, *, timeout: float = 5.0) -> bool:
+        """Wait, after the block, until no event of this transaction waits for its append, in whichever process; False
+        after `timeout` seconds.
+
+        An event that the store refuses for good waits no more, either: it is a dead letter. Raises
+        `DatabaseUnavailable`, and `ConfigurationError` within the block, where it would wait for itself.
+        """
+        if self.open:
+            raise ConfigurationError("emit.appended() was called within its transaction: call it after the block")
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + timeout, 0.005
+        while not await self._gone([row.event.id for row in self.events]):
+            if loop.time() + pause > deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+        return True
+
     def _next(self, stream: str, type: str) -> UUID:
         if self._key is None:
             return uuid4()
@@ -115,12 +138,15 @@ _OPEN: Final[ContextVar[Emit | None]] = ContextVar("transaction of a request", d
 
 
 @asynccontextmanager
-async def transaction(running: RunningService, idempotency_key: str | None) -> AsyncIterator[tuple[AsyncSession, Emit]]:
+async def transaction(
+    running: RunningService, idempotency_key: str | None, appended_within: float
+) -> AsyncIterator[tuple[AsyncSession, Emit]]:
     """What `Service.transaction` does."""
     name = running.service.name
     _refuse_within(name)
     log_id = await running.log_id()
-    emit = Emit(name, idempotency_key)
+    emit = Emit(name, idempotency_key, partial(_are_gone, running, log_id))
+    watched: list[asyncio.Future[bool]] = []
     token, before = None, _OPEN.get()
     database = running.database
     try:
@@ -137,6 +163,7 @@ async def transaction(running: RunningService, idempotency_key: str | None) -> A
                 if not savepoint.is_active:
                     raise TransactionMisuse("rollback")
             rows = await _new(connection, name, str(log_id), emit.events, known=idempotency_key is not None)
+            watched = running.watch(emit.events) if appended_within > 0 else []
             await stage(connection, {"service": name, "log": str(log_id)}, rows)
             _note_slow(name, database.one_writer, time.monotonic() - began)
     finally:
@@ -147,6 +174,15 @@ async def transaction(running: RunningService, idempotency_key: str | None) -> A
             if _OPEN.get() is emit:
                 _OPEN.set(before)
     running.staged.set()
+    if watched:
+        await asyncio.wait(watched, timeout=appended_within)
+
+
+async def _are_gone(running: RunningService, log: UUID, ids: Sequence[UUID]) -> bool:
+    texts = [str(identity) for identity in ids]
+    mine = (staged.c.service == running.service.name, staged.c.log == str(log), staged.c.event_id.in_(texts))
+    async with running.database.reading() as connection:
+        return await connection.scalar(sa.select(sa.func.count()).where(*mine)) == 0
 
 
 def _refuse_within(service: str) -> None:

@@ -23,7 +23,7 @@ from tidings.buses import EventBus
 from tidings.database import Database, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.held import HeldCount, held_by_handler, reason_in_code
-from tidings.inbox import requested_events
+from tidings.inbox import StagedEvent, requested_events
 from tidings.logs import configure_by_default
 from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
@@ -200,6 +200,13 @@ class RunningService:
             known = self._log_id = self._log_id or await self.store.log_id()
         return known
 
+    def watch(self, rows: Sequence[StagedEvent]) -> list[asyncio.Future[bool]]:
+        """Return a future for each of these events that this process will append; see `Stager.watch`."""
+        alone = self._post is not None
+        dispatchers = [part.dispatcher for part in self.partitions if part.dispatcher is not None]
+        found = [dispatcher.watch(row, alone=alone) for row in rows for dispatcher in dispatchers]
+        return [future for future in found if future is not None]
+
     def failed_attempts(self, item: Item) -> int:
         """Attempts at an event that failed since it was read."""
         return self._troubles.attempts.get(item.turn, 0)
@@ -312,6 +319,10 @@ class RunningService:
         for part in parts:
             await part.joined.wait()
         self.joined.set()
+        for part in parts:
+            if part.dispatcher is not None:
+                await part.dispatcher.until_at_work()
+                self.staged.set()
 
     async def _rebind(self, layout: Layout, ready: asyncio.Event) -> None:
         """Make the queues of this layout where they are of an older one, and take away those of any other."""

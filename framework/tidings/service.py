@@ -212,13 +212,16 @@ class Service:
         return await append(store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id)
 
     @asynccontextmanager
-    async def transaction(self, *, idempotency_key: str | None = None) -> AsyncIterator[tuple[AsyncSession, Emit]]:
+    async def transaction(
+        self, *, idempotency_key: str | None = None, appended_within: float = 1.0
+    ) -> AsyncIterator[tuple[AsyncSession, Emit]]:
         """Commit rows of the service's database and events together, outside any handler:
         `async with service.transaction() as (session, emit):`.
 
         Leaving the block commits; an exception undoes everything. What `emit(stream, event)` was given is appended to
-        the log exactly once: by the process of the service that is at work, at once if it is this one, else within some
-        2 s, and after a crash by the next. It works while the event store is away.
+        the log exactly once, by the process of the service that is at work. If it is this one, leaving the block waits
+        for that, at most `appended_within` seconds and not while the store is away; 0 does not wait. Else it happens
+        within some 2 s, and after a crash by the next process: `await emit.appended()` after the block waits for any.
 
         With `idempotency_key` the events' ids are made from it, so that a request that is repeated, however late,
         appends nothing twice; to find what it was, each target stream is read to its beginning. The rows are yours to
@@ -227,7 +230,7 @@ class Service:
         """
         from tidings.outbox import transaction
 
-        async with transaction(self.running_now, idempotency_key) as both:
+        async with transaction(self.running_now, idempotency_key, appended_within) as both:
             yield both
 
     @property

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -40,6 +41,8 @@ FRESH_SECONDS: Final = 1.0
 successor first has to notice and to join. They pass while the process is stopped, and while the machine sleeps."""
 GONE_SECONDS: Final = 2.0
 """Seconds within which the row of an event that was appended is gone."""
+AWAY_ATTEMPTS: Final = 3
+"""Attempts at one event, some 0.6 s, after which nobody is kept waiting for a store that is away."""
 FORGET_SECONDS: Final = 60.0
 """Seconds after which what was read of streams is forgotten when nobody needs it."""
 
@@ -85,6 +88,10 @@ class Stager:
         """When the store was last away: what was staged before is fresh no more."""
         self._requested: dict[UUID, float] = {}
         """What requests emitted, as long as it has a row: infinity, or when it was appended."""
+        self._watched: WeakValueDictionary[UUID, asyncio.Future[bool]] = WeakValueDictionary()
+        """Events that requests wait for."""
+        self._away = False
+        """The store has been away for several attempts: a request that waited for it would wait in vain."""
         self._resolver = Resolver(store)
         self._resolved_at = 0.0
         self._tenure = 0
@@ -125,15 +132,34 @@ class Stager:
                     self._requested[row.event.id] = done_at
         self.add(new, since=None)
 
+    def watch(self, identity: UUID) -> asyncio.Future[bool]:
+        """Return a future that ends when the event is appended (True), or cannot be for now (False): the store is
+        away, or refuses it. Ask before the event's row is committed. It may never end, when another process appends."""
+        future = self._watched.get(identity)
+        if future is None:
+            self._watched[identity] = future = asyncio.get_running_loop().create_future()
+            if self._away or self._requested.get(identity, math.inf) < math.inf:
+                future.set_result(not self._away)
+        return future
+
+    def _tell(self, identity: UUID, appended: bool) -> None:
+        future = self._watched.get(identity)
+        if future is not None and not future.done():
+            future.set_result(appended)
+
     def _pump(self) -> None:
         while (taken := self._lanes.take()) is not None:
             self._ready.put_nowait(taken)
 
     async def run(self) -> None:
         """Until cancelled. A cancelled append is found again at the next start."""
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(FLIGHTS):
-                tasks.create_task(self._fly())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(FLIGHTS):
+                    tasks.create_task(self._fly())
+        finally:
+            for identity in list(self._watched):
+                self._tell(identity, False)
 
     async def _fly(self) -> None:
         while True:
@@ -147,8 +173,11 @@ class Stager:
                 reason = f"{type(error).__name__}: {error}"
                 log.error("staged.dead", stream=row.staged.stream, event_id=str(identity), reason=reason)
                 self._buried(identity, Letter.of_staged(row.staged, row.attempts + 1, reason))
+                self._tell(identity, False)
             else:
                 self._appended(identity)
+                self._tell(identity, True)
+            self._away = False
             if row.staged.requested:
                 self._requested[identity] = self._clock()
             self._lanes.finish(bucket)
@@ -185,6 +214,10 @@ class Stager:
                 self._outage = self._clock()
                 row.attempts += 1
                 pause = min(0.1 * 2**row.attempts, 5.0)
+                if row.attempts >= AWAY_ATTEMPTS and not self._away:
+                    self._away = True
+                    for identity in list(self._watched):
+                        self._tell(identity, False)
                 if row.attempts in (1, 10) or row.attempts % 100 == 0:
                     log.warning(
                         "staged.waiting", stream=staged.stream, attempts=row.attempts, pause=pause, error=str(error)

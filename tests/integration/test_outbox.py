@@ -281,6 +281,39 @@ async def test_where_it_would_wait_for_itself_it_is_refused(tmp_path: Path) -> N
         assert sorted(await followed(world.store)) == [("a", n) for n in range(5)]
 
 
+async def test_what_a_request_appends_after_its_transaction_comes_after_it_in_the_log(tmp_path: Path) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        for n in range(0, 20, 2):
+            await book(service, Followed(key="a", n=n))
+            await service.append("followed-a", Followed(key="a", n=n + 1))
+        assert await followed(world.store) == [("a", n) for n in range(20)]
+
+
+async def test_somebody_who_does_not_wait_on_leaving_may_wait_later(tmp_path: Path) -> None:
+    service, around = auditing(), list[Away]()
+
+    def wrap(store: EventStore) -> EventStore:
+        around.append(Away(store))
+        around[0].take = False
+        return around[0]
+
+    async with embedded(tmp_path, service, wrap=wrap) as world:
+        async with asyncio.timeout(WITHIN):
+            async with service.transaction(appended_within=10 * WITHIN) as (_, emit):
+                emit("followed-a", Followed(key="a", n=0))
+                with pytest.raises(ConfigurationError, match="after the block"):
+                    await emit.appended()
+        assert not await emit.appended(timeout=0.1)
+        around[0].away = False
+        assert await emit.appended(timeout=WITHIN)
+        assert await followed(world.store) == [("a", 0)]
+        async with service.transaction(appended_within=0) as (_, emit):
+            emit("followed-a", Followed(key="a", n=1))
+        assert await emit.appended(timeout=WITHIN)
+        assert await followed(world.store) == [("a", 0), ("a", 1)]
+
+
 # ---- by whom -------------------------------------------------------------------------
 
 REQUESTS = """
