@@ -50,7 +50,8 @@ class Begun(NamedTuple):
     """The position after which it was to begin; None for one that began with what came next."""
     after: int = -1
     """It is given the events above this position, when they come."""
-    line: str = ""
+    first_of: Sequence[str] = ()
+    """Wire names of the events whose first handler it was, sorted."""
     was: Sequence[str] = ()
 
 
@@ -139,13 +140,11 @@ class Enrolment:
         settled = await self._settled(row.position)
         since = await (self._begin(settled) if before is None else self._compare(before, settled))
         since = {
-            name: begun._replace(line=self._service.named[name].line, was=self._service.named[name].was)
+            name: begun._replace(first_of=sorted(self._service.named[name].first_of), was=self._service.named[name].was)
             for name, begun in since.items()
         }
-        for name, begun in since.items():
-            for table in (held, dead):
-                moved = (*self._of(table), self._in_range(table), table.c.handler == name, table.c.line != begun.line)
-                await self._connection.execute(table.update().where(*moved).values(line=begun.line))
+        for handler in self._service.named.values():
+            await self._set_lines(handler)
         text = json.dumps(since, sort_keys=True)
         await self._connection.execute(floors.update().where(*this).values(handlers=text))
         changed = before is not None or max(settled.values()) >= 0
@@ -172,10 +171,19 @@ class Enrolment:
         """The range gives to exactly these handlers, and none of them wants more of its past."""
         named = self._service.named
         return before.keys() == named.keys() and all(
-            (before[name].line, tuple(before[name].was)) == (handler.line, handler.was)
+            (frozenset(before[name].first_of), tuple(before[name].was)) == (handler.first_of, handler.was)
             and not _wants_more(handler, before)
             for name, handler in named.items()
         )
+
+    async def _set_lines(self, handler: Handler) -> None:
+        """What it held or gave up is in the line in which the code keeps the order now."""
+        for table in (held, dead):
+            its = (*self._of(table), self._in_range(table), table.c.handler == handler.name)
+            first = table.c.type.in_(handler.first_of)
+            for line, these in (("", first), (handler.line, ~first)):
+                moved = table.update().where(*its, these, table.c.line != line)
+                await self._connection.execute(moved.values(line=line))
 
     async def _begin(self, settled: Mapping[int, int]) -> Since:
         """Nobody noted the range's handlers: it is new, or Tidings was older. No handler is known to be new."""

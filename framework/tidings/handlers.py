@@ -120,13 +120,19 @@ class Handler:
     since: Since = None
     """Where it begins when it is new in a service that has settled events before."""
     line: str = ""
-    """Handlers of one line wait for each other's held events of the same key. "" for all that are the first of their
-    events; each other one has a line of its own, with its name."""
+    """Its own line, by its name: in it, later events of a key wait for those that it holds."""
+    first_of: frozenset[str] = frozenset()
+    """Wire names of the events whose first handler it is."""
 
     @property
     def names(self) -> frozenset[str]:
         """Those that it has, or had."""
         return frozenset((self.name, *self.was))
+
+    def line_of(self, kind: str) -> str:
+        """Return the line in which events of this wire name wait for each other: "", which the first handlers of all
+        events share, or its own."""
+        return "" if kind in self.first_of else self.line
 
 
 _SQLALCHEMY: Final = {"AsyncSession": Inject.SESSION, "AsyncConnection": Inject.CONNECTION}

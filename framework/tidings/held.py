@@ -39,7 +39,7 @@ _NONE: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
 
 
 Line = tuple[str, str]
-"""A partition key in one line of handlers (`Handler.line`): order is kept within it, and nothing waits for another."""
+"""A partition key in a line of handlers (`Handler.line_of`): order is kept within it, and nothing waits for another."""
 
 
 class HeldEvent(NamedTuple):

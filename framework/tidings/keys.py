@@ -1,6 +1,6 @@
 """Which partition keys wait, and for what: pure bookkeeping beside the lanes. No I/O.
 
-A line is a partition key in one line of handlers (`Handler.line`). It is blocked while it has a held event, or a dead
+A line is a partition key in a line of handlers (`Handler.line_of`). It is blocked while it has a held event, or a dead
 letter that holds it. Its held events fly, as many as were read, through the bucket's lane; when one of them fails
 again, those behind it are not run.
 """

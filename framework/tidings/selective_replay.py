@@ -119,7 +119,7 @@ async def pick(store: EventStore, database: Database, service: Service, start: S
             elif not handler.replay:
                 passed_over += 1
             else:
-                turns.append(Turn(event, bucket, key_of(event), handler.name, handler.line))
+                turns.append(Turn(event, bucket, key_of(event), handler.name, handler.line_of(event.type)))
         if len(turns) > MOST:
             raise TooMany(
                 f"more than {MOST} events are chosen: choose fewer (a key, a stream, a later --from), or replay all of "

@@ -93,8 +93,8 @@ class Service:
 
         Several handlers of one event run one after the other, in the order of their declaration; each is retried, held
         and given up on its own. While the first handler of an event holds one, later events of the same partition key
-        wait, whichever handlers are their first. A further handler of an event neither holds up others nor waits for
-        them.
+        wait for it in their own first handlers. A further handler of an event neither holds up others nor waits for
+        them. A handler of several events may be the first for some of them, and a further one for others.
 
         Parameters are injected by annotation: the event, `Context`, SQLAlchemy's `AsyncSession` or `AsyncConnection`,
         or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
@@ -115,8 +115,8 @@ class Service:
             handler = declare(
                 function, events, name=name, retry=policy, timeout=timeout, replay=replay, was=was, since=since
             )
-            if not all(self._is_first(event) for event in events):
-                handler = replace(handler, line=handler.name)
+            first_of = frozenset(wire_name(event) for event in events if self._is_first(event))
+            handler = replace(handler, line=handler.name, first_of=first_of)
             self._add(handler)
             for event in dict.fromkeys(events):
                 self._types.add(event)

@@ -218,7 +218,7 @@ class Item(Ticket[Step | None]):
     @property
     def line(self) -> Line:
         """What waits for what: events of one partition key in one line of handlers."""
-        return self.key, self.handler.line
+        return self.key, self.handler.line_of(self.event.type)
 
     def succeed(self, context: Context) -> None:
         aliases = context.aliases
@@ -273,7 +273,7 @@ class Item(Ticket[Step | None]):
             key=self.key,
             holds_key=holds_key,
             handler=self.handler.name,
-            line=self.handler.line,
+            line=self.handler.line_of(event.type),
             attempts=attempts,
             reason=failure.reason,
             detail=failure.detail,
@@ -300,7 +300,7 @@ class Item(Ticket[Step | None]):
             self.replayed,
             since=now if self.held is None or self.held.since is None else self.held.since,
             code=fingerprint(self.handler.function, self.handler.events),
-            handlers_line=self.handler.line,
+            handlers_line=self.handler.line_of(self.event.type),
         )
 
     @property

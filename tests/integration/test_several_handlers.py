@@ -99,6 +99,60 @@ async def test_a_handler_that_fails_holds_its_own_keys_and_nobody_elses(tmp_path
         assert Counter(pair.told) == Counter([("k1", 0), *(("k0", n) for n in range(5))])
 
 
+async def test_the_first_handler_of_an_event_holds_up_its_key_though_it_is_a_further_one_of_another_event(
+    tmp_path: Path,
+) -> None:
+    service, ran, broken = Service("pair", tables=tables), list[str](), [True]
+
+    @service.on(Followed)
+    async def follow(event: Followed) -> None:
+        ran.append(f"follow {event.key}")
+
+    @service.on(Happened, Followed, retry=Retry(attempts=1, hold=Hold(attempts=99, delay=0.05, factor=1)))
+    async def both(event: Happened | Followed) -> None:
+        if broken[0] and isinstance(event, Happened):
+            raise RuntimeError("not yet")
+        ran.append(f"both {type(event).__name__} {event.key}")
+
+    @service.on(Happened)
+    async def further(event: Happened) -> None:
+        ran.append(f"further {event.key}")
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="k0"), Followed(key="k0"), Followed(key="k1"))
+        await until(lambda: _number(service, held, 2))
+        assert await world.running[0].reached(await world.store.head(), timeout=20.0)
+        first = ["further k0", "both Followed k0", "follow k1", "both Followed k1"]
+        assert sorted(ran) == sorted(first)
+        broken[0] = False
+        await world.settled()
+        assert ran[4:] == ["both Happened k0", "follow k0"]
+
+
+async def test_what_is_held_is_in_the_line_in_which_the_code_that_runs_keeps_the_order(tmp_path: Path) -> None:
+    def version(*, above: bool) -> Service:
+        service = Service("pair", tables=tables)
+        if above:
+
+            @service.on(Happened)
+            async def other(event: Happened) -> None: ...
+
+        @service.on(Happened, Followed, retry=Retry(attempts=1, hold=Hold(delay=600)))
+        async def both(event: Happened | Followed) -> None:
+            raise RuntimeError("it fails")
+
+        return service
+
+    for above in (False, True, False):
+        service = version(above=above)
+        async with embedded(tmp_path, service) as world:
+            await world.append(Happened(key="k0"), Followed(key="k1"))
+            await world.running[0].reached(await world.store.head(), timeout=20.0)
+            async with service.engine.connect() as connection:
+                lines = {*(await connection.execute(sa.select(held.c.type, held.c.line))).all()}
+            assert lines == {("Happened", "both" if above else ""), ("Followed", "")}
+
+
 async def test_two_handlers_may_hold_the_same_event(tmp_path: Path) -> None:
     pair = Pair()
     pair.broken = {"first", "tell", "second"}
