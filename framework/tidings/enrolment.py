@@ -227,7 +227,6 @@ class Enrolment:
         if fresh and highest >= 0:
             if after is None:
                 await self._add(name, SKIPPED, dict.fromkeys(fresh, -1), fresh)
-                await self._adopt(name)
                 await self._record(name, highest)
             else:
                 await self._add(name, BEHIND, {at: after for at, position in fresh.items() if position > after})
@@ -317,15 +316,6 @@ class Enrolment:
         await self._connection.execute(spans.delete().where(*theirs))
         if united:
             await self._connection.execute(spans.insert(), [self._own | row._asdict() for row in united])
-
-    async def _adopt(self, name: str) -> None:
-        """A handler that was renamed without a word, as far as can be seen: what another one, that is gone, held or
-        gave up of types that only the new one handles now, is the new one's."""
-        named = list(self._service.named)
-        types = [kind for kind, of in self._service.handlers.items() if [each.name for each in of] == [name]]
-        for table in (held, dead):
-            this = (*self._of(table), self._in_range(table), table.c.handler.not_in(named), table.c.type.in_(types))
-            await self._connection.execute(table.update().where(*this).values(handler=name))
 
     async def _record(self, name: str, since: int) -> None:
         known = (*self._of(handlers), handlers.c.handler == name)

@@ -107,7 +107,10 @@ def reason_in_code(service: Service, handler: str, kind: str | None, reason: str
     known = handler in service.named if kind is None else in_code(service, handler, kind)
     if known:
         return reason
-    return f"its handler {handler!r} is not in this code: bring it back, or skip or drop the event; before: {reason}"
+    return (
+        f"its handler {handler!r} is not in this code: bring it back, or skip or drop the event, or, where a handler "
+        f"is the same under a new name, declare that with was=({handler!r},); before: {reason}"
+    )
 
 
 class HeldRows:

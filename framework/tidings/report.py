@@ -158,7 +158,7 @@ class HandlerReport:
             count = "" if self.pending_count is None else f", {self.pending_count} events are pending"
             yield f"{name} catches up: done up to position {self.done_upto}{count}"
         elif self.state == "gone":
-            yield f"{name} is not in this code: it had done everything up to position {self.done_upto}"
+            yield f"{name} is not in this code: it was given everything up to position {self.done_upto}"
         elif self.state == "to begin" and self.needs_past:
             yield f"{name} has NOT begun, and is to be given the past: start service {service} with this code"
         elif self.state == "to begin":

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.integration.embedded import Happened, audit, count, embedded, many, rows, tables, until
 from tidings import Context, Hold, Retry, Service
 from tidings.database import held, spans
+from tidings.dead import DeadLetters
 from tidings.replay import find_start, send_back
 from tidings.roster import SKIPPED
 
@@ -164,6 +165,45 @@ async def test_a_rename_that_is_rolled_back_and_deployed_again_runs_nothing_twic
         numbers = {key: sorted(n for of, some in both if of == key for n in some) for key in by_key(EVENTS)}
         assert numbers == by_key(EVENTS)
         assert await count(old, spans) == 0
+
+
+async def test_what_a_handler_that_left_holds_or_gave_up_is_given_to_no_other_one(tmp_path: Path) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def version(name: str, *was: str, broken: bool = False) -> Service:
+        made = Service("late", tables=tables)
+        retry = Retry(attempts=1, hold=Hold(attempts=1, delay=0.05), permanent=(KeyError,))
+
+        @made.on(Happened, name=name, was=was, since="now", retry=retry)
+        async def handle(event: Happened) -> None:
+            if broken and event.n == 0:
+                raise KeyError("dead at once")
+            ran.append((name, event.n))
+
+        return made
+
+    pack = version("pack", broken=True)
+    async with embedded(tmp_path, pack) as world:
+        await world.append(Happened(key="dead", n=0), Happened(key="dead", n=2))
+        await until(lambda: _number(pack, held, 1))
+    thank = version("thank")
+    async with embedded(tmp_path, thank) as world:
+        await world.append(Happened(key="new", n=3))
+        await until(lambda: ran == [("thank", 3)])
+        dead = DeadLetters(world.running[0].database, "late", await world.store.log_id())
+        (letter,) = await dead.list()
+        assert letter.handler == "pack"
+        await dead.retry([letter.id])
+        await world.append(Happened(key="new", n=4))
+        await until(lambda: ran == [("thank", 3), ("thank", 4)])
+        (part,) = (await world.report()).services
+        assert [row.handler for row in part.held] == ["pack", "pack"]
+        assert "declare that with was=('pack',)" in part.held[0].reason
+    for name, was in (("wrap", ("pack",)), ("pack", ())):
+        again = version(name, *was)
+        async with embedded(tmp_path, again) as world:
+            await world.settled()
+            assert ran[2:4] == [("wrap", 0), ("wrap", 2)]
 
 
 async def test_what_a_renamed_handler_holds_is_its_own_after_a_rollback(tmp_path: Path) -> None:

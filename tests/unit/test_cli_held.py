@@ -57,7 +57,8 @@ def test_held_events_are_listed_with_their_reasons_and_counted_by_handler() -> N
 def test_what_waits_for_a_handler_that_is_not_in_the_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "named", {})
     monkeypatch.setattr(holding, "handlers", {})
-    said = "its handler 'try_it' is not in this code: bring it back, or skip or drop the event; before: "
+    said = "its handler 'try_it' is not in this code: bring it back, or skip or drop the event, or, where a handler "
+    said += "is the same under a new name, declare that with was=('try_it',); before: "
     _, first, *_, counted = invoke("held", "list").out.splitlines()
     assert f"{said}ValueError: a" in first
     assert said in counted
