@@ -267,10 +267,11 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
 
 
 async def _first_due(connection: AsyncConnection, of: Own, service: Service) -> float | None:
-    """Of the oldest held event of each key, where no dead letter holds the key, and the code has its handler."""
+    """Of the oldest held event of each key and line, where no dead letter holds them, and the code has its handler."""
 
     def before(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
-        return (*of(table), table.c.key == held.c.key, table.c.position < held.c.position)
+        same_line = (table.c.key == held.c.key, table.c.line == held.c.line)
+        return (*of(table), *same_line, table.c.position < held.c.position)
 
     older = held.alias()
     waits = sa.exists().where(*before(older)) | sa.exists().where(*before(dead), dead.c.holds_key)

@@ -10,7 +10,19 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tests.integration.embedded import Followed, Happened, audit, count, embedded, letters, many, rows, tables, until
+from tests.integration.embedded import (
+    Followed,
+    Happened,
+    World,
+    audit,
+    count,
+    embedded,
+    letters,
+    many,
+    rows,
+    tables,
+    until,
+)
 from tidings import Context, Hold, RecordedEvent, Retry, Service
 from tidings.database import held, partials
 from tidings.dead import DeadLetters
@@ -151,6 +163,37 @@ async def test_what_is_held_is_in_the_line_in_which_the_code_that_runs_keeps_the
             async with service.engine.connect() as connection:
                 lines = {*(await connection.execute(sa.select(held.c.type, held.c.line))).all()}
             assert lines == {("Happened", "both" if above else ""), ("Followed", "")}
+
+
+@pytest.mark.parametrize(
+    "retry", [Retry(attempts=1, hold=None), Retry(attempts=1, hold=Hold(delay=9000, maximum=9000))]
+)
+async def test_what_one_handler_gave_up_or_holds_hides_from_nobody_when_another_one_has_its_turn(
+    tmp_path: Path, retry: Retry
+) -> None:
+    service = Service("pair", tables=tables)
+
+    @service.on(Happened, retry=retry)
+    async def first(event: Happened) -> None:
+        if event.n == 0:
+            raise RuntimeError("the older event")
+
+    @service.on(Happened, retry=Retry(attempts=1, hold=Hold(delay=600)))
+    async def second(event: Happened) -> None:
+        if event.n == 1:
+            raise RuntimeError("the younger event")
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="k0"), Happened(key="k0", n=1))
+        await until(lambda: _holds(world, "second"))
+        (part,) = (await world.report()).services
+        (due,) = (row.due for row in part.held if row.handler == "second")
+        assert part.held_due == due
+
+
+async def _holds(world: World, handler: str) -> bool:
+    (part,) = (await world.report()).services
+    return handler in {row.handler for row in part.held}
 
 
 async def test_two_handlers_may_hold_the_same_event(tmp_path: Path) -> None:
