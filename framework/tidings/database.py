@@ -330,6 +330,7 @@ dead = sa.Table(
     sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
     sa.Column("line", Text, nullable=False, server_default="", comment="of the handler; others do not wait for it"),
     comment="Events and messages that this service gave up, whole, with the reason",
+    sqlite_autoincrement=True,  # an id from an older listing must never name another letter
 )
 
 sa.Index(

@@ -6,7 +6,7 @@ It costs a full scan, and some 100 bytes of memory per event for the ids by whic
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from tidings.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.database import Database, dead, held, partials, replays, staged
 from tidings.handler_report import read_spans
+from tidings.lineage import lineage_of
 from tidings.position import carried
 from tidings.printable import plain
 from tidings.roster import BEHIND, Span
@@ -114,7 +115,9 @@ async def recount(
     log = await store.log_id()
     # In this order: what rows say is about events at or below the end, and what counts was there before the rows.
     found = Recount(log, await last_carried(store))
-    ledgers = [await _ledger(service, database, log, found) for service, database in services]
+    # Adopting a restored log lowered watermarks to the position that it has in common with the former one.
+    cuts = {position for position, _ in (await lineage_of(store)).former}
+    ledgers = [await _ledger(service, database, log, found, cuts) for service, database in services]
     end = await store.head()
     causes = _Causes({service.name for service, _ in services}, found)
     async for event in store.read_all():
@@ -270,7 +273,9 @@ class _Ledger:
         self._found.contradict(f"{self.service}: {text}")
 
 
-async def _ledger(service: Service, database: Database | None, log: UUID, found: Recount) -> _Ledger:
+async def _ledger(
+    service: Service, database: Database | None, log: UUID, found: Recount, cuts: Collection[int]
+) -> _Ledger:
     ledger = _Ledger(service, found)
     if database is None:
         return ledger
@@ -303,7 +308,7 @@ async def _ledger(service: Service, database: Database | None, log: UUID, found:
         )
         ledger.replayed = {row.bucket: row.upto for row in again if row.upto > marks.get(row.bucket, -1)}
     for bucket, position in marks.items():
-        if position >= 0 and bucket not in ledger.replayed:
+        if position >= 0 and bucket not in ledger.replayed and position not in cuts:
             ledger.marks[position].append(bucket)
     return ledger
 

@@ -31,6 +31,7 @@ from tidings.backups import BackupRefused, read, restore, take
 from tidings.database import dead, held, open_database
 from tidings.errors import LogBehind, LogChanged
 from tidings.lineage import NothingToAdopt, adopt, lineage_of, renew
+from tidings.recount import Recount, recount
 from tidings.stores import EventStore
 
 pytestmark = pytest.mark.sqlite("the files are SQLite's")
@@ -67,6 +68,13 @@ async def _follow(folder: Path, store: EventStore, *services: str) -> None:
             await adopt(database, name, lineage)
 
 
+async def recounted(folder: Path, store: EventStore) -> Recount:
+    """What 'tidings verify --deep' says."""
+    service = emitting()
+    async with open_database(f"sqlite:///{folder}/{service.name}.db") as database:
+        return await recount(store, [(service, database)])
+
+
 async def test_a_log_older_than_the_services_goes_on_under_a_new_identity(tmp_path: Path) -> None:
     await run(tmp_path, emitting(), *events(0, 1, 2))
     take(tmp_path / "kept", files(tmp_path, "log"))
@@ -82,7 +90,10 @@ async def test_a_log_older_than_the_services_goes_on_under_a_new_identity(tmp_pa
         await _follow(tmp_path, store, "audit")
         with pytest.raises(NothingToAdopt):
             await _follow(tmp_path, store, "audit")
+        assert (await recounted(tmp_path, store)).wrong == []
     handled, emitted, _ = await run(tmp_path, emitting(), *events(6, 7, 8))
+    async with open_log(tmp_path) as store:
+        assert (await recounted(tmp_path, store)).ok
     assert sorted(handled) == list(range(9)), "the events that the log lost had their effects; the new ones have theirs"
     assert emitted == [0, 1, 2, 6, 7, 8]
 

@@ -514,7 +514,10 @@ def test_what_reads_back_is_not_refused(what: str) -> None:
         event = TypeAdapter(field(kind)).validate_python(
             {"x": made.__dict__["x"] if kind is not Base64Bytes else b"AP8="}
         )
-        assert encode(event, id=ID).data == encode(made, id=ID).data
+        data = [json.loads(encode(each, id=ID).data) for each in (event, made)]
+        if what == "a frozenset":  # equal sets may be iterated in different orders
+            data = [sorted(document["x"]) for document in data]
+        assert data[0] == data[1]
 
 
 def test_camel_case_aliases_read_back() -> None:

@@ -282,7 +282,7 @@ def _judge_service(view: ServiceReport, complete: bool, target: str, log: UUID, 
             Part.PROCESS,
             name,
             f"{name}: its database follows log {view.other_log}, but TIDINGS_STORE holds log {log}: is "
-            "TIDINGS_STORE right? After a restore: tidings log adopt {target}",
+            f"TIDINGS_STORE right? After a restore: tidings log adopt {target}",
         )
         return
     if not view.ran:
