@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tidings.buses import Subscription
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tidings.service import Service
 
 __all__ = ["existing_database", "existing_layout", "existing_store", "subscriptions_of", "writable_store"]
+
+ANSWER_SECONDS: Final = 10.0
+"""Seconds that a command waits for a database's first answer. A paused server accepts connections and says nothing."""
 
 
 @asynccontextmanager
@@ -95,4 +99,12 @@ async def existing_database(settings: Settings, service: str) -> AsyncIterator[D
         yield None
         return
     async with connected(url) as database:
-        yield database if await prepared(database) else None
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                there = await prepared(database)
+        except TimeoutError:
+            raise DatabaseUnavailable(
+                f"database {database.shown} did not answer within {ANSWER_SECONDS:g} s: its server is paused, "
+                "overloaded or cut off; look there"
+            ) from None
+        yield database if there else None
