@@ -47,7 +47,8 @@ class Part(IntEnum):
 
 
 SHARED: Final = frozenset({Part.STORE, Part.STORE_WRITES, Part.BUS, Part.RELAY})
-"""Parts that all services have in common; a fault of any other part is one service's."""
+"""Parts that all services have in common; a fault of any other part is one service's. What one service says of a
+shared part explains its own faults and those of other shared parts, and nothing of another service."""
 
 BECAUSE: Final[Mapping[Part, frozenset[Part]]] = {
     Part.DATABASE: frozenset(),
@@ -94,7 +95,7 @@ class Faulty(Protocol):
 
     @property
     def scope(self) -> str:
-        """The service whose part it is; "" for parts that all have in common."""
+        """The service whose part it is, or that says it of a shared one; "" for what is nobody's alone."""
         ...
 
 
@@ -109,12 +110,14 @@ class Cause(NamedTuple, Generic[F]):
 
 
 def explain(faults: Iterable[F]) -> list[Cause[F]]:
-    """Every fault once: as a cause, or among the effects of the first cause that explains it. Of a shared part, what
-    several say is one cause; the others are its effects."""
+    """Every fault once: as a cause, or among the effects of the first cause that explains it, itself or by one of its
+    effects. Of a shared part, what several say is one cause; the others are its effects."""
     found: list[tuple[F, list[F]]] = []
     # Parts are in the order of causation: whatever explains a fault was met before it.
     for fault in sorted(faults, key=lambda fault: (fault.part, fault.scope)):
-        effects = next((effects for cause, effects in found if _explains(cause, fault)), None)
+        effects = next(
+            (effects for cause, effects in found if any(_explains(each, fault) for each in (cause, *effects))), None
+        )
         if effects is None:
             found.append((fault, []))
         else:
@@ -125,4 +128,6 @@ def explain(faults: Iterable[F]) -> list[Cause[F]]:
 def _explains(cause: Faulty, effect: Faulty) -> bool:
     if cause.part == effect.part:
         return cause.part in SHARED
-    return cause.part in _BECAUSE[effect.part] and cause.scope in ("", effect.scope)
+    if cause.part not in _BECAUSE[effect.part]:
+        return False
+    return cause.scope in ("", effect.scope) or (not effect.scope and cause.part in SHARED)

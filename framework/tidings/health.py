@@ -167,13 +167,13 @@ def _service(facts: ServiceFacts, relay_leads: bool) -> Iterator[Check]:
     if facts.standing_by is not None:
         yield Check(name, True, f"a standby: {facts.standing_by} is at work, and this process takes over when it ends")
         yield _database(facts)
-        yield _store(f"{facts.name}.store", facts.store, facts.store_writes)
+        yield _store(f"{facts.name}.store", facts.store, facts.store_writes, facts.name)
         if not facts.database and not facts.store:
             yield _other_at_work(facts)
         return
     yield Check(name, True, "it has joined the log")
     yield _database(facts)
-    yield _store(f"{facts.name}.store", facts.store, facts.store_writes)
+    yield _store(f"{facts.name}.store", facts.store, facts.store_writes, facts.name)
     yield _bus(facts)
     yield from _failing(facts)
     if not facts.consuming or facts.database or facts.store:
@@ -223,11 +223,12 @@ def _database(facts: ServiceFacts) -> Check:
     return Check(name, True, f"{what} answers")
 
 
-def _store(name: str, error: str | None, writes: str | None) -> Check:
+def _store(name: str, error: str | None, writes: str | None, service: str = "") -> Check:
+    """`service`: the one that has asked the store; others may have asked it in vain, or not."""
     if error is not None:
-        return Check(name, False, error, "is the event store up, and TIDINGS_STORE right?", Part.STORE)
+        return Check(name, False, error, "is the event store up, and TIDINGS_STORE right?", Part.STORE, service)
     if writes is not None:
-        return Check(name, False, writes_refused(writes), STORE_WRITABLE, Part.STORE_WRITES)
+        return Check(name, False, writes_refused(writes), STORE_WRITABLE, Part.STORE_WRITES, service)
     return Check(name, True, "the event store answers")
 
 

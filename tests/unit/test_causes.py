@@ -23,7 +23,7 @@ def fault(part: Part, service: str = "inventory") -> Fault:
 
 faults = st.lists(
     st.builds(
-        lambda part, service, n: Fault(part, "" if part in SHARED else service, n),
+        lambda part, service, n: Fault(part, service if part not in SHARED or n == 1 else "", n),
         st.sampled_from(Part),
         st.sampled_from(("inventory", "shipping")),
         st.integers(0, 3),
@@ -48,7 +48,11 @@ def test_no_fault_that_another_one_brings_about_is_a_cause(given: list[Fault]) -
             assert not (mine and other.part in _BECAUSE[cause.fault.part]), f"{other} explains {cause.fault}"
         for effect in cause.effects:
             assert cause.fault.part == effect.part in SHARED or cause.fault.part in _BECAUSE[effect.part]
-            assert cause.fault.scope in ("", effect.scope), "one service's trouble is no other one's"
+            said = [each.scope for each in (cause.fault, *cause.effects) if each.part in SHARED]
+            theirs = {"", cause.fault.scope, *said}
+            assert effect.scope in theirs or "" in said or not cause.fault.scope, (
+                "one service's trouble is no other one's"
+            )
     assert [cause.fault.part for cause in causes] == sorted(cause.fault.part for cause in causes)
 
 
@@ -102,3 +106,11 @@ def test_the_culprit_of_each_incident_is_named(found: list[Part], culprits: list
 def test_a_database_explains_nothing_of_another_service() -> None:
     causes = explain([fault(Part.DATABASE), fault(Part.CONNECTION), fault(Part.CONNECTION, "shipping")])
     assert [cause.fault for cause in causes] == [fault(Part.DATABASE), fault(Part.CONNECTION, "shipping")]
+
+
+def test_a_store_that_one_service_cannot_read_explains_nothing_of_another_service() -> None:
+    mine, theirs = Fault(Part.STORE, "inventory"), Fault(Part.STORE, "shipping")
+    hangs, relay, pulse = fault(Part.HANDLER, "shipping"), fault(Part.RELAY), fault(Part.MARKERS, "shipping")
+    assert [cause.fault for cause in explain([mine, hangs])] == [mine, hangs]
+    assert [cause.fault for cause in explain([mine, theirs, hangs])] == [mine], "the store fails both"
+    assert [cause.fault for cause in explain([mine, relay, pulse])] == [mine], "and the relay, which has it in common"

@@ -120,6 +120,7 @@ async def test_a_store_that_hangs_is_not_taken_for_the_database(
     assert checks["audit.database"].ok
     assert checks["audit.store"].detail == "no answer within 0.05 s"
     assert "TIDINGS_STORE" in checks["audit.store"].remedy
+    assert checks["audit.store"].scope == "audit", "it explains nothing of another service"
 
 
 def test_what_listens_is_known_to_be_tcp_so_that_small_answers_are_not_delayed() -> None:
