@@ -307,8 +307,8 @@ class Dispatcher:
                 self._finish(item)
             elif troubles.condemned and item.turn in troubles.condemned:
                 self._fail(item, troubles.condemned[item.turn])
-            elif troubles.crashed and item.event.position in troubles.crashed:
-                failure, times = troubles.crashed[item.event.position]
+            elif troubles.crashed and (crash := troubles.crash(item)) is not None:
+                failure, times = crash
                 troubles.attempts[item.turn] = times - 1
                 self._fail(item, failure)
             elif caution.alert and caution.wants(*item.turn):

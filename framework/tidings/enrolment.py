@@ -377,7 +377,8 @@ async def sent_back(
     await connection.execute(
         spans.update().where(*of_log, spans.c.kind == BEHIND, spans.c.done > before).values(done=before)
     )
-    filtered = [name for name, handler in service.named.items() if (wanted(handler) or -1) >= 0]
+    wants = {name: wanted(handler) for name, handler in service.named.items()}
+    filtered = [name for name, after in wants.items() if after is not None and after >= 0]
     given = (*of_log, spans.c.kind == SKIPPED, spans.c.handler.not_in(filtered))
     await connection.execute(spans.update().where(*given, spans.c.upto > before).values(upto=before))
     await connection.execute(spans.delete().where(*given, spans.c.upto < 0))

@@ -95,7 +95,7 @@ class Guard:
 
     def _suspect(self, notes: dict[int, int], besides: frozenset[int], *, blind: bool) -> None:
         condemned = self.caution.begin(notes, int(FULL * self._service.prefetch), blind=blind, besides=besides)
-        self._troubles.crashed |= {position: (failure, notes[position]) for position, failure in condemned.items()}
+        self._troubles.bury({position: (failure, notes[position]) for position, failure in condemned.items()})
         log.warning(
             "service.careful",
             service=self._service.name,

@@ -155,7 +155,7 @@ class Progress:
         never = [letter for event_id, letter in batch.never if await inbox.give_up(connection, event_id)]
         await inbox.bury(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
         skipped = [item for item in batch.notable if item.letter is not None and item.letter.reason == SKIPPED]
-        await inbox.skipped(connection, [item.event.position for item in skipped if not item.more])
+        await inbox.skipped(connection, [item.event.position for item in skipped if item.plain])
         await inbox.unstage(connection, batch.appended)
         await inbox.forget_notes(connection, [at for at, times in batch.noted.items() if not times])
         await inbox.count_notes(connection, {at: times for at, times in batch.noted.items() if times})

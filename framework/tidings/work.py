@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
@@ -66,6 +66,8 @@ class Troubles:
         self.crashed: dict[int, tuple[Failure, int]] = {}
         """By position: dead without being run again by any handler, because the process crashed so many times while
         one of them ran (which one, nobody can say), or because an operator wants it."""
+        self.buried: set[Turn] = set()
+        """Of `crashed`: those that are settled, while others may still come. From the dead letters, they run again."""
         self.losses: dict[Turn, int] = {}
         """How often in a row the connection to the database was lost while the event's handler was at work."""
         self.suspected: set[Turn] = set()
@@ -73,7 +75,17 @@ class Troubles:
 
     def skip(self, positions: Iterable[int]) -> None:
         """An operator wants the events at these positions dead without being run."""
-        self.crashed |= dict.fromkeys(positions, (Failure(SKIPPED, "", permanent=True, skipped=True), 1))
+        failure = Failure(SKIPPED, "", permanent=True, skipped=True)
+        self.bury(dict.fromkeys(positions, (failure, 1)))
+
+    def bury(self, crashed: Mapping[int, tuple[Failure, int]]) -> None:
+        """The events at these positions are dead for each handler that comes to them next."""
+        self.crashed |= crashed
+        self.buried = {turn for turn in self.buried if turn[0] not in crashed}
+
+    def crash(self, item: Item) -> tuple[Failure, int] | None:
+        """Why the item is dead without being run, and after how many crashes; None where it is not."""
+        return None if item.turn in self.buried else self.crashed.get(item.event.position)
 
     def condemn(self, item: Item, failure: Failure, what: str) -> Fenced:
         """What to raise for a handler that did what only joining again can undo."""
@@ -122,8 +134,10 @@ class Troubles:
                 self.condemned.pop(item.turn, None)
                 self.losses.pop(item.turn, None)
                 self.suspected.discard(item.turn)
-                if not item.more:
+                if item.plain:
                     self.crashed.pop(item.event.position, None)
+                elif item.event.position in self.crashed:
+                    self.buried.add(item.turn)
 
 
 class Item(Ticket[Step | None]):

@@ -14,6 +14,7 @@ from tests.integration.embedded import Happened, audit, count, embedded, many, r
 from tidings import Context, Hold, Retry, Service
 from tidings.database import held, spans
 from tidings.dead import DeadLetters
+from tidings.position import BUCKETS
 from tidings.replay import find_start, send_back
 from tidings.roster import SKIPPED
 
@@ -254,6 +255,22 @@ async def test_a_replay_gives_a_late_handler_what_it_was_not_given(tmp_path: Pat
         await world.settled()
         again = await done(late, "second")
         assert {key: again[f"{key} again"] for key in by_key(EVENTS)} == by_key(EVENTS)
+
+
+@pytest.mark.parametrize("since", [1, 2])
+async def test_a_replay_gives_a_handler_nothing_before_the_position_at_which_it_was_to_begin(
+    tmp_path: Path, since: int
+) -> None:
+    late = service("first", "second", since=since)
+    await live(tmp_path, late, *OLD)
+    async with embedded(tmp_path, late) as world:
+        before = await count(late, spans)
+        assert before == BUCKETS
+        start = await find_start(world.store, 0)
+        assert start is not None
+        await send_back(world.running[0].database, late, await world.store.log_id(), start)
+        assert await count(late, spans) == before
+        await world.settled()
 
 
 async def test_what_fails_in_the_past_is_held_and_keeps_its_order(tmp_path: Path) -> None:
