@@ -9,17 +9,37 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from tidings.context import Context
 from tidings.errors import ConfigurationError
 from tidings.events import Event, wire_name
-from tidings.stores import RecordedEvent
+from tidings.stores import MAX_POSITION, RecordedEvent
 
 __all__ = ["NAME_LENGTH", "Handler", "Hold", "Inject", "Retry", "Since", "declare"]
 
 NAME_LENGTH: Final = 150
 """Characters of a handler's name at most: it is a part of keys, whose length PostgreSQL limits."""
+
+
+FOREVER: Final = 1e9
+"""Seconds, some 30 years, that no pause reaches; it also bounds the factor between pauses."""
+
+
+def _check_times(policy: Retry | Hold) -> None:
+    """Raises `ConfigurationError` for what would end the service, or never end, at the first failure."""
+    if type(policy.attempts) is not int:
+        raise ConfigurationError(f"{policy}: attempts must be a whole number")
+    for name in ("delay", "factor", "maximum"):
+        value: object = getattr(policy, name)
+        if not _is_number(value) or not value < FOREVER:
+            raise ConfigurationError(f"{policy}: {name} must be a number below {FOREVER:g}")
+    if policy.attempts < 1 or policy.delay < 0 or policy.factor < 1 or policy.maximum < 0:
+        raise ConfigurationError(f"{policy}: attempts must be 1 or more, factor 1 or more, delays not negative")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +56,7 @@ class Hold:
     maximum: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.delay < 0 or self.factor < 1 or self.maximum < 0:
-            raise ConfigurationError(f"{self}: attempts must be 1 or more, factor 1 or more, delays not negative")
+        _check_times(self)
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
         """Seconds until held attempt number `attempt` (from 1)."""
@@ -67,8 +86,11 @@ class Retry:
             isinstance(kind, type) and issubclass(kind, BaseException) for kind in self.permanent
         ):
             raise ConfigurationError(f"Retry(permanent={self.permanent!r}): give a tuple of exception classes")
-        if self.attempts < 1 or self.delay < 0 or self.factor < 1 or self.maximum < 0:
-            raise ConfigurationError(f"{self}: attempts must be 1 or more, factor 1 or more, delays not negative")
+        if self.hold is not None and not isinstance(self.hold, Hold):
+            raise ConfigurationError(f"Retry(hold={self.hold!r}): give tidings.Hold(...), or None to hold nothing")
+        if type(self.hold_key) is not bool:
+            raise ConfigurationError(f"Retry(hold_key={self.hold_key!r}): give True or False")
+        _check_times(self)
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
         """Seconds to wait after failed attempt number `attempt` (from 1)."""
@@ -155,6 +177,8 @@ def declare(
     `every`: the handler takes every event of the log, declared or not, as a `RecordedEvent`.
     """
     body = _body(function)
+    if name is not None and not isinstance(name, str):
+        raise ConfigurationError(f"a handler's name={name!r}: give a text")
     name = name or str(
         getattr(body, "__name__", body) if body is not type(function).__call__ else type(function).__name__
     )
@@ -167,13 +191,19 @@ def declare(
     _check_former(where, name, was)
     if not events and not every:
         raise ConfigurationError(f"{where}: name the events: @service.on(OrderCreated)")
-    if not (since in (None, "start", "now") or (type(since) is int and since >= 0)):
-        raise ConfigurationError(f"{where}: since={since!r}: give 'start', 'now', or a position of the log from 0 on")
+    if not (since in (None, "start", "now") or (type(since) is int and 0 <= since <= MAX_POSITION)):
+        raise ConfigurationError(
+            f"{where}: since={since!r}: give 'start', 'now', or a position of the log, from 0 to {MAX_POSITION}"
+        )
+    if not isinstance(retry, Retry):
+        raise ConfigurationError(f"{where}: retry={retry!r}: give tidings.Retry(...), as in retry=Retry(attempts=3)")
+    if type(replay) is not bool:
+        raise ConfigurationError(f"{where}: replay={replay!r}: give True or False")
     for event in events:
         if not (isinstance(event, type) and issubclass(event, Event)) or not wire_name(event):
             raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
-    if not timeout > 0:
-        raise ConfigurationError(f"{where}: timeout is {timeout} s; it must be positive")
+    if not _is_number(timeout) or not timeout > 0:
+        raise ConfigurationError(f"{where}: timeout={timeout!r}: it must be positive, a number of seconds")
     if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise ConfigurationError(f"{where}: it contains a yield, so that calling it would run nothing; remove it")
     try:

@@ -60,8 +60,19 @@ class Service:
         prefetch: int = 1000,
         partitions: int | None = None,
     ) -> None:
-        if concurrency < 1 or prefetch < 1:
-            raise ConfigurationError(f"service {name!r}: concurrency and prefetch must be 1 or more")
+        if any(type(number) is not int or number < 1 for number in (concurrency, prefetch)):
+            raise ConfigurationError(
+                f"service {name!r}: concurrency={concurrency!r} and prefetch={prefetch!r} must be whole numbers from 1"
+            )
+        if lifespan is not None and not callable(lifespan):
+            raise ConfigurationError(
+                f"service {name!r}: lifespan={lifespan!r}: give a function of the service that returns an async "
+                "context manager"
+            )
+        if tables is not None and not hasattr(tables, "sorted_tables"):
+            raise ConfigurationError(
+                f"service {name!r}: tables={tables!r}: give sqlalchemy.MetaData (of declarative models, Base.metadata)"
+            )
         self.name = check_service_name(name)
         self.tables = tables
         self.resources = lifespan
@@ -111,7 +122,7 @@ class Service:
         """
 
         def register(function: F) -> F:
-            policy = retry or Retry()
+            policy = Retry() if retry is None else retry
             handler = declare(
                 function, events, name=name, retry=policy, timeout=timeout, replay=replay, was=was, since=since
             )
@@ -147,7 +158,7 @@ class Service:
                 function,
                 (),
                 name=name,
-                retry=retry or Retry(),
+                retry=Retry() if retry is None else retry,
                 timeout=timeout,
                 replay=replay,
                 was=was,
@@ -225,8 +236,10 @@ class Service:
 
         With `idempotency_key` the events' ids are made from it, so that a request that is repeated, however late,
         appends nothing twice; to find what it was, each target stream is read to its beginning. The rows are yours to
-        keep unique. On SQLite nobody else writes during the block. Raises `DatabaseUnavailable` (when it comes from the
-        commit itself, the outcome is unknown: repeat with a key), `ConfigurationError` in a handler.
+        keep unique. An event with other data under the same key raises `RepetitionDiffers`, and nothing is committed.
+
+        On SQLite nobody else writes during the block. Raises `DatabaseUnavailable` (when it comes from the commit
+        itself, the outcome is unknown: repeat with a key), `ConfigurationError` in a handler.
         """
         from tidings.outbox import transaction
 

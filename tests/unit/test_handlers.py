@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from tidings.context import Context
 from tidings.errors import ConfigurationError
 from tidings.events import Event
-from tidings.handlers import Handler, Inject, Retry, declare
+from tidings.handlers import Handler, Hold, Inject, Retry, declare
 from tidings.runtime import Runtime
 from tidings.service import Service
 from tidings.settings import Settings
@@ -163,8 +163,61 @@ def test_events_must_be_given_and_be_events() -> None:
             declare(narrow, (stranger,), name=None, retry=Retry(), timeout=1)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_a_timeout_must_be_positive(timeout: float) -> None:
+WRONG: list[dict[str, Any]] = [
+    {"retry": 3},
+    {"retry": 0},
+    {"retry": Hold()},
+    {"replay": "no"},
+    {"name": 7},
+    {"timeout": None},
+    {"was": "former"},
+]
+
+
+@pytest.mark.parametrize("given", WRONG, ids=str)
+def test_what_would_end_the_service_later_is_refused_where_it_is_declared(given: dict[str, Any]) -> None:
+    name = next(iter(given))
+    with pytest.raises(ConfigurationError, match=f"{name}="):
+        Service("stock").on(Placed, **given)(narrow)
+    with pytest.raises(ConfigurationError, match=f"{name}="):
+        Service("stock").on_any(**given)(everything)
+
+
+@pytest.mark.parametrize("kind", [Retry, Hold])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attempts", "3"),
+        ("attempts", 2.5),
+        ("attempts", True),
+        ("delay", "1"),
+        ("delay", float("nan")),
+        ("factor", float("inf")),
+        ("maximum", None),
+        ("maximum", 10**400),
+    ],
+)
+def test_a_policy_consists_of_numbers(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "given", [{"hold": 8}, {"hold": True}, {"hold_key": "yes"}, {"permanent": ValueError}], ids=str
+)
+def test_a_retry_says_what_it_holds(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(given))):
+        Retry(**given)
+
+
+@pytest.mark.parametrize("given", [{"concurrency": "8"}, {"prefetch": 1.5}, {"lifespan": 1}, {"tables": {}}], ids=str)
+def test_a_service_is_given_what_it_can_use(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"{next(iter(given))}="):
+        Service("stock", **given)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "30", True])
+def test_a_timeout_must_be_positive(timeout: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"'narrow'.*must be positive"):
         declared(narrow, timeout=timeout)
 
@@ -206,7 +259,7 @@ def test_a_former_name_belongs_to_one_handler() -> None:
         service.on(Placed, name="new", was=("old",))(narrow)
 
 
-@pytest.mark.parametrize("since", ["begin", -1, 1.5, True])
+@pytest.mark.parametrize("since", ["begin", -1, 1.5, True, 2**63, 10**30])
 def test_where_a_handler_begins_is_start_now_or_a_position(since: Any) -> None:
     with pytest.raises(ConfigurationError, match="since="):
         Service("stock").on(Placed, since=since)(narrow)
