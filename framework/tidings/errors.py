@@ -23,6 +23,7 @@
     ├── DatabaseUnavailable
     ├── Fenced
     ├── ConfigurationError
+    ├── RepetitionDiffers
     ├── SchemaError
     │   ├── DeployNeeded
     │   │   ├── UnknownEventType
@@ -63,6 +64,7 @@ __all__ = [
     "MalformedMessage",
     "PartitionKeyDiffers",
     "PublishRejected",
+    "RepetitionDiffers",
     "SchemaError",
     "StatementFailed",
     "StoreError",
@@ -304,6 +306,24 @@ class Fenced(TidingsError):
 
 class ConfigurationError(TidingsError):
     """A setting, URL, name or registration that cannot work; raised as early as it can be known."""
+
+
+class RepetitionDiffers(TidingsError):
+    """A transaction has the idempotency key of an earlier one, and an event with other data: nothing was committed."""
+
+    def __init__(self, key: str, stream: str, type: str, event_id: str, fields: list[str]) -> None:
+        self.key = key
+        self.stream = stream
+        self.type = type
+        self.fields = fields
+        """Names of the fields that differ."""
+        where = f" in {', '.join(fields)}" if fields else ""
+        super().__init__(
+            f"idempotency key {key!r}: the request that came first with this key emitted {type} {event_id} to stream "
+            f"{stream!r} with other data; this one differs{where}. Nothing was committed. Another request needs "
+            "another key. If it is the same one, give its event the same values each time: take times and ids from the "
+            "request, not from the clock or at random"
+        )
 
 
 class SchemaError(TidingsError):

@@ -30,6 +30,7 @@ from tidings.events import Event
 from tidings.identity import digest
 from tidings.inbox import StagedEvent, stage
 from tidings.position import bucket_of
+from tidings.repetition import check_repetition
 from tidings.stores import APPEND_LIMIT, check_stream_name
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ async def transaction(
                         await session.flush()
                 if not savepoint.is_active:
                     raise TransactionMisuse("rollback")
+            if idempotency_key is not None and emit.events:
+                await check_repetition(connection, running.store, name, str(log_id), idempotency_key, emit.events)
             rows = await _new(connection, name, str(log_id), emit.events, known=idempotency_key is not None)
             watched = running.watch(emit.events) if appended_within > 0 else []
             await stage(connection, {"service": name, "log": str(log_id)}, rows)

@@ -39,7 +39,7 @@ from tests.integration.test_embedded_standby import WORKERS, says
 from tidings import EventData, EventStore, Service
 from tidings.codec import read_metadata
 from tidings.database import staged
-from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, TransactionMisuse
+from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, RepetitionDiffers, TransactionMisuse
 
 WITHIN: float = 10.0
 """Seconds that a busy machine may take over what takes 2."""
@@ -177,6 +177,32 @@ async def test_a_repeated_request_with_its_key_appends_nothing_twice(tmp_path: P
         found = await followed(world.store)
         assert [n for key, n in found if key == "a" and n < 50] == [1, 2]
         assert [n for key, n in found if key == "b"] == [0, 1]
+
+
+@pytest.mark.parametrize("away", [True, False])
+async def test_a_key_that_comes_again_with_other_data_is_refused_and_nothing_is_committed(
+    tmp_path: Path, away: bool
+) -> None:
+    service, around = auditing(), list[Away]()
+
+    def wrap(store: EventStore) -> EventStore:
+        around.append(Away(store))
+        around[0].away, around[0].take = away, False
+        return around[0]
+
+    async with embedded(tmp_path, service, wrap=wrap) as world:
+        await book(service, Followed(key="a", n=1), key="request-1", note="one")
+        if not away:
+            await world.settled()
+        with pytest.raises(RepetitionDiffers, match="differs in n") as refused:
+            await book(service, Followed(key="a", n=2), key="request-1", note="two")
+        assert "'request-1'" in str(refused.value)
+        await book(service, Followed(key="b", n=2), key="request-1", note="three")  # to another stream: another event
+        await book(service, Followed(key="a", n=1), key="request-1", note="four")
+        around[0].away = False
+        await world.settled()
+        assert sorted(await followed(world.store)) == [("a", 1), ("b", 2)]
+        assert sorted(await rows(service)) == [("a", 1), ("a", 1), ("b", 2)]
 
 
 @pytest.mark.sqlite("it copies files")

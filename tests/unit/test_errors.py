@@ -57,6 +57,10 @@ MADE = [
     (errors.Unroutable("tidings.events", "m-1"), ["m-1", "'tidings.events'", "Start a service"]),
     (errors.PublishRejected("m-1", "too large"), ["m-1", "too large"]),
     (errors.HandlerTimeout("reserve", 30.0), ["'reserve'", "30 s", "timeout="]),
+    (
+        errors.RepetitionDiffers("k-1", "order-1", "Paid", "1f", ["pence"]),
+        ["'k-1'", "'order-1'", "Paid", "pence", "key"],
+    ),
     (errors.TransactionMisuse("commit"), ["commit()", "begin_nested"]),
 ]
 
