@@ -30,6 +30,8 @@ E = TypeVar("E", bound=Event)
 
 CORRELATION: Final = "$correlationId"
 CAUSATION: Final = "$causationId"
+HELD: Final = "; until then the event is held"
+"""What becomes of an event that a service needs another deploy for."""
 BY_REQUEST: Final = "transaction"
 """Name after the service's in `tidingsHandler` of what `service.transaction()` emitted. Such an event has no cause."""
 OWN_KEYS: Final = frozenset({"tidingsHandler", "schemaVersion", "traceparent", "partitionKey"})
@@ -60,6 +62,8 @@ def encode(
     Without cause or correlation id the event's own id begins the correlation. Raises `ConfigurationError` for metadata
     keys that are Tidings' or the store's, `SchemaError` for an event or metadata that would not be read back equal.
     """
+    if not isinstance(event, Event):
+        raise ConfigurationError(_no_event(event))
     own = event.__tidings__
     document: dict[str, Any] = {
         CORRELATION: correlation_id or (cause.correlation_id if cause else str(id)),
@@ -96,6 +100,15 @@ def encode(
             "read back; keep large documents in the event's data"
         )
     return EventData(type=own.name, data=_written(event), metadata=packed, id=id)
+
+
+def _no_event(given: object) -> str:
+    if isinstance(given, type) and issubclass(given, Event):
+        return f"{given.__qualname__} is a class of events: give an event, {given.__qualname__}(...)"
+    what = f"{type(given).__qualname__!r} is no event"
+    if isinstance(given, list | tuple | set):
+        return f"{what}: give several events one by one, as in append(stream, first, second) or append(stream, *events)"
+    return f"{what}: give an instance of a subclass of tidings.Event"
 
 
 def _check_metadata(name: str, document: dict[str, Any], packed: bytes) -> None:
@@ -158,9 +171,15 @@ def read_metadata(event: RecordedEvent) -> dict[str, Any]:
 
 
 def decode(
-    event: RecordedEvent, view: type[E], metadata: Mapping[str, Any] | None = None, *, reader: str = "this service"
+    event: RecordedEvent,
+    view: type[E],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    reader: str = "this service",
+    until: str = HELD,
 ) -> E:
-    """The event as `view` declares it. `metadata` spares parsing it again; `reader` is for errors.
+    """The event as `view` declares it. `metadata` spares parsing it again; `reader` is for errors, and so is `until`,
+    what becomes of the event until the deploy that an error asks for.
 
     An event of a newer schema version is read as far as the view's fields validate. Raises `DeployNeeded` for what
     another deploy of the reader can read: `UnknownEventType` for a newer version that does not fit, `UpcastMissing` for
@@ -177,7 +196,7 @@ def decode(
         raise SchemaError(f"{_where(event)}: its data cannot be read: {error}") from None
     known = view.__tidings__.version
     try:
-        data = event.data if written >= known else _lift(event, view, written, reader)
+        data = event.data if written >= known else _lift(event, view, written, reader, until)
         return view.__pydantic_validator__.validate_json(data)  # type: ignore[no-any-return]
     except ValidationError as error:
         problems = _problems(error)
@@ -185,7 +204,7 @@ def decode(
             raise UnknownEventType(
                 f"{_where(event)} has schema version {written}; {reader} reads it with {view.__qualname__} at version "
                 f"{known}, which it does not fit: {problems}. Deploy {reader} with {view.__qualname__} at version "
-                f"{written}; until then the event is held"
+                f"{written}{until}"
             ) from None
         raise SchemaError(f"{_where(event)} does not fit {view.__qualname__}: {problems}") from None
     except SchemaError:
@@ -237,7 +256,7 @@ def _message(problem: Mapping[str, Any]) -> str:
     return "no member of the union has its tag" if problem["type"] == "union_tag_invalid" else problem["msg"]
 
 
-def _lift(event: RecordedEvent, view: type[Event], written: int, reader: str) -> bytes:
+def _lift(event: RecordedEvent, view: type[Event], written: int, reader: str, until: str) -> bytes:
     """The event's data as the current version writes it: JSON again, so that old and new are validated alike."""
     own, where = view.__tidings__, _where(event)
     try:
@@ -248,7 +267,7 @@ def _lift(event: RecordedEvent, view: type[Event], written: int, reader: str) ->
         raise UpcastMissing(
             f"{where} has schema version {written}; {reader} reads it with {view.__qualname__} at version "
             f"{own.version}, declared with oldest={own.oldest}. Deploy {reader} with @upcaster({written}) and "
-            f"oldest={written}; until then the event is held"
+            f"oldest={written}{until}"
         )
     for version in range(written, own.version):
         try:
@@ -256,12 +275,12 @@ def _lift(event: RecordedEvent, view: type[Event], written: int, reader: str) ->
         except Exception as error:
             raise UpcastFailed(
                 f"{where}: the upcaster from version {version} of {view.__qualname__} failed: {type(error).__name__}. "
-                f"Deploy {reader} with one that reads it; until then the event is held"
+                f"Deploy {reader} with one that reads it{until}"
             ) from error
         if not isinstance(document, dict):
             raise UpcastFailed(
-                f"{where}: the upcaster from version {version} returned no dict. Deploy {reader} with one that does; "
-                "until then the event is held"
+                f"{where}: the upcaster from version {version} returned no dict. Deploy {reader} with one that "
+                f"does{until}"
             )
     try:
         return to_json(document)

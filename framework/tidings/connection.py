@@ -57,7 +57,13 @@ class Log:
         self, stream: str, *views: type[Event], start: int = 0, limit: int | None = None
     ) -> AsyncIterator[HistoryEntry]:
         """Yield a stream's events of the types that are given, oldest first, each as its view declares it; other types
-        pass by. `start` is a stream version; `limit` bounds what is read. Raises `StreamNotFound`, `SchemaError`."""
+        pass by. `start` is a stream version; `limit` bounds what is read. Raises `StreamNotFound`, `SchemaError`, and
+        `ConfigurationError` when no type is given."""
+        if not views:
+            raise ConfigurationError(
+                f"log.read({stream!r}) was given no class of events to read: name them, as in "
+                f"log.read({stream!r}, OrderPlaced), or use log.recorded({stream!r}) for events of all types as bytes"
+            )
         types = Registry(f"reading stream {stream!r}")
         for view in views:
             types.add(view)
@@ -65,7 +71,7 @@ class Log:
             known = types.get(event.type)
             if known is not None:
                 metadata = read_metadata(event)
-                typed = decode(event, known, metadata)
+                typed = decode(event, known, metadata, reader="this program", until="")
                 yield HistoryEntry(event.version, event.position, typed, event.recorded_at, metadata)
 
     async def recorded(self, stream: str, *, start: int = 0, limit: int | None = None) -> AsyncIterator[RecordedEvent]:
@@ -105,6 +111,14 @@ class BlockingLog:
             return [entry async for entry in log.read(stream, *views, start=start, limit=limit)]
 
         return self.run(entries)
+
+    def recorded(self, stream: str, *, start: int = 0, limit: int | None = None) -> list[RecordedEvent]:
+        """As `Log.recorded`, all at once."""
+
+        async def events(log: Log) -> list[RecordedEvent]:
+            return [event async for event in log.recorded(stream, start=start, limit=limit)]
+
+        return self.run(events)
 
     def run(self, work: Callable[[Log], Awaitable[T]]) -> T:
         """Do anything with the asynchronous log and wait for it: `log.run(lambda log: log.repository(Order).load(id))`.

@@ -92,6 +92,17 @@ def _judge(node: Any, place: _Place, within: frozenset[str]) -> bool:
             "what lies ahead when it is written is past when it is read. Write date or datetime, and check it where "
             "the event is made"
         )
+    if kind == "enum" and _is_strange(node, (str, int, float, type(None))):
+        raise place.refuse(
+            f"JSON has no {_values_of(node)}, so no member of {node['cls'].__name__} would be recognised. Give the "
+            "enum texts or numbers as values, or a _missing_ that makes members of texts"
+        )
+    if kind == "dict" and _is_strange(node.get("keys_schema"), (str, bool)):
+        keys = node["keys_schema"]
+        raise place.refuse(
+            f"JSON's keys are texts, and the values of {keys['cls'].__name__}, a {_values_of(keys)} each, are none. "
+            "Use a StrEnum or an IntEnum as the key"
+        )
     if kind in _EXACT:
         return True
     if kind == "literal":
@@ -106,6 +117,18 @@ def _judge(node: Any, place: _Place, within: frozenset[str]) -> bool:
         return _model(node, place, within)
     parts = [_judge(part, place, within) for part in _parts(node)]  # all of them, for what they refuse
     return _keeps_types(node) and all(parts)
+
+
+def _is_strange(node: Any, known: tuple[type, ...]) -> bool:
+    """It is an enum without a single member whose value is read back as one of the `known` types."""
+    if not isinstance(node, Mapping) or node["type"] != "enum" or node.get("sub_type"):
+        return False
+    makes_members = node["cls"]._missing_.__func__ is not Enum.__dict__["_missing_"].__func__
+    return not makes_members and not any(isinstance(member.value, known) for member in node["members"])
+
+
+def _values_of(node: Mapping[str, Any]) -> str:
+    return " or ".join(sorted({type(member.value).__name__ for member in node["members"]}))
 
 
 def _keeps_types(node: Mapping[str, Any]) -> bool:

@@ -46,6 +46,34 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(store=f"sqlite:///{tmp_path}/log.db")
 
 
+async def test_what_is_no_event_is_named_and_reading_nothing_is_refused(settings: Settings) -> None:
+    opened, many = Opened(account="a"), "one by one"
+    async with tidings.connect(settings) as log:
+        for wrong, says in (([opened], many), ((opened,), many), ({"account": "a"}, "'dict'"), ("Opened", "'str'")):
+            with pytest.raises(ConfigurationError, match=says):
+                await log.append("account-a", wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match=r"Opened\(\.\.\.\)"):
+            await log.append("account-a", Opened)  # type: ignore[arg-type]
+        await log.append("account-a", opened)
+        with pytest.raises(ConfigurationError, match=r"log\.recorded\('account-a'\)"):
+            assert [entry async for entry in log.read("account-a")]
+
+
+async def test_what_it_cannot_read_is_held_nowhere(settings: Settings) -> None:
+    class Newer(Event, name="Opened", version=2, oldest=2):
+        holder: str
+
+    class Older(Event, name="Opened", version=3, oldest=3):
+        holder: str
+
+    async with tidings.connect(settings) as log:
+        await log.append("account-a", Newer(holder="a"))
+        for view in (Opened, Older):
+            with pytest.raises(SchemaError, match="Deploy this program") as refused:
+                assert [entry async for entry in log.read("account-a", view)]
+            assert "is held" not in str(refused.value)
+
+
 async def test_it_appends_reads_and_changes_and_makes_nothing_but_the_log(tmp_path: Path, settings: Settings) -> None:
     async with tidings.connect(settings) as log:
         done = await log.append("account-a", Opened(account="a"), expected=NO_STREAM, metadata={"actor": "ada"})
@@ -71,7 +99,6 @@ async def test_it_appends_reads_and_changes_and_makes_nothing_but_the_log(tmp_pa
         assert (await accounts.load("b")).total == 30
         with pytest.raises(StreamNotFound):
             await accounts.load("c")
-        assert [entry async for entry in log.read("account-a")] == []
     assert set(os.listdir(tmp_path)) <= {"log.db", "log.db-wal", "log.db-shm"}
 
 

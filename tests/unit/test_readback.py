@@ -184,6 +184,33 @@ def test_so_is_one_in_whatever_the_event_holds(what: str, around: Callable[[Any]
         field(around(inner))
 
 
+@pytest.mark.parametrize("value", [Decimal("1.5"), UUID(int=1), date(2026, 1, 1), (1, 2), b"x"], ids=repr)
+def test_an_enum_of_what_json_does_not_have_is_refused_unless_it_makes_its_members(value: Any) -> None:
+    kind: Any = enum.Enum("kind", {"ONE": value})
+    for annotation in (kind, kind | None, list[kind], dict[str, kind], dict[kind, int]):
+        with pytest.raises(ConfigurationError, match=type(value).__name__):
+            field(annotation)
+
+    class Making(enum.Enum):
+        ONE = Decimal("1.5")
+
+        @classmethod
+        def _missing_(cls, value: object) -> Making | None:
+            return cls.ONE if value == "1.5" else None
+
+    event = field(Making)(x=Making.ONE)
+    assert read_back(event) == event
+
+
+@pytest.mark.parametrize("value", [1, 1.5, None])
+def test_numbers_of_an_enum_are_no_keys_but_values(value: Any) -> None:
+    kind: Any = enum.Enum("kind", {"ONE": value})
+    with pytest.raises(ConfigurationError, match=r"field 'x'.*StrEnum or an IntEnum"):
+        field(dict[kind, int])
+    event = field(kind)(x=kind["ONE"])
+    assert read_back(event) == event
+
+
 def test_so_is_one_in_a_dataclass_and_in_a_typed_dictionary() -> None:
     @dataclasses.dataclass
     class Login:
