@@ -94,6 +94,8 @@ class ServiceFacts:
     """What the store answered to the last append, if that failed."""
     bus_trouble: str | None = None
     """What the bus answered last instead of messages."""
+    stranger: str | None = None
+    """Another log, whose relay publishes on this bus, and was heard since the last marker."""
     queue: str = ""
     heard_age: float | None = None
     """Seconds since anything came from the queue."""

@@ -276,12 +276,16 @@ def _markers(facts: ServiceFacts, service: str, relay_leads: bool) -> Check:
         )
         if facts.marker_age <= MARKER_SECONDS:
             return Check(name, True, detail)
+        if facts.stranger is not None:
+            return _misled(facts, detail)
         if facts.full or _recent(facts.heard_age):
             # Markers come in order with the events: they wait in its own queue behind what it has not done yet.
             return Check(
                 name, True, f"{detail}; newer ones wait in its queue, behind {facts.unsettled} unsettled events"
             )
         return _silent(facts, service, relay_leads, detail)
+    if facts.stranger is not None:
+        return _misled(facts, "no marker of its own log was heard on this connection")
     # Of several processes of a service only one hears markers. Another is well while somebody moves the floor, or as
     # long as there is nothing to move it for.
     moving = facts.others_idle is not None and facts.others_idle <= STALLED_SECONDS
@@ -305,6 +309,18 @@ def _markers(facts: ServiceFacts, service: str, relay_leads: bool) -> Check:
             service,
         )
     return _silent(facts, service, relay_leads, f"no marker was heard on this connection{waiting}")
+
+
+def _misled(facts: ServiceFacts, detail: str) -> Check:
+    """A relay is at work, but for another log."""
+    return Check(
+        f"{facts.name}.markers",
+        False,
+        f"{detail}. A relay of another store publishes on this bus: its messages are of log {facts.stranger}",
+        "stop that relay, or start it with the TIDINGS_STORE of this service; tidings log show says which log a store "
+        "holds",
+        Part.RELAY,
+    )
 
 
 def _silent(facts: ServiceFacts, service: str, relay_leads: bool, detail: str) -> Check:

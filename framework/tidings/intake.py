@@ -60,6 +60,10 @@ class Intake:
         self.marker = -1
         """What the last marker said."""
         self.connected = False
+        self.stranger: UUID | None = None
+        """Another log, whose relay publishes on this bus."""
+        self.stranger_at: float | None = None
+        """When something of it came last, by `clock`."""
         self.heard_at: float | None = None
         """When the last message came, of whatever kind, by `clock`."""
         self.heard = 0
@@ -169,6 +173,10 @@ class Intake:
             self._gap(event.position, step)
 
     def _hear(self, marker: Marker, step: Step) -> None:
+        if marker.log == self.stranger:  # its first message is kept; more markers say nothing new
+            self.stranger_at = self._clock()
+            self._dispatcher.settle(step)
+            return
         self._check_log(marker.log)
         self.marker_at = self._clock()
         self.marker = max(self.marker, marker.position)
@@ -190,6 +198,7 @@ class Intake:
 
     def _check_log(self, log_id: UUID) -> None:
         if log_id != self._log_id:
+            self.stranger, self.stranger_at = log_id, self._clock()
             raise MalformedMessage(
                 f"it belongs to log {log_id}, this service follows {self._log_id}: a relay of another store publishes "
                 "on this bus"

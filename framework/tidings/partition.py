@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -103,6 +104,14 @@ class Partition:
         """Seconds since the last marker on this connection to the bus; None before the first."""
         heard = self.intake.marker_at if self.intake else None
         return None if heard is None else self._clock() - heard
+
+    @property
+    def stranger(self) -> UUID | None:
+        """Another log, whose relay publishes on this bus and was heard since the last marker of ours."""
+        intake = self.intake
+        if intake is None or intake.stranger_at is None or intake.stranger_at < (intake.marker_at or -inf):
+            return None
+        return intake.stranger
 
     @property
     def marker(self) -> int:

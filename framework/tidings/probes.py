@@ -241,6 +241,7 @@ def _condition(part: Partition, running: RunningService) -> ServiceFacts:
         database_place=database.file or database.shown,
         store_writes=_masked(writes.error if writes is not None else None),
         bus_trouble=_masked(intake.trouble if intake else None),
+        stranger=None if part.stranger is None else str(part.stranger),
         queue=part.subscription.queue,
         heard_age=part.heard_age,
         unsettled=unsettled,

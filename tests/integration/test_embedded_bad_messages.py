@@ -99,6 +99,21 @@ async def test_an_event_that_does_not_fit_is_dead_and_an_unknown_type_passes_by(
         assert [(letter.attempts, letter.data) for letter in found] == ([(1, event.data)] if reason else [])
 
 
+async def test_of_a_relay_of_another_log_one_marker_is_kept(tmp_path: Path) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:20])
+        await world.settled()
+        async with world.bus.publisher() as publisher:
+            for position in range(5):
+                await publisher.send(Marker(OTHER_LOG, position + 1, position, {}).encode())
+        await world.append(*EVENTS[20:])
+        await world.settled()
+        assert_once_in_order(await rows(service), EVENTS)
+        (letter,) = await letters(service)
+        assert f"it belongs to log {OTHER_LOG}" in letter.reason
+
+
 async def test_a_repeated_message_is_dropped(tmp_path: Path) -> None:
     service = auditing()
     async with embedded(tmp_path, service) as world:

@@ -82,6 +82,15 @@ def test_a_relay_is_ready_when_it_leads_and_moves_or_stands_by(change: dict[str,
     assert wrong(judge_ready(Facts(relays=(replace(LEADS, **change),)))) == named
 
 
+@pytest.mark.parametrize("heard", [None, 31, 95])
+def test_a_relay_of_another_log_is_named_before_anything_is_said_of_the_queue(heard: float | None) -> None:
+    health = judge_ready(Facts((replace(WELL, marker_age=heard, stranger="log-2", heard_age=1, full=True),)))
+    assert wrong(health) == ["audit.markers"]
+    told = str(health.document())
+    assert "of log log-2" in told
+    assert "tidings log show" in told
+
+
 def test_a_stuck_handler_is_named_with_its_event_stream_and_seconds() -> None:
     facts = Facts((replace(WELL, work=(STUCK,)),))
     assert wrong(judge_live(facts)) == ["audit.handlers"]
