@@ -264,6 +264,9 @@ class Dispatcher:
         if enrolled.changed:
             self._inbox.succeed()
         if fresh:
+            if enrolled.changed:  # what is held may wait in another line now
+                await self._knows_keys.wait()
+                await self._read_keys()
             self.roster.read(enrolled.after, enrolled.spans)
             self._commits.progress.spans = {span[:3]: span.done for span in enrolled.spans if span.open}
         elif enrolled.changed:

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
+from tidings.events import wire_name
 from tidings.roster import BEHIND, PAST, SKIPPED, Span, successors, under_one_name
 
 if TYPE_CHECKING:
@@ -177,11 +178,13 @@ class Enrolment:
         )
 
     async def _set_lines(self, handler: Handler) -> None:
-        """What it held or gave up is in the line in which the code keeps the order now."""
+        """What it held or gave up is in the line in which the code keeps the order now. Events of types that it does
+        not handle any more stay where they are."""
+        kinds = {wire_name(event) for event in handler.events}
         for table in (held, dead):
             its = (*self._of(table), self._in_range(table), table.c.handler == handler.name)
-            first = table.c.type.in_(handler.first_of)
-            for line, these in (("", first), (handler.line, ~first)):
+            further = table.c.type.in_(kinds - handler.first_of) if kinds else sa.true()
+            for line, these in (("", table.c.type.in_(handler.first_of)), (handler.line, further)):
                 moved = table.update().where(*its, these, table.c.line != line)
                 await self._connection.execute(moved.values(line=line))
 

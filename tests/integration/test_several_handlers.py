@@ -196,6 +196,35 @@ async def _holds(world: World, handler: str) -> bool:
     return handler in {row.handler for row in part.held}
 
 
+@pytest.mark.parametrize("above", [False, True], ids=["becomes further", "becomes first"])
+async def test_what_is_held_keeps_its_order_when_a_deploy_moves_it_to_another_line(tmp_path: Path, above: bool) -> None:
+    broken = [True]
+
+    def version(*, above: bool) -> Service:
+        service = Service("pair", tables=tables)
+        if above:
+
+            @service.on(Happened)
+            async def other(event: Happened) -> None: ...
+
+        @service.on(Happened, retry=Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05)))
+        async def work(event: Happened, session: AsyncSession) -> None:
+            await note(session, "work", event)
+            if broken[0]:
+                raise RuntimeError("not yet")
+
+        return service
+
+    async with embedded(tmp_path, before := version(above=above)) as world:
+        await world.append(Happened(key="k0"), Happened(key="k0", n=1))
+        await until(lambda: _number(before, held, 2))
+    broken[0] = False
+    async with embedded(tmp_path, after := version(above=not above)) as world:
+        await world.append(Happened(key="k0", n=2))
+        await world.settled()
+        assert await effects(after) == {"work k0": [0, 1, 2]}
+
+
 async def test_two_handlers_may_hold_the_same_event(tmp_path: Path) -> None:
     pair = Pair()
     pair.broken = {"first", "tell", "second"}
