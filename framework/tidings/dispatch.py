@@ -263,6 +263,8 @@ class Dispatcher:
             enrolled = await enrol(connection, self._service, self._log_id, self._inbox.buckets)
         if enrolled.changed:
             self._inbox.succeed()
+            if self.roster.partial or self._replay.waiting:  # it was read with the handlers' names of before
+                raise Fenced(f"service {self._service.name!r}: its handlers are others than before; joining again")
         if fresh:
             if enrolled.changed:  # what is held may wait in another line now
                 await self._knows_keys.wait()

@@ -305,6 +305,34 @@ async def test_a_handler_that_left_when_it_was_done_with_an_event_that_waited_fo
         assert (await effects(back.service))["first k0"] == [0, 1, 2]
 
 
+async def test_a_handler_that_was_renamed_when_it_was_done_with_an_event_that_waited_for_another_is_not_given_it_again(
+    tmp_path: Path,
+) -> None:
+    told, gate = list[tuple[str, int]](), asyncio.Event()
+
+    def version(name: str, *was: str) -> Service:
+        service = Service("pair", tables=tables)
+
+        @service.on(Happened, name=name, was=was)
+        async def tell(event: Happened) -> None:
+            told.append((name, event.n))
+
+        @service.on(Happened)
+        async def second(event: Happened) -> None:
+            await gate.wait()
+
+        return service
+
+    async with embedded(tmp_path, before := version("tell")) as world:
+        await world.append(Happened(key="k0"))
+        await until(lambda: _number(before, partials, 1))
+    gate.set()
+    async with embedded(tmp_path, version("say", "tell")) as world:
+        await world.append(Happened(key="k0", n=1))
+        await world.settled()
+        assert told == [("tell", 0), ("say", 1)]
+
+
 async def test_on_any_is_given_every_event_whether_it_is_declared_or_not(tmp_path: Path) -> None:
     service, seen = Service("any", tables=tables), list[tuple[str, str, int]]()
 
