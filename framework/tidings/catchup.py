@@ -26,6 +26,8 @@ log = structlog.get_logger("tidings.catchup")
 
 PROGRESS_SECONDS: Final = 1.0
 """Seconds between two notes of how far it came, where a restart goes on."""
+PAUSED_SECONDS: Final = 30.0
+"""Seconds until one more event is read while every handler that is behind is paused: there must be something to try."""
 LAGGING_SECONDS: Final = 0.1
 """Seconds before it looks again for what the store, or the bus, has not brought yet."""
 
@@ -63,6 +65,12 @@ class CatchUp:
         """Another process may have been at work: where the handlers are must be read anew."""
         return self._generation != self._roster.generation
 
+    @property
+    def _is_paused(self) -> bool:
+        """The breaker of every handler that is behind is open: what is read now would only fill the held events."""
+        paused = self._dispatcher.breakers.open
+        return bool(paused) and all(name in paused for spans in self._roster.spans.values() for name, _ in spans)
+
     async def _catch_up(self) -> None:
         reached, began = self._roster.first, self._clock()
         names = sorted({name for spans in self._roster.spans.values() for name, _ in spans})
@@ -76,14 +84,16 @@ class CatchUp:
             for bucket in list(self._roster.spans):
                 self._end(bucket, reached)
             self._dispatcher.settle(Step(caught=reached))
-            if self._roster.spans:
+            if self._is_paused:
+                await self._dispatcher.resumed(PAUSED_SECONDS)
+            elif self._roster.spans:
                 await asyncio.sleep(LAGGING_SECONDS)
         seconds = round(self._clock() - began, 3)
         if not self._roster.spans and not self._is_stale:
             log.info("handlers.caught_up", service=self._service, handlers=names, reached=reached, seconds=seconds)
 
     async def _read(self, reached: int, head: int) -> int:
-        dispatcher, offered = self._dispatcher, self._clock()
+        dispatcher, offered, given = self._dispatcher, self._clock(), False
         async for event in self._store.read_all(after=reached, filter=CARRIED):
             if self._is_stale:  # what it came to is said of the spans that were read anew, or that nobody has read yet
                 return reached
@@ -100,8 +110,12 @@ class CatchUp:
                     return reached
                 # No await from here on: what is accepted, and what is given, must not change in between.
                 self._end(bucket, position - 1)
-                for handler, span in self._roster.late(event.type, bucket, position):
+                late = self._roster.late(event.type, bucket, position)
+                if late and given and self._is_paused:
+                    return position - 1
+                for handler, span in late:
                     dispatcher.submit_late(event, handler, span, metadata)
+                    given = True
             if self._clock() - offered >= PROGRESS_SECONDS:
                 offered = self._clock()
                 dispatcher.settle(Step(caught=position))

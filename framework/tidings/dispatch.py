@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 from uuid import UUID
 
@@ -123,6 +124,7 @@ class Dispatcher:
         """Nothing is given out before `run` knows which keys are blocked; from then on, while `_pump` is at it."""
         self._at_work = self._draining = False
         self._at_work_again = asyncio.Event()
+        self._resumed = asyncio.Event()
         self._busy = 0
         """Events given out whose outcome is not committed."""
         self._attempts = Attempts(service, resources, ours or Ours(store, None, database))
@@ -223,6 +225,14 @@ class Dispatcher:
             self._at_work_again.clear()
             await self._at_work_again.wait()
 
+    async def resumed(self, seconds: float) -> None:
+        """Wait until a handler that was paused succeeds, or until what is known of handlers is read anew; at most so
+        many seconds."""
+        self._resumed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._resumed.wait()
+
     def settle(self, step: Step) -> None:
         """Nothing to handle, but to be settled in its turn: a marker, a duplicate, the progress of a pass."""
         self._commits.settle(step)
@@ -256,6 +266,7 @@ class Dispatcher:
         self._at_work = True
         self._revival.active.set()
         self._at_work_again.set()
+        self._resumed.set()
 
     async def _enrol(self, fresh: bool) -> None:
         async with self._database.turn, self._database.transaction() as connection:
@@ -476,6 +487,7 @@ class Dispatcher:
             if self.breakers.any and self.breakers.succeeded(item.handler.name):
                 log.info("handler.resumed", service=self._service.name, handler=item.handler.name)
                 self._revival.look_at_all()
+                self._resumed.set()
             self._finish(item)
             return
         self._commits.doubt(item)

@@ -301,3 +301,44 @@ async def _has(of: Service, name: str, wanted: int) -> bool:
 
 async def _number(of: Service, table: sa.Table, wanted: int) -> bool:
     return await count(of, table) == wanted
+
+
+async def test_the_past_of_a_paused_handler_stays_in_the_log_and_is_done_when_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.breaker.PAUSES", (0.05, 0.1))
+    down, done = True, list[tuple[str, int]]()
+
+    async def late(event: Happened) -> None:
+        if down:
+            raise ConnectionError("the gateway is down")
+        done.append((event.key, event.n))
+
+    async def first(event: Happened) -> None: ...
+
+    def deploy(*, with_late: bool) -> Service:
+        made = Service("audit", tables=tables, prefetch=20)
+        made.on(Happened)(first)
+        if with_late:
+            made.on(Happened, since="start", retry=Retry(attempts=1, hold=Hold(attempts=10_000, delay=0.05)))(late)
+        return made
+
+    events = many(600, 50)
+    async with embedded(tmp_path, deploy(with_late=False)) as world:
+        await world.append(*events)
+        await world.settled()
+    async with embedded(tmp_path, paused := deploy(with_late=True)) as world:
+        running = world.running[0]
+        await until(lambda: running.paused is not None)
+        dispatcher = running.partitions[0].dispatcher
+        assert dispatcher is not None
+        await until(lambda: dispatcher.idle)
+        before, trials = await count(paused, held), dispatcher.attempts
+        assert before < 500, "of 600"
+        await until(lambda: dispatcher.attempts > trials + 5)
+        assert await count(paused, held) == before, "none is read any more"
+        down = False
+        await until(lambda: _caught_up(paused))
+        await world.settled()
+    for key in {event.key for event in events}:
+        assert [n for of, n in done if of == key] == [event.n for event in events if event.key == key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from tidings.catchup import PROGRESS_SECONDS, CatchUp
@@ -28,6 +29,7 @@ class Lanes:
 
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
+        self.breakers: Any = SimpleNamespace(open={})
         self.given: list[int] = []
         self.caught: list[int] = []
 
@@ -56,6 +58,33 @@ class Log:
             for do in self._at.get(position, ()):
                 do()
             yield RecordedEvent(position, f"s-{position}", 0, "T", b"{}", b"{}", True, bytes(16), 1)
+
+
+async def test_what_a_paused_handler_has_not_come_to_stays_in_the_log_but_for_one_event_to_try() -> None:
+    roster = Roster(lambda kind: (LATE,), {})
+    roster.read({}, behind(-1))
+    lanes: Any = Lanes(roster)
+    store: Any = Log({3: [lambda: lanes.breakers.open.update(late=None)]})
+    catching = CatchUp("s", store, Accepted(range(BUCKETS), 100, {}), lanes)
+    catching._generation = roster.generation
+    reached = await catching._read(-1, HEAD)
+    assert (lanes.given, reached) == ([0, 1, 2], 2)
+    reached = await catching._read(reached, HEAD)
+    assert (lanes.given, reached) == ([0, 1, 2, 3], 3), "one more, for a trial"
+    lanes.breakers.open.clear()
+    assert await catching._read(reached, HEAD) == HEAD
+    assert lanes.given == [0, 1, 2, 3, 4, 5, 6]
+
+
+async def test_a_handler_that_is_not_paused_catches_up_beside_one_that_is() -> None:
+    roster = Roster(lambda kind: (LATE,), {})
+    roster.read({}, [*behind(-1), Span(0, "other", BEHIND, -1, -1)])
+    lanes: Any = Lanes(roster)
+    lanes.breakers.open["late"] = None
+    catching = CatchUp("s", Log({}), Accepted(range(BUCKETS), 100, {}), lanes)  # type: ignore[arg-type]
+    catching._generation = roster.generation
+    assert await catching._read(-1, HEAD) == HEAD
+    assert lanes.given == [0, 1, 2, 3, 4, 5, 6]
 
 
 async def catch_up(*at: tuple[int, Any]) -> tuple[list[int], list[int]]:
