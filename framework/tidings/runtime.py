@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import structlog
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Runtime", "serve"]
 
 log = structlog.get_logger("tidings.runtime")
+
+STUCK_SECONDS: Final = 1.0
+"""Seconds for which nothing but held events must be left before `Runtime.settled` gives up."""
 
 
 class Runtime:
@@ -155,10 +158,12 @@ class Runtime:
     async def settled(self, *, timeout: float = 60.0) -> Report:
         """Wait until every event in the log is settled in every started service, and nothing is staged.
 
-        Raises `TimeoutError` after `timeout` seconds with the report that names what is missing.
+        Raises `TimeoutError` after `timeout` seconds with the report that names what is missing; and as soon as nothing
+        is left but events that are held until later than that, or until somebody does something.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
+        stuck_since: float | None = None
         while True:
             began = loop.time()
             report = await self.verify()
@@ -166,8 +171,25 @@ class Runtime:
                 return report
             if loop.time() > deadline:
                 raise TimeoutError(f"not settled after {timeout:g} s:\n{report}")
+            stuck = self._is_stuck(report, deadline - loop.time())
+            stuck_since = (began if stuck_since is None else stuck_since) if stuck else None
+            if stuck_since is not None and loop.time() - stuck_since > STUCK_SECONDS:
+                raise TimeoutError(f"not settled, and nothing that is held is tried within {timeout:g} s:\n{report}")
             # Looking costs the more, the more is to be done: leave most of the time to those who do it.
             await asyncio.sleep(max(0.02, 3 * (loop.time() - began)))
+
+    def _is_stuck(self, report: Report, seconds: float) -> bool:
+        """Nothing is left but events that are held for longer than these seconds. While a handler is paused, one of its
+        events is tried now and then, whatever they are held for."""
+        if any(running.paused for running in self._running.values()):
+            return False
+        until = time.time() + seconds
+        for part in report.services:
+            held_for_long = part.held_count and (part.held_due is None or part.held_due > until)
+            moves = part.pending_count or part.staged_count or not all(handler.ok for handler in part.handlers)
+            if not part.ok and (moves or not held_for_long):
+                return False
+        return True
 
 
 async def serve(
