@@ -202,7 +202,7 @@ class RunningService:
 
     def watch(self, rows: Sequence[StagedEvent]) -> list[asyncio.Future[bool]]:
         """Return a future for each of these events that this process will append; see `Stager.watch`."""
-        alone = self._post is not None
+        alone = bool(getattr(self._bus, "within_process", False))
         dispatchers = [part.dispatcher for part in self.partitions if part.dispatcher is not None]
         found = [dispatcher.watch(row, alone=alone) for row in rows for dispatcher in dispatchers]
         return [future for future in found if future is not None]

@@ -53,6 +53,17 @@ async def test_it_waits_for_what_is_held_until_soon() -> None:
         assert (await runtime.settled(timeout=30)).ok
 
 
+async def test_the_very_first_transaction_waits_for_its_append_too() -> None:
+    """The process has joined, and the bus has given it nothing yet."""
+    service = failing(DEAD)
+    async with Runtime(service, settings=in_memory()) as runtime:
+        async with service.transaction() as (_, emit):
+            emit("one", Asked(key="first"))
+        await service.append("one", Asked(key="second"))
+        events = [event async for event in runtime.store.read_stream("one")]
+        assert [b"first" in event.data for event in events] == [True, False]
+
+
 async def test_dead_letters_are_settled() -> None:
     service = failing(DEAD)
     async with Runtime(service, settings=in_memory()) as runtime:
