@@ -70,7 +70,8 @@ def under_one_name(spans: Iterable[Span], name: str, at_work: Collection[str]) -
 
     What it did under any of its names is done. Of what it did under none, a past that was asked for is still to be
     given; and where it was to begin later under one of them, it was not given the rest. `at_work` are the names under
-    which it was given events last: without spans, everything is done under them.
+    which it was given events last: without spans, everything is done under them. Two parts of a bucket that were never
+    given to it become one, with what is between them.
     """
     buckets: dict[int, dict[str, list[_Missing]]] = {}
     for span in spans:
