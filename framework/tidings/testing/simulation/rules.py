@@ -170,7 +170,7 @@ def _fresh_for_the_log() -> Patches:
 
 
 def _settled_is_not_under_way() -> Patches:
-    async def nothing(self: Inbox, connection: AsyncConnection) -> None:
+    async def nothing(self: Inbox, connection: AsyncConnection, names: object = None) -> None:
         pass
 
     yield Inbox, "_forget_settled", nothing
