@@ -209,13 +209,6 @@ def _parts_are_noted() -> Patches:
     yield Inbox, "part", none
 
 
-def _parts_are_compared() -> Patches:
-    async def none(self: Inbox, connection: AsyncConnection, moves: object, known: object) -> None:
-        return None
-
-    yield Inbox, "check_parts", none
-
-
 def _behind_waits() -> Patches:
     handlers = Roster.handlers
 
@@ -244,7 +237,6 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "fresh_for_the_log": _fresh_for_the_log,
     "settled_is_not_under_way": _settled_is_not_under_way,
     "parts_are_noted": _parts_are_noted,
-    "parts_are_compared": _parts_are_compared,
     "behind_waits": _behind_waits,
 }
 """Without any one of them, a promise breaks."""
