@@ -132,6 +132,7 @@ async def test_while_the_store_is_away_requests_go_on_and_their_events_come_late
 
     def wrap(store: EventStore) -> EventStore:
         around.append(Away(store))
+        around[0].take = False
         return around[0]
 
     async with embedded(tmp_path, service, wrap=wrap) as world:
