@@ -183,7 +183,7 @@ async def test_password_revoked_and_given_back(site: Site, recovered: Recovered)
     async with working(site) as service:
         await site.admin.execute(f"ALTER ROLE {ROLE} PASSWORD 'another'")
         await site.cut_off()
-        await service.says("service.rejoining", "password authentication failed", "check user, password and name")
+        await service.says("service.rejoining", "password authentication failed", "check user and password")
         await site.admin.execute(f"ALTER ROLE {ROLE} PASSWORD '{PASSWORD}'")
         seconds = await site.stage.recovered(now())
     await goes_on(site, recovered, 0, seconds)
