@@ -32,8 +32,8 @@ def _check_times(policy: Retry | Hold) -> None:
         raise ConfigurationError(f"{policy}: attempts must be a whole number")
     for name in ("delay", "factor", "maximum"):
         value: object = getattr(policy, name)
-        if not _is_number(value) or not value < FOREVER:
-            raise ConfigurationError(f"{policy}: {name} must be a number below {FOREVER:g}")
+        if not _is_number(value) or not value <= FOREVER:
+            raise ConfigurationError(f"{policy}: {name} must be a number, at most {FOREVER:g}")
     if policy.attempts < 1 or policy.delay < 0 or policy.factor < 1 or policy.maximum < 0:
         raise ConfigurationError(f"{policy}: attempts must be 1 or more, factor 1 or more, delays not negative")
 
