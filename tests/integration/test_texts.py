@@ -85,7 +85,7 @@ def _row(table: sa.Table, texts: list[str]) -> dict[str, Any]:
         elif column.key == "id":
             continue
         elif kind is str:
-            row[column.key] = uuid4().hex[:20]
+            row[column.key] = uuid4().hex[: column.type.length]  # type: ignore[attr-defined]
         else:
             row[column.key] = {int: 1, bool: True, float: 1.0, bytes: b"\0", datetime: datetime.now(UTC)}[kind]
     return row
