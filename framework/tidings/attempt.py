@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from tidings._support.eager import FirstStep
 from tidings.codec import check_key, decode
 from tidings.context import ATTEMPT, Context
 from tidings.errors import (
@@ -31,7 +32,6 @@ from tidings.errors import (
     TransactionMisuse,
     WriterHeld,
 )
-from tidings.first_step import FirstStep
 from tidings.handlers import Handler, Inject
 from tidings.logs import bind_handling, handling
 from tidings.outages import is_outage

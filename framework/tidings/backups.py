@@ -16,8 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from tidings._support.holders import open_elsewhere
 from tidings.errors import TidingsError
-from tidings.holders import open_elsewhere
 
 __all__ = ["Backup", "BackupRefused", "Kept", "read", "restore", "take"]
 

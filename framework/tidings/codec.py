@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from tidings.documents import check, parse
+from tidings._support.json_limits import check, parse
 from tidings.errors import (
     ConfigurationError,
     PartitionKeyDiffers,

@@ -14,13 +14,13 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings._support.timers import Timers
 from tidings.buses import Consumer
 from tidings.database import Database
 from tidings.inbox import Letter
 from tidings.position import Settled
 from tidings.progress import FLOOR_SECONDS, Batch, Progress
 from tidings.sessions import SessionHandlers
-from tidings.timers import Timers
 from tidings.work import Item, Step, Troubles
 
 __all__ = ["Commits"]

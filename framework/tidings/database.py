@@ -486,7 +486,7 @@ async def connected(url: str) -> AsyncIterator[Database]:
     try:
         parsed = make_url(url)
         if parsed.drivername in ("sqlite", "sqlite+tidings"):
-            from tidings import sqlite_dialect
+            import tidings.sqlite_dialect as sqlite_dialect
 
             parsed = parsed.set(drivername="sqlite+tidings")
         elif parsed.get_backend_name() == "sqlite":

@@ -16,6 +16,8 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings._support.timers import Timers, counting_sleep
+from tidings._support.workers import Workers
 from tidings.attempt import Attempt, Attempts, Failure, Resources
 from tidings.breaker import Breakers
 from tidings.codec import read_metadata
@@ -39,9 +41,7 @@ from tidings.service import Service
 from tidings.sessions import SessionHandlers
 from tidings.staged import Stager
 from tidings.stores import EventStore, RecordedEvent
-from tidings.timers import Timers, counting_sleep
 from tidings.work import Item, Step, Troubles
-from tidings.workers import Workers
 
 __all__ = ["Dispatcher"]
 

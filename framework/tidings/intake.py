@@ -10,6 +10,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.tasks import supervised
 from tidings.buses import Consumer, Delivery, EventBus, Subscription
 from tidings.dispatch import Dispatcher
 from tidings.errors import BusUnavailable, Fenced, MalformedMessage
@@ -17,7 +18,6 @@ from tidings.healing import Pass
 from tidings.inbox import Inbox, Letter
 from tidings.message import MARKER, Marker, Stamped, decode
 from tidings.position import Accepted, Verdict
-from tidings.supervision import supervised
 from tidings.work import Step
 
 __all__ = ["Intake"]

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings._support.json_limits import parse
 from tidings.database import (
     Database,
     begun,
@@ -30,7 +31,6 @@ from tidings.database import (
     staged,
     watermarks,
 )
-from tidings.documents import parse
 from tidings.errors import LogChanged, StreamNotFound, TidingsError
 from tidings.stores import EventData, EventStore
 

@@ -36,8 +36,8 @@ from structlog.stdlib import (
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from tidings._support.escaping import plain, plain_lines
 from tidings.errors import ConfigurationError
-from tidings.printable import plain, plain_lines
 
 if TYPE_CHECKING:
     from tidings.context import Context

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from tidings.documents import parse
+from tidings._support.json_limits import parse
 from tidings.errors import MalformedMessage
 from tidings.position import BUCKETS, RESERVED, bucket_of, partition_key
 from tidings.stores import EPOCH, JSON, OCTETS, RecordedEvent

@@ -15,6 +15,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.tasks import leaves, task_group
 from tidings.attempt import Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
 from tidings.catchup import CatchUp
@@ -29,7 +30,6 @@ from tidings.lineage import lineage_of
 from tidings.owned import Ours
 from tidings.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
-from tidings.supervision import leaves, task_group
 from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
 
+from tidings._support.tasks import supervised
 from tidings.database import Database, processes
 from tidings.errors import DatabaseUnavailable
 from tidings.fingerprints import fingerprint, version_of
-from tidings.supervision import supervised
 
 if TYPE_CHECKING:
     from tidings.service import Service

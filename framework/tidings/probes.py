@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+from tidings._support.tasks import together
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
 from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, is_still, judge_live, judge_ready
 from tidings.held import HeldCount
@@ -22,7 +23,6 @@ from tidings.logs import masked
 from tidings.owned import OwnStore, Writes
 from tidings.position import CARRIED, carried
 from tidings.stores import EventStore
-from tidings.supervision import together
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute

@@ -15,6 +15,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.tasks import leaves, task_group
 from tidings.buses import EventBus, Publisher
 from tidings.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.errors import (
@@ -29,7 +30,6 @@ from tidings.errors import (
 from tidings.message import Marker, encode
 from tidings.position import CARRIED, Chain, Settled, Ticket, carried
 from tidings.stores import MAX_POSITION, EventStore, RecordedEvent
-from tidings.supervision import leaves, task_group
 
 __all__ = ["Relay"]
 

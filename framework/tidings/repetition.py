@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings._support.json_limits import parse
 from tidings.codec import read_metadata
 from tidings.database import staged
-from tidings.documents import parse
 from tidings.errors import RepetitionDiffers, StoreError
 from tidings.inbox import StagedEvent
 from tidings.stores import EventStore

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Final, Literal
 from uuid import UUID
 
-from tidings.printable import plain
+from tidings._support.escaping import plain
 
 __all__ = [
     "DeadEvent",

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.tasks import supervised, task_group
 from tidings.attempt import Resources
 from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
@@ -35,7 +36,6 @@ from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.standby import Post, Taken, post_of
 from tidings.stores import EventStore
-from tidings.supervision import supervised, task_group
 from tidings.watchdog import Watchdog
 from tidings.work import Item, Troubles
 

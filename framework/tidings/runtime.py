@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import structlog
 
+from tidings._support.tasks import supervised, together
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_by_default, configure_logging
@@ -20,7 +21,6 @@ from tidings.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store, redact
 from tidings.signals import StopSignals
 from tidings.stores import EventStore
-from tidings.supervision import supervised, together
 from tidings.verify import Report, verify
 
 if TYPE_CHECKING:

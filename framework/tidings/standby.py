@@ -24,9 +24,9 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from tidings._support.holders import lock_holder
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
-from tidings.holders import lock_holder
 from tidings.outages import outages
 
 __all__ = ["Post", "Taken", "post_of"]

@@ -11,6 +11,7 @@ from uuid import uuid4
 import structlog
 from sqlalchemy.exc import DBAPIError
 
+from tidings._support.tracebacks import Kind, Tracebacks
 from tidings.attempt import Failure
 from tidings.buses import Consumer
 from tidings.context import Context
@@ -24,7 +25,6 @@ from tidings.own_metadata import own_metadata
 from tidings.position import Ticket
 from tidings.roster import Span
 from tidings.stores import RecordedEvent
-from tidings.tracebacks import Kind, Tracebacks
 
 __all__ = ["SKIPPED", "Item", "Step", "Troubles", "Turn"]
 

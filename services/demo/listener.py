@@ -10,8 +10,8 @@ from typing import Final
 from services.demo.customers import Customers
 from services.demo.tally import Tally
 from tidings import EventStore, RecordedEvent
+from tidings._support.tasks import supervised
 from tidings.errors import StoreUnavailable
-from tidings.supervision import supervised
 
 __all__ = ["Listener", "listening", "silence"]
 

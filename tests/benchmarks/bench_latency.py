@@ -32,12 +32,12 @@ from tests.benchmarks.path import (
     with_broker,
 )
 from tidings import Relay, Service, Settings, open_bus, open_store
+from tidings._support.tasks import supervised
 from tidings.buses import Subscription
 from tidings.codec import encode
 from tidings.message import encode as message_of
 from tidings.position import carried
 from tidings.stores import RecordedEvent
-from tidings.supervision import supervised
 from tidings.testing.brokers import RabbitMQ
 
 RATE, TURNS, LIMIT = 500, 4, 5.0

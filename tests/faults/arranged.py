@@ -14,8 +14,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
-from tidings import relay, staged
-from tidings.buses import rabbitmq
+import tidings.buses.rabbitmq as rabbitmq
+import tidings.relay as relay
+import tidings.staged as staged
 from tidings.cli import main
 
 __all__ = ["FAULTS"]

@@ -37,8 +37,8 @@ from services.importer import Invoice, Kind, invoices, read_rows
 from services.order.api import KEYS
 from services.payment import payment
 from tests.faults.night import FAULTS, Fault, Night
+from tidings._support.tasks import leading, supervised
 from tidings.errors import TidingsError
-from tidings.supervision import leading, supervised
 
 __all__ = ["main", "soak"]
 

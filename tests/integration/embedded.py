@@ -23,12 +23,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.integration.databases import database_url
 from tests.integration.served import open_log
 from tidings import ANY, Context, Event, EventData, EventStore, Relay, Retry, Service, Settings, open_bus
+from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
 from tidings.database import dead, staged, watermarks
 from tidings.errors import StreamNotFound
 from tidings.running import RunningService
 from tidings.stores import Appended, Expected, RecordedEvent
-from tidings.supervision import supervised
 from tidings.verify import Report, verify
 
 QUICK = Retry(attempts=3, delay=0.01, hold=None, hold_key=False)

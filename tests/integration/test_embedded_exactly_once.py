@@ -27,11 +27,11 @@ from tests.integration.embedded import (
 )
 from tests.integration.served import open_log
 from tidings import Context, Relay, Retry, Service, open_bus
+from tidings._support.tasks import supervised
 from tidings.inbox import Inbox
 from tidings.intake import Intake
 from tidings.message import Message
 from tidings.position import ALL_BUCKETS, carried
-from tidings.supervision import supervised
 from tidings.verify import verify
 
 ROOT = Path(__file__).parents[2]

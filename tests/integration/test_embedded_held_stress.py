@@ -22,13 +22,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from tests.integration.embedded import Happened, audit, settings_for, tables, until
 from tests.integration.served import open_log
 from tidings import Context, Event, EventStore, Hold, Relay, Retry, Service, Settings, open_bus
+from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
 from tidings.database import Database, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters
 from tidings.errors import DatabaseUnavailable
 from tidings.position import bucket_of
 from tidings.running import RunningService
-from tidings.supervision import supervised
 from tidings.verify import verify
 
 EVENTS = 160

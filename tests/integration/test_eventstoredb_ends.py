@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+import tidings.stores.eventstoredb_wire as wire
 from tests.integration.eventstoredb import many, opened
 from tidings.errors import EventTooLarge, StoreUnavailable
 from tidings.server import EventStoreServer
 from tidings.stores import CaughtUp, EventData
-from tidings.stores import eventstoredb_wire as wire
 from tidings.stores.eventstoredb_appends import Appends, Write
 from tidings.stores.eventstoredb_leader import Leader
 from tidings.stores.grpc_call import Call

@@ -25,8 +25,8 @@ from tests.integration.embedded import (
 )
 from tests.integration.eventstoredb import Server
 from tidings import Relay, Service, open_bus, open_store
+from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
-from tidings.supervision import supervised
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import tidings.stores.eventstoredb_wire as wire
 from tests.integration.eventstoredb import behind_a_proxy, many, opened, serving, stored
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
 from tidings.server import EventStoreServer
@@ -29,7 +30,6 @@ from tidings.stores import (
     Filter,
     RecordedEvent,
 )
-from tidings.stores import eventstoredb_wire as wire
 from tidings.stores.grpc_call import Call
 from tidings.testing.store_conformance import event, events, numbers, read, take
 

@@ -32,6 +32,7 @@ from tests.integration.embedded import (
 )
 from tests.integration.served import open_log
 from tidings import Context, EventData, EventStore, Relay, Service, Settings, open_bus
+from tidings._support.tasks import supervised
 from tidings.buses import Subscription
 from tidings.buses.memory import MemoryBus
 from tidings.codec import encode
@@ -40,7 +41,6 @@ from tidings.errors import ConfigurationError
 from tidings.partitions import Layout, layout_of, ranges_of, resize
 from tidings.position import bucket_of
 from tidings.running import RunningService
-from tidings.supervision import supervised
 from tidings.verify import verify
 
 

@@ -32,13 +32,13 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import ANY, Context, EventData, EventStore, Hold, Relay, Retry, Service
+from tidings._support.tasks import supervised
 from tidings.database import held, replays, staged
 from tidings.dead import DeadLetters
 from tidings.partitions import resize
 from tidings.position import carried
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import Appended, Expected, RecordedEvent
-from tidings.supervision import supervised
 
 PATIENT = Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05, factor=1))
 MORTAL = Retry(attempts=1, hold=None, hold_key=True)

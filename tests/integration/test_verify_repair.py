@@ -18,6 +18,7 @@ from tests.integration.commands import Command, Commands
 from tests.integration.embedded import Happened, StoreAround, assert_once_in_order, auditing, many, rows, settings_for
 from tests.integration.processes import until
 from tidings import ANY, EventData, EventStore, Relay, Service, Settings, open_bus, open_store
+from tidings._support.tasks import supervised
 from tidings.buses import EventBus
 from tidings.database import Database, open_database, staged
 from tidings.errors import StreamNotFound, Unroutable
@@ -25,7 +26,6 @@ from tidings.inbox import Inbox, StagedEvent
 from tidings.position import ALL_BUCKETS
 from tidings.repair import append_staged, publish_marker
 from tidings.stores import Appended, Expected
-from tidings.supervision import supervised
 from tidings.verify import verify
 
 # ---- over a network ------------------------------------------------------------------

@@ -19,8 +19,8 @@ from tests.integration.embedded import settings_for
 from tests.services.counter import CUPS, ORDER, Counter, OpenCounter, problem
 from tests.services.shop import OpenShop
 from tidings import Relay, Runtime, wire_name
+from tidings._support.tasks import supervised
 from tidings.errors import DatabaseUnavailable
-from tidings.supervision import supervised
 
 
 async def ids(at: Counter, **asked: str | int) -> list[str]:

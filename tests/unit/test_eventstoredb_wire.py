@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tidings.stores.eventstoredb_wire as wire
 from tidings.errors import (
     EventTooLarge,
     InvalidStreamName,
@@ -21,7 +22,6 @@ from tidings.errors import (
 )
 from tidings.position import CARRIED
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, Filter, RecordedEvent
-from tidings.stores import eventstoredb_wire as wire
 from tidings.stores.eventstoredb_protos import shared_pb2, streams_pb2
 
 NAMES = st.text(st.sampled_from("ab.$-_*[ (é\n"), min_size=1, max_size=5)

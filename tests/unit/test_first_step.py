@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tidings.first_step import FirstStep
+from tidings._support.eager import FirstStep
 
 WORD: ContextVar[str] = ContextVar("word", default="nobody's")
 

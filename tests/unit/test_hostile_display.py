@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from tests.unit.command_line import Ended, invoke
 from tidings import Context, EventData, Runtime, Service, Settings, open_store
+from tidings._support.escaping import plain_lines
 from tidings.buses import Found, Subscription
 from tidings.cli.app import app
 from tidings.errors import StoreUnavailable
 from tidings.events import Event, wire_name
 from tidings.handlers import Hold, Retry
 from tidings.logs import configure_logging
-from tidings.printable import plain_lines
 from tidings.stores import ANY
 
 EVIL: Final = (

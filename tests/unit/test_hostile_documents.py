@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tidings._support.json_limits import DEPTH, check, parse
 from tidings.cli.output import event_facts, facts
 from tidings.codec import decode, read_metadata
-from tidings.documents import DEPTH, check, parse
 from tidings.errors import SchemaError
 from tidings.events import Event, upcaster
 from tidings.position import partition_key

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tidings.cli import looking
+import tidings.cli.looking as looking
 from tidings.errors import DatabaseUnavailable
 from tidings.settings import Settings
 

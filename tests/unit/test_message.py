@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings import message
+import tidings.message as message
 from tidings.errors import MalformedMessage
 from tidings.message import BODY_LIMIT, MARKER, Marker, Message, decode, encode
 from tidings.position import BUCKETS, RESERVED, bucket_of, carried, partition_key

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tidings.supervision import supervised, task_group, together
+from tidings._support.tasks import supervised, task_group, together
 
 
 async def test_the_failure_of_the_work_ends_the_block_with_its_own_error() -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tidings.timers import Timers, counting_sleep
+from tidings._support.timers import Timers, counting_sleep
 
 
 async def test_one_rings_and_is_forgotten() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.tracebacks import AGAIN_SECONDS, KINDS, Kind, Tracebacks
+from tidings._support.tracebacks import AGAIN_SECONDS, KINDS, Kind, Tracebacks
 
 
 def kind(number: int) -> Kind:

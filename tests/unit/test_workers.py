@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidings.workers import TURN, Workers
+from tidings._support.workers import TURN, Workers
 
 
 @asynccontextmanager

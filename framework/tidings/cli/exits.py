@@ -16,6 +16,8 @@ from typing import Any, Final, ParamSpec
 
 import typer
 
+from tidings._support.escaping import plain_lines
+from tidings._support.tasks import leading
 from tidings.cli.output import facts, plain
 from tidings.errors import (
     BusUnavailable,
@@ -27,9 +29,7 @@ from tidings.errors import (
     StoreUnavailable,
     TidingsError,
 )
-from tidings.printable import plain_lines
 from tidings.settings import DEBUG
-from tidings.supervision import leading
 
 __all__ = [
     "DEFECT",

@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+from tidings._support.json_limits import parse
 from tidings.aggregate import Aggregate, declared
 from tidings.cli.exits import NO, USAGE, Refused
 from tidings.cli.output import document_lines, event_facts, facts, plain
 from tidings.codec import decode, read_metadata
-from tidings.documents import parse
 from tidings.errors import DeployNeeded, SchemaError, StreamDeleted, StreamNotFound
 from tidings.events import Event, partition_key, schema_version, wire_name
 from tidings.position import partition_key as partition_key_of

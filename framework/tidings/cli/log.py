@@ -46,8 +46,8 @@ async def renew_identity(yes: Yes = False, json: Json = False) -> int:
     messages and databases of the old one are refused instead of being taken for the new events. Services refuse to
     start (LogChanged) until 'tidings log adopt' lets their databases follow.
     """
+    from tidings._support.holders import open_elsewhere
     from tidings.backups import BackupRefused
-    from tidings.holders import open_elsewhere
     from tidings.lineage import renew
 
     settings = Settings()

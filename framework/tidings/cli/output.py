@@ -17,8 +17,8 @@ from uuid import UUID
 
 import typer
 
-from tidings.documents import parse
-from tidings.printable import plain
+from tidings._support.escaping import plain
+from tidings._support.json_limits import parse
 from tidings.stores import RecordedEvent
 
 __all__ = ["Json", "columns", "event_facts", "event_lines", "facts", "moment", "one_line", "paint", "plain", "say"]

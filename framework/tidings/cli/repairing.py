@@ -117,8 +117,8 @@ class Repair:
 
     async def _taken(self, service: Service, log: UUID) -> str | None:
         """Why the service cannot be run in this process: then two would do the same work."""
+        from tidings._support.holders import open_elsewhere
         from tidings.database import file_of
-        from tidings.holders import open_elsewhere
         from tidings.partitions import ranges_of
 
         url = self._settings.database_of(service.name)

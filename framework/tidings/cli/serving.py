@@ -17,12 +17,12 @@ from typing import Annotated, Any, Final
 import structlog
 import typer
 
+from tidings._support.escaping import plain_lines
+from tidings._support.tasks import leading, supervised
 from tidings.cli.exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering, code_of, complain
 from tidings.cli.find import find, find_service, find_services, is_application
-from tidings.printable import plain_lines
 from tidings.service import Service
 from tidings.settings import DEBUG, OTHER_VARIABLES, Settings, redact
-from tidings.supervision import leading, supervised
 
 __all__ = ["dev", "relay", "run"]
 

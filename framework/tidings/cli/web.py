@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import structlog
 
+from tidings._support.tasks import together
 from tidings.cli.exits import UNAVAILABLE, USAGE, Refused
 from tidings.probes import listening_at
 from tidings.signals import StopSignals
-from tidings.supervision import together
 
 __all__ = ["application_beside", "serve_application"]
 

@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
+import tidings.stores.eventstoredb_wire as wire
 from tidings.errors import StoreUnavailable, StreamDeleted, StreamForbidden, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     ANY,
@@ -33,7 +34,6 @@ from tidings.stores import (
     RecordedEvent,
     StreamMetadata,
 )
-from tidings.stores import eventstoredb_wire as wire
 from tidings.stores.eventstoredb_appends import Appends, Write
 from tidings.stores.eventstoredb_leader import LOG_STREAM, Leader, Trying
 from tidings.stores.grpc_call import CallFailed, ConnectionLost, Status

@@ -21,6 +21,7 @@ from typing import Final
 
 import structlog
 
+from tidings._support.tasks import leading, task_group
 from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.eventstoredb_leader import Leader
@@ -35,7 +36,6 @@ from tidings.stores.eventstoredb_wire import (
 )
 from tidings.stores.grpc_call import Call, CallFailed, ConnectionLost
 from tidings.stores.grpc_h2 import Connection
-from tidings.supervision import leading, task_group
 
 __all__ = ["Appends", "Write"]
 

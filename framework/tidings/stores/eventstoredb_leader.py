@@ -16,9 +16,9 @@ from typing import Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 from uuid import UUID
 
+import tidings.stores.eventstoredb_wire as wire
 from tidings.errors import ConfigurationError, StoreError, StoreUnavailable
 from tidings.stores import EVERYTHING, RecordedEvent
-from tidings.stores import eventstoredb_wire as wire
 from tidings.stores.eventstoredb_protos import AsyncClient
 from tidings.stores.grpc_call import Call, CallFailed, CertificateRefused, ConnectionLost, Status
 from tidings.stores.grpc_h2 import Address, Connection

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
+import tidings.stores.sqlite_log as reading
 from tidings.errors import (
     ConfigurationError,
     EventTooLarge,
@@ -41,7 +42,6 @@ from tidings.stores import (
     check_stream_name,
     check_text,
 )
-from tidings.stores import sqlite_log as reading
 from tidings.stores.metadata import check_closing, check_metadata_write
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
 from tidings.stores.sqlite_log import PAGE_EVENTS, Database, Page, now

@@ -17,8 +17,8 @@ from services.demo.fleet.processes import Died, NotReady
 from services.demo.fleet.shop import ShopFailed
 from services.demo.screen import Screen
 from services.importer import BrokenFile
+from tidings._support.tasks import leading
 from tidings.errors import TidingsError
-from tidings.supervision import leading
 
 STOPPED = (BrokenFile, BrokerRefused, Died, NotReady, OSError, ShopFailed, TidingsError, TooFew)
 

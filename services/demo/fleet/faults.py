@@ -19,8 +19,8 @@ from services.inventory import inventory
 from services.order import orders
 from services.payment import payment
 from services.shipping import shipping
+from tidings._support.tasks import supervised
 from tidings.buses import Subscription
-from tidings.supervision import supervised
 
 __all__ = ["ACTS", "ENOUGH", "Act", "disturb"]
 

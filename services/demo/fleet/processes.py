@@ -20,7 +20,7 @@ from typing import Final
 
 import httpx
 
-from tidings.supervision import together
+from tidings._support.tasks import together
 
 __all__ = ["READY_WITHIN", "Child", "Died", "Fleet", "NotReady", "fleet", "free_ports"]
 
