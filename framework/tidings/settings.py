@@ -21,10 +21,10 @@ __all__ = ["Settings", "open_bus", "open_store", "redact"]
 
 # scheme -> (module, function, what to install when an import of it fails)
 _STORES: Final = {
-    "sqlite": ("tidings.stores.sqlite", "open_sqlite", ""),
-    "memory": ("tidings.stores.sqlite", "open_sqlite", ""),
-    "esdb": ("tidings.stores.eventstoredb", "open_eventstoredb", "eventstoredb"),
-    "esdb+discover": ("tidings.stores.eventstoredb", "open_eventstoredb", "eventstoredb"),
+    "sqlite": ("tidings.stores.sqlite.store", "open_sqlite", ""),
+    "memory": ("tidings.stores.sqlite.store", "open_sqlite", ""),
+    "esdb": ("tidings.stores.eventstoredb.store", "open_eventstoredb", "eventstoredb"),
+    "esdb+discover": ("tidings.stores.eventstoredb.store", "open_eventstoredb", "eventstoredb"),
 }
 _BUSES: Final = {
     "memory": ("tidings.buses.memory", "open_memory", ""),

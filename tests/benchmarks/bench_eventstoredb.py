@@ -25,7 +25,7 @@ from esdbclient import AsyncEventStoreDBClient, NewEvent, StreamState
 
 from tests.integration.eventstoredb import Server
 from tidings.stores import CaughtUp, EventData, EventStore
-from tidings.stores.eventstoredb import open_eventstoredb
+from tidings.stores.eventstoredb.store import open_eventstoredb
 
 ROUNDS = 5
 IN_FLIGHT, EACH = 1_024, 10

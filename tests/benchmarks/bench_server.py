@@ -27,8 +27,8 @@ from esdbclient import EventStoreDBClient, NewEvent, StreamState
 from esdbclient.exceptions import NotFound
 
 from tidings.stores import EventData, EventStore, RecordedEvent
-from tidings.stores.eventstoredb import open_eventstoredb
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.eventstoredb.store import open_eventstoredb
+from tidings.stores.sqlite.store import open_sqlite
 
 DATA = b"x" * 200
 CALLS, CALL_ROUNDS = 400, 7

@@ -22,8 +22,8 @@ from statistics import median
 from uuid import uuid4
 
 from tidings.stores import EventData, EventStore
-from tidings.stores.sqlite import open_sqlite
-from tidings.stores.sqlite_log import CACHE_KIB
+from tidings.stores.sqlite.log import CACHE_KIB
+from tidings.stores.sqlite.store import open_sqlite
 
 TASKS, EACH, ROUNDS = 64, 100, 9
 READ_EVENTS, READ_ROUNDS = 120_000, 5

@@ -14,7 +14,7 @@ import pytest
 
 from tidings.server import EventStoreServer
 from tidings.stores import EventStore
-from tidings.stores.eventstoredb import open_eventstoredb
+from tidings.stores.eventstoredb.store import open_eventstoredb
 from tidings.testing.store_conformance import Reopen, StoreConformance
 
 

@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 
 from tidings.stores import EventStore
-from tidings.stores.sqlite import open_sqlite
-from tidings.stores.sqlite_log import now
+from tidings.stores.sqlite.log import now
+from tidings.stores.sqlite.store import open_sqlite
 from tidings.testing.store_conformance import Reopen, StoreConformance
 
 

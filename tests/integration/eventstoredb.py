@@ -16,7 +16,7 @@ from tidings.server import EventStoreServer
 from tidings.stores import (
     RecordedEvent,
 )
-from tidings.stores.eventstoredb import EventStoreDB
+from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import take
 
 PATIENCE = 30.0

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from tidings.server.protocol import shared, streams
 from tidings.server.running import PASSWORDS
-from tidings.stores.grpc_h2 import Address, Connection
+from tidings.stores.eventstoredb.grpc import Address, Connection
 
 __all__ = ["STREAMS", "ServerProcess", "appends", "batch", "connected", "message", "named", "raw"]
 

@@ -13,8 +13,8 @@ import pytest
 from tests.integration.eventstoredb import PATIENCE, Proxy, many
 from tidings.errors import StoreUnavailable
 from tidings.server import EventStoreServer
-from tidings.stores.eventstoredb import EventStoreDB
-from tidings.stores.eventstoredb_protos import streams_pb2
+from tidings.stores.eventstoredb.protos import streams_pb2
+from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import events, numbers, read, take
 
 gossip: Any = import_module(streams_pb2.__name__.replace("streams_pb2", "gossip_pb2"))

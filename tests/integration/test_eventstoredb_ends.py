@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-import tidings.stores.eventstoredb_wire as wire
+import tidings.stores.eventstoredb.wire as wire
 from tests.integration.eventstoredb import many, opened
 from tidings.errors import EventTooLarge, StoreUnavailable
 from tidings.server import EventStoreServer
 from tidings.stores import CaughtUp, EventData
-from tidings.stores.eventstoredb_appends import Appends, Write
-from tidings.stores.eventstoredb_leader import Leader
-from tidings.stores.grpc_call import Call
-from tidings.stores.grpc_h2 import Connection
+from tidings.stores.eventstoredb.appends import Appends, Write
+from tidings.stores.eventstoredb.grpc import Connection
+from tidings.stores.eventstoredb.grpc_call import Call
+from tidings.stores.eventstoredb.leader import Leader
 from tidings.testing.store_conformance import event, events, numbers, read, take
 
 
@@ -26,12 +26,12 @@ async def test_an_answer_that_breaks_the_adapter_fails_who_waits_and_no_later_ap
     decide = wire.outcome_of
 
     def broken(*_: Any) -> Any:
-        monkeypatch.setattr("tidings.stores.eventstoredb_appends.outcome_of", decide)
+        monkeypatch.setattr("tidings.stores.eventstoredb.appends.outcome_of", decide)
         raise KeyError("a bug")
 
     async with EventStoreServer() as server, opened(server.port) as store:
         await store.append("s", events(0))
-        monkeypatch.setattr("tidings.stores.eventstoredb_appends.outcome_of", broken)
+        monkeypatch.setattr("tidings.stores.eventstoredb.appends.outcome_of", broken)
         with capture_logs() as logs:
             waiting = await asyncio.gather(
                 *(store.append(f"t-{n}", events(n)) for n in range(5)), return_exceptions=True
@@ -163,7 +163,7 @@ async def test_a_server_that_allows_no_more_calls_is_not_waited_for_without_end(
 async def test_a_stream_subscription_that_brings_nothing_while_there_is_something_is_made_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tidings.stores.eventstoredb.QUIET_SECONDS", 0.1)
+    monkeypatch.setattr("tidings.stores.eventstoredb.store.QUIET_SECONDS", 0.1)
     hanging: set[int] = set()
     split = Call._split
     monkeypatch.setattr(Call, "_split", lambda self: [] if self.number in hanging else split(self))
@@ -181,7 +181,7 @@ async def test_an_append_of_unknown_outcome_that_cannot_be_looked_for_says_so(mo
     async def denied(*_: Any) -> Any:
         raise StoreUnavailable("EventStoreDB denies user 'writer' what was asked for")
 
-    monkeypatch.setattr("tidings.stores.eventstoredb.EventStoreDB.find", denied)
+    monkeypatch.setattr("tidings.stores.eventstoredb.store.EventStoreDB.find", denied)
     async with EventStoreServer() as server, opened(server.port) as store:
         await store.append("s", events(0))
         appending = asyncio.ensure_future(store.append("s", events(1)))

@@ -10,7 +10,7 @@ from tests.integration.eventstoredb import opened
 from tidings.errors import InvalidMetadata, InvalidStreamName, StreamDeleted
 from tidings.server import EventStoreServer
 from tidings.stores import EventData
-from tidings.stores.eventstoredb import EventStoreDB
+from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import events
 
 HARM: dict[str, tuple[type[Exception], Callable[[EventStoreDB], Awaitable[object]]]] = {

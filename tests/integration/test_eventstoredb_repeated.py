@@ -15,8 +15,8 @@ from tidings.errors import StoreUnavailable
 from tidings.server import EventStoreServer
 from tidings.server import batches as server_batches
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, Expected
-from tidings.stores.eventstoredb import EventStoreDB
-from tidings.stores.eventstoredb_appends import Write
+from tidings.stores.eventstoredb.appends import Write
+from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import event, events, read
 
 SOON = 1.0

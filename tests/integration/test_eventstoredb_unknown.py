@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import tidings.stores.eventstoredb_wire as wire
+import tidings.stores.eventstoredb.wire as wire
 from tests.integration.eventstoredb import behind_a_proxy, many, opened, serving, stored
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
 from tidings.server import EventStoreServer
@@ -30,7 +30,7 @@ from tidings.stores import (
     Filter,
     RecordedEvent,
 )
-from tidings.stores.grpc_call import Call
+from tidings.stores.eventstoredb.grpc_call import Call
 from tidings.testing.store_conformance import event, events, numbers, read, take
 
 PATIENCE = 30.0
@@ -218,7 +218,7 @@ async def test_an_append_that_the_server_cannot_decide_is_looked_for(
         answers += 1
         return wire.Undecided("Empty") if answers in (2, 3) else decide(*answer)
 
-    monkeypatch.setattr("tidings.stores.eventstoredb_appends.outcome_of", cannot_tell)
+    monkeypatch.setattr("tidings.stores.eventstoredb.appends.outcome_of", cannot_tell)
     async with behind_a_proxy() as (store, proxy), serving(proxy, tmp_path / "log.db"):
         appending = [asyncio.ensure_future(store.append("s", events(n))) for n in range(20)]
         assert [(await answer).version for answer in appending] == list(range(20))
@@ -359,7 +359,7 @@ async def test_a_subscription_that_brings_nothing_while_there_is_something_is_ma
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server answers other calls, and pings, but this call hangs: only a look at the log tells."""
-    monkeypatch.setattr("tidings.stores.eventstoredb.QUIET_SECONDS", 0.1)
+    monkeypatch.setattr("tidings.stores.eventstoredb.store.QUIET_SECONDS", 0.1)
     hanging: set[int] = set()
     split = Call._split
     monkeypatch.setattr(Call, "_split", lambda self: [] if self.number in hanging else split(self))

@@ -16,9 +16,9 @@ from tidings.server import EventStoreServer
 from tidings.server.calls import FRAME_LIMIT
 from tidings.server.protocol import persistent, shared, streams
 from tidings.stores import EventData
-from tidings.stores.eventstoredb import open_eventstoredb
-from tidings.stores.grpc_call import CallFailed, Status
-from tidings.stores.grpc_h2 import Connection
+from tidings.stores.eventstoredb.grpc import Connection
+from tidings.stores.eventstoredb.grpc_call import CallFailed, Status
+from tidings.stores.eventstoredb.store import open_eventstoredb
 
 ReadReq = streams.ReadReq
 GROUPS = "/event_store.client.persistent_subscriptions.PersistentSubscriptions"

@@ -18,8 +18,8 @@ from tidings.server.http2 import Connection
 from tidings.server.log import ServedLog
 from tidings.server.protocol import shared
 from tidings.stores import ANY, EventData, RecordedEvent
-from tidings.stores.grpc_call import CallFailed, Status
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.eventstoredb.grpc_call import CallFailed, Status
+from tidings.stores.sqlite.store import open_sqlite
 
 EVENTS = [NewEvent("T", b"%d" % n, content_type="application/octet-stream") for n in range(4)]
 

@@ -13,9 +13,9 @@ from tests.integration.server import STREAMS, connected, named, raw
 from tidings.server import EventStoreServer
 from tidings.server.protocol import persistent, shared, streams
 from tidings.stores import RecordedEvent
-from tidings.stores.eventstoredb import open_eventstoredb
-from tidings.stores.grpc_call import CallFailed, Status
-from tidings.stores.grpc_h2 import Connection
+from tidings.stores.eventstoredb.grpc import Connection
+from tidings.stores.eventstoredb.grpc_call import CallFailed, Status
+from tidings.stores.eventstoredb.store import open_eventstoredb
 from tidings.stores.rules import MAX_VERSION, STREAM_DELETED
 
 GROUPS = "/event_store.client.persistent_subscriptions.PersistentSubscriptions"

@@ -17,9 +17,9 @@ from tests.integration.server import STREAMS, ServerProcess, appends, batch, con
 from tidings.server import EventStoreServer
 from tidings.server.protocol import projections, shared, streams
 from tidings.stores import ANY, EventData
-from tidings.stores.eventstoredb import open_eventstoredb
-from tidings.stores.grpc_call import Call, CallFailed, Status
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.eventstoredb.grpc_call import Call, CallFailed, Status
+from tidings.stores.eventstoredb.store import open_eventstoredb
+from tidings.stores.sqlite.store import open_sqlite
 
 ANYTHING = StreamState.ANY
 

@@ -14,7 +14,7 @@ from tests.integration.server import ServerProcess, in_thread
 from tidings.errors import ConfigurationError
 from tidings.server import EventStoreServer
 from tidings.stores import EventData
-from tidings.stores.eventstoredb import open_eventstoredb
+from tidings.stores.eventstoredb.store import open_eventstoredb
 
 
 def event() -> NewEvent:
@@ -75,8 +75,8 @@ async def test_the_default_users_are_eventstoredbs_own() -> None:
 
 async def test_who_gives_no_credentials_gets_nothing() -> None:
     from tests.integration.server import STREAMS, appends, raw
-    from tidings.stores.grpc_call import CallFailed, Status
-    from tidings.stores.grpc_h2 import Address, Connection
+    from tidings.stores.eventstoredb.grpc import Address, Connection
+    from tidings.stores.eventstoredb.grpc_call import CallFailed, Status
 
     async with EventStoreServer(tls=True) as server:
         context = ssl.create_default_context(cafile=server.certificate)

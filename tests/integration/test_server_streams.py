@@ -12,8 +12,8 @@ import pytest
 from tests.integration.server import STREAMS, appends, connected, message, named, raw
 from tidings.server import EventStoreServer
 from tidings.server.protocol import gossip, shared, streams
-from tidings.stores.grpc_call import CallFailed, Status
-from tidings.stores.grpc_h2 import Connection
+from tidings.stores.eventstoredb.grpc import Connection
+from tidings.stores.eventstoredb.grpc_call import CallFailed, Status
 
 Batch = streams.BatchAppendReq
 ReadReq = streams.ReadReq

@@ -167,7 +167,7 @@ def test_a_log_that_takes_no_appends_is_unhealthy_though_it_can_be_read(
     write(checkpoint=2)
     before = seen(later=LATE + 5)
     assert before.problems == []
-    monkeypatch.setattr("tidings.stores.sqlite.SqliteStore.append", full)
+    monkeypatch.setattr("tidings.stores.sqlite.store.SqliteStore.append", full)
     assert seen().problems == [], "something was appended just now"
     (problem,) = seen(later=LATE + 5).problems
     assert "takes no appends: database or disk is full" in problem

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tidings.stores.eventstoredb_wire as wire
+import tidings.stores.eventstoredb.wire as wire
 from tidings.errors import (
     EventTooLarge,
     InvalidStreamName,
@@ -22,7 +22,7 @@ from tidings.errors import (
 )
 from tidings.position import CARRIED
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, Filter, RecordedEvent
-from tidings.stores.eventstoredb_protos import shared_pb2, streams_pb2
+from tidings.stores.eventstoredb.protos import shared_pb2, streams_pb2
 
 NAMES = st.text(st.sampled_from("ab.$-_*[ (é\n"), min_size=1, max_size=5)
 PREFIXES = st.lists(st.text(st.sampled_from("ab.$-*[ (é"), min_size=1, max_size=2), max_size=3).map(tuple)

@@ -15,8 +15,8 @@ from h2.errors import ErrorCodes
 from h2.events import DataReceived, Event, RequestReceived, StreamReset
 from h2.settings import SettingCodes, Settings
 
-from tidings.stores.grpc_call import MESSAGE_LIMIT, WINDOW, CallFailed, ConnectionLost, Status
-from tidings.stores.grpc_h2 import Address, Connection
+from tidings.stores.eventstoredb.grpc import Address, Connection
+from tidings.stores.eventstoredb.grpc_call import MESSAGE_LIMIT, WINDOW, CallFailed, ConnectionLost, Status
 
 PATIENCE = 10.0
 HEADERS = [(":status", "200"), ("content-type", "application/grpc")]

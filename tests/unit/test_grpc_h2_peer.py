@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tidings.stores.grpc_call import CallFailed, ConnectionLost, Status
-from tidings.stores.grpc_h2 import Address, Connection
+from tidings.stores.eventstoredb.grpc import Address, Connection
+from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
 
 grpc = pytest.importorskip("grpc", reason="gRPC's own server is the peer: pip install 'tidings[eventstoredb]'")
 aio: Any = pytest.importorskip("grpc.aio")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tidings.errors import StoreError, StreamDeleted, StreamNotFound, WrongExpectedVersion
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, EventStore, Expected
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.sqlite.store import open_sqlite
 
 END = 2**63 - 1
 IDS = [UUID(int=number) for number in range(1, 6)]

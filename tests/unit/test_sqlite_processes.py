@@ -14,7 +14,7 @@ import pytest
 
 from tidings.errors import WrongExpectedVersion
 from tidings.stores import NO_STREAM, EventData, EventStore, Filter, RecordedEvent
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.sqlite.store import open_sqlite
 from tidings.testing.store_conformance import caught_up, closing, event, events, many, number, numbers, take
 
 # Each prints one line when it is ready, reads one from standard input to begin, and prints what was acknowledged.
@@ -22,7 +22,7 @@ PRELUDE = """
 import asyncio, sys
 from tidings.errors import StreamNotFound, WrongExpectedVersion
 from tidings.stores import NO_STREAM, EventData
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.sqlite.store import open_sqlite
 
 async def main(url, name):
     store = await open_sqlite(url)

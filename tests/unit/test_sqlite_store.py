@@ -23,7 +23,7 @@ import pytest
 from tidings.errors import ConfigurationError, InvalidStreamName, StoreUnavailable, StreamNotFound, WrongExpectedVersion
 from tidings.settings import open_store
 from tidings.stores import ANY, NO_STREAM, CaughtUp, EventData, EventStore, Filter
-from tidings.stores.sqlite import SqliteStore, open_sqlite
+from tidings.stores.sqlite.store import SqliteStore, open_sqlite
 from tidings.testing.store_conformance import caught_up, closing, event, events, many, numbers, read, take
 
 
@@ -126,7 +126,7 @@ async def test_a_newer_schema_is_refused(url: str, path: Path) -> None:
 READ_ONLY = """
 import asyncio, os, sys
 from tidings.errors import StoreUnavailable
-from tidings.stores.sqlite import open_sqlite
+from tidings.stores.sqlite.store import open_sqlite
 
 if os.getuid() == 0:  # permissions do not bind root
     os.setgroups([])

@@ -14,7 +14,7 @@ from tidings.server.refusals import Refusal, Status
 from tidings.server.security import Access
 from tidings.server.wire import Malformed, event_data, expected_version, stream_name, uuid_of
 from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
-from tidings.stores.sqlite_writer import Kind
+from tidings.stores.sqlite.writer import Kind
 
 __all__ = ["IN_FLIGHT", "UnderWay", "batch_append"]
 

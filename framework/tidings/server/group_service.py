@@ -27,7 +27,7 @@ from tidings.server.streams import Wanted
 from tidings.server.wire import group_encoder, stream_name, uuid_of
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
-from tidings.stores.sqlite import SqliteStore
+from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["PersistentSubscriptions"]
 

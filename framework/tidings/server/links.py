@@ -16,8 +16,8 @@ from tidings.errors import StoreError, StreamDeleted, StreamNotFound
 from tidings.server.log import LINK, ServedLog
 from tidings.stores import ANY, JSON, OCTETS, EventData, RecordedEvent
 from tidings.stores.rules import MAX_VERSION, document_of
-from tidings.stores.sqlite import SqliteStore
-from tidings.stores.sqlite_writer import Kind
+from tidings.stores.sqlite.store import SqliteStore
+from tidings.stores.sqlite.writer import Kind
 
 __all__ = ["Linker", "category_of"]
 

@@ -9,13 +9,13 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-import tidings.stores.sqlite_log as reading
+import tidings.stores.sqlite.log as reading
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.wire import Resolved
 from tidings.stores import RecordedEvent
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
-from tidings.stores.sqlite import SqliteStore
-from tidings.stores.sqlite_log import PAGE_EVENTS, View
+from tidings.stores.sqlite.log import PAGE_EVENTS, View
+from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["LINK", "Batch", "Choice", "ServedLog", "target_of"]
 

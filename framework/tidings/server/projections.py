@@ -18,7 +18,7 @@ from tidings.server.refusals import Refusal, Status, thrown, unimplemented
 from tidings.server.security import Access
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
-from tidings.stores.sqlite import SqliteStore
+from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["Projections"]
 

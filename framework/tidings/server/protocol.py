@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 # The client packages bring protobuf, which has no types of its own.
 from google.protobuf import any_pb2, empty_pb2, struct_pb2  # type: ignore[import-untyped]
 
-from tidings.stores.eventstoredb_protos import PROTOS, shared_pb2, streams_pb2
+from tidings.stores.eventstoredb.protos import PROTOS, shared_pb2, streams_pb2
 
 if TYPE_CHECKING:
     from esdbclient.protos.Grpc import gossip_pb2 as gossip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tidings.errors import StoreError, StoreUnavailable, StreamDeleted
 from tidings.stores import APPEND_LIMIT
-from tidings.stores.grpc_call import Status
+from tidings.stores.eventstoredb.grpc_call import Status
 
 __all__ = [
     "Status",

@@ -25,7 +25,7 @@ from tidings.errors import ConfigurationError, StreamDeleted, StreamNotFound
 from tidings.server.refusals import Refusal, Status, access_denied
 from tidings.stores import OCTETS, EventData
 from tidings.stores.rules import document_of
-from tidings.stores.sqlite import SqliteStore
+from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["DEFAULT_PASSWORD", "Access", "generated_certificate", "is_loopback", "tls_context"]
 

@@ -23,8 +23,8 @@ from tidings.server.projections import Projections
 from tidings.server.refusals import Refusal, Status
 from tidings.server.security import DEFAULT_PASSWORD, Access, generated_certificate, is_loopback, tls_context
 from tidings.server.streams import Streams
-from tidings.stores.sqlite import SqliteStore, open_sqlite
-from tidings.stores.sqlite_log import now
+from tidings.stores.sqlite.log import now
+from tidings.stores.sqlite.store import SqliteStore, open_sqlite
 
 __all__ = ["DEFAULT_PORT", "EventStoreServer"]
 

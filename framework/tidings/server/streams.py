@@ -18,8 +18,8 @@ from tidings.server.subscriptions import follow_all, follow_stream
 from tidings.server.wire import encoder, event_data, expected_code, expected_version, stream_name
 from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, OCTETS, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.rules import METADATA, STREAM_DELETED
-from tidings.stores.sqlite import SqliteStore
-from tidings.stores.sqlite_writer import Kind
+from tidings.stores.sqlite.store import SqliteStore
+from tidings.stores.sqlite.writer import Kind
 
 __all__ = ["Streams", "Wanted"]
 

@@ -24,8 +24,10 @@ import structlog
 from tidings._support.tasks import leading, task_group
 from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
-from tidings.stores.eventstoredb_leader import Leader
-from tidings.stores.eventstoredb_wire import (
+from tidings.stores.eventstoredb.grpc import Connection
+from tidings.stores.eventstoredb.grpc_call import Call, CallFailed, ConnectionLost
+from tidings.stores.eventstoredb.leader import Leader
+from tidings.stores.eventstoredb.wire import (
     BATCH_APPEND,
     Answer,
     TimedOut,
@@ -34,8 +36,6 @@ from tidings.stores.eventstoredb_wire import (
     number_of,
     outcome_of,
 )
-from tidings.stores.grpc_call import Call, CallFailed, ConnectionLost
-from tidings.stores.grpc_h2 import Connection
 
 __all__ = ["Appends", "Write"]
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
-import tidings.stores.sqlite_log as reading
+import tidings.stores.sqlite.log as reading
 from tidings.errors import (
     ConfigurationError,
     EventTooLarge,
@@ -44,8 +44,8 @@ from tidings.stores import (
 )
 from tidings.stores.metadata import check_closing, check_metadata_write
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
-from tidings.stores.sqlite_log import PAGE_EVENTS, Database, Page, now
-from tidings.stores.sqlite_writer import Appender, Kind, Outcome, Write, Writer
+from tidings.stores.sqlite.log import PAGE_EVENTS, Database, Page, now
+from tidings.stores.sqlite.writer import Appender, Kind, Outcome, Write, Writer
 
 __all__ = ["SqliteStore", "open_sqlite"]
 

@@ -30,7 +30,7 @@ from tidings.stores import (
     check_text,
     describe,
 )
-from tidings.stores.eventstoredb_protos import StreamState, shared_pb2, streams_pb2
+from tidings.stores.eventstoredb.protos import StreamState, shared_pb2, streams_pb2
 from tidings.stores.rules import MAX_VERSION
 
 __all__ = [

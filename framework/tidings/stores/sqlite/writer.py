@@ -24,7 +24,7 @@ from tidings.stores.rules import (
     retention_of,
     truncated,
 )
-from tidings.stores.sqlite_log import Database, head, last_version, latest_data
+from tidings.stores.sqlite.log import Database, head, last_version, latest_data
 
 T = TypeVar("T")
 Row = tuple[int, str, int, str, bytes, bytes, bool, bytes, int]

@@ -16,12 +16,12 @@ from typing import Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 from uuid import UUID
 
-import tidings.stores.eventstoredb_wire as wire
+import tidings.stores.eventstoredb.wire as wire
 from tidings.errors import ConfigurationError, StoreError, StoreUnavailable
 from tidings.stores import EVERYTHING, RecordedEvent
-from tidings.stores.eventstoredb_protos import AsyncClient
-from tidings.stores.grpc_call import Call, CallFailed, CertificateRefused, ConnectionLost, Status
-from tidings.stores.grpc_h2 import Address, Connection
+from tidings.stores.eventstoredb.grpc import Address, Connection
+from tidings.stores.eventstoredb.grpc_call import Call, CallFailed, CertificateRefused, ConnectionLost, Status
+from tidings.stores.eventstoredb.protos import AsyncClient
 from tidings.stores.rules import document_of
 
 __all__ = ["LOG_STREAM", "Leader", "Trying"]

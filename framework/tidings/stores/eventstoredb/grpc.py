@@ -31,7 +31,7 @@ from h2.exceptions import H2Error, NoAvailableStreamIDError
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import Frame, GoAwayFrame
 
-from tidings.stores.grpc_call import WINDOW, Call, CallFailed, CertificateRefused, ConnectionLost, Status
+from tidings.stores.eventstoredb.grpc_call import WINDOW, Call, CallFailed, CertificateRefused, ConnectionLost, Status
 
 __all__ = ["Address", "Connection"]
 

@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-import tidings.stores.eventstoredb_wire as wire
+import tidings.stores.eventstoredb.wire as wire
 from tidings.errors import StoreUnavailable, StreamDeleted, StreamForbidden, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     ANY,
@@ -34,10 +34,10 @@ from tidings.stores import (
     RecordedEvent,
     StreamMetadata,
 )
-from tidings.stores.eventstoredb_appends import Appends, Write
-from tidings.stores.eventstoredb_leader import LOG_STREAM, Leader, Trying
-from tidings.stores.grpc_call import CallFailed, ConnectionLost, Status
-from tidings.stores.grpc_h2 import Connection
+from tidings.stores.eventstoredb.appends import Appends, Write
+from tidings.stores.eventstoredb.grpc import Connection
+from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
+from tidings.stores.eventstoredb.leader import LOG_STREAM, Leader, Trying
 from tidings.stores.metadata import check_closing, check_metadata_write, is_metadata_stream
 from tidings.stores.rules import METADATA, document_of
 
