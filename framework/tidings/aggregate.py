@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from tidings.errors import ConfigurationError, UnknownEventType
 from tidings.events import Event
-from tidings.position import RESERVED
+from tidings.protocol.position import RESERVED
 from tidings.stores import check_stream_name
 
 __all__ = ["Aggregate", "State", "apply", "begin", "declared", "evolves", "state_of", "stream_of", "stream_version"]

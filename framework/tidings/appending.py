@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 from tidings.codec import encode
 from tidings.errors import ConfigurationError
 from tidings.events import Event
-from tidings.position import RESERVED
+from tidings.protocol.position import RESERVED
 from tidings.stores import ANY, Appended, EventData, EventStore, Expected
 
 __all__ = ["append", "check_target", "encoded"]

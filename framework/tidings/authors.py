@@ -10,7 +10,7 @@ from uuid import UUID
 
 from tidings.codec import CAUSATION, read_metadata
 from tidings.handlers import Handler, Inject
-from tidings.position import CARRIED, carried
+from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from tidings.errors import (
     UpcastMissing,
 )
 from tidings.events import Event, comparable_key, is_exact, partition_key
-from tidings.own_metadata import own_metadata
-from tidings.position import NESTING, deep
+from tidings.protocol.metadata import own_metadata
+from tidings.protocol.position import NESTING, deep
 from tidings.readback import difference
 from tidings.stores import EventData, RecordedEvent
 

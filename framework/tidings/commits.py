@@ -18,8 +18,8 @@ from tidings._support.timers import Timers
 from tidings.buses import Consumer
 from tidings.database import Database
 from tidings.inbox import Letter
-from tidings.position import Settled
 from tidings.progress import FLOOR_SECONDS, Batch, Progress
+from tidings.protocol.position import Settled
 from tidings.sessions import SessionHandlers
 from tidings.work import Item, Step, Troubles
 

@@ -15,8 +15,8 @@ from weakref import ref
 from tidings.codec import CORRELATION, Cause, encode
 from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge
 from tidings.events import Event
-from tidings.identity import digest
-from tidings.position import RESERVED
+from tidings.protocol.identity import digest
+from tidings.protocol.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name, check_text
 
 if TYPE_CHECKING:

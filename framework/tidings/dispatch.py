@@ -33,8 +33,8 @@ from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.keys import Keys
 from tidings.lineage import Lineage
 from tidings.owned import Ours
-from tidings.position import Lanes
 from tidings.progress import Batch, Progress
+from tidings.protocol.position import Lanes
 from tidings.revival import HELD_SECONDS, Revival
 from tidings.roster import Roster, Span
 from tidings.service import Service

@@ -13,8 +13,8 @@ from typing import Final
 import structlog
 
 from tidings.dispatch import Dispatcher
-from tidings.own_metadata import own_metadata
-from tidings.position import CARRIED, Accepted, carried
+from tidings.protocol.metadata import own_metadata
+from tidings.protocol.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
 from tidings.work import Step
 

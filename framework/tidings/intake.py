@@ -16,8 +16,8 @@ from tidings.dispatch import Dispatcher
 from tidings.errors import BusUnavailable, Fenced, MalformedMessage
 from tidings.healing import Pass
 from tidings.inbox import Inbox, Letter
-from tidings.message import MARKER, Marker, Stamped, decode
-from tidings.position import Accepted, Verdict
+from tidings.protocol.message import MARKER, Marker, Stamped, decode
+from tidings.protocol.position import Accepted, Verdict
 from tidings.work import Step
 
 __all__ = ["Intake"]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from struct import Struct
 from typing import Final
 
-from tidings.position import BUCKETS
+from tidings.protocol.position import BUCKETS
 
 __all__ = ["Notebook", "notebook_of"]
 

@@ -27,9 +27,9 @@ from tidings.context import ATTEMPT
 from tidings.database import floors, guarded, staged
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
 from tidings.events import Event
-from tidings.identity import digest
 from tidings.inbox import StagedEvent, stage
-from tidings.position import bucket_of
+from tidings.protocol.identity import digest
+from tidings.protocol.position import bucket_of
 from tidings.repetition import check_repetition
 from tidings.stores import APPEND_LIMIT, check_stream_name
 

@@ -23,7 +23,7 @@ from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Exp
 if TYPE_CHECKING:
     from tidings.buses import EventBus, Publisher, Subscription
     from tidings.database import Database
-    from tidings.message import Message
+    from tidings.protocol.message import Message
 
 __all__ = ["Ours", "OwnBus", "OwnStore", "Writes", "mark", "related"]
 

@@ -28,7 +28,7 @@ from tidings.inbox import Inbox
 from tidings.intake import Intake
 from tidings.lineage import lineage_of
 from tidings.owned import Ours
-from tidings.position import CARRIED, Accepted, carried
+from tidings.protocol.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
 from tidings.work import Item, Troubles
 

@@ -21,7 +21,7 @@ from tidings.buses import Subscription, check_partitions
 from tidings.database import Database, floors, partitions, watermarks
 from tidings.errors import ConfigurationError, Fenced
 from tidings.notebook import Notebook, notebook_of
-from tidings.position import BUCKETS
+from tidings.protocol.position import BUCKETS
 
 __all__ = [
     "Layout",

@@ -21,7 +21,7 @@ from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Wo
 from tidings.held import HeldCount
 from tidings.logs import masked
 from tidings.owned import OwnStore, Writes
-from tidings.position import CARRIED, carried
+from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
-from tidings.position import Ticket
+from tidings.protocol.position import Ticket
 from tidings.roster import Span
 from tidings.work import SKIPPED, Item, Step
 

@@ -18,7 +18,7 @@ from tidings.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.database import Database, dead, held, partials, replays, staged
 from tidings.handler_report import read_spans
 from tidings.lineage import lineage_of
-from tidings.position import carried
+from tidings.protocol.position import carried
 from tidings.roster import BEHIND, Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, last_carried, settled_in

@@ -27,8 +27,8 @@ from tidings.errors import (
     TopologyMismatch,
     Unroutable,
 )
-from tidings.message import Marker, encode
-from tidings.position import CARRIED, Chain, Settled, Ticket, carried
+from tidings.protocol.message import Marker, encode
+from tidings.protocol.position import CARRIED, Chain, Settled, Ticket, carried
 from tidings.stores import MAX_POSITION, EventStore, RecordedEvent
 
 __all__ = ["Relay"]

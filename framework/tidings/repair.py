@@ -13,8 +13,8 @@ from tidings.buses import EventBus
 from tidings.checkpoints import write_checkpoint
 from tidings.database import Database
 from tidings.inbox import Inbox, Letter
-from tidings.message import Marker
-from tidings.position import ALL_BUCKETS
+from tidings.protocol.message import Marker
+from tidings.protocol.position import ALL_BUCKETS
 from tidings.report import Report
 from tidings.staged import FRESH_SECONDS, Stager
 from tidings.stores import EventStore

@@ -26,7 +26,7 @@ from tidings.errors import TidingsError
 from tidings.handler_report import read_handlers, read_spans
 from tidings.handlers import Handler
 from tidings.partitions import ranges_of
-from tidings.position import ALL_BUCKETS, CARRIED, carried
+from tidings.protocol.position import ALL_BUCKETS, CARRIED, carried
 from tidings.roster import Span
 from tidings.stores import EventStore
 

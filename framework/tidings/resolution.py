@@ -14,7 +14,7 @@ from typing import Final
 
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.inbox import StagedEvent
-from tidings.position import CARRIED
+from tidings.protocol.position import CARRIED
 from tidings.stores import NO_STREAM, Appended, EventStore, Expected, RecordedEvent
 
 __all__ = ["Ids", "Resolver"]

@@ -30,8 +30,8 @@ from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.partitions import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
-from tidings.position import bucket_of
 from tidings.presence import present_as
+from tidings.protocol.position import bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.standby import Post, Taken, post_of

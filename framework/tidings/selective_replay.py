@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from tidings.database import Database, dead, held, partials, partitions, replays, spans, watermarks
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.inbox import key_of
-from tidings.position import CARRIED, carried, partition_key
+from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.replay import Start
 from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database import Database, dead, floors, held, partitions, skips, watermarks
 from tidings.errors import TidingsError
 from tidings.held_operations import as_skipped
-from tidings.position import carried
+from tidings.protocol.position import carried
 from tidings.stores import RecordedEvent
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tidings.errors import (
     WrongExpectedVersion,
 )
 from tidings.inbox import Letter, StagedEvent
-from tidings.position import Lanes
+from tidings.protocol.position import Lanes
 from tidings.resolution import Resolver
 from tidings.stores import ANY, EventStore
 

@@ -21,7 +21,7 @@ from tidings.database import Database, dead, held, partials, staged
 from tidings.errors import StoreError
 from tidings.handler_report import read_spans
 from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
-from tidings.position import CARRIED, carried
+from tidings.protocol.position import CARRIED, carried
 from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, settled_in

@@ -20,7 +20,7 @@ from tidings.errors import StreamDeleted
 from tidings.handler_report import read_handlers, read_spans
 from tidings.held import held_by_handler, in_code, reason_in_code
 from tidings.partitions import Range, ranges_of
-from tidings.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
+from tidings.protocol.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
 from tidings.report import (
     NAMED,
     DeadEvent,

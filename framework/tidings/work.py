@@ -21,8 +21,8 @@ from tidings.fingerprints import fingerprint
 from tidings.handlers import Handler
 from tidings.held import HeldEvent, Line
 from tidings.inbox import Letter, StagedEvent, key_of
-from tidings.own_metadata import own_metadata
-from tidings.position import Ticket
+from tidings.protocol.metadata import own_metadata
+from tidings.protocol.position import Ticket
 from tidings.roster import Span
 from tidings.stores import RecordedEvent
 

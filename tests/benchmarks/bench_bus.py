@@ -23,7 +23,7 @@ from tests.benchmarks.path import (
     with_broker,
 )
 from tidings import EventStore, Relay, open_bus, open_store
-from tidings.message import Message
+from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQ
 
 EVENTS, ROUNDS, FLOOR = 16_000, 5, 2.0

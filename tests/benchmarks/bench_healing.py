@@ -21,8 +21,8 @@ from tests.benchmarks.bench_eventstoredb import served
 from tests.benchmarks.path import Measured, fill, quiet, verdict
 from tidings import EventStore, Service, Settings, open_bus, open_store
 from tidings.codec import decode
-from tidings.message import Marker
-from tidings.position import CARRIED
+from tidings.protocol.message import Marker
+from tidings.protocol.position import CARRIED
 
 EVENTS, ROUNDS, FLOOR = 30_000, 7, 0.5
 

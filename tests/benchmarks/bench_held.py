@@ -23,8 +23,8 @@ from tests.benchmarks.path import PREFETCH, Measured, fill, handled_from_memory,
 from tidings import EventStore, Hold, Retry, Service, open_store
 from tidings.database import floors, open_database
 from tidings.held import HeldEvent, HeldRows
-from tidings.message import Message
-from tidings.position import ALL_BUCKETS, bucket_of, carried
+from tidings.protocol.message import Message
+from tidings.protocol.position import ALL_BUCKETS, bucket_of, carried
 from tidings.stores import RecordedEvent
 
 ROUNDS, FLOOR = 5, 0.9

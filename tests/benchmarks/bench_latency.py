@@ -35,8 +35,8 @@ from tidings import Relay, Service, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
 from tidings.buses import Subscription
 from tidings.codec import encode
-from tidings.message import encode as message_of
-from tidings.position import carried
+from tidings.protocol.message import encode as message_of
+from tidings.protocol.position import carried
 from tidings.stores import RecordedEvent
 from tidings.testing.brokers import RabbitMQ
 

@@ -30,7 +30,7 @@ from tests.benchmarks.path import KEYS, Measured, drop_queue, with_broker
 from tidings import Context, EventData, EventStore, Service, open_store
 from tidings.checkpoints import write_checkpoint
 from tidings.database import file_of
-from tidings.position import CARRIED, carried, partition_key
+from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.runtime import serve
 from tidings.testing.brokers import RabbitMQ
 from tidings.verify import last_carried

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tidings import EventData, EventStore, Relay, open_bus, open_store
 from tidings.buses import EventBus, Subscription
-from tidings.message import MARKER
+from tidings.protocol.message import MARKER
 
 EVENTS, WARM, BATCH = 200_000, 20_000, 500
 LIMIT_MB = 30.0

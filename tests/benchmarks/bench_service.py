@@ -35,7 +35,7 @@ from tests.benchmarks.path import (
 )
 from tidings import EventStore, Service, Settings, open_bus, open_store
 from tidings.buses import Subscription
-from tidings.message import Message
+from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQ
 
 ROUNDS = 4

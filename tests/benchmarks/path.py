@@ -23,9 +23,9 @@ from tidings import Event, EventStore, Service, Settings, open_bus
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq_topology import EXCHANGE
 from tidings.codec import encode
-from tidings.message import Marker, Message
-from tidings.message import encode as message_of
-from tidings.position import Chain, carried
+from tidings.protocol.message import Marker, Message
+from tidings.protocol.message import encode as message_of
+from tidings.protocol.position import Chain, carried
 from tidings.testing.brokers import RabbitMQ, rabbitmq_for_tests
 
 WINDOW = 256

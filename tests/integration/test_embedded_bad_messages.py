@@ -11,8 +11,8 @@ import pytest
 
 from tests.integration.embedded import Happened, World, assert_once_in_order, auditing, embedded, letters, many, rows
 from tidings import EventData
-from tidings.message import Marker, Message, encode
-from tidings.position import carried
+from tidings.protocol.message import Marker, Message, encode
+from tidings.protocol.position import carried
 from tidings.stores import JSON
 
 EVENTS = many(40, 7)

@@ -30,8 +30,8 @@ from tidings import Context, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
 from tidings.inbox import Inbox
 from tidings.intake import Intake
-from tidings.message import Message
-from tidings.position import ALL_BUCKETS, carried
+from tidings.protocol.message import Message
+from tidings.protocol.position import ALL_BUCKETS, carried
 from tidings.verify import verify
 
 ROOT = Path(__file__).parents[2]

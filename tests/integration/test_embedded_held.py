@@ -372,8 +372,8 @@ async def test_an_operator_skips_or_drops_what_waits_for_a_handler_that_is_gone(
 
 async def test_a_message_that_is_no_event_cannot_be_retried(tmp_path: Path) -> None:
     from tidings.inbox import Inbox, Letter
-    from tidings.message import Message
-    from tidings.position import ALL_BUCKETS
+    from tidings.protocol.message import Message
+    from tidings.protocol.position import ALL_BUCKETS
 
     service = auditing()
     async with embedded(tmp_path, service) as world:

@@ -27,7 +27,7 @@ from tidings.buses.memory import MemoryBus
 from tidings.database import Database, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters
 from tidings.errors import DatabaseUnavailable
-from tidings.position import bucket_of
+from tidings.protocol.position import bucket_of
 from tidings.running import RunningService
 from tidings.verify import verify
 

@@ -14,7 +14,7 @@ from tests.integration.embedded import Happened, audit, count, embedded, many, r
 from tidings import Context, Hold, Retry, Service
 from tidings.database import held, spans
 from tidings.dead import DeadLetters
-from tidings.position import BUCKETS
+from tidings.protocol.position import BUCKETS
 from tidings.replay import find_start, send_back
 from tidings.roster import SKIPPED
 

@@ -39,7 +39,7 @@ from tidings.codec import encode
 from tidings.database import Database, open_database, watermarks
 from tidings.errors import ConfigurationError
 from tidings.partitions import Layout, layout_of, ranges_of, resize
-from tidings.position import bucket_of
+from tidings.protocol.position import bucket_of
 from tidings.running import RunningService
 from tidings.verify import verify
 

@@ -42,7 +42,7 @@ from tidings.attempt import is_infrastructure
 from tidings.database import Database, connected, held, open_database
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.inbox import Inbox
-from tidings.position import ALL_BUCKETS, bucket_of
+from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.work import LOSSES
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")

@@ -24,7 +24,7 @@ from tidings.buses import Subscription
 from tidings.buses.rabbitmq import open_rabbitmq
 from tidings.buses.rabbitmq_topology import EXCHANGE, QUEUE_BYTES
 from tidings.errors import BusUnavailable, MalformedMessage, PublishRejected, TopologyMismatch
-from tidings.message import MARKER, Message, decode
+from tidings.protocol.message import MARKER, Message, decode
 from tidings.settings import open_bus
 from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
 

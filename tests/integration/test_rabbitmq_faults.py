@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from tidings.buses import EventBus, Subscription
 from tidings.errors import BusUnavailable, PublishRejected
-from tidings.message import Message
+from tidings.protocol.message import Message
 from tidings.settings import open_bus
 from tidings.testing.brokers import RabbitMQNode
 from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take

@@ -22,7 +22,7 @@ from tidings import Event, EventData, Relay, Runtime, Service, Settings, open_bu
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq_permissions import definitions, password_hash
 from tidings.errors import BusUnavailable
-from tidings.message import Message
+from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQNode
 from tidings.testing.bus_conformance import event
 from tidings.testing.bus_conformance import take as take_deliveries

@@ -36,7 +36,7 @@ from tidings._support.tasks import supervised
 from tidings.database import held, replays, staged
 from tidings.dead import DeadLetters
 from tidings.partitions import resize
-from tidings.position import carried
+from tidings.protocol.position import carried
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import Appended, Expected, RecordedEvent
 

@@ -16,7 +16,7 @@ from tests.integration.embedded import Followed, Happened, embedded, emitting, s
 from tidings import ANY, EventData, EventStore, RecordedEvent, Service
 from tidings.database import Database, dead, floors, held, open_database, staged, watermarks
 from tidings.handlers import Retry
-from tidings.position import carried
+from tidings.protocol.position import carried
 from tidings.recount import Recount, recount
 from tidings.replay import find_start, send_back
 from tidings.settings import open_store

@@ -188,7 +188,7 @@ async def test_floors_belong_to_ranges_and_the_lowest_one_says_nothing_of_the_ot
                 own | {"first_bucket": 128, "last_bucket": 255, "position": -1},
             ]
             await connection.execute(floors.insert(), rows)
-        from tidings.position import carried
+        from tidings.protocol.position import carried
 
         upper = [event async for event in store.read_all() if (carried(event) or 0) >= 128]
         (part,) = (await look(settled)).services

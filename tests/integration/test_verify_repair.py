@@ -23,7 +23,7 @@ from tidings.buses import EventBus
 from tidings.database import Database, open_database, staged
 from tidings.errors import StreamNotFound, Unroutable
 from tidings.inbox import Inbox, StagedEvent
-from tidings.position import ALL_BUCKETS
+from tidings.protocol.position import ALL_BUCKETS
 from tidings.repair import append_staged, publish_marker
 from tidings.stores import Appended, Expected
 from tidings.verify import verify

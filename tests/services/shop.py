@@ -14,7 +14,7 @@ from services.order.events import OrderLine
 from services.payment.gateway import Entry, open_sandbox
 from tidings import Event, Runtime, Service, Settings
 from tidings.errors import StreamNotFound
-from tidings.position import CARRIED
+from tidings.protocol.position import CARRIED
 
 PLACED_AT = datetime(2010, 12, 1, 8, 26, tzinfo=UTC)
 CUP = OrderLine(sku="CUP", description="RED CUP", quantity=2, unit_price=Decimal("2.55"))

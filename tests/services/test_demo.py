@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tidings import open_store
-from tidings.position import CARRIED
+from tidings.protocol.position import CARRIED
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "services" / "data" / "online-retail.csv"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tidings.catchup import PROGRESS_SECONDS, CatchUp
 from tidings.handlers import Handler, Retry
-from tidings.position import BUCKETS, Accepted
+from tidings.protocol.position import BUCKETS, Accepted
 from tidings.roster import BEHIND, Roster, Span
 from tidings.stores import RecordedEvent
 from tidings.work import Step

@@ -15,7 +15,7 @@ import pytest
 from tests.unit.command_line import Ended, OrderCreated, invoke, run_shop
 from tidings import EventData, EventStore, __version__, open_store
 from tidings.cli.streams import _of_all
-from tidings.position import CARRIED
+from tidings.protocol.position import CARRIED
 
 SHOP = "tests.unit.command_line:shop"
 OTHER = "tests.unit.command_line:other"

@@ -25,7 +25,7 @@ from tidings.errors import (
     UpcastMissing,
 )
 from tidings.events import Event, upcaster
-from tidings.position import NESTING, partition_key
+from tidings.protocol.position import NESTING, partition_key
 from tidings.stores import EventData, RecordedEvent
 
 ID = UUID("0a1b2c3d-0000-4000-8000-00000000000f")

@@ -19,7 +19,7 @@ from tidings.codec import Cause
 from tidings.context import Context, name_of
 from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, SchemaError
 from tidings.events import Event
-from tidings.identity import digest
+from tidings.protocol.identity import digest
 from tidings.stores import APPEND_LIMIT, RecordedEvent
 
 LOG = UUID(int=7)

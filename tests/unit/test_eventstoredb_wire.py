@@ -20,7 +20,7 @@ from tidings.errors import (
     StreamForbidden,
     WrongExpectedVersion,
 )
-from tidings.position import CARRIED
+from tidings.protocol.position import CARRIED
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, Filter, RecordedEvent
 from tidings.stores.eventstoredb.protos import shared_pb2, streams_pb2
 

@@ -22,8 +22,8 @@ from tidings.buses.rabbitmq import _message
 from tidings.checkpoints import read_checkpoint
 from tidings.codec import read_metadata
 from tidings.errors import MalformedMessage, StoreUnavailable
-from tidings.message import MARKER, Marker, Message, Stamped, decode, encode
-from tidings.position import BUCKETS, bucket_of, carried, partition_key
+from tidings.protocol.message import MARKER, Marker, Message, Stamped, decode, encode
+from tidings.protocol.position import BUCKETS, bucket_of, carried, partition_key
 from tidings.stores import EventStore, RecordedEvent
 
 LOG = UUID(int=7)

@@ -11,7 +11,7 @@ import pytest
 
 from tidings.database import dead, floors, open_database
 from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line
-from tidings.position import ALL_BUCKETS, bucket_of
+from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.stores import RecordedEvent
 
 LOG = UUID(int=7)

@@ -16,7 +16,7 @@ from tidings.cli.output import event_facts, facts
 from tidings.codec import decode, read_metadata
 from tidings.errors import SchemaError
 from tidings.events import Event, upcaster
-from tidings.position import partition_key
+from tidings.protocol.position import partition_key
 from tidings.stores import RecordedEvent
 
 texts = st.text() | st.sampled_from(['"', "\\", '\\"', "[", "{", "]", "NaN", "Infinity", '"NaN"', "[" * 300, "\\\\"])

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from tests.integration.embedded import Happened, embedded, letters, until
 from tidings import Context, Event, EventData, Service
 from tidings.handlers import Hold, Retry
-from tidings.message import encode
-from tidings.position import RESERVED, bucket_of, carried
+from tidings.protocol.message import encode
+from tidings.protocol.position import RESERVED, bucket_of, carried
 from tidings.stores import ANY
 
 HOSTILE = [

@@ -18,8 +18,8 @@ from tidings.errors import BusUnavailable, Fenced
 from tidings.healing import Pass
 from tidings.inbox import Inbox, Remembered
 from tidings.intake import Intake
-from tidings.message import Marker
-from tidings.position import ALL_BUCKETS, Accepted
+from tidings.protocol.message import Marker
+from tidings.protocol.position import ALL_BUCKETS, Accepted
 
 LOG = uuid4()
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tidings.message as message
+import tidings.protocol.message as message
 from tidings.errors import MalformedMessage
-from tidings.message import BODY_LIMIT, MARKER, Marker, Message, decode, encode
-from tidings.position import BUCKETS, RESERVED, bucket_of, carried, partition_key
+from tidings.protocol.message import BODY_LIMIT, MARKER, Marker, Message, decode, encode
+from tidings.protocol.position import BUCKETS, RESERVED, bucket_of, carried, partition_key
 from tidings.stores import JSON, OCTETS, RecordedEvent
 
 LOG = UUID("0a1b2c3d-0000-4000-8000-00000000000f")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tidings import Event
 from tidings.codec import encode
 from tidings.context import Context
-from tidings.own_metadata import own_metadata, own_partition_key
-from tidings.position import carried, partition_key
+from tidings.protocol.metadata import own_metadata, own_partition_key
+from tidings.protocol.position import carried, partition_key
 from tidings.stores import RecordedEvent
 
 NAMES = ("$correlationId", "schemaVersion", "$causationId", "tidingsHandler", "traceparent", "partitionKey")

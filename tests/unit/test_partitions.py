@@ -18,7 +18,7 @@ from tidings.errors import ConfigurationError, Fenced
 from tidings.inbox import Inbox
 from tidings.partitions import Layout, Range, lay_out, layout_of, lowest, ranges_of, resize, was_rebound
 from tidings.partitions import settled as settled_in
-from tidings.position import ALL_BUCKETS, BUCKETS
+from tidings.protocol.position import ALL_BUCKETS, BUCKETS
 
 LOG = uuid4()
 COUNTS = st.integers(1, BUCKETS)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.position import (
+from tidings.protocol.position import (
     ALL_BUCKETS,
     BUCKETS,
     CARRIED,

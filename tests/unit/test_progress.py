@@ -17,8 +17,8 @@ from tidings.errors import Fenced
 from tidings.handlers import Handler, Retry
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, StagedEvent
-from tidings.position import ALL_BUCKETS
 from tidings.progress import Batch, Progress
+from tidings.protocol.position import ALL_BUCKETS
 from tidings.stores import EventData, RecordedEvent
 from tidings.work import Item
 

@@ -15,7 +15,7 @@ from tidings.buses.amqp import Address, AmqpError, Channel, ChannelClosed, Conne
 from tidings.buses.amqp_content import Properties
 from tidings.buses.rabbitmq import RabbitMQBus, _Publisher
 from tidings.errors import BusUnavailable
-from tidings.message import Message
+from tidings.protocol.message import Message
 
 Theirs = commands.Basic.Properties
 """As the broker sends them."""

@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 from tidings import EventData, EventStore, Relay, open_store
 from tidings.buses import Consumer, Found, Subscription
 from tidings.errors import BusUnavailable, PublishRejected, StoreUnavailable, TopologyMismatch, Unroutable
-from tidings.message import MARKER, Marker, Message, decode
-from tidings.position import Accepted, Verdict
+from tidings.protocol.message import MARKER, Marker, Message, decode
+from tidings.protocol.position import Accepted, Verdict
 from tidings.stores import ANY, EVERYTHING, CaughtUp, Checkpoint, Filter, RecordedEvent
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings.buses import EventBus
-from tidings.message import Marker, Message
-from tidings.position import ALL_BUCKETS, Accepted, Verdict
+from tidings.protocol.message import Marker, Message
+from tidings.protocol.position import ALL_BUCKETS, Accepted, Verdict
 from tidings.repair import publish_marker
 
 LOG = uuid4()

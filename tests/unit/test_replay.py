@@ -22,8 +22,8 @@ from tidings.database import Database, floors, metadata, open_database, replays,
 from tidings.errors import Fenced
 from tidings.held import HeldRows
 from tidings.inbox import Inbox, Letter, StagedEvent
-from tidings.position import ALL_BUCKETS, bucket_of
 from tidings.progress import Batch, Progress
+from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import EVERYTHING, Filter, RecordedEvent
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from tidings.errors import ConfigurationError
-from tidings.message import Message
-from tidings.position import BUCKETS
+from tidings.protocol.message import Message
+from tidings.protocol.position import BUCKETS
 
 __all__ = [
     "Consumer",

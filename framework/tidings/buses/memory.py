@@ -17,7 +17,7 @@ import structlog
 
 from tidings.buses import Delivery, Found, Subscription
 from tidings.errors import BusUnavailable, ConfigurationError, TopologyMismatch, Unroutable
-from tidings.message import Message
+from tidings.protocol.message import Message
 
 __all__ = ["QUEUE_LIMIT", "MemoryBus", "open_memory"]
 

@@ -28,7 +28,7 @@ from tidings.buses.amqp_content import Properties
 from tidings.buses.amqp_tls import FILES, context_of, refuse_blindness, remedy_of
 from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
 from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
-from tidings.message import BODY_LIMIT, Message
+from tidings.protocol.message import BODY_LIMIT, Message
 
 __all__ = ["RabbitMQBus", "address_of", "open_rabbitmq"]
 

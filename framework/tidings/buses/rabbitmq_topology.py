@@ -23,7 +23,7 @@ from pamqp.base import Frame
 from tidings.buses import Found, Subscription
 from tidings.buses.amqp import ChannelClosed, Connection
 from tidings.errors import TopologyMismatch
-from tidings.position import ALL_BUCKETS
+from tidings.protocol.position import ALL_BUCKETS
 
 __all__ = ["EXCHANGE", "LOCK", "PARTITIONS", "QUEUE_BYTES", "delete", "inspect", "provision", "routing_key"]
 

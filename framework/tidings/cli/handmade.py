@@ -20,7 +20,7 @@ from tidings.cli.output import document_lines, event_facts, facts, plain
 from tidings.codec import decode, read_metadata
 from tidings.errors import DeployNeeded, SchemaError, StreamDeleted, StreamNotFound
 from tidings.events import Event, partition_key, schema_version, wire_name
-from tidings.position import partition_key as partition_key_of
+from tidings.protocol.position import partition_key as partition_key_of
 from tidings.service import Service
 from tidings.stores import JSON, EventData, EventStore, RecordedEvent
 

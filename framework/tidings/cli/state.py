@@ -21,7 +21,7 @@ from tidings.cli.looking import existing_database, subscriptions_of
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.logs import masked
 from tidings.owned import OwnStore
-from tidings.position import CARRIED, carried
+from tidings.protocol.position import CARRIED, carried
 from tidings.relay import Relay
 from tidings.remedies import STORE_WRITABLE, writable, writes_refused
 from tidings.settings import Settings

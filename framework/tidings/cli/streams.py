@@ -25,7 +25,7 @@ from tidings.cli.handmade import (
 from tidings.cli.looking import existing_store, writable_store
 from tidings.cli.output import Json, columns, event_facts, event_lines, facts, moment, one_line, plain, say
 from tidings.errors import StoreUnavailable, StreamNotFound
-from tidings.position import RESERVED
+from tidings.protocol.position import RESERVED
 from tidings.settings import Settings
 from tidings.stores import (
     ANY,

@@ -22,8 +22,8 @@ import pytest
 
 from tidings.buses import Consumer, Delivery, EventBus, Found, Publisher, Subscription
 from tidings.errors import BusUnavailable, TopologyMismatch, Unroutable
-from tidings.message import Marker, Message, decode, encode
-from tidings.position import ALL_BUCKETS, bucket_of
+from tidings.protocol.message import Marker, Message, decode, encode
+from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.stores import RecordedEvent
 
 __all__ = ["LOG", "BusConformance", "BusEnvironment", "event", "events", "send_all", "take"]

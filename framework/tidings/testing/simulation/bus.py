@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tidings.buses import Delivery, Found, Subscription
 from tidings.errors import BusUnavailable, Unroutable
-from tidings.message import MARKER, Message
+from tidings.protocol.message import MARKER, Message
 from tidings.testing.simulation.dice import Dice
 from tidings.testing.simulation.loop import Process, SimulatedLoop
 

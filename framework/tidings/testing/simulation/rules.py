@@ -20,7 +20,7 @@ from tidings.healing import Pass
 from tidings.inbox import Inbox, StagedEvent
 from tidings.intake import Intake
 from tidings.keys import Keys
-from tidings.position import Accepted, Chain, Settled, Verdict
+from tidings.protocol.position import Accepted, Chain, Settled, Verdict
 from tidings.relay import Relay
 from tidings.resolution import Resolver
 from tidings.roster import Roster

@@ -17,7 +17,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, Generic, TypeVar
 
-from tidings.own_metadata import own_partition_key
+from tidings.protocol.metadata import own_partition_key
 from tidings.stores import Filter, RecordedEvent
 
 __all__ = [

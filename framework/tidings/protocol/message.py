@@ -16,7 +16,7 @@ from uuid import UUID
 
 from tidings._support.json_limits import parse
 from tidings.errors import MalformedMessage
-from tidings.position import BUCKETS, RESERVED, bucket_of, partition_key
+from tidings.protocol.position import BUCKETS, RESERVED, bucket_of, partition_key
 from tidings.stores import EPOCH, JSON, OCTETS, RecordedEvent
 
 __all__ = ["BODY_LIMIT", "MARKER", "Marker", "Message", "Stamped", "decode", "encode"]
