@@ -28,8 +28,8 @@ _STORES: Final = {
 }
 _BUSES: Final = {
     "memory": ("tidings.buses.memory", "open_memory", ""),
-    "amqp": ("tidings.buses.rabbitmq", "open_rabbitmq", "rabbitmq"),
-    "amqps": ("tidings.buses.rabbitmq", "open_rabbitmq", "rabbitmq"),
+    "amqp": ("tidings.buses.rabbitmq.bus", "open_rabbitmq", "rabbitmq"),
+    "amqps": ("tidings.buses.rabbitmq.bus", "open_rabbitmq", "rabbitmq"),
 }
 
 

@@ -10,7 +10,7 @@ import aiormq
 import pytest
 
 from tidings.buses import EventBus
-from tidings.buses.rabbitmq import RabbitMQBus
+from tidings.buses.rabbitmq.bus import RabbitMQBus
 from tidings.settings import open_bus
 from tidings.testing.bus_conformance import BusConformance, BusEnvironment
 

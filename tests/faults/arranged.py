@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
-import tidings.buses.rabbitmq as rabbitmq
+import tidings.buses.rabbitmq.bus as rabbitmq
 import tidings.relay as relay
 import tidings.staged as staged
 from tidings.cli import main

@@ -20,7 +20,7 @@ from aiormq.exceptions import AMQPConnectionError, ChannelAccessRefused
 from tests.unit.command_line import Ended, invoke
 from tidings import Event, EventData, Relay, Runtime, Service, Settings, open_bus, open_store
 from tidings.buses import Subscription
-from tidings.buses.rabbitmq_permissions import definitions, password_hash
+from tidings.buses.rabbitmq.permissions import definitions, password_hash
 from tidings.errors import BusUnavailable
 from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQNode

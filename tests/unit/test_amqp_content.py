@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pamqp import commands, header
 
-from tidings.buses.amqp_content import Properties, _by_pamqp, body_size, pack, unpack
+from tidings.buses.rabbitmq.content import Properties, _by_pamqp, body_size, pack, unpack
 
 SHORT = st.none() | st.text(min_size=1, max_size=60)
 NAMES = st.text(min_size=1, max_size=30)

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop
-from tidings.buses.amqp_content import Properties, pack, unpack
-from tidings.buses.rabbitmq import _message
+from tidings.buses.rabbitmq.bus import _message
+from tidings.buses.rabbitmq.content import Properties, pack, unpack
 from tidings.checkpoints import read_checkpoint
 from tidings.codec import read_metadata
 from tidings.errors import MalformedMessage, StoreUnavailable

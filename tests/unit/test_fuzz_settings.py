@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pamqp import commands, frame
 
-from tidings.buses.rabbitmq import address_of
+from tidings.buses.rabbitmq.bus import address_of
 from tidings.database import connected
 from tidings.errors import ConfigurationError, StoreUnavailable
 from tidings.settings import Settings, open_bus, open_store

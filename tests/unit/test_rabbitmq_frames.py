@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
-from tidings.buses.amqp import Address, AmqpError, Channel, ChannelClosed, Connection, ConnectionLost, Outcome
-from tidings.buses.amqp_content import Properties
-from tidings.buses.rabbitmq import RabbitMQBus, _Publisher
+from tidings.buses.rabbitmq.bus import RabbitMQBus, _Publisher
+from tidings.buses.rabbitmq.connection import (
+    Address,
+    AmqpError,
+    Channel,
+    ChannelClosed,
+    Connection,
+    ConnectionLost,
+    Outcome,
+)
+from tidings.buses.rabbitmq.content import Properties
 from tidings.errors import BusUnavailable
 from tidings.protocol.message import Message
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidings.buses.rabbitmq import RabbitMQBus, open_rabbitmq
+from tidings.buses.rabbitmq.bus import RabbitMQBus, open_rabbitmq
 from tidings.errors import BusUnavailable, ConfigurationError
 
 

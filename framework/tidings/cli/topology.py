@@ -65,8 +65,8 @@ async def diff(
         found = [thing for thing in await bus.inspect(subscriptions) if thing.state != "fits"]
         listed: list[Found] = []
         if management is not None:
-            from tidings.buses.rabbitmq import address_of
-            from tidings.buses.rabbitmq_topology import EXCHANGE
+            from tidings.buses.rabbitmq.bus import address_of
+            from tidings.buses.rabbitmq.topology import EXCHANGE
 
             address = address_of(settings.bus)
             listed = await listed_queues(management, address.user, address.password, address.vhost, EXCHANGE)
@@ -117,8 +117,8 @@ async def export(
     """
     settings, chosen = _chosen(services)
     async with open_bus(settings.bus):  # complains of the URL, or of a missing package
-        from tidings.buses.rabbitmq import address_of
-        from tidings.buses.rabbitmq_permissions import definitions, relay_user, service_user
+        from tidings.buses.rabbitmq.bus import address_of
+        from tidings.buses.rabbitmq.permissions import definitions, relay_user, service_user
 
     names, relays = [service.name for service in chosen], list(dict.fromkeys(relay or ("main",)))
     users = [*map(relay_user, relays), *map(service_user, names)]

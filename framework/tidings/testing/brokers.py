@@ -158,9 +158,9 @@ class _Named:
         """Queues of earlier tests stay, but nothing is bound to them any more."""
         from pamqp import commands  # here, because only the extra `rabbitmq` brings it
 
-        from tidings.buses.amqp import Connection
-        from tidings.buses.rabbitmq import address_of
-        from tidings.buses.rabbitmq_topology import EXCHANGE
+        from tidings.buses.rabbitmq.bus import address_of
+        from tidings.buses.rabbitmq.connection import Connection
+        from tidings.buses.rabbitmq.topology import EXCHANGE
 
         connection = await Connection.open(address_of(self._url), "tidings tests")
         try:
@@ -188,7 +188,7 @@ async def _has(connection: Any, exchange: str) -> bool:
     """Is there such an exchange? It makes none."""
     from pamqp import commands
 
-    from tidings.buses.amqp_channel import ChannelClosed
+    from tidings.buses.rabbitmq.channel import ChannelClosed
 
     asked = commands.Exchange.Declare(exchange=exchange, passive=True)
     try:

@@ -20,7 +20,7 @@ from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.heartbeat import Heartbeat
 
-from tidings.buses.amqp_channel import (
+from tidings.buses.rabbitmq.channel import (
     BODY,
     CONTENT,
     FRAME,

@@ -21,7 +21,7 @@ from pamqp import commands
 from pamqp.base import Frame
 
 from tidings.buses import Found, Subscription
-from tidings.buses.amqp import ChannelClosed, Connection
+from tidings.buses.rabbitmq.connection import ChannelClosed, Connection
 from tidings.errors import TopologyMismatch
 from tidings.protocol.position import ALL_BUCKETS
 

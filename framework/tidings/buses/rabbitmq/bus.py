@@ -23,10 +23,18 @@ import structlog
 from pamqp import commands, frame
 
 from tidings.buses import Delivery, Found, Subscription
-from tidings.buses.amqp import Address, AmqpError, Channel, ChannelClosed, Connection, ConnectionLost, Outcome
-from tidings.buses.amqp_content import Properties
-from tidings.buses.amqp_tls import FILES, context_of, refuse_blindness, remedy_of
-from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
+from tidings.buses.rabbitmq.connection import (
+    Address,
+    AmqpError,
+    Channel,
+    ChannelClosed,
+    Connection,
+    ConnectionLost,
+    Outcome,
+)
+from tidings.buses.rabbitmq.content import Properties
+from tidings.buses.rabbitmq.tls import FILES, context_of, refuse_blindness, remedy_of
+from tidings.buses.rabbitmq.topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
 from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
 from tidings.protocol.message import BODY_LIMIT, Message
 

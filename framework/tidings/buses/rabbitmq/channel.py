@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 from pamqp import commands, frame
 from pamqp.base import Frame
 
-from tidings.buses.amqp_content import Properties, body_size, pack, unpack
+from tidings.buses.rabbitmq.content import Properties, body_size, pack, unpack
 
 if TYPE_CHECKING:
-    from tidings.buses.amqp import Connection
+    from tidings.buses.rabbitmq.connection import Connection
 
 __all__ = ["AmqpError", "Channel", "ChannelClosed", "ConnectionLost", "Outcome"]
 

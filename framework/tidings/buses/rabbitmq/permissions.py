@@ -23,7 +23,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from tidings.buses.rabbitmq_topology import EXCHANGE, LOCK, PARTITIONS
+from tidings.buses.rabbitmq.topology import EXCHANGE, LOCK, PARTITIONS
 
 __all__ = ["definitions", "password_hash", "relay_user", "service_user"]
 
