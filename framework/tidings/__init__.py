@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tidings.aggregate import Aggregate, evolves, stream_version
     from tidings.connection import connect
-    from tidings.context import Context
-    from tidings.events import Event, partition_key, schema_version, upcaster, wire_name
-    from tidings.handlers import Hold, Retry
+    from tidings.modelling.aggregate import Aggregate, evolves, stream_version
+    from tidings.modelling.context import Context
+    from tidings.modelling.events import Event, partition_key, schema_version, upcaster, wire_name
+    from tidings.modelling.handlers import Hold, Retry
+    from tidings.modelling.repository import Changed, HistoryEntry, Repository
     from tidings.relay import Relay
-    from tidings.repository import Changed, HistoryEntry, Repository
     from tidings.runtime import Runtime
     from tidings.service import Service
     from tidings.settings import Settings, open_bus, open_store
@@ -54,13 +54,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES = {
-    "aggregate": ("Aggregate", "evolves", "stream_version"),
+    "modelling.aggregate": ("Aggregate", "evolves", "stream_version"),
     "connection": ("connect",),
-    "context": ("Context",),
-    "events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
-    "handlers": ("Hold", "Retry"),
+    "modelling.context": ("Context",),
+    "modelling.events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
+    "modelling.handlers": ("Hold", "Retry"),
     "relay": ("Relay",),
-    "repository": ("Changed", "HistoryEntry", "Repository"),
+    "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
     "runtime": ("Runtime",),
     "service": ("Service",),
     "settings": ("Settings", "open_bus", "open_store"),

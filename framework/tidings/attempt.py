@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from tidings._support.eager import FirstStep
-from tidings.codec import check_key, decode
-from tidings.context import ATTEMPT, Context
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -32,8 +30,10 @@ from tidings.errors import (
     TransactionMisuse,
     WriterHeld,
 )
-from tidings.handlers import Handler, Inject
 from tidings.logs import bind_handling, handling
+from tidings.modelling.codec import check_key, decode
+from tidings.modelling.context import ATTEMPT, Context
+from tidings.modelling.handlers import Handler, Inject
 from tidings.outages import is_outage
 from tidings.owned import Ours
 

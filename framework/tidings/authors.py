@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from tidings.codec import CAUSATION, read_metadata
-from tidings.handlers import Handler, Inject
+from tidings.modelling.codec import CAUSATION, read_metadata
+from tidings.modelling.handlers import Handler, Inject
 from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore, RecordedEvent
 

@@ -10,13 +10,13 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tidings.aggregate import Aggregate
-from tidings.appending import append
-from tidings.codec import decode, read_metadata
 from tidings.errors import ConfigurationError
-from tidings.events import Event, Registry
 from tidings.logs import configure_by_default
-from tidings.repository import HistoryEntry, Repository
+from tidings.modelling.aggregate import Aggregate
+from tidings.modelling.appending import append
+from tidings.modelling.codec import decode, read_metadata
+from tidings.modelling.events import Event, Registry
+from tidings.modelling.repository import HistoryEntry, Repository
 from tidings.settings import Settings, open_store
 from tidings.stores import ANY, Appended, EventStore, Expected, RecordedEvent
 

@@ -24,8 +24,8 @@ from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from tidings.context import ATTEMPT
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
+from tidings.modelling.context import ATTEMPT
 from tidings.outages import advice_for, is_refusal, marked, outages, stays_with_connections
 from tidings.owned import Writes, mark
 from tidings.settings import redact

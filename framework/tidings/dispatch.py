@@ -20,23 +20,23 @@ from tidings._support.timers import Timers, counting_sleep
 from tidings._support.workers import Workers
 from tidings.attempt import Attempt, Attempts, Failure, Resources
 from tidings.breaker import Breakers
-from tidings.codec import read_metadata
 from tidings.commits import Commits
-from tidings.context import Context
 from tidings.database import Database
 from tidings.enrolment import enrol
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.guard import Guard
-from tidings.handlers import Handler, Inject
 from tidings.held import HeldRows
 from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.keys import Keys
 from tidings.lineage import Lineage
+from tidings.modelling.codec import read_metadata
+from tidings.modelling.context import Context
+from tidings.modelling.handlers import Handler, Inject
+from tidings.modelling.roster import Roster, Span
 from tidings.owned import Ours
 from tidings.progress import Batch, Progress
 from tidings.protocol.position import Lanes
 from tidings.revival import HELD_SECONDS, Revival
-from tidings.roster import Roster, Span
 from tidings.service import Service
 from tidings.sessions import SessionHandlers
 from tidings.staged import Stager

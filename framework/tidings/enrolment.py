@@ -21,11 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
-from tidings.events import wire_name
-from tidings.roster import BEHIND, PAST, SKIPPED, Span, successors, under_one_name
+from tidings.modelling.events import wire_name
+from tidings.modelling.roster import BEHIND, PAST, SKIPPED, Span, successors, under_one_name
 
 if TYPE_CHECKING:
-    from tidings.handlers import Handler
+    from tidings.modelling.handlers import Handler
     from tidings.service import Service
 
 __all__ = [

@@ -15,12 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import spans
 from tidings.enrolment import Begun, by_present_name, names_of, wanted
+from tidings.modelling.roster import SKIPPED, Span, under_one_name
 from tidings.partitions import Range, ranges_of
 from tidings.report import HandlerReport
-from tidings.roster import SKIPPED, Span, under_one_name
 
 if TYPE_CHECKING:
-    from tidings.handlers import Handler
+    from tidings.modelling.handlers import Handler
     from tidings.service import Service
 
 __all__ = ["read_handlers", "read_spans"]

@@ -19,10 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database import Database, begun, dead, floors, held, partials, replays, skips, spans, staged, watermarks
 from tidings.errors import Fenced, LogChanged
 from tidings.many import ForMany
+from tidings.modelling.roster import BEHIND, SKIPPED
 from tidings.partitions import layout_of
 from tidings.protocol.message import Message
 from tidings.protocol.position import partition_key
-from tidings.roster import BEHIND, SKIPPED
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent
 
 __all__ = [

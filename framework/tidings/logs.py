@@ -40,7 +40,7 @@ from tidings._support.escaping import plain, plain_lines
 from tidings.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from tidings.context import Context
+    from tidings.modelling.context import Context
 
 __all__ = ["bind_handling", "configure_by_default", "configure_logging", "handling", "masked"]
 

@@ -21,13 +21,13 @@ import structlog
 from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from tidings.appending import check_target
-from tidings.codec import BY_REQUEST, encode
-from tidings.context import ATTEMPT
 from tidings.database import floors, guarded, staged
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
-from tidings.events import Event
 from tidings.inbox import StagedEvent, stage
+from tidings.modelling.appending import check_target
+from tidings.modelling.codec import BY_REQUEST, encode
+from tidings.modelling.context import ATTEMPT
+from tidings.modelling.events import Event
 from tidings.protocol.identity import digest
 from tidings.protocol.position import bucket_of
 from tidings.repetition import check_repetition

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from tidings._support.tasks import supervised
 from tidings.database import Database, processes
 from tidings.errors import DatabaseUnavailable
-from tidings.fingerprints import fingerprint, version_of
+from tidings.modelling.fingerprints import fingerprint, version_of
 
 if TYPE_CHECKING:
     from tidings.service import Service

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, Remembered
+from tidings.modelling.roster import Span
 from tidings.protocol.position import Ticket
-from tidings.roster import Span
 from tidings.work import SKIPPED, Item, Step
 
 __all__ = ["Batch", "Progress"]

@@ -14,12 +14,12 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tidings._support.escaping import plain
-from tidings.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.database import Database, dead, held, partials, replays, staged
 from tidings.handler_report import read_spans
 from tidings.lineage import lineage_of
+from tidings.modelling.codec import BY_REQUEST, CAUSATION, read_metadata
+from tidings.modelling.roster import BEHIND, Span
 from tidings.protocol.position import carried
-from tidings.roster import BEHIND, Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, last_carried, settled_in
 

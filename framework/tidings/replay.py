@@ -24,10 +24,10 @@ from tidings.dead import held_again
 from tidings.enrolment import sent_back
 from tidings.errors import TidingsError
 from tidings.handler_report import read_handlers, read_spans
-from tidings.handlers import Handler
+from tidings.modelling.handlers import Handler
+from tidings.modelling.roster import Span
 from tidings.partitions import ranges_of
 from tidings.protocol.position import ALL_BUCKETS, CARRIED, carried
-from tidings.roster import Span
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.breaker import Breakers
 from tidings.database import Database
 from tidings.errors import DatabaseUnavailable
-from tidings.fingerprints import fingerprint
 from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line, in_code
 from tidings.keys import Keys
+from tidings.modelling.fingerprints import fingerprint
 from tidings.work import Item
 
 if TYPE_CHECKING:

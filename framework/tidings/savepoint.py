@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 from sqlalchemy.orm import Session
 
 from tidings.attempt import Failure
-from tidings.context import Context
 from tidings.database import guarded
 from tidings.errors import StatementFailed, TransactionMisuse
-from tidings.handlers import Handler, Inject
+from tidings.modelling.context import Context
+from tidings.modelling.handlers import Handler, Inject
 from tidings.outages import is_outage, is_unusable
 from tidings.transaction import GuardedConnection, GuardedSession, drop, keep
 

@@ -18,9 +18,9 @@ import sqlalchemy as sa
 from tidings.database import Database, dead, held, partials, partitions, replays, spans, watermarks
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.inbox import key_of
+from tidings.modelling.roster import Span
 from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.replay import Start
-from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import settled_in
 

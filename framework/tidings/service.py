@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from tidings.aggregate import Aggregate
-from tidings.appending import append
 from tidings.buses import EventBus, check_partitions, check_service_name
-from tidings.contention import CHANGE_SECONDS
 from tidings.errors import ConfigurationError
-from tidings.events import Event, Registry, wire_name
-from tidings.handlers import Handler, Retry, Since, declare
-from tidings.repository import Repository
+from tidings.modelling.aggregate import Aggregate
+from tidings.modelling.appending import append
+from tidings.modelling.contention import CHANGE_SECONDS
+from tidings.modelling.events import Event, Registry, wire_name
+from tidings.modelling.handlers import Handler, Retry, Since, declare
+from tidings.modelling.repository import Repository
 from tidings.stores import ANY, Appended, EventStore, Expected
 
 if TYPE_CHECKING:

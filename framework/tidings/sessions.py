@@ -14,8 +14,8 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.attempt import Failure
-from tidings.context import Context
-from tidings.handlers import Inject
+from tidings.modelling.context import Context
+from tidings.modelling.handlers import Inject
 from tidings.savepoint import ConnectionLost, GroupBroken, in_savepoint
 from tidings.work import Item, Troubles
 

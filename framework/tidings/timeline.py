@@ -16,13 +16,13 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.checkpoints import read_checkpoint
-from tidings.codec import CAUSATION, CORRELATION, read_metadata
 from tidings.database import Database, dead, held, partials, staged
 from tidings.errors import StoreError
 from tidings.handler_report import read_spans
 from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
+from tidings.modelling.codec import CAUSATION, CORRELATION, read_metadata
+from tidings.modelling.roster import Span
 from tidings.protocol.position import CARRIED, carried
-from tidings.roster import Span
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, settled_in
 

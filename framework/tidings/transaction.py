@@ -12,8 +12,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
-from tidings.context import Context
 from tidings.errors import TransactionMisuse
+from tidings.modelling.context import Context
 
 __all__ = ["GuardedConnection", "GuardedSession", "drop", "keep"]
 

@@ -19,6 +19,7 @@ from tidings.database import Database, dead, floors, held, staged, watermarks
 from tidings.errors import StreamDeleted
 from tidings.handler_report import read_handlers, read_spans
 from tidings.held import held_by_handler, in_code, reason_in_code
+from tidings.modelling.roster import Roster
 from tidings.partitions import Range, ranges_of
 from tidings.protocol.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
 from tidings.report import (
@@ -32,7 +33,6 @@ from tidings.report import (
     ServiceReport,
     StagedSummary,
 )
-from tidings.roster import Roster
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:

@@ -14,16 +14,16 @@ from sqlalchemy.exc import DBAPIError
 from tidings._support.tracebacks import Kind, Tracebacks
 from tidings.attempt import Failure
 from tidings.buses import Consumer
-from tidings.context import Context
 from tidings.crashes import Caution
 from tidings.errors import DatabaseUnavailable, Fenced
-from tidings.fingerprints import fingerprint
-from tidings.handlers import Handler
 from tidings.held import HeldEvent, Line
 from tidings.inbox import Letter, StagedEvent, key_of
+from tidings.modelling.context import Context
+from tidings.modelling.fingerprints import fingerprint
+from tidings.modelling.handlers import Handler
+from tidings.modelling.roster import Span
 from tidings.protocol.metadata import own_metadata
 from tidings.protocol.position import Ticket
-from tidings.roster import Span
 from tidings.stores import RecordedEvent
 
 __all__ = ["SKIPPED", "Item", "Step", "Troubles", "Turn"]

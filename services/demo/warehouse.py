@@ -15,8 +15,8 @@ from uuid import uuid4
 from services.importer import Invoice
 from services.inventory.events import GoodsReceived, ReturnReceived
 from tidings import NO_STREAM, Event, EventStore
-from tidings.codec import encode
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
+from tidings.modelling.codec import encode
 
 __all__ = ["Warehouse"]
 

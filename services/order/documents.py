@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from services.order.events import OrderLine
 from services.order.order import Order, Status
 from tidings import wire_name
-from tidings.repository import HistoryEntry
+from tidings.modelling.repository import HistoryEntry
 
 __all__ = [
     "LINES",

@@ -20,7 +20,7 @@ from uuid import uuid4
 from tests.benchmarks.bench_eventstoredb import served
 from tests.benchmarks.path import Measured, fill, quiet, verdict
 from tidings import EventStore, Service, Settings, open_bus, open_store
-from tidings.codec import decode
+from tidings.modelling.codec import decode
 from tidings.protocol.message import Marker
 from tidings.protocol.position import CARRIED
 

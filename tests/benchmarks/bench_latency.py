@@ -34,7 +34,7 @@ from tests.benchmarks.path import (
 from tidings import Relay, Service, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
 from tidings.buses import Subscription
-from tidings.codec import encode
+from tidings.modelling.codec import encode
 from tidings.protocol.message import encode as message_of
 from tidings.protocol.position import carried
 from tidings.stores import RecordedEvent

@@ -22,7 +22,7 @@ import structlog
 from tidings import Event, EventStore, Service, Settings, open_bus
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq.topology import EXCHANGE
-from tidings.codec import encode
+from tidings.modelling.codec import encode
 from tidings.protocol.message import Marker, Message
 from tidings.protocol.message import encode as message_of
 from tidings.protocol.position import Chain, carried

@@ -23,8 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.faults.reader import reader
 from tidings import Context, Event, EventStore, Service
-from tidings.codec import CAUSATION, read_metadata
-from tidings.handlers import Hold, Retry
+from tidings.modelling.codec import CAUSATION, read_metadata
+from tidings.modelling.handlers import Hold, Retry
 
 __all__ = ["Asked", "Counted", "Errand", "Noted", "Row", "asked_of", "audit", "broken_promises", "rows_of", "second"]
 

@@ -28,7 +28,7 @@ from tests.faults.broker_night import (
 from tests.faults.conftest import Recovered
 from tests.faults.stage import Stage, now
 from tidings import open_store
-from tidings.codec import encode
+from tidings.modelling.codec import encode
 from tidings.testing.brokers import RabbitMQNode
 
 SOME = 100

@@ -14,7 +14,7 @@ from tests.faults.conftest import Recovered
 from tests.faults.stage import KEYS, STREAMS, Stage, now
 from tidings import open_store
 from tidings.checkpoints import write_checkpoint
-from tidings.codec import encode
+from tidings.modelling.codec import encode
 from tidings.testing.brokers import RabbitMQ
 
 FEW, MANY = 3_000, 30_000

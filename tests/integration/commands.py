@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from tidings import Context, Event, Service
-from tidings.handlers import Retry
+from tidings.modelling.handlers import Retry
 
 class Placed(Event):
     number: int

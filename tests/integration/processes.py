@@ -17,7 +17,7 @@ from uuid import uuid4
 from tests.integration.served import SERVED
 from tests.integration.worker import Ticked
 from tidings import EventStore
-from tidings.codec import encode
+from tidings.modelling.codec import encode
 
 __all__ = ["Worker", "Workers", "audit_of", "dead_of", "proves_every_effect_once_in_order", "tick", "until"]
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.processes import ROOT
 from tidings import Aggregate, Event, evolves, open_store
-from tidings.repository import Repository
+from tidings.modelling.repository import Repository
 from tidings.server import EventStoreServer
 
 PROCESSES = 3

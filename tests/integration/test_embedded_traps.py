@@ -19,7 +19,7 @@ from tests.integration.databases import database_url
 from tidings import Aggregate, Context, Event, EventData, Runtime, Service, Settings, evolves
 from tidings.database import floors
 from tidings.errors import ConfigurationError
-from tidings.handlers import Retry
+from tidings.modelling.handlers import Retry
 
 tables = sa.MetaData()
 seen = sa.Table("seen", tables, sa.Column("id", sa.Integer, primary_key=True), sa.Column("name", sa.Text))

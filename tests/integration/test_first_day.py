@@ -18,7 +18,7 @@ from tests.integration.databases import database_url
 from tests.integration.embedded import Happened, auditing, letters, rows, until
 from tidings import Relay, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
-from tidings.codec import encode
+from tidings.modelling.codec import encode
 from tidings.running import RunningService
 from tidings.server import EventStoreServer
 from tidings.verify import verify

@@ -14,9 +14,9 @@ from tests.integration.embedded import Happened, audit, count, embedded, many, r
 from tidings import Context, Hold, Retry, Service
 from tidings.database import held, spans
 from tidings.dead import DeadLetters
+from tidings.modelling.roster import SKIPPED
 from tidings.protocol.position import BUCKETS
 from tidings.replay import find_start, send_back
-from tidings.roster import SKIPPED
 
 Since = Literal["start", "now"] | int | None
 EVENTS = many(120, 5)

@@ -7,9 +7,9 @@ from pathlib import Path
 from tests.integration.embedded import Happened, embedded
 from tests.integration.test_late_handlers import Since, live, service
 from tidings.database import spans
+from tidings.modelling.roster import BEHIND, SKIPPED, Span
 from tidings.recount import recount
 from tidings.replay import find_start, plan
-from tidings.roster import BEHIND, SKIPPED, Span
 from tidings.timeline import trace
 from tidings.verify import Report, verify
 

@@ -37,9 +37,9 @@ from tests.integration.processes import until
 from tests.integration.test_embedded_emits import Away, Forgetful
 from tests.integration.test_embedded_standby import WORKERS, says
 from tidings import EventData, EventStore, Service
-from tidings.codec import read_metadata
 from tidings.database import staged
 from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, RepetitionDiffers, TransactionMisuse
+from tidings.modelling.codec import read_metadata
 
 WITHIN: float = 10.0
 """Seconds that a busy machine may take over what takes 2."""

@@ -21,7 +21,7 @@ from tests.integration.embedded import World, embedded, until
 from tidings import Context, Event, Hold, Retry, Service
 from tidings.database import metadata, open_database
 from tidings.dead import DeadLetters
-from tidings.handlers import NAME_LENGTH
+from tidings.modelling.handlers import NAME_LENGTH
 from tidings.testing.databases import PostgreSQL
 from tidings.texts import Text
 

@@ -23,9 +23,9 @@ from services.payment.gateway import SandboxGateway, open_sandbox
 from services.shipping import shipping
 from tidings import Context, Event, Repository, Service
 from tidings.attempt import Attempt, Attempts, Resources
-from tidings.codec import encode, read_metadata
 from tidings.database import Database, open_database
 from tidings.errors import StreamNotFound, WrongExpectedVersion
+from tidings.modelling.codec import encode, read_metadata
 from tidings.owned import Ours
 from tidings.stores import NO_STREAM, Appended, EventData, Expected, RecordedEvent
 

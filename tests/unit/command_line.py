@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tidings import Context, Event, Service, Settings
 from tidings.cli.app import app
-from tidings.handlers import Hold, Retry
+from tidings.modelling.handlers import Hold, Retry
 from tidings.runtime import Runtime
 
 __all__ = [

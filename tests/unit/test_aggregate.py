@@ -9,10 +9,10 @@ from uuid import uuid4
 import pytest
 
 from tidings import open_store
-from tidings.aggregate import Aggregate, evolves, state_of, stream_version
 from tidings.errors import ConfigurationError, InvalidStreamName, UnknownEventType, WrongExpectedVersion
-from tidings.events import Event
-from tidings.repository import Repository
+from tidings.modelling.aggregate import Aggregate, evolves, state_of, stream_version
+from tidings.modelling.events import Event
+from tidings.modelling.repository import Repository
 
 
 class Opened(Event):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from tidings.catchup import PROGRESS_SECONDS, CatchUp
-from tidings.handlers import Handler, Retry
+from tidings.modelling.handlers import Handler, Retry
+from tidings.modelling.roster import BEHIND, Roster, Span
 from tidings.protocol.position import BUCKETS, Accepted
-from tidings.roster import BEHIND, Roster, Span
 from tidings.stores import RecordedEvent
 from tidings.work import Step
 

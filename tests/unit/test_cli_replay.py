@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop, shop
-from tidings.handlers import Handler
+from tidings.modelling.handlers import Handler
 
 SHOP = "tests.unit.command_line:shop"
 TABLES = ("watermarks", "floors", "replay", "held", "dead", "staged", "schema")

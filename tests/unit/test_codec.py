@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
-from tidings.codec import Cause, check_key, decode, encode, read_metadata
 from tidings.errors import (
     ConfigurationError,
     DeployNeeded,
@@ -24,7 +23,8 @@ from tidings.errors import (
     UnknownEventType,
     UpcastMissing,
 )
-from tidings.events import Event, upcaster
+from tidings.modelling.codec import Cause, check_key, decode, encode, read_metadata
+from tidings.modelling.events import Event, upcaster
 from tidings.protocol.position import NESTING, partition_key
 from tidings.stores import EventData, RecordedEvent
 

@@ -14,7 +14,7 @@ import pytest
 import tidings.commits
 from tidings._support.timers import Timers
 from tidings.commits import LOOK_SECONDS, MANY, Commits
-from tidings.handlers import Handler, Retry
+from tidings.modelling.handlers import Handler, Retry
 from tidings.owned import Writes
 from tidings.progress import Batch
 from tidings.stores import RecordedEvent

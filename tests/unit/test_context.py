@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.codec import Cause
-from tidings.context import Context, name_of
 from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, SchemaError
-from tidings.events import Event
+from tidings.modelling.codec import Cause
+from tidings.modelling.context import Context, name_of
+from tidings.modelling.events import Event
 from tidings.protocol.identity import digest
 from tidings.stores import APPEND_LIMIT, RecordedEvent
 

@@ -9,9 +9,9 @@ from uuid import uuid4
 import pytest
 from pydantic import BaseModel, ValidationError, create_model
 
-from tidings.codec import decode, encode
 from tidings.errors import ConfigurationError
-from tidings.events import Event, Registry, partition_key, schema_version, upcaster, wire_name
+from tidings.modelling.codec import decode, encode
+from tidings.modelling.events import Event, Registry, partition_key, schema_version, upcaster, wire_name
 from tidings.stores import RecordedEvent
 
 

@@ -23,9 +23,9 @@ from tidings._support.escaping import plain_lines
 from tidings.buses import Found, Subscription
 from tidings.cli.app import app
 from tidings.errors import StoreUnavailable
-from tidings.events import Event, wire_name
-from tidings.handlers import Hold, Retry
 from tidings.logs import configure_logging
+from tidings.modelling.events import Event, wire_name
+from tidings.modelling.handlers import Hold, Retry
 from tidings.stores import ANY
 
 EVIL: Final = (

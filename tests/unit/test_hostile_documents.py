@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tidings._support.json_limits import DEPTH, check, parse
 from tidings.cli.output import event_facts, facts
-from tidings.codec import decode, read_metadata
 from tidings.errors import SchemaError
-from tidings.events import Event, upcaster
+from tidings.modelling.codec import decode, read_metadata
+from tidings.modelling.events import Event, upcaster
 from tidings.protocol.position import partition_key
 from tidings.stores import RecordedEvent
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from tests.integration.embedded import Happened, embedded, letters, until
 from tidings import Context, Event, EventData, Service
-from tidings.handlers import Hold, Retry
+from tidings.modelling.handlers import Hold, Retry
 from tidings.protocol.message import encode
 from tidings.protocol.position import RESERVED, bucket_of, carried
 from tidings.stores import ANY

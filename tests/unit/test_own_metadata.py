@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tidings import Event
-from tidings.codec import encode
-from tidings.context import Context
+from tidings.modelling.codec import encode
+from tidings.modelling.context import Context
 from tidings.protocol.metadata import own_metadata, own_partition_key
 from tidings.protocol.position import carried, partition_key
 from tidings.stores import RecordedEvent

@@ -14,9 +14,9 @@ import sqlalchemy as sa
 
 from tidings.database import Database, dead, open_database, partials, staged, watermarks
 from tidings.errors import Fenced
-from tidings.handlers import Handler, Retry
 from tidings.held import HeldEvent, HeldRows
 from tidings.inbox import Inbox, Letter, StagedEvent
+from tidings.modelling.handlers import Handler, Retry
 from tidings.progress import Batch, Progress
 from tidings.protocol.position import ALL_BUCKETS
 from tidings.stores import EventData, RecordedEvent

@@ -46,9 +46,9 @@ from typing_extensions import TypedDict
 
 from tests.unit.test_codec import ID, stored
 from tidings import Service
-from tidings.codec import decode, encode, read_metadata
 from tidings.errors import ConfigurationError, SchemaError
-from tidings.events import Event, is_exact, upcaster, wire_name
+from tidings.modelling.codec import decode, encode, read_metadata
+from tidings.modelling.events import Event, is_exact, upcaster, wire_name
 
 BERLIN = ZoneInfo("Europe/Berlin")
 T = TypeVar("T")

@@ -10,9 +10,6 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tidings.aggregate import Aggregate, evolves
-from tidings.codec import Cause, encode
-from tidings.context import Context
 from tidings.errors import (
     ConfigurationError,
     Contention,
@@ -22,8 +19,11 @@ from tidings.errors import (
     VersionNotFound,
     WrongExpectedVersion,
 )
-from tidings.events import Event
-from tidings.repository import Repository
+from tidings.modelling.aggregate import Aggregate, evolves
+from tidings.modelling.codec import Cause, encode
+from tidings.modelling.context import Context
+from tidings.modelling.events import Event
+from tidings.modelling.repository import Repository
 from tidings.settings import open_store
 from tidings.stores import ANY, NO_STREAM, Appended, EventData, EventStore, Expected, RecordedEvent
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.handlers import Handler, Retry
-from tidings.roster import BEHIND, PAST, SKIPPED, Roster, Span, successors, under_one_name
+from tidings.modelling.handlers import Handler, Retry
+from tidings.modelling.roster import BEHIND, PAST, SKIPPED, Roster, Span, successors, under_one_name
 
 POSITIONS = range(12)
 

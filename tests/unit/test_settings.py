@@ -108,9 +108,7 @@ async def test_embedded_adapters_open_and_close() -> None:
 
 
 async def test_a_missing_package_is_answered_with_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [
-        name for name in sys.modules if name.startswith(("pamqp", "tidings.buses.rabbitmq", "aiormq"))
-    ]:
+    for name in [name for name in sys.modules if name.startswith(("pamqp", "tidings.buses.rabbitmq", "aiormq"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pamqp", None)
     with pytest.raises(ConfigurationError, match=r"'pamqp'.*pip install 'tidings\[rabbitmq\]'") as refused:

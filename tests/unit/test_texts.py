@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings.database import metadata
-from tidings.handlers import NAME_LENGTH
+from tidings.modelling.handlers import NAME_LENGTH
 from tidings.texts import BASE64, ESCAPED, Text, decoded, encoded
 
 CODECS = ("utf-8", "latin-1", "ascii")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tidings.handlers import Handler, Retry
-from tidings.roster import BEHIND, Span
+from tidings.modelling.handlers import Handler, Retry
+from tidings.modelling.roster import BEHIND, Span
 from tidings.stores import RecordedEvent
 from tidings.work import Item, Troubles
 

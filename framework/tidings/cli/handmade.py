@@ -14,12 +14,12 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from tidings._support.json_limits import parse
-from tidings.aggregate import Aggregate, declared
 from tidings.cli.exits import NO, USAGE, Refused
 from tidings.cli.output import document_lines, event_facts, facts, plain
-from tidings.codec import decode, read_metadata
 from tidings.errors import DeployNeeded, SchemaError, StreamDeleted, StreamNotFound
-from tidings.events import Event, partition_key, schema_version, wire_name
+from tidings.modelling.aggregate import Aggregate, declared
+from tidings.modelling.codec import decode, read_metadata
+from tidings.modelling.events import Event, partition_key, schema_version, wire_name
 from tidings.protocol.position import partition_key as partition_key_of
 from tidings.service import Service
 from tidings.stores import JSON, EventData, EventStore, RecordedEvent

@@ -15,15 +15,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.buses import Consumer, Delivery
 from tidings.database import floors, watermarks
 from tidings.errors import StreamNotFound
-from tidings.handlers import Handler
 from tidings.healing import Pass
 from tidings.inbox import Inbox, StagedEvent
 from tidings.intake import Intake
 from tidings.keys import Keys
+from tidings.modelling.handlers import Handler
+from tidings.modelling.roster import Roster
 from tidings.protocol.position import Accepted, Chain, Settled, Verdict
 from tidings.relay import Relay
 from tidings.resolution import Resolver
-from tidings.roster import Roster
 from tidings.savepoint import _Scope
 from tidings.staged import Stager
 from tidings.stores import NO_STREAM, Expected

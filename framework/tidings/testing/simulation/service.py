@@ -9,9 +9,9 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tidings.context import Context
-from tidings.events import Event
-from tidings.handlers import Hold, Retry
+from tidings.modelling.context import Context
+from tidings.modelling.events import Event
+from tidings.modelling.handlers import Hold, Retry
 from tidings.service import Service
 
 __all__ = [

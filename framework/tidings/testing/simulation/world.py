@@ -23,7 +23,7 @@ from tidings.attempt import Resources
 from tidings.buses import EventBus
 from tidings.dead import DeadLetters
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
-from tidings.events import wire_name
+from tidings.modelling.events import wire_name
 from tidings.partitions import lay_out, resize
 from tidings.relay import Relay
 from tidings.running import RunningService

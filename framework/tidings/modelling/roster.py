@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from math import inf
 from typing import Final, NamedTuple
 
-from tidings.handlers import Handler
+from tidings.modelling.handlers import Handler
 
 __all__ = ["BEHIND", "PAST", "SKIPPED", "Partial", "Roster", "Span", "successors", "under_one_name"]
 

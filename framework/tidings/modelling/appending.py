@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
-from tidings.codec import encode
 from tidings.errors import ConfigurationError
-from tidings.events import Event
+from tidings.modelling.codec import encode
+from tidings.modelling.events import Event
 from tidings.protocol.position import RESERVED
 from tidings.stores import ANY, Appended, EventData, EventStore, Expected
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from tidings.errors import ConfigurationError, UnknownEventType
-from tidings.events import Event
+from tidings.modelling.events import Event
 from tidings.protocol.position import RESERVED
 from tidings.stores import check_stream_name
 

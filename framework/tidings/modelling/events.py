@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from tidings.errors import ConfigurationError
-from tidings.readback import fields_of, prove
+from tidings.modelling.readback import fields_of, prove
 
 __all__ = ["Declaration", "Event", "Registry", "Upcaster", "partition_key", "schema_version", "upcaster", "wire_name"]
 

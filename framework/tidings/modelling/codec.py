@@ -18,10 +18,10 @@ from tidings.errors import (
     UpcastFailed,
     UpcastMissing,
 )
-from tidings.events import Event, comparable_key, is_exact, partition_key
+from tidings.modelling.events import Event, comparable_key, is_exact, partition_key
+from tidings.modelling.readback import difference
 from tidings.protocol.metadata import own_metadata
 from tidings.protocol.position import NESTING, deep
-from tidings.readback import difference
 from tidings.stores import EventData, RecordedEvent
 
 __all__ = ["Cause", "check_key", "decode", "encode", "read_metadata"]

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 from weakref import ref
 
-from tidings.codec import CORRELATION, Cause, encode
 from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge
-from tidings.events import Event
+from tidings.modelling.codec import CORRELATION, Cause, encode
+from tidings.modelling.events import Event
 from tidings.protocol.identity import digest
 from tidings.protocol.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name, check_text
 
 if TYPE_CHECKING:
-    from tidings.aggregate import Aggregate
-    from tidings.repository import Changed, Repository
+    from tidings.modelling.aggregate import Aggregate
+    from tidings.modelling.repository import Changed, Repository
 
 __all__ = ["ATTEMPT", "Context", "Emission"]
 

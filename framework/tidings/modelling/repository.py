@@ -9,9 +9,6 @@ from datetime import datetime
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID, uuid4, uuid5
 
-from tidings.aggregate import Aggregate, apply, begin, declared, state_of, stream_of, stream_version
-from tidings.codec import CAUSATION, CORRELATION, Cause, decode, encode, read_metadata
-from tidings.contention import CHANGE_SECONDS, Turns
 from tidings.errors import (
     ConfigurationError,
     StreamTruncated,
@@ -19,7 +16,10 @@ from tidings.errors import (
     VersionNotFound,
     WrongExpectedVersion,
 )
-from tidings.events import Event, Registry
+from tidings.modelling.aggregate import Aggregate, apply, begin, declared, state_of, stream_of, stream_version
+from tidings.modelling.codec import CAUSATION, CORRELATION, Cause, decode, encode, read_metadata
+from tidings.modelling.contention import CHANGE_SECONDS, Turns
+from tidings.modelling.events import Event, Registry
 from tidings.stores import NO_STREAM, EventStore, Expected, RecordedEvent
 
 __all__ = ["Changed", "HistoryEntry", "Repository"]

@@ -11,9 +11,9 @@ from enum import Enum
 from functools import partial
 from typing import Any, Final, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from tidings.context import Context
 from tidings.errors import ConfigurationError
-from tidings.events import Event, wire_name
+from tidings.modelling.context import Context
+from tidings.modelling.events import Event, wire_name
 from tidings.stores import MAX_POSITION, RecordedEvent
 
 __all__ = ["NAME_LENGTH", "Handler", "Hold", "Inject", "Retry", "Since", "declare"]
