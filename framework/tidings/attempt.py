@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from tidings._support.eager import FirstStep
+from tidings.database.outages import is_outage
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -34,7 +35,6 @@ from tidings.logs import bind_handling, handling
 from tidings.modelling.codec import check_key, decode
 from tidings.modelling.context import ATTEMPT, Context
 from tidings.modelling.handlers import Handler, Inject
-from tidings.outages import is_outage
 from tidings.owned import Ours
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidings.partitions import Range
+from tidings.database.layout import Range
 
 __all__ = ["asked_of", "to_ask"]
 

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.timers import Timers
 from tidings.buses import Consumer
-from tidings.database import Database
-from tidings.inbox import Letter
+from tidings.database.engine import Database
+from tidings.database.inbox import Letter
 from tidings.progress import FLOOR_SECONDS, Batch, Progress
 from tidings.protocol.position import Settled
 from tidings.sessions import SessionHandlers

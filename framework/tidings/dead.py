@@ -16,9 +16,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, dead, held, staged
+from tidings.database.engine import Database, dead, held, staged
+from tidings.database.inbox import key_of, recorded
 from tidings.errors import TidingsError
-from tidings.inbox import key_of, recorded
 from tidings.selection import EVERYTHING, Selection
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]

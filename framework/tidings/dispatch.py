@@ -21,14 +21,14 @@ from tidings._support.workers import Workers
 from tidings.attempt import Attempt, Attempts, Failure, Resources
 from tidings.breaker import Breakers
 from tidings.commits import Commits
-from tidings.database import Database
-from tidings.enrolment import enrol
+from tidings.database.engine import Database
+from tidings.database.enrolment import enrol
+from tidings.database.held import HeldRows
+from tidings.database.inbox import Inbox, Letter, Remembered, StagedEvent
+from tidings.database.lineage import Lineage
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.guard import Guard
-from tidings.held import HeldRows
-from tidings.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.keys import Keys
-from tidings.lineage import Lineage
 from tidings.modelling.codec import read_metadata
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Handler, Inject

@@ -13,9 +13,9 @@ import structlog
 
 from tidings.commits import FULL
 from tidings.crashes import Caution
-from tidings.database import Database
-from tidings.inbox import Inbox
-from tidings.notebook import Notebook, notebook_of
+from tidings.database.engine import Database
+from tidings.database.inbox import Inbox
+from tidings.database.notebook import Notebook, notebook_of
 from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, dead, held
+from tidings.database.engine import Database, dead, held
+from tidings.database.held import HeldCount, held_by_handler
 from tidings.errors import TidingsError
-from tidings.held import HeldCount, held_by_handler
 from tidings.selection import EVERYTHING, Selection
 from tidings.work import SKIPPED
 

@@ -21,9 +21,9 @@ import structlog
 from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from tidings.database import floors, guarded, staged
+from tidings.database.engine import floors, guarded, staged
+from tidings.database.inbox import StagedEvent, stage
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
-from tidings.inbox import StagedEvent, stage
 from tidings.modelling.appending import check_target
 from tidings.modelling.codec import BY_REQUEST, encode
 from tidings.modelling.context import ATTEMPT

@@ -16,13 +16,13 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from tidings.database.outages import is_outage, waits_for_itself
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreError, StoreUnavailable, StreamForbidden
-from tidings.outages import is_outage, waits_for_itself
 from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Expected, Filter, RecordedEvent
 
 if TYPE_CHECKING:
     from tidings.buses import EventBus, Publisher, Subscription
-    from tidings.database import Database
+    from tidings.database.engine import Database
     from tidings.protocol.message import Message
 
 __all__ = ["Ours", "OwnBus", "OwnStore", "Writes", "mark", "related"]

@@ -19,14 +19,14 @@ from tidings._support.tasks import leaves, task_group
 from tidings.attempt import Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
 from tidings.catchup import CatchUp
-from tidings.database import Database
+from tidings.database.engine import Database
+from tidings.database.held import HeldRows
+from tidings.database.inbox import Inbox
+from tidings.database.lineage import lineage_of
 from tidings.dispatch import Dispatcher
 from tidings.errors import LogBehind
 from tidings.healing import Pass
-from tidings.held import HeldRows
-from tidings.inbox import Inbox
 from tidings.intake import Intake
-from tidings.lineage import lineage_of
 from tidings.owned import Ours
 from tidings.protocol.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore

@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tidings._support.tasks import together
+from tidings.database.held import HeldCount
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
 from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, is_still, judge_live, judge_ready
-from tidings.held import HeldCount
 from tidings.logs import masked
 from tidings.owned import OwnStore, Writes
 from tidings.protocol.position import CARRIED, carried
@@ -99,7 +99,7 @@ class Probe:
             return self._last[1]
 
     async def _service(self, service: Service) -> ServiceFacts:
-        from tidings.partitions import lowest
+        from tidings.database.layout import lowest
 
         running, known = _state(service)
         if running is not None and not known and running.standing_by is not None:

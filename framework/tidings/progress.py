@@ -12,8 +12,8 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.held import HeldEvent, HeldRows
-from tidings.inbox import Inbox, Letter, Remembered
+from tidings.database.held import HeldEvent, HeldRows
+from tidings.database.inbox import Inbox, Letter, Remembered
 from tidings.modelling.roster import Span
 from tidings.protocol.position import Ticket
 from tidings.work import SKIPPED, Item, Step

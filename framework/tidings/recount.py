@@ -14,9 +14,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tidings._support.escaping import plain
-from tidings.database import Database, dead, held, partials, replays, staged
+from tidings.database.engine import Database, dead, held, partials, replays, staged
+from tidings.database.lineage import lineage_of
 from tidings.handler_report import read_spans
-from tidings.lineage import lineage_of
 from tidings.modelling.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.modelling.roster import BEHIND, Span
 from tidings.protocol.position import carried

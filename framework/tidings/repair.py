@@ -11,8 +11,8 @@ from uuid import UUID
 
 from tidings.buses import EventBus
 from tidings.checkpoints import write_checkpoint
-from tidings.database import Database
-from tidings.inbox import Inbox, Letter
+from tidings.database.engine import Database
+from tidings.database.inbox import Inbox, Letter
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS
 from tidings.report import Report

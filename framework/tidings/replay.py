@@ -19,14 +19,14 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.authors import Stranger, may_emit, strangers
-from tidings.database import Database, dead, floors, held, partitions, replays, staged, watermarks
+from tidings.database.engine import Database, dead, floors, held, partitions, replays, staged, watermarks
+from tidings.database.enrolment import sent_back
+from tidings.database.layout import ranges_of
 from tidings.dead import held_again
-from tidings.enrolment import sent_back
 from tidings.errors import TidingsError
 from tidings.handler_report import read_handlers, read_spans
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span
-from tidings.partitions import ranges_of
 from tidings.protocol.position import ALL_BUCKETS, CARRIED, carried
 from tidings.stores import EventStore
 

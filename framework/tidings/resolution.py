@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+from tidings.database.inbox import StagedEvent
 from tidings.errors import StreamDeleted, StreamNotFound
-from tidings.inbox import StagedEvent
 from tidings.protocol.position import CARRIED
 from tidings.stores import NO_STREAM, Appended, EventStore, Expected, RecordedEvent
 

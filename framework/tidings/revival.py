@@ -16,9 +16,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.breaker import Breakers
-from tidings.database import Database
+from tidings.database.engine import Database
+from tidings.database.held import AT_ONCE, HeldEvent, HeldRows, Line, in_code
 from tidings.errors import DatabaseUnavailable
-from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line, in_code
 from tidings.keys import Keys
 from tidings.modelling.fingerprints import fingerprint
 from tidings.work import Item

@@ -21,16 +21,16 @@ from tidings._support.tasks import supervised, task_group
 from tidings.attempt import Resources
 from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
-from tidings.database import Database, open_database
+from tidings.database.engine import Database, open_database
+from tidings.database.held import HeldCount, held_by_handler, reason_in_code
+from tidings.database.inbox import StagedEvent, requested_events
+from tidings.database.layout import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
+from tidings.database.presence import present_as
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
-from tidings.held import HeldCount, held_by_handler, reason_in_code
-from tidings.inbox import StagedEvent, requested_events
 from tidings.logs import configure_by_default
 from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
-from tidings.partitions import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
-from tidings.presence import present_as
 from tidings.protocol.position import bucket_of
 from tidings.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store

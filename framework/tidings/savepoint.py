@@ -15,12 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 from sqlalchemy.orm import Session
 
 from tidings.attempt import Failure
-from tidings.database import guarded
+from tidings.database.engine import guarded
+from tidings.database.outages import is_outage, is_unusable
+from tidings.database.transaction import GuardedConnection, GuardedSession, drop, keep
 from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Handler, Inject
-from tidings.outages import is_outage, is_unusable
-from tidings.transaction import GuardedConnection, GuardedSession, drop, keep
 
 __all__ = ["ConnectionLost", "GroupBroken", "in_savepoint"]
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from tidings.database import dead
+from tidings.database.engine import dead
 
 __all__ = ["EVERYTHING", "Selection"]
 

@@ -15,9 +15,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from tidings.database import Database, dead, held, partials, partitions, replays, spans, watermarks
+from tidings.database.engine import Database, dead, held, partials, partitions, replays, spans, watermarks
+from tidings.database.inbox import key_of
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
-from tidings.inbox import key_of
 from tidings.modelling.roster import Span
 from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.replay import Start

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from tidings.database.inbox import Letter, StagedEvent
 from tidings.errors import (
     LogBehind,
     LogChanged,
@@ -20,7 +21,6 @@ from tidings.errors import (
     StreamForbidden,
     WrongExpectedVersion,
 )
-from tidings.inbox import Letter, StagedEvent
 from tidings.protocol.position import Lanes
 from tidings.resolution import Resolver
 from tidings.stores import ANY, EventStore

@@ -25,9 +25,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tidings._support.holders import lock_holder
-from tidings.database import Database
+from tidings.database.engine import Database
+from tidings.database.outages import outages
 from tidings.errors import DatabaseUnavailable
-from tidings.outages import outages
 
 __all__ = ["Post", "Taken", "post_of"]
 

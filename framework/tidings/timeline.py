@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.checkpoints import read_checkpoint
-from tidings.database import Database, dead, held, partials, staged
+from tidings.database.engine import Database, dead, held, partials, staged
 from tidings.errors import StoreError
 from tidings.handler_report import read_spans
 from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows

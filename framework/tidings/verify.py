@@ -15,12 +15,12 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.checkpoints import UnreadableCheckpoint, read_checkpoint
-from tidings.database import Database, dead, floors, held, staged, watermarks
+from tidings.database.engine import Database, dead, floors, held, staged, watermarks
+from tidings.database.held import held_by_handler, in_code, reason_in_code
+from tidings.database.layout import Range, ranges_of
 from tidings.errors import StreamDeleted
 from tidings.handler_report import read_handlers, read_spans
-from tidings.held import held_by_handler, in_code, reason_in_code
 from tidings.modelling.roster import Roster
-from tidings.partitions import Range, ranges_of
 from tidings.protocol.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
 from tidings.report import (
     NAMED,

@@ -15,9 +15,9 @@ from tidings._support.tracebacks import Kind, Tracebacks
 from tidings.attempt import Failure
 from tidings.buses import Consumer
 from tidings.crashes import Caution
+from tidings.database.held import HeldEvent, Line
+from tidings.database.inbox import Letter, StagedEvent, key_of
 from tidings.errors import DatabaseUnavailable, Fenced
-from tidings.held import HeldEvent, Line
-from tidings.inbox import Letter, StagedEvent, key_of
 from tidings.modelling.context import Context
 from tidings.modelling.fingerprints import fingerprint
 from tidings.modelling.handlers import Handler

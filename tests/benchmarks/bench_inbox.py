@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.benchmarks.path import PREFETCH, Measured, fill, handled_from_memory, messages_of, quiet, verdict
 from tidings import EventStore, Service, open_store
-from tidings.inbox import Inbox
+from tidings.database.inbox import Inbox
 from tidings.protocol.message import Message
 
 ROUNDS, FLOOR = 5, 0.7

@@ -29,7 +29,7 @@ from tests.benchmarks.bench_server import peak_mb
 from tests.benchmarks.path import KEYS, Measured, drop_queue, with_broker
 from tidings import Context, EventData, EventStore, Service, open_store
 from tidings.checkpoints import write_checkpoint
-from tidings.database import file_of
+from tidings.database.engine import file_of
 from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.runtime import serve
 from tidings.testing.brokers import RabbitMQ

@@ -24,7 +24,7 @@ from services.demo.fleet.processes import GUARD, free_ports
 from tests.faults import auditing
 from tests.faults.auditing import Counted, Errand, Fate, Noted, Row
 from tidings import EventStore, open_store
-from tidings.database import open_database
+from tidings.database.engine import open_database
 from tidings.errors import StoreUnavailable
 from tidings.modelling.codec import encode
 from tidings.stores import NO_STREAM

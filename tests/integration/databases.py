@@ -16,7 +16,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
-from tidings.database import connected
+from tidings.database.engine import connected
 from tidings.testing.databases import create_database, drop_databases
 
 __all__ = ["EVERYWHERE", "PLACE", "answers", "database_url", "on_server", "remove_database"]

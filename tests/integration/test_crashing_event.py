@@ -14,11 +14,11 @@ from tests.integration.databases import answers, database_url, on_server
 from tests.integration.embedded import Happened, embedded, rows, until
 from tests.integration.mortal import POISON, mortal
 from tidings import Context, Service
-from tidings.database import Database, open_database
+from tidings.database.engine import Database, open_database
+from tidings.database.inbox import Inbox
+from tidings.database.layout import resize
+from tidings.database.notebook import Notebook
 from tidings.guard import Guard
-from tidings.inbox import Inbox
-from tidings.notebook import Notebook
-from tidings.partitions import resize
 from tidings.work import Troubles
 
 EVENTS = [Happened(key=f"k{n % 3}", n=n) for n in range(60)]

@@ -37,7 +37,7 @@ EVENTS = many(200, 11)
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.sqlite_dialect.BUSY_TIMEOUT", 0.2)
+    monkeypatch.setattr("tidings.database.sqlite_dialect.BUSY_TIMEOUT", 0.2)
     monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
 
 

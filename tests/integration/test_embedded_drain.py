@@ -26,7 +26,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Retry, Service
-from tidings.database import staged
+from tidings.database.engine import staged
 from tidings.running import RunningService
 
 

@@ -28,7 +28,7 @@ from tests.integration.embedded import (
 from tests.integration.served import open_log
 from tidings import Context, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
-from tidings.inbox import Inbox
+from tidings.database.inbox import Inbox
 from tidings.intake import Intake
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS, carried

@@ -524,7 +524,7 @@ async def test_a_plain_function_that_returns_a_coroutine_is_not_taken_for_succes
 
 
 async def test_an_outage_of_a_database_that_is_not_the_services_own_counts_as_a_failure(tmp_path: Path) -> None:
-    import tidings.sqlite_dialect  # noqa: F401 - it is found by name, and the service itself may have another one
+    import tidings.database.sqlite_dialect  # noqa: F401 - it is found by name, and the service itself may have another one
 
     service, seen = Service("audit"), list[str]()
     other = create_async_engine(f"sqlite+tidings:///{tmp_path}/missing/other.db")

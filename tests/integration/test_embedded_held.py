@@ -30,7 +30,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database import SCHEMA, connected, held, open_database
+from tidings.database.engine import SCHEMA, connected, held, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters, NotRetriable
 from tidings.errors import DatabaseUnavailable
 from tidings.held_operations import HeldOperations
@@ -371,7 +371,7 @@ async def test_an_operator_skips_or_drops_what_waits_for_a_handler_that_is_gone(
 
 
 async def test_a_message_that_is_no_event_cannot_be_retried(tmp_path: Path) -> None:
-    from tidings.inbox import Inbox, Letter
+    from tidings.database.inbox import Inbox, Letter
     from tidings.protocol.message import Message
     from tidings.protocol.position import ALL_BUCKETS
 

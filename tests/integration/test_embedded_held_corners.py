@@ -29,9 +29,9 @@ from tests.integration.embedded import (
 from tests.integration.served import open_log
 from tidings import Hold, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
-from tidings.database import dead, held
+from tidings.database.engine import dead, held
+from tidings.database.held import HeldRows, Line
 from tidings.dead import DeadLetters
-from tidings.held import HeldRows, Line
 from tidings.verify import verify
 
 LONG = Retry(attempts=1, hold=Hold(attempts=1000, delay=300.0))

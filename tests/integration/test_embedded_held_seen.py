@@ -11,7 +11,7 @@ import structlog
 
 from tests.integration.embedded import Followed, Happened, count, embedded, many, until
 from tidings import Context, Hold, Retry, Service
-from tidings.database import held
+from tidings.database.engine import held
 
 NEVER = Hold(attempts=5, delay=3600.0, maximum=3600.0)
 

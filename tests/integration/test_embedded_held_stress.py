@@ -24,7 +24,7 @@ from tests.integration.served import open_log
 from tidings import Context, Event, EventStore, Hold, Relay, Retry, Service, Settings, open_bus
 from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
-from tidings.database import Database, open_database
+from tidings.database.engine import Database, open_database
 from tidings.dead import DeadLetterNotFound, DeadLetters
 from tidings.errors import DatabaseUnavailable
 from tidings.protocol.position import bucket_of
@@ -192,7 +192,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidings.breaker.PAUSES", (0.01, 0.03))
     monkeypatch.setattr("tidings.revival.HELD_SECONDS", 0.03)
     monkeypatch.setattr("tidings.revival.FLYING", 4)
-    monkeypatch.setattr("tidings.held.AT_ONCE", 8)
+    monkeypatch.setattr("tidings.database.held.AT_ONCE", 8)
     monkeypatch.setattr("tidings.intake.RECONNECT_SECONDS", (0.01, 0.05))
 
 

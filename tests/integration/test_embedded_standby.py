@@ -21,7 +21,7 @@ from sqlalchemy.engine import make_url
 from tests.integration.commands import Command, Commands
 from tests.integration.processes import until
 from tests.integration.test_cli_serving import free_port
-from tidings.database import connected
+from tidings.database.engine import connected
 from tidings.errors import DatabaseUnavailable
 from tidings.standby import Post, Taken, post_of
 
@@ -233,7 +233,7 @@ async def test_a_process_that_is_paused_keeps_its_place_and_the_standby_says_for
 
 HOLDER = """
 import asyncio, os, sys
-from tidings.database import connected
+from tidings.database.engine import connected
 from tidings.standby import post_of
 
 async def main():
@@ -330,7 +330,7 @@ async def test_within_a_process_it_is_shared_and_the_last_gives_it_back(url: str
 
 PROBE = """
 import asyncio, sys
-from tidings.database import connected
+from tidings.database.engine import connected
 from tidings.standby import Taken, post_of
 
 async def main():

@@ -26,7 +26,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database import dead, held, skips
+from tidings.database.engine import dead, held, skips
 from tidings.dead import DeadLetters
 from tidings.held_operations import HeldNotFound, HeldOperations
 from tidings.selection import Selection

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.integration.embedded import Happened, embedded
 from tests.integration.test_late_handlers import Since, live, service
-from tidings.database import spans
+from tidings.database.engine import spans
 from tidings.modelling.roster import BEHIND, SKIPPED, Span
 from tidings.recount import recount
 from tidings.replay import find_start, plan

@@ -35,10 +35,10 @@ from tidings import Context, EventData, EventStore, Relay, Service, Settings, op
 from tidings._support.tasks import supervised
 from tidings.buses import Subscription
 from tidings.buses.memory import MemoryBus
-from tidings.database import Database, open_database, watermarks
+from tidings.database.engine import Database, open_database, watermarks
+from tidings.database.layout import Layout, layout_of, ranges_of, resize
 from tidings.errors import ConfigurationError
 from tidings.modelling.codec import encode
-from tidings.partitions import Layout, layout_of, ranges_of, resize
 from tidings.protocol.position import bucket_of
 from tidings.running import RunningService
 from tidings.verify import verify

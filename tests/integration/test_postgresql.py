@@ -39,9 +39,9 @@ from tests.integration.embedded import (
 )
 from tidings import Context, Hold, Retry, Service
 from tidings.attempt import is_infrastructure
-from tidings.database import Database, connected, held, open_database
+from tidings.database.engine import Database, connected, held, open_database
+from tidings.database.inbox import Inbox
 from tidings.errors import DatabaseUnavailable, Fenced
-from tidings.inbox import Inbox
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.work import LOSSES
 

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tests.integration.databases import database_url
 from tests.integration.embedded import QUICK, Happened, audit, auditing, embedded, letters, rows, tables, until
 from tidings import Service
-from tidings.database import connected
+from tidings.database.engine import connected
 from tidings.errors import DatabaseUnavailable
 
 FIRST, SECOND = [Happened(key=f"k{n}", n=n) for n in range(5)], [Happened(key=f"k{n}", n=9) for n in range(5)]

@@ -33,9 +33,9 @@ from tests.integration.embedded import (
 )
 from tidings import ANY, Context, EventData, EventStore, Hold, Relay, Retry, Service
 from tidings._support.tasks import supervised
-from tidings.database import held, replays, staged
+from tidings.database.engine import held, replays, staged
+from tidings.database.layout import resize
 from tidings.dead import DeadLetters
-from tidings.partitions import resize
 from tidings.protocol.position import carried
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import Appended, Expected, RecordedEvent

@@ -24,7 +24,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database import held
+from tidings.database.engine import held
 from tidings.errors import ConfigurationError
 from tidings.replay import Start, find_start, send_back
 from tidings.selective_replay import Chosen, Picked, cancel, pick, run_again

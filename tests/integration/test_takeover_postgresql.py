@@ -19,7 +19,7 @@ from tests.integration.embedded import (
     rows,
     until,
 )
-from tidings.database import Database, begun, connected, floors
+from tidings.database.engine import Database, begun, connected, floors
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")
 

@@ -19,11 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from tests.integration.databases import PLACE, database_url
 from tests.integration.embedded import World, embedded, until
 from tidings import Context, Event, Hold, Retry, Service
-from tidings.database import metadata, open_database
+from tidings.database.engine import metadata, open_database
+from tidings.database.texts import Text
 from tidings.dead import DeadLetters
 from tidings.modelling.handlers import NAME_LENGTH
 from tidings.testing.databases import PostgreSQL
-from tidings.texts import Text
 
 NASTY: Final = (
     "nul \0 in it",

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.databases import database_url
 from tidings import Context, Event, Runtime, Service, Settings
-from tidings.database import open_database
+from tidings.database.engine import open_database
 from tidings.modelling.handlers import Retry
 from tidings.verify import Report, verify
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tests.integration.embedded import Followed, Happened, embedded, emitting, settings_for
 from tidings import ANY, EventData, EventStore, RecordedEvent, Service
-from tidings.database import Database, dead, floors, held, open_database, staged, watermarks
+from tidings.database.engine import Database, dead, floors, held, open_database, staged, watermarks
 from tidings.modelling.handlers import Retry
 from tidings.protocol.position import carried
 from tidings.recount import Recount, recount

@@ -20,9 +20,9 @@ from tests.integration.processes import until
 from tidings import ANY, EventData, EventStore, Relay, Service, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
 from tidings.buses import EventBus
-from tidings.database import Database, open_database, staged
+from tidings.database.engine import Database, open_database, staged
+from tidings.database.inbox import Inbox, StagedEvent
 from tidings.errors import StreamNotFound, Unroutable
-from tidings.inbox import Inbox, StagedEvent
 from tidings.protocol.position import ALL_BUCKETS
 from tidings.repair import append_staged, publish_marker
 from tidings.stores import Appended, Expected

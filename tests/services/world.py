@@ -23,7 +23,7 @@ from services.payment.gateway import SandboxGateway, open_sandbox
 from services.shipping import shipping
 from tidings import Context, Event, Repository, Service
 from tidings.attempt import Attempt, Attempts, Resources
-from tidings.database import Database, open_database
+from tidings.database.engine import Database, open_database
 from tidings.errors import StreamNotFound, WrongExpectedVersion
 from tidings.modelling.codec import encode, read_metadata
 from tidings.owned import Ours

@@ -364,7 +364,7 @@ def test_a_database_that_is_none_is_3_and_one_of_another_tidings_is_2(folder: Pa
     async def of_the_future() -> None:
         import sqlalchemy as sa
 
-        from tidings.database import open_database
+        from tidings.database.engine import open_database
 
         async with (
             open_database(f"sqlite:///{folder}/shop.db") as database,

@@ -18,7 +18,7 @@ from tidings import EventStore, Runtime, Service, Settings, open_store
 from tidings.buses import EventBus, Found, Subscription
 from tidings.cli.exits import Refused
 from tidings.cli.state import LATE, State, look
-from tidings.database import Database
+from tidings.database.engine import Database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, TidingsError
 from tidings.stores import ANY, EventData
 
@@ -227,7 +227,7 @@ def test_a_log_that_lost_its_end_is_a_problem(folder: Path) -> None:
     run_shop(folder, *((f"order-{n}", OrderCreated(order_id=str(n))) for n in range(5)))
 
     async def claim() -> None:
-        from tidings.database import floors, open_database
+        from tidings.database.engine import floors, open_database
 
         async with open_database("sqlite:///shop.db") as database, database.transaction() as connection:
             await connection.execute(floors.update().values(position=10_000))
@@ -337,7 +337,7 @@ def test_a_database_that_follows_another_log_is_named_with_both(folder: Path) ->
 
 def test_processes_are_shown_with_the_code_that_each_runs(folder: Path) -> None:
     async def rows() -> None:
-        from tidings.database import open_database, processes
+        from tidings.database.engine import open_database, processes
 
         now = time.time()
         async with open_database("sqlite:///shop.db") as database, database.transaction() as connection:

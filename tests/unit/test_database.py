@@ -10,9 +10,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from tidings.database import connected, guarded, held, open_database
+from tidings.database.engine import connected, guarded, held, open_database
+from tidings.database.outages import is_outage
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
-from tidings.outages import is_outage
 
 SECRET = "hunter2secret"
 
@@ -68,7 +68,7 @@ async def test_a_read_only_file_is_named(tmp_path: Path) -> None:
 async def test_a_locked_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_database(f"sqlite:///{tmp_path}/x.db"):
         pass
-    monkeypatch.setattr("tidings.sqlite_dialect.BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr("tidings.database.sqlite_dialect.BUSY_TIMEOUT", 0.05)
     with closing(sqlite3.connect(tmp_path / "x.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(DatabaseUnavailable, match="another process holds the writer"):

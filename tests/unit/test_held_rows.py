@@ -9,8 +9,8 @@ from uuid import UUID
 
 import pytest
 
-from tidings.database import dead, floors, open_database
-from tidings.held import AT_ONCE, HeldEvent, HeldRows, Line
+from tidings.database.engine import dead, floors, open_database
+from tidings.database.held import AT_ONCE, HeldEvent, HeldRows, Line
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.stores import RecordedEvent
 

@@ -13,10 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from tidings.buses import Delivery, EventBus, Subscription
+from tidings.database.inbox import Inbox, Remembered
 from tidings.dispatch import Dispatcher
 from tidings.errors import BusUnavailable, Fenced
 from tidings.healing import Pass
-from tidings.inbox import Inbox, Remembered
 from tidings.intake import Intake
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS, Accepted

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidings.attempt import Failure
-from tidings.held import HeldEvent, Line
-from tidings.inbox import key_of
+from tidings.database.held import HeldEvent, Line
+from tidings.database.inbox import key_of
 from tidings.keys import Keys
 from tidings.modelling.handlers import Handler, Hold, Retry
 from tidings.stores import RecordedEvent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tidings.notebook import Notebook
+from tidings.database.notebook import Notebook
 
 
 def test_what_is_under_way_can_be_read_by_others(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
-from tidings.database import Database, connected, open_database
+from tidings.database.engine import Database, connected, open_database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, Fenced, StoreUnavailable, StreamForbidden
 from tidings.owned import Ours, OwnBus, OwnStore, mark, related
 from tidings.stores import RecordedEvent

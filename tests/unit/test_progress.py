@@ -12,10 +12,10 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 
-from tidings.database import Database, dead, open_database, partials, staged, watermarks
+from tidings.database.engine import Database, dead, open_database, partials, staged, watermarks
+from tidings.database.held import HeldEvent, HeldRows
+from tidings.database.inbox import Inbox, Letter, StagedEvent
 from tidings.errors import Fenced
-from tidings.held import HeldEvent, HeldRows
-from tidings.inbox import Inbox, Letter, StagedEvent
 from tidings.modelling.handlers import Handler, Retry
 from tidings.progress import Batch, Progress
 from tidings.protocol.position import ALL_BUCKETS

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidings import Event, EventData, EventStore, Service, open_store
-from tidings.database import Database, floors, metadata, open_database, replays, watermarks
+from tidings.database.engine import Database, floors, metadata, open_database, replays, watermarks
+from tidings.database.held import HeldRows
+from tidings.database.inbox import Inbox, Letter, StagedEvent
 from tidings.errors import Fenced
-from tidings.held import HeldRows
-from tidings.inbox import Inbox, Letter, StagedEvent
 from tidings.progress import Batch, Progress
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
@@ -181,7 +181,7 @@ async def test_a_process_that_joined_before_raises_no_floor_in_a_transaction_tha
 async def test_what_waits_or_was_given_up_before_a_replay_is_not_emitted_again(
     database: Database, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.inbox._IDS", at_once)
+    monkeypatch.setattr("tidings.database.inbox._IDS", at_once)
     await stand(database, {7: 9}, 12)
     await send_back(database, shop, LOG, start(4))
     joined = inbox(database)

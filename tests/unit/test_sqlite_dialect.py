@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-import tidings.sqlite_dialect as sqlite_dialect
+import tidings.database.sqlite_dialect as sqlite_dialect
 
 
 class Base(DeclarativeBase):

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidings import ANY, NO_STREAM, EventData, EventStore, open_store
+from tidings.database.inbox import StagedEvent
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
-from tidings.inbox import StagedEvent
 from tidings.resolution import LONG, Ids, Resolver
 from tidings.staged import FRESH_SECONDS, Stager
 from tidings.stores import Appended, Expected, RecordedEvent

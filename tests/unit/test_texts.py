@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.database import metadata
+from tidings.database.engine import metadata
+from tidings.database.texts import BASE64, ESCAPED, Text, decoded, encoded
 from tidings.modelling.handlers import NAME_LENGTH
-from tidings.texts import BASE64, ESCAPED, Text, decoded, encoded
 
 CODECS = ("utf-8", "latin-1", "ascii")
 SURROGATES = st.characters(categories=["Cs"])

@@ -71,7 +71,7 @@ async def restore(
     """
     from tidings.backups import read
     from tidings.backups import restore as put_back
-    from tidings.lineage import adopt, lineage_of, renew
+    from tidings.database.lineage import adopt, lineage_of, renew
 
     settings = Settings()
     kept = read(folder)
@@ -113,7 +113,7 @@ async def restore(
 
 def _files(settings: Settings, services: tuple[str, ...] | list[str]) -> tuple[dict[str, Path], list[str]]:
     """Files by name, the log last; and what is kept elsewhere, in words."""
-    from tidings.database import file_of
+    from tidings.database.engine import file_of
 
     found: dict[str, Path] = {}
     elsewhere = []

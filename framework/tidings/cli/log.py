@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="The log's identity, after a restor
 @answering
 async def show(json: Json = False) -> int:
     """Show the log's identity, and those that it had before it was restored."""
-    from tidings.lineage import lineage_of
+    from tidings.database.lineage import lineage_of
 
     async with existing_store(Settings()) as store:
         lineage, head = await lineage_of(store), await store.head()
@@ -48,7 +48,7 @@ async def renew_identity(yes: Yes = False, json: Json = False) -> int:
     """
     from tidings._support.holders import open_elsewhere
     from tidings.backups import BackupRefused
-    from tidings.lineage import renew
+    from tidings.database.lineage import renew
 
     settings = Settings()
     scheme, _, path = settings.store.partition(":///")
@@ -75,8 +75,8 @@ async def adopt(services: Targets = None, yes: Yes = False, json: Json = False) 
     What a service did up to where the log was restored stands. What it did beyond that is forgotten, so that it takes
     the new events that come to those positions; its effects stay in its own tables, and are yours to undo.
     """
-    from tidings.lineage import NothingToAdopt, lineage_of
-    from tidings.lineage import adopt as follow
+    from tidings.database.lineage import NothingToAdopt, lineage_of
+    from tidings.database.lineage import adopt as follow
 
     settings = Settings()
     found = list(find_services(services or (), settings).values())

@@ -14,8 +14,8 @@ from tidings.settings import Settings, open_store, redact
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
-    from tidings.database import Database
-    from tidings.partitions import Layout
+    from tidings.database.engine import Database
+    from tidings.database.layout import Layout
     from tidings.service import Service
 
 __all__ = ["existing_database", "existing_layout", "existing_store", "subscriptions_of", "writable_store"]
@@ -74,7 +74,7 @@ async def subscriptions_of(settings: Settings, service: Service) -> list[Subscri
 
 async def existing_layout(settings: Settings, service: Service) -> Layout:
     """How a service is divided, or will be when it first runs. Raises what `existing_database` does."""
-    from tidings.partitions import Layout, layout_of
+    from tidings.database.layout import Layout, layout_of
 
     async with existing_database(settings, service.name) as database:
         if database is not None:
@@ -91,7 +91,7 @@ async def existing_database(settings: Settings, service: str) -> AsyncIterator[D
 
     Raises `ConfigurationError` for a URL that cannot work or tables of another version, `DatabaseUnavailable`.
     """
-    from tidings.database import connected, file_of, prepared
+    from tidings.database.engine import connected, file_of, prepared
 
     url = settings.database_of(service)
     file = file_of(url)

@@ -16,7 +16,7 @@ from tidings.settings import Settings, open_bus
 
 if TYPE_CHECKING:
     from tidings.buses import Found
-    from tidings.partitions import Layout, Range
+    from tidings.database.layout import Layout, Range
     from tidings.service import Service
 
 __all__ = ["partitions"]
@@ -72,7 +72,7 @@ async def partitions(
 
 
 async def _resize(settings: Settings, service: Service, to: int) -> tuple[Layout, Layout]:
-    from tidings.partitions import resize
+    from tidings.database.layout import resize
 
     async with existing_database(settings, service.name) as database:
         if database is None:
@@ -100,7 +100,7 @@ def _tell(target: str, service: Service, before: Layout, after: Layout) -> None:
 
 async def _ranges(settings: Settings, service: Service) -> Mapping[int, Range]:
     """By first bucket."""
-    from tidings.partitions import ranges_of
+    from tidings.database.layout import ranges_of
 
     async with existing_store(settings) as store, existing_database(settings, service.name) as database:
         if database is None:

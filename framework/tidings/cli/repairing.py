@@ -19,7 +19,7 @@ from tidings.settings import Settings, open_bus
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
-    from tidings.database import Database
+    from tidings.database.engine import Database
     from tidings.report import Report, ServiceReport
     from tidings.service import Service
 
@@ -118,8 +118,8 @@ class Repair:
     async def _taken(self, service: Service, log: UUID) -> str | None:
         """Why the service cannot be run in this process: then two would do the same work."""
         from tidings._support.holders import open_elsewhere
-        from tidings.database import file_of
-        from tidings.partitions import ranges_of
+        from tidings.database.engine import file_of
+        from tidings.database.layout import ranges_of
 
         url = self._settings.database_of(service.name)
         file = file_of(url)
@@ -226,7 +226,7 @@ class Repair:
 
 async def _subscriptions(service: str, database: Database | None) -> list[Subscription]:
     """Those of all its partitions."""
-    from tidings.partitions import layout_of
+    from tidings.database.layout import layout_of
 
     if database is None:
         return [Subscription(service)]

@@ -20,7 +20,7 @@ from tidings.settings import Settings
 
 if TYPE_CHECKING:
     from tidings.authors import Stranger
-    from tidings.database import Database
+    from tidings.database.engine import Database
     from tidings.replay import Plan, Start
     from tidings.selective_replay import Chosen
     from tidings.service import Service

@@ -28,8 +28,8 @@ from tidings.settings import Settings
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
-    from tidings.database import Database
-    from tidings.presence import Process
+    from tidings.database.engine import Database
+    from tidings.database.presence import Process
     from tidings.report import FailingHandler, HandlerReport
     from tidings.service import Service
     from tidings.verify import ServiceReport
@@ -247,7 +247,7 @@ async def _service(
     now: float,
     wrong: _Found,
 ) -> None:
-    from tidings.presence import present
+    from tidings.database.presence import present
     from tidings.verify import verify
 
     async with AsyncExitStack() as stack:

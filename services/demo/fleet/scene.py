@@ -27,7 +27,7 @@ from services.sales import sales
 from services.shipping import shipping
 from tidings import EventStore, Service
 from tidings.buses import EventBus, Subscription
-from tidings.database import Database, open_database
+from tidings.database.engine import Database, open_database
 from tidings.settings import open_bus, open_store
 from tidings.verify import Report, ServiceReport, verify
 

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only
 
-from tidings.database import Database, open_database
+from tidings.database.engine import Database, open_database
 from tidings.testing.simulation.loop import Process, SimulatedLoop
 
 __all__ = ["Databases", "Seat"]

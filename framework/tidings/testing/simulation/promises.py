@@ -9,8 +9,8 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from tidings.database import Database, dead, floors
-from tidings.inbox import Inbox
+from tidings.database.engine import Database, dead, floors
+from tidings.database.inbox import Inbox
 from tidings.modelling.events import Event, wire_name
 from tidings.protocol.position import partition_key
 from tidings.testing.simulation.service import LATE, SECOND, Answered, Asked, Called, Counted, Fragile, Ignored, audit

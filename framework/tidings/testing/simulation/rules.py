@@ -13,10 +13,10 @@ from unittest.mock import patch
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
-from tidings.database import floors, watermarks
+from tidings.database.engine import floors, watermarks
+from tidings.database.inbox import Inbox, StagedEvent
 from tidings.errors import StreamNotFound
 from tidings.healing import Pass
-from tidings.inbox import Inbox, StagedEvent
 from tidings.intake import Intake
 from tidings.keys import Keys
 from tidings.modelling.handlers import Handler

@@ -21,10 +21,10 @@ import structlog
 
 from tidings.attempt import Resources
 from tidings.buses import EventBus
+from tidings.database.layout import lay_out, resize
 from tidings.dead import DeadLetters
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
 from tidings.modelling.events import wire_name
-from tidings.partitions import lay_out, resize
 from tidings.relay import Relay
 from tidings.running import RunningService
 from tidings.service import Service

@@ -18,9 +18,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Subscription, check_partitions
-from tidings.database import Database, floors, partitions, watermarks
+from tidings.database.engine import Database, floors, partitions, watermarks
+from tidings.database.notebook import Notebook, notebook_of
 from tidings.errors import ConfigurationError, Fenced
-from tidings.notebook import Notebook, notebook_of
 from tidings.protocol.position import BUCKETS
 
 __all__ = [

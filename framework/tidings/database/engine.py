@@ -24,12 +24,12 @@ from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from tidings.database.outages import advice_for, is_refusal, marked, outages, stays_with_connections
+from tidings.database.texts import Text, learn_encoding
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.modelling.context import ATTEMPT
-from tidings.outages import advice_for, is_refusal, marked, outages, stays_with_connections
 from tidings.owned import Writes, mark
 from tidings.settings import redact
-from tidings.texts import Text, learn_encoding
 
 __all__ = [
     "Database",
@@ -486,7 +486,7 @@ async def connected(url: str) -> AsyncIterator[Database]:
     try:
         parsed = make_url(url)
         if parsed.drivername in ("sqlite", "sqlite+tidings"):
-            import tidings.sqlite_dialect as sqlite_dialect
+            import tidings.database.sqlite_dialect as sqlite_dialect
 
             parsed = parsed.set(drivername="sqlite+tidings")
         elif parsed.get_backend_name() == "sqlite":

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.json_limits import parse
-from tidings.database import (
+from tidings.database.engine import (
     Database,
     begun,
     dead,

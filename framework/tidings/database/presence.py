@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 
 from tidings._support.tasks import supervised
-from tidings.database import Database, processes
+from tidings.database.engine import Database, processes
 from tidings.errors import DatabaseUnavailable
 from tidings.modelling.fingerprints import fingerprint, version_of
 

@@ -16,11 +16,23 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import Database, begun, dead, floors, held, partials, replays, skips, spans, staged, watermarks
+from tidings.database.bulk import ForMany
+from tidings.database.engine import (
+    Database,
+    begun,
+    dead,
+    floors,
+    held,
+    partials,
+    replays,
+    skips,
+    spans,
+    staged,
+    watermarks,
+)
+from tidings.database.layout import layout_of
 from tidings.errors import Fenced, LogChanged
-from tidings.many import ForMany
 from tidings.modelling.roster import BEHIND, SKIPPED
-from tidings.partitions import layout_of
 from tidings.protocol.message import Message
 from tidings.protocol.position import partition_key
 from tidings.stores import JSON, OCTETS, EventData, RecordedEvent

@@ -15,9 +15,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database import dead, floors, held, watermarks
+from tidings.database.engine import dead, floors, held, watermarks
+from tidings.database.inbox import recorded
 from tidings.errors import Fenced
-from tidings.inbox import recorded
 from tidings.stores import RecordedEvent
 
 if TYPE_CHECKING:
