@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tidings.modelling.events import Event, partition_key, schema_version, upcaster, wire_name
     from tidings.modelling.handlers import Hold, Retry
     from tidings.modelling.repository import Changed, HistoryEntry, Repository
-    from tidings.relay import Relay
+    from tidings.relay.relay import Relay
     from tidings.runtime import Runtime
     from tidings.service import Service
     from tidings.settings import Settings, open_bus, open_store
@@ -59,7 +59,7 @@ _PLACES = {
     "modelling.context": ("Context",),
     "modelling.events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
     "modelling.handlers": ("Hold", "Retry"),
-    "relay": ("Relay",),
+    "relay.relay": ("Relay",),
     "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
     "runtime": ("Runtime",),
     "service": ("Service",),

@@ -10,11 +10,11 @@ import asyncio
 from uuid import UUID
 
 from tidings.buses import EventBus
-from tidings.checkpoints import write_checkpoint
 from tidings.database.engine import Database
 from tidings.database.inbox import Inbox, Letter
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS
+from tidings.relay.checkpoints import write_checkpoint
 from tidings.report import Report
 from tidings.staged import FRESH_SECONDS, Stager
 from tidings.stores import EventStore

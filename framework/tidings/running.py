@@ -32,7 +32,7 @@ from tidings.opening import opened
 from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.protocol.position import bucket_of
-from tidings.relay import EMBEDDED_MARKERS, Relay
+from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
 from tidings.standby import Post, Taken, post_of
 from tidings.stores import EventStore

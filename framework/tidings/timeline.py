@@ -15,7 +15,6 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.checkpoints import read_checkpoint
 from tidings.database.engine import Database, dead, held, partials, staged
 from tidings.errors import StoreError
 from tidings.handler_report import read_spans
@@ -23,6 +22,7 @@ from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, wai
 from tidings.modelling.codec import CAUSATION, CORRELATION, read_metadata
 from tidings.modelling.roster import Span
 from tidings.protocol.position import CARRIED, carried
+from tidings.relay.checkpoints import read_checkpoint
 from tidings.stores import EventStore, RecordedEvent
 from tidings.verify import Settled, settled_in
 

@@ -14,7 +14,6 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.checkpoints import UnreadableCheckpoint, read_checkpoint
 from tidings.database.engine import Database, dead, floors, held, staged, watermarks
 from tidings.database.held import held_by_handler, in_code, reason_in_code
 from tidings.database.layout import Range, ranges_of
@@ -22,6 +21,7 @@ from tidings.errors import StreamDeleted
 from tidings.handler_report import read_handlers, read_spans
 from tidings.modelling.roster import Roster
 from tidings.protocol.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
+from tidings.relay.checkpoints import UnreadableCheckpoint, read_checkpoint
 from tidings.report import (
     NAMED,
     DeadEvent,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import tidings.buses.rabbitmq.bus as rabbitmq
-import tidings.relay as relay
+import tidings.relay.relay as relay
 import tidings.staged as staged
 from tidings.cli import main
 

@@ -13,8 +13,8 @@ from tests.faults.auditing import EVERY, Counted
 from tests.faults.conftest import Recovered
 from tests.faults.stage import KEYS, STREAMS, Stage, now
 from tidings import open_store
-from tidings.checkpoints import write_checkpoint
 from tidings.modelling.codec import encode
+from tidings.relay.checkpoints import write_checkpoint
 from tidings.testing.brokers import RabbitMQ
 
 FEW, MANY = 3_000, 30_000

@@ -225,7 +225,7 @@ async def test_a_negative_confirm_means_to_send_again_once_the_queue_can(amqp_ur
 async def test_a_relay_leaves_no_event_out_however_often_a_queue_cannot_take_it(
     amqp_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.relay.RETRY_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr("tidings.relay.relay.RETRY_SECONDS", (0.1, 0.1))
     async with (
         open_store(f"memory://{uuid4()}") as store,
         open_bus(amqp_url) as bus,

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from tests.integration.embedded import StoreAround, auditing, embedded, many, settings_for, until
 from tidings import ANY, EventData, EventStore, RecordedEvent, open_store
-from tidings.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.database.engine import floors, open_database, watermarks
+from tidings.relay.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.repair import move_checkpoint
 from tidings.report import Report
 from tidings.stores import EVERYTHING, Filter

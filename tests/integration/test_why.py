@@ -14,10 +14,10 @@ import pytest
 
 from tests.integration.embedded import Followed, Happened, StoreAround, embedded, settings_for
 from tidings import Context, Event, EventData, EventStore, RecordedEvent, Retry, Service
-from tidings.checkpoints import checkpoint_stream, write_checkpoint
 from tidings.database.engine import Database, dead, floors, open_database, staged, watermarks
 from tidings.errors import StreamNotFound
 from tidings.lookup import Lookup
+from tidings.relay.checkpoints import checkpoint_stream, write_checkpoint
 from tidings.settings import open_store
 from tidings.timeline import MOST, EventNotFound, Happening, trace
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop
 from tidings.buses.rabbitmq.bus import _message
 from tidings.buses.rabbitmq.content import Properties, pack, unpack
-from tidings.checkpoints import read_checkpoint
 from tidings.errors import MalformedMessage, StoreUnavailable
 from tidings.modelling.codec import read_metadata
 from tidings.protocol.message import MARKER, Marker, Message, Stamped, decode, encode
 from tidings.protocol.position import BUCKETS, bucket_of, carried, partition_key
+from tidings.relay.checkpoints import read_checkpoint
 from tidings.stores import EventStore, RecordedEvent
 
 LOG = UUID(int=7)

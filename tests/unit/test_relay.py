@@ -191,7 +191,7 @@ async def test_nobody_bound_is_waited_for_and_nothing_is_skipped(store: EventSto
 async def test_a_bus_that_cannot_take_events_for_a_while_gets_all_of_them_in_order(
     store: EventStore, bus: ScriptedBus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tidings.relay.RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("tidings.relay.relay.RETRY_SECONDS", (0.01, 0.01))
     positions = await fill(store, 20)
 
     def nack(message: Message) -> None:

@@ -22,7 +22,7 @@ from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailab
 from tidings.logs import masked
 from tidings.owned import OwnStore
 from tidings.protocol.position import CARRIED, carried
-from tidings.relay import Relay
+from tidings.relay.relay import Relay
 from tidings.remedies import STORE_WRITABLE, writable, writes_refused
 from tidings.settings import Settings
 from tidings.stores import EventStore

@@ -22,7 +22,7 @@ from tidings.keys import Keys
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Roster
 from tidings.protocol.position import Accepted, Chain, Settled, Verdict
-from tidings.relay import Relay
+from tidings.relay.relay import Relay
 from tidings.resolution import Resolver
 from tidings.savepoint import _Scope
 from tidings.staged import Stager

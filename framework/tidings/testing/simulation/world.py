@@ -25,7 +25,7 @@ from tidings.database.layout import lay_out, resize
 from tidings.dead import DeadLetters
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
 from tidings.modelling.events import wire_name
-from tidings.relay import Relay
+from tidings.relay.relay import Relay
 from tidings.running import RunningService
 from tidings.service import Service
 from tidings.stores import ANY, EventData, EventStore

@@ -17,7 +17,6 @@ import structlog
 
 from tidings._support.tasks import leaves, task_group
 from tidings.buses import EventBus, Publisher
-from tidings.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.errors import (
     BusError,
     BusUnavailable,
@@ -29,6 +28,7 @@ from tidings.errors import (
 )
 from tidings.protocol.message import Marker, encode
 from tidings.protocol.position import CARRIED, Chain, Settled, Ticket, carried
+from tidings.relay.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.stores import MAX_POSITION, EventStore, RecordedEvent
 
 __all__ = ["Relay"]
