@@ -18,9 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.engine import Database, dead, held
 from tidings.database.held import HeldCount, held_by_handler
+from tidings.delivery.work import SKIPPED
 from tidings.errors import TidingsError
 from tidings.selection import EVERYTHING, Selection
-from tidings.work import SKIPPED
 
 __all__ = ["HeldNotFound", "HeldOperations", "HeldEntry", "as_skipped"]
 

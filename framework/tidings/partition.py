@@ -16,21 +16,21 @@ from uuid import UUID
 import structlog
 
 from tidings._support.tasks import leaves, task_group
-from tidings.attempt import Resources, is_infrastructure
 from tidings.buses import EventBus, Subscription
-from tidings.catchup import CatchUp
 from tidings.database.engine import Database
 from tidings.database.held import HeldRows
 from tidings.database.inbox import Inbox
 from tidings.database.lineage import lineage_of
-from tidings.dispatch import Dispatcher
+from tidings.delivery.attempt import Resources, is_infrastructure
+from tidings.delivery.catchup import CatchUp
+from tidings.delivery.dispatch import Dispatcher
+from tidings.delivery.healing import Pass
+from tidings.delivery.intake import Intake
+from tidings.delivery.owned import Ours
+from tidings.delivery.work import Item, Troubles
 from tidings.errors import LogBehind
-from tidings.healing import Pass
-from tidings.intake import Intake
-from tidings.owned import Ours
 from tidings.protocol.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
-from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:
     from tidings.service import Service

@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tidings._support.tasks import together
 from tidings.database.held import HeldCount
+from tidings.delivery.owned import OwnStore, Writes
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
 from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, is_still, judge_live, judge_ready
 from tidings.logs import masked
-from tidings.owned import OwnStore, Writes
 from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
+    from tidings.delivery.work import Item
     from tidings.partition import Partition
     from tidings.running import RunningService
     from tidings.runtime import Runtime
     from tidings.service import Service
-    from tidings.work import Item
 
 __all__ = ["Probe", "answering", "health_routes", "listening_at"]
 

@@ -18,7 +18,6 @@ from uuid import UUID
 import structlog
 
 from tidings._support.tasks import supervised, task_group
-from tidings.attempt import Resources
 from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
 from tidings.database.engine import Database, open_database
@@ -26,10 +25,12 @@ from tidings.database.held import HeldCount, held_by_handler, reason_in_code
 from tidings.database.inbox import StagedEvent, requested_events
 from tidings.database.layout import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
 from tidings.database.presence import present_as
+from tidings.delivery.attempt import Resources
+from tidings.delivery.owned import OwnBus, OwnStore
+from tidings.delivery.work import Item, Troubles
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.logs import configure_by_default
 from tidings.opening import opened
-from tidings.owned import OwnBus, OwnStore
 from tidings.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.protocol.position import bucket_of
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
@@ -37,7 +38,6 @@ from tidings.settings import Settings, open_bus, open_store
 from tidings.standby import Post, Taken, post_of
 from tidings.stores import EventStore
 from tidings.watchdog import Watchdog
-from tidings.work import Item, Troubles
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -13,10 +13,10 @@ import structlog
 
 from tidings._support.tasks import supervised, together
 from tidings.buses import EventBus
+from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_by_default, configure_logging
 from tidings.opening import opened
-from tidings.owned import OwnBus, OwnStore
 from tidings.relay.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store, redact
 from tidings.signals import StopSignals

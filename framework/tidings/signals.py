@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from tidings.attempt import HANDLER_TASK
+from tidings.delivery.attempt import HANDLER_TASK
 from tidings.errors import ConfigurationError
 
 __all__ = ["STOP_SECONDS", "StopSignals", "left_behind"]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import tidings.buses.rabbitmq.bus as rabbitmq
+import tidings.delivery.staged as staged
 import tidings.relay.relay as relay
-import tidings.staged as staged
 from tidings.cli import main
 
 __all__ = ["FAULTS"]

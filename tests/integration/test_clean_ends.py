@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from tests.integration.embedded import Happened, auditing, many, until
 from tests.integration.test_partitions_embedded import site
-from tidings.guard import Guard
+from tidings.delivery.guard import Guard
 
 
 async def test_a_process_that_stops_is_not_taken_for_one_that_crashed(

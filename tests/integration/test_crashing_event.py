@@ -18,8 +18,8 @@ from tidings.database.engine import Database, open_database
 from tidings.database.inbox import Inbox
 from tidings.database.layout import resize
 from tidings.database.notebook import Notebook
-from tidings.guard import Guard
-from tidings.work import Troubles
+from tidings.delivery.guard import Guard
+from tidings.delivery.work import Troubles
 
 EVENTS = [Happened(key=f"k{n % 3}", n=n) for n in range(60)]
 ROOT = Path(__file__).parents[2]

@@ -131,7 +131,7 @@ async def test_an_idle_service_finds_out_that_its_database_takes_no_writes(
         await world.settled()
         async with _refusing(service, "read-only"):
             assert wrong(await becomes(probe, lambda found: found["status"] != "ok")) == ["audit.database"]
-        monkeypatch.setattr("tidings.owned.DOUBT_SECONDS", 0.1)
+        monkeypatch.setattr("tidings.delivery.owned.DOUBT_SECONDS", 0.1)
         await becomes(probe, lambda found: found["status"] == "ok")
 
 
@@ -348,7 +348,7 @@ async def test_a_queue_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: 
 async def test_a_paused_handler_and_held_events_are_degraded_and_told_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.breaker.PAUSES", (0.1, 0.2))
+    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.1, 0.2))
 
     async def fail(event: Happened, *_: object) -> None:
         raise LookupError("no such appointment")

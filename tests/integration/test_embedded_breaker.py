@@ -35,7 +35,7 @@ PAUSES = (0.05, 0.2)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.breaker.PAUSES", PAUSES)
+    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", PAUSES)
 
 
 class Trouble:

@@ -29,7 +29,7 @@ from tests.integration.served import open_log
 from tidings import Context, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
 from tidings.database.inbox import Inbox
-from tidings.intake import Intake
+from tidings.delivery.intake import Intake
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS, carried
 from tidings.verify import verify

@@ -438,7 +438,7 @@ async def test_a_handler_over_its_time_is_undone_even_when_it_swallows_the_cance
 async def test_one_that_cannot_be_ended_is_named_again_and_again_and_only_its_key_waits(
     tmp_path: Path, threaded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.attempt.INSIST_SECONDS", 0.02)
+    monkeypatch.setattr("tidings.delivery.attempt.INSIST_SECONDS", 0.02)
     service, seen, release = Service("audit"), list[tuple[str, int]](), threading.Event()
     at_once, most = 0, 0
 
@@ -549,8 +549,8 @@ async def test_an_outage_of_a_database_that_is_not_the_services_own_counts_as_a_
 async def test_a_handler_that_holds_the_writer_is_named_and_alone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.sessions.SLOW_SECONDS", 0.02)
-    monkeypatch.setattr("tidings.sessions.GROUP_SECONDS", 10)
+    monkeypatch.setattr("tidings.delivery.sessions.SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("tidings.delivery.sessions.GROUP_SECONDS", 10)
     service, transactions = Service("audit", tables=tables), dict[str, list[int]](slow=[], quick=[])
 
     class Begun:

@@ -130,7 +130,7 @@ async def test_whatever_fails_and_when_each_key_keeps_its_order(tmp_path: Path, 
 async def test_when_everything_fails_the_service_pauses_instead_of_filling_its_dead_letters(
     tmp_path: Path, transactional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.breaker.PAUSES", (0.02, 0.05))
+    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.02, 0.05))
     down, attempts = True, 0
     done: list[tuple[str, int]] = []
     service = Service("audit", tables=tables)

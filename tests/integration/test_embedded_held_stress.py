@@ -189,11 +189,11 @@ async def lives(fate: Fate, settings: Settings, store: EventStore, bus: MemoryBu
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.005, 0.02))
     monkeypatch.setattr("tidings.running.DRAIN_SECONDS", 0.02)
-    monkeypatch.setattr("tidings.breaker.PAUSES", (0.01, 0.03))
-    monkeypatch.setattr("tidings.revival.HELD_SECONDS", 0.03)
-    monkeypatch.setattr("tidings.revival.FLYING", 4)
+    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.01, 0.03))
+    monkeypatch.setattr("tidings.delivery.revival.HELD_SECONDS", 0.03)
+    monkeypatch.setattr("tidings.delivery.revival.FLYING", 4)
     monkeypatch.setattr("tidings.database.held.AT_ONCE", 8)
-    monkeypatch.setattr("tidings.intake.RECONNECT_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.delivery.intake.RECONNECT_SECONDS", (0.01, 0.05))
 
 
 @pytest.mark.usefixtures("hasty")

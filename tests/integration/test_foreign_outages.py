@@ -201,7 +201,7 @@ async def test_a_stream_that_is_forbidden_to_a_handler_is_the_failure_of_its_eve
 async def test_an_event_emitted_to_a_forbidden_stream_is_dead_with_its_reason_and_others_are_appended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.staged.FORBIDDEN_ATTEMPTS", 3)
+    monkeypatch.setattr("tidings.delivery.staged.FORBIDDEN_ATTEMPTS", 3)
     service = emitting()
 
     def wrap(store: EventStore) -> EventStore:

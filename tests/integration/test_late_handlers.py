@@ -306,7 +306,7 @@ async def _number(of: Service, table: sa.Table, wanted: int) -> bool:
 async def test_the_past_of_a_paused_handler_stays_in_the_log_and_is_done_when_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.breaker.PAUSES", (0.05, 0.1))
+    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.05, 0.1))
     down, done = True, list[tuple[str, int]]()
 
     async def late(event: Happened) -> None:

@@ -38,12 +38,12 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.attempt import is_infrastructure
 from tidings.database.engine import Database, connected, held, open_database
 from tidings.database.inbox import Inbox
+from tidings.delivery.attempt import is_infrastructure
+from tidings.delivery.work import LOSSES
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
-from tidings.work import LOSSES
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")
 

@@ -22,11 +22,11 @@ from services.payment import payment
 from services.payment.gateway import SandboxGateway, open_sandbox
 from services.shipping import shipping
 from tidings import Context, Event, Repository, Service
-from tidings.attempt import Attempt, Attempts, Resources
 from tidings.database.engine import Database, open_database
+from tidings.delivery.attempt import Attempt, Attempts, Resources
+from tidings.delivery.owned import Ours
 from tidings.errors import StreamNotFound, WrongExpectedVersion
 from tidings.modelling.codec import encode, read_metadata
-from tidings.owned import Ours
 from tidings.stores import NO_STREAM, Appended, EventData, Expected, RecordedEvent
 
 LOG = UUID("00000000-0000-0000-0000-0000000000aa")

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.breaker import FAILURES, KEYS, PAUSES, Breaker, Breakers
+from tidings.delivery.breaker import FAILURES, KEYS, PAUSES, Breaker, Breakers
 
 
 class Clock:

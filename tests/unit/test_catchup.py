@@ -7,12 +7,12 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from tidings.catchup import PROGRESS_SECONDS, CatchUp
+from tidings.delivery.catchup import PROGRESS_SECONDS, CatchUp
+from tidings.delivery.work import Step
 from tidings.modelling.handlers import Handler, Retry
 from tidings.modelling.roster import BEHIND, Roster, Span
 from tidings.protocol.position import BUCKETS, Accepted
 from tidings.stores import RecordedEvent
-from tidings.work import Step
 
 HEAD = 6
 LATE = Handler("late", lambda: None, (), (), Retry(), 1.0, threaded=True)

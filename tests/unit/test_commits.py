@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-import tidings.commits
+import tidings.delivery.commits
 from tidings._support.timers import Timers
-from tidings.commits import LOOK_SECONDS, MANY, Commits
+from tidings.delivery.commits import LOOK_SECONDS, MANY, Commits
+from tidings.delivery.owned import Writes
+from tidings.delivery.progress import Batch
+from tidings.delivery.work import Item, Step, Troubles
 from tidings.modelling.handlers import Handler, Retry
-from tidings.owned import Writes
-from tidings.progress import Batch
 from tidings.stores import RecordedEvent
-from tidings.work import Item, Step, Troubles
 
 
 class Database:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tidings.crashes import ALONE_SECONDS, CRASHES, QUIET_SECONDS, ROOM, Caution, verdicts
+from tidings.delivery.crashes import ALONE_SECONDS, CRASHES, QUIET_SECONDS, ROOM, Caution, verdicts
 
 
 class Clock:

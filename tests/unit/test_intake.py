@@ -14,10 +14,10 @@ from structlog.testing import capture_logs
 
 from tidings.buses import Delivery, EventBus, Subscription
 from tidings.database.inbox import Inbox, Remembered
-from tidings.dispatch import Dispatcher
+from tidings.delivery.dispatch import Dispatcher
+from tidings.delivery.healing import Pass
+from tidings.delivery.intake import Intake
 from tidings.errors import BusUnavailable, Fenced
-from tidings.healing import Pass
-from tidings.intake import Intake
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS, Accepted
 
@@ -130,6 +130,6 @@ class Unbound(Silent):
 
 async def test_a_service_that_hears_no_marker_binds_its_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The relay makes a deleted exchange anew, but not the bindings of the services."""
-    monkeypatch.setattr("tidings.intake.SILENCE_SECONDS", 0.01)
+    monkeypatch.setattr("tidings.delivery.intake.SILENCE_SECONDS", 0.01)
     events, _ = await taking(Unbound(1), known=6, settled=6)
     assert events == ["service.connected", "bus.silent", "service.consuming"]

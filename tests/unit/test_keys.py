@@ -10,13 +10,13 @@ from uuid import UUID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidings.attempt import Failure
 from tidings.database.held import HeldEvent, Line
 from tidings.database.inbox import key_of
-from tidings.keys import Keys
+from tidings.delivery.attempt import Failure
+from tidings.delivery.keys import Keys
+from tidings.delivery.work import Item
 from tidings.modelling.handlers import Handler, Hold, Retry
 from tidings.stores import RecordedEvent
-from tidings.work import Item
 
 A = ("a", "")
 

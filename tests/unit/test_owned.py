@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
 from tidings.database.engine import Database, connected, open_database
+from tidings.delivery.owned import Ours, OwnBus, OwnStore, mark, related
 from tidings.errors import BusUnavailable, DatabaseUnavailable, Fenced, StoreUnavailable, StreamForbidden
-from tidings.owned import Ours, OwnBus, OwnStore, mark, related
 from tidings.stores import RecordedEvent
 
 STORE, BUS, OTHER = object(), object(), object()

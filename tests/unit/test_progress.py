@@ -15,12 +15,12 @@ import sqlalchemy as sa
 from tidings.database.engine import Database, dead, open_database, partials, staged, watermarks
 from tidings.database.held import HeldEvent, HeldRows
 from tidings.database.inbox import Inbox, Letter, StagedEvent
+from tidings.delivery.progress import Batch, Progress
+from tidings.delivery.work import Item
 from tidings.errors import Fenced
 from tidings.modelling.handlers import Handler, Retry
-from tidings.progress import Batch, Progress
 from tidings.protocol.position import ALL_BUCKETS
 from tidings.stores import EventData, RecordedEvent
-from tidings.work import Item
 
 LOG = UUID(int=7)
 BUCKET, OTHER = 3, 4

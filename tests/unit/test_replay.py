@@ -21,8 +21,8 @@ from tidings import Event, EventData, EventStore, Service, open_store
 from tidings.database.engine import Database, floors, metadata, open_database, replays, watermarks
 from tidings.database.held import HeldRows
 from tidings.database.inbox import Inbox, Letter, StagedEvent
+from tidings.delivery.progress import Batch, Progress
 from tidings.errors import Fenced
-from tidings.progress import Batch, Progress
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import EVERYTHING, Filter, RecordedEvent

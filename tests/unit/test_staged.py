@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tidings import ANY, NO_STREAM, EventData, EventStore, open_store
 from tidings.database.inbox import StagedEvent
+from tidings.delivery.resolution import LONG, Ids, Resolver
+from tidings.delivery.staged import FRESH_SECONDS, Stager
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
-from tidings.resolution import LONG, Ids, Resolver
-from tidings.staged import FRESH_SECONDS, Stager
 from tidings.stores import Appended, Expected, RecordedEvent
 
 EMITTED = b'{"tidingsHandler":"shop.take"}'

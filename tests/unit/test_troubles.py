@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tidings.delivery.work import Item, Troubles
 from tidings.modelling.handlers import Handler, Retry
 from tidings.modelling.roster import BEHIND, Span
 from tidings.stores import RecordedEvent
-from tidings.work import Item, Troubles
 
 EVENT = RecordedEvent(7, "orders", 0, "Placed", b"{}", b"", True, bytes(16), 0)
 PAST = Span(3, "late", BEHIND, -1, -1)

@@ -18,9 +18,9 @@ from uuid import UUID
 from tidings.buses import EventBus, Found, Subscription
 from tidings.causes import SHARED, Part, explain
 from tidings.cli.looking import existing_database, subscriptions_of
+from tidings.delivery.owned import OwnStore
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.logs import masked
-from tidings.owned import OwnStore
 from tidings.protocol.position import CARRIED, carried
 from tidings.relay.relay import Relay
 from tidings.remedies import STORE_WRITABLE, writable, writes_refused

@@ -26,9 +26,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from tidings.database.outages import advice_for, is_refusal, marked, outages, stays_with_connections
 from tidings.database.texts import Text, learn_encoding
+from tidings.delivery.owned import Writes, mark
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.modelling.context import ATTEMPT
-from tidings.owned import Writes, mark
 from tidings.settings import redact
 
 __all__ = [

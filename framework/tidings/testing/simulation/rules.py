@@ -15,20 +15,20 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.buses import Consumer, Delivery
 from tidings.database.engine import floors, watermarks
 from tidings.database.inbox import Inbox, StagedEvent
+from tidings.delivery.healing import Pass
+from tidings.delivery.intake import Intake
+from tidings.delivery.keys import Keys
+from tidings.delivery.resolution import Resolver
+from tidings.delivery.savepoint import _Scope
+from tidings.delivery.staged import Stager
+from tidings.delivery.work import Item
 from tidings.errors import StreamNotFound
-from tidings.healing import Pass
-from tidings.intake import Intake
-from tidings.keys import Keys
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Roster
 from tidings.protocol.position import Accepted, Chain, Settled, Verdict
 from tidings.relay.relay import Relay
-from tidings.resolution import Resolver
-from tidings.savepoint import _Scope
-from tidings.staged import Stager
 from tidings.stores import NO_STREAM, Expected
 from tidings.testing.simulation.bus import SimulatedBus
-from tidings.work import Item
 
 __all__ = ["RULES", "SAVING", "without"]
 

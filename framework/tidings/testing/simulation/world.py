@@ -19,10 +19,10 @@ from uuid import UUID
 
 import structlog
 
-from tidings.attempt import Resources
 from tidings.buses import EventBus
 from tidings.database.layout import lay_out, resize
 from tidings.dead import DeadLetters
+from tidings.delivery.attempt import Resources
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
 from tidings.modelling.events import wire_name
 from tidings.relay.relay import Relay

@@ -15,13 +15,13 @@ import structlog
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.breaker import Breakers
 from tidings.database.engine import Database
 from tidings.database.held import AT_ONCE, HeldEvent, HeldRows, Line, in_code
+from tidings.delivery.breaker import Breakers
+from tidings.delivery.keys import Keys
+from tidings.delivery.work import Item
 from tidings.errors import DatabaseUnavailable
-from tidings.keys import Keys
 from tidings.modelling.fingerprints import fingerprint
-from tidings.work import Item
 
 if TYPE_CHECKING:
     from tidings.service import Service

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from tidings.commits import FULL
-from tidings.crashes import Caution
 from tidings.database.engine import Database
 from tidings.database.inbox import Inbox
 from tidings.database.notebook import Notebook, notebook_of
-from tidings.work import Item, Troubles
+from tidings.delivery.commits import FULL
+from tidings.delivery.crashes import Caution
+from tidings.delivery.work import Item, Troubles
 
 if TYPE_CHECKING:
     from tidings.service import Service

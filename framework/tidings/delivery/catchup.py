@@ -14,11 +14,11 @@ from typing import Final
 
 import structlog
 
-from tidings.dispatch import Dispatcher
+from tidings.delivery.dispatch import Dispatcher
+from tidings.delivery.work import Step
 from tidings.protocol.metadata import own_metadata
 from tidings.protocol.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
-from tidings.work import Step
 
 __all__ = ["CatchUp"]
 

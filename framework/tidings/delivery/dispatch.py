@@ -18,30 +18,30 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.timers import Timers, counting_sleep
 from tidings._support.workers import Workers
-from tidings.attempt import Attempt, Attempts, Failure, Resources
-from tidings.breaker import Breakers
-from tidings.commits import Commits
 from tidings.database.engine import Database
 from tidings.database.enrolment import enrol
 from tidings.database.held import HeldRows
 from tidings.database.inbox import Inbox, Letter, Remembered, StagedEvent
 from tidings.database.lineage import Lineage
+from tidings.delivery.attempt import Attempt, Attempts, Failure, Resources
+from tidings.delivery.breaker import Breakers
+from tidings.delivery.commits import Commits
+from tidings.delivery.guard import Guard
+from tidings.delivery.keys import Keys
+from tidings.delivery.owned import Ours
+from tidings.delivery.progress import Batch, Progress
+from tidings.delivery.revival import HELD_SECONDS, Revival
+from tidings.delivery.sessions import SessionHandlers
+from tidings.delivery.staged import Stager
+from tidings.delivery.work import Item, Step, Troubles
 from tidings.errors import DatabaseUnavailable, Fenced
-from tidings.guard import Guard
-from tidings.keys import Keys
 from tidings.modelling.codec import read_metadata
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Handler, Inject
 from tidings.modelling.roster import Roster, Span
-from tidings.owned import Ours
-from tidings.progress import Batch, Progress
 from tidings.protocol.position import Lanes
-from tidings.revival import HELD_SECONDS, Revival
 from tidings.service import Service
-from tidings.sessions import SessionHandlers
-from tidings.staged import Stager
 from tidings.stores import EventStore, RecordedEvent
-from tidings.work import Item, Step, Troubles
 
 __all__ = ["Dispatcher"]
 

@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.held import HeldEvent, HeldRows
 from tidings.database.inbox import Inbox, Letter, Remembered
+from tidings.delivery.work import SKIPPED, Item, Step
 from tidings.modelling.roster import Span
 from tidings.protocol.position import Ticket
-from tidings.work import SKIPPED, Item, Step
 
 __all__ = ["Batch", "Progress"]
 

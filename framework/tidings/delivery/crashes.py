@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, auto
 from typing import Final
 
-from tidings.attempt import Failure
+from tidings.delivery.attempt import Failure
 
 __all__ = ["Caution", "verdicts"]
 

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from tidings.database.inbox import Letter, StagedEvent
+from tidings.delivery.resolution import Resolver
 from tidings.errors import (
     LogBehind,
     LogChanged,
@@ -22,7 +23,6 @@ from tidings.errors import (
     WrongExpectedVersion,
 )
 from tidings.protocol.position import Lanes
-from tidings.resolution import Resolver
 from tidings.stores import ANY, EventStore
 
 __all__ = ["Stager"]

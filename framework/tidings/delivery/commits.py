@@ -18,10 +18,10 @@ from tidings._support.timers import Timers
 from tidings.buses import Consumer
 from tidings.database.engine import Database
 from tidings.database.inbox import Letter
-from tidings.progress import FLOOR_SECONDS, Batch, Progress
+from tidings.delivery.progress import FLOOR_SECONDS, Batch, Progress
+from tidings.delivery.sessions import SessionHandlers
+from tidings.delivery.work import Item, Step, Troubles
 from tidings.protocol.position import Settled
-from tidings.sessions import SessionHandlers
-from tidings.work import Item, Step, Troubles
 
 __all__ = ["Commits"]
 

@@ -17,6 +17,7 @@ import structlog
 
 from tidings._support.eager import FirstStep
 from tidings.database.outages import is_outage
+from tidings.delivery.owned import Ours
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -35,7 +36,6 @@ from tidings.logs import bind_handling, handling
 from tidings.modelling.codec import check_key, decode
 from tidings.modelling.context import ATTEMPT, Context
 from tidings.modelling.handlers import Handler, Inject
-from tidings.owned import Ours
 
 if TYPE_CHECKING:
     from tidings.service import Service

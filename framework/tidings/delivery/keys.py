@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tidings.database.held import HeldEvent, Line
-from tidings.work import Item
+from tidings.delivery.work import Item
 
 __all__ = ["Keys"]
 

@@ -13,11 +13,11 @@ from typing import Any, Final
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.attempt import Failure
+from tidings.delivery.attempt import Failure
+from tidings.delivery.savepoint import ConnectionLost, GroupBroken, in_savepoint
+from tidings.delivery.work import Item, Troubles
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Inject
-from tidings.savepoint import ConnectionLost, GroupBroken, in_savepoint
-from tidings.work import Item, Troubles
 
 __all__ = ["SessionHandlers"]
 

@@ -13,12 +13,12 @@ import structlog
 from tidings._support.tasks import supervised
 from tidings.buses import Consumer, Delivery, EventBus, Subscription
 from tidings.database.inbox import Inbox, Letter
-from tidings.dispatch import Dispatcher
+from tidings.delivery.dispatch import Dispatcher
+from tidings.delivery.healing import Pass
+from tidings.delivery.work import Step
 from tidings.errors import BusUnavailable, Fenced, MalformedMessage
-from tidings.healing import Pass
 from tidings.protocol.message import MARKER, Marker, Stamped, decode
 from tidings.protocol.position import Accepted, Verdict
-from tidings.work import Step
 
 __all__ = ["Intake"]
 

@@ -12,11 +12,11 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from tidings._support.tracebacks import Kind, Tracebacks
-from tidings.attempt import Failure
 from tidings.buses import Consumer
-from tidings.crashes import Caution
 from tidings.database.held import HeldEvent, Line
 from tidings.database.inbox import Letter, StagedEvent, key_of
+from tidings.delivery.attempt import Failure
+from tidings.delivery.crashes import Caution
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.modelling.context import Context
 from tidings.modelling.fingerprints import fingerprint
