@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tidings.causes import Cause, Part, explain
 from tidings.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
-from tidings.remedies import STORE_WRITABLE, writable, writes_refused
+from tidings.operations.causes import Cause, Part, explain
+from tidings.operations.remedies import STORE_WRITABLE, writable, writes_refused
 
 __all__ = [
     "STILL_SECONDS",

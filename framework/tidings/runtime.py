@@ -17,11 +17,11 @@ from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_by_default, configure_logging
 from tidings.opening import opened
+from tidings.operations.verify import Report, verify
 from tidings.relay.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store, redact
 from tidings.signals import StopSignals
 from tidings.stores import EventStore
-from tidings.verify import Report, verify
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

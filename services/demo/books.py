@@ -22,7 +22,7 @@ from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
 from tidings import Service
-from tidings.verify import Report
+from tidings.operations.verify import Report
 
 __all__ = ["Engines", "best_countries", "places", "read_books", "rows_of", "sales_of"]
 

@@ -27,8 +27,8 @@ from tidings import EventStore, open_store
 from tidings.database.engine import open_database
 from tidings.errors import StoreUnavailable
 from tidings.modelling.codec import encode
+from tidings.operations.verify import Report, verify
 from tidings.stores import NO_STREAM
-from tidings.verify import Report, verify
 
 __all__ = ["Process", "Stage", "Traffic", "now", "until"]
 

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.integration.databases import on_server
 from tidings import Context, Event, Runtime, Service, Settings
 from tidings.database.engine import connected, metadata
-from tidings.report import Report
+from tidings.operations.report import Report
 
 MODELS = """
 import sqlalchemy as sa

@@ -120,7 +120,7 @@ async def test_retried_from_the_dead_letters_it_is_run_again(tmp_path: Path) -> 
     assert [await start(tmp_path, "session") for _ in range(crashes() + 1)] == [-9] * crashes() + [0]
     service = mortal("healed", tmp_path)
     async with embedded(tmp_path, service) as world:
-        from tidings.dead import DeadLetters
+        from tidings.operations.dead import DeadLetters
 
         letters = DeadLetters(world.running[0].database, service.name, await world.store.log_id())
         (letter,) = await letters.list()

@@ -456,7 +456,7 @@ async def _handled(service: Service) -> bool:
 
 
 def test_the_remedy_names_the_file_or_the_server() -> None:
-    from tidings.remedies import writable
+    from tidings.operations.remedies import writable
 
     assert "df -h '/var/lib/inventory.db'" in writable("/var/lib/inventory.db")
     assert "pg_is_in_recovery" in writable("postgresql+asyncpg://inventory@db/inventory")

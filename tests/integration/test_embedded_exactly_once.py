@@ -30,9 +30,9 @@ from tidings import Context, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
 from tidings.database.inbox import Inbox
 from tidings.delivery.intake import Intake
+from tidings.operations.verify import verify
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS, carried
-from tidings.verify import verify
 
 ROOT = Path(__file__).parents[2]
 

@@ -31,9 +31,9 @@ from tests.integration.embedded import (
 )
 from tidings import Context, Hold, Retry, Service
 from tidings.database.engine import SCHEMA, connected, held, open_database
-from tidings.dead import DeadLetterNotFound, DeadLetters, NotRetriable
 from tidings.errors import DatabaseUnavailable
-from tidings.held_operations import HeldOperations
+from tidings.operations.dead import DeadLetterNotFound, DeadLetters, NotRetriable
+from tidings.operations.held import HeldOperations
 
 SHORT = Hold(attempts=3, delay=0.02, factor=1)
 HELD = Retry(attempts=1, hold=SHORT)

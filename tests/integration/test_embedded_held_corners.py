@@ -31,8 +31,8 @@ from tidings import Hold, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
 from tidings.database.engine import dead, held
 from tidings.database.held import HeldRows, Line
-from tidings.dead import DeadLetters
-from tidings.verify import verify
+from tidings.operations.dead import DeadLetters
+from tidings.operations.verify import verify
 
 LONG = Retry(attempts=1, hold=Hold(attempts=1000, delay=300.0))
 

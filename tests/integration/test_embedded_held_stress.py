@@ -25,11 +25,11 @@ from tidings import Context, Event, EventStore, Hold, Relay, Retry, Service, Set
 from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
 from tidings.database.engine import Database, open_database
-from tidings.dead import DeadLetterNotFound, DeadLetters
 from tidings.errors import DatabaseUnavailable
+from tidings.operations.dead import DeadLetterNotFound, DeadLetters
+from tidings.operations.verify import verify
 from tidings.protocol.position import bucket_of
 from tidings.running import RunningService
-from tidings.verify import verify
 
 EVENTS = 160
 BUCKETS = (3, 77, 200)

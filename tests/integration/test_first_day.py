@@ -19,9 +19,9 @@ from tests.integration.embedded import Happened, auditing, letters, rows, until
 from tidings import Relay, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
 from tidings.modelling.codec import encode
+from tidings.operations.verify import verify
 from tidings.running import RunningService
 from tidings.server import EventStoreServer
-from tidings.verify import verify
 
 ORDERS = list(permutations(("relay", "service", "append")))
 

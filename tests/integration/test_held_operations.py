@@ -27,10 +27,10 @@ from tests.integration.embedded import (
 )
 from tidings import Context, Hold, Retry, Service
 from tidings.database.engine import dead, held, skips
-from tidings.dead import DeadLetters
-from tidings.held_operations import HeldNotFound, HeldOperations
-from tidings.selection import Selection
-from tidings.skipping import NotSkippable, Skip, skip, standing
+from tidings.operations.dead import DeadLetters
+from tidings.operations.held import HeldNotFound, HeldOperations
+from tidings.operations.selection import Selection
+from tidings.operations.skip import NotSkippable, Skip, skip, standing
 from tidings.stores import RecordedEvent
 
 NEVER = Retry(attempts=1, hold=Hold(attempts=5, delay=3600.0, maximum=3600.0))

@@ -13,10 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from tests.integration.embedded import Happened, audit, count, embedded, many, rows, tables, until
 from tidings import Context, Hold, Retry, Service
 from tidings.database.engine import held, spans
-from tidings.dead import DeadLetters
 from tidings.modelling.roster import SKIPPED
+from tidings.operations.dead import DeadLetters
+from tidings.operations.replay import find_start, send_back
 from tidings.protocol.position import BUCKETS
-from tidings.replay import find_start, send_back
 
 Since = Literal["start", "now"] | int | None
 EVENTS = many(120, 5)

@@ -8,10 +8,10 @@ from tests.integration.embedded import Happened, embedded
 from tests.integration.test_late_handlers import Since, live, service
 from tidings.database.engine import spans
 from tidings.modelling.roster import BEHIND, SKIPPED, Span
-from tidings.recount import recount
-from tidings.replay import find_start, plan
-from tidings.timeline import trace
-from tidings.verify import Report, verify
+from tidings.operations.recount import recount
+from tidings.operations.replay import find_start, plan
+from tidings.operations.timeline import trace
+from tidings.operations.verify import Report, verify
 
 EVENTS = [Happened(key=f"k{n}", n=n) for n in range(3)]
 

@@ -39,9 +39,9 @@ from tidings.database.engine import Database, open_database, watermarks
 from tidings.database.layout import Layout, layout_of, ranges_of, resize
 from tidings.errors import ConfigurationError
 from tidings.modelling.codec import encode
+from tidings.operations.verify import verify
 from tidings.protocol.position import bucket_of
 from tidings.running import RunningService
-from tidings.verify import verify
 
 
 @pytest.fixture(autouse=True)

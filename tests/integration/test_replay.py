@@ -35,9 +35,9 @@ from tidings import ANY, Context, EventData, EventStore, Hold, Relay, Retry, Ser
 from tidings._support.tasks import supervised
 from tidings.database.engine import held, replays, staged
 from tidings.database.layout import resize
-from tidings.dead import DeadLetters
+from tidings.operations.dead import DeadLetters
+from tidings.operations.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.protocol.position import carried
-from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import Appended, Expected, RecordedEvent
 
 PATIENT = Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05, factor=1))

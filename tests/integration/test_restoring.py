@@ -27,11 +27,11 @@ from tests.integration.embedded import (
 )
 from tests.integration.served import open_log
 from tidings import Hold, Retry, Service
-from tidings.backups import BackupRefused, read, restore, take
 from tidings.database.engine import dead, held, open_database
 from tidings.database.lineage import NothingToAdopt, adopt, lineage_of, renew
 from tidings.errors import LogBehind, LogChanged
-from tidings.recount import Recount, recount
+from tidings.operations.backups import BackupRefused, read, restore, take
+from tidings.operations.recount import Recount, recount
 from tidings.stores import EventStore
 
 pytestmark = pytest.mark.sqlite("the files are SQLite's")

@@ -26,8 +26,8 @@ from tests.integration.embedded import (
 from tidings import Context, Hold, Retry, Service
 from tidings.database.engine import held
 from tidings.errors import ConfigurationError
-from tidings.replay import Start, find_start, send_back
-from tidings.selective_replay import Chosen, Picked, cancel, pick, run_again
+from tidings.operations.replay import Start, find_start, send_back
+from tidings.operations.selective_replay import Chosen, Picked, cancel, pick, run_again
 
 EVENTS = many(60, 6)
 

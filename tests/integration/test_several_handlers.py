@@ -25,7 +25,7 @@ from tests.integration.embedded import (
 )
 from tidings import Context, Hold, RecordedEvent, Retry, Service
 from tidings.database.engine import held, partials
-from tidings.dead import DeadLetters
+from tidings.operations.dead import DeadLetters
 
 QUICK = Retry(attempts=2, delay=0.01, hold=Hold(attempts=2, delay=0.05))
 

@@ -21,8 +21,8 @@ from tests.integration.embedded import World, embedded, until
 from tidings import Context, Event, Hold, Retry, Service
 from tidings.database.engine import metadata, open_database
 from tidings.database.texts import Text
-from tidings.dead import DeadLetters
 from tidings.modelling.handlers import NAME_LENGTH
+from tidings.operations.dead import DeadLetters
 from tidings.testing.databases import PostgreSQL
 
 NASTY: Final = (

@@ -11,7 +11,7 @@ from tests.integration.databases import database_url
 from tidings import Context, Event, Runtime, Service, Settings
 from tidings.database.engine import open_database
 from tidings.modelling.handlers import Retry
-from tidings.verify import Report, verify
+from tidings.operations.verify import Report, verify
 
 
 class Ordered(Event):

@@ -16,9 +16,9 @@ from tests.integration.embedded import Followed, Happened, embedded, emitting, s
 from tidings import ANY, EventData, EventStore, RecordedEvent, Service
 from tidings.database.engine import Database, dead, floors, held, open_database, staged, watermarks
 from tidings.modelling.handlers import Retry
+from tidings.operations.recount import Recount, recount
+from tidings.operations.replay import find_start, send_back
 from tidings.protocol.position import carried
-from tidings.recount import Recount, recount
-from tidings.replay import find_start, send_back
 from tidings.settings import open_store
 
 

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 from tests.integration.embedded import StoreAround, auditing, embedded, many, settings_for, until
 from tidings import ANY, EventData, EventStore, RecordedEvent, open_store
 from tidings.database.engine import floors, open_database, watermarks
+from tidings.operations.repair import move_checkpoint
+from tidings.operations.report import Report
+from tidings.operations.verify import verify
 from tidings.relay.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
-from tidings.repair import move_checkpoint
-from tidings.report import Report
 from tidings.stores import EVERYTHING, Filter
-from tidings.verify import verify
 
 
 class Counting(StoreAround):
@@ -214,7 +214,7 @@ def test_every_fact_of_a_report_is_json() -> None:
     from uuid import uuid4
 
     from tidings.cli.output import facts
-    from tidings.report import RelayReport, ServiceReport
+    from tidings.operations.report import RelayReport, ServiceReport
 
     shown = json.loads(facts(Report(uuid4(), 1, [ServiceReport("shop", 1)], relay=RelayReport("main", 1))))
     assert shown["relay"]["checkpoint"] == 1

@@ -23,10 +23,10 @@ from tidings.buses import EventBus
 from tidings.database.engine import Database, open_database, staged
 from tidings.database.inbox import Inbox, StagedEvent
 from tidings.errors import StreamNotFound, Unroutable
+from tidings.operations.repair import append_staged, publish_marker
+from tidings.operations.verify import verify
 from tidings.protocol.position import ALL_BUCKETS
-from tidings.repair import append_staged, publish_marker
 from tidings.stores import Appended, Expected
-from tidings.verify import verify
 
 # ---- over a network ------------------------------------------------------------------
 

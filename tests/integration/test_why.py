@@ -16,10 +16,10 @@ from tests.integration.embedded import Followed, Happened, StoreAround, embedded
 from tidings import Context, Event, EventData, EventStore, RecordedEvent, Retry, Service
 from tidings.database.engine import Database, dead, floors, open_database, staged, watermarks
 from tidings.errors import StreamNotFound
-from tidings.lookup import Lookup
+from tidings.operations.lookup import Lookup
+from tidings.operations.timeline import MOST, EventNotFound, Happening, trace
 from tidings.relay.checkpoints import checkpoint_stream, write_checkpoint
 from tidings.settings import open_store
-from tidings.timeline import MOST, EventNotFound, Happening, trace
 
 
 class Ended(Event, key="key"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.causes import _BECAUSE, BECAUSE, SHARED, Part, explain
+from tidings.operations.causes import _BECAUSE, BECAUSE, SHARED, Part, explain
 
 
 class Fault(NamedTuple):

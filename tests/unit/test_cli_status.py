@@ -17,9 +17,9 @@ from tests.unit.command_line import OrderCreated, Poisoned, Unlucky, holding, in
 from tidings import EventStore, Runtime, Service, Settings, open_store
 from tidings.buses import EventBus, Found, Subscription
 from tidings.cli.exits import Refused
-from tidings.cli.state import LATE, State, look
 from tidings.database.engine import Database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, TidingsError
+from tidings.operations.status import LATE, State, look
 from tidings.stores import ANY, EventData
 
 SHOP = "tests.unit.command_line:shop"
@@ -136,7 +136,7 @@ def test_counts_that_ended_early_say_so(folder: Path, monkeypatch: pytest.Monkey
     run_shop(folder)
     write(*((f"order-{n}", "OrderCreated") for n in range(5)), checkpoint=-1)
     assert not any("+" in line for line in invoke("status", SHOP).out.splitlines())
-    monkeypatch.setattr("tidings.cli.state.LOOKED", 3)
+    monkeypatch.setattr("tidings.operations.status.LOOKED", 3)
     ended = invoke("status", SHOP)
     assert "checkpoint -1, 3+ behind" in ended.out
     assert "3+" in next(line for line in ended.out.splitlines() if line.startswith("shop")).split()
@@ -388,7 +388,7 @@ def test_watch_outlives_an_outage(folder: Path, monkeypatch: pytest.MonkeyPatch,
             return await look(*args, **options)
         raise error
 
-    monkeypatch.setattr("tidings.cli.state.look", looked)
+    monkeypatch.setattr("tidings.operations.status.look", looked)
     told: list[str] = []
 
     def printed(line: str, **_: object) -> None:

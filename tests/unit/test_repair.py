@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings.buses import EventBus
+from tidings.operations.repair import publish_marker
 from tidings.protocol.message import Marker, Message
 from tidings.protocol.position import ALL_BUCKETS, Accepted, Verdict
-from tidings.repair import publish_marker
 
 LOG = uuid4()
 positions = st.integers(-1, 50)

@@ -23,8 +23,8 @@ from tidings.database.held import HeldRows
 from tidings.database.inbox import Inbox, Letter, StagedEvent
 from tidings.delivery.progress import Batch, Progress
 from tidings.errors import Fenced
+from tidings.operations.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
-from tidings.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.stores import EVERYTHING, Filter, RecordedEvent
 
 LOG = UUID("6f0a3f0e-6b0d-4d7e-9d0c-7a1d1b6e5c11")

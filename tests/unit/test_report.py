@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidings.report import ServiceReport
+from tidings.operations.report import ServiceReport
 
 
 def test_a_service_without_a_floor_is_not_given_one() -> None:

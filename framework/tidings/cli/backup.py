@@ -32,7 +32,7 @@ async def backup(
     Services come first and the log last, so that no service is ahead of the log. Only SQLite files are copied; what is
     kept in EventStoreDB or PostgreSQL has tools of its own, and is named.
     """
-    from tidings.backups import take
+    from tidings.operations.backups import take
 
     settings = Settings()
     files, elsewhere = _files(settings, services or ())
@@ -69,9 +69,9 @@ async def restore(
     and the databases that are restored with it follow it. For other services: 'tidings log adopt'. A service restored
     without the log reads what it lacks from the log when it starts.
     """
-    from tidings.backups import read
-    from tidings.backups import restore as put_back
     from tidings.database.lineage import adopt, lineage_of, renew
+    from tidings.operations.backups import read
+    from tidings.operations.backups import restore as put_back
 
     settings = Settings()
     kept = read(folder)

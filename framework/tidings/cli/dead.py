@@ -34,7 +34,7 @@ from tidings.cli.settled import Targets
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.dead import DeadLetter, DeadLetters
+    from tidings.operations.dead import DeadLetter, DeadLetters
     from tidings.service import Service
 
 __all__ = ["Of", "Yes", "app", "chosen", "confirmed"]
@@ -235,7 +235,7 @@ def chosen(target: str | None, settings: Settings) -> Service:
 @asynccontextmanager
 async def _letters(settings: Settings, service: Service) -> AsyncIterator[DeadLetters | None]:
     """None for a service that has never run."""
-    from tidings.dead import DeadLetters
+    from tidings.operations.dead import DeadLetters
 
     async with existing_store(settings) as store, existing_database(settings, service.name) as database:
         yield None if database is None else DeadLetters(database, service.name, await store.log_id())

@@ -30,11 +30,11 @@ from tidings.cli.selecting import (
     selected,
 )
 from tidings.cli.settled import Targets
-from tidings.report import moment_of
+from tidings.operations.report import moment_of
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.held_operations import HeldEntry, HeldOperations
+    from tidings.operations.held import HeldEntry, HeldOperations
     from tidings.service import Service
 
 __all__ = ["app"]
@@ -260,7 +260,7 @@ async def _position(held: HeldOperations, event: str) -> int:
 @asynccontextmanager
 async def _opened(settings: Settings, service: Service) -> AsyncIterator[HeldOperations | None]:
     """None for a service that has never run."""
-    from tidings.held_operations import HeldOperations
+    from tidings.operations.held import HeldOperations
 
     async with existing_store(settings) as store, existing_database(settings, service.name) as database:
         yield None if database is None else HeldOperations(database, service.name, await store.log_id())

@@ -47,8 +47,8 @@ async def renew_identity(yes: Yes = False, json: Json = False) -> int:
     start (LogChanged) until 'tidings log adopt' lets their databases follow.
     """
     from tidings._support.holders import open_elsewhere
-    from tidings.backups import BackupRefused
     from tidings.database.lineage import renew
+    from tidings.operations.backups import BackupRefused
 
     settings = Settings()
     scheme, _, path = settings.store.partition(":///")

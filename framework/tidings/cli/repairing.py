@@ -20,7 +20,7 @@ from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
-    from tidings.report import Report, ServiceReport
+    from tidings.operations.report import Report, ServiceReport
     from tidings.service import Service
 
 __all__ = ["Repair"]
@@ -62,7 +62,7 @@ class Repair:
         return after
 
     async def _mend_checkpoint(self, report: Report) -> None:
-        from tidings.repair import move_checkpoint
+        from tidings.operations.repair import move_checkpoint
 
         if report.relay is None or report.relay.ok:
             return
@@ -141,8 +141,8 @@ class Repair:
     # ---- over a network --------------------------------------------------------------
 
     async def _reach_others(self, report: Report) -> None:
-        from tidings.repair import append_staged, publish_marker
-        from tidings.verify import last_carried
+        from tidings.operations.repair import append_staged, publish_marker
+        from tidings.operations.verify import last_carried
 
         async with self._looking() as (store, pairs), open_bus(self._settings.bus) as bus:
             for (service, database), part in zip(pairs, report.services, strict=True):
@@ -205,7 +205,7 @@ class Repair:
             )
 
     async def _look(self, store: EventStore, pairs: Sequence[tuple[Service, Database | None]]) -> Report:
-        from tidings.verify import verify
+        from tidings.operations.verify import verify
 
         return await verify(store, pairs, relay=self._relay)
 

@@ -19,10 +19,10 @@ from tidings.cli.output import Json, columns, facts, moment, plain, say
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.authors import Stranger
     from tidings.database.engine import Database
-    from tidings.replay import Plan, Start
-    from tidings.selective_replay import Chosen
+    from tidings.operations.authors import Stranger
+    from tidings.operations.replay import Plan, Start
+    from tidings.operations.selective_replay import Chosen
     from tidings.service import Service
     from tidings.stores import EventStore
 
@@ -71,8 +71,8 @@ async def replay(
     With --key, --stream or --handler only those events run again, each in its key's order; nothing else of the service
     is sent back. 'tidings held list' shows what is left of them.
     """
-    from tidings.replay import find_start, plan, send_back
-    from tidings.selective_replay import Chosen
+    from tidings.operations.replay import find_start, plan, send_back
+    from tidings.operations.selective_replay import Chosen
 
     chooses = any(choice is not None for choice in (key, stream, handler))
     if cancel and (since is not None or chooses):
@@ -130,8 +130,8 @@ async def _some(
     json: bool,
 ) -> int:
     """Run chosen events again."""
-    from tidings.authors import strangers
-    from tidings.selective_replay import pick, run_again
+    from tidings.operations.authors import strangers
+    from tidings.operations.selective_replay import pick, run_again
 
     picked = await pick(store, database, service, start, chosen)
     names = {turn.handler for turn in picked.turns}
@@ -164,7 +164,7 @@ async def _some(
 
 
 async def _cancel(settings: Settings, service: Service, dry_run: bool, yes: bool, json: bool) -> int:
-    from tidings.selective_replay import cancel
+    from tidings.operations.selective_replay import cancel
 
     if dry_run:
         raise Refused(

@@ -13,7 +13,7 @@ import typer
 from tidings.cli.exits import USAGE, Refused
 
 if TYPE_CHECKING:
-    from tidings.selection import Selection
+    from tidings.operations.selection import Selection
 
 __all__ = [
     "BIGGEST",
@@ -64,7 +64,7 @@ def selected(
     until: str | None,
 ) -> Selection:
     """What the options choose. Raises `Refused` for a time that is none."""
-    from tidings.selection import Selection
+    from tidings.operations.selection import Selection
 
     return Selection(handler, error, type, key, stream, _moment("--since", since), _moment("--until", until))
 

@@ -18,8 +18,8 @@ from tidings.cli.reading import Reading
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.recount import Recount
-    from tidings.report import Report
+    from tidings.operations.recount import Recount
+    from tidings.operations.report import Report
     from tidings.service import Service
 
 __all__ = ["Targets", "verify"]
@@ -87,7 +87,7 @@ def _leave(before: set[threading.Thread], code: int) -> None:
 
 
 async def _look(settings: Settings, services: list[Service], relay: str, deep: bool) -> tuple[Report, Recount | None]:
-    from tidings.verify import verify as look
+    from tidings.operations.verify import verify as look
 
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(existing_store(settings))
@@ -98,7 +98,7 @@ async def _look(settings: Settings, services: list[Service], relay: str, deep: b
         report = await look(store, pairs, relay=relay)
         if not deep:
             return report, None
-        from tidings.recount import recount
+        from tidings.operations.recount import recount
 
         with Reading() as reading:
             return report, await recount(store, pairs, reading.reached)

@@ -33,9 +33,9 @@ async def skip(
     at once, and nothing of the event is committed afterwards. Handlers without a session that are at work at that
     moment in the same partition may run twice. 'tidings dead retry' brings the event back.
     """
-    from tidings.lookup import Lookup, Waiting
-    from tidings.skipping import Skip, standing
-    from tidings.skipping import skip as do
+    from tidings.operations.lookup import Lookup, Waiting
+    from tidings.operations.skip import Skip, standing
+    from tidings.operations.skip import skip as do
 
     settings, named = Settings(), event_named(event)
     of = chosen(service, settings)

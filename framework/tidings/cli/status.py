@@ -20,7 +20,7 @@ from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.settings import Settings, open_bus
 
 if TYPE_CHECKING:
-    from tidings.cli.state import ServiceState, State
+    from tidings.operations.status import ServiceState, State
     from tidings.service import Service
 
 __all__ = ["status"]
@@ -75,7 +75,7 @@ async def _once(settings: Settings, services: dict[str, Service], relay: str) ->
 async def _opened(
     settings: Settings, services: dict[str, Service], relay: str
 ) -> AsyncIterator[Callable[[], Awaitable[State]]]:
-    from tidings.cli.state import look
+    from tidings.operations.status import look
 
     async with existing_store(settings) as store, open_bus(settings.bus) as bus:
         yield lambda: look(settings, store, bus, services, relay=relay)

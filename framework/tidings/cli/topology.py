@@ -56,7 +56,7 @@ async def diff(
 
     Queues of renamed and retired services are known by the databases, by --former, or by --management.
     """
-    from tidings.cli.orphans import former_services, listed_queues, orphans
+    from tidings.operations.orphans import former_services, listed_queues, orphans
 
     settings, subscriptions = await _needed(services)
     names = {subscription.service for subscription in subscriptions}

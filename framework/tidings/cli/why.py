@@ -15,11 +15,11 @@ from tidings.cli.looking import existing_database, existing_store
 from tidings.cli.output import BOLD, Json, facts, moment, paint, plain, say
 from tidings.cli.reading import Reading
 from tidings.cli.settled import Targets
-from tidings.report import moment_of
+from tidings.operations.report import moment_of
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.timeline import Happening, Standing, Timeline
+    from tidings.operations.timeline import Happening, Standing, Timeline
 
 __all__ = ["why"]
 
@@ -45,7 +45,7 @@ async def why(
         pairs = [
             (service, await stack.enter_async_context(existing_database(settings, service.name))) for service in found
         ]
-        from tidings.timeline import trace
+        from tidings.operations.timeline import trace
 
         with Reading() as reading:
             timeline = await trace(store, pairs, target, relay=relay, progress=reading.reached)

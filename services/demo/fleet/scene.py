@@ -28,8 +28,8 @@ from services.shipping import shipping
 from tidings import EventStore, Service
 from tidings.buses import EventBus, Subscription
 from tidings.database.engine import Database, open_database
+from tidings.operations.verify import Report, ServiceReport, verify
 from tidings.settings import open_bus, open_store
-from tidings.verify import Report, ServiceReport, verify
 
 __all__ = ["FOUR", "SALES", "STORE", "TARGETS", "Scene", "scene", "until"]
 

@@ -21,10 +21,11 @@ import structlog
 
 from tidings.buses import EventBus
 from tidings.database.layout import lay_out, resize
-from tidings.dead import DeadLetters
 from tidings.delivery.attempt import Resources
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
 from tidings.modelling.events import wire_name
+from tidings.operations.dead import DeadLetters
+from tidings.operations.verify import verify
 from tidings.relay.relay import Relay
 from tidings.running import RunningService
 from tidings.service import Service
@@ -36,7 +37,6 @@ from tidings.testing.simulation.loop import PROCESS, Endless, Process, Simulated
 from tidings.testing.simulation.plan import Plan, Step, plan
 from tidings.testing.simulation.service import KINDS, Desk, simulated_service
 from tidings.testing.simulation.store import LOG, SimulatedLog, SimulatedStore
-from tidings.verify import verify
 
 __all__ = ["Unsettled", "World", "sealed"]
 

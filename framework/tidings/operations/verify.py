@@ -18,11 +18,9 @@ from tidings.database.engine import Database, dead, floors, held, staged, waterm
 from tidings.database.held import held_by_handler, in_code, reason_in_code
 from tidings.database.layout import Range, ranges_of
 from tidings.errors import StreamDeleted
-from tidings.handler_report import read_handlers, read_spans
 from tidings.modelling.roster import Roster
-from tidings.protocol.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
-from tidings.relay.checkpoints import UnreadableCheckpoint, read_checkpoint
-from tidings.report import (
+from tidings.operations.handlers import read_handlers, read_spans
+from tidings.operations.report import (
     NAMED,
     DeadEvent,
     FailingHandler,
@@ -33,6 +31,8 @@ from tidings.report import (
     ServiceReport,
     StagedSummary,
 )
+from tidings.protocol.position import ALL_BUCKETS, BUCKETS, CARRIED, carried
+from tidings.relay.checkpoints import UnreadableCheckpoint, read_checkpoint
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:

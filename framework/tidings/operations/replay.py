@@ -18,15 +18,15 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.authors import Stranger, may_emit, strangers
 from tidings.database.engine import Database, dead, floors, held, partitions, replays, staged, watermarks
 from tidings.database.enrolment import sent_back
 from tidings.database.layout import ranges_of
-from tidings.dead import held_again
 from tidings.errors import TidingsError
-from tidings.handler_report import read_handlers, read_spans
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span
+from tidings.operations.authors import Stranger, may_emit, strangers
+from tidings.operations.dead import held_again
+from tidings.operations.handlers import read_handlers, read_spans
 from tidings.protocol.position import ALL_BUCKETS, CARRIED, carried
 from tidings.stores import EventStore
 

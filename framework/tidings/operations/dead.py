@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database.engine import Database, dead, held, staged
 from tidings.database.inbox import key_of, recorded
 from tidings.errors import TidingsError
-from tidings.selection import EVERYTHING, Selection
+from tidings.operations.selection import EVERYTHING, Selection
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]
 

@@ -13,10 +13,10 @@ from tidings.buses import EventBus
 from tidings.database.engine import Database
 from tidings.database.inbox import Inbox, Letter
 from tidings.delivery.staged import FRESH_SECONDS, Stager
+from tidings.operations.report import Report
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS
 from tidings.relay.checkpoints import write_checkpoint
-from tidings.report import Report
 from tidings.stores import EventStore
 
 __all__ = ["append_staged", "move_checkpoint", "publish_marker"]

@@ -20,7 +20,7 @@ from tidings.database.engine import Database, dead, held
 from tidings.database.held import HeldCount, held_by_handler
 from tidings.delivery.work import SKIPPED
 from tidings.errors import TidingsError
-from tidings.selection import EVERYTHING, Selection
+from tidings.operations.selection import EVERYTHING, Selection
 
 __all__ = ["HeldNotFound", "HeldOperations", "HeldEntry", "as_skipped"]
 

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.engine import Database, dead, floors, held, partitions, skips, watermarks
 from tidings.errors import TidingsError
-from tidings.held_operations import as_skipped
+from tidings.operations.held import as_skipped
 from tidings.protocol.position import carried
 from tidings.stores import RecordedEvent
 

@@ -19,10 +19,10 @@ from tidings.database.engine import Database, dead, held, partials, partitions, 
 from tidings.database.inbox import key_of
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.modelling.roster import Span
+from tidings.operations.replay import Start
+from tidings.operations.verify import settled_in
 from tidings.protocol.position import CARRIED, carried, partition_key
-from tidings.replay import Start
 from tidings.stores import EventStore, RecordedEvent
-from tidings.verify import settled_in
 
 if TYPE_CHECKING:
     from tidings.service import Service

@@ -17,7 +17,7 @@ from tidings.database.engine import spans
 from tidings.database.enrolment import Begun, by_present_name, names_of, wanted
 from tidings.database.layout import Range, ranges_of
 from tidings.modelling.roster import SKIPPED, Span, under_one_name
-from tidings.report import HandlerReport
+from tidings.operations.report import HandlerReport
 
 if TYPE_CHECKING:
     from tidings.modelling.handlers import Handler

@@ -16,12 +16,12 @@ import sqlalchemy as sa
 from tidings._support.escaping import plain
 from tidings.database.engine import Database, dead, held, partials, replays, staged
 from tidings.database.lineage import lineage_of
-from tidings.handler_report import read_spans
 from tidings.modelling.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.modelling.roster import BEHIND, Span
+from tidings.operations.handlers import read_spans
+from tidings.operations.verify import Settled, last_carried, settled_in
 from tidings.protocol.position import carried
 from tidings.stores import EventStore, RecordedEvent
-from tidings.verify import Settled, last_carried, settled_in
 
 if TYPE_CHECKING:
     from tidings.service import Service

@@ -17,14 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.engine import Database, dead, held, partials, staged
 from tidings.errors import StoreError
-from tidings.handler_report import read_spans
-from tidings.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
 from tidings.modelling.codec import CAUSATION, CORRELATION, read_metadata
 from tidings.modelling.roster import Span
+from tidings.operations.handlers import read_spans
+from tidings.operations.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
+from tidings.operations.verify import Settled, settled_in
 from tidings.protocol.position import CARRIED, carried
 from tidings.relay.checkpoints import read_checkpoint
 from tidings.stores import EventStore, RecordedEvent
-from tidings.verify import Settled, settled_in
 
 if TYPE_CHECKING:
     from tidings.service import Service

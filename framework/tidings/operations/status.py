@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from tidings.buses import EventBus, Found, Subscription
-from tidings.causes import SHARED, Part, explain
 from tidings.cli.looking import existing_database, subscriptions_of
 from tidings.delivery.owned import OwnStore
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.logs import masked
+from tidings.operations.causes import SHARED, Part, explain
+from tidings.operations.remedies import STORE_WRITABLE, writable, writes_refused
 from tidings.protocol.position import CARRIED, carried
 from tidings.relay.relay import Relay
-from tidings.remedies import STORE_WRITABLE, writable, writes_refused
 from tidings.settings import Settings
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.database.presence import Process
-    from tidings.report import FailingHandler, HandlerReport
+    from tidings.operations.report import FailingHandler, HandlerReport
+    from tidings.operations.verify import ServiceReport
     from tidings.service import Service
-    from tidings.verify import ServiceReport
 
 __all__ = ["LOOKED", "RelayState", "ServiceState", "State", "look"]
 
@@ -248,7 +248,7 @@ async def _service(
     wrong: _Found,
 ) -> None:
     from tidings.database.presence import present
-    from tidings.verify import verify
+    from tidings.operations.verify import verify
 
     async with AsyncExitStack() as stack:
         database: Database | None
