@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidings.connection import connect
+    from tidings.hosting.runtime import Runtime
     from tidings.modelling.aggregate import Aggregate, evolves, stream_version
     from tidings.modelling.context import Context
     from tidings.modelling.events import Event, partition_key, schema_version, upcaster, wire_name
     from tidings.modelling.handlers import Hold, Retry
     from tidings.modelling.repository import Changed, HistoryEntry, Repository
     from tidings.relay.relay import Relay
-    from tidings.runtime import Runtime
     from tidings.service import Service
     from tidings.settings import Settings, open_bus, open_store
     from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
@@ -61,7 +61,7 @@ _PLACES = {
     "modelling.handlers": ("Hold", "Retry"),
     "relay.relay": ("Relay",),
     "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
-    "runtime": ("Runtime",),
+    "hosting.runtime": ("Runtime",),
     "service": ("Service",),
     "settings": ("Settings", "open_bus", "open_store"),
     "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent"),

@@ -34,7 +34,7 @@ from tidings.repetition import check_repetition
 from tidings.stores import APPEND_LIMIT, check_stream_name
 
 if TYPE_CHECKING:
-    from tidings.running import RunningService
+    from tidings.hosting.running import RunningService
 
 __all__ = ["Emit", "RequestSession", "transaction"]
 

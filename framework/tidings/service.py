@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sqlalchemy import MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+    from tidings.hosting.running import RunningService
     from tidings.outbox import Emit
-    from tidings.running import RunningService
     from tidings.settings import Settings
 
 __all__ = ["Service"]
@@ -278,7 +278,7 @@ class Service:
         `settings` (by default the environment). Raises `ConfigurationError`, `LogChanged`, `LogBehind`, or what ended
         the service while the block ran.
         """
-        from tidings.running import run_service
+        from tidings.hosting.running import run_service
 
         if self._claimed:
             raise ConfigurationError(
@@ -328,6 +328,6 @@ class Service:
 
         `health`: a port of this machine, or `host:port`, that answers `/live` and `/ready`.
         """
-        from tidings.runtime import serve
+        from tidings.hosting.runtime import serve
 
         asyncio.run(serve(self, settings=settings, health=health))

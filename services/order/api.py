@@ -41,7 +41,7 @@ from services.order.order import CUSTOMER, Order
 from services.order.problems import HANDLERS, Problem
 from services.order.service import orders, repository
 from tidings.errors import DatabaseUnavailable, StoreUnavailable, WrongExpectedVersion
-from tidings.probes import health_routes
+from tidings.hosting.probes import health_routes
 
 __all__ = ["api"]
 

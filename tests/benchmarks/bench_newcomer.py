@@ -29,10 +29,10 @@ from tests.benchmarks.bench_server import peak_mb
 from tests.benchmarks.path import KEYS, Measured, drop_queue, with_broker
 from tidings import Context, EventData, EventStore, Service, open_store
 from tidings.database.engine import file_of
+from tidings.hosting.runtime import serve
 from tidings.operations.verify import last_carried
 from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.relay.checkpoints import write_checkpoint
-from tidings.runtime import serve
 from tidings.testing.brokers import RabbitMQ
 
 EVENTS, FEW = 1_000_000, 10_000

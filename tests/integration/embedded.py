@@ -27,8 +27,8 @@ from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
 from tidings.database.engine import dead, staged, watermarks
 from tidings.errors import StreamNotFound
+from tidings.hosting.running import RunningService
 from tidings.operations.verify import Report, verify
-from tidings.running import RunningService
 from tidings.stores import Appended, Expected, RecordedEvent
 
 QUICK = Retry(attempts=3, delay=0.01, hold=None, hold_key=False)

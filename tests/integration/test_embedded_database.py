@@ -38,7 +38,7 @@ EVENTS = many(200, 11)
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidings.database.sqlite_dialect.BUSY_TIMEOUT", 0.2)
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def _remove_log(folder: Path) -> None:
 async def test_what_is_locked_at_the_start_is_waited_for(
     tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.opening.PAUSES", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.opening.PAUSES", (0.02, 0.1))
     service = auditing()
     async with embedded(tmp_path, service) as world:
         await world.append(*EVENTS[:3])

@@ -27,7 +27,7 @@ from tests.integration.embedded import (
 )
 from tidings import Context, Retry, Service
 from tidings.database.engine import staged
-from tidings.running import RunningService
+from tidings.hosting.running import RunningService
 
 
 @pytest.mark.parametrize("kind", ["session", "plain", "thread"])
@@ -102,7 +102,7 @@ async def test_after_a_quiet_stop_everything_is_settled_and_nothing_staged(tmp_p
 async def test_a_handler_that_outlasts_the_drain_is_cancelled_and_begun_again_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.running.DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr("tidings.hosting.running.DRAIN_SECONDS", 0.1)
     waits, begun = True, list[int]()
 
     async def wait(event: Happened, context: Context, session: AsyncSession) -> None:

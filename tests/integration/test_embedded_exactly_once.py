@@ -164,7 +164,7 @@ async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path:
 async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
     one, zombie, events = auditing(), auditing(), many(300 if on_server() else 1000, 29)
     first, second = settings_for(tmp_path), settings_for(tmp_path)
     async with (

@@ -34,7 +34,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Retry, Service
-from tidings.watchdog import Watchdog
+from tidings.hosting.watchdog import Watchdog
 
 OTHERS = [Happened(key=f"other{n % 9}", n=n) for n in range(60)]
 CULPRIT = Happened(key="culprit")
@@ -266,7 +266,7 @@ MISUSES: dict[str, Callable[[AsyncSession], Awaitable[None]]] = {
 async def test_a_handler_that_ends_its_transaction_is_dead_and_its_neighbours_are_whole(
     tmp_path: Path, misuse: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.01, 0.05))
     calls: list[int] = []
 
     async def meddle(event: Happened, context: Context, session: AsyncSession) -> None:
@@ -288,7 +288,7 @@ async def test_a_handler_that_ends_its_transaction_is_dead_and_its_neighbours_ar
 async def test_a_commit_behind_sqlalchemys_back_is_noticed_and_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.01, 0.05))
 
     async def meddle(event: Happened, context: Context, session: AsyncSession) -> None:
         if event.key == "culprit":

@@ -406,7 +406,7 @@ async def test_an_event_whose_commit_is_refused_is_dead_and_its_group_is_done_ag
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A deferred constraint fails at COMMIT, when nobody can tell whose row it was."""
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.01, 0.05))
 
     async def orphan(event: Happened, context: Context, session: AsyncSession) -> None:
         if event.key == "culprit":

@@ -41,7 +41,7 @@ LONG = Retry(attempts=1, hold=Hold(attempts=1000, delay=300.0))
 async def test_a_standby_leaves_held_events_alone_and_takes_them_over(
     tmp_path: Path, transactional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
     monkeypatch.setattr("tidings.delivery.dispatch.HELD_SECONDS", 0.01)
     fails = True
     attempts: list[tuple[str, int]] = []

@@ -26,10 +26,10 @@ from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
 from tidings.database.engine import Database, open_database
 from tidings.errors import DatabaseUnavailable
+from tidings.hosting.running import RunningService
 from tidings.operations.dead import DeadLetterNotFound, DeadLetters
 from tidings.operations.verify import verify
 from tidings.protocol.position import bucket_of
-from tidings.running import RunningService
 
 EVENTS = 160
 BUCKETS = (3, 77, 200)
@@ -187,8 +187,8 @@ async def lives(fate: Fate, settings: Settings, store: EventStore, bus: MemoryBu
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.005, 0.02))
-    monkeypatch.setattr("tidings.running.DRAIN_SECONDS", 0.02)
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.005, 0.02))
+    monkeypatch.setattr("tidings.hosting.running.DRAIN_SECONDS", 0.02)
     monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.01, 0.03))
     monkeypatch.setattr("tidings.delivery.revival.HELD_SECONDS", 0.03)
     monkeypatch.setattr("tidings.delivery.revival.FLYING", 4)

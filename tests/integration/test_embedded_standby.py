@@ -23,13 +23,13 @@ from tests.integration.processes import until
 from tests.integration.test_cli_serving import free_port
 from tidings.database.engine import connected
 from tidings.errors import DatabaseUnavailable
-from tidings.standby import Post, Taken, post_of
+from tidings.hosting.standby import Post, Taken, post_of
 
 WORKERS = """
 import os
 from fastapi import FastAPI
 from tidings import Event, Service
-from tidings.probes import health_routes
+from tidings.hosting.probes import health_routes
 
 class Asked(Event, key="key"):
     key: str
@@ -234,7 +234,7 @@ async def test_a_process_that_is_paused_keeps_its_place_and_the_standby_says_for
 HOLDER = """
 import asyncio, os, sys
 from tidings.database.engine import connected
-from tidings.standby import post_of
+from tidings.hosting.standby import post_of
 
 async def main():
     async with connected(sys.argv[1]) as database:
@@ -331,7 +331,7 @@ async def test_within_a_process_it_is_shared_and_the_last_gives_it_back(url: str
 PROBE = """
 import asyncio, sys
 from tidings.database.engine import connected
-from tidings.standby import Taken, post_of
+from tidings.hosting.standby import Taken, post_of
 
 async def main():
     async with connected(sys.argv[1]) as database:

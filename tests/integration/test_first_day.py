@@ -18,9 +18,9 @@ from tests.integration.databases import database_url
 from tests.integration.embedded import Happened, auditing, letters, rows, until
 from tidings import Relay, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
+from tidings.hosting.running import RunningService
 from tidings.modelling.codec import encode
 from tidings.operations.verify import verify
-from tidings.running import RunningService
 from tidings.server import EventStoreServer
 
 ORDERS = list(permutations(("relay", "service", "append")))

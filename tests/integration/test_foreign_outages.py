@@ -142,7 +142,7 @@ class Failing(StoreAround):
 async def test_an_outage_of_the_own_store_pauses_the_service_whatever_a_handler_makes_of_it(
     tmp_path: Path, wrapped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.01, 0.05))
     service = Service("audit")
     around: list[Failing] = []
 

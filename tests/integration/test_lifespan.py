@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 
 from tidings import Event, Service
-from tidings.probes import health_routes
+from tidings.hosting.probes import health_routes
 
 
 class Noted(Event):

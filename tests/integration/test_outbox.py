@@ -148,7 +148,7 @@ async def test_while_the_store_is_away_requests_go_on_and_their_events_come_late
 
 
 async def test_more_than_are_looked_at_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.running.REQUESTED", 4)
+    monkeypatch.setattr("tidings.hosting.running.REQUESTED", 4)
     service = auditing()
     async with embedded(tmp_path, service) as world:
         async with service.transaction() as (_, emit):

@@ -38,15 +38,15 @@ from tidings.buses.memory import MemoryBus
 from tidings.database.engine import Database, open_database, watermarks
 from tidings.database.layout import Layout, layout_of, ranges_of, resize
 from tidings.errors import ConfigurationError
+from tidings.hosting.running import RunningService
 from tidings.modelling.codec import encode
 from tidings.operations.verify import verify
 from tidings.protocol.position import bucket_of
-from tidings.running import RunningService
 
 
 @pytest.fixture(autouse=True)
 def _attentive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.running.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("tidings.hosting.running.LOOK_SECONDS", 0.05)
 
 
 def written(event: Happened) -> EventData:

@@ -162,7 +162,7 @@ async def a_tool(folder: Path) -> AsyncIterator[Database]:
 async def test_a_timeout_of_a_lock_that_tidings_waits_for_is_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
     async with a_tool(tmp_path) as tool:
         async with tool.engine.begin() as connection:
             await connection.execute(sa.text(f'ALTER DATABASE "{tool.engine.url.database}" SET lock_timeout = 50'))
@@ -250,7 +250,7 @@ async def test_handlers_that_are_in_each_others_way_are_done_again_and_no_attemp
     tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two partitions change the same two rows in opposite orders: a deadlock, or else a serialization failure."""
-    monkeypatch.setattr("tidings.partition.REJOIN_SECONDS", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
     attempts: set[int] = set()
     both = asyncio.Barrier(2)
     met = False

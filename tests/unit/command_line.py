@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from tidings import Context, Event, Service, Settings
 from tidings.cli.app import app
+from tidings.hosting.runtime import Runtime
 from tidings.modelling.handlers import Hold, Retry
-from tidings.runtime import Runtime
 
 __all__ = [
     "Ended",

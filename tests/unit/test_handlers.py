@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from tidings.errors import ConfigurationError
+from tidings.hosting.runtime import Runtime
 from tidings.modelling.context import Context
 from tidings.modelling.events import Event
 from tidings.modelling.handlers import Handler, Hold, Inject, Retry, declare
-from tidings.runtime import Runtime
 from tidings.service import Service
 from tidings.settings import Settings
 from tidings.stores import RecordedEvent

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidings import Service
-from tidings.balance import asked_of, to_ask
 from tidings.buses import Subscription
 from tidings.database.engine import Database, floors, open_database, partitions, watermarks
 from tidings.database.inbox import Inbox
 from tidings.database.layout import Layout, Range, lay_out, layout_of, lowest, ranges_of, resize, was_rebound
 from tidings.database.layout import settled as settled_in
 from tidings.errors import ConfigurationError, Fenced
+from tidings.hosting.balance import asked_of, to_ask
 from tidings.protocol.position import ALL_BUCKETS, BUCKETS
 
 LOG = uuid4()

@@ -98,7 +98,7 @@ class Repair:
     # ---- embedded --------------------------------------------------------------------
 
     async def _run_here(self, report: Report) -> None:
-        from tidings.runtime import Runtime
+        from tidings.hosting.runtime import Runtime
 
         chosen = []
         for service, part in zip(self._services, report.services, strict=True):

@@ -61,7 +61,7 @@ def run(
     _begin(level, leash)
     found = find(target)
     if isinstance(found, Service):
-        from tidings.runtime import serve
+        from tidings.hosting.runtime import serve
 
         return _serve(serve(found, settings=Settings(), health=_port(health)))
     if not is_application(found):
@@ -99,7 +99,7 @@ def relay(
 
 async def _relaying(settings: Settings, name: str, health: int | str | None) -> None:
     from tidings.cli.acquainted import compare_logs
-    from tidings.runtime import serve
+    from tidings.hosting.runtime import serve
 
     async with supervised(compare_logs(settings, name)):
         await serve(settings=settings, relay=name, health=health)
@@ -135,7 +135,7 @@ def dev(
         options += [] if health is None else [f"--health={health}"]
         return serve_with_reload(["dev", *options, "--", *(targets or ())])
     _begin(level, leash)
-    from tidings.runtime import serve
+    from tidings.hosting.runtime import serve
 
     named = Settings().services
     here = folder.absolute()

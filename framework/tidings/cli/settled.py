@@ -77,7 +77,7 @@ def _tell(done: str) -> None:
 
 def _leave(before: set[threading.Thread], code: int) -> None:
     """Services that were run here may have handlers that hang, and would hold up the end of the process for ever."""
-    from tidings.signals import left_behind
+    from tidings.hosting.signals import left_behind
 
     if left := left_behind(before):
         print(plain(f"left behind, what they work on stays pending: {', '.join(left)}"), file=sys.stderr)

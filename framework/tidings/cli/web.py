@@ -12,8 +12,8 @@ import structlog
 
 from tidings._support.tasks import together
 from tidings.cli.exits import UNAVAILABLE, USAGE, Refused
-from tidings.probes import listening_at
-from tidings.signals import StopSignals
+from tidings.hosting.probes import listening_at
+from tidings.hosting.signals import StopSignals
 
 __all__ = ["application_beside", "serve_application"]
 

@@ -7,9 +7,9 @@ import os
 from typing import Final
 
 from tidings.errors import ConfigurationError
+from tidings.hosting.signals import StopSignals
 from tidings.logs import configure_logging
 from tidings.server.serving import DEFAULT_PORT, EventStoreServer
-from tidings.signals import StopSignals
 
 __all__ = ["PASSWORDS", "run_server"]
 

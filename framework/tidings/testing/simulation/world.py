@@ -23,11 +23,11 @@ from tidings.buses import EventBus
 from tidings.database.layout import lay_out, resize
 from tidings.delivery.attempt import Resources
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
+from tidings.hosting.running import RunningService
 from tidings.modelling.events import wire_name
 from tidings.operations.dead import DeadLetters
 from tidings.operations.verify import verify
 from tidings.relay.relay import Relay
-from tidings.running import RunningService
 from tidings.service import Service
 from tidings.stores import ANY, EventData, EventStore
 from tidings.testing.simulation.bus import SimulatedBroker, SimulatedBus

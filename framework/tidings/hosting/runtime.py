@@ -15,18 +15,18 @@ from tidings._support.tasks import supervised, together
 from tidings.buses import EventBus
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.errors import ConfigurationError
+from tidings.hosting.opening import opened
+from tidings.hosting.signals import StopSignals
 from tidings.logs import configure_by_default, configure_logging
-from tidings.opening import opened
 from tidings.operations.verify import Report, verify
 from tidings.relay.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings, open_bus, open_store, redact
-from tidings.signals import StopSignals
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from tidings.running import RunningService
+    from tidings.hosting.running import RunningService
     from tidings.service import Service
 
 __all__ = ["Runtime", "serve"]
@@ -214,7 +214,7 @@ async def serve(
         async with AsyncExitStack() as stack:
             address = None
             if health is not None:
-                from tidings.probes import Probe, answering
+                from tidings.hosting.probes import Probe, answering
 
                 address = await stack.enter_async_context(answering(Probe(services, runtime), health))
             _introduce(services, runtime, address)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 if TYPE_CHECKING:
-    from tidings.running import RunningService
+    from tidings.hosting.running import RunningService
 
 __all__ = ["Watchdog"]
 

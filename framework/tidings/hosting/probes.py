@@ -19,7 +19,17 @@ from tidings._support.tasks import together
 from tidings.database.held import HeldCount
 from tidings.delivery.owned import OwnStore, Writes
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
-from tidings.health import Facts, Health, Progress, RelayFacts, ServiceFacts, Work, is_still, judge_live, judge_ready
+from tidings.hosting.health import (
+    Facts,
+    Health,
+    Progress,
+    RelayFacts,
+    ServiceFacts,
+    Work,
+    is_still,
+    judge_live,
+    judge_ready,
+)
 from tidings.logs import masked
 from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore
@@ -28,9 +38,9 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
     from tidings.delivery.work import Item
-    from tidings.partition import Partition
-    from tidings.running import RunningService
-    from tidings.runtime import Runtime
+    from tidings.hosting.partition import Partition
+    from tidings.hosting.running import RunningService
+    from tidings.hosting.runtime import Runtime
     from tidings.service import Service
 
 __all__ = ["Probe", "answering", "health_routes", "listening_at"]

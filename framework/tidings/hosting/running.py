@@ -18,7 +18,6 @@ from uuid import UUID
 import structlog
 
 from tidings._support.tasks import supervised, task_group
-from tidings.balance import asked_of, to_ask
 from tidings.buses import EventBus
 from tidings.database.engine import Database, open_database
 from tidings.database.held import HeldCount, held_by_handler, reason_in_code
@@ -29,15 +28,16 @@ from tidings.delivery.attempt import Resources
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.delivery.work import Item, Troubles
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
+from tidings.hosting.balance import asked_of, to_ask
+from tidings.hosting.opening import opened
+from tidings.hosting.partition import DRAIN_SECONDS, Partition, persistently
+from tidings.hosting.standby import Post, Taken, post_of
+from tidings.hosting.watchdog import Watchdog
 from tidings.logs import configure_by_default
-from tidings.opening import opened
-from tidings.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.protocol.position import bucket_of
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings, open_bus, open_store
-from tidings.standby import Post, Taken, post_of
 from tidings.stores import EventStore
-from tidings.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

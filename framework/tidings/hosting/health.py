@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tidings.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
+from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
 from tidings.operations.causes import Cause, Part, explain
 from tidings.operations.remedies import STORE_WRITABLE, writable, writes_refused
 
