@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tidings.connection import connect
     from tidings.hosting.runtime import Runtime
     from tidings.modelling.aggregate import Aggregate, evolves, stream_version
     from tidings.modelling.context import Context
     from tidings.modelling.events import Event, partition_key, schema_version, upcaster, wire_name
     from tidings.modelling.handlers import Hold, Retry
     from tidings.modelling.repository import Changed, HistoryEntry, Repository
+    from tidings.producing.connection import connect
     from tidings.relay.relay import Relay
     from tidings.service import Service
     from tidings.settings import Settings, open_bus, open_store
@@ -55,7 +55,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "modelling.aggregate": ("Aggregate", "evolves", "stream_version"),
-    "connection": ("connect",),
+    "producing.connection": ("connect",),
     "modelling.context": ("Context",),
     "modelling.events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
     "modelling.handlers": ("Hold", "Retry"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from tidings.hosting.running import RunningService
-    from tidings.outbox import Emit
+    from tidings.producing.outbox import Emit
     from tidings.settings import Settings
 
 __all__ = ["Service"]
@@ -241,7 +241,7 @@ class Service:
         On SQLite nobody else writes during the block. Raises `DatabaseUnavailable` (when it comes from the commit
         itself, the outcome is unknown: repeat with a key), `ConfigurationError` in a handler.
         """
-        from tidings.outbox import transaction
+        from tidings.producing.outbox import transaction
 
         async with transaction(self.running_now, idempotency_key, appended_within) as both:
             yield both

@@ -28,9 +28,9 @@ from tidings.modelling.appending import check_target
 from tidings.modelling.codec import BY_REQUEST, encode
 from tidings.modelling.context import ATTEMPT
 from tidings.modelling.events import Event
+from tidings.producing.repetition import check_repetition
 from tidings.protocol.identity import digest
 from tidings.protocol.position import bucket_of
-from tidings.repetition import check_repetition
 from tidings.stores import APPEND_LIMIT, check_stream_name
 
 if TYPE_CHECKING:
