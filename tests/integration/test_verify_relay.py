@@ -213,7 +213,7 @@ async def test_a_watermark_above_the_logs_end_is_told_with_its_remedy(settled: P
 def test_every_fact_of_a_report_is_json() -> None:
     from uuid import uuid4
 
-    from tidings.cli.output import facts
+    from tidings.cli._output import facts
     from tidings.operations.report import RelayReport, ServiceReport
 
     shown = json.loads(facts(Report(uuid4(), 1, [ServiceReport("shop", 1)], relay=RelayReport("main", 1))))

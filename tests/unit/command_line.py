@@ -14,7 +14,7 @@ import structlog
 from typer.testing import CliRunner
 
 from tidings import Context, Event, Service, Settings
-from tidings.cli.app import app
+from tidings.cli._app import app
 from tidings.hosting.runtime import Runtime
 from tidings.modelling.handlers import Hold, Retry
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tidings import Service, Settings
-from tidings.cli.exits import USAGE, Refused
-from tidings.cli.find import find, find_service, find_services, is_application
+from tidings.cli._exits import USAGE, Refused
+from tidings.cli._find import find, find_service, find_services, is_application
 from tidings.errors import ConfigurationError
 
 MODULES = {

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.cli.output import columns, event_facts, event_lines, facts, one_line, plain
+from tidings.cli._output import columns, event_facts, event_lines, facts, one_line, plain
 from tidings.stores import RecordedEvent
 
 IDENTITY = UUID(int=7)

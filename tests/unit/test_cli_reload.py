@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tidings.cli.reload import python_files
+from tidings.cli._reload import python_files
 
 
 def names(folder: Path) -> set[str]:

@@ -105,7 +105,7 @@ def test_what_is_kept_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_relay_says_that_its_log_is_not_the_one_the_services_know(folder: Path) -> None:
-    from tidings.cli.acquainted import compare_logs
+    from tidings.cli._acquainted import compare_logs
 
     async def told() -> list[Any]:
         with structlog.testing.capture_logs() as logs:
@@ -125,7 +125,7 @@ def test_a_relay_says_that_its_log_is_not_the_one_the_services_know(folder: Path
 
 @pytest.mark.parametrize("services", ["no.such.module:shop", "tests.unit.command_line:nobody"])
 def test_a_relay_that_cannot_see_the_services_goes_on(services: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tidings.cli.acquainted import compare_logs
+    from tidings.cli._acquainted import compare_logs
 
     monkeypatch.setenv("TIDINGS_SERVICES", services)
 

@@ -16,7 +16,7 @@ import pytest
 from tests.unit.command_line import OrderCreated, Poisoned, Unlucky, holding, invoke, run_holding, run_shop, shop
 from tidings import EventStore, Runtime, Service, Settings, open_store
 from tidings.buses import EventBus, Found, Subscription
-from tidings.cli.exits import Refused
+from tidings.cli._exits import Refused
 from tidings.database.engine import Database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, TidingsError
 from tidings.operations.status import LATE, State, look

@@ -21,7 +21,7 @@ from tests.unit.command_line import Ended, invoke
 from tidings import Context, EventData, Runtime, Service, Settings, open_store
 from tidings._support.escaping import plain_lines
 from tidings.buses import Found, Subscription
-from tidings.cli.app import app
+from tidings.cli._app import app
 from tidings.errors import StoreUnavailable
 from tidings.logs import configure_logging
 from tidings.modelling.events import Event, wire_name

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidings._support.json_limits import DEPTH, check, parse
-from tidings.cli.output import event_facts, facts
+from tidings.cli._output import event_facts, facts
 from tidings.errors import SchemaError
 from tidings.modelling.codec import decode, read_metadata
 from tidings.modelling.events import Event, upcaster

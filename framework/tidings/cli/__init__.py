@@ -28,7 +28,7 @@ def main() -> None:
     if missing:
         print(f"tidings: the command line needs {' and '.join(missing)}: pip install 'tidings[cli]'", file=sys.stderr)
         sys.exit(2)
-    from tidings.cli.app import app
+    from tidings.cli._app import app
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal cannot show is escaped, not an error

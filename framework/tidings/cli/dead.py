@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidings.cli.exits import NO, OK, USAGE, Refused, answering
-from tidings.cli.find import find_services, named
-from tidings.cli.looking import existing_database, existing_store
-from tidings.cli.output import BOLD, Json, columns, document_lines, facts, moment, paint, plain, say
-from tidings.cli.selecting import (
+from tidings.cli._exits import NO, OK, USAGE, Refused, answering
+from tidings.cli._find import find_services, named
+from tidings.cli._looking import existing_database, existing_store
+from tidings.cli._output import BOLD, Json, columns, document_lines, facts, moment, paint, plain, say
+from tidings.cli._selecting import (
     BIGGEST,
     All,
     Choice,
@@ -30,7 +30,7 @@ from tidings.cli.selecting import (
     Until,
     selected,
 )
-from tidings.cli.settled import Targets
+from tidings.cli.verify import Targets
 from tidings.settings import Settings
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tidings.cli.dead import Of, Yes, chosen, confirmed
-from tidings.cli.exits import NO, OK, Refused, answering
-from tidings.cli.find import event_named, find_services
-from tidings.cli.looking import existing_database, existing_store
-from tidings.cli.output import BOLD, Json, columns, document_lines, facts, paint, plain, say
-from tidings.cli.selecting import (
+from tidings.cli._exits import NO, OK, Refused, answering
+from tidings.cli._find import event_named, find_services
+from tidings.cli._looking import existing_database, existing_store
+from tidings.cli._output import BOLD, Json, columns, document_lines, facts, paint, plain, say
+from tidings.cli._selecting import (
     BIGGEST,
     All,
     Choice,
@@ -29,7 +28,8 @@ from tidings.cli.selecting import (
     Until,
     selected,
 )
-from tidings.cli.settled import Targets
+from tidings.cli.dead import Of, Yes, chosen, confirmed
+from tidings.cli.verify import Targets
 from tidings.operations.report import moment_of
 from tidings.settings import Settings
 

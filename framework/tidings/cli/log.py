@@ -6,12 +6,12 @@ import sys
 
 import typer
 
+from tidings.cli._exits import NO, OK, Refused, answering
+from tidings.cli._find import find_services
+from tidings.cli._looking import existing_database, existing_store
+from tidings.cli._output import Json, facts, plain, say
 from tidings.cli.dead import Yes, confirmed
-from tidings.cli.exits import NO, OK, Refused, answering
-from tidings.cli.find import find_services
-from tidings.cli.looking import existing_database, existing_store
-from tidings.cli.output import Json, facts, plain, say
-from tidings.cli.settled import Targets
+from tidings.cli.verify import Targets
 from tidings.settings import Settings
 
 __all__ = ["app"]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidings.cli.exits import NO, OK, Refused, answering
-from tidings.cli.find import named
-from tidings.cli.looking import existing_database, existing_layout, existing_store
-from tidings.cli.output import Json, columns, facts, plain, say
+from tidings.cli._exits import NO, OK, Refused, answering
+from tidings.cli._find import named
+from tidings.cli._looking import existing_database, existing_layout, existing_store
+from tidings.cli._output import Json, columns, facts, plain, say
 from tidings.errors import BusUnavailable
 from tidings.settings import Settings, open_bus
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tidings.cli._exits import NO, OK, USAGE, Refused, answering
+from tidings.cli._find import named
+from tidings.cli._looking import existing_database, existing_store
+from tidings.cli._output import Json, columns, facts, moment, plain, say
 from tidings.cli.dead import confirmed
-from tidings.cli.exits import NO, OK, USAGE, Refused, answering
-from tidings.cli.find import named
-from tidings.cli.looking import existing_database, existing_store
-from tidings.cli.output import Json, columns, facts, moment, plain, say
 from tidings.settings import Settings
 
 if TYPE_CHECKING:

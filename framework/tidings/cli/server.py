@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tidings.cli.exits import USAGE, Refused, answering
+from tidings.cli._exits import USAGE, Refused, answering
 
 __all__ = ["server"]
 

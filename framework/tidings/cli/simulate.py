@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from tidings.cli.exits import NO, OK, USAGE, Refused, answering
-from tidings.cli.output import Json, facts, plain, say
+from tidings.cli._exits import NO, OK, USAGE, Refused, answering
+from tidings.cli._output import Json, facts, plain, say
 
 if TYPE_CHECKING:
     from tidings.testing.simulation import Outcome

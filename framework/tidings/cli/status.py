@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from tidings.cli.exits import NO, OK, answering
-from tidings.cli.find import find_services
-from tidings.cli.looking import existing_store
-from tidings.cli.output import BOLD, GREEN, RED, Json, columns, facts, moment, paint, plain, say
-from tidings.cli.settled import Targets
+from tidings.cli._exits import NO, OK, answering
+from tidings.cli._find import find_services
+from tidings.cli._looking import existing_store
+from tidings.cli._output import BOLD, GREEN, RED, Json, columns, facts, moment, paint, plain, say
+from tidings.cli.verify import Targets
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.settings import Settings, open_bus
 

@@ -10,9 +10,9 @@ from uuid import UUID, uuid4
 
 import typer
 
-from tidings.cli.exits import USAGE, Refused, answering
-from tidings.cli.find import find_services
-from tidings.cli.handmade import (
+from tidings.cli._exits import USAGE, Refused, answering
+from tidings.cli._find import find_services
+from tidings.cli._handmade import (
     Handmade,
     check_against,
     check_data,
@@ -22,8 +22,8 @@ from tidings.cli.handmade import (
     given_metadata,
     made,
 )
-from tidings.cli.looking import existing_store, writable_store
-from tidings.cli.output import Json, columns, event_facts, event_lines, facts, moment, one_line, plain, say
+from tidings.cli._looking import existing_store, writable_store
+from tidings.cli._output import Json, columns, event_facts, event_lines, facts, moment, one_line, plain, say
 from tidings.errors import StoreUnavailable, StreamNotFound
 from tidings.protocol.position import RESERVED
 from tidings.settings import Settings

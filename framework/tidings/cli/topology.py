@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidings.buses import Found, Subscription
-from tidings.cli.exits import NO, OK, USAGE, Refused, answering
-from tidings.cli.find import find_services
-from tidings.cli.looking import subscriptions_of
-from tidings.cli.output import Json, columns, facts, plain, say
-from tidings.cli.settled import Targets
+from tidings.cli._exits import NO, OK, USAGE, Refused, answering
+from tidings.cli._find import find_services
+from tidings.cli._looking import subscriptions_of
+from tidings.cli._output import Json, columns, facts, plain, say
+from tidings.cli.verify import Targets
 from tidings.errors import TopologyMismatch
 from tidings.settings import Settings, open_bus, redact
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidings.cli.exits import OK, answering
-from tidings.cli.find import event_named, find_services
-from tidings.cli.looking import existing_database, existing_store
-from tidings.cli.output import BOLD, Json, facts, moment, paint, plain, say
-from tidings.cli.reading import Reading
-from tidings.cli.settled import Targets
+from tidings.cli._exits import OK, answering
+from tidings.cli._find import event_named, find_services
+from tidings.cli._looking import existing_database, existing_store
+from tidings.cli._output import BOLD, Json, facts, moment, paint, plain, say
+from tidings.cli._reading import Reading
+from tidings.cli.verify import Targets
 from tidings.operations.report import moment_of
 from tidings.settings import Settings
 

@@ -20,8 +20,8 @@ from urllib.request import Request, urlopen
 import sqlalchemy as sa
 
 from tidings.buses import EventBus, Found, Subscription
-from tidings.cli.exits import UNAVAILABLE, USAGE, Refused
-from tidings.cli.looking import existing_database
+from tidings.cli._exits import UNAVAILABLE, USAGE, Refused
+from tidings.cli._looking import existing_database
 from tidings.errors import ConfigurationError, DatabaseUnavailable
 from tidings.settings import Settings, redact
 

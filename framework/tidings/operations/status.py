@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from tidings.buses import EventBus, Found, Subscription
-from tidings.cli.looking import existing_database, subscriptions_of
+from tidings.cli._looking import existing_database, subscriptions_of
 from tidings.delivery.owned import OwnStore
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.logs import masked

@@ -19,8 +19,8 @@ import typer
 
 from tidings._support.escaping import plain_lines
 from tidings._support.tasks import leading, supervised
-from tidings.cli.exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering, code_of, complain
-from tidings.cli.find import find, find_service, find_services, is_application
+from tidings.cli._exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering, code_of, complain
+from tidings.cli._find import find, find_service, find_services, is_application
 from tidings.service import Service
 from tidings.settings import DEBUG, OTHER_VARIABLES, Settings, redact
 
@@ -53,7 +53,7 @@ def run(
     network it is a process of its own: tidings relay.
     """
     if reload:
-        from tidings.cli.reload import serve_with_reload
+        from tidings.cli._reload import serve_with_reload
 
         options = [f"--host={host}", f"--port={port}", f"--log-level={level}"]
         options += [] if health is None else [f"--health={health}"]
@@ -72,7 +72,7 @@ def run(
             USAGE,
             f"--health is for a service; {target!r} answers itself, with the routes of tidings.probes.health_routes",
         )
-    from tidings.cli.web import serve_application
+    from tidings.cli._web import serve_application
 
     return _serve(serve_application(found, host, port))
 
@@ -98,7 +98,7 @@ def relay(
 
 
 async def _relaying(settings: Settings, name: str, health: int | str | None) -> None:
-    from tidings.cli.acquainted import compare_logs
+    from tidings.cli._acquainted import compare_logs
     from tidings.hosting.runtime import serve
 
     async with supervised(compare_logs(settings, name)):
@@ -129,7 +129,7 @@ def dev(
     the lifespan of a web application is started by that one: do not name it, too.
     """
     if reload:
-        from tidings.cli.reload import serve_with_reload
+        from tidings.cli._reload import serve_with_reload
 
         options = [f"--folder={folder}", "--no-reload", f"--host={host}", f"--port={port}", f"--log-level={level}"]
         options += [] if health is None else [f"--health={health}"]
@@ -152,7 +152,7 @@ def dev(
     chosen = find_services(services, settings) if services or not applications else {}
     beside = []
     if applications:
-        from tidings.cli.web import application_beside
+        from tidings.cli._web import application_beside
 
         for nth, application in enumerate(applications.values()):
             beside.append(application_beside(application, host, port and port + nth))

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from tidings.cli.exits import INTERRUPTED, OK
+from tidings.cli._exits import INTERRUPTED, OK
 
 __all__ = ["python_files", "serve_with_reload"]
 

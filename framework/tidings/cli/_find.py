@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 from uuid import UUID
 
-from tidings.cli.exits import USAGE, Refused
+from tidings.cli._exits import USAGE, Refused
 from tidings.errors import TidingsError
 from tidings.service import Service
 from tidings.settings import Settings

@@ -18,7 +18,7 @@ import typer
 
 from tidings._support.escaping import plain_lines
 from tidings._support.tasks import leading
-from tidings.cli.output import facts, plain
+from tidings.cli._output import facts, plain
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,

@@ -8,8 +8,8 @@ from typing import Final
 import sqlalchemy as sa
 import structlog
 
-from tidings.cli.find import find_services
-from tidings.cli.looking import existing_database, existing_store
+from tidings.cli._find import find_services
+from tidings.cli._looking import existing_database, existing_store
 from tidings.settings import Settings
 
 __all__ = ["compare_logs", "other_logs"]

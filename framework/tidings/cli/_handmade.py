@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from tidings._support.json_limits import parse
-from tidings.cli.exits import NO, USAGE, Refused
-from tidings.cli.output import document_lines, event_facts, facts, plain
+from tidings.cli._exits import NO, USAGE, Refused
+from tidings.cli._output import document_lines, event_facts, facts, plain
 from tidings.errors import DeployNeeded, SchemaError, StreamDeleted, StreamNotFound
 from tidings.modelling.aggregate import Aggregate, declared
 from tidings.modelling.codec import decode, read_metadata

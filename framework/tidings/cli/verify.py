@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidings.cli.exits import NO, OK, answering
-from tidings.cli.find import find_services
-from tidings.cli.looking import existing_database, existing_store
-from tidings.cli.output import GREEN, RED, Json, facts, paint, plain, say
-from tidings.cli.reading import Reading
+from tidings.cli._exits import NO, OK, answering
+from tidings.cli._find import find_services
+from tidings.cli._looking import existing_database, existing_store
+from tidings.cli._output import GREEN, RED, Json, facts, paint, plain, say
+from tidings.cli._reading import Reading
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ async def verify(
     report, recount = await _look(settings, found, relay, deep)
     done: list[str] = []
     if repair:
-        from tidings.cli.repairing import Repair
+        from tidings.cli._repairing import Repair
 
         if not json and not report.ok:
             _show(report, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Generic, TypeVar
 
 import typer
 
-from tidings.cli.exits import USAGE, Refused
+from tidings.cli._exits import USAGE, Refused
 
 if TYPE_CHECKING:
     from tidings.operations.selection import Selection

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from tidings.buses import EventBus, Subscription
-from tidings.cli.looking import existing_database, existing_store
+from tidings.cli._looking import existing_database, existing_store
 from tidings.errors import StreamDeleted, Unroutable
 from tidings.settings import Settings, open_bus
 from tidings.stores import EventStore

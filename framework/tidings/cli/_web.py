@@ -11,7 +11,7 @@ from typing import Any, Final
 import structlog
 
 from tidings._support.tasks import together
-from tidings.cli.exits import UNAVAILABLE, USAGE, Refused
+from tidings.cli._exits import UNAVAILABLE, USAGE, Refused
 from tidings.hosting.probes import listening_at
 from tidings.hosting.signals import StopSignals
 

@@ -15,17 +15,17 @@ from tidings.cli import (
     log,
     partitions,
     replay,
+    run,
     server,
-    serving,
-    settled,
     simulate,
     skip,
     status,
     streams,
     topology,
+    verify,
     why,
 )
-from tidings.cli.exits import TABLE
+from tidings.cli._exits import TABLE
 from tidings.settings import DEBUG
 
 __all__ = ["app"]
@@ -68,11 +68,11 @@ def tidings(
         os.environ[DEBUG] = "1"
 
 
-app.command("run", short_help="Run a service, or a web application.")(serving.run)
-app.command("relay", short_help="Carry events from the log to the bus.")(serving.relay)
-app.command("dev", short_help="Run everything embedded, restarting on change.")(serving.dev)
+app.command("run", short_help="Run a service, or a web application.")(run.run)
+app.command("relay", short_help="Carry events from the log to the bus.")(run.relay)
+app.command("dev", short_help="Run everything embedded, restarting on change.")(run.dev)
 app.command("server", short_help="Serve EventStoreDB's protocol from a file.")(server.server)
-app.command("verify", short_help="Is every event settled in every service?")(settled.verify)
+app.command("verify", short_help="Is every event settled in every service?")(verify.verify)
 app.command("replay", short_help="Run a service's handlers again from there on.")(replay.replay)
 app.command("status", short_help="How far are log, relay and services?")(status.status)
 app.command("partitions", short_help="Into how many a service is divided; resize it.")(partitions.partitions)
