@@ -84,7 +84,7 @@ async def note(event: Measured, context: Context, audit: Audit) -> None:
 
 
 def event(number: int) -> EventData:
-    """As `tidings.codec.encode` writes it, in a fifth of the time."""
+    """As `tidings.modelling.codec.encode` writes it, in a fifth of the time."""
     identity, key = uuid4(), f"key-{number * 7919 % KEYS:03}"
     data = f'{{"key":"{key}","number":{number},"text":"{"x" * 150}"}}'
     metadata = f'{{"$correlationId":"{identity}","schemaVersion":1,"partitionKey":"{key}"}}'

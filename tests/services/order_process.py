@@ -37,5 +37,5 @@ async def opened(url: str) -> AsyncIterator[EventStore]:
 
 
 if __name__ == "__main__":
-    with patch("tidings.running.open_store", opened):
+    with patch("tidings.hosting.running.open_store", opened):
         uvicorn.run("services.order.api:api", host="127.0.0.1", port=0)

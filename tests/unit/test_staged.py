@@ -76,7 +76,7 @@ def test_an_event_is_in_the_log_once_however_often_and_whenever_it_is_resolved(
 
 
 async def _walk(steps: list[tuple[str, str, int]], remembered: int) -> None:
-    with patch("tidings.resolution.LONG", 3):
+    with patch("tidings.delivery.resolution.LONG", 3):
         async with open_store(f"memory://{uuid4()}") as store:
             await store.log_id()
             resolver, rows = Resolver(store, remembered=remembered), dict[str, list[StagedEvent]](a=[], b=[])

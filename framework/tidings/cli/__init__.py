@@ -15,12 +15,12 @@ _SERVE = {"run", "relay", "dev", "server"}
 
 def _end(number: int, frame: object) -> None:
     """A command that serves has begun nothing yet, so there is nothing to drain: it ends well. Once it serves, signals
-    are `tidings.signals`'."""
+    are `tidings.hosting.signals`'."""
     os._exit(0)
 
 
 def main() -> None:
-    """The console script. Never returns: it exits with a code of `tidings.cli.exits`."""
+    """The console script. Never returns: it exits with a code of `tidings.cli._exits`."""
     if _SERVE.intersection(sys.argv[1:]):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)

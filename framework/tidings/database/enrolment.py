@@ -2,7 +2,7 @@
 
 Each range remembers the handlers of the process that was at work on it last. A process that takes over compares them
 with its own, bucket by bucket: a handler that left is behind from there on; one that comes back goes on from there; a
-new one begins where it was declared to (`since`). What a handler is behind, `tidings.catchup` gives it. So a deploy, a
+new one begins where it was declared to (`since`). What a handler is behind, `delivery.catchup` gives it. So a deploy, a
 rollback, and two versions of a service side by side lose nothing and do nothing twice. No handler is run here.
 """
 

@@ -92,7 +92,7 @@ def recorded(row: sa.Row[Any]) -> RecordedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """How far replays sent a bucket range back (`tidings.replay`)."""
+    """How far replays sent a bucket range back (`tidings.operations.replay`)."""
 
     upto: Mapping[int, int] = field(default_factory=dict)
     """By bucket: up to here everything had been settled before."""
@@ -411,7 +411,7 @@ class Inbox:
             raise Fenced(f"service {self._service!r}: another process is at work on this range now; joining again")
 
     async def notes(self, connection: AsyncConnection, names: Collection[str] | None = None) -> dict[int, int]:
-        """Position to the number of unclean ends with that event under way (`tidings.crashes`). What was settled
+        """Position to the number of unclean ends with that event under way (`delivery.crashes`). What was settled
         meanwhile is forgotten first; `names` are all that the service's handlers have, or had, as far as is known."""
         await self._forget_settled(connection, names)
         found = await connection.execute(sa.select(begun.c.position, begun.c.times).where(*self._notes_are_ours()))

@@ -81,7 +81,7 @@ class Range(NamedTuple):
     asked: str | None
     """The process that asks for it."""
     handlers: str | None = None
-    """Whom its events are given to (`tidings.enrolment`); None where nobody has noted it."""
+    """Whom its events are given to (`tidings.database.enrolment`); None where nobody has noted it."""
 
 
 async def layout_of(connection: AsyncConnection, service: str, *, locked: bool = False) -> Layout | None:

@@ -139,7 +139,7 @@ class Resources:
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """A database, store or bus is away. For errors that no handler raised; `Ours` judges those (`tidings.owned`)."""
+    """A database, store or bus is away. For errors that no handler raised; `Ours` judges those (`owned`)."""
     return isinstance(error, Fenced | StoreUnavailable | BusUnavailable) or is_outage(error)
 
 

@@ -1,6 +1,6 @@
 """Who is at work on a bucket range, and what it has begun, so that an event that ends the process is found out.
 
-The decisions are those of `tidings.crashes`; here they meet the database and the notebook. It runs no handler.
+The decisions are those of `tidings.delivery.crashes`; here they meet the database and the notebook. It runs no handler.
 """
 
 from __future__ import annotations

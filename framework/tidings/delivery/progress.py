@@ -52,7 +52,7 @@ class Batch:
     never: list[tuple[UUID, Letter]] = field(default_factory=list)
     """Staged events that can never be appended."""
     noted: dict[int, int] = field(default_factory=dict)
-    """Events that were noted before they were run, and have ended (`tidings.crashes`): position to the unclean ends
+    """Events that were noted before they were run, and have ended (`crashes`): position to the unclean ends
     that the note is to count, 0 for no note."""
     doubted: list[Item] = field(default_factory=list)
     """An attempt at them failed, perhaps because another process has done them. They are not finished by that."""

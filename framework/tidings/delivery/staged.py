@@ -66,7 +66,7 @@ class Stager:
     that this process has just committed, and whose cause was appended to the log after this process had begun to be the
     one at work. Any other row may have been appended already: by a process before this one, or in an earlier life of
     the service, of which its database knows nothing when it is a new one, or was restored from a backup. Then its
-    stream is read back to its cause first, and it is appended at the version just read (`tidings.resolution`).
+    stream is read back to its cause first, and it is appended at the version just read (`tidings.delivery.resolution`).
     `appended` and `buried` are called with what may be forgotten, or is given up.
     """
 

@@ -56,7 +56,7 @@ class Troubles:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracebacks: Final = Tracebacks(clock)
         self.process: Final = str(uuid4())
-        """Who marks a range as its own: every process has another one (`tidings.crashes`)."""
+        """Who marks a range as its own: every process has another one (`tidings.delivery.crashes`)."""
         self.attempts: dict[Turn, int] = {}
         self.cautions: Final[dict[range, Caution]] = {}
         """Events under suspicion of ending the process, by bucket range."""

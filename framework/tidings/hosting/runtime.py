@@ -203,7 +203,7 @@ async def serve(
 
     A second signal ends the process at once, with 130 or 143. `relay` as for `Runtime`: `serve(relay=True)` is the
     relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`, that answers `/live` and
-    `/ready` (see `tidings.probes`). `beside` are entered after the services and left before them. Where structlog is
+    `/ready` (see `probes`). `beside` are entered after the services and left before them. Where structlog is
     not configured yet, this does it (`tidings.logs`). For the main thread; raises `ConfigurationError`, `LogChanged`,
     `LogBehind`, and `StoreUnavailable` or `DatabaseUnavailable` where waiting does not help.
     """

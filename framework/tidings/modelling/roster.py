@@ -2,7 +2,7 @@
 
 Mostly all that the service declares for its type. Not those that are done with it already while it waits for another
 handler (`partial`), not those that were to begin after it, and not those that are behind in its bucket and come to it
-on their own (`tidings.catchup`).
+on their own (`tidings.delivery.catchup`).
 """
 
 from __future__ import annotations

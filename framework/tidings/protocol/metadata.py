@@ -1,5 +1,5 @@
 """Metadata exactly as Tidings writes it, read by one pattern: a JSON parser takes four times as long, for each event
-twice. It never guesses: what is not to the letter as `tidings.codec.encode` writes it is left to the parser."""
+twice. It never guesses: what is not to the letter as `codec.encode` writes it is left to the parser."""
 
 from __future__ import annotations
 

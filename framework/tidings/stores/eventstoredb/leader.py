@@ -196,7 +196,7 @@ class Leader:
 
     async def identity(self, connection: Connection) -> UUID | None:
         """The log's; None when it has none that can be read."""
-        # The first event says it, or the last one that gave a restored log a new identity (`tidings.lineage`).
+        # The first event says it, or the last one that gave a restored log a new identity (`tidings.database.lineage`).
         try:
             request = wire.read_stream_request(LOG_STREAM, None, backwards=True, count=1)
             found = await self._first(connection, request)

@@ -251,7 +251,7 @@ def head(connection: sqlite3.Connection) -> int:
 
 
 def log_id(connection: sqlite3.Connection) -> UUID:
-    # The first event says it, or the last one that gave a restored log a new identity (`tidings.lineage`).
+    # The first event says it, or the last one that gave a restored log a new identity (`tidings.database.lineage`).
     row = connection.execute(
         "SELECT data FROM log WHERE stream = 'tidings_log' AND (version = 0 OR type = 'tidings_LogRenewed') "
         "ORDER BY version DESC LIMIT 1"

@@ -502,7 +502,7 @@ def sealed(world: World) -> Iterator[None]:
     gc.disable()  # what a collection finalizes, and when, depends on what ran before
     try:
         # Worlds are small: breakers open here after as few failures as a world has.
-        with patch.multiple("tidings.breaker", FAILURES=3, KEYS=2):
+        with patch.multiple("tidings.delivery.breaker", FAILURES=3, KEYS=2):
             yield
     finally:
         setattr(time, "time", real)  # noqa: B010
