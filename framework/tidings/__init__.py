@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tidings.adapters import open_bus, open_store
     from tidings.hosting.runtime import Runtime
     from tidings.modelling.aggregate import Aggregate, evolves, stream_version
     from tidings.modelling.context import Context
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tidings.producing.connection import connect
     from tidings.relay.relay import Relay
     from tidings.service import Service
-    from tidings.settings import Settings, open_bus, open_store
+    from tidings.settings import Settings
     from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
 
 __all__ = [
@@ -63,7 +64,8 @@ _PLACES = {
     "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
     "hosting.runtime": ("Runtime",),
     "service": ("Service",),
-    "settings": ("Settings", "open_bus", "open_store"),
+    "adapters": ("open_bus", "open_store"),
+    "settings": ("Settings",),
     "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent"),
 }
 _MODULES = {name: f"tidings.{module}" for module, names in _PLACES.items() for name in names}

@@ -1,4 +1,4 @@
-"""One stream of structured lines for the process, and the facts of the event in each line that a handler logs.
+"""One stream of structured lines for the process: where it goes, as text or JSON, and what is masked in it.
 
 Importing this configures nothing: `configure_logging` is for whoever owns the process.
 """
@@ -9,13 +9,11 @@ import logging
 import os
 import re
 import sys
-from contextvars import Context as Variables
-from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import Any, Final, TextIO
 
 import structlog
 from structlog import PrintLogger
-from structlog.contextvars import bind_contextvars, merge_contextvars
+from structlog.contextvars import merge_contextvars
 from structlog.dev import ConsoleRenderer, plain_traceback
 from structlog.processors import (
     ExceptionRenderer,
@@ -38,11 +36,9 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from tidings._support.escaping import plain, plain_lines
 from tidings.errors import ConfigurationError
+from tidings.urls import redact
 
-if TYPE_CHECKING:
-    from tidings.modelling.context import Context
-
-__all__ = ["bind_handling", "configure_by_default", "configure_logging", "handling", "masked"]
+__all__ = ["configure_by_default", "configure_logging", "masked"]
 
 _LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 _THEIR_OWN: Final = ("uvicorn", "uvicorn.error", "uvicorn.access")
@@ -151,8 +147,6 @@ _SPACE: Final = re.compile(r"(\s+)")
 def _redacted(word: str) -> str:
     """By looking once for each sign: what is logged may come from strangers, and a pattern over all of it would take
     minutes for a megabyte made on purpose."""
-    from tidings.settings import redact
-
     colon = word.find("://", 0, max(word.rfind("@"), 0))
     if colon < 0:
         return word
@@ -177,57 +171,3 @@ def _escape(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:
 
 
 _IN_LINES: Final = ("exception", "stack")
-
-
-# structlog's own variables, taken once from what it hands out: setting them costs 0.9 µs per event, going through
-# `bind_contextvars` 3 µs (measured for 8 keys on Python 3.11).
-_VARIABLES: Final = {
-    name: token.var
-    for name, token in Variables()
-    .run(
-        bind_contextvars,
-        service=None,
-        handler=None,
-        event_id=None,
-        position=None,
-        stream=None,
-        correlation_id=None,
-        attempt=None,
-        traceparent=None,
-    )
-    .items()
-}
-_set_service, _set_handler, _set_event_id, _set_position, _set_stream, _set_correlation, _set_attempt, _set_trace = (
-    variable.set for variable in _VARIABLES.values()
-)
-
-
-def handling(service: str, handler: str) -> Variables:
-    """The context that the handler's calls begin in, each in a copy: it says whose lines they log."""
-
-    def bind() -> None:
-        _set_service(service)
-        _set_handler(handler)
-        _set_attempt(1)
-
-    variables = copy_context()
-    variables.run(bind)
-    return variables
-
-
-def bind_handling(context: Context) -> None:
-    """From here on each line that is logged in the running context, one of `handling`, says which event it is about.
-
-    It is never undone: call it inside a copy that ends with the handler.
-    """
-    event = context.event
-    digits = event.id_bytes.hex()  # making a UUID and its text takes three times as long
-    _set_event_id(f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}")
-    _set_position(event.position)
-    _set_stream(event.stream)
-    _set_correlation(context.correlation_id)
-    if context.attempt != 1:
-        _set_attempt(context.attempt)
-    trace = context.metadata.get("traceparent")
-    if isinstance(trace, str):
-        _set_trace(trace)

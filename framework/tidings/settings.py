@@ -1,36 +1,20 @@
-"""Settings from the environment, and URLs turned into adapters. Nothing is read or opened at import."""
+"""Settings from the environment. Nothing is read at import, and nothing is opened."""
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from collections.abc import Mapping
+from typing import Any, Final
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from tidings.buses import EventBus
+from tidings.adapters import check_bus, check_store
 from tidings.environment import FurtherVariables, is_further, key_of_service, variable_of
 from tidings.errors import ConfigurationError
-from tidings.stores import EventStore
+from tidings.urls import redact
 
-__all__ = ["Settings", "open_bus", "open_store", "redact"]
-
-# scheme -> (module, function, what to install when an import of it fails)
-_STORES: Final = {
-    "sqlite": ("tidings.stores.sqlite.store", "open_sqlite", ""),
-    "memory": ("tidings.stores.sqlite.store", "open_sqlite", ""),
-    "esdb": ("tidings.stores.eventstoredb.store", "open_eventstoredb", "eventstoredb"),
-    "esdb+discover": ("tidings.stores.eventstoredb.store", "open_eventstoredb", "eventstoredb"),
-}
-_BUSES: Final = {
-    "memory": ("tidings.buses.memory", "open_memory", ""),
-    "amqp": ("tidings.buses.rabbitmq.bus", "open_rabbitmq", "rabbitmq"),
-    "amqps": ("tidings.buses.rabbitmq.bus", "open_rabbitmq", "rabbitmq"),
-}
+__all__ = ["Settings"]
 
 
 OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL", "TIDINGS_SERVER_")
@@ -95,13 +79,13 @@ class Settings(BaseSettings):
     @field_validator("store")
     @classmethod
     def _store_known(cls, url: str) -> str:
-        _adapter(_STORES, "store", url)
+        check_store(url)
         return url
 
     @field_validator("bus")
     @classmethod
     def _bus_known(cls, url: str) -> str:
-        _adapter(_BUSES, "bus", url)
+        check_bus(url)
         return url
 
     @field_validator("database")
@@ -166,66 +150,3 @@ def _shown(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: redact(url) for key, url in value.items()}
     return value if name == "services" else redact(value)
-
-
-def redact(url: str) -> str:
-    """A URL that may be shown: without password and query, also where the password was not escaped as it should be.
-
-    What stands before the last '@' is taken for user and password, whatever characters are in it.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or not _SCHEME.fullmatch(scheme):
-        # No URL: it may be a user, a password and a host just as well, so it is shown only without any of their signs.
-        return "<not a URL>" if re.search(r"[@=:\s]", url) else url
-    shown, place = "", rest
-    if "@" in rest and not (rest.startswith("/") and scheme.lower().startswith(("sqlite", "memory"))):
-        secret, _, place = rest.rpartition("@")
-        user, colon, _ = secret.partition(":")
-        shown = f"{user}:***@" if colon and user else "***@"
-    return f"{scheme}://{shown}{re.split(r'[?#;&=]', place)[0]}"
-
-
-_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
-
-
-def _adapter(known: dict[str, tuple[str, str, str]], what: str, url: str) -> tuple[str, str, str]:
-    scheme, separator, _ = url.partition("://")
-    found = known.get(scheme.lower())
-    if not separator or found is None:
-        choices = ", ".join(f"{name}://" for name in known)
-        raise ConfigurationError(
-            f"TIDINGS_{what.upper()}: no {what} adapter for {redact(url)!r}: the URL must begin with one of {choices}"
-        )
-    return found
-
-
-@asynccontextmanager
-async def _opened(known: dict[str, tuple[str, str, str]], what: str, url: str) -> AsyncIterator[Any]:
-    module, function, extra = _adapter(known, what, url)
-    try:
-        opener = cast("Callable[[str], Any]", getattr(importlib.import_module(module), function))
-    except ImportError as error:
-        if not extra or not error.name or error.name.startswith("tidings"):
-            raise
-        raise ConfigurationError(
-            f"{redact(url)} needs the package {error.name!r}: install it with  pip install 'tidings[{extra}]'"
-        ) from error
-    adapter = await opener(url)
-    try:
-        yield adapter
-    finally:
-        await adapter.close()
-
-
-@asynccontextmanager
-async def open_store(url: str) -> AsyncIterator[EventStore]:
-    """The event store behind `url`. Raises `ConfigurationError` for a URL that fits none, `StoreUnavailable`."""
-    async with _opened(_STORES, "store", url) as store:
-        yield store
-
-
-@asynccontextmanager
-async def open_bus(url: str) -> AsyncIterator[EventBus]:
-    """The event bus behind `url`. Raises `ConfigurationError` for a URL that fits none. Connections open on use."""
-    async with _opened(_BUSES, "bus", url) as bus:
-        yield bus

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.benchmarks.path import Measured, fill, make_queue, with_broker
 from tidings import Service, open_store
-from tidings.hosting.runtime import serve
+from tidings.hosting.serve import serve
 from tidings.testing.brokers import RabbitMQ, RabbitMQNode
 
 EVENTS = 12_000

@@ -29,7 +29,7 @@ from tests.benchmarks.bench_server import peak_mb
 from tests.benchmarks.path import KEYS, Measured, drop_queue, with_broker
 from tidings import Context, EventData, EventStore, Service, open_store
 from tidings.database.engine import file_of
-from tidings.hosting.runtime import serve
+from tidings.hosting.serve import serve
 from tidings.operations.verify import last_carried
 from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.relay.checkpoints import write_checkpoint

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_server [--events 1000000]
 
-The server is `python -m tidings.server` on a database file, in a process of its own. Appending: esdbclient's
+The server is `python -m tidings server` on a database file, in a process of its own. Appending: esdbclient's
 synchronous client, one durable event of 200 bytes after the other, beside what no append can do without: the same
 client's no-op, a read of a stream that is not there, and SQLite's own durable commit on the same disk. Reading: the
 whole log by the adapter, beside the embedded store read in this process. Memory: the most that the server had resident
@@ -42,7 +42,7 @@ LIMIT_MB = 200.0
 @contextmanager
 def served(folder: str) -> Iterator[tuple[str, int]]:
     """The URI of a server, and the id of its process."""
-    command = [sys.executable, "-m", "tidings.server", "--db", f"{folder}/served.db", "--port", "0"]
+    command = [sys.executable, "-m", "tidings", "server", "--db", f"{folder}/served.db", "--port", "0"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

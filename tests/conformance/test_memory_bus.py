@@ -8,10 +8,10 @@ from uuid import uuid4
 
 import pytest
 
+from tidings.adapters import open_bus
 from tidings.buses import EventBus, Subscription
 from tidings.buses.memory import MemoryBus, open_memory
 from tidings.errors import ConfigurationError
-from tidings.settings import open_bus
 from tidings.testing.bus_conformance import BusConformance, BusEnvironment, event, events, send_all, take
 
 

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import aiormq
 import pytest
 
+from tidings.adapters import open_bus
 from tidings.buses import EventBus
 from tidings.buses.rabbitmq.bus import RabbitMQBus
-from tidings.settings import open_bus
 from tidings.testing.bus_conformance import BusConformance, BusEnvironment
 
 

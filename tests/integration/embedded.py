@@ -98,6 +98,7 @@ class World:
         for event in events:
             of[stream or f"{type(event).__name__}-{event.key}"].append(event)
         service = self.running[0].service
+        assert isinstance(service, Service)
         await asyncio.gather(*(service.append(name, *group) for name, group in of.items()))
 
     async def report(self) -> Report:

@@ -25,11 +25,11 @@ STREAMS = "/event_store.client.streams.Streams"
 
 
 class ServerProcess:
-    """`python -m tidings.server`, ready when the block begins."""
+    """`python -m tidings server`, ready when the block begins."""
 
     def __init__(self, db: Path | None, *options: str, port: int = 0, users: str = "", size_limit: int = 0) -> None:
         where = ["--memory"] if db is None else ["--db", str(db)]
-        self._command = [sys.executable, "-m", "tidings.server", *where, "--port", str(port), *options]
+        self._command = [sys.executable, "-m", "tidings", "server", *where, "--port", str(port), *options]
         if size_limit:
             self._command = ["sh", "-c", f'ulimit -f {size_limit}; trap "" XFSZ; exec "$@"', "sh", *self._command]
         self._environment = os.environ | {PASSWORDS: users}

@@ -13,7 +13,7 @@ import structlog
 
 from tidings import Event, Runtime, Service
 from tidings.errors import ConfigurationError
-from tidings.hosting.runtime import serve
+from tidings.hosting.serve import serve
 
 log = structlog.get_logger("stoppable")
 

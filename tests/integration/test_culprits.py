@@ -387,7 +387,7 @@ async def test_another_process_that_has_the_queue_and_does_nothing_is_named(tmp_
         store=f"sqlite:///{tmp_path}/log.db", bus="memory://shared", database=f"sqlite:///{tmp_path}/s.db"
     )
     from tidings._support.tasks import supervised
-    from tidings.settings import open_bus, open_store
+    from tidings.adapters import open_bus, open_store
 
     clock = Clock()
     async with (

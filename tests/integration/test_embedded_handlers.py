@@ -586,7 +586,7 @@ async def test_a_handler_that_blocks_the_loop_is_named_with_its_stack(tmp_path: 
 
     with capture_logs() as logs:
         async with embedded(tmp_path, service) as world:
-            with Watchdog(world.running[0], seconds=0.1):
+            with Watchdog("audit", world.running[0].working, seconds=0.1):
                 await world.append(CULPRIT)
                 await world.settled()
     blocked = [entry for entry in logs if entry["event"] == "loop.blocked"]

@@ -208,7 +208,8 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
         bus = await stack.enter_async_context(open_bus(settings.bus))
         assert isinstance(bus, MemoryBus)
         relay = Relay(store, bus, marker_seconds=0.05, checkpoint_seconds=0.02)
-        writer = await stack.enter_async_context(Service("writer").running(settings, store=store, bus=bus))
+        writer = Service("writer")
+        await stack.enter_async_context(writer.running(settings, store=store, bus=bus))
         await stack.enter_async_context(supervised(relay.run()))
         async with lives(fate, settings, store, bus):
             pass
@@ -234,7 +235,7 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
                         event = chance.choice((Happened, Told))(key=key, n=numbered[key])
                         numbered[key] += 1
                         events.append(event)
-                        await writer.service.append(f"mixed-{key}", event)
+                        await writer.append(f"mixed-{key}", event)
                     await asyncio.sleep(chance.random() / 5)
                     if chance.random() < 0.3:
                         bus.drop_connections()

@@ -66,6 +66,7 @@ def reading(view: type[Event], *others: type[Event], retry: Retry = IMPATIENT) -
 
 async def append(world: World, *events: Event) -> None:
     service = world.running[0].service
+    assert isinstance(service, Service)
     for event in events:
         await service.append(f"order-{event.model_dump()['order']}", event)
 

@@ -11,9 +11,9 @@ from urllib.parse import quote
 import pytest
 
 from tests.integration.eventstoredb import PATIENCE, many
+from tidings.adapters import open_store
 from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted, StreamForbidden
 from tidings.server import EventStoreServer
-from tidings.settings import open_store
 from tidings.stores import EventStore
 from tidings.testing.store_conformance import closing, events, numbers, read, take
 

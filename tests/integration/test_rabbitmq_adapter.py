@@ -20,12 +20,12 @@ from structlog.testing import capture_logs
 
 from tests.faults.proxy import Proxy
 from tidings import EventData, Relay, open_store
+from tidings.adapters import open_bus
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq.bus import open_rabbitmq
 from tidings.buses.rabbitmq.topology import EXCHANGE, QUEUE_BYTES
 from tidings.errors import BusUnavailable, MalformedMessage, PublishRejected, TopologyMismatch
 from tidings.protocol.message import MARKER, Message, decode
-from tidings.settings import open_bus
 from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
 
 SERVICE = Subscription("inventory")

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 from structlog.testing import capture_logs
 
+from tidings.adapters import open_bus
 from tidings.buses import EventBus, Subscription
 from tidings.errors import BusUnavailable, PublishRejected
 from tidings.protocol.message import Message
-from tidings.settings import open_bus
 from tidings.testing.brokers import RabbitMQNode
 from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, take
 

@@ -13,7 +13,7 @@ import structlog
 
 from tests.unit.command_line import invoke
 from tidings import Aggregate, Context, Event, Runtime, Service, Settings, evolves
-from tidings.settings import open_store
+from tidings.adapters import open_store
 
 HERE = __name__
 

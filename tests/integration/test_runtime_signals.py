@@ -22,7 +22,7 @@ import pytest
 from tests.integration.processes import ROOT, until
 from tidings import Service
 from tidings.errors import ConfigurationError
-from tidings.hosting.runtime import serve
+from tidings.hosting.serve import serve
 
 
 class Process:

@@ -14,12 +14,12 @@ import pytest
 
 from tests.integration.embedded import Followed, Happened, StoreAround, embedded, settings_for
 from tidings import Context, Event, EventData, EventStore, RecordedEvent, Retry, Service
+from tidings.adapters import open_store
 from tidings.database.engine import Database, dead, floors, open_database, staged, watermarks
 from tidings.errors import StreamNotFound
 from tidings.operations.lookup import Lookup
 from tidings.operations.timeline import MOST, EventNotFound, Happening, trace
 from tidings.relay.checkpoints import checkpoint_stream, write_checkpoint
-from tidings.settings import open_store
 
 
 class Ended(Event, key="key"):

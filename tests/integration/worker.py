@@ -12,7 +12,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, Text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tidings import Context, Event, Relay, Service, Settings, open_bus, open_store
-from tidings.hosting.runtime import serve
+from tidings.hosting.serve import serve
 
 tables = MetaData()
 audit = Table(

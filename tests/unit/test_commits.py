@@ -13,8 +13,8 @@ import pytest
 
 import tidings.delivery.commits
 from tidings._support.timers import Timers
+from tidings._support.writes import Writes
 from tidings.delivery.commits import LOOK_SECONDS, MANY, Commits
-from tidings.delivery.owned import Writes
 from tidings.delivery.progress import Batch
 from tidings.delivery.work import Item, Step, Troubles
 from tidings.modelling.handlers import Handler, Retry

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-import tidings.cli._looking as looking
+import tidings.operations.looking as looking
 from tidings.errors import DatabaseUnavailable
 from tidings.settings import Settings
 

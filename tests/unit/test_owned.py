@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
+from tidings._support.ownership import mark, related
 from tidings.database.engine import Database, connected, open_database
-from tidings.delivery.owned import Ours, OwnBus, OwnStore, mark, related
+from tidings.delivery.owned import Ours, OwnBus, OwnStore
 from tidings.errors import BusUnavailable, DatabaseUnavailable, Fenced, StoreUnavailable, StreamForbidden
 from tidings.stores import RecordedEvent
 

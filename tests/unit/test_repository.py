@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from tidings.adapters import open_store
 from tidings.errors import (
     ConfigurationError,
     Contention,
@@ -24,7 +25,6 @@ from tidings.modelling.codec import Cause, encode
 from tidings.modelling.context import Context
 from tidings.modelling.events import Event
 from tidings.modelling.repository import Repository
-from tidings.settings import open_store
 from tidings.stores import ANY, NO_STREAM, Appended, EventData, EventStore, Expected, RecordedEvent
 
 

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
-from tidings.settings import Settings, open_bus, open_store, redact
+from tidings.settings import Settings
 from tidings.stores import EventStore
+from tidings.urls import redact
 
 NAMES = ("TIDINGS_STORE", "TIDINGS_BUS", "TIDINGS_DATABASE")
 

@@ -20,8 +20,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from tidings.adapters import open_store
 from tidings.errors import ConfigurationError, InvalidStreamName, StoreUnavailable, StreamNotFound, WrongExpectedVersion
-from tidings.settings import open_store
 from tidings.stores import ANY, NO_STREAM, CaughtUp, EventData, EventStore, Filter
 from tidings.stores.sqlite.store import SqliteStore, open_sqlite
 from tidings.testing.store_conformance import caught_up, closing, event, events, many, numbers, read, take

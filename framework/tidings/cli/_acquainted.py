@@ -9,7 +9,7 @@ import sqlalchemy as sa
 import structlog
 
 from tidings.cli._find import find_services
-from tidings.cli._looking import existing_database, existing_store
+from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 __all__ = ["compare_logs", "other_logs"]

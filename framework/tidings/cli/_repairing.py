@@ -12,10 +12,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
+from tidings.adapters import open_bus
 from tidings.buses import EventBus, Subscription
-from tidings.cli._looking import existing_database, existing_store
 from tidings.errors import StreamDeleted, Unroutable
-from tidings.settings import Settings, open_bus
+from tidings.operations.looking import existing_database, existing_store
+from tidings.settings import Settings
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ GRACE_SECONDS: Final = 1
 
 
 async def serve_application(application: Any, host: str, port: int) -> None:
-    """Until SIGINT or SIGTERM, then drain, as `tidings.hosting.runtime.serve` does.
+    """Until SIGINT or SIGTERM, then drain, as `tidings.hosting.serve.serve` does.
 
     Raises `ConfigurationError` for an address that cannot be had, before anything starts, and what the application's
     lifespan raised, at its start or later.

@@ -13,7 +13,6 @@ import typer
 
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services, named
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import BOLD, Json, columns, document_lines, facts, moment, paint, plain, say
 from tidings.cli._selecting import (
     BIGGEST,
@@ -31,6 +30,7 @@ from tidings.cli._selecting import (
     selected,
 )
 from tidings.cli.verify import Targets
+from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import typer
 
 from tidings.cli._exits import NO, OK, Refused, answering
 from tidings.cli._find import event_named, find_services
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import BOLD, Json, columns, document_lines, facts, paint, plain, say
 from tidings.cli._selecting import (
     BIGGEST,
@@ -30,6 +29,7 @@ from tidings.cli._selecting import (
 )
 from tidings.cli.dead import Of, Yes, chosen, confirmed
 from tidings.cli.verify import Targets
+from tidings.operations.looking import existing_database, existing_store
 from tidings.operations.report import moment_of
 from tidings.settings import Settings
 

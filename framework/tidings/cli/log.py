@@ -8,10 +8,10 @@ import typer
 
 from tidings.cli._exits import NO, OK, Refused, answering
 from tidings.cli._find import find_services
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import Json, facts, plain, say
 from tidings.cli.dead import Yes, confirmed
 from tidings.cli.verify import Targets
+from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 __all__ = ["app"]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tidings.adapters import open_bus
 from tidings.cli._exits import NO, OK, Refused, answering
 from tidings.cli._find import named
-from tidings.cli._looking import existing_database, existing_layout, existing_store
 from tidings.cli._output import Json, columns, facts, plain, say
 from tidings.errors import BusUnavailable
-from tidings.settings import Settings, open_bus
+from tidings.operations.looking import existing_database, existing_layout, existing_store
+from tidings.settings import Settings
 
 if TYPE_CHECKING:
     from tidings.buses import Found

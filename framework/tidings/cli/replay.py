@@ -13,9 +13,9 @@ import typer
 
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import named
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import Json, columns, facts, moment, plain, say
 from tidings.cli.dead import confirmed
+from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 if TYPE_CHECKING:

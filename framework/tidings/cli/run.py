@@ -22,7 +22,8 @@ from tidings._support.tasks import leading, supervised
 from tidings.cli._exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering, code_of, complain
 from tidings.cli._find import find, find_service, find_services, is_application
 from tidings.service import Service
-from tidings.settings import DEBUG, OTHER_VARIABLES, Settings, redact
+from tidings.settings import DEBUG, OTHER_VARIABLES, Settings
+from tidings.urls import redact
 
 __all__ = ["dev", "relay", "run"]
 
@@ -61,7 +62,7 @@ def run(
     _begin(level, leash)
     found = find(target)
     if isinstance(found, Service):
-        from tidings.hosting.runtime import serve
+        from tidings.hosting.serve import serve
 
         return _serve(serve(found, settings=Settings(), health=_port(health)))
     if not is_application(found):
@@ -99,7 +100,7 @@ def relay(
 
 async def _relaying(settings: Settings, name: str, health: int | str | None) -> None:
     from tidings.cli._acquainted import compare_logs
-    from tidings.hosting.runtime import serve
+    from tidings.hosting.serve import serve
 
     async with supervised(compare_logs(settings, name)):
         await serve(settings=settings, relay=name, health=health)
@@ -135,7 +136,7 @@ def dev(
         options += [] if health is None else [f"--health={health}"]
         return serve_with_reload(["dev", *options, "--", *(targets or ())])
     _begin(level, leash)
-    from tidings.hosting.runtime import serve
+    from tidings.hosting.serve import serve
 
     named = Settings().services
     here = folder.absolute()

@@ -9,11 +9,11 @@ import typer
 
 from tidings.cli._exits import NO, OK, Refused, answering
 from tidings.cli._find import event_named
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import Json, facts, plain, say
 from tidings.cli._reading import Reading
 from tidings.cli._selecting import DryRun
 from tidings.cli.dead import Of, Yes, chosen, confirmed
+from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 __all__ = ["skip"]

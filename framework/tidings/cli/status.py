@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from tidings.adapters import open_bus
 from tidings.cli._exits import NO, OK, answering
 from tidings.cli._find import find_services
-from tidings.cli._looking import existing_store
 from tidings.cli._output import BOLD, GREEN, RED, Json, columns, facts, moment, paint, plain, say
 from tidings.cli.verify import Targets
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
-from tidings.settings import Settings, open_bus
+from tidings.operations.looking import existing_store
+from tidings.settings import Settings
 
 if TYPE_CHECKING:
     from tidings.operations.status import ServiceState, State

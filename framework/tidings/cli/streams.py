@@ -22,9 +22,9 @@ from tidings.cli._handmade import (
     given_metadata,
     made,
 )
-from tidings.cli._looking import existing_store, writable_store
 from tidings.cli._output import Json, columns, event_facts, event_lines, facts, moment, one_line, plain, say
 from tidings.errors import StoreUnavailable, StreamNotFound
+from tidings.operations.looking import existing_store, writable_store
 from tidings.protocol.position import RESERVED
 from tidings.settings import Settings
 from tidings.stores import (

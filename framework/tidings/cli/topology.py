@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tidings.adapters import open_bus
 from tidings.buses import Found, Subscription
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
-from tidings.cli._looking import subscriptions_of
 from tidings.cli._output import Json, columns, facts, plain, say
 from tidings.cli.verify import Targets
 from tidings.errors import TopologyMismatch
-from tidings.settings import Settings, open_bus, redact
+from tidings.operations.looking import subscriptions_of
+from tidings.settings import Settings
+from tidings.urls import redact
 
 if TYPE_CHECKING:
     from tidings.service import Service
@@ -56,7 +58,7 @@ async def diff(
 
     Queues of renamed and retired services are known by the databases, by --former, or by --management.
     """
-    from tidings.operations.orphans import former_services, listed_queues, orphans
+    from tidings.cli._orphans import former_services, listed_queues, orphans
 
     settings, subscriptions = await _needed(services)
     names = {subscription.service for subscription in subscriptions}

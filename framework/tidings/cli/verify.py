@@ -12,9 +12,9 @@ import typer
 
 from tidings.cli._exits import NO, OK, answering
 from tidings.cli._find import find_services
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import GREEN, RED, Json, facts, paint, plain, say
 from tidings.cli._reading import Reading
+from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import typer
 
 from tidings.cli._exits import OK, answering
 from tidings.cli._find import event_named, find_services
-from tidings.cli._looking import existing_database, existing_store
 from tidings.cli._output import BOLD, Json, facts, moment, paint, plain, say
 from tidings.cli._reading import Reading
 from tidings.cli.verify import Targets
+from tidings.operations.looking import existing_database, existing_store
 from tidings.operations.report import moment_of
 from tidings.settings import Settings
 

@@ -24,12 +24,13 @@ from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from tidings._support.ownership import mark
+from tidings._support.writes import Writes
 from tidings.database.outages import advice_for, is_refusal, marked, outages, stays_with_connections
 from tidings.database.texts import Text, learn_encoding
-from tidings.delivery.owned import Writes, mark
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 from tidings.modelling.context import ATTEMPT
-from tidings.settings import redact
+from tidings.urls import redact
 
 __all__ = [
     "Database",

@@ -25,8 +25,8 @@ from tidings.modelling.events import wire_name
 from tidings.modelling.roster import BEHIND, PAST, SKIPPED, Span, successors, under_one_name
 
 if TYPE_CHECKING:
+    from tidings.modelling.declaration import Declaration
     from tidings.modelling.handlers import Handler
-    from tidings.service import Service
 
 __all__ = [
     "Begun",
@@ -108,7 +108,7 @@ async def read_records(connection: AsyncConnection, service: str, log_id: UUID) 
     return {row.handler: Record(*row) for row in rows}
 
 
-async def enrol(connection: AsyncConnection, service: Service, log_id: UUID, buckets: range) -> Enrolled:
+async def enrol(connection: AsyncConnection, service: Declaration, log_id: UUID, buckets: range) -> Enrolled:
     """Have the service's handlers be those of the range from now on; the process has taken it over."""
     return await Enrolment(connection, service, log_id, buckets).run()
 
@@ -116,7 +116,7 @@ async def enrol(connection: AsyncConnection, service: Service, log_id: UUID, buc
 class Enrolment:
     """One range, in the transaction of one process that takes it over."""
 
-    def __init__(self, connection: AsyncConnection, service: Service, log_id: UUID, buckets: range) -> None:
+    def __init__(self, connection: AsyncConnection, service: Declaration, log_id: UUID, buckets: range) -> None:
         self._connection = connection
         self._service = service
         self._buckets = buckets
@@ -368,7 +368,7 @@ def _positions(since: Since) -> dict[str, int]:
 
 
 async def sent_back(
-    connection: AsyncConnection, service: Service, log_id: UUID, before: int, names: Sequence[str]
+    connection: AsyncConnection, service: Declaration, log_id: UUID, before: int, names: Sequence[str]
 ) -> None:
     """A replay sends the service back to after `before`: these handlers are given everything from there on again, and
     what they had not been given for the first time."""

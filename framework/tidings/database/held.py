@@ -21,7 +21,7 @@ from tidings.errors import Fenced
 from tidings.stores import RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["AT_ONCE", "HeldCount", "HeldEvent", "HeldRows", "Line", "held_by_handler", "in_code", "reason_in_code"]
 
@@ -96,12 +96,12 @@ async def held_by_handler(connection: AsyncConnection, service: str, log: UUID) 
     return found
 
 
-def in_code(service: Service, handler: str, kind: str) -> bool:
+def in_code(service: Declaration, handler: str, kind: str) -> bool:
     """Whether the service, as it is declared here, gives events of this type to a handler of this name."""
     return any(known.name == handler for known in service.handlers_of(kind))
 
 
-def reason_in_code(service: Service, handler: str, kind: str | None, reason: str) -> str:
+def reason_in_code(service: Declaration, handler: str, kind: str | None, reason: str) -> str:
     """Return the reason why an event is held, with what this code adds: without its handler, nobody runs it. Without a
     `kind`, the handler is looked for among those of all types."""
     known = handler in service.named if kind is None else in_code(service, handler, kind)
@@ -330,7 +330,7 @@ class HeldRows:
                 return found
         return []
 
-    async def gone(self, connection: AsyncConnection, service: Service) -> set[tuple[str, str]]:
+    async def gone(self, connection: AsyncConnection, service: Declaration) -> set[tuple[str, str]]:
         """Return handler and type of held events that nobody can run, because the handler is not in the code."""
         kinds = sa.select(held.c.handler, held.c.type).where(*self._mine).distinct()
         return {(row.handler, row.type) for row in await connection.execute(kinds) if not in_code(service, *row)}

@@ -23,7 +23,7 @@ from tidings.errors import DatabaseUnavailable
 from tidings.modelling.fingerprints import fingerprint, version_of
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["PRESENT_SECONDS", "Process", "present", "present_as"]
 
@@ -55,7 +55,7 @@ class Process:
         return f"{self.version or self.code} (process {self.pid} on {self.host})"
 
 
-def code_of(service: Service) -> tuple[str, str]:
+def code_of(service: Declaration) -> tuple[str, str]:
     """Version, and fingerprint of all handlers, of this process's code."""
     functions = {name: handler.function for name, handler in service.named.items()}
     digest = sha256("".join(f"{name} {fingerprint(functions[name])} " for name in sorted(functions)).encode())
@@ -64,7 +64,7 @@ def code_of(service: Service) -> tuple[str, str]:
 
 
 @asynccontextmanager
-async def present_as(database: Database, service: Service, process: str) -> AsyncIterator[None]:
+async def present_as(database: Database, service: Declaration, process: str) -> AsyncIterator[None]:
     """Within the block, operators see this process and its code. A database that does not answer changes nothing."""
     async with supervised(_stay(database, service, process)):
         yield
@@ -73,7 +73,7 @@ async def present_as(database: Database, service: Service, process: str) -> Asyn
             await _leave(database, service.name, process)
 
 
-async def _stay(database: Database, service: Service, process: str) -> None:
+async def _stay(database: Database, service: Declaration, process: str) -> None:
     started = time.time()
     while True:
         with suppress(DatabaseUnavailable):  # whoever needs it says so
@@ -81,7 +81,7 @@ async def _stay(database: Database, service: Service, process: str) -> None:
         await asyncio.sleep(AGAIN_SECONDS)
 
 
-async def _announce(database: Database, service: Service, process: str, started: float) -> None:
+async def _announce(database: Database, service: Declaration, process: str, started: float) -> None:
     """This process is there, now. Raises `DatabaseUnavailable`."""
     now = time.time()
     version, code = code_of(service)

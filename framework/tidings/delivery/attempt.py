@@ -17,6 +17,7 @@ import structlog
 
 from tidings._support.eager import FirstStep
 from tidings.database.outages import is_outage
+from tidings.delivery.log_facts import bind_handling, handling
 from tidings.delivery.owned import Ours
 from tidings.errors import (
     BusUnavailable,
@@ -32,13 +33,12 @@ from tidings.errors import (
     TransactionMisuse,
     WriterHeld,
 )
-from tidings.logs import bind_handling, handling
 from tidings.modelling.codec import check_key, decode
 from tidings.modelling.context import ATTEMPT, Context
 from tidings.modelling.handlers import Handler, Inject
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["Attempt", "Attempts", "Failure", "Resources", "is_infrastructure"]
 
@@ -171,7 +171,7 @@ class Attempt:
 class Attempts:
     """How the handlers of one service are called; for one event loop."""
 
-    def __init__(self, service: Service, resources: Resources, ours: Ours) -> None:
+    def __init__(self, service: Declaration, resources: Resources, ours: Ours) -> None:
         self._view = service.view
         self._ours = ours
         self._resources = resources

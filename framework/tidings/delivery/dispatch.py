@@ -37,10 +37,10 @@ from tidings.delivery.work import Item, Step, Troubles
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.modelling.codec import read_metadata
 from tidings.modelling.context import Context
+from tidings.modelling.declaration import Declaration
 from tidings.modelling.handlers import Handler, Inject
 from tidings.modelling.roster import Roster, Span
 from tidings.protocol.position import Lanes
-from tidings.service import Service
 from tidings.stores import EventStore, RecordedEvent
 
 __all__ = ["Dispatcher"]
@@ -60,7 +60,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        service: Service,
+        service: Declaration,
         store: EventStore,
         database: Database,
         inbox: Inbox,

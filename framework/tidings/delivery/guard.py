@@ -19,7 +19,7 @@ from tidings.delivery.crashes import Caution
 from tidings.delivery.work import Item, Troubles
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["Guard"]
 
@@ -34,7 +34,7 @@ class Guard:
 
     def __init__(
         self,
-        service: Service,
+        service: Declaration,
         database: Database,
         inbox: Inbox,
         troubles: Troubles,

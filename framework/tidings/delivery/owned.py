@@ -7,7 +7,6 @@ is kept through threads, exception groups and `raise ... from`. It asks nobody.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -16,6 +15,8 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from tidings._support.ownership import mark, owner_of, related
+from tidings._support.writes import Writes
 from tidings.database.outages import is_outage, waits_for_itself
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreError, StoreUnavailable, StreamForbidden
 from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Expected, Filter, RecordedEvent
@@ -25,20 +26,12 @@ if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.protocol.message import Message
 
-__all__ = ["Ours", "OwnBus", "OwnStore", "Writes", "mark", "related"]
+__all__ = ["Ours", "OwnBus", "OwnStore"]
 
 T = TypeVar("T")
 
-DOUBT_SECONDS: Final = 15.0
-"""Seconds after a failed write for which a small one that succeeds does not show that all do."""
 PROBED: Final = "tidings_probe"
 """The stream that is appended to in order to learn whether a log takes writes."""
-
-
-def mark(error: BaseException, owner: object) -> None:
-    """Say which object raised the error; whoever said so first is right."""
-    if getattr(error, "_owner", None) is None:
-        error._owner = owner  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -48,54 +41,6 @@ def _marking(owner: object) -> Iterator[None]:
     except (StoreUnavailable, BusUnavailable) as error:
         mark(error, owner)
         raise
-
-
-def related(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from or while handling, and the members of exception groups among these."""
-    seen, left = set[int](), [error]
-    while left:
-        each = left.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        yield each
-        before = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
-        if before is not None:
-            left.append(before)
-        if isinstance(each, BaseExceptionGroup):
-            left.extend(reversed(each.exceptions))
-
-
-class Writes:
-    """Does a store or database take writes? Learned from the writes themselves."""
-
-    def __init__(self) -> None:
-        self.error: str | None = None
-        """What the last write was answered, if it failed."""
-        self.failing_since: float | None = None
-        """When the first of the writes failed that none was proven to work after, by the monotonic clock."""
-        self.failed_at = 0.0
-        """When the last write failed, by the monotonic clock."""
-        self.last_at = time.monotonic()
-        """When the last write ended, well or not, by the monotonic clock."""
-
-    def succeeded(self) -> None:
-        """A write succeeded, perhaps one that changes hardly anything: it proves little while others fail."""
-        now = time.monotonic()
-        if self.error is not None and now - self.failed_at > DOUBT_SECONDS:
-            self.proven()
-        self.last_at = now
-
-    def proven(self) -> None:
-        """What had to be written was written."""
-        self.error = self.failing_since = None
-        self.last_at = time.monotonic()
-
-    def failed(self, error: BaseException) -> None:
-        self.last_at = self.failed_at = time.monotonic()
-        self.error = str(error)
-        if self.failing_since is None:
-            self.failing_since = self.last_at
 
 
 class Ours:
@@ -117,7 +62,7 @@ class Ours:
         return any(waits_for_itself(each, self._dialect) for each in related(error))
 
     def _is_outage(self, error: BaseException) -> bool:
-        owner = getattr(error, "_owner", None)
+        owner = owner_of(error)
         match error:
             case StreamForbidden():
                 return False

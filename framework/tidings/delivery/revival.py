@@ -24,7 +24,7 @@ from tidings.errors import DatabaseUnavailable
 from tidings.modelling.fingerprints import fingerprint
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["HELD_SECONDS", "Revival"]
 
@@ -42,7 +42,7 @@ class Revival:
 
     def __init__(
         self,
-        service: Service,
+        service: Declaration,
         database: Database,
         held: HeldRows,
         keys: Keys,

@@ -33,7 +33,7 @@ from tidings.protocol.position import CARRIED, Accepted, carried
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["DRAIN_SECONDS", "Partition", "persistently"]
 
@@ -50,7 +50,7 @@ class Partition:
 
     def __init__(
         self,
-        service: Service,
+        service: Declaration,
         subscription: Subscription,
         epoch: int,
         store: EventStore,

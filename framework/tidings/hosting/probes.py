@@ -16,8 +16,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tidings._support.tasks import together
+from tidings._support.writes import Writes
 from tidings.database.held import HeldCount
-from tidings.delivery.owned import OwnStore, Writes
+from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.health import (
     Facts,
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
     from tidings.delivery.work import Item
+    from tidings.hosting.hosted import Hosted
     from tidings.hosting.partition import Partition
     from tidings.hosting.running import RunningService
     from tidings.hosting.runtime import Runtime
-    from tidings.service import Service
 
 __all__ = ["Probe", "answering", "health_routes", "listening_at"]
 
@@ -60,7 +61,7 @@ class Probe:
 
     def __init__(
         self,
-        services: tuple[Service, ...],
+        services: tuple[Hosted, ...],
         runtime: Runtime | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -77,7 +78,7 @@ class Probe:
         restart would help, it makes sure that database and store answer, which takes `ANSWER_SECONDS` at most."""
         return judge_live(Facts(tuple([await self._alive(service) for service in self._services])))
 
-    async def _alive(self, service: Service) -> ServiceFacts:
+    async def _alive(self, service: Hosted) -> ServiceFacts:
         running, known = _state(service)
         if running is None or known or running.standing_by is not None or not running.partitions:
             work = _work(running.at_work()) if running is not None else ()
@@ -108,7 +109,7 @@ class Probe:
                 self._last = self._clock(), judge_ready(facts)
             return self._last[1]
 
-    async def _service(self, service: Service) -> ServiceFacts:
+    async def _service(self, service: Hosted) -> ServiceFacts:
         from tidings.database.layout import lowest
 
         running, known = _state(service)
@@ -296,7 +297,7 @@ def _work(found: Iterable[Item]) -> tuple[Work, ...]:
     )
 
 
-def _state(service: Service) -> tuple[RunningService | None, dict[str, Any]]:
+def _state(service: Hosted) -> tuple[RunningService | None, dict[str, Any]]:
     try:
         running = service.running_now
     except ConfigurationError as error:
@@ -334,7 +335,7 @@ _SOME: Final = 10
 # ---- over HTTP ------------------------------------------------------------------------
 
 
-def health_routes(*services: Service) -> list[BaseRoute]:
+def health_routes(*services: Hosted) -> list[BaseRoute]:
     """`/live` and `/ready` for a Starlette or FastAPI application that runs these services in its own process:
 
     `app.router.routes.extend(health_routes(orders))`

@@ -10,14 +10,15 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 from uuid import UUID
 
 import structlog
 
 from tidings._support.tasks import supervised, task_group
+from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
 from tidings.database.engine import Database, open_database
 from tidings.database.held import HeldCount, held_by_handler, reason_in_code
@@ -36,13 +37,13 @@ from tidings.hosting.watchdog import Watchdog
 from tidings.logs import configure_by_default
 from tidings.protocol.position import bucket_of
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
-from tidings.settings import Settings, open_bus, open_store
+from tidings.settings import Settings
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["RunningService", "run_service"]
 
@@ -65,7 +66,7 @@ class RunningService:
 
     def __init__(
         self,
-        service: Service,
+        service: Declaration,
         store: EventStore,
         bus: EventBus,
         database: Database,
@@ -399,31 +400,35 @@ class RunningService:
 
 @asynccontextmanager
 async def run_service(
-    service: Service, settings: Settings | None, store: EventStore | None, bus: EventBus | None
+    service: Declaration,
+    settings: Settings | None,
+    store: EventStore | None,
+    bus: EventBus | None,
+    hosted: Callable[[RunningService], AbstractAsyncContextManager[Any]],
 ) -> AsyncIterator[RunningService]:
-    """What `Service.running` does; `service.running_now` is set by it before the service's own lifespan begins."""
+    """What `Service.running` does. `hosted(running)` is entered before the first join, and yields the resources that
+    handlers may ask for."""
     configure_by_default()
     settings = settings or Settings()
+    at_work: Callable[[], bool] = lambda: True  # noqa: E731 - until there is one to ask
     async with AsyncExitStack() as stack:
         if store is None:
             store = await opened(stack, lambda: open_store(settings.store), "the event store")
         if bus is None:
             bus = await stack.enter_async_context(open_bus(settings.bus))
             if settings.embedded_bus:  # no relay of another process can reach it
-                relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: not service.stands_by)
+                relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: at_work())
                 await stack.enter_async_context(supervised(relay.run()))
         url = settings.database_of(service.name)
         database = await opened(
             stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"
         )
         running = RunningService(service, store, bus, database)
-        stack.enter_context(service.bound_to(running))
-        if service.resources is not None:
-            yielded = await stack.enter_async_context(service.resources(service))
-            running.resources = Resources(service.name, yielded)
+        at_work = lambda: running.standing_by is None  # noqa: E731
+        running.resources = Resources(service.name, await stack.enter_async_context(hosted(running)))
         for handler in service.named.values():
             running.resources.check(handler)
-        stack.enter_context(Watchdog(running))
+        stack.enter_context(Watchdog(service.name, running.working))
         await stack.enter_async_context(present_as(database, service, running.process))
         async with supervised(running.serve(), stop=running.stopping):
             await running.joined.wait()

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import structlog
 
 from tidings._support.tasks import supervised, together
+from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.errors import ConfigurationError
 from tidings.hosting.opening import opened
-from tidings.hosting.signals import StopSignals
-from tidings.logs import configure_by_default, configure_logging
+from tidings.logs import configure_by_default
+from tidings.modelling.declaration import Declaration
 from tidings.operations.verify import Report, verify
 from tidings.relay.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
-from tidings.settings import Settings, open_bus, open_store, redact
+from tidings.settings import Settings
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from tidings.hosting.hosted import Hosted
     from tidings.hosting.running import RunningService
-    from tidings.service import Service
 
-__all__ = ["Runtime", "serve"]
+__all__ = ["Runtime"]
 
 log = structlog.get_logger("tidings.runtime")
 
@@ -46,7 +46,7 @@ class Runtime:
     ends the program with `KeyboardInterrupt`; SIGTERM kills it. Use `serve` for a process that shall end cleanly.
     """
 
-    def __init__(self, *services: Service, settings: Settings | None = None, relay: bool | str | None = None) -> None:
+    def __init__(self, *services: Hosted, settings: Settings | None = None, relay: bool | str | None = None) -> None:
         self.settings = settings or Settings()
         self.with_relay = self.settings.embedded_bus if relay is None else bool(relay)
         """The relay runs here."""
@@ -100,11 +100,11 @@ class Runtime:
         return cast("EventBus", OwnBus(self._bus))
 
     @property
-    def services(self) -> list[Service]:
+    def services(self) -> list[Declaration]:
         """In the order in which they were started."""
         return [running.service for running in self._running.values()]
 
-    async def start(self, service: Service) -> RunningService:
+    async def start(self, service: Hosted) -> RunningService:
         """Start a service; it stops with the runtime."""
         if self._tasks is None:
             raise ConfigurationError("the runtime is not running: use it inside 'async with Runtime(...)'")
@@ -119,7 +119,7 @@ class Runtime:
         self._running[service.name] = running
         return running
 
-    async def _host(self, service: Service, started: asyncio.Future[RunningService]) -> None:
+    async def _host(self, service: Hosted, started: asyncio.Future[RunningService]) -> None:
         """In a task of its own, so that services stop side by side."""
         try:
             async with service.running(self.settings, store=self.store, bus=self.bus) as running:
@@ -147,7 +147,7 @@ class Runtime:
             for work in running.at_work()
         ]
 
-    def engine(self, service: Service) -> AsyncEngine:
+    def engine(self, service: Hosted) -> AsyncEngine:
         """The engine of a started service's database, for reading."""
         return service.engine
 
@@ -190,66 +190,3 @@ class Runtime:
             if not part.ok and (moves or not held_for_long):
                 return False
         return True
-
-
-async def serve(
-    *services: Service,
-    settings: Settings | None = None,
-    relay: bool | str | None = None,
-    health: int | str | None = None,
-    beside: Sequence[AbstractAsyncContextManager[object]] = (),
-) -> None:
-    """Run services until SIGINT or SIGTERM, then drain and return; that takes less than 5 seconds, whatever hangs.
-
-    A second signal ends the process at once, with 130 or 143. `relay` as for `Runtime`: `serve(relay=True)` is the
-    relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`, that answers `/live` and
-    `/ready` (see `probes`). `beside` are entered after the services and left before them. Where structlog is
-    not configured yet, this does it (`tidings.logs`). For the main thread; raises `ConfigurationError`, `LogChanged`,
-    `LogBehind`, and `StoreUnavailable` or `DatabaseUnavailable` where waiting does not help.
-    """
-    if not structlog.is_configured():
-        configure_logging()
-    runtime = Runtime(*services, settings=settings, relay=relay)
-    with StopSignals(runtime.unfinished) as signals:
-        async with AsyncExitStack() as stack:
-            address = None
-            if health is not None:
-                from tidings.hosting.probes import Probe, answering
-
-                address = await stack.enter_async_context(answering(Probe(services, runtime), health))
-            _introduce(services, runtime, address)
-            loop = asyncio.get_running_loop()
-            try:
-                async with asyncio.timeout(0 if signals.requested.is_set() else None) as start:
-                    signals.on_request = lambda: start.reschedule(loop.time())
-                    await stack.enter_async_context(runtime)
-                    for other in beside:
-                        await stack.enter_async_context(other)
-            except TimeoutError:
-                if not start.expired():
-                    raise
-            finally:
-                signals.on_request = lambda: None
-            await signals.requested.wait()
-    log.info("process.stopped", services=[service.name for service in services])
-
-
-def _introduce(services: tuple[Service, ...], runtime: Runtime, health: str | None) -> None:
-    """The one line that says what this process works on; it comes before anything that may have to be waited for."""
-    settings = runtime.settings
-    if not services:
-        following = "events are published as they are appended; Ctrl-C or SIGTERM drains"
-    elif runtime.with_relay:
-        following = "events are handled as they are appended; Ctrl-C or SIGTERM drains"
-    else:
-        following = "start a relay of this store and bus if there is none; Ctrl-C or SIGTERM drains"
-    log.info(
-        "process.starting",
-        services=[service.name for service in services],
-        relay=runtime.with_relay,
-        store=redact(settings.store),
-        bus=redact(settings.bus),
-        databases=[redact(settings.database_of(service.name)) for service in services],
-        health=health,
-        next=following,
-    )

@@ -7,13 +7,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import structlog
-
-if TYPE_CHECKING:
-    from tidings.hosting.running import RunningService
 
 __all__ = ["Watchdog"]
 
@@ -24,10 +22,14 @@ BLOCKED_SECONDS: Final = 2.0
 
 
 class Watchdog:
-    """A context manager around a running service. It only tells; nothing can stop a handler that blocks its loop."""
+    """A context manager around what runs in the loop: service `name`, whose handlers at work `working` names.
 
-    def __init__(self, running: RunningService, *, seconds: float = BLOCKED_SECONDS) -> None:
-        self._running = running
+    It only tells; nothing can stop a handler that blocks its loop.
+    """
+
+    def __init__(self, name: str, working: Callable[[], Iterable[str]], *, seconds: float = BLOCKED_SECONDS) -> None:
+        self._name = name
+        self._working = working
         self._seconds = seconds
         self._turned = time.monotonic()
         self._stop = threading.Event()
@@ -64,9 +66,9 @@ class Watchdog:
         where = traceback.format_stack(frame)[-3:] if frame else []
         log.error(
             "loop.blocked",
-            service=self._running.service.name,
+            service=self._name,
             seconds=round(still, 1),
-            handlers=sorted(self._running.working()),
+            handlers=sorted(self._working()),
             stack="".join(where),
             advice="a handler computes or waits without await: make it a plain function, which runs in a thread",
         )

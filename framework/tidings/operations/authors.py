@@ -14,7 +14,7 @@ from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["Stranger", "may_emit", "strangers"]
 
@@ -65,7 +65,7 @@ def may_emit(handler: Handler) -> bool:
     return any(wanted is Inject.CONTEXT for _, wanted in handler.parameters)
 
 
-async def strangers(store: EventStore, service: Service, after: int) -> list[Stranger]:
+async def strangers(store: EventStore, service: Declaration, after: int) -> list[Stranger]:
     """Find what the service emitted for events above position `after` under names that today's handlers of these
     events do not answer to; the oldest first.
 
@@ -89,7 +89,7 @@ async def strangers(store: EventStore, service: Service, after: int) -> list[Str
 
 
 def _attribute(
-    service: Service,
+    service: Declaration,
     cause: str,
     emitted: Iterable[tuple[str, RecordedEvent]],
     found: dict[tuple[str, str], Stranger],

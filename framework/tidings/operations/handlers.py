@@ -20,13 +20,13 @@ from tidings.modelling.roster import SKIPPED, Span, under_one_name
 from tidings.operations.report import HandlerReport
 
 if TYPE_CHECKING:
+    from tidings.modelling.declaration import Declaration
     from tidings.modelling.handlers import Handler
-    from tidings.service import Service
 
 __all__ = ["read_handlers", "read_spans"]
 
 
-async def read_spans(connection: AsyncConnection, service: Service, log: UUID) -> list[Span]:
+async def read_spans(connection: AsyncConnection, service: Declaration, log: UUID) -> list[Span]:
     """What handlers are behind, or were not given; what is noted under another name of a handler counts as the
     present one's."""
     columns = [spans.c[column] for column in Span._fields]
@@ -54,7 +54,7 @@ def _noted(part: Range) -> dict[str, Begun]:
 
 
 def read_handlers(
-    service: Service, ranges: Sequence[Range], highest: int, found: Sequence[Span]
+    service: Declaration, ranges: Sequence[Range], highest: int, found: Sequence[Span]
 ) -> list[HandlerReport]:
     """Only those of which there is something to say; `highest` is what the service has settled at most."""
     of: dict[str, list[Span]] = {}

@@ -18,7 +18,7 @@ from tidings.errors import StreamDeleted, StreamNotFound, TidingsError
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["EventNotFound", "Lookup", "Progress", "Target", "Waiting", "waiting_rows"]
 
@@ -51,7 +51,7 @@ class Lookup:
     def __init__(
         self,
         store: EventStore,
-        services: Sequence[tuple[Service, Database | None]],
+        services: Sequence[tuple[Declaration, Database | None]],
         log: UUID,
         progress: Progress,
     ) -> None:

@@ -24,7 +24,7 @@ from tidings.protocol.position import carried
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["Recount", "Tally", "recount"]
 
@@ -108,7 +108,7 @@ class Recount:
 
 async def recount(
     store: EventStore,
-    services: Sequence[tuple[Service, Database | None]],
+    services: Sequence[tuple[Declaration, Database | None]],
     progress: Callable[[int, int, int], None] = lambda events, position, end: None,
 ) -> Recount:
     """`progress` is told events read, position, and the log's end. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
@@ -176,7 +176,7 @@ class _Causes:
 class _Ledger:
     """One service's rows, each to be met in the log."""
 
-    def __init__(self, service: Service, found: Recount) -> None:
+    def __init__(self, service: Declaration, found: Recount) -> None:
         self.service = service.name
         self.settled = Settled([], {})
         self.staged: dict[bytes, sa.Row[Any]] = {}
@@ -274,7 +274,7 @@ class _Ledger:
 
 
 async def _ledger(
-    service: Service, database: Database | None, log: UUID, found: Recount, cuts: Collection[int]
+    service: Declaration, database: Database | None, log: UUID, found: Recount, cuts: Collection[int]
 ) -> _Ledger:
     ledger = _Ledger(service, found)
     if database is None:

@@ -31,7 +31,7 @@ from tidings.protocol.position import ALL_BUCKETS, CARRIED, carried
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["NothingToReplay", "Plan", "Share", "Start", "find_start", "plan", "send_back"]
 
@@ -121,7 +121,7 @@ async def find_start(store: EventStore, wanted: int | datetime) -> Start | None:
     return None if recorded_at is None else Start(position, before, recorded_at)
 
 
-async def plan(store: EventStore, database: Database, service: Service, start: Start) -> Plan:
+async def plan(store: EventStore, database: Database, service: Declaration, start: Start) -> Plan:
     """What a replay from there would do. It only reads: the rows, and the log up to where the service has come.
 
     It remembers a number for each stream on the way. Raises `NothingToReplay`, `StoreUnavailable`,
@@ -170,7 +170,7 @@ async def plan(store: EventStore, database: Database, service: Service, start: S
 
 async def _count(
     store: EventStore,
-    service: Service,
+    service: Declaration,
     found: Plan,
     state: _State,
     undone: set[tuple[int, str]],
@@ -219,7 +219,7 @@ async def _count(
     found.shares = list(shares.values())
 
 
-async def send_back(database: Database, service: Service, log: UUID, start: Start) -> None:
+async def send_back(database: Database, service: Declaration, log: UUID, start: Start) -> None:
     """Do it: durable when this returns, and the service begins within seconds, at once or when it is started again.
 
     Raises `NothingToReplay`; `DatabaseUnavailable`, after which a look at `plan` says whether it was done.
@@ -308,7 +308,7 @@ class _Own:
         )
 
 
-def _run_again(service: Service) -> list[str]:
+def _run_again(service: Declaration) -> list[str]:
     return [name for name, handler in service.named.items() if handler.replay]
 
 

@@ -25,7 +25,7 @@ from tidings.protocol.position import CARRIED, carried, partition_key
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["REPLAYED", "Cancelled", "Chosen", "Picked", "TooMany", "cancel", "pick", "run_again"]
 
@@ -81,7 +81,7 @@ class Cancelled:
     """Buckets that were sent back, and are now where they had been."""
 
 
-async def pick(store: EventStore, database: Database, service: Service, start: Start, chosen: Chosen) -> Picked:
+async def pick(store: EventStore, database: Database, service: Declaration, start: Start, chosen: Chosen) -> Picked:
     """Read what would run again. It only reads.
 
     A stream is read by itself, anything else from the log's `start` on. Raises `ConfigurationError` for a handler that

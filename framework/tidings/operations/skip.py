@@ -22,7 +22,7 @@ from tidings.protocol.position import carried
 from tidings.stores import RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["NotSkippable", "Skip", "skip", "standing"]
 
@@ -46,13 +46,13 @@ class Skip(Enum):
     """It will be dead, as was said before. Nothing was changed."""
 
 
-async def standing(database: Database, service: Service, log: UUID, event: RecordedEvent) -> Skip:
+async def standing(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
     """What `skip` would find. Raises `NotSkippable`, `DatabaseUnavailable`."""
     async with database.reading() as connection:
         return (await _look(connection, service, log, event))[0]
 
 
-async def skip(database: Database, service: Service, log: UUID, event: RecordedEvent) -> Skip:
+async def skip(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
     """Do it, in one transaction. Raises `NotSkippable`, `DatabaseUnavailable`."""
     name, at = service.name, event.position
     async with database.turn, database.transaction() as connection:
@@ -85,7 +85,7 @@ def _of(table: sa.Table, service: str, log: UUID) -> tuple[sa.ColumnElement[bool
 
 
 async def _look(
-    connection: AsyncConnection, service: Service, log: UUID, event: RecordedEvent
+    connection: AsyncConnection, service: Declaration, log: UUID, event: RecordedEvent
 ) -> tuple[Skip, Sequence[sa.Row[Any]], bool]:
     """Where the event stands, the rows that hold it, and whether a handler may still come to it."""
     name, at, bucket = service.name, event.position, carried(event)

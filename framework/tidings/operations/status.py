@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from tidings.buses import EventBus, Found, Subscription
-from tidings.cli._looking import existing_database, subscriptions_of
 from tidings.delivery.owned import OwnStore
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.logs import masked
 from tidings.operations.causes import SHARED, Part, explain
+from tidings.operations.looking import existing_database, subscriptions_of
 from tidings.operations.remedies import STORE_WRITABLE, writable, writes_refused
 from tidings.protocol.position import CARRIED, carried
 from tidings.relay.relay import Relay
@@ -30,9 +30,9 @@ from tidings.stores import EventStore
 if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.database.presence import Process
+    from tidings.modelling.declaration import Declaration
     from tidings.operations.report import FailingHandler, HandlerReport
     from tidings.operations.verify import ServiceReport
-    from tidings.service import Service
 
 __all__ = ["LOOKED", "RelayState", "ServiceState", "State", "look"]
 
@@ -129,7 +129,7 @@ async def look(
     settings: Settings,
     store: EventStore,
     bus: EventBus,
-    services: Mapping[str, Service],
+    services: Mapping[str, Declaration],
     *,
     relay: str = "main",
     now: float | None = None,
@@ -241,7 +241,7 @@ async def _service(
     settings: Settings,
     store: EventStore,
     target: str,
-    service: Service,
+    service: Declaration,
     part: ServiceState,
     state: State,
     now: float,

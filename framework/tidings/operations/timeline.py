@@ -27,7 +27,7 @@ from tidings.relay.checkpoints import read_checkpoint
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["EventNotFound", "Happening", "Standing", "Timeline", "trace"]
 
@@ -104,7 +104,7 @@ class Timeline:
 
 async def trace(
     store: EventStore,
-    services: Sequence[tuple[Service, Database | None]],
+    services: Sequence[tuple[Declaration, Database | None]],
     target: Target,
     *,
     relay: str = "main",
@@ -124,7 +124,7 @@ class _Tracer:
     def __init__(
         self,
         store: EventStore,
-        services: Sequence[tuple[Service, Database | None]],
+        services: Sequence[tuple[Declaration, Database | None]],
         log: UUID,
         progress: Progress,
     ) -> None:
@@ -254,7 +254,7 @@ _CAUSATION: Final = b'"' + CAUSATION.encode() + b'"'
 
 
 def _standings(
-    service: Service,
+    service: Declaration,
     settled: Settled,
     happening: Happening,
     position: int,

@@ -36,14 +36,14 @@ from tidings.relay.checkpoints import UnreadableCheckpoint, read_checkpoint
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["Report", "ServiceReport", "Settled", "last_carried", "settled_in", "verify"]
 
 
 async def verify(
     store: EventStore,
-    services: Sequence[tuple[Service, Database | None]],
+    services: Sequence[tuple[Declaration, Database | None]],
     *,
     limit: int | None = None,
     relay: str | None = None,
@@ -180,7 +180,7 @@ class _View:
     """What one service has settled, as its database says."""
 
     report: ServiceReport
-    service: Service
+    service: Declaration
     settled: Settled
     roster: Roster
 
@@ -206,7 +206,7 @@ class _View:
             )
 
 
-async def _look(service: Service, database: Database | None, log_id: UUID) -> _View:
+async def _look(service: Declaration, database: Database | None, log_id: UUID) -> _View:
     if database is None:
         return _View(
             ServiceReport(service.name, floor=-1, ran=False, missing=True),
@@ -266,7 +266,7 @@ async def _look(service: Service, database: Database | None, log_id: UUID) -> _V
     return _View(report, service, settled, roster)
 
 
-async def _first_due(connection: AsyncConnection, of: Own, service: Service) -> float | None:
+async def _first_due(connection: AsyncConnection, of: Own, service: Declaration) -> float | None:
     """Of the oldest held event of each key and line, where no dead letter holds them, and the code has its handler."""
 
     def before(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:

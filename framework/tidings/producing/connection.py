@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
+from tidings.adapters import open_store
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_by_default
 from tidings.modelling.aggregate import Aggregate
@@ -17,7 +18,7 @@ from tidings.modelling.appending import append
 from tidings.modelling.codec import decode, read_metadata
 from tidings.modelling.events import Event, Registry
 from tidings.modelling.repository import HistoryEntry, Repository
-from tidings.settings import Settings, open_store
+from tidings.settings import Settings
 from tidings.stores import ANY, Appended, EventStore, Expected, RecordedEvent
 
 __all__ = ["BlockingLog", "Connecting", "Log", "connect"]

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tidings.settings import redact
 from tidings.testing.local import LocalServer, docker_answers, missing, script_of
+from tidings.urls import redact
 
 __all__ = ["RabbitMQ", "RabbitMQCluster", "RabbitMQNode", "cluster_for_tests", "node_for_tests", "rabbitmq_for_tests"]
 

@@ -29,7 +29,7 @@ from services.demo.stock import opening_stock
 from services.demo.trade import take_in
 from services.importer import Invoice, Kind, invoices, read_rows
 from tidings import open_store
-from tidings.settings import redact
+from tidings.urls import redact
 
 __all__ = ["TooFew", "perform"]
 

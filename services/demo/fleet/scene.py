@@ -26,10 +26,10 @@ from services.payment import payment
 from services.sales import sales
 from services.shipping import shipping
 from tidings import EventStore, Service
+from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus, Subscription
 from tidings.database.engine import Database, open_database
 from tidings.operations.verify import Report, ServiceReport, verify
-from tidings.settings import open_bus, open_store
 
 __all__ = ["FOUR", "SALES", "STORE", "TARGETS", "Scene", "scene", "until"]
 

@@ -10,15 +10,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import Final, Protocol, TypeVar, cast
 
 from pamqp import commands, frame
 from pamqp.base import Frame
 
 from tidings.buses.rabbitmq.content import Properties, body_size, pack, unpack
-
-if TYPE_CHECKING:
-    from tidings.buses.rabbitmq.connection import Connection
 
 __all__ = ["AmqpError", "Channel", "ChannelClosed", "ConnectionLost", "Outcome"]
 
@@ -96,10 +93,26 @@ def read_method(payload: bytes) -> Frame:
     return cast("Frame", frame.unmarshal(FRAME.pack(METHOD, 0, len(payload)) + payload + END)[2])
 
 
+class Wire(Protocol):
+    """What a channel needs of its connection."""
+
+    frame_max: int
+    """Bytes of the largest frame."""
+
+    @property
+    def crowded(self) -> bool: ...
+
+    def write(self, *parts: bytes) -> None: ...
+
+    async def room(self) -> None: ...
+
+    def forget(self, number: int) -> None: ...
+
+
 class Channel:
     """One channel: calls, publishes with confirms, one consumer. Made by `Connection.channel`."""
 
-    def __init__(self, connection: Connection, number: int) -> None:
+    def __init__(self, connection: Wire, number: int) -> None:
         self._connection = connection
         self._number = number
         self._turn = asyncio.Lock()

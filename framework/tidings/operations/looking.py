@@ -8,15 +8,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tidings.adapters import open_store
 from tidings.buses import Subscription
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
-from tidings.settings import Settings, open_store, redact
+from tidings.settings import Settings
 from tidings.stores import EventStore
+from tidings.urls import redact
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.database.layout import Layout
-    from tidings.service import Service
+    from tidings.modelling.declaration import Declaration
 
 __all__ = ["existing_database", "existing_layout", "existing_store", "subscriptions_of", "writable_store"]
 
@@ -62,7 +64,7 @@ def _full(path: str) -> Path:
     return Path(path).absolute()
 
 
-async def subscriptions_of(settings: Settings, service: Service) -> list[Subscription]:
+async def subscriptions_of(settings: Settings, service: Declaration) -> list[Subscription]:
     """What a service needs on the bus, as its database says; where that is not named here, or does not answer, as the
     service declares."""
     try:
@@ -72,7 +74,7 @@ async def subscriptions_of(settings: Settings, service: Service) -> list[Subscri
         return [Subscription(service.name, index, count) for index in range(count)]
 
 
-async def existing_layout(settings: Settings, service: Service) -> Layout:
+async def existing_layout(settings: Settings, service: Declaration) -> Layout:
     """How a service is divided, or will be when it first runs. Raises what `existing_database` does."""
     from tidings.database.layout import Layout, layout_of
 

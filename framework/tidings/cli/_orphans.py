@@ -21,9 +21,10 @@ import sqlalchemy as sa
 
 from tidings.buses import EventBus, Found, Subscription
 from tidings.cli._exits import UNAVAILABLE, USAGE, Refused
-from tidings.cli._looking import existing_database
 from tidings.errors import ConfigurationError, DatabaseUnavailable
-from tidings.settings import Settings, redact
+from tidings.operations.looking import existing_database
+from tidings.settings import Settings
+from tidings.urls import redact
 
 __all__ = ["former_services", "listed_queues", "orphans"]
 
