@@ -58,6 +58,7 @@ test-all: test lower-bounds faults served postgresql kurrentdb
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive framework services deploy deploy/local/rabbitmq deploy/local/postgresql
 
 types: $(INSTALLED)
