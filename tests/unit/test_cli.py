@@ -381,7 +381,7 @@ def test_a_database_that_is_none_is_3_and_one_of_another_tidings_is_2(folder: Pa
 def test_a_service_that_dies_ends_its_process_although_a_thread_of_it_hangs() -> None:
     code = (
         "import sys, threading, time\n"
-        "from tidings.cli.serving import _serve\n"
+        "from tidings.cli.run import _serve\n"
         "from tidings.errors import LogChanged\n"
         "from uuid import UUID\n"
         "async def work():\n"

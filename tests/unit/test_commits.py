@@ -138,8 +138,8 @@ async def test_what_was_taken_is_settled_in_its_order_whatever_ends_first() -> N
 
 
 async def test_a_stop_lingers_for_nobody_and_stores_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tidings.commits, "LINGER_SECONDS", 3600)
-    monkeypatch.setattr(tidings.commits, "FLOOR_SECONDS", 3600)
+    monkeypatch.setattr(tidings.delivery.commits, "LINGER_SECONDS", 3600)
+    monkeypatch.setattr(tidings.delivery.commits, "FLOOR_SECONDS", 3600)
     async with commits(prefetch=10) as stage:
         one = item(1)
         stage.commits.take(one)
@@ -166,7 +166,7 @@ async def test_many_share_a_commit_and_a_few_wait_for_company() -> None:
 async def test_a_large_commit_waits_for_others_while_there_are_any_and_nobody_waits_for_room(
     others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidings.commits, "LONGEST_SECONDS", 3600)
+    monkeypatch.setattr(tidings.delivery.commits, "LONGEST_SECONDS", 3600)
     async with commits(prefetch=MANY // 2 + 1) as stage:
         stage.commits._took = 3600.0
         items = [item(n) for n in range(MANY + others)]

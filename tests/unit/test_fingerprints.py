@@ -53,7 +53,7 @@ def fingerprints(folder: Path, app: str = APP, helping: str = HELPING, seed: str
     (folder / "app.py").write_text(app)
     (folder / "helping.py").write_text(helping)
     named = ", ".join(f"app.{name}" for name in NAMES)
-    code = f"import app; from tidings.fingerprints import fingerprint; print(*map(fingerprint, [{named}]))"
+    code = f"import app; from tidings.modelling.fingerprints import fingerprint; print(*map(fingerprint, [{named}]))"
     environment = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return dict(zip(NAMES, done.stdout.split(), strict=True))
@@ -122,9 +122,7 @@ async def handle(event: Placed) -> None: pass
 def fingerprint_of_view(folder: Path, views: str, seed: str = "1") -> str:
     folder.mkdir(exist_ok=True)
     (folder / "views.py").write_text(views)
-    code = (
-        "import views; from tidings.fingerprints import fingerprint; print(fingerprint(views.handle, (views.Placed,)))"
-    )
+    code = "import views; from tidings.modelling.fingerprints import fingerprint; print(fingerprint(views.handle, (views.Placed,)))"
     environment = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout

@@ -120,7 +120,7 @@ async def test_a_missing_package_is_answered_with_the_extra_to_install(monkeypat
 
 
 async def test_a_broken_module_of_our_own_is_not_taken_for_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tidings.buses.rabbitmq", None)
+    monkeypatch.setitem(sys.modules, "tidings.buses.rabbitmq.bus", None)
     with pytest.raises(ImportError):
         async with open_bus("amqp://host"):
             pass

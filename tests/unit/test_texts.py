@@ -64,4 +64,4 @@ def test_every_text_column_of_ours_takes_every_text() -> None:
     ]
     assert len(texts) > 20
     plain = [name for name, column in texts if not isinstance(column.type, Text) and column.name not in OUR_OWN]
-    assert not plain, "use tidings.texts.Text: what comes from outside may hold what a database refuses"
+    assert not plain, "use tidings.database.texts.Text: what comes from outside may hold what a database refuses"
