@@ -122,7 +122,8 @@ async def handle(event: Placed) -> None: pass
 def fingerprint_of_view(folder: Path, views: str, seed: str = "1") -> str:
     folder.mkdir(exist_ok=True)
     (folder / "views.py").write_text(views)
-    code = "import views; from tidings.modelling.fingerprints import fingerprint; print(fingerprint(views.handle, (views.Placed,)))"
+    shown = "fingerprint(views.handle, (views.Placed,))"
+    code = f"import views; from tidings.modelling.fingerprints import fingerprint; print({shown})"
     environment = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout

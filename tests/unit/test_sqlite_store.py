@@ -563,7 +563,8 @@ def test_a_store_in_memory_may_be_used_from_two_event_loops() -> None:
 
 async def test_a_process_that_forgets_to_close_ends_anyway(url: str) -> None:
     code = (
-        "import asyncio, sys\nfrom tidings.stores.sqlite.store import open_sqlite\nfrom tidings.stores import EventData\n"
+        "import asyncio, sys\nfrom tidings.stores.sqlite.store import open_sqlite\n"
+        "from tidings.stores import EventData\n"
         "async def main():\n    store = await open_sqlite(sys.argv[1])\n"
         "    await store.append('a', [EventData('Happened', b'{\"n\": 1}')])\n"
         "asyncio.run(main())\n"
