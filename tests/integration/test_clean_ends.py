@@ -43,4 +43,4 @@ async def test_a_process_that_stops_is_not_taken_for_one_that_crashed(
                 await here.settled(two)
     events = [entry["event"] for entry in logs]
     assert events.count("service.consuming") == 2
-    assert "service.careful" not in events
+    assert "service.unclean_end_found" not in events

@@ -6,11 +6,13 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 import structlog
 
+from tests.integration.databases import database_url
 from tests.integration.embedded import Followed, Happened, count, embedded, many, until
-from tidings import Context, Hold, Retry, Service
+from tidings import Context, Hold, Retry, Runtime, Service, Settings
 from tidings.database.engine import held
 
 NEVER = Hold(attempts=5, delay=3600.0, maximum=3600.0)
@@ -128,25 +130,65 @@ async def _attempts(service: Service) -> set[int]:
         return set(await connection.scalars(sa.select(held.c.attempts)))
 
 
-async def test_a_service_that_begins_at_the_start_of_a_log_with_history_says_so(tmp_path: Path) -> None:
-    def named(name: str) -> Service:
-        service = Service(name)
+def idle(name: str) -> Service:
+    service = Service(name)
 
-        @service.on(Happened)
-        async def handle(event: Happened) -> None:
-            """Nothing to do."""
+    @service.on(Happened)
+    async def handle(event: Happened) -> None:
+        """Nothing to do."""
 
-        return service
+    return service
 
+
+async def test_a_service_that_begins_at_the_start_of_a_log_with_history_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with structlog.testing.capture_logs() as logs:
-        async with embedded(tmp_path, named("orders")) as world:
+        async with embedded(tmp_path, idle("orders")) as world:
             await world.append(*many(10, 3))
             await world.settled()
-        async with embedded(tmp_path, named("orders")) as world:
+        async with embedded(tmp_path, idle("orders")) as world:
             await world.settled()
         assert said(logs, "service.begins_at_the_start") == [], "on an empty log, and where it goes on"
-        async with embedded(tmp_path, named("order")) as world:
+        monkeypatch.setattr("tidings.hosting.beginning.YOUNG_SECONDS", -1.0)
+        async with embedded(tmp_path, idle("order")) as world:
             await world.settled()
     (entry,) = said(logs, "service.begins_at_the_start")
     assert (entry["log_level"], entry["service"]) == ("warning", "order")
     assert "If it was renamed" in entry["advice"]
+
+
+async def test_a_new_service_on_a_young_log_is_no_reason_for_a_warning(tmp_path: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with embedded(tmp_path, idle("orders")) as world:
+            await world.append(*many(10, 3))
+            await world.settled()
+        async with embedded(tmp_path, idle("shipping")) as world:
+            await world.settled()
+    (entry,) = said(logs, "service.begins_at_the_start")
+    assert (entry["log_level"], entry["service"]) == ("info", "shipping")
+
+
+async def test_a_service_whose_database_knows_one_that_is_gone_is_warned_on_a_young_log_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One database for all services: there the former name of a renamed service is still to be found."""
+    monkeypatch.setattr("tidings.database.presence.PARTING_SECONDS", 10.0)
+    settings = Settings(
+        store=f"sqlite:///{tmp_path}/log.db",
+        bus=f"memory://{tmp_path.name}",
+        database=database_url(tmp_path, "all"),
+    )
+    first, beside, renamed = idle("orders"), idle("shipping"), idle("order")
+    with structlog.testing.capture_logs() as logs:
+        async with Runtime(first, settings=settings) as runtime:
+            await first.append("happened-1", Happened(key="k"))
+            await runtime.settled()
+            async with beside.running(settings, store=runtime.store, bus=runtime.bus):
+                """Its neighbour is at work, and no former name of it."""
+        async with Runtime(renamed, settings=settings) as runtime:
+            await runtime.settled()
+    neighbour, after = said(logs, "service.begins_at_the_start")
+    assert (neighbour["log_level"], neighbour["service"]) == ("info", "shipping")
+    assert (after["log_level"], after["service"]) == ("warning", "order")
+    assert "Its database also knows orders" in after["advice"]

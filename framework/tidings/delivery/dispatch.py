@@ -414,7 +414,9 @@ class Dispatcher:
             async with asyncio.timeout(PARTING_SECONDS):
                 await self._guard.leave()
         except (TimeoutError, DatabaseUnavailable) as error:
-            log.info("service.left_unsaid", service=self._service.name, reason=str(error) or "the database is busy")
+            log.info(
+                "service.clean_end_unrecorded", service=self._service.name, reason=str(error) or "the database is busy"
+            )
 
     def _handle(self, item: Item) -> Awaitable[None] | None:
         """A handler without a session; what is left to be awaited of it."""

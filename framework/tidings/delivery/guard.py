@@ -97,7 +97,7 @@ class Guard:
         condemned = self.caution.begin(notes, int(FULL * self._service.prefetch), blind=blind, besides=besides)
         self._troubles.bury({position: (failure, notes[position]) for position, failure in condemned.items()})
         log.warning(
-            "service.careful",
+            "service.unclean_end_found",
             service=self._service.name,
             suspected=sorted(self.caution.suspects),
             condemned=sorted(condemned),

@@ -29,7 +29,8 @@ from tidings.delivery.intake import Intake
 from tidings.delivery.owned import Ours
 from tidings.delivery.work import Item, Troubles
 from tidings.errors import LogBehind
-from tidings.protocol.position import CARRIED, Accepted, carried
+from tidings.hosting.beginning import say_that_it_begins
+from tidings.protocol.position import Accepted
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
@@ -172,8 +173,8 @@ class Partition:
         head = await self._store.head()
         if remembered.highest > head:
             raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
-        if remembered.highest < 0 and not self.joins:
-            await self._say_that_it_begins()
+        if remembered.highest < 0 and not self.joins and not subscription.buckets.start:
+            await say_that_it_begins(service.name, self._store, self._database, log_id, subscription.queue)
         accepted = Accepted(subscription.buckets, remembered.floor, remembered.watermarks)
         held = HeldRows(service.name, log_id, subscription.buckets)
         self.dispatcher = dispatcher = Dispatcher(
@@ -222,21 +223,6 @@ class Partition:
             await asyncio.wait([working])
             taking.cancel()
         log.info("service.stopped" if self._left.is_set() else "service.gave_up", floor=dispatcher.floor, **self._told)
-
-    async def _say_that_it_begins(self) -> None:
-        """A service that has done nothing of a log with history reads all of it: mostly a new one, or one that was
-        renamed by mistake."""
-        async for event in self._store.read_all(backwards=True, filter=CARRIED):
-            if carried(event) is not None:
-                log.warning(
-                    "service.begins_at_the_start",
-                    last_position=event.position,
-                    **self._told,
-                    advice="its database has done nothing of this log, so it is given all events from the first on. "
-                    "For a new service that is right. If it was renamed, or has got another database, stop it, and "
-                    "give it its former name and database",
-                )
-                return
 
     async def _take(self, intake: Intake) -> None:
         await self._ready.wait()

@@ -30,9 +30,9 @@ from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.delivery.work import Item, Troubles
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.balance import asked_of, to_ask
-from tidings.hosting.opening import opened
 from tidings.hosting.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.hosting.standby import Post, Taken, post_of
+from tidings.hosting.waiting import open_when_available
 from tidings.hosting.watchdog import Watchdog
 from tidings.logs import configure_by_default
 from tidings.protocol.position import bucket_of
@@ -394,7 +394,7 @@ class RunningService:
         asks = to_ask(ranges, me) if asking else {}
         if not asks:
             return
-        log.info("service.asks", service=self.service.name, partitions=len(asks))
+        log.info("service.asks_for_partitions", service=self.service.name, partitions=len(asks))
         await ask_for(self.database, self.service.name, asks, me)
 
 
@@ -413,14 +413,14 @@ async def run_service(
     at_work: Callable[[], bool] = lambda: True  # noqa: E731 - until there is one to ask
     async with AsyncExitStack() as stack:
         if store is None:
-            store = await opened(stack, lambda: open_store(settings.store), "the event store")
+            store = await open_when_available(stack, lambda: open_store(settings.store), "the event store")
         if bus is None:
             bus = await stack.enter_async_context(open_bus(settings.bus))
             if settings.embedded_bus:  # no relay of another process can reach it
                 relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: at_work())
                 await stack.enter_async_context(supervised(relay.run()))
         url = settings.database_of(service.name)
-        database = await opened(
+        database = await open_when_available(
             stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"
         )
         running = RunningService(service, store, bus, database)

@@ -15,7 +15,7 @@ from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.errors import ConfigurationError
-from tidings.hosting.opening import opened
+from tidings.hosting.waiting import open_when_available
 from tidings.logs import configure_by_default
 from tidings.modelling.declaration import Declaration
 from tidings.operations.verify import Report, verify
@@ -63,7 +63,9 @@ class Runtime:
     async def __aenter__(self) -> Self:
         configure_by_default()
         async with AsyncExitStack() as stack:
-            self._store = OwnStore(await opened(stack, lambda: open_store(self.settings.store), "the event store"))
+            self._store = OwnStore(
+                await open_when_available(stack, lambda: open_store(self.settings.store), "the event store")
+            )
             self._bus = await stack.enter_async_context(open_bus(self.settings.bus))
             self._tasks = await stack.enter_async_context(together(self._stop))
             if self.with_relay:

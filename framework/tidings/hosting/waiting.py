@@ -1,4 +1,5 @@
-"""What is away when a process starts is waited for, as it would be later; what only a person can mend is not."""
+"""Open a store or database when a process starts, and wait for one that is away. It never waits for what only a person
+can mend."""
 
 from __future__ import annotations
 
@@ -11,20 +12,22 @@ import structlog
 
 from tidings.errors import DatabaseUnavailable, StoreUnavailable
 
-__all__ = ["opened"]
+__all__ = ["open_when_available"]
 
-log = structlog.get_logger("tidings.opening")
+log = structlog.get_logger("tidings.waiting")
 
 T = TypeVar("T")
 
 PAUSES: Final = (0.2, 5.0)
-"""Seconds after the first failure and, doubling, at most after each further one."""
+"""Seconds of the first pause between two attempts, and of the longest; each pause is twice the one before."""
 
 
-async def opened(stack: AsyncExitStack, opening: Callable[[], AbstractAsyncContextManager[T]], what: str) -> T:
-    """Enter `opening()`, as often as it takes; the stack closes it.
+async def open_when_available(
+    stack: AsyncExitStack, opening: Callable[[], AbstractAsyncContextManager[T]], what: str
+) -> T:
+    """Enter `opening()`, again and again until it succeeds; the stack closes it.
 
-    Raises `StoreUnavailable` and `DatabaseUnavailable` that no waiting mends, and everything else, at once.
+    Raises at once every error that waiting does not mend.
     """
     pause, longest = PAUSES
     while True:
