@@ -6,11 +6,11 @@ It knows neither events nor stores, only that an attempt may lose to another (`W
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
+from tidings._support.backoff import Backoff
 from tidings.errors import Contention, WrongExpectedVersion
 
 __all__ = ["CHANGE_SECONDS", "Turns"]
@@ -50,17 +50,15 @@ class Turns:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.seconds
         async with self._turn(stream, deadline):
-            lost, (pause, longest) = 0, PAUSE_SECONDS
+            lost, backoff = 0, Backoff(*PAUSE_SECONDS, jitter=0.5)
             while True:
                 try:
                     return await attempt()
                 except WrongExpectedVersion as error:
                     lost += 1
-                    wait = pause * random.uniform(0.5, 1)  # no secret  # nosec B311
-                    if loop.time() + wait >= deadline:
+                    if loop.time() + backoff.pause >= deadline:
                         raise Contention(stream, self.seconds, lost) from error
-                    await asyncio.sleep(wait)
-                    pause = min(2 * pause, longest)
+                    await backoff.wait()
 
     @asynccontextmanager
     async def _turn(self, stream: str, deadline: float) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, Final, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
+from tidings._support.backoff import nth_pause
 from tidings.errors import ConfigurationError
 from tidings.modelling.context import Context
 from tidings.modelling.events import Event, wire_name
@@ -24,6 +25,8 @@ NAME_LENGTH: Final = 150
 
 FOREVER: Final = 1e9
 """Seconds, some 30 years, that no pause reaches; it also bounds the factor between pauses."""
+JITTER: Final = 0.25
+"""Share of a pause by which it is shortened at random, so that events that failed together do not retry together."""
 
 
 def _check_times(policy: Retry | Hold) -> None:
@@ -60,7 +63,7 @@ class Hold:
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
         """Seconds until held attempt number `attempt` (from 1)."""
-        return _backoff(self.delay, self.factor, self.maximum, attempt, random)
+        return nth_pause(attempt, self.delay, self.maximum, factor=self.factor, jitter=JITTER, random=random)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +97,7 @@ class Retry:
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
         """Seconds to wait after failed attempt number `attempt` (from 1)."""
-        return _backoff(self.delay, self.factor, self.maximum, attempt, random)
-
-
-def _backoff(delay: float, factor: float, maximum: float, attempt: int, random: Callable[[], float]) -> float:
-    try:
-        full = min(delay * float(factor) ** (attempt - 1), maximum)
-    except OverflowError:
-        full = maximum if delay else 0.0
-    return full * (1 - random() / 4)
+        return nth_pause(attempt, self.delay, self.maximum, factor=self.factor, jitter=JITTER, random=random)
 
 
 Since = Literal["start", "now"] | int | None

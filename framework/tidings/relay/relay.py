@@ -15,6 +15,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.backoff import Backoff
 from tidings._support.tasks import leaves, task_group
 from tidings.buses import EventBus, Publisher
 from tidings.errors import (
@@ -112,12 +113,11 @@ class Relay:
 
     async def run(self) -> None:
         """Until cancelled. Raises `ConfigurationError` and `TopologyMismatch`, which no waiting heals."""
-        first, longest = RETRY_SECONDS
-        pause, unheard = first, 0
+        backoff, unheard = Backoff(*RETRY_SECONDS), 0
         while True:
             while not self._needed():
                 self.trouble = None
-                await asyncio.sleep(first)
+                await asyncio.sleep(RETRY_SECONDS[0])
             began = self.confirmed
             try:
                 await self._bus.provision()
@@ -137,17 +137,17 @@ class Relay:
                 self.trouble = str(causes[0])
                 self.trouble_is_the_stores = isinstance(causes[0], StoreUnavailable)
                 if self.confirmed > began:
-                    pause, unheard = first, 0
+                    backoff.reset()
+                    unheard = 0
                 if isinstance(causes[0], Unroutable):
                     unheard += 1
                     if unheard == UNHEARD:  # services that start together with the relay need a moment
                         log.warning("relay.waiting_for_services", relay=self.name, reason=str(causes[0]))
                 else:
-                    log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=pause)
+                    log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=backoff.pause)
             finally:
                 self.leading, self._waiting_since = False, None
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, longest)
+            await backoff.wait()
 
     def marked(self) -> None:
         """The bus confirmed a marker: the way to it is open."""

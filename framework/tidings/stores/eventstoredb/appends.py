@@ -21,6 +21,7 @@ from typing import Final
 
 import structlog
 
+from tidings._support.backoff import Backoff
 from tidings._support.tasks import leading, task_group
 from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
@@ -208,15 +209,15 @@ class Appends:
         """A call while there is something to append, and another one when it is lost."""
         async with task_group() as tasks:
             tasks.create_task(self._expire())
-            first, longest = PAUSE_SECONDS
-            pause, attempts = first, 0
+            backoff, attempts = Backoff(*PAUSE_SECONDS), 0
             while True:
                 await self._wanted.wait()
                 try:
                     await self._session()
                 except Exception as error:
                     if self._live:
-                        pause, attempts = first, 0
+                        backoff.reset()
+                        attempts = 0
                     cause = leading(error)
                     if not isinstance(cause, CallFailed | ConnectionLost | Undecided | StoreError):
                         log.error("store.appends_failed", exc_info=error)
@@ -228,8 +229,7 @@ class Appends:
                             log.warning(
                                 "store.appends_interrupted", error=str(cause), unknown=unknown, attempts=attempts
                             )
-                        await asyncio.sleep(pause)
-                        pause = min(pause * 2, longest)
+                        await backoff.wait()
 
     async def _session(self) -> None:
         """One call, up to its end or loss."""

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from uuid import UUID
 
 import tidings.stores.eventstoredb.wire as wire
+from tidings._support.backoff import Backoff
 from tidings.errors import ConfigurationError, StoreError, StoreUnavailable
 from tidings.stores import EVERYTHING, RecordedEvent
 from tidings.stores.eventstoredb.grpc import Address, Connection
@@ -293,7 +294,7 @@ class Trying:
         self._leader = leader
         self._changes = leader.changes
         self._since: float | None = None
-        self._pause = PAUSE_SECONDS[0]
+        self._backoff = Backoff(*PAUSE_SECONDS)
 
     def progressed(self) -> None:
         self._since = None
@@ -314,11 +315,11 @@ class Trying:
         if verdict is not None:
             raise verdict from error
         if self._since is None:
-            self._since, self._pause = now, PAUSE_SECONDS[0]
+            self._since = now
+            self._backoff.reset()
         if now - self._since >= leader.seconds:
             raise leader.unavailable(error) from error
-        await asyncio.sleep(self._pause)
-        self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
+        await self._backoff.wait()
         leader.check_usable()
 
 
