@@ -20,10 +20,14 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 from sqlalchemy.util import await_only
 
+from tidings._support.backoff import Backoff
+
 __all__ = ["BUSY_TIMEOUT", "TidingsSQLite", "register"]
 
 BUSY_TIMEOUT: Final = 5.0
 """Seconds that a transaction waits for another process's writer before the database counts as locked."""
+BUSY_PAUSES: Final = (0.001, 0.05)
+"""First and longest pause, in seconds, between attempts while another process writes."""
 
 
 _COMMITTERS: Final = ThreadPoolExecutor(8, thread_name_prefix="tidings-commit")
@@ -139,7 +143,7 @@ async def _commit(connection: sqlite3.Connection) -> None:
 
 def _patiently(call: Callable[..., Any], *arguments: Any) -> None:
     """Wait for another writer. A snapshot that another has overtaken stays so: that is no use to wait for."""
-    loop, deadline, pause = None, 0.0, 0.001
+    loop, deadline, backoff = None, 0.0, None
     while True:
         try:
             call(*arguments)
@@ -152,8 +156,8 @@ def _patiently(call: Callable[..., Any], *arguments: Any) -> None:
         else:
             await_only(_NOTHING)
             return
-        await_only(asyncio.sleep(pause))
-        pause = min(pause * 2, 0.05)
+        backoff = backoff or Backoff(*BUSY_PAUSES)
+        await_only(backoff.wait())
 
 
 def configure(dbapi_connection: Any, record: object) -> None:
