@@ -15,6 +15,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.backoff import Backoff
 from tidings._support.tasks import leaves, task_group
 from tidings.buses import EventBus, Subscription
 from tidings.database.engine import Database
@@ -238,25 +239,20 @@ async def persistently(
 ) -> None:
     """Have one session after the other until `stop` is set, with pauses that grow while they fail for what waiting may
     heal. Raises any other error, out of any group."""
-    first, longest = REJOIN_SECONDS
-    pause = first
+    backoff = Backoff(*REJOIN_SECONDS)
     while not stop.is_set():
         began = clock()
         try:
             await session()
-            pause = first
+            backoff.reset()
         except Exception as error:
             causes = list(leaves(error))
             strange = [cause for cause in causes if not is_infrastructure(cause)]
             if strange:
                 raise strange[0] from None
-            if clock() - began > longest:
-                pause = first
+            if clock() - began > REJOIN_SECONDS[1]:
+                backoff.reset()
             if lost is not None:
                 lost(causes[0])
-            log.warning("service.rejoining", error=str(causes[0]), pause=pause, **told)
-        try:
-            async with asyncio.timeout(pause):
-                await stop.wait()
-        except TimeoutError:
-            pause = min(pause * 2, longest)
+            log.warning("service.rejoining", error=str(causes[0]), pause=backoff.pause, **told)
+        await backoff.wait(until=stop)

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.backoff import Backoff, becomes_true
 from tidings._support.tasks import supervised, task_group
 from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
@@ -57,6 +58,8 @@ STANDBY_SECONDS: Final = 1.0
 """Seconds between two attempts of a standby to take over, and between two looks of the process at work at its lock."""
 REQUESTED: Final = 1000
 """Events emitted by requests that are looked at together."""
+POLL_SECONDS: Final = (0.005, 0.1)
+"""First and longest pause between looks at how far a service has come, while a caller waits for it."""
 REBIND_SECONDS: Final = (0.2, 5.0)
 """First and longest pause between attempts to make queues anew."""
 
@@ -172,16 +175,12 @@ class RunningService:
         return await self._comes_to(None, position, timeout)
 
     async def _comes_to(self, bucket: int | None, position: int, timeout: float) -> bool:
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + timeout, 0.005
         log_id = await self.store.log_id()
-        while True:
-            if await settled(self.database, self.service.name, log_id, bucket) >= position:
-                return True
-            if loop.time() + pause > deadline:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
+
+        async def come() -> bool:
+            return await settled(self.database, self.service.name, log_id, bucket) >= position
+
+        return await becomes_true(come, timeout, Backoff(*POLL_SECONDS, factor=1.5))
 
     async def settled(self) -> int:
         """The floor as committed by whichever process of the service; -1 before the first. One look into the database,
@@ -330,7 +329,7 @@ class RunningService:
         if not layout.queues_are_old:
             ready.set()
         doomed = layout.strays + (layout.subscriptions if layout.queues_are_old else [])
-        pause, longest = REBIND_SECONDS
+        backoff = Backoff(*REBIND_SECONDS)
         while doomed:
             try:
                 await self.bus.delete(doomed)
@@ -341,9 +340,10 @@ class RunningService:
                     log.info("service.rebound", service=layout.service, partitions=layout.count, epoch=layout.epoch)
                 break
             except (BusUnavailable, DatabaseUnavailable) as error:
-                log.warning("service.not_rebound", service=layout.service, error=str(error), next_attempt_in=pause)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+                log.warning(
+                    "service.not_rebound", service=layout.service, error=str(error), next_attempt_in=backoff.pause
+                )
+            await backoff.wait()
         ready.set()
 
     async def _collect(self, parts: Sequence[Partition]) -> None:

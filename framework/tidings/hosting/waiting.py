@@ -3,13 +3,13 @@ can mend."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Final, TypeVar
 
 import structlog
 
+from tidings._support.backoff import Backoff
 from tidings.errors import DatabaseUnavailable, StoreUnavailable
 
 __all__ = ["open_when_available"]
@@ -29,13 +29,12 @@ async def open_when_available(
 
     Raises at once every error that waiting does not mend.
     """
-    pause, longest = PAUSES
+    backoff = Backoff(*PAUSES)
     while True:
         try:
             return await stack.enter_async_context(opening())
         except (StoreUnavailable, DatabaseUnavailable) as error:
             if not error.waiting_helps:
                 raise
-            log.warning("process.waiting", waits_for=what, error=str(error), next_attempt_in=pause)
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, longest)
+            log.warning("process.waiting", waits_for=what, error=str(error), next_attempt_in=backoff.pause)
+        await backoff.wait()

@@ -21,6 +21,7 @@ import structlog
 from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
+from tidings._support.backoff import Backoff, becomes_true
 from tidings.database.engine import floors, guarded, staged
 from tidings.database.inbox import StagedEvent, stage
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
@@ -40,6 +41,8 @@ __all__ = ["Emit", "RequestSession", "transaction"]
 
 log = structlog.get_logger("tidings.outbox")
 
+POLL_SECONDS: Final = (0.005, 0.1)
+"""First and longest pause between looks at what waits to be appended, while a caller waits for it."""
 SLOW_SECONDS: Final = 0.25
 """Seconds after which a transaction that keeps SQLite's one writer from everybody else is named in the log."""
 
@@ -117,14 +120,8 @@ class Emit:
         """
         if self.open:
             raise ConfigurationError("emit.appended() was called within its transaction: call it after the block")
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + timeout, 0.005
-        while not await self._gone([row.event.id for row in self.events]):
-            if loop.time() + pause > deadline:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
-        return True
+        ids = [row.event.id for row in self.events]
+        return await becomes_true(lambda: self._gone(ids), timeout, Backoff(*POLL_SECONDS, factor=1.5))
 
     def _next(self, stream: str, type: str) -> UUID:
         if self._key is None:
