@@ -287,6 +287,13 @@ async def test_a_row_is_appended_without_a_look_at_most_once(bench: Bench) -> No
     assert await bench.emits(await bench.cause()) == [ANY, 0]
 
 
+async def test_a_store_may_be_away_for_hours(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidings.delivery.staged.RETRY_SECONDS", (1e-9, 1e-9))
+    await bench.emits(await bench.cause())
+    bench.store.failing = 1_100  # pauses that double would by now be longer than a float can say
+    assert await bench.emits(await bench.cause()) == [ANY, *[0] * 1_100]
+
+
 async def test_an_event_that_was_found_says_nothing_of_how_new_the_log_is(bench: Bench) -> None:
     cause, told = await bench.cause(), event()
     await bench.store.inner.append("told", [told])

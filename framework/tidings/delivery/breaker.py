@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from tidings._support.backoff import Backoff
+
 __all__ = ["Breaker", "Breakers"]
 
 FAILURES: Final = 20
@@ -32,7 +34,7 @@ class Breaker:
         self.failures = 0
         """Attempts in a row that failed."""
         self._keys: set[str] = set()
-        self._pause = PAUSES[0]
+        self._backoff = Backoff(*PAUSES)
         self._trial_at = 0.0
         self.trying = False
         """A trial is under way."""
@@ -77,7 +79,8 @@ class Breaker:
         self.failures = self.trials = 0
         self._keys.clear()
         closed = self.open
-        self.opened_at, self.trying, self._pause = None, False, PAUSES[0]
+        self.opened_at, self.trying = None, False
+        self._backoff.reset()
         return closed
 
     def failed(self, key: str, reason: str, *, trial: bool = False) -> bool:
@@ -85,8 +88,8 @@ class Breaker:
         self.reason = reason
         if self.open:
             if trial:
-                self.trying, self._pause = False, min(2 * self._pause, PAUSES[1])
-                self._trial_at = self._clock() + self._pause
+                self.trying = False
+                self._trial_at = self._clock() + self._backoff.step()
             return False
         self.failures += 1
         if len(self._keys) < KEYS:
@@ -94,7 +97,7 @@ class Breaker:
         if self.failures < FAILURES or len(self._keys) < KEYS:
             return False
         self.opened_at = self._clock()
-        self._trial_at = self.opened_at + self._pause
+        self._trial_at = self.opened_at + self._backoff.step()
         return True
 
 

@@ -10,6 +10,7 @@ from uuid import UUID
 
 import structlog
 
+from tidings._support.backoff import Backoff
 from tidings._support.tasks import supervised
 from tidings.buses import Consumer, Delivery, EventBus, Subscription
 from tidings.database.inbox import Inbox, Letter
@@ -83,15 +84,14 @@ class Intake:
 
     async def run(self) -> None:
         """Until cancelled. Raises `TopologyMismatch` and `ConfigurationError`, which no waiting heals, and `Fenced`."""
-        first, longest = RECONNECT_SECONDS
-        pause = first
+        backoff = Backoff(*RECONNECT_SECONDS)
         while True:
             try:
                 await self._bus.provision(self._subscription)
                 async with self._bus.consume(self._subscription, prefetch=self._prefetch) as consumer:
                     log.info("service.connected", service=self._subscription.service, queue=self._subscription.queue)
                     self.connected, self.marker_at, self.trouble = True, None, None
-                    pause = first
+                    backoff.reset()
                     chosen = False
                     async with supervised(self._stay_bound()):
                         async for delivery in consumer:
@@ -105,12 +105,11 @@ class Intake:
             except BusUnavailable as error:
                 self.trouble = str(error)
                 what = "bus.lost" if self.connected else "bus.unreachable"
-                log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=pause)
+                log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=backoff.pause)
             finally:
                 self.connected = False
                 self._dispatcher.stand_by()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, longest)
+            await backoff.wait()
 
     async def _stay_bound(self) -> None:
         """Bind the queue again while no marker comes: when somebody unbinds it, or deletes the exchange, which the

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from tidings._support.backoff import nth_pause
 from tidings.database.inbox import Letter, StagedEvent
 from tidings.delivery.resolution import Resolver
 from tidings.errors import (
@@ -34,7 +35,8 @@ FLIGHTS: Final = 64
 
 FORBIDDEN_ATTEMPTS: Final = 6
 """Attempts at a forbidden stream before the event is dead: some six seconds, in which a right may arrive."""
-
+RETRY_SECONDS: Final = (0.2, 5.0)
+"""First and longest pause before one event is tried again."""
 
 FRESH_SECONDS: Final = 1.0
 """Seconds after the beginning of a commit within which nobody else can have taken over and appended the same row: a
@@ -200,7 +202,7 @@ class Stager:
                 row.attempts += 1
                 if row.attempts >= FORBIDDEN_ATTEMPTS:
                     raise
-                pause = 0.1 * 2**row.attempts
+                pause = nth_pause(row.attempts, *RETRY_SECONDS)
                 log.warning(
                     "staged.forbidden",
                     stream=row.staged.stream,
@@ -213,7 +215,7 @@ class Stager:
             except StoreUnavailable as error:
                 self._outage = self._clock()
                 row.attempts += 1
-                pause = min(0.1 * 2**row.attempts, 5.0)
+                pause = nth_pause(row.attempts, *RETRY_SECONDS)
                 if row.attempts >= AWAY_ATTEMPTS and not self._away:
                     self._away = True
                     for identity in list(self._watched):
