@@ -1,6 +1,9 @@
 """Tidings: event-driven microservices in which nothing is lost, each effect happens once, in order, and provably.
 
 Importing this is light: each name is imported when it is used, and so are adapters, SQLAlchemy and web frameworks.
+
+Public are the names here, and those of `tidings.errors`, `.settings`, `.stores`, `.buses`, `.logs`, `.server`,
+`.alembic` and `.testing`. Everything else is internal, and may change with any version.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidings.adapters import open_bus, open_store
+    from tidings.hosting.probes import health_routes
     from tidings.hosting.runtime import Runtime
     from tidings.modelling.aggregate import Aggregate, evolves, stream_version
     from tidings.modelling.context import Context
     from tidings.modelling.events import Event, partition_key, schema_version, upcaster, wire_name
     from tidings.modelling.handlers import Hold, Retry
     from tidings.modelling.repository import Changed, HistoryEntry, Repository
-    from tidings.producing.connection import connect
+    from tidings.operations.checking import verify
+    from tidings.operations.report import Report, ServiceReport
+    from tidings.producing.connection import BlockingLog, Log, connect
     from tidings.relay.relay import Relay
     from tidings.service import Service
     from tidings.settings import Settings
@@ -27,28 +33,34 @@ __all__ = [
     "NO_STREAM",
     "STREAM_EXISTS",
     "Aggregate",
+    "BlockingLog",
     "Changed",
     "Context",
     "Event",
     "EventData",
     "EventStore",
     "HistoryEntry",
+    "Hold",
+    "Log",
     "RecordedEvent",
     "Relay",
+    "Report",
     "Repository",
-    "Hold",
     "Retry",
     "Runtime",
     "Service",
+    "ServiceReport",
     "Settings",
     "connect",
     "evolves",
+    "health_routes",
     "open_bus",
     "open_store",
     "partition_key",
     "schema_version",
     "stream_version",
     "upcaster",
+    "verify",
     "wire_name",
 ]
 
@@ -56,13 +68,16 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "modelling.aggregate": ("Aggregate", "evolves", "stream_version"),
-    "producing.connection": ("connect",),
+    "producing.connection": ("BlockingLog", "Log", "connect"),
     "modelling.context": ("Context",),
     "modelling.events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
     "modelling.handlers": ("Hold", "Retry"),
     "relay.relay": ("Relay",),
     "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
+    "hosting.probes": ("health_routes",),
     "hosting.runtime": ("Runtime",),
+    "operations.checking": ("verify",),
+    "operations.report": ("Report", "ServiceReport"),
     "service": ("Service",),
     "adapters": ("open_bus", "open_store"),
     "settings": ("Settings",),

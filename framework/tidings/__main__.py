@@ -1,4 +1,7 @@
-"""`python -m tidings`: the command line, where the script `tidings` is not on the PATH."""
+"""`python -m tidings`: the command line, where the script `tidings` is not on the PATH.
+
+Internal: nothing imports it.
+"""
 
 from __future__ import annotations
 

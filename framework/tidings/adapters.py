@@ -1,4 +1,7 @@
-"""Stores and buses by URL: which adapter a scheme names, opened and closed around a block. None is imported before."""
+"""Stores and buses by URL: which adapter a scheme names, opened and closed around a block. None is imported before.
+
+Internal: `tidings.open_store` and `tidings.open_bus` are its public names.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 `TIDINGS_DATABASE__ORDER_HISTORY` is the database of service `order-history`. A variable whose name ends in `__FILE`
 names a file that holds the value, as secrets are mounted: `TIDINGS_BUS__FILE=/run/secrets/bus`.
+
+Internal: `tidings.settings` reads it.
 """
 
 from __future__ import annotations

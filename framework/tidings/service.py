@@ -1,4 +1,7 @@
-"""A microservice as its user sees it: declared, run, appended to. No I/O at import, no global registry."""
+"""A microservice as its user sees it: declared, run, appended to. No I/O at import, no global registry.
+
+Internal: its public name is `tidings.Service`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""URLs that may be shown: without their secrets."""
+"""URLs that may be shown: without their secrets.
+
+Internal: settings, logs and errors use it.
+"""
 
 from __future__ import annotations
 

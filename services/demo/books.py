@@ -21,8 +21,7 @@ from services.payment.tables import State, payments
 from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
-from tidings import Service
-from tidings.operations.verify import Report
+from tidings import Report, Service
 
 __all__ = ["Engines", "best_countries", "places", "read_books", "rows_of", "sales_of"]
 

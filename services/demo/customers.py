@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Final
 
 from services.demo.shop import Shop
-from tidings.stores import RecordedEvent
+from tidings import RecordedEvent
 
 __all__ = ["LIVE", "Customers", "Mood", "mood_of"]
 

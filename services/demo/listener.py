@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+from services.demo.beside import beside
 from services.demo.customers import Customers
 from services.demo.tally import Tally
 from tidings import EventStore, RecordedEvent
-from tidings._support.tasks import supervised
 from tidings.errors import StoreUnavailable
 
 __all__ = ["Listener", "listening", "silence"]
@@ -56,7 +56,7 @@ class Listener:
 async def listening(store: EventStore, customers: Customers) -> AsyncIterator[Listener]:
     """A listener that has heard the whole history, and goes on hearing while the block runs."""
     listener = Listener(store, customers)
-    async with supervised(listener.run()):
+    async with beside(listener.run()):
         await listener.reached(await store.head())
         yield listener
 

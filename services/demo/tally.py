@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final
 
-from tidings.stores import RecordedEvent
+from tidings import RecordedEvent
 
 __all__ = ["Tally"]
 

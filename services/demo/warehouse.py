@@ -10,13 +10,11 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Final, NamedTuple, TypeVar
-from uuid import uuid4
 
 from services.importer import Invoice
 from services.inventory.events import GoodsReceived, ReturnReceived
-from tidings import NO_STREAM, Event, EventStore
+from tidings import NO_STREAM, Event, EventStore, Log
 from tidings.errors import StoreUnavailable, WrongExpectedVersion
-from tidings.modelling.codec import encode
 
 __all__ = ["Warehouse"]
 
@@ -27,7 +25,7 @@ AT_ONCE: Final = 64
 
 TRIES: Final = 60
 AGAIN: Final = 1.0
-"""Seconds until the scanner tries again when the store is away: the same event, which begins its stream once."""
+"""Seconds until the scanner tries again when the store is away. The goods begin their stream once."""
 
 
 class _Goods(NamedTuple):
@@ -36,10 +34,10 @@ class _Goods(NamedTuple):
 
 
 class Warehouse:
-    """The door of the warehouse; each method returns how many deliveries are new."""
+    """The door of the warehouse; each method returns how many deliveries are known to be new."""
 
     def __init__(self, store: EventStore) -> None:
-        self._store = store
+        self._log = Log(store)
 
     async def receive(self, stock: dict[str, int]) -> int:
         """The first deliveries of these articles: sku to pieces."""
@@ -62,10 +60,10 @@ class Warehouse:
         return made
 
     async def _append(self, goods: _Goods, reason: str) -> bool:
-        event = encode(goods.event, id=uuid4(), metadata={"actor": "warehouse", "reason": reason})
+        who = {"actor": "warehouse", "reason": reason}
         for left in range(TRIES - 1, -1, -1):
             try:
-                await self._store.append(goods.stream, [event], expected=NO_STREAM)
+                await self._log.append(goods.stream, goods.event, expected=NO_STREAM, metadata=who)
             except WrongExpectedVersion:
                 return False
             except StoreUnavailable:

@@ -40,8 +40,8 @@ from services.order.edge import CORRELATION_ID, Correlated, Limited, traceparent
 from services.order.order import CUSTOMER, Order
 from services.order.problems import HANDLERS, Problem
 from services.order.service import orders, repository
+from tidings import health_routes
 from tidings.errors import DatabaseUnavailable, StoreUnavailable, WrongExpectedVersion
-from tidings.hosting.probes import health_routes
 
 __all__ = ["api"]
 

@@ -16,8 +16,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from services.order.events import OrderLine
 from services.order.order import Order, Status
-from tidings import wire_name
-from tidings.modelling.repository import HistoryEntry
+from tidings import HistoryEntry, wire_name
 
 __all__ = [
     "LINES",

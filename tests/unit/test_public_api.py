@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import tidings
 
+ROOT = Path(__file__).parents[2]
 HEAVY = (
     "sqlalchemy",
     "aio_pika",
@@ -24,6 +26,115 @@ HEAVY = (
     "opentelemetry",
     "pydantic_settings",
 )
+
+
+PUBLIC = {
+    "tidings": """
+        ANY Aggregate BlockingLog Changed Context Event EventData EventStore HistoryEntry Hold Log NO_STREAM
+        RecordedEvent Relay Report Repository Retry Runtime STREAM_EXISTS Service ServiceReport Settings connect
+        evolves health_routes open_bus open_store partition_key schema_version stream_version upcaster verify
+        wire_name""",
+    "tidings.alembic": "include_object",
+    "tidings.buses": """
+        Consumer Delivery EventBus Found Message Publisher Subscription check_partitions check_service_name""",
+    "tidings.errors": """
+        AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseUnavailable DeployNeeded
+        EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind LogChanged
+        MalformedMessage PartitionKeyDiffers PublishRejected RepetitionDiffers SchemaError StatementFailed
+        StoreError StoreUnavailable StreamDeleted StreamForbidden StreamNotFound StreamTruncated TidingsError
+        TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
+        VersionNotFound WriterHeld WrongExpectedVersion""",
+    "tidings.logs": "configure_by_default configure_logging masked",
+    "tidings.server": "DEFAULT_PORT EventStoreServer run_server",
+    "tidings.settings": "Settings",
+    "tidings.stores": """
+        ANY APPEND_LIMIT Appended CaughtUp Checkpoint EVERYTHING EventData EventStore Expected Filter JSON
+        MAX_POSITION NO_STREAM OCTETS RecordedEvent STREAM_EXISTS StreamMetadata StreamState check_stream_name
+        check_text describe""",
+    "tidings.testing": "",
+    "tidings.testing.brokers": """
+        RabbitMQ RabbitMQCluster RabbitMQNode cluster_for_tests node_for_tests rabbitmq_for_tests""",
+    "tidings.testing.bus_conformance": "BusConformance BusEnvironment LOG event events send_all take",
+    "tidings.testing.databases": """
+        PostgreSQL PostgreSQLServer create_database drop_databases postgresql_for_tests server_for_tests""",
+    "tidings.testing.simulation": "Outcome RULES SAVING Simulator simulate soak without",
+    "tidings.testing.store_conformance": """
+        PATIENCE Reopen StoreConformance event events eventually numbers read take""",
+}
+"""Every public name, by module. A name that is added here is a promise; one that is taken away breaks somebody."""
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_a_public_module_offers_exactly_the_names_that_are_promised(module: str) -> None:
+    found = importlib.import_module(module)
+    assert found.__doc__
+    assert sorted(getattr(found, "__all__", ())) == sorted(PUBLIC[module].split())
+    for name in PUBLIC[module].split():
+        assert hasattr(found, name)
+
+
+def test_everything_else_says_that_it_is_internal() -> None:
+    for child in pkgutil.iter_modules(tidings.__path__, "tidings."):
+        module = importlib.import_module(child.name)
+        said = "Internal: " in (module.__doc__ or "")
+        assert said != (child.name in PUBLIC), f"{child.name} is public in PUBLIC or says 'Internal: ...', not both"
+
+
+def _imported(source: str) -> set[tuple[str, str]]:
+    """What Python code takes from Tidings, as module and name."""
+    tree = ast.parse(source)
+    taken = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tidings":
+            taken |= {(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            taken |= {(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "tidings"}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tidings":
+            taken.add(("tidings", node.attr))
+    return taken
+
+
+def _private(source: str) -> list[str]:
+    """What of it is not public."""
+    return [
+        f"{module}.{name}".rstrip(".")
+        for module, name in sorted(_imported(source))
+        if module not in PUBLIC or (name and name not in PUBLIC[module].split() and f"{module}.{name}" not in PUBLIC)
+    ]
+
+
+SERVICES = sorted((ROOT / "services").rglob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("file", SERVICES, ids=[str(file.relative_to(ROOT)) for file in SERVICES])
+def test_the_example_services_import_only_public_names(file: Path) -> None:
+    assert not _private(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_the_documentation_uses_only_public_names(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        assert not _private(block)
+    modules = {child.name for child in pkgutil.iter_modules(tidings.__path__, "tidings.")}
+    for name in re.findall(r"\btidings(?:\.\w+)+", text):
+        if ".".join(name.split(".")[:2]) in modules:  # others are names of exchanges, files, events
+            module, _, last = name.rpartition(".")
+            assert name in PUBLIC or last in PUBLIC.get(module, "").split(), f"{name} is not public"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from tidings.delivery.work import Item",
+        "import tidings.relay.relay",
+        "tidings.Unknown",
+        "from tidings import x",
+    ],
+)
+def test_what_is_not_public_is_noticed(code: str) -> None:
+    assert _private(code)
 
 
 @pytest.mark.parametrize("name", tidings.__all__)
@@ -96,5 +207,5 @@ def test_every_exported_name_of_every_core_module_is_there() -> None:
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
-    project = Path(__file__).parents[2] / "pyproject.toml"
+    project = ROOT / "pyproject.toml"
     assert f'version = "{tidings.__version__}"' in project.read_text(encoding="utf-8")

@@ -34,6 +34,7 @@ __all__ = [
     "Delivery",
     "EventBus",
     "Found",
+    "Message",
     "Publisher",
     "Subscription",
     "check_partitions",

@@ -1,4 +1,7 @@
-"""The command line `tidings`. Importing it imports no command; what only one command needs is imported by that one."""
+"""The command line `tidings`. Importing it imports no command; what only one command needs is imported by that one.
+
+Internal: its public face is the command. Nothing imports it.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def run(
     if health is not None:
         raise Refused(
             USAGE,
-            f"--health is for a service; {target!r} answers itself, with the routes of tidings.probes.health_routes",
+            f"--health is for a service; {target!r} answers itself, with the routes of tidings.health_routes",
         )
     from tidings.cli._web import serve_application
 

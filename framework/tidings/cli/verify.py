@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +13,7 @@ from tidings.cli._exits import NO, OK, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import GREEN, RED, Json, facts, paint, plain, say
 from tidings.cli._reading import Reading
-from tidings.operations.looking import existing_database, existing_store
+from tidings.operations.checking import opened_to_look
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
@@ -89,12 +88,7 @@ def _leave(before: set[threading.Thread], code: int) -> None:
 async def _look(settings: Settings, services: list[Service], relay: str, deep: bool) -> tuple[Report, Recount | None]:
     from tidings.operations.verify import verify as look
 
-    async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(existing_store(settings))
-        pairs = [
-            (service, await stack.enter_async_context(existing_database(settings, service.name)))
-            for service in services
-        ]
+    async with opened_to_look(settings, services) as (store, pairs):
         report = await look(store, pairs, relay=relay)
         if not deep:
             return report, None

@@ -1,5 +1,9 @@
-"""What proves a system right: conformance suites for stores and buses (they need pytest), brokers to run them on, and
-the simulation."""
+"""What proves a system right: conformance suites for stores and buses (they need pytest), brokers and databases to
+run them on, and the simulation.
+
+Its modules `bus_conformance`, `store_conformance`, `brokers`, `databases` and `simulation` are public; others are
+internal.
+"""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from services.demo.__main__ import DATA, INTERRUPTED, log_to
+from services.demo.beside import first_error
 from services.demo.fleet.broker import BrokerRefused
 from services.demo.fleet.demo import TooFew, perform
 from services.demo.fleet.processes import Died, NotReady
 from services.demo.fleet.shop import ShopFailed
 from services.demo.screen import Screen
 from services.importer import BrokenFile
-from tidings._support.tasks import leading
 from tidings.errors import TidingsError
 
 STOPPED = (BrokenFile, BrokerRefused, Died, NotReady, OSError, ShopFailed, TidingsError, TooFew)
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return INTERRUPTED
     except (*STOPPED, BaseExceptionGroup) as error:
-        cause = leading(error)
+        cause = first_error(error)
         if not isinstance(cause, STOPPED):
             raise
         screen.line(f"\nStopped: {cause}\nWhat was left is in {folder}. All processes were ended.", style="bold red")

@@ -13,6 +13,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 
 from rich.console import Console
+from sqlalchemy.engine import make_url
 
 from services.demo.books import read_books
 from services.demo.demo import rehearse
@@ -29,7 +30,6 @@ from services.demo.stock import opening_stock
 from services.demo.trade import take_in
 from services.importer import Invoice, Kind, invoices, read_rows
 from tidings import open_store
-from tidings.urls import redact
 
 __all__ = ["TooFew", "perform"]
 
@@ -80,7 +80,12 @@ def _introduce(play: Scene, screen: Screen) -> None:
     screen.line("RabbitMQ runs, started by deploy/local/rabbitmq. So do, each as a process of its own:")
     rows = [(name, f"{child.pid}", f"tidings {' '.join(child.arguments)}") for name, child in play.children.items()]
     screen.table(rows, titles=("name", "process", "command"), right=[1])
-    told = settings(play.folder, play.fleet.env["TIDINGS_STORE"], redact(play.broker.url), list(TARGETS.values()))
+    told = settings(
+        play.folder,
+        play.fleet.env["TIDINGS_STORE"],
+        make_url(play.broker.url).render_as_string(),
+        list(TARGETS.values()),
+    )
     screen.line("\n".join(f"{name}={value}" for name, value in told.items()), style="dim")
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple
 
+from services.demo.beside import beside
 from services.demo.fleet.processes import free_ports
 from services.demo.fleet.scene import SALES, STORE, Scene, until
 from services.demo.fleet.traffic import Traffic
@@ -19,7 +20,6 @@ from services.inventory import inventory
 from services.order import orders
 from services.payment import payment
 from services.shipping import shipping
-from tidings._support.tasks import supervised
 from tidings.buses import Subscription
 
 __all__ = ["ACTS", "ENOUGH", "Act", "disturb"]
@@ -155,7 +155,7 @@ async def disturb(scene: Scene, traffic: Traffic, screen: Screen, clock: Callabl
         await traffic.go_on(traffic.limit + some)
         began = clock()
         try:
-            async with asyncio.timeout(WITHIN), supervised(_trickle(traffic)):
+            async with asyncio.timeout(WITHIN), beside(_trickle(traffic)):
                 async for sentence in act.happen(scene, traffic):
                     screen.line(f"   {sentence}")
                 await scene.ready()

@@ -20,7 +20,7 @@ from typing import Final
 
 import httpx
 
-from tidings._support.tasks import together
+from services.demo.beside import tasks
 
 __all__ = ["READY_WITHIN", "Child", "Died", "Fleet", "NotReady", "fleet", "free_ports"]
 
@@ -167,8 +167,8 @@ async def fleet(folder: Path, env: Mapping[str, str]) -> AsyncIterator[Fleet]:
     """
     guard = _guard()
     try:
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client, together(asyncio.Event()) as tasks:
-            found = Fleet(folder, env, guard.pid, client, tasks)
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client, tasks() as group:
+            found = Fleet(folder, env, guard.pid, client, group)
             try:
                 yield found
             finally:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-from tidings import EventStore
-from tidings.stores import RecordedEvent
+from tidings import EventStore, RecordedEvent
 
 __all__ = ["Basket", "Reading", "read_log"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from services.demo.customers import Customers
 from services.demo.fleet.broker import Broker, broker
@@ -25,11 +25,8 @@ from services.order import orders
 from services.payment import payment
 from services.sales import sales
 from services.shipping import shipping
-from tidings import EventStore, Service
-from tidings.adapters import open_bus, open_store
+from tidings import EventStore, Report, Service, ServiceReport, Settings, open_bus, open_store, verify
 from tidings.buses import EventBus, Subscription
-from tidings.database.engine import Database, open_database
-from tidings.operations.verify import Report, ServiceReport, verify
 
 __all__ = ["FOUR", "SALES", "STORE", "TARGETS", "Scene", "scene", "until"]
 
@@ -54,6 +51,7 @@ class Scene:
     fleet: Fleet
     store: EventStore
     bus: EventBus
+    settings: Settings
     shop: OverHttp
     warehouse: Warehouse
     listener: Listener
@@ -64,11 +62,12 @@ class Scene:
     """Articles that came in at the beginning."""
     children: dict[str, Child] = field(default_factory=dict)
     """By name: store, relay, order, inventory, ..."""
-    databases: dict[str, Database] = field(default_factory=dict)
+    engines: dict[str, AsyncEngine] = field(default_factory=dict)
+    """By name of the service, each of its database."""
 
     def engine(self, service: Service) -> AsyncEngine:
         """For reading beside the running service."""
-        return self.databases[service.name].engine
+        return self.engines[service.name]
 
     async def start(self, name: str, *command: str, port: int, option: str = "--health") -> Child:
         """Start a command; returns before it is ready."""
@@ -91,13 +90,14 @@ class Scene:
 
     async def look_into(self, service: Service) -> None:
         """Open the database of a service that is ready."""
-        url = f"sqlite:///{self.folder}/{service.name}.db"
-        self.databases[service.name] = await self.stack.enter_async_context(open_database(url, service.tables))
+        engine = create_async_engine(f"sqlite+aiosqlite:///{self.folder}/{service.name}.db")
+        self.stack.push_async_callback(engine.dispose)
+        self.engines[service.name] = engine
 
     async def verify(self, *services: Service) -> Report:
         """As it is now, in these services or in all."""
-        chosen = services or tuple(service for service in (*FOUR, SALES) if service.name in self.databases)
-        return await verify(self.store, [(service, self.databases[service.name]) for service in chosen])
+        chosen = services or tuple(service for service in (*FOUR, SALES) if service.name in self.engines)
+        return await verify(*chosen, settings=self.settings)
 
     async def unsettled(self, service: Service) -> ServiceReport:
         """What waits for one service."""
@@ -133,11 +133,16 @@ async def scene(folder: Path, stock: dict[str, int], options: Sequence[str] = ()
         serving = ("server", "--db", str(folder / "events.db"), "--port", str(log))
         eventstore = await processes.start(STORE, serving, log, probed=False)
         await eventstore.ready()
-        store = await stack.enter_async_context(open_store(env["TIDINGS_STORE"]))
-        bus = await stack.enter_async_context(open_bus(env["TIDINGS_BUS"]))
+        settings = Settings(
+            store=env["TIDINGS_STORE"], bus=env["TIDINGS_BUS"], database=env["TIDINGS_DATABASE"], services=None
+        )
+        store = await stack.enter_async_context(open_store(settings.store))
+        bus = await stack.enter_async_context(open_bus(settings.bus))
         shop = await stack.enter_async_context(over_http(order))
         listener = await stack.enter_async_context(listening(store, Customers(shop)))
-        found = Scene(folder, rabbitmq, processes, store, bus, shop, Warehouse(store), listener, stack, options)
+        found = Scene(
+            folder, rabbitmq, processes, store, bus, settings, shop, Warehouse(store), listener, stack, options
+        )
         found.children[STORE] = eventstore
         await found.start(orders.name, "run", API, *options, port=order, option="--port")
         for service, port in zip(FOUR[1:], others, strict=True):
