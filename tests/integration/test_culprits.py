@@ -27,7 +27,7 @@ from tests.integration.embedded import (
 )
 from tidings import ANY, EventData, EventStore, Hold, Relay, Retry, Runtime, Service, Settings
 from tidings.errors import BusUnavailable, StoreUnavailable
-from tidings.hosting.probes import Probe
+from tidings.hosting.gathering import Probe
 from tidings.stores import Appended, Expected
 
 pytestmark = pytest.mark.timeout(60)
@@ -72,7 +72,7 @@ async def becomes(probe: Probe, condition: Callable[[dict[str, Any]], bool], sec
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.hosting.probes.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("tidings.hosting.gathering.FRESH_SECONDS", 0.0)
     monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.05, 0.2))
 
 
@@ -123,7 +123,7 @@ async def test_an_idle_service_finds_out_that_its_database_takes_no_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No event comes that would show it."""
-    monkeypatch.setattr("tidings.hosting.probes.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("tidings.hosting.gathering.IDLE_SECONDS", 0.1)
     service = auditing()
     async with embedded(tmp_path, service) as world:
         probe = Probe((service,))
@@ -131,7 +131,7 @@ async def test_an_idle_service_finds_out_that_its_database_takes_no_writes(
         await world.settled()
         async with _refusing(service, "read-only"):
             assert wrong(await becomes(probe, lambda found: found["status"] != "ok")) == ["audit.database"]
-        monkeypatch.setattr("tidings.delivery.owned.DOUBT_SECONDS", 0.1)
+        monkeypatch.setattr("tidings._support.writes.DOUBT_SECONDS", 0.1)
         await becomes(probe, lambda found: found["status"] == "ok")
 
 
@@ -166,7 +166,7 @@ async def full_world(folder: Path, service: Service) -> AsyncIterator[tuple[Worl
 async def test_a_log_that_takes_no_appends_is_blamed_though_it_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.hosting.probes.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("tidings.hosting.gathering.IDLE_SECONDS", 0.1)
     service = auditing()
     async with full_world(tmp_path, service) as (world, store):
         probe = Probe((service,))

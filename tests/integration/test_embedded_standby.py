@@ -28,8 +28,7 @@ from tidings.hosting.standby import Post, Taken, post_of
 WORKERS = """
 import os
 from fastapi import FastAPI
-from tidings import Event, Service
-from tidings.hosting.probes import health_routes
+from tidings import Event, Service, health_routes
 
 class Asked(Event, key="key"):
     key: str

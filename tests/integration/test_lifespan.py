@@ -9,8 +9,7 @@ import pytest
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 
-from tidings import Event, Service
-from tidings.hosting.probes import health_routes
+from tidings import Event, Service, health_routes
 
 
 class Noted(Event):

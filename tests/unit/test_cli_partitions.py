@@ -15,7 +15,8 @@ import pytest
 from tests.unit.command_line import invoke, run_shop, shop
 from tidings import Settings, open_store
 from tidings.buses import EventBus, Found, Subscription
-from tidings.hosting.health import Facts, ServiceFacts, judge_ready
+from tidings.hosting.facts import Facts, ServiceFacts
+from tidings.hosting.health import judge_ready
 from tidings.operations.status import State, look
 
 SHOP = "tests.unit.command_line:shop"

@@ -11,18 +11,12 @@ from typing import Any
 import pytest
 
 from tidings import Runtime, Service, Settings
-from tidings.hosting.health import (
-    STALLED_SECONDS,
-    Facts,
-    Health,
-    Progress,
-    RelayFacts,
-    ServiceFacts,
-    Work,
-    judge_live,
-    judge_ready,
-)
-from tidings.hosting.probes import Probe, listening_at
+from tidings.hosting.answers import Health
+from tidings.hosting.checks import STALLED_SECONDS
+from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
+from tidings.hosting.gathering import Probe
+from tidings.hosting.health import judge_live, judge_ready
+from tidings.hosting.listening import listening_at
 
 WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
 LEADS = RelayFacts("main", leading=True, marker_age=1, confirmed=9)
@@ -112,7 +106,7 @@ def test_progress_counts_only_while_there_is_more_to_do() -> None:
 async def test_a_store_that_hangs_is_not_taken_for_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.hosting.probes.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("tidings.hosting.gathering.ANSWER_SECONDS", 0.05)
     service = Service("audit")
     settings = Settings(store=f"sqlite:///{tmp_path}/log.db", database=f"sqlite:///{tmp_path}/audit.db")
 

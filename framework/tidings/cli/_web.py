@@ -12,7 +12,7 @@ import structlog
 
 from tidings._support.tasks import together
 from tidings.cli._exits import UNAVAILABLE, USAGE, Refused
-from tidings.hosting.probes import listening_at
+from tidings.hosting.listening import listening_at
 from tidings.hosting.signals import StopSignals
 
 __all__ = ["application_beside", "serve_application"]

@@ -1,4 +1,4 @@
-"""What is known of a process and its services at one moment: gathered by `probes`, judged by `health`."""
+"""What is known of a process and its services at one moment: gathered by `gathering`, judged by `health`."""
 
 from __future__ import annotations
 

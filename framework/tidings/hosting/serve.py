@@ -42,7 +42,8 @@ async def serve(
         async with AsyncExitStack() as stack:
             address = None
             if health is not None:
-                from tidings.hosting.probes import Probe, answering
+                from tidings.hosting.gathering import Probe
+                from tidings.hosting.probes import answering
 
                 address = await stack.enter_async_context(answering(Probe(services, runtime), health))
             _introduce(services, runtime, address)

@@ -14,7 +14,7 @@ from typing import Final, Self
 from uuid import uuid4
 
 from tidings.errors import ConfigurationError, StoreUnavailable
-from tidings.hosting.probes import listening_at
+from tidings.hosting.listening import listening_at
 from tidings.server.cluster import Cluster
 from tidings.server.group_service import PersistentSubscriptions
 from tidings.server.http2 import Connection
