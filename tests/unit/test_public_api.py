@@ -36,7 +36,8 @@ PUBLIC = {
         wire_name""",
     "tidings.alembic": "include_object",
     "tidings.buses": """
-        Consumer Delivery EventBus Found Message Publisher Subscription check_partitions check_service_name""",
+        Consumer Delivery EventBus ExportsUsers Found ListsQueues Message Publisher Subscription check_partitions
+        check_service_name""",
     "tidings.errors": """
         AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseUnavailable DeployNeeded
         EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind LogChanged

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -12,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tidings.adapters import open_bus, open_store
+from tidings import adapters
+from tidings.adapters import check_bus, check_store, open_bus, open_store
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
 from tidings.settings import Settings
@@ -124,6 +127,100 @@ async def test_a_broken_module_of_our_own_is_not_taken_for_a_missing_extra(monke
     with pytest.raises(ImportError):
         async with open_bus("amqp://host"):
             pass
+
+
+# ---- adapters of other packages ------------------------------------------------------
+
+
+def announce(folder: Path, package: str, group: str, scheme: str, value: str) -> None:
+    """What an installed package says of itself, as pip writes it."""
+    metadata = folder / f"{package.replace('-', '_')}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{group}]\n{scheme} = {value}\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of installed packages that this process has not looked at yet."""
+    monkeypatch.syspath_prepend(tmp_path)
+    adapters._installed.cache_clear()
+    yield tmp_path
+    adapters._installed.cache_clear()
+
+
+def test_two_packages_with_one_scheme_are_named_when_it_is_used(site: Path) -> None:
+    announce(site, "tidings-nats", "tidings.buses", "nats", "tidings_nats:open_nats")
+    announce(site, "another-nats", "tidings.buses", "NATS", "another:opened")
+    check_bus("memory://")  # they are of no concern to anybody else
+    with pytest.raises(ConfigurationError, match=r"two installed packages .*nats://") as refused:
+        check_bus("nats://u:hush@host")
+    for told in ("'tidings-nats' (tidings_nats:open_nats)", "'another-nats' (another:opened)", "pip uninstall"):
+        assert told in str(refused.value)
+    assert "hush" not in str(refused.value)
+
+
+def test_a_package_cannot_take_a_scheme_of_ours_in_silence(site: Path) -> None:
+    announce(site, "impostor", "tidings.stores", "sqlite", "impostor:opened")
+    with pytest.raises(ConfigurationError, match=r"'tidings' .*sqlite://|sqlite://.*'tidings' "):
+        Settings()
+
+
+def test_a_scheme_that_nobody_has_is_answered_with_those_installed_and_their_extras(site: Path) -> None:
+    announce(site, "tidings-nats", "tidings.buses", "nats", "tidings_nats:open_nats [tls]")
+    with pytest.raises(ConfigurationError) as refused:
+        check_bus("kafka://host")
+    for told in (
+        "amqp:// (pip install 'tidings[rabbitmq]')",
+        "memory://,",
+        "nats:// (pip install 'tidings-nats[tls]')",
+    ):
+        assert told in str(refused.value)
+    with pytest.raises(ConfigurationError, match=r"esdb:// \(pip install 'tidings\[eventstoredb\]'\)"):
+        check_store("kafka://host")
+
+
+async def test_what_an_adapter_of_another_package_lacks_is_named(site: Path) -> None:
+    (site / "tidings_nats.py").write_text("import a_client_that_nobody_has\n")
+    announce(site, "tidings-nats", "tidings.buses", "nats", "tidings_nats:open_nats")
+    announce(site, "other", "tidings.buses", "other", "tidings.urls:open_other")
+    announce(site, "gone", "tidings.buses", "gone", "a_module_that_is_gone:open")
+    with pytest.raises(ConfigurationError, match=r"pip install 'a_client_that_nobody_has'"):
+        async with open_bus("nats://host"):
+            pass
+    with pytest.raises(ConfigurationError, match=r"package 'other' announces 'tidings.urls:open_other'"):
+        async with open_bus("other://host"):
+            pass
+    with pytest.raises(ModuleNotFoundError):
+        async with open_bus("gone://host"):
+            pass
+
+
+def test_an_installation_without_our_own_adapters_says_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "entry_points", lambda group: [])
+    adapters._installed.cache_clear()
+    try:
+        with pytest.raises(ConfigurationError, match=r"announces no bus adapters .*pip install -e"):
+            check_bus("memory://")
+    finally:
+        adapters._installed.cache_clear()
+
+
+def test_installed_packages_are_looked_at_once_in_a_process_and_not_at_import() -> None:
+    code = (
+        "import importlib.metadata as metadata\n"
+        "asked = []\n"
+        "found = metadata.entry_points\n"
+        "metadata.entry_points = lambda **group: asked.append(group) or found(**group)\n"
+        "import tidings, tidings.settings\n"
+        "asked.clear()\n"  # pydantic asks for its own
+        "service = tidings.Service('stock')\n"
+        "assert asked == [], asked\n"
+        "for _ in range(3): tidings.Settings()\n"
+        "assert [group['group'] for group in asked] == ['tidings.stores', 'tidings.buses'], asked\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- passwords -----------------------------------------------------------------------

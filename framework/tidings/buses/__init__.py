@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
@@ -33,7 +33,9 @@ __all__ = [
     "Consumer",
     "Delivery",
     "EventBus",
+    "ExportsUsers",
     "Found",
+    "ListsQueues",
     "Message",
     "Publisher",
     "Subscription",
@@ -136,7 +138,8 @@ class Consumer(Protocol):
 
 @runtime_checkable
 class EventBus(Protocol):
-    """Obtain one with `async with tidings.settings.open_bus(url) as bus`."""
+    """Obtain one with `async with tidings.open_bus(url) as bus`. What a bus may do beyond this is `ExportsUsers` and
+    `ListsQueues`, which operators' commands ask for, and no delivery needs."""
 
     async def provision(self, subscription: Subscription | None = None) -> None:
         """Make the exchange and, if given, the partition's queue and its bindings; change nothing that exists."""
@@ -160,4 +163,34 @@ class EventBus(Protocol):
 
     async def close(self) -> None:
         """Close every connection; harmless when repeated."""
+        ...
+
+
+@runtime_checkable
+class ExportsUsers(Protocol):
+    """A bus whose broker has users and permissions, and takes them as a document. Optional; it connects to nothing."""
+
+    def users(self, services: Sequence[str], relays: Sequence[str]) -> list[str]:
+        """Return the names of the users that these relays and services log in as, each with one of its own."""
+        ...
+
+    def definitions(
+        self, services: Sequence[str], relays: Sequence[str], passwords: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return the document, as JSON values, that makes these users with the permissions they need and no others.
+
+        `passwords` are by user; a user that it lacks cannot log in before the broker is told a password.
+        """
+        ...
+
+
+@runtime_checkable
+class ListsQueues(Protocol):
+    """A bus whose broker can list all queues, at an address beside that of its messages. Optional."""
+
+    async def listed_queues(self, management: str) -> list[Found]:
+        """Return the queues of Tidings that exist, whoever they were made for; `management` is the URL to ask.
+
+        Raises `ConfigurationError` for a URL that cannot be asked, and `BusUnavailable`.
+        """
         ...

@@ -1,38 +1,26 @@
 """Queues that nobody serves: of services that were renamed or retired. They fill up to their limit, and stay.
 
-AMQP lists no queues, so names are looked for: in the services' databases, beside them, among what a person says, and in
-RabbitMQ's management API where one is named. Nothing is changed.
+Not every bus can list its queues, so names are looked for: in the services' databases, beside them, among what a person
+says, and in what the bus lists where it can (`tidings.buses.ListsQueues`). Nothing is changed.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import json
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Final
-from urllib.error import URLError
-from urllib.parse import quote, unquote, urlsplit
-from urllib.request import Request, urlopen
+from typing import Final
 
 import sqlalchemy as sa
 
 from tidings.buses import EventBus, Found, Subscription
-from tidings.cli._exits import UNAVAILABLE, USAGE, Refused
 from tidings.errors import ConfigurationError, DatabaseUnavailable
 from tidings.operations.looking import existing_database
 from tidings.settings import Settings
-from tidings.urls import redact
 
-__all__ = ["former_services", "listed_queues", "orphans"]
+__all__ = ["former_services", "orphans"]
 
-SECONDS: Final = 10.0
-"""Seconds to wait for the management API."""
 MOST: Final = 1000
 """Files beside the services' databases that are looked into."""
-PREFIX: Final = "tidings."
 PARTITIONS: Final = 8
 """Queues of a former service that are looked for, where it was divided."""
 _PLACE: Final = "tidings-any-service"
@@ -84,38 +72,6 @@ async def orphans(
 
 def _remedy(name: str) -> str:
     return (
-        "no service that is named here serves this queue. Was one renamed or retired? Then delete the queue: "
-        f"rabbitmqctl delete_queue {name}; else name its service too"
+        "no service that is named here serves this queue. Was one renamed or retired? Then delete the queue (on "
+        f"RabbitMQ: rabbitmqctl delete_queue {name}); else name its service too"
     )
-
-
-async def listed_queues(management: str, user: str, password: str, vhost: str, exchange: str) -> list[Found]:
-    """Queues that are bound to the exchange, as the management API at this URL says. Raises `Refused`."""
-    parts = urlsplit(management)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Refused(USAGE, f"--management {redact(management)!r}: write http://host:15672")
-    user, password = unquote(parts.username or user), unquote(parts.password or password)
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    base = f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path.rstrip('/')}/api"
-    token = base64.b64encode(f"{user}:{password}".encode()).decode()
-
-    def ask(path: str) -> Any:
-        request = Request(f"{base}/{path}", headers={"Authorization": f"Basic {token}"})
-        with urlopen(request, timeout=SECONDS) as answer:  # nosec B310: the scheme is checked above
-            return json.load(answer)
-
-    try:
-        where = quote(vhost, safe="")
-        bound = await asyncio.to_thread(ask, f"exchanges/{where}/{quote(exchange, safe='')}/bindings/source")
-        queues = await asyncio.to_thread(ask, f"queues/{where}")
-        there = {str(queue["name"]): queue for queue in queues}
-        names = {str(one["destination"]) for one in bound if one["destination_type"] == "queue"}
-        names |= {name for name in there if re.match(re.escape(PREFIX) + r"(?!relay\.)", name)}
-        return [
-            Found("queue", name, "fits", "", there[name].get("messages_ready"), there[name].get("consumers"))
-            for name in sorted(names & there.keys())
-        ]
-    except (URLError, OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(
-            UNAVAILABLE, f"the management API at {redact(management)} does not say which queues there are: {error}"
-        ) from error

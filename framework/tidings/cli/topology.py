@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidings.adapters import open_bus
-from tidings.buses import Found, Subscription
+from tidings.buses import ExportsUsers, Found, ListsQueues, Subscription
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import Json, columns, facts, plain, say
@@ -58,7 +58,7 @@ async def diff(
 
     Queues of renamed and retired services are known by the databases, by --former, or by --management.
     """
-    from tidings.cli._orphans import former_services, listed_queues, orphans
+    from tidings.cli._orphans import former_services, orphans
 
     settings, subscriptions = await _needed(services)
     names = {subscription.service for subscription in subscriptions}
@@ -67,11 +67,9 @@ async def diff(
         found = [thing for thing in await bus.inspect(subscriptions) if thing.state != "fits"]
         listed: list[Found] = []
         if management is not None:
-            from tidings.buses.rabbitmq.bus import address_of
-            from tidings.buses.rabbitmq.topology import EXCHANGE
-
-            address = address_of(settings.bus)
-            listed = await listed_queues(management, address.user, address.password, address.vhost, EXCHANGE)
+            if not isinstance(bus, ListsQueues):
+                raise Refused(USAGE, f"{redact(settings.bus)} cannot list its queues: leave out --management")
+            listed = await bus.listed_queues(management)
         found += await orphans(bus, past - names, {subscription.queue for subscription in subscriptions}, listed)
     _show(found, json)
     if json and not found:
@@ -118,14 +116,12 @@ async def export(
     their queues: tidings.SERVICE, tidings.relay.NAME. The vhost is that of TIDINGS_BUS, which need not answer.
     """
     settings, chosen = _chosen(services)
-    async with open_bus(settings.bus):  # complains of the URL, or of a missing package
-        from tidings.buses.rabbitmq.bus import address_of
-        from tidings.buses.rabbitmq.permissions import definitions, relay_user, service_user
-
     names, relays = [service.name for service in chosen], list(dict.fromkeys(relay or ("main",)))
-    users = [*map(relay_user, relays), *map(service_user, names)]
-    passwords = _passwords(secrets, users) if secrets is not None else {}
-    say(json_.dumps(definitions(address_of(settings.bus).vhost, names, relays, passwords), indent=2))
+    async with open_bus(settings.bus) as bus:
+        if not isinstance(bus, ExportsUsers):
+            raise Refused(USAGE, f"{redact(settings.bus)} has no users and permissions that could be exported")
+        passwords = _passwords(secrets, bus.users(names, relays)) if secrets is not None else {}
+        say(json_.dumps(bus.definitions(names, relays, passwords), indent=2))
     if secrets is None:
         print("Imported like this, these users have no passwords; --secrets FILE makes some.", file=sys.stderr)
     return OK

@@ -12,7 +12,7 @@ import asyncio
 import random
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,6 +33,8 @@ from tidings.buses.rabbitmq.connection import (
     Outcome,
 )
 from tidings.buses.rabbitmq.content import Properties
+from tidings.buses.rabbitmq.management import listed_queues
+from tidings.buses.rabbitmq.permissions import definitions, relay_user, service_user
 from tidings.buses.rabbitmq.tls import FILES, context_of, refuse_blindness, remedy_of
 from tidings.buses.rabbitmq.topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
 from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
@@ -185,6 +187,21 @@ class RabbitMQBus:
                 return await inspect(connection, self._address.vhost, subscriptions)
             except AmqpError as error:
                 raise self.unavailable(error) from error
+
+    def users(self, services: Sequence[str], relays: Sequence[str]) -> list[str]:
+        """As `ExportsUsers` says: each is named as the queue that is its own."""
+        return [*map(relay_user, relays), *map(service_user, services)]
+
+    def definitions(
+        self, services: Sequence[str], relays: Sequence[str], passwords: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """As `ExportsUsers` says, for `rabbitmqctl import_definitions`: with the exchanges, in this bus's vhost."""
+        return definitions(self._address.vhost, services, relays, passwords)
+
+    async def listed_queues(self, management: str) -> list[Found]:
+        """As `ListsQueues` says; `management` is `http://host:15672`, asked as the bus's user unless it names one."""
+        address = self._address
+        return await listed_queues(management, address.user, address.password, address.vhost)
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:

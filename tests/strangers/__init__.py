@@ -1,0 +1,1 @@
+"""Packages as somebody else would write them against Tidings' ports. Tests install them; nothing here imports them."""
