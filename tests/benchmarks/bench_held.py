@@ -21,8 +21,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.benchmarks.path import PREFETCH, Measured, fill, handled_from_memory, messages_of, quiet, verdict
 from tidings import EventStore, Hold, Retry, Service, open_store
-from tidings.database.engine import floors, open_database
-from tidings.database.held import HeldEvent, HeldRows
+from tidings.database.engine import open_database
+from tidings.database.held_events import HeldEvent
+from tidings.database.held_rows import HeldRows
+from tidings.database.tables import floors
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS, bucket_of, carried
 from tidings.stores import RecordedEvent

@@ -13,7 +13,7 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, patch
@@ -23,7 +23,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.benchmarks.path import PREFETCH, Measured, fill, handled_from_memory, messages_of, quiet, verdict
 from tidings import EventStore, Service, open_store
-from tidings.database.inbox import Inbox
+from tidings.database.floors import Floor
+from tidings.database.notes import Notes
+from tidings.database.occupancy import Occupancy
+from tidings.database.watermarks import Watermarks
 from tidings.protocol.message import Message
 
 ROUNDS, FLOOR = 5, 0.7
@@ -32,7 +35,12 @@ EVENTS = {"one INSERT": 5_000, "without session": 20_000}
 tables = sa.MetaData()
 effects = sa.Table("effects", tables, sa.Column("number", sa.Integer, primary_key=True), sa.Column("key", sa.String))
 
-OWN = ("move", "raise_floor", "fence", "occupy", "leave", "note", "forget_notes", "count_notes")
+OWN: dict[type, tuple[str, ...]] = {
+    Watermarks: ("move", "fence"),
+    Floor: ("raise_to",),
+    Occupancy: ("take", "leave"),
+    Notes: ("add", "forget", "count"),
+}
 """What the inbox asks of the database or writes into it while a service is at work."""
 
 
@@ -58,8 +66,10 @@ def inbox(on: bool) -> Iterator[None]:
     if on:
         yield
         return
-    nothing: dict[str, Any] = {name: AsyncMock(return_value=None) for name in OWN}
-    with patch.multiple(Inbox, **nothing):
+    with ExitStack() as patches:
+        for table, names in OWN.items():
+            nothing: dict[str, Any] = {name: AsyncMock(return_value=None) for name in names}
+            patches.enter_context(patch.multiple(table, **nothing))
         yield
 
 

@@ -25,7 +25,7 @@ from tests.integration.served import open_log
 from tidings import ANY, Context, Event, EventData, EventStore, Relay, Retry, Service, Settings, open_bus
 from tidings._support.tasks import supervised
 from tidings.buses.memory import MemoryBus
-from tidings.database.engine import dead, staged, watermarks
+from tidings.database.tables import dead, staged, watermarks
 from tidings.errors import StreamNotFound
 from tidings.hosting.running import RunningService
 from tidings.operations.verify import Report, verify

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.databases import on_server
 from tidings import Context, Event, Runtime, Service, Settings
-from tidings.database.engine import connected, metadata
+from tidings.database.engine import connected
+from tidings.database.tables import metadata
 from tidings.operations.report import Report
 
 MODELS = """

@@ -21,7 +21,7 @@ from tests.integration.processes import (
     until,
 )
 from tidings import Event, Runtime, Service, Settings, open_store, wire_name
-from tidings.database.engine import dead, held
+from tidings.database.tables import dead, held
 
 SOME = 100
 

@@ -19,7 +19,8 @@ from tests.integration.commands import Command, Commands
 from tests.integration.processes import until
 from tidings import open_bus
 from tidings.buses import Subscription
-from tidings.database.engine import floors, open_database
+from tidings.database.engine import open_database
+from tidings.database.tables import floors
 
 
 @pytest.fixture

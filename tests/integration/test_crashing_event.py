@@ -196,7 +196,7 @@ async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_
 
 async def _notes(database: Database, inbox: Inbox) -> dict[int, int]:
     async with database.reading() as connection:
-        return await inbox.notes(connection)
+        return await inbox.notes.read(connection)
 
 
 async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_what_was_cut_off(
@@ -207,8 +207,8 @@ async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
         async with database.transaction() as connection:  # what a process leaves that crashes
-            assert await inbox.occupy(connection, "other") is None
-            await inbox.note(connection, {3: (1, 1), 5: (1, 1)})
+            assert await inbox.occupancy.take(connection, "other") is None
+            await inbox.notes.add(connection, {3: (1, 1), 5: (1, 1)})
 
         def guard() -> Guard:
             return Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
@@ -218,7 +218,7 @@ async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_
         assert first.caution.suspects == {3, 5}
         first.caution.taken(3, 1)
         async with database.transaction() as connection:
-            await inbox.note(connection, {3: first.caution.note(3)})
+            await inbox.notes.add(connection, {3: first.caution.note(3)})
         assert await _notes(database, inbox) == {3: 2, 5: 1}
         first.notebook.close()
         second = guard()
@@ -236,9 +236,9 @@ async def test_a_takeover_that_was_cut_off_after_its_commit_is_done_again(tmp_pa
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
         async with database.transaction() as connection:
-            await inbox.occupy(connection, "other")
-            await inbox.note(connection, {3: (1, 1)})
-            await inbox.occupy(connection, troubles.process)
+            await inbox.occupancy.take(connection, "other")
+            await inbox.notes.add(connection, {3: (1, 1)})
+            await inbox.occupancy.take(connection, troubles.process)
         guard = Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
         await guard.take_over()
         assert guard.caution.suspects == {3}

@@ -26,7 +26,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database.engine import held
+from tidings.database.tables import held
 
 pytestmark = pytest.mark.timeout(60)
 

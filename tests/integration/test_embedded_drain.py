@@ -26,7 +26,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Retry, Service
-from tidings.database.engine import staged
+from tidings.database.tables import staged
 from tidings.hosting.running import RunningService
 
 

@@ -26,7 +26,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import ANY, NO_STREAM, Aggregate, Context, EventData, EventStore, Hold, Retry, Service, evolves
-from tidings.database.engine import staged
+from tidings.database.tables import staged
 from tidings.errors import StoreUnavailable
 from tidings.stores import Appended, Expected
 

@@ -211,7 +211,7 @@ async def test_events_that_another_process_has_done_meanwhile_are_no_failures(
                 if (bucket := carried(event)) is not None:
                     moves[bucket] = (remembered.watermarks[bucket], event.position)
             async with running.database.transaction() as connection:
-                await inbox.move(connection, moves)
+                await inbox.watermarks.move(connection, moves)
 
     async def refuse(*_: object) -> None:
         if done:

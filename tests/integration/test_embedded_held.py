@@ -30,7 +30,9 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database.engine import SCHEMA, connected, held, open_database
+from tidings.database.engine import connected, open_database
+from tidings.database.tables import held
+from tidings.database.upgrades import SCHEMA
 from tidings.errors import DatabaseUnavailable
 from tidings.operations.dead import DeadLetterNotFound, DeadLetters, NotRetriable
 from tidings.operations.held import HeldOperations
@@ -371,7 +373,8 @@ async def test_an_operator_skips_or_drops_what_waits_for_a_handler_that_is_gone(
 
 
 async def test_a_message_that_is_no_event_cannot_be_retried(tmp_path: Path) -> None:
-    from tidings.database.inbox import Inbox, Letter
+    from tidings.database.dead_letters import Letter
+    from tidings.database.inbox import Inbox
     from tidings.protocol.message import Message
     from tidings.protocol.position import ALL_BUCKETS
 
@@ -381,7 +384,7 @@ async def test_a_message_that_is_no_event_cannot_be_retried(tmp_path: Path) -> N
         inbox = Inbox(running.database, "audit", await world.store.log_id(), ALL_BUCKETS)
         foreign = Message(body=b"{", message_id="x", type="Strange", content_type="")
         async with running.database.transaction() as connection:
-            await inbox.bury(connection, [Letter.of_message(foreign, "no header")])
+            await inbox.dead.add(connection, [Letter.of_message(foreign, "no header")])
         dead = await dead_letters(world)
         (letter,) = await dead.list()
         with pytest.raises(NotRetriable, match="no header"):

@@ -29,8 +29,9 @@ from tests.integration.embedded import (
 from tests.integration.served import open_log
 from tidings import Hold, Relay, Retry, Service, open_bus
 from tidings._support.tasks import supervised
-from tidings.database.engine import dead, held
-from tidings.database.held import HeldRows, Line
+from tidings.database.held_events import Line
+from tidings.database.held_rows import HeldRows
+from tidings.database.tables import dead, held
 from tidings.operations.dead import DeadLetters
 from tidings.operations.verify import verify
 

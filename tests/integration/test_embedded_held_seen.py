@@ -13,7 +13,7 @@ import structlog
 from tests.integration.databases import database_url
 from tests.integration.embedded import Followed, Happened, count, embedded, many, until
 from tidings import Context, Hold, Retry, Runtime, Service, Settings
-from tidings.database.engine import held
+from tidings.database.tables import held
 
 NEVER = Hold(attempts=5, delay=3600.0, maximum=3600.0)
 

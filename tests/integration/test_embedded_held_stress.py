@@ -192,7 +192,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.01, 0.03))
     monkeypatch.setattr("tidings.delivery.revival.HELD_SECONDS", 0.03)
     monkeypatch.setattr("tidings.delivery.revival.FLYING", 4)
-    monkeypatch.setattr("tidings.database.held.AT_ONCE", 8)
+    monkeypatch.setattr("tidings.database.held_due.AT_ONCE", 8)
     monkeypatch.setattr("tidings.delivery.intake.RECONNECT_SECONDS", (0.01, 0.05))
 
 

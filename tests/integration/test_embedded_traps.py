@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.databases import database_url
 from tidings import Aggregate, Context, Event, EventData, Runtime, Service, Settings, evolves
-from tidings.database.engine import floors
+from tidings.database.tables import floors
 from tidings.errors import ConfigurationError
 from tidings.modelling.handlers import Retry
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from tests.integration.embedded import World, count, embedded, letters, until
 from tidings import Event, Hold, Retry, Service, upcaster
-from tidings.database.engine import dead, held
+from tidings.database.tables import dead, held
 
 IMPATIENT = Retry(attempts=3, delay=0.01, hold=Hold(attempts=1, delay=0.01, factor=1))
 ORDERS = range(30)

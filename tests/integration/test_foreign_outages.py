@@ -22,7 +22,8 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import ANY, EventData, EventStore, Retry, Runtime, Service, Settings, open_bus, open_store
-from tidings.database.engine import open_database, staged
+from tidings.database.engine import open_database
+from tidings.database.tables import staged
 from tidings.errors import (
     BusUnavailable,
     DatabaseUnavailable,

@@ -26,7 +26,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database.engine import dead, held, skips
+from tidings.database.tables import dead, held, skips
 from tidings.operations.dead import DeadLetters
 from tidings.operations.held import HeldNotFound, HeldOperations
 from tidings.operations.selection import Selection

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tests.integration.embedded import Happened, audit, count, embedded, many, rows, tables, until
 from tidings import Context, Hold, Retry, Service
-from tidings.database.engine import held, spans
+from tidings.database.tables import held, spans
 from tidings.modelling.roster import SKIPPED
 from tidings.operations.dead import DeadLetters
 from tidings.operations.replay import find_start, send_back

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.integration.embedded import Happened, embedded
 from tests.integration.test_late_handlers import Since, live, service
-from tidings.database.engine import spans
+from tidings.database.tables import spans
 from tidings.modelling.roster import BEHIND, SKIPPED, Span
 from tidings.operations.recount import recount
 from tidings.operations.replay import find_start, plan

@@ -37,7 +37,7 @@ from tests.integration.processes import until
 from tests.integration.test_embedded_emits import Away, Forgetful
 from tests.integration.test_embedded_standby import WORKERS, says
 from tidings import EventData, EventStore, Service
-from tidings.database.engine import staged
+from tidings.database.tables import staged
 from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, RepetitionDiffers, TransactionMisuse
 from tidings.modelling.codec import read_metadata
 

@@ -35,8 +35,9 @@ from tidings import Context, EventData, EventStore, Relay, Service, Settings, op
 from tidings._support.tasks import supervised
 from tidings.buses import Subscription
 from tidings.buses.memory import MemoryBus
-from tidings.database.engine import Database, open_database, watermarks
+from tidings.database.engine import Database, open_database
 from tidings.database.layout import Layout, layout_of, ranges_of, resize
+from tidings.database.tables import watermarks
 from tidings.errors import ConfigurationError
 from tidings.hosting.running import RunningService
 from tidings.modelling.codec import encode

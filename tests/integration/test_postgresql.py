@@ -38,8 +38,9 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database.engine import Database, connected, held, open_database
+from tidings.database.engine import Database, connected, open_database
 from tidings.database.inbox import Inbox
+from tidings.database.tables import held
 from tidings.delivery.attempt import is_infrastructure
 from tidings.delivery.work import LOSSES
 from tidings.errors import DatabaseUnavailable, Fenced
@@ -228,10 +229,10 @@ async def test_of_two_processes_that_note_one_event_at_once_the_second_joins_aga
 
         async def note_too() -> None:
             async with rival.transaction() as connection:
-                await second.note(connection, {7: (3, 1)})
+                await second.notes.add(connection, {7: (3, 1)})
 
         async with database.transaction() as connection:
-            await first.note(connection, {7: (3, 1)})
+            await first.notes.add(connection, {7: (3, 1)})
             noting = asyncio.create_task(note_too())
             await until(lambda: _waits_for_a_lock(database))
         with pytest.raises(Fenced, match=r"another process began one of the positions \[7\] at the same moment"):

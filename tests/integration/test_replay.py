@@ -33,8 +33,8 @@ from tests.integration.embedded import (
 )
 from tidings import ANY, Context, EventData, EventStore, Hold, Relay, Retry, Service
 from tidings._support.tasks import supervised
-from tidings.database.engine import held, replays, staged
 from tidings.database.layout import resize
+from tidings.database.tables import held, replays, staged
 from tidings.operations.dead import DeadLetters
 from tidings.operations.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.protocol.position import carried

@@ -27,8 +27,9 @@ from tests.integration.embedded import (
 )
 from tests.integration.served import open_log
 from tidings import Hold, Retry, Service
-from tidings.database.engine import dead, held, open_database
+from tidings.database.engine import open_database
 from tidings.database.lineage import NothingToAdopt, adopt, lineage_of, renew
+from tidings.database.tables import dead, held
 from tidings.errors import LogBehind, LogChanged
 from tidings.operations.backups import BackupRefused, read, restore, take
 from tidings.operations.recount import Recount, recount

@@ -24,7 +24,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, Retry, Service
-from tidings.database.engine import held
+from tidings.database.tables import held
 from tidings.errors import ConfigurationError
 from tidings.operations.replay import Start, find_start, send_back
 from tidings.operations.selective_replay import Chosen, Picked, cancel, pick, run_again

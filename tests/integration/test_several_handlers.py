@@ -24,7 +24,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, RecordedEvent, Retry, Service
-from tidings.database.engine import held, partials
+from tidings.database.tables import held, partials
 from tidings.operations.dead import DeadLetters
 
 QUICK = Retry(attempts=2, delay=0.01, hold=Hold(attempts=2, delay=0.05))

@@ -19,7 +19,8 @@ from tests.integration.embedded import (
     rows,
     until,
 )
-from tidings.database.engine import Database, begun, connected, floors
+from tidings.database.engine import Database, connected
+from tidings.database.tables import begun, floors
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")
 

@@ -19,7 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from tests.integration.databases import PLACE, database_url
 from tests.integration.embedded import World, embedded, until
 from tidings import Context, Event, Hold, Retry, Service
-from tidings.database.engine import metadata, open_database
+from tidings.database.engine import open_database
+from tidings.database.tables import metadata
 from tidings.database.texts import Text
 from tidings.modelling.handlers import NAME_LENGTH
 from tidings.operations.dead import DeadLetters

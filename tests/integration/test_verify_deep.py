@@ -15,7 +15,8 @@ import sqlalchemy as sa
 from tests.integration.embedded import Followed, Happened, embedded, emitting, settings_for
 from tidings import ANY, EventData, EventStore, RecordedEvent, Service
 from tidings.adapters import open_store
-from tidings.database.engine import Database, dead, floors, held, open_database, staged, watermarks
+from tidings.database.engine import Database, open_database
+from tidings.database.tables import dead, floors, held, staged, watermarks
 from tidings.modelling.handlers import Retry
 from tidings.operations.recount import Recount, recount
 from tidings.operations.replay import find_start, send_back

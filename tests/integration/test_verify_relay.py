@@ -12,7 +12,8 @@ import sqlalchemy as sa
 
 from tests.integration.embedded import StoreAround, auditing, embedded, many, settings_for, until
 from tidings import ANY, EventData, EventStore, RecordedEvent, open_store
-from tidings.database.engine import floors, open_database, watermarks
+from tidings.database.engine import open_database
+from tidings.database.tables import floors, watermarks
 from tidings.operations.repair import move_checkpoint
 from tidings.operations.report import Report
 from tidings.operations.verify import verify

@@ -20,8 +20,10 @@ from tests.integration.processes import until
 from tidings import ANY, EventData, EventStore, Relay, Service, Settings, open_bus, open_store
 from tidings._support.tasks import supervised
 from tidings.buses import EventBus
-from tidings.database.engine import Database, open_database, staged
-from tidings.database.inbox import Inbox, StagedEvent
+from tidings.database.engine import Database, open_database
+from tidings.database.inbox import Inbox
+from tidings.database.staged_events import StagedEvent
+from tidings.database.tables import staged
 from tidings.errors import StreamNotFound, Unroutable
 from tidings.operations.repair import append_staged, publish_marker
 from tidings.operations.verify import verify
@@ -215,7 +217,7 @@ async def stage(database: Database, store: EventStore, id: UUID = EMITTED) -> No
     inbox = Inbox(database, "audit", await store.log_id(), ALL_BUCKETS)
     row = StagedEvent(3, 1, "followed-1", EventData("Followed", b"{}", id=id))
     async with database.transaction() as connection:
-        await inbox.stage(connection, [row])
+        await inbox.staged.add(connection, [row])
 
 
 async def left(database: Database) -> int:

@@ -15,7 +15,8 @@ import pytest
 from tests.integration.embedded import Followed, Happened, StoreAround, embedded, settings_for
 from tidings import Context, Event, EventData, EventStore, RecordedEvent, Retry, Service
 from tidings.adapters import open_store
-from tidings.database.engine import Database, dead, floors, open_database, staged, watermarks
+from tidings.database.engine import Database, open_database
+from tidings.database.tables import dead, floors, staged, watermarks
 from tidings.errors import StreamNotFound
 from tidings.operations.lookup import Lookup
 from tidings.operations.timeline import MOST, EventNotFound, Happening, trace

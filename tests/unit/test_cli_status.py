@@ -227,7 +227,8 @@ def test_a_log_that_lost_its_end_is_a_problem(folder: Path) -> None:
     run_shop(folder, *((f"order-{n}", OrderCreated(order_id=str(n))) for n in range(5)))
 
     async def claim() -> None:
-        from tidings.database.engine import floors, open_database
+        from tidings.database.engine import open_database
+        from tidings.database.tables import floors
 
         async with open_database("sqlite:///shop.db") as database, database.transaction() as connection:
             await connection.execute(floors.update().values(position=10_000))
@@ -337,7 +338,8 @@ def test_a_database_that_follows_another_log_is_named_with_both(folder: Path) ->
 
 def test_processes_are_shown_with_the_code_that_each_runs(folder: Path) -> None:
     async def rows() -> None:
-        from tidings.database.engine import open_database, processes
+        from tidings.database.engine import open_database
+        from tidings.database.tables import processes
 
         now = time.time()
         async with open_database("sqlite:///shop.db") as database, database.transaction() as connection:

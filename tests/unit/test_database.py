@@ -10,8 +10,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from tidings.database.engine import connected, guarded, held, open_database
+from tidings.database.engine import connected, open_database
 from tidings.database.outages import is_outage
+from tidings.database.tables import held
+from tidings.database.transaction import guarded
 from tidings.errors import ConfigurationError, DatabaseUnavailable, TransactionMisuse
 
 SECRET = "hunter2secret"

@@ -9,8 +9,11 @@ from uuid import UUID
 
 import pytest
 
-from tidings.database.engine import dead, floors, open_database
-from tidings.database.held import AT_ONCE, HeldEvent, HeldRows, Line
+from tidings.database.engine import open_database
+from tidings.database.held_due import AT_ONCE
+from tidings.database.held_events import HeldEvent, Line
+from tidings.database.held_rows import HeldRows
+from tidings.database.tables import dead, floors
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
 from tidings.stores import RecordedEvent
 
@@ -79,8 +82,8 @@ async def test_what_is_due_is_what_the_rules_say(tmp_path: Path, seed: int) -> N
                     own | letter | {"position": position, "key": key, "line": line, "holds_key": holds}
                 )
             )
-        whole = await mine.due(connection, NOW, LONGEST, besides)
-        part = await mine.due(connection, NOW, LONGEST, besides, after)
+        whole = await mine.due.find(connection, NOW, LONGEST, besides)
+        part = await mine.due.find(connection, NOW, LONGEST, besides, after)
         blocked = await mine.blocked(connection)
     turn = have_their_turn(rows, letters, besides)
     assert [row.event.position for row in whole] == turn
@@ -103,7 +106,7 @@ async def test_so_many_are_read_at_once_and_the_oldest_first(tmp_path: Path) -> 
         own = {"service": "shop", "log": str(LOG), "first_bucket": 0, "last_bucket": 255, "position": 10_000}
         await connection.execute(floors.insert().values(own))
         await mine.hold(connection, rows)
-        found = await mine.due(connection, NOW, LONGEST, ())
+        found = await mine.due.find(connection, NOW, LONGEST, ())
     assert [row.event.position for row in found] == list(range(1, AT_ONCE + 1))
 
 
@@ -117,10 +120,10 @@ async def test_what_has_no_handler_has_no_turn_and_is_no_trial(tmp_path: Path, a
         own = {"service": "shop", "log": str(LOG)}
         await connection.execute(floors.insert().values(own | {"first_bucket": 0, "last_bucket": 255, "position": 99}))
         await mine.hold(connection, [first, second, free])
-        assert [row.event.position for row in await mine.due(connection, NOW, LONGEST, ())] == [1, 2, 3]
+        assert [row.event.position for row in await mine.due.find(connection, NOW, LONGEST, ())] == [1, 2, 3]
         for after in (None, {line, other}):
-            found = await mine.due(connection, NOW, LONGEST, (), after, (), gone)
+            found = await mine.due.find(connection, NOW, LONGEST, (), after, (), gone)
             assert [row.event.position for row in found] == [3], "the next of its key waits behind it"
         for newest in (True, False):
-            trials = await mine.candidate(connection, "place", {other}, newest=newest, gone=gone)
+            trials = await mine.due.candidate(connection, "place", {other}, newest=newest, gone=gone)
             assert trials == []

@@ -10,8 +10,8 @@ from uuid import UUID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidings.database.held import HeldEvent, Line
-from tidings.database.inbox import key_of
+from tidings.database.event_rows import key_of
+from tidings.database.held_events import HeldEvent, Line
 from tidings.delivery.attempt import Failure
 from tidings.delivery.keys import Keys
 from tidings.delivery.work import Item

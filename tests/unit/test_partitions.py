@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tidings import Service
 from tidings.buses import Subscription
-from tidings.database.engine import Database, floors, open_database, partitions, watermarks
+from tidings.database.engine import Database, open_database
 from tidings.database.inbox import Inbox
 from tidings.database.layout import Layout, Range, lay_out, layout_of, lowest, ranges_of, resize, was_rebound
 from tidings.database.layout import settled as settled_in
+from tidings.database.tables import floors, partitions, watermarks
 from tidings.errors import ConfigurationError, Fenced
 from tidings.hosting.balance import asked_of, to_ask
 from tidings.protocol.position import ALL_BUCKETS, BUCKETS
@@ -118,7 +119,7 @@ async def test_who_has_not_heard_of_a_resizing_raises_no_floor(database: Databas
     await late.join()
     await resize(database, "audit", 2)
     async with database.transaction() as connection:
-        await late.raise_floor(connection, 99)
+        await late.floor.raise_to(connection, 99)
     assert [row.floor for row in await now(database)] == [-1, -1]
 
 
@@ -154,7 +155,7 @@ async def test_no_sequence_of_resizings_takes_a_bucket_for_settled_that_was_not(
             for part, floor in zip(layout.subscriptions, risen, strict=False):
                 inbox = Inbox(database, "audit", LOG, part.buckets)
                 async with database.transaction() as connection:
-                    await inbox.raise_floor(connection, floor)
+                    await inbox.floor.raise_to(connection, floor)
                 true |= {bucket: max(true[bucket], floor) for bucket in part.buckets}
             before = await now(database)
             _, layout = await resize(database, "audit", count)
@@ -171,7 +172,7 @@ async def test_a_range_that_has_not_joined_counts_as_nothing_settled(database: D
     inbox = Inbox(database, "audit", LOG, layout.subscriptions[0].buckets)
     await inbox.join()
     async with database.transaction() as connection:
-        await inbox.raise_floor(connection, 7)
+        await inbox.floor.raise_to(connection, 7)
     assert await settled_in(database, "audit", LOG) == -1
     assert await settled_in(database, "audit", LOG, 0) == 7
     assert await settled_in(database, "audit", LOG, 255) == -1

@@ -12,9 +12,14 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 
-from tidings.database.engine import Database, dead, open_database, partials, staged, watermarks
-from tidings.database.held import HeldEvent, HeldRows
-from tidings.database.inbox import Inbox, Letter, StagedEvent
+from tidings.database.dead_letters import Letter
+from tidings.database.engine import Database, open_database
+from tidings.database.held_events import HeldEvent
+from tidings.database.held_rows import HeldRows
+from tidings.database.inbox import Inbox
+from tidings.database.layout import settled
+from tidings.database.staged_events import StagedEvent
+from tidings.database.tables import dead, partials, staged, watermarks
 from tidings.delivery.progress import Batch, Progress
 from tidings.delivery.work import Item
 from tidings.errors import Fenced
@@ -83,7 +88,7 @@ async def test_an_event_that_failed_and_ended_before_the_same_commit_is_written(
     batch.finish(again)
     batch.finish(fresh)
     await ours.commit(batch)
-    assert await ours.inbox.settled(BUCKET) == 6
+    assert await settled(database, "shop", LOG, BUCKET) == 6
 
 
 async def test_a_failure_after_a_replay_was_asked_for_is_a_reason_to_join_again(database: Database) -> None:
@@ -126,7 +131,7 @@ async def test_a_staged_event_that_two_processes_give_up_is_one_dead_letter(data
     one, two = await Process(database).join(), await Process(database).join()
     waiting = StagedEvent(BUCKET, 5, "orders", EventData("Placed", b"{}"))
     async with database.transaction() as connection:
-        await one.inbox.stage(connection, [waiting])
+        await one.inbox.staged.add(connection, [waiting])
     for process in (one, two):
         await process.commit(Batch(never=[(waiting.event.id, Letter.of_staged(waiting, 1, "too large"))]))
     async with database.reading() as connection:
@@ -173,4 +178,4 @@ async def test_who_was_alone_finishes_events_with_several_handlers_in_any_portio
     for position, cut in enumerate([(4,), (1, 4), (2, 4), (1, 2, 3, 4), (4,)]):
         for begin, end in pairwise((0, *cut)):
             await ours.commit(shared(position, *HANDLERS[begin:end]))
-    assert await ours.inbox.settled(BUCKET) == 4
+    assert await settled(database, "shop", LOG, BUCKET) == 4

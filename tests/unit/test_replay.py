@@ -18,9 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidings import Event, EventData, EventStore, Service, open_store
-from tidings.database.engine import Database, floors, metadata, open_database, replays, watermarks
-from tidings.database.held import HeldRows
-from tidings.database.inbox import Inbox, Letter, StagedEvent
+from tidings.database.dead_letters import Letter
+from tidings.database.engine import Database, open_database
+from tidings.database.held_rows import HeldRows
+from tidings.database.inbox import Inbox
+from tidings.database.staged_events import StagedEvent
+from tidings.database.tables import floors, metadata, replays, watermarks
 from tidings.delivery.progress import Batch, Progress
 from tidings.errors import Fenced
 from tidings.operations.replay import NothingToReplay, Start, find_start, plan, send_back
@@ -65,13 +68,13 @@ def inbox(database: Database, buckets: range = ALL_BUCKETS) -> Inbox:
     return Inbox(database, NAME, LOG, buckets)
 
 
-async def stand(database: Database, marks: dict[int, int], floor: int) -> None:
+async def settle(database: Database, marks: dict[int, int], floor: int) -> None:
     """Watermarks and floor of a service that has come so far."""
     joined = inbox(database)
     await joined.join()
     async with database.transaction() as connection:
-        await joined.move(connection, {bucket: (-1, position) for bucket, position in marks.items()})
-        await joined.raise_floor(connection, floor)
+        await joined.watermarks.move(connection, {bucket: (-1, position) for bucket, position in marks.items()})
+        await joined.floor.raise_to(connection, floor)
 
 
 async def state(database: Database, table: sa.Table, column: str) -> dict[int, int]:
@@ -84,7 +87,7 @@ async def state(database: Database, table: sa.Table, column: str) -> dict[int, i
 async def test_watermarks_and_floor_are_lowered_to_the_start_and_what_stood_there_is_remembered(
     database: Database,
 ) -> None:
-    await stand(database, {0: 3, 1: 10, 2: 30}, 20)
+    await settle(database, {0: 3, 1: 10, 2: 30}, 20)
     await send_back(database, shop, LOG, start(10))
     marks = await state(database, watermarks, "position")
     assert [marks[bucket] for bucket in range(4)] == [3, 10, 10, -1]
@@ -134,10 +137,10 @@ async def _walk(steps: list[tuple[Any, int]]) -> None:
                 continue
             async with database.transaction() as connection:
                 if what == "floor":
-                    await joined.raise_floor(connection, to)
+                    await joined.floor.raise_to(connection, to)
                     settled = {bucket: max(upto, to) for bucket, upto in settled.items()}
                 elif to > remembered.watermarks[what]:
-                    await joined.move(connection, {what: (remembered.watermarks[what], to)})
+                    await joined.watermarks.move(connection, {what: (remembered.watermarks[what], to)})
                     settled[what] = max(settled[what], to)
 
 
@@ -145,28 +148,28 @@ async def _walk(steps: list[tuple[Any, int]]) -> None:
 async def test_a_process_that_joined_before_can_neither_move_a_watermark_nor_store_a_floor(
     database: Database, before: int
 ) -> None:
-    await stand(database, {7: 9}, 12)
+    await settle(database, {7: 9}, 12)
     old = inbox(database)
     remembered = await old.join()
     await send_back(database, shop, LOG, start(before))
     for bucket in (7, 8):
         with pytest.raises(Fenced):
             async with database.transaction() as connection:
-                await old.move(connection, {bucket: (remembered.watermarks[bucket], 13)})
+                await old.watermarks.move(connection, {bucket: (remembered.watermarks[bucket], 13)})
     async with database.transaction() as connection:
         with pytest.raises(Fenced, match="a replay was asked for"):
-            await old.fence(connection)
+            await old.watermarks.fence(connection)
     fresh = inbox(database)
     remembered = await fresh.join()
     async with database.transaction() as connection:
-        await fresh.fence(connection)
-        await fresh.move(connection, {7: (remembered.watermarks[7], 13)})
+        await fresh.watermarks.fence(connection)
+        await fresh.watermarks.move(connection, {7: (remembered.watermarks[7], 13)})
 
 
 async def test_a_process_that_joined_before_raises_no_floor_in_a_transaction_that_moves_nothing(
     database: Database,
 ) -> None:
-    await stand(database, {7: 9}, 12)
+    await settle(database, {7: 9}, 12)
     old = inbox(database)
     progress = Progress(old, HeldRows(NAME, LOG, ALL_BUCKETS), await old.join(), time.monotonic)
     progress.floor = 15  # a marker told an idle process so
@@ -181,8 +184,8 @@ async def test_a_process_that_joined_before_raises_no_floor_in_a_transaction_tha
 async def test_what_waits_or_was_given_up_before_a_replay_is_not_emitted_again(
     database: Database, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.database.inbox._IDS", at_once)
-    await stand(database, {7: 9}, 12)
+    monkeypatch.setattr("tidings.database.scope.PER_STATEMENT", at_once)
+    await settle(database, {7: 9}, 12)
     await send_back(database, shop, LOG, start(4))
     joined = inbox(database)
     await joined.join()
@@ -190,8 +193,8 @@ async def test_what_waits_or_was_given_up_before_a_replay_is_not_emitted_again(
         StagedEvent(7, cause, "mails", EventData("Mailed", b"{}")) for cause in (5, 6, 7, 13)
     )
     async with database.transaction() as connection:
-        await joined.stage(connection, [waits, beyond])
-        await joined.bury(connection, [Letter.of_staged(given_up, 1, "too large")])
+        await joined.staged.add(connection, [waits, beyond])
+        await joined.dead.add(connection, [Letter.of_staged(given_up, 1, "too large")])
         found = await joined.emitted_before(connection, [waits, given_up, fresh, beyond])
         renamed = StagedEvent(7, 5, "mails", EventData("Mailed", b"{}"), (uuid4(), waits.event.id))
         assert await joined.emitted_before(connection, [renamed, fresh]) == {str(renamed.event.id)}
@@ -203,7 +206,7 @@ async def test_the_floor_of_every_range_is_lowered_and_each_bucket_remembers_its
         part = inbox(database, half)
         await part.join()
         async with database.transaction() as connection:
-            await part.raise_floor(connection, floor)
+            await part.floor.raise_to(connection, floor)
     await send_back(database, shop, LOG, start(20))
     assert await state(database, floors, "position") == {0: 20, 128: 8}
     upto = await state(database, replays, "upto")
@@ -229,9 +232,11 @@ async def test_a_database_of_version_2_gets_what_replays_need(tmp_path: Path) ->
     async with open_database(f"sqlite:///{file}") as database:
         remembered = await inbox(database).join()
         async with database.transaction() as connection:
-            await inbox(database).raise_floor(connection, 5)
-            await inbox(database).stage(connection, [StagedEvent(0, 1, "s", EventData("X", b""), (UUID(int=3), LOG))])
-        assert [row.aliases for row in await inbox(database).staged_events()] == [(UUID(int=3), LOG)]
+            await inbox(database).floor.raise_to(connection, 5)
+            await inbox(database).staged.add(
+                connection, [StagedEvent(0, 1, "s", EventData("X", b""), (UUID(int=3), LOG))]
+            )
+        assert [row.aliases for row in await inbox(database).read_staged()] == [(UUID(int=3), LOG)]
         await send_back(database, shop, LOG, start(2))
         assert (await inbox(database).join()).floor == 2
     assert remembered.floor == -1
@@ -301,7 +306,7 @@ async def test_a_plan_says_what_the_log_has_no_longer(database: Database) -> Non
         joined = Inbox(database, NAME, log, ALL_BUCKETS)
         await joined.join()
         async with database.transaction() as connection:
-            await joined.raise_floor(connection, last)
+            await joined.floor.raise_to(connection, last)
         begin = await find_start(inner, 0)
         assert begin is not None
         whole = await plan(inner, database, shop, begin)
@@ -318,7 +323,7 @@ async def test_a_plan_knows_of_a_removed_event_at_which_a_watermark_stands(datab
         joined = Inbox(database, NAME, log, ALL_BUCKETS)
         await joined.join()
         async with database.transaction() as connection:
-            await joined.move(connection, {bucket_of(f"order-{n}"): (-1, at) for n, at in enumerate(done)})
+            await joined.watermarks.move(connection, {bucket_of(f"order-{n}"): (-1, at) for n, at in enumerate(done)})
         begin = await find_start(inner, 0)
         assert begin is not None
         store: Any = At(inner, datetime(2026, 1, 1, tzinfo=UTC), frozenset({done[1]}))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidings import ANY, NO_STREAM, EventData, EventStore, open_store
-from tidings.database.inbox import StagedEvent
+from tidings.database.staged_events import StagedEvent
 from tidings.delivery.resolution import LONG, Ids, Resolver
 from tidings.delivery.staged import FRESH_SECONDS, Stager
 from tidings.errors import StoreUnavailable, WrongExpectedVersion

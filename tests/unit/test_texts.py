@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.database.engine import metadata
+from tidings.database.tables import metadata
 from tidings.database.texts import BASE64, ESCAPED, Text, decoded, encoded
 from tidings.modelling.handlers import NAME_LENGTH
 

@@ -49,7 +49,7 @@ async def compare_logs(settings: Settings, relay: str) -> None:
 
 async def other_logs(settings: Settings) -> tuple[str, dict[str, str]]:
     """The log of the settings, and services that follow another one, with that. Raises `TidingsError`, `Refused`."""
-    from tidings.database.engine import floors
+    from tidings.database.tables import floors
 
     async with existing_store(settings) as store:
         mine = str(await store.log_id())

@@ -28,7 +28,8 @@ _PLACE: Final = "tidings-any-service"
 
 async def former_services(settings: Settings, names: Collection[str]) -> set[str]:
     """Services that the databases know, and `names` lacks."""
-    from tidings.database.engine import file_of, floors
+    from tidings.database.engine import file_of
+    from tidings.database.tables import floors
 
     asked = set(names)
     try:

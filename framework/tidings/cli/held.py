@@ -65,7 +65,7 @@ async def list_(
 
     What waits behind an earlier event of its partition key is listed too, without attempts of its own.
     """
-    from tidings.database.held import reason_in_code
+    from tidings.database.held_code import reason_in_code
 
     settings = Settings()
     selection = selected(handler, error, type, key, stream, since, until)
@@ -118,7 +118,7 @@ async def show(
     json: Json = False,
 ) -> int:
     """Show one held event whole: the event, its attempts, the reason, the traceback."""
-    from tidings.database.held import reason_in_code
+    from tidings.database.held_code import reason_in_code
 
     settings = Settings()
     of = chosen(service, settings)
@@ -273,7 +273,7 @@ def _existing(held: HeldOperations | None) -> HeldOperations:
 
 
 def _facts(service: Service, entry: HeldEntry) -> dict[str, Any]:
-    from tidings.database.held import in_code
+    from tidings.database.held_code import in_code
 
     return {"service": service.name, "handler_in_code": in_code(service, entry.handler, entry.type)} | {
         name: getattr(entry, name) if name not in ("since", "due") else _time(getattr(entry, name))

@@ -1,4 +1,4 @@
-"""A statement that runs for many rows at once, and counts what it changed. It knows nothing of any table."""
+"""An UPDATE of many rows at once that counts what it changed. It knows nothing of any table."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Any
 from sqlalchemy import Update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["ForMany"]
+__all__ = ["BulkUpdate"]
 
 
-class ForMany:
-    """Compiled once: SQLAlchemy makes a dictionary of every parameter for each row, which takes longer than the row
-    itself takes in SQLite. Two parameters or more, of types that the driver takes as they are: texts and numbers."""
+class BulkUpdate:
+    """An UPDATE that is compiled once and run for many rows.
+
+    SQLAlchemy makes a dictionary of every parameter for each row, which takes longer than the row itself takes in
+    SQLite. The statement has at least two bound parameters, of types that the driver takes as they are: texts and
+    numbers.
+    """
 
     def __init__(self, statement: Update) -> None:
         self._statement = statement
         self._compiled: Any = None
 
     async def run(self, connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> int:
-        """How many rows of the table it changed; `rows`, one or more, give its bound parameters."""
+        """Return how many rows of the table it changed; `rows`, one or more, give its bound parameters."""
         dialect = connection.dialect
         if dialect.name == "sqlite":
             if self._compiled is None:

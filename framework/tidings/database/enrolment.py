@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import dead, floors, handlers, held, partials, partitions, spans, watermarks
+from tidings.database.tables import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
 from tidings.modelling.events import wire_name
 from tidings.modelling.roster import BEHIND, PAST, SKIPPED, Span, successors, under_one_name

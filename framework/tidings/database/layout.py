@@ -18,8 +18,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Subscription, check_partitions
-from tidings.database.engine import Database, floors, partitions, watermarks
+from tidings.database.engine import Database
 from tidings.database.notebook import Notebook, notebook_of
+from tidings.database.tables import floors, partitions, watermarks
 from tidings.errors import ConfigurationError, Fenced
 from tidings.protocol.position import BUCKETS
 

@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.json_limits import parse
-from tidings.database.engine import (
-    Database,
+from tidings.database.engine import Database
+from tidings.database.tables import (
     begun,
     dead,
     floors,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 
 from tidings._support.tasks import supervised
-from tidings.database.engine import Database, processes
+from tidings.database.engine import Database
+from tidings.database.tables import processes
 from tidings.errors import DatabaseUnavailable
 from tidings.modelling.fingerprints import fingerprint, version_of
 

@@ -6,16 +6,28 @@ changing their class, so that nothing is checked, and nothing costs time, while 
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final, NoReturn
 
-from sqlalchemy.engine import Connection
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
 from tidings.errors import TransactionMisuse
-from tidings.modelling.context import Context
+from tidings.modelling.context import ATTEMPT, Context
 
-__all__ = ["GuardedConnection", "GuardedSession", "drop", "keep"]
+__all__ = ["GuardedConnection", "GuardedSession", "drop", "guarded", "keep", "watch"]
+
+_GUARDED: Final = "tidings_guarded"
+_ENDS_TRANSACTION: Final = re.compile(
+    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*"
+    r"(BEGIN|START\s+TRANSACTION|COMMIT|END|ABORT|ROLLBACK(?!\s+(?:TRANSACTION\s+|WORK\s+)?TO\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class GuardedConnection(AsyncConnection):
@@ -134,3 +146,37 @@ def drop(connection: Connection, session: Session) -> None:
 
 def _bury(session: Session) -> None:
     session.__class__ = _EndedHandlerSession
+
+
+@contextmanager
+def guarded(connection: AsyncConnection) -> Iterator[None]:
+    """Within the block, what would end the transaction raises `TransactionMisuse` before it reaches the database."""
+    info = connection.sync_connection.info if connection.sync_connection is not None else {}
+    info[_GUARDED] = True
+    try:
+        yield
+    finally:
+        del info[_GUARDED]
+
+
+def watch(engine: Engine) -> None:
+    """Have what would end a guarded transaction of this engine refused."""
+    sa.event.listen(engine, "before_cursor_execute", _refuse_statement)
+    sa.event.listen(engine, "commit", partial(_refuse, "commit"))
+    sa.event.listen(engine, "rollback", partial(_refuse, "rollback"))
+
+
+def _refuse(operation: str, connection: sa.Connection) -> None:
+    # One that was lost has no info, and ending it is for the best.
+    if not connection.invalidated and _GUARDED in connection.info:
+        raise TransactionMisuse(operation)
+
+
+def _refuse_statement(
+    connection: sa.Connection, cursor: object, statement: str, parameters: object, context: object, many: bool
+) -> None:
+    if (attempt := ATTEMPT.get()) is not None:
+        attempt.check_statement(connection)
+    found = _ENDS_TRANSACTION.match(statement)
+    if found is not None and _GUARDED in connection.info:
+        raise TransactionMisuse(found[1].lower())

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.timers import Timers
 from tidings.buses import Consumer
+from tidings.database.dead_letters import Letter
 from tidings.database.engine import Database
-from tidings.database.inbox import Letter
 from tidings.delivery.progress import FLOOR_SECONDS, Batch, Progress
 from tidings.delivery.sessions import SessionHandlers
 from tidings.delivery.work import Item, Step, Troubles

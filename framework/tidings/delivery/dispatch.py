@@ -18,11 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.timers import Timers, counting_sleep
 from tidings._support.workers import Workers
+from tidings.database.dead_letters import Letter
 from tidings.database.engine import Database
 from tidings.database.enrolment import enrol
-from tidings.database.held import HeldRows
-from tidings.database.inbox import Inbox, Letter, Remembered, StagedEvent
+from tidings.database.held_rows import HeldRows
+from tidings.database.inbox import Inbox, Remembered
 from tidings.database.lineage import Lineage
+from tidings.database.staged_events import StagedEvent
 from tidings.delivery.attempt import Attempt, Attempts, Failure, Resources
 from tidings.delivery.breaker import Breakers
 from tidings.delivery.commits import Commits
@@ -115,7 +117,9 @@ class Dispatcher:
         self._keys = Keys()
         self._knows_keys = asyncio.Event()
         self.breakers = Breakers(clock)
-        self._revival = Revival(service, database, held, self._keys, self.breakers, self._push, self._pump, inbox.fence)
+        self._revival = Revival(
+            service, database, held, self._keys, self.breakers, self._push, self._pump, inbox.watermarks.fence
+        )
         self._guard = Guard(service, database, inbox, troubles, clock, self._give_out)
         self._caution = self._guard.caution
         self._beside: asyncio.TimerHandle | None = None
@@ -154,7 +158,7 @@ class Dispatcher:
         self._replay = remembered.replay
         self._troubles.skip(remembered.skips)
         self.roster.renew(remembered.partial)
-        self.stager.add(await self._inbox.staged_events(), since=None)
+        self.stager.add(await self._inbox.read_staged(), since=None)
 
     @property
     def floor(self) -> int:
@@ -270,10 +274,10 @@ class Dispatcher:
 
     async def _enrol(self, fresh: bool) -> None:
         async with self._database.turn, self._database.transaction() as connection:
-            await self._inbox.fence(connection)
+            await self._inbox.watermarks.fence(connection)
             enrolled = await enrol(connection, self._service, self._log_id, self._inbox.buckets)
         if enrolled.changed:
-            self._inbox.succeed()
+            self._inbox.watermarks.fenced_others()
             if self.roster.partial or self._replay.waiting:  # it was read with the handlers' names of before
                 raise Fenced(f"service {self._service.name!r}: its handlers are others than before; joining again")
         if fresh:
@@ -360,7 +364,7 @@ class Dispatcher:
         """Until cancelled, or until the database, the store or another process ends it with an error."""
         self._attempts.open()
         try:
-            self.stager.add(await self._inbox.staged_events(), since=None)
+            self.stager.add(await self._inbox.read_staged(), since=None)
             await self._read_keys()
             self._knows_keys.set()
             self._pumping = False

@@ -69,9 +69,9 @@ class Guard:
         async with self._turn:
             besides = caution.own
             async with self._database.turn, self._database.transaction() as connection:
-                await inbox.fence(connection)
-                before = await inbox.occupy(connection, me)
-                notes = await inbox.notes(connection, self._service.names)
+                await inbox.watermarks.fence(connection)
+                before = await inbox.occupancy.take(connection, me)
+                notes = await inbox.notes.read(connection, self._service.names)
                 # A takeover whose commit was cut off has marked the range, and nobody has looked at what it found.
                 unclean, under_way = before is not None and (before != me or not caution.informed), None
                 fresh: dict[int, tuple[int, int]] = {}
@@ -80,11 +80,11 @@ class Guard:
                     fresh = {at: (bucket, 1) for at, bucket in (under_way or {}).items() if at not in notes}
                 else:
                     if before == me:
-                        await inbox.count_notes(connection, caution.rejoined(notes))
+                        await inbox.notes.count(connection, caution.rejoined(notes))
                     mine = caution.known | besides if before == me else besides
-                    await inbox.forget_notes(connection, notes.keys() - mine)
+                    await inbox.notes.forget(connection, notes.keys() - mine)
                 again = {at: note for at, note in caution.noted.items() if at not in notes}
-                await inbox.note(connection, fresh | again)
+                await inbox.notes.add(connection, fresh | again)
             if unclean:
                 if before != me:
                     Notebook.discard(self._notebook_of(str(before)))
@@ -159,6 +159,6 @@ class Guard:
     async def _note(self, group: list[Item]) -> None:
         if group:
             async with self._database.turn, self._database.transaction() as connection:
-                await self._inbox.hold(connection, self._troubles.process)
+                await self._inbox.occupancy.lock(connection, self._troubles.process)
                 notes = {item.event.position: self.caution.note(item.event.position) for item in group}
-                await self._inbox.note(connection, notes)
+                await self._inbox.notes.add(connection, notes)

@@ -13,7 +13,8 @@ import structlog
 from tidings._support.backoff import Backoff
 from tidings._support.tasks import supervised
 from tidings.buses import Consumer, Delivery, EventBus, Subscription
-from tidings.database.inbox import Inbox, Letter
+from tidings.database.dead_letters import Letter
+from tidings.database.inbox import Inbox
 from tidings.delivery.dispatch import Dispatcher
 from tidings.delivery.healing import Pass
 from tidings.delivery.work import Step
@@ -134,7 +135,7 @@ class Intake:
             remembered = await self._inbox.join()
             self._accepted.begin(remembered.floor, remembered.watermarks)
             await self._dispatcher.resume(remembered)
-        elif (settled := await self._inbox.settled(None)) > floor:
+        elif (settled := await self._inbox.read_floor()) > floor:
             raise Fenced(
                 f"service {service!r}: taking over from another process, which has settled everything up to position "
                 f"{settled}; this one knew of position {floor}"

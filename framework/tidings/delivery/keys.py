@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tidings.database.held import HeldEvent, Line
+from tidings.database.held_events import HeldEvent, Line
 from tidings.delivery.work import Item
 
 __all__ = ["Keys"]

@@ -12,8 +12,10 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.held import HeldEvent, HeldRows
-from tidings.database.inbox import Inbox, Letter, Remembered
+from tidings.database.dead_letters import Letter
+from tidings.database.held_events import HeldEvent
+from tidings.database.held_rows import HeldRows
+from tidings.database.inbox import Inbox, Remembered
 from tidings.delivery.work import SKIPPED, Item, Step
 from tidings.modelling.roster import Span
 from tidings.protocol.position import Ticket
@@ -119,28 +121,30 @@ class Progress:
         # First what fences a process that is not alone: it would stumble over rows that the other has written.
         floor_is_due = self.floor_is_due(floor_now)
         if floor_is_due or again:
-            await inbox.fence(connection)
+            await inbox.watermarks.fence(connection)
         doubted = batch.doubted
-        await inbox.stand(connection, {item.bucket: self._watermarks[item.bucket] for item in doubted if not item.held})
-        await held.stand(connection, [item.turn for item in doubted if item.held])
+        await inbox.watermarks.assert_unmoved(
+            connection, {item.bucket: self._watermarks[item.bucket] for item in doubted if not item.held}
+        )
+        await held.assert_held(connection, [item.turn for item in doubted if item.held])
         moves = {bucket: (self._watermarks[bucket], at) for bucket, at in batch.moves.items()}
         if batch.parts:
             # Also where it does not move, the watermark must stand where this process knows it.
             marks = {bucket: self._watermarks[bucket] for bucket in batch.parts}
             moves = {bucket: (at, at) for bucket, at in marks.items()} | moves
-        await inbox.move(connection, moves)
+        await inbox.watermarks.move(connection, moves)
         if batch.shared or self._parts:
             # The watermark does not tell that another process is done with some handlers of an event: its rows do.
             steps = {b: moves[b] for b in batch.moves if b in batch.shared or b in self._parts}
-            await inbox.check_parts(connection, steps, self._parts)
+            await inbox.partials.check(connection, steps, self._parts)
         if self._parts:
             passed = {bucket: at for bucket, at in batch.moves.items() if bucket in self._parts}
-            await inbox.forget_parts(connection, passed)
+            await inbox.partials.forget(connection, passed)
         if batch.late or batch.ended:
             reached = self.spans | batch.late
-            await inbox.advance(connection, [(late, self.spans[late], at) for late, at in batch.late.items()])
-            await inbox.end(connection, [(span[:3], reached[span[:3]]) for span in batch.ended])
-        await inbox.part(connection, [(at, *item.turn) for at, items in batch.parts.items() for item in items])
+            await inbox.spans.advance(connection, [(late, self.spans[late], at) for late, at in batch.late.items()])
+            await inbox.spans.end(connection, [(span[:3], reached[span[:3]]) for span in batch.ended])
+        await inbox.partials.add(connection, [(at, *item.turn) for at, items in batch.parts.items() for item in items])
         if again:
             await held.postpone(connection, _postponed(again))
             await held.release(connection, [item.turn for item in again if item.postponed is None])
@@ -151,20 +155,20 @@ class Progress:
             for item in batch.notable:
                 item.emissions = [row for row in item.emissions if str(row.event.id) not in before]
             emissions = [row for item in batch.notable for row in item.emissions]
-        await inbox.stage(connection, emissions)
-        never = [letter for event_id, letter in batch.never if await inbox.give_up(connection, event_id)]
-        await inbox.bury(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
+        await inbox.staged.add(connection, emissions)
+        never = [letter for event_id, letter in batch.never if await inbox.staged.give_up(connection, event_id)]
+        await inbox.dead.add(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
         skipped = [item for item in batch.notable if item.letter is not None and item.letter.reason == SKIPPED]
-        await inbox.skipped(connection, [item.event.position for item in skipped if item.plain])
-        await inbox.unstage(connection, batch.appended)
-        await inbox.forget_notes(connection, [at for at, times in batch.noted.items() if not times])
-        await inbox.count_notes(connection, {at: times for at, times in batch.noted.items() if times})
+        await inbox.skips.remove(connection, [item.event.position for item in skipped if item.plain])
+        await inbox.staged.remove(connection, batch.appended)
+        await inbox.notes.forget(connection, [at for at, times in batch.noted.items() if not times])
+        await inbox.notes.count(connection, {at: times for at, times in batch.noted.items() if times})
         if floor_is_due:
             self._stored_floor, self._stored_at = self.floor, self._clock()
-            await inbox.raise_floor(connection, self.floor)
+            await inbox.floor.raise_to(connection, self.floor)
             if self.caught > self._stored_caught:
                 self._stored_caught = self.caught
-                await inbox.caught(connection, {name for _, name, _ in self.spans}, self.caught)
+                await inbox.spans.raise_all(connection, {name for _, name, _ in self.spans}, self.caught)
                 self._raised = self.caught
 
     def written(self, batch: Batch) -> None:

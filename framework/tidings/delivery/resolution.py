@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from tidings.database.inbox import StagedEvent
+from tidings.database.staged_events import StagedEvent
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.protocol.position import CARRIED
 from tidings.stores import NO_STREAM, Appended, EventStore, Expected, RecordedEvent

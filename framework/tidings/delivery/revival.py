@@ -16,7 +16,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.engine import Database
-from tidings.database.held import AT_ONCE, HeldEvent, HeldRows, Line, in_code
+from tidings.database.held_code import in_code
+from tidings.database.held_due import AT_ONCE
+from tidings.database.held_events import HeldEvent, Line
+from tidings.database.held_rows import HeldRows
 from tidings.delivery.breaker import Breakers
 from tidings.delivery.keys import Keys
 from tidings.delivery.work import Item
@@ -79,10 +82,10 @@ class Revival:
             handler.name: fingerprint(handler.function, handler.events) for handler in self._service.named.values()
         }
         async with self._database.reading() as connection:
-            if not await self._held.outdated(connection, codes):
+            if not await self._held.code.outdated(connection, codes):
                 return
         async with self._database.turn, self._database.transaction() as connection:
-            events = await self._held.renew(connection, codes, time.time())
+            events = await self._held.code.renew(connection, codes, time.time())
         log.info("service.tries_held_again", service=self._service.name, events=events, reason="its code has changed")
 
     async def run(self) -> None:
@@ -127,14 +130,16 @@ class Revival:
             async with self._database.reading() as connection:
                 await self._fence(connection)
                 if left is None:
-                    self._find_gone(await self._held.gone(connection, self._service))
-                rows = await self._held.due(connection, time.time(), longest, flying, left, paused, self._gone)
+                    self._find_gone(await self._held.code.gone(connection, self._service))
+                rows = await self._held.due.find(connection, time.time(), longest, flying, left, paused, self._gone)
                 besides = {*flying, *(row.line for row in rows)}
                 trials: list[HeldEvent] = []
                 for name, breaker in paused.items():
                     if breaker.wants_trial:
                         newest = breaker.takes_newest
-                        trials += await self._held.candidate(connection, name, besides, newest=newest, gone=self._gone)
+                        trials += await self._held.due.candidate(
+                            connection, name, besides, newest=newest, gone=self._gone
+                        )
                         besides.update(row.line for row in trials)
                 return rows, trials
         except DatabaseUnavailable as error:

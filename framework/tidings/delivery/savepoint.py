@@ -14,9 +14,8 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 from sqlalchemy.orm import Session
 
-from tidings.database.engine import guarded
 from tidings.database.outages import is_outage, is_unusable
-from tidings.database.transaction import GuardedConnection, GuardedSession, drop, keep
+from tidings.database.transaction import GuardedConnection, GuardedSession, drop, guarded, keep
 from tidings.delivery.attempt import Failure
 from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.modelling.context import Context

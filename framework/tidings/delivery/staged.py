@@ -13,7 +13,8 @@ from weakref import WeakValueDictionary
 import structlog
 
 from tidings._support.backoff import nth_pause
-from tidings.database.inbox import Letter, StagedEvent
+from tidings.database.dead_letters import Letter
+from tidings.database.staged_events import StagedEvent
 from tidings.delivery.resolution import Resolver
 from tidings.errors import (
     LogBehind,

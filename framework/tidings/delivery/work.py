@@ -13,8 +13,10 @@ from sqlalchemy.exc import DBAPIError
 
 from tidings._support.tracebacks import Kind, Tracebacks
 from tidings.buses import Consumer
-from tidings.database.held import HeldEvent, Line
-from tidings.database.inbox import Letter, StagedEvent, key_of
+from tidings.database.dead_letters import Letter
+from tidings.database.event_rows import key_of
+from tidings.database.held_events import HeldEvent, Line
+from tidings.database.staged_events import StagedEvent
 from tidings.delivery.attempt import Failure
 from tidings.delivery.crashes import Caution
 from tidings.errors import DatabaseUnavailable, Fenced

@@ -12,8 +12,9 @@ from uuid import UUID
 import sqlalchemy as sa
 import structlog
 
-from tidings.database.engine import Database, floors
+from tidings.database.engine import Database
 from tidings.database.presence import present
+from tidings.database.tables import floors
 from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore
 

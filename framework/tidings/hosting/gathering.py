@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from tidings._support.writes import Writes
-from tidings.database.held import HeldCount
+from tidings.database.held_events import HeldCount
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.answers import Health

@@ -19,7 +19,7 @@ from tidings._support.backoff import Backoff
 from tidings._support.tasks import leaves, task_group
 from tidings.buses import EventBus, Subscription
 from tidings.database.engine import Database
-from tidings.database.held import HeldRows
+from tidings.database.held_rows import HeldRows
 from tidings.database.inbox import Inbox
 from tidings.database.lineage import lineage_of
 from tidings.delivery.attempt import Resources, is_infrastructure

@@ -22,10 +22,11 @@ from tidings._support.tasks import supervised, task_group
 from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
 from tidings.database.engine import Database, open_database
-from tidings.database.held import HeldCount, held_by_handler, reason_in_code
-from tidings.database.inbox import StagedEvent, requested_events
+from tidings.database.held_code import reason_in_code
+from tidings.database.held_events import HeldCount, held_by_handler
 from tidings.database.layout import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
 from tidings.database.presence import present_as
+from tidings.database.staged_events import StagedEvent, requested_events
 from tidings.delivery.attempt import Resources
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.delivery.work import Item, Troubles

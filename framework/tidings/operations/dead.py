@@ -16,8 +16,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import Database, dead, held, staged
-from tidings.database.inbox import key_of, recorded
+from tidings.database.engine import Database
+from tidings.database.event_rows import key_of, recorded
+from tidings.database.tables import dead, held, staged
 from tidings.errors import TidingsError
 from tidings.operations.selection import EVERYTHING, Selection
 

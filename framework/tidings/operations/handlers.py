@@ -13,9 +13,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import spans
 from tidings.database.enrolment import Begun, by_present_name, names_of, wanted
 from tidings.database.layout import Range, ranges_of
+from tidings.database.tables import spans
 from tidings.modelling.roster import SKIPPED, Span, under_one_name
 from tidings.operations.report import HandlerReport
 

@@ -13,7 +13,8 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import Database, dead, held, staged
+from tidings.database.engine import Database
+from tidings.database.tables import dead, held, staged
 from tidings.errors import StreamDeleted, StreamNotFound, TidingsError
 from tidings.stores import EventStore, RecordedEvent
 

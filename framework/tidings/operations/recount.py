@@ -14,8 +14,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tidings._support.escaping import plain
-from tidings.database.engine import Database, dead, held, partials, replays, staged
+from tidings.database.engine import Database
 from tidings.database.lineage import lineage_of
+from tidings.database.tables import dead, held, partials, replays, staged
 from tidings.modelling.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.modelling.roster import BEHIND, Span
 from tidings.operations.handlers import read_spans

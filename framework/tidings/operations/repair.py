@@ -10,8 +10,9 @@ import asyncio
 from uuid import UUID
 
 from tidings.buses import EventBus
+from tidings.database.dead_letters import Letter
 from tidings.database.engine import Database
-from tidings.database.inbox import Inbox, Letter
+from tidings.database.inbox import Inbox
 from tidings.delivery.staged import FRESH_SECONDS, Stager
 from tidings.operations.report import Report
 from tidings.protocol.message import Marker
@@ -60,11 +61,11 @@ async def append_staged(
     Raises `StoreUnavailable`, `DatabaseUnavailable`.
     """
     inbox = Inbox(database, service, log, ALL_BUCKETS)
-    before = {row.event.id for row in await inbox.staged_events()}
+    before = {row.event.id for row in await inbox.read_staged()}
     if not before:
         return 0, []
     await asyncio.sleep(2 * FRESH_SECONDS)  # its own process may append a fresh row without looking
-    rows = [row for row in await inbox.staged_events() if row.event.id in before]
+    rows = [row for row in await inbox.read_staged() if row.event.id in before]
     done: list[UUID] = []
     refused: list[str] = []
     changed = asyncio.Event()
@@ -91,5 +92,5 @@ async def append_staged(
         flying.cancel()
         await asyncio.gather(flying, return_exceptions=True)
         async with database.transaction() as connection:
-            await inbox.unstage(connection, done)
+            await inbox.staged.remove(connection, done)
     return len(done), refused

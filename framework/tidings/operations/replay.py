@@ -18,9 +18,10 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import Database, dead, floors, held, partitions, replays, staged, watermarks
+from tidings.database.engine import Database
 from tidings.database.enrolment import sent_back
 from tidings.database.layout import ranges_of
+from tidings.database.tables import dead, floors, held, partitions, replays, staged, watermarks
 from tidings.errors import TidingsError
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from tidings.database.engine import dead
+from tidings.database.tables import dead
 
 __all__ = ["EVERYTHING", "Selection"]
 

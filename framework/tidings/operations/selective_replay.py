@@ -15,8 +15,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from tidings.database.engine import Database, dead, held, partials, partitions, replays, spans, watermarks
-from tidings.database.inbox import key_of
+from tidings.database.engine import Database
+from tidings.database.event_rows import key_of
+from tidings.database.tables import dead, held, partials, partitions, replays, spans, watermarks
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.modelling.roster import Span
 from tidings.operations.replay import Start

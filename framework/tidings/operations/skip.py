@@ -15,7 +15,8 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import Database, dead, floors, held, partitions, skips, watermarks
+from tidings.database.engine import Database
+from tidings.database.tables import dead, floors, held, partitions, skips, watermarks
 from tidings.errors import TidingsError
 from tidings.operations.held import as_skipped
 from tidings.protocol.position import carried

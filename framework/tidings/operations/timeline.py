@@ -15,7 +15,8 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import Database, dead, held, partials, staged
+from tidings.database.engine import Database
+from tidings.database.tables import dead, held, partials, staged
 from tidings.errors import StoreError
 from tidings.modelling.codec import CAUSATION, CORRELATION, read_metadata
 from tidings.modelling.roster import Span

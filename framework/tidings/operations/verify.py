@@ -14,9 +14,11 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.engine import Database, dead, floors, held, staged, watermarks
-from tidings.database.held import held_by_handler, in_code, reason_in_code
+from tidings.database.engine import Database
+from tidings.database.held_code import in_code, reason_in_code
+from tidings.database.held_events import held_by_handler
 from tidings.database.layout import Range, ranges_of
+from tidings.database.tables import dead, floors, held, staged, watermarks
 from tidings.errors import StreamDeleted
 from tidings.modelling.roster import Roster
 from tidings.operations.handlers import read_handlers, read_spans

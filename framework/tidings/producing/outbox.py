@@ -22,8 +22,9 @@ from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from tidings._support.backoff import Backoff, becomes_true
-from tidings.database.engine import floors, guarded, staged
-from tidings.database.inbox import StagedEvent, stage
+from tidings.database.staged_events import StagedEvent, stage
+from tidings.database.tables import floors, staged
+from tidings.database.transaction import guarded
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
 from tidings.modelling.appending import check_target
 from tidings.modelling.codec import BY_REQUEST, encode

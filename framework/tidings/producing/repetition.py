@@ -15,8 +15,8 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.json_limits import parse
-from tidings.database.engine import staged
-from tidings.database.inbox import StagedEvent
+from tidings.database.staged_events import StagedEvent
+from tidings.database.tables import staged
 from tidings.errors import RepetitionDiffers, StoreError
 from tidings.modelling.codec import read_metadata
 from tidings.stores import EventStore

@@ -9,8 +9,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from tidings.database.engine import Database, dead, floors
+from tidings.database.engine import Database
 from tidings.database.inbox import Inbox
+from tidings.database.tables import dead, floors
 from tidings.modelling.events import Event, wire_name
 from tidings.protocol.position import partition_key
 from tidings.testing.simulation.service import LATE, SECOND, Answered, Asked, Called, Counted, Fragile, Ignored, audit
@@ -25,7 +26,7 @@ async def _noted(database: Database) -> set[int]:
     async with database.turn, database.transaction() as connection:
         for part in (await connection.execute(sa.select(floors))).all():
             buckets = range(part.first_bucket, part.last_bucket + 1)
-            found |= (await Inbox(database, part.service, UUID(part.log), buckets).notes(connection)).keys()
+            found |= (await Inbox(database, part.service, UUID(part.log), buckets).notes.read(connection)).keys()
     return found
 
 

@@ -13,8 +13,12 @@ from unittest.mock import patch
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
-from tidings.database.engine import floors, watermarks
-from tidings.database.inbox import Inbox, StagedEvent
+from tidings.database.floors import Floor
+from tidings.database.notes import Notes
+from tidings.database.partials import Partials
+from tidings.database.staged_events import StagedEvent
+from tidings.database.tables import floors, watermarks
+from tidings.database.watermarks import Watermarks
 from tidings.delivery.healing import Pass
 from tidings.delivery.intake import Intake
 from tidings.delivery.keys import Keys
@@ -63,20 +67,20 @@ def _base() -> Patches:
 
 
 def _watermark_cas() -> Patches:
-    async def overwrite(self: Inbox, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]]) -> None:
+    async def overwrite(self: Watermarks, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]]) -> None:
         for bucket, (_, new) in moves.items():
-            of_bucket = (watermarks.c.service == self._service, watermarks.c.bucket == bucket)
+            of_bucket = (watermarks.c.service == self._scope.service, watermarks.c.bucket == bucket)
             await connection.execute(watermarks.update().where(*of_bucket).values(position=new))
 
-    yield Inbox, "move", overwrite
+    yield Watermarks, "move", overwrite
 
 
 def _range_floor() -> Patches:
-    async def of_all(self: Inbox, connection: AsyncConnection, position: int) -> None:
-        lower = (floors.c.service == self._service, floors.c.position < position)
+    async def of_all(self: Floor, connection: AsyncConnection, position: int) -> None:
+        lower = (floors.c.service == self._scope.service, floors.c.position < position)
         await connection.execute(floors.update().where(*lower).values(position=position))
 
-    yield Inbox, "raise_floor", of_all
+    yield Floor, "raise_to", of_all
 
 
 def _previous_never_low() -> Patches:
@@ -170,10 +174,10 @@ def _fresh_for_the_log() -> Patches:
 
 
 def _settled_is_not_under_way() -> Patches:
-    async def nothing(self: Inbox, connection: AsyncConnection, names: object = None) -> None:
+    async def nothing(self: Notes, connection: AsyncConnection, names: object = None) -> None:
         pass
 
-    yield Inbox, "_forget_settled", nothing
+    yield Notes, "forget_settled", nothing
 
 
 def _acknowledged_late() -> Patches:
@@ -203,10 +207,10 @@ def _one_leads() -> Patches:
 
 
 def _parts_are_noted() -> Patches:
-    async def none(self: Inbox, connection: AsyncConnection, rows: object) -> None:
+    async def none(self: Partials, connection: AsyncConnection, rows: object) -> None:
         return None
 
-    yield Inbox, "part", none
+    yield Partials, "add", none
 
 
 def _behind_waits() -> Patches:
