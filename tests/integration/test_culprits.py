@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -194,6 +195,51 @@ async def test_a_store_that_is_away_is_blamed_alone(tmp_path: Path) -> None:
         assert wrong(document) == ["audit.store"]
         assert "TIDINGS_STORE" in said(document, "audit.store")
         store.away = False
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+class Restored(StoreAround):
+    """A log that was set back under the running fleet: `end` is its head then, `log` its identity."""
+
+    end: int | None = None
+    log: UUID | None = None
+
+    async def head(self) -> int:
+        return await self.inner.head() if self.end is None else self.end
+
+    async def log_id(self) -> UUID:
+        return self.log or await self.inner.log_id()
+
+
+@pytest.mark.parametrize("how", ["behind", "another identity"])
+async def test_a_log_that_was_restored_under_the_running_service_is_named_at_the_next_look(
+    tmp_path: Path, how: str
+) -> None:
+    made: list[Restored] = []
+
+    def wrap(store: EventStore) -> EventStore:
+        made.append(Restored(store))
+        return made[0]
+
+    service = auditing()
+    async with embedded(tmp_path, service, wrap=wrap) as world:
+        probe = Probe((service,))
+        await world.append(*(Happened(key=f"k{n}") for n in range(5)))
+        await world.settled()
+        await until(lambda: world.running[0].floor > 1)
+        await becomes(probe, lambda found: found["status"] == "ok")
+        if how == "behind":
+            made[0].end = 1
+        else:
+            made[0].log = UUID(int=7)
+        document = (await probe.ready()).document()
+        assert wrong(document) == ["audit.log"]
+        assert document["status"] == "unready"
+        told = said(document, "audit.log")
+        assert "tidings log adopt" in told
+        assert "docs/restoring.md" in told
+        assert ("the log now ends at 1" if how == "behind" else str(UUID(int=7))) in told
+        made[0].end = made[0].log = None
         await becomes(probe, lambda found: found["status"] == "ok")
 
 

@@ -17,10 +17,22 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from tests.integration.databases import database_url
-from tests.integration.embedded import QUICK, Happened, audit, auditing, embedded, letters, rows, tables, until
+from tests.integration.embedded import (
+    QUICK,
+    Happened,
+    audit,
+    auditing,
+    embedded,
+    letters,
+    rows,
+    settings_for,
+    tables,
+    until,
+)
 from tidings import Service
 from tidings.database.engine import connected
 from tidings.errors import DatabaseUnavailable
+from tidings.operations.status import look
 
 FIRST, SECOND = [Happened(key=f"k{n}", n=n) for n in range(5)], [Happened(key=f"k{n}", n=9) for n in range(5)]
 
@@ -81,6 +93,30 @@ async def test_a_service_writes_again_when_its_database_does(tmp_path: Path, way
         done = await rows(service)
         assert sorted(done) == sorted((event.key, event.n) for event in [*FIRST, *SECOND])
         assert await letters(service) == []
+
+
+@pytest.mark.usefixtures("on_postgresql")
+async def test_status_names_a_database_that_takes_no_writes_while_a_process_is_seen(tmp_path: Path) -> None:
+    service = auditing()
+    settings = settings_for(tmp_path)
+    async with embedded(tmp_path, service) as world, administrator(database_url(tmp_path, "audit")) as admin:
+        name = make_url(database_url(tmp_path, "audit")).database
+        await world.append(*FIRST)
+        await world.settled()
+
+        async def problems() -> list[str]:
+            state = await look(settings, world.store, world.bus, {"shop:audit": service})
+            assert state.services[0].processes
+            return state.problems
+
+        assert await problems() == []
+        await do(admin, WAYS["database"].format(name=name, to="on"))
+        (problem,) = await problems()
+        assert problem.startswith("audit: its database takes no writes: ")
+        assert "read-only transaction" in problem
+        assert "pg_is_in_recovery" in problem
+        await do(admin, WAYS["database"].format(name=name, to="off"))
+        assert await problems() == []
 
 
 @pytest.mark.usefixtures("on_postgresql")

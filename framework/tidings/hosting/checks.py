@@ -102,7 +102,16 @@ def check_service(facts: ServiceFacts, relay_leads: bool) -> Iterator[Check]:
     yield _store(f"{facts.name}.store", facts.store, facts.store_writes, facts.name)
     yield _bus(facts)
     yield from _failing(facts)
-    if not facts.consuming or facts.database or facts.store:
+    if facts.log is not None:
+        yield Check(
+            f"{facts.name}.log",
+            False,
+            facts.log,
+            "stop the relay and all services, and follow docs/restoring.md. No event is safe to handle until then",
+            Part.STORE,
+            facts.name,
+        )
+    if not facts.consuming or facts.database or facts.store or facts.log:
         return  # what is known of the rest is older than these
     if not facts.partitions:
         yield from _path(facts, facts.name, relay_leads)

@@ -92,6 +92,8 @@ class ServiceFacts:
     """What the store answered instead of an answer."""
     store_writes: str | None = None
     """What the store answered to the last append, if that failed."""
+    log: str | None = None
+    """Why the store's log is not the one that the service has worked on: another one, or one that went back."""
     bus_trouble: str | None = None
     """What the bus answered last instead of messages."""
     stranger: str | None = None

@@ -10,11 +10,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from uuid import UUID
 
 from tidings._support.writes import Writes
 from tidings.database.held_events import HeldCount
 from tidings.delivery.owned import OwnStore
-from tidings.errors import ConfigurationError, DatabaseUnavailable, StoreUnavailable
+from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
 from tidings.hosting.answers import Health
 from tidings.hosting.checks import is_still
 from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
@@ -104,8 +105,8 @@ class Probe:
         if running is None or known or not running.partitions:
             return ServiceFacts(service.name, **(known or {"starting": True}))
         await self._probe_writes(running)
-        (ranges, database), (head, store), (held, _) = await asyncio.gather(
-            _answer(running.ranges()), _answer(running.store.head()), _answer(running.held())
+        (ranges, database), (found, store), (held, _) = await asyncio.gather(
+            _answer(running.ranges()), _answer(_identity(running.store)), _answer(running.held())
         )
         floors = {row.first: row.floor for row in ranges or ()}
         now = self._clock()
@@ -116,7 +117,10 @@ class Probe:
             for found, part in zip(parts, running.partitions, strict=True)
         ]
         settled, waiting = lowest(ranges or ()), None
-        if ranges is not None and head is not None and any(p.marker_age is None or p.stalled > 0 for p in parts):
+        log: str | None = None
+        if found is not None:
+            log, store = await _answer(_other_log(running, found, max(settled, running.floor)))
+        if ranges is not None and found is not None and any(p.marker_age is None or p.stalled > 0 for p in parts):
             waiting, store = await _answer(_first_after(running.store, settled))
         parts = [replace(part, waiting_event=waiting) for part in parts]
         return replace(
@@ -130,6 +134,7 @@ class Probe:
             settled=settled,
             database=database,
             store=store,
+            log=log,
             partitions=tuple(parts) if len(parts) > 1 else (),
         )
 
@@ -312,6 +317,21 @@ async def _first_after(store: EventStore, position: int) -> str | None:
         if carried(event) is not None:
             return f"event {event.id} ({event.type}, position {event.position}) of stream {event.stream!r}"
     return None
+
+
+async def _identity(store: EventStore) -> tuple[UUID, int]:
+    """The log's id, and its head."""
+    return await store.log_id(), await store.head()
+
+
+async def _other_log(running: RunningService, found: tuple[UUID, int], settled: int) -> str | None:
+    """Why the log that the store holds now is not the one that the service has worked on; None where it is."""
+    (log_id, head), known, owner = found, await running.log_id(), f"service {running.service.name!r}"
+    if log_id != known:
+        return str(LogChanged(owner, known, log_id))
+    if head < settled:  # unless the events up to there were appended since its head was asked for
+        head = await running.store.head()
+    return str(LogBehind(owner, known, head, settled)) if head < settled else None
 
 
 _SOME: Final = 10

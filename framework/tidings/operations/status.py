@@ -1,7 +1,7 @@
 """What `tidings status` knows: log, relay and services as they stand, and what of it is unhealthy.
 
-It reads; only where nothing was written for a while does it write, one small event and a row as it is, because a log or
-a database that takes no writes looks well to whoever reads it.
+A log or a database that takes no writes looks well to whoever reads it. So where nothing shows that it does, a look
+writes: one small event to the log, or a row of a database as it is.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ __all__ = ["LOOKED", "RelayState", "ServiceState", "State", "look"]
 LOOKED: Final = 10_000
 """Events of the log that one look counts at most."""
 QUIET: Final = 10.0
-"""Seconds since the last event after which a look finds out whether the log takes another one."""
+"""Seconds since the last event after which a look tries whether the log takes another one."""
+SILENT: Final = 15.0
+"""Seconds since a process last wrote its row after which its database may take no writes; one is due every 10 s."""
 WRITE_SECONDS: Final = 12.0
-"""Seconds that a write which finds out something may take; a store adapter insists for 10."""
+"""Seconds that a trial write may take; a store adapter insists for 10."""
 LATE: Final = 30.0
-"""Seconds after which an event that nobody has moved on is a reason to worry."""
+"""Seconds after which an event that waits is unhealthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,9 @@ async def _service(
             report = await verify(store, [(service, database)], limit=LOOKED)
             if database is not None:
                 part.processes = await present(database, service.name, now)
-                if not part.processes:  # they write into it again and again
+                wrote_lately = any(now - process.seen < SILENT for process in part.processes)
+                # SQLite's one writer is not to be disturbed without need; elsewhere a look costs the service nothing.
+                if not (wrote_lately and database.one_writer):
                     await _database_writes(database, service.name, wrong)
         except (DatabaseUnavailable, ConfigurationError) as error:
             wrong.say(Part.DATABASE, service.name, f"{service.name}: {error}")
@@ -343,8 +347,8 @@ def _queues(part: ServiceState, found: Sequence[Found], target: str, wrong: _Fou
         elif each.state == "differs":
             wrong.say(Part.QUEUE, part.service, f"{part.service}: {each.detail}")
         elif not each.consumers:
-            wrong.say(
-                Part.QUEUE,
+            wrong.say(  # its processes are not connected: the queue itself is well
+                Part.CONNECTION,
                 part.service,
                 f"{part.service}: nobody consumes queue {each.name}; tidings run {target}",
             )
