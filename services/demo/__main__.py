@@ -1,4 +1,4 @@
-"""`python -m services.demo [--folder DIR] [--data FILE]`: run the demo; exit status 1 when an invariant is broken."""
+"""`python -m services.demo [--folder DIR] [--data FILE]`: run the demo. Exit status 1 if an invariant is broken."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tidings.errors import TidingsError
 
 DATA: Final = Path(__file__).parents[1] / "data" / "online-retail.csv"
 INTERRUPTED: Final = 130
-"""Exit status of a program that Ctrl-C ended."""
+"""Exit status of a program that was stopped by Ctrl-C."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status."""
+    """Run the demo. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m services.demo", description=perform.__doc__)
     parser.add_argument("--folder", type=Path, default=Path("var/demo"), help="where everything is kept (%(default)s)")
     parser.add_argument("--data", type=Path, default=DATA, help="orders to import (%(default)s)")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def log_to(file: TextIO) -> None:
-    """The services' logs as JSON lines in a file, so that the screen stays readable."""
+    """Write the services' logs to a file as JSON lines, so that the screen stays readable."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

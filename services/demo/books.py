@@ -1,4 +1,4 @@
-"""What the services' databases and the gateway's ledger say, read beside the running services. It never writes."""
+"""Reads the services' databases and the gateway's ledger while the services run. It never writes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from tidings import Report, Service
 __all__ = ["Engines", "best_countries", "places", "read_books", "rows_of", "sales_of"]
 
 Engines = Callable[[Service], AsyncEngine]
-"""Who has the services' databases open, for reading."""
+"""Something that has the services' databases open for reading."""
 
 
 async def places(engines: Engines) -> tuple[int, int, int]:
-    """Pieces on hand, reserved and shipped."""
+    """Return the pieces on hand, reserved and shipped."""
     sums = (func.coalesce(func.sum(stock.c[place]), 0) for place in ("on_hand", "reserved", "shipped"))
     on_hand, reserved, shipped = (await rows_of(engines, inventory, select(*sums)))[0]
     return on_hand, reserved, shipped
 
 
 async def read_books(engines: Engines, ledger: Path, report: Report) -> Numbers:
-    """Everything that the invariants need; call it when everything has settled."""
+    """Read the numbers that the invariants need. Call it when everything is settled."""
     on_hand, reserved, shipped = await places(engines)
     is_open = payments.c.state == State.AUTHORISED
     held = await rows_of(engines, payment, select(func.coalesce(func.sum(payments.c.pence), 0)).where(is_open))
@@ -66,20 +66,20 @@ async def read_books(engines: Engines, ledger: Path, report: Report) -> Numbers:
 
 
 async def best_countries(engines: Engines, limit: int) -> list[tuple[str, int, Decimal]]:
-    """Country, sales and pounds, the best first."""
+    """Return country, sales and pounds, the best countries first."""
     rows = await rows_of(engines, sales, select(countries).order_by(countries.c.pence.desc()).limit(limit))
     return [(row.country, row.sales, pounds(row.pence)) for row in rows]
 
 
 async def sales_of(engines: Engines, country: str) -> tuple[int, Decimal]:
-    """Sales and pounds of one country."""
+    """Return the sales and pounds of one country."""
     for row in await rows_of(engines, sales, select(countries).where(countries.c.country == country)):
         return row.sales, pounds(row.pence)
     return 0, Decimal()
 
 
 async def rows_of(engines: Engines, service: Service, query: Select[Any]) -> Sequence[Any]:
-    """What one service's database answers."""
+    """Return the rows of a query to one service's database."""
     async with engines(service).connect() as connection:
         rows: Sequence[Any] = (await connection.execute(query)).all()
         return rows

@@ -1,6 +1,6 @@
-"""The people behind the orders: most wait for their parcel, a few change their mind, always the same ones.
+"""The customers: most wait for their parcel, a few change their mind, always the same ones.
 
-The real file does not say when a customer called, so the demo decides it by a checksum of the order's number.
+The file does not say which customers changed their mind, so a checksum of the order's number decides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["LIVE", "Customers", "Mood", "mood_of"]
 
 ONE_IN: Final = 25
 LIVE: Final = "live-"
-"""How the numbers of the orders begin that are not in the file, but placed while somebody watches."""
+"""Prefix of the numbers of live orders, which are not in the file."""
 
 
 class Mood(Enum):
@@ -24,11 +24,11 @@ class Mood(Enum):
 
     NEVER = None
     AT_ONCE = "OrderCreated"
-    """Before anybody could have confirmed it."""
+    """Cancels before the order can be confirmed."""
     WHEN_CONFIRMED = "OrderConfirmed"
-    """A race with Shipping, which is about to pick."""
+    """Cancels in a race with Shipping, which is about to pick the parcel."""
     WHEN_PICKED = "ShipmentPicked"
-    """Too late: in the log, the request stands behind the event on which the parcel leaves."""
+    """Cancels too late: the event that sends the parcel off comes earlier in the log."""
 
 
 _MOODS: Final = {0: Mood.AT_ONCE, 1: Mood.WHEN_CONFIRMED, 2: Mood.WHEN_PICKED}
@@ -36,21 +36,21 @@ _WAITED_FOR: Final = (Mood.WHEN_CONFIRMED.value, Mood.WHEN_PICKED.value)
 
 
 def mood_of(number: str) -> Mood:
-    """One order in `ONE_IN` for each of the three moods; none of those that the demo invents."""
+    """Return the mood of an order: one in `ONE_IN` for each of the three, none for live orders."""
     if number.startswith(LIVE):
         return Mood.NEVER
     return _MOODS.get(crc32(number.encode()) % ONE_IN, Mood.NEVER)
 
 
 class Customers:
-    """They read the log like everybody else, and call the shop when it says what they were waiting for."""
+    """The customers as readers of the log: an event can make them call the shop."""
 
     def __init__(self, shop: Shop) -> None:
         self._shop = shop
 
     async def hear(self, event: RecordedEvent) -> None:
-        """Every event of the log, in every run. Calling again about an order that is cancelled or dispatched changes
-        nothing, and whoever was about to call when the last run was interrupted calls now.
+        """React to an event. Call it with every event of the log, in every run: a second call about a cancelled or
+        dispatched order changes nothing, and calls that an interrupted run did not make are made now.
         """
         if event.type in _WAITED_FOR:
             number = self._shop.number_of(event.stream.partition("-")[2])

@@ -1,4 +1,4 @@
-"""The demo, act by act. Every act may be interrupted, and the next run in the same folder continues it."""
+"""The demo, act by act. Every act may be interrupted; the next run in the same folder continues it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["perform", "rehearse"]
 
 
 async def perform(folder: Path, data: Path, screen: Screen) -> bool:
-    """Real orders through four services; whether every invariant holds in the end.
+    """Send real orders through four services. Return whether every invariant holds in the end.
 
-    Raises `BrokenFile`, `TimeoutError` when something never settles, and Tidings' errors.
+    Raises `BrokenFile`, `TimeoutError` if something never settles, and Tidings' errors.
     """
     began = time.monotonic()
     screen.heading(f"Tidings: four services, a relay and five days of real orders, in {folder}")
@@ -41,7 +41,7 @@ async def perform(folder: Path, data: Path, screen: Screen) -> bool:
 
 
 async def rehearse(folder: Path, data: Path, screen: Screen) -> Path:
-    """The orders of the file and nothing else; the store's file, with everything that came of them. Raises as above."""
+    """Run only the orders of the file. Return the path of the log with all of their events. Raises as `perform`."""
     async with stage(folder, data, screen) as demo:
         await _receive_stock(demo)
         await _import_orders(demo)
@@ -54,7 +54,7 @@ def _say_what_is_there(demo: Stage) -> None:
         done = tally.count("dispatched") + tally.count("cancelled")
         demo.screen.line(
             f"Continues an earlier run, which left {tally.events:,} events with {len(tally.orders)} orders, {done} of "
-            "them done. What was done is not done again."
+            "them done. Nothing is done twice."
         )
 
 
@@ -64,7 +64,7 @@ async def _receive_stock(demo: Stage) -> None:
     await demo.silence()
     demo.screen.line(
         f"Stock: {made:,} of {len(stock):,} articles received now. Of the {SCARCE} best sellers there is only "
-        f"{SHARE} % of what will be asked for."
+        f"{SHARE} % of the demand."
     )
 
 
@@ -80,30 +80,30 @@ async def _import_orders(demo: Stage) -> None:
                 placed += await take_in(found, demo.data.name, demo.shop, demo.warehouse)
         await demo.silence()
     seconds = time.monotonic() - began
-    demo.screen.line(f"{placed} orders imported in {seconds:.1f} s, {len(coming) - placed} were there already.")
+    demo.screen.line(f"{placed} orders imported in {seconds:.1f} s; {len(coming) - placed} existed already.")
     demo.screen.line(str(report), style="dim")
 
 
-# ---- what came of it -----------------------------------------------------------------
+# ---- the results ---------------------------------------------------------------------
 
 
 async def _show_results(demo: Stage) -> None:
     tally, by = demo.tally, demo.tally.cancelled_by
-    demo.screen.heading("What came of them")
+    demo.screen.heading("The results")
     in_time = f"by the customer, {len(tally.stopped)} of them just in time to stop the parcel"
     demo.screen.table(
         [
-            (f"{tally.confirmed}", "confirmed", "stock and payment were both there"),
+            (f"{tally.confirmed}", "confirmed", "goods reserved and payment authorised"),
             (f"{tally.count('dispatched')}", "dispatched", f"{len(tally.parcels)} parcels with the carrier"),
             (f"{by['inventory']}", "cancelled", "out of stock"),
             (f"{by['payment']}", "cancelled", "payment declined"),
             (f"{by['customer']}", "cancelled", in_time),
-            (f"{len(tally.refused)}", "refused", "to customers who asked when the parcel had left"),
+            (f"{len(tally.refused)}", "refused", "cancellations that came after the parcel had left"),
         ],
         right=[0],
     )
     failed = 100 * (by["inventory"] + by["payment"]) / max(len(tally.orders), 1)
-    demo.screen.line(f"{failed:.1f} % of the orders failed for want of stock or money.")
+    demo.screen.line(f"{failed:.1f} % of the orders failed because stock or money was missing.")
     on_hand, reserved, shipped = await places(demo.runtime.engine)
     demo.screen.line(f"Stock: {on_hand:,} pieces on hand, {reserved:,} reserved, {shipped:,} shipped.")
     money = [f"£{tally.pounds(f'Payment{what}'):,} {what.lower()}" for what in ("Captured", "Refunded", "Voided")]
@@ -136,11 +136,11 @@ async def _show_one_order(demo: Stage) -> None:
 
 
 def _worth_telling(tally: Tally) -> str:
-    """The order with the most to tell: stopped at the last moment, or refused, or just the first."""
+    """Return the most interesting order: one that was stopped late, or refused, or simply the first."""
     return next(iter([*tally.stopped, *tally.refused, *tally.orders]))
 
 
-# ---- somebody new --------------------------------------------------------------------
+# ---- a new service -------------------------------------------------------------------
 
 
 async def _join_late(demo: Stage) -> None:
@@ -152,7 +152,7 @@ async def _join_late(demo: Stage) -> None:
     if is_new:
         demo.screen.line(f"It has read all {before:,} events of history in {time.monotonic() - began:.1f} s.")
     else:
-        demo.screen.line("It joined in an earlier run, and goes on where it stopped.")
+        demo.screen.line("It joined in an earlier run and goes on where it stopped.")
     best = await best_countries(demo.runtime.engine, limit=5)
     rows = [(country, f"{number}", f"{amount:,}") for country, number, amount in best]
     demo.screen.table(rows, titles=("country", "sales", "£"), right=[1, 2])
@@ -164,7 +164,7 @@ async def _sell_live(demo: Stage) -> None:
     await demo.silence()
     after, amount = await sales_of(demo.runtime.engine, LIVE_COUNTRY)
     demo.screen.line(
-        f"{LIVE_ORDERS} orders from {LIVE_COUNTRY} were placed just now, and reached it: from {before} sales there to "
+        f"{LIVE_ORDERS} orders from {LIVE_COUNTRY} were placed just now and reached it: from {before} sales there to "
         f"{after}, £{amount:,}."
     )
 

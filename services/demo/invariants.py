@@ -1,7 +1,7 @@
-"""What must be true when everything has settled: pure checks of numbers that come from independent places.
+"""The invariants that hold when everything is settled: pure checks of numbers from independent sources.
 
-The log says what was said, each service's database what it did, the gateway's ledger what really happened to the money.
-A number that only one of them knew would prove nothing.
+The log has the events, each service's database the effects, and the gateway's ledger what really happened to the money.
+A number from a single source would prove nothing.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ __all__ = ["Check", "Numbers", "checks"]
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What the services' databases and the gateway's ledger say. Pieces, and pounds."""
+    """Numbers from the services' databases and the gateway's ledger, in pieces and pounds."""
 
     on_hand: int
     reserved: int
     shipped: int
     open: Decimal
-    """Payments that are authorised and neither captured nor voided."""
+    """Payments that are authorised, and neither captured nor voided."""
     ledger: dict[str, Decimal]
     """Pounds per operation in the gateway's ledger."""
     operations: int
     """Entries in the gateway's ledger."""
     calls: int
-    """Calls that the gateway received for them."""
+    """Calls to the gateway that caused them."""
     shipments: dict[str, int]
-    """Parcels per state."""
+    """Number of parcels by state."""
     sales: Decimal
-    """Sum over all countries."""
+    """Pounds over all countries."""
     dead: int
-    """Events that some service gave up."""
+    """Number of dead letters in all services."""
     settled: bool
-    """Every event in every service."""
+    """Whether every event is settled in every service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Check:
 
 
 def checks(log: Tally, now: Numbers) -> Iterator[Check]:
-    """Every invariant, whether it holds or not."""
+    """Return every invariant, whether it holds or not."""
     yield _goods(log, now)
     yield _money(log, now)
     captured, refunded = log.pounds("PaymentCaptured"), log.pounds("PaymentRefunded")

@@ -1,4 +1,4 @@
-"""The demo's own ear at the log: a catch-up subscription from the first event on, for the tally and the customers."""
+"""The demo's listener: a catch-up subscription from the first event on, for the tally and the customers."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tidings.errors import StoreUnavailable
 __all__ = ["Listener", "listening", "silence"]
 
 AGAIN: Final = 0.2
-"""Seconds until it asks a store again that is away."""
+"""Seconds to wait before it asks again after the store was down."""
 
 
 class Listener:
-    """Obtain one with `listening`."""
+    """A subscription for the demo. Get one from `listening`."""
 
     def __init__(self, store: EventStore, customers: Customers) -> None:
         self.tally = Tally()
         self.position = -1
-        """Everything up to here was heard."""
+        """Position up to which every event was heard."""
         self._store = store
         self._customers = customers
         self._heard = asyncio.Condition()
 
     async def run(self) -> None:
-        """Until cancelled; when the store goes away, it goes on where it was as soon as the store is back. A position
-        counts as reached when the customers have reacted to it."""
+        """Listen until cancelled. After an outage of the store it goes on where it stopped. A position counts as
+        reached when the customers have reacted to its event."""
         while True:
             try:
                 async for item in self._store.subscribe_all(after=self.position):
@@ -47,14 +47,14 @@ class Listener:
                 await asyncio.sleep(AGAIN)
 
     async def reached(self, position: int) -> None:
-        """Wait until everything up to a position was heard."""
+        """Wait until every event up to a position was heard."""
         async with self._heard:
             await self._heard.wait_for(lambda: self.position >= position)
 
 
 @asynccontextmanager
 async def listening(store: EventStore, customers: Customers) -> AsyncIterator[Listener]:
-    """A listener that has heard the whole history, and goes on hearing while the block runs."""
+    """Return a listener that has heard the whole history and listens while the block runs."""
     listener = Listener(store, customers)
     async with beside(listener.run()):
         await listener.reached(await store.head())
@@ -62,7 +62,7 @@ async def listening(store: EventStore, customers: Customers) -> AsyncIterator[Li
 
 
 async def silence(store: EventStore, listener: Listener, settled: Callable[[], Awaitable[object]]) -> None:
-    """Wait until everything has settled in every service, as `settled` says, and no customer reacts to it any more."""
+    """Wait until every event is settled in every service, as `settled` says, and no customer reacts any more."""
     while True:
         head = await store.head()
         await settled()

@@ -1,4 +1,4 @@
-"""What the demo prints: with a moving bar on a terminal, as plain lines elsewhere. It decides nothing."""
+"""The demo's output: a progress bar on a terminal, plain lines elsewhere. It decides nothing."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from services.demo.tally import Tally
 __all__ = ["Screen", "states"]
 
 _LINES_EVERY: Final = 1.0
+"""Seconds between two lines of progress."""
 _FRAMES_EVERY: Final = 0.1
-"""Seconds."""
+"""Seconds between two frames of the progress bar."""
 
 
 def states(tally: Tally) -> str:
-    """How many orders are where."""
+    """Return how many orders are in each state, as text."""
     words = ("placed", "confirmed", "cancelling", "cancelled", "dispatched")
     return " · ".join(f"{tally.count(word)} {word}" for word in words)
 
 
 class Screen:
-    """One demo's output."""
+    """The output of one demo."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
 
     def heading(self, text: str) -> None:
-        """Begin an act."""
+        """Print the heading of an act."""
         self._console.print()
         self._console.print(Text(text, style="bold"), soft_wrap=True)
 
     def line(self, text: str, style: str = "") -> None:
-        """One line, or several, as they are."""
+        """Print one or several lines as they are."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def table(
         self, rows: Sequence[tuple[str, ...]], *, titles: tuple[str, ...] = (), right: Sequence[int] = ()
     ) -> None:
-        """Rows in columns as wide as they need; those whose numbers are in `right` end on one line."""
+        """Print rows in columns that are as wide as necessary. Columns whose numbers are in `right` are aligned
+        right."""
         everything = [titles, *rows] if titles else list(rows)
         widths = [max(map(len, column)) for column in zip(*everything, strict=True)]
         for row in everything:
@@ -55,7 +57,7 @@ class Screen:
 
     @asynccontextmanager
     async def live(self, what: str, total: int, tally: Tally) -> AsyncIterator[None]:
-        """Show how many of `total` orders have reached a final state, while the block runs."""
+        """Show how many of `total` orders have reached a final state while the block runs."""
         show = self._bar(what, total, tally) if self._console.is_terminal else self._lines(what, total, tally)
         task = asyncio.create_task(show)
         try:

@@ -1,4 +1,4 @@
-"""Where the demo's people order and cancel: the port, and the shop that is in this very process. It decides nothing."""
+"""The shop in which the demo's customers order and cancel: a port, and a shop in this process. It decides nothing."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from tidings.errors import WrongExpectedVersion
 __all__ = ["REASON", "InProcess", "Purchase", "Shop"]
 
 REASON: Final = "changed my mind"
-"""Why people cancel."""
+"""The reason that customers give for cancelling."""
 
 
 class Purchase(NamedTuple):
-    """What somebody wants to have."""
+    """An order that a customer wants to place."""
 
     number: str
-    """Of the invoice. Whatever the shop makes the order's id from, the same number is the same order."""
+    """Number of the invoice. The same number is the same order, however the shop makes the order's id."""
     lines: Sequence[OrderLine]
     customer: str | None
     country: str
     at: datetime
     reason: str
-    """Where the demo has it from."""
+    """Where the demo has the purchase from."""
 
 
 class Shop(Protocol):
-    """Customers know the number of their invoice; the log knows the order's id."""
+    """The port of a shop. Customers know the number of their invoice, the log knows the order's id."""
 
     async def place(self, purchase: Purchase) -> bool:
-        """Whether it is a new order. Placing it again changes nothing."""
+        """Place an order. Return whether it is new; placing it again changes nothing."""
         ...
 
     async def cancel(self, number: str) -> None:
-        """Ask for an order to be cancelled; one that has left already is kept."""
+        """Ask for an order to be cancelled. Nothing happens if it has left already."""
         ...
 
     def number_of(self, order_id: str) -> str:
-        """The invoice of an order that was placed here."""
+        """Return the invoice number of an order that was placed here."""
         ...
 
 
 class InProcess:
-    """Order's own repository, which the service in this process has open. The invoice's number is the order's id."""
+    """A shop that uses Order's repository in this process. The invoice number is the order's id."""
 
     async def place(self, purchase: Purchase) -> bool:
-        """False when it is there, because an earlier run placed it."""
+        """See `Shop.place`: False if an earlier run placed it."""
         number, lines, customer, country, at, reason = purchase
         why = {"actor": f"customer {customer}" if customer else "guest", "reason": reason}
         try:
@@ -65,5 +65,5 @@ class InProcess:
             await repository.change(number, Order.cancel, REASON, metadata={"actor": "customer", "reason": REASON})
 
     def number_of(self, order_id: str) -> str:
-        """They are the same."""
+        """See `Shop.number_of`: the id is the number."""
         return order_id

@@ -1,4 +1,4 @@
-"""What all acts of the demo share: the running services, the listener, the shop. And how to wait for silence."""
+"""The stage that all acts of the demo share: the running services, the listener and the shop."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from tidings import Runtime, Settings
 __all__ = ["LEDGER", "Stage", "stage"]
 
 LEDGER: Final = "gateway.db"
-"""The sandbox gateway's file in the demo's folder."""
+"""Name of the sandbox gateway's file in the demo's folder."""
 
 PATIENCE: Final = 120.0
-"""Seconds without silence after which the demo gives up and says what is missing."""
+"""Seconds until the demo stops waiting and names what is not settled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Obtain one with `stage`."""
+    """The running services, the listener and the shop. Get one from `stage`."""
 
     runtime: Runtime
     listener: Listener
@@ -44,17 +44,17 @@ class Stage:
 
     @property
     def tally(self) -> Tally:
-        """The log, added up so far."""
+        """Return the tally of the log so far."""
         return self.listener.tally
 
     async def silence(self) -> None:
-        """Wait until everything has settled in every service, and no customer reacts to it any more."""
+        """Wait until every event is settled in every service, and no customer reacts any more."""
         await silence(self.runtime.store, self.listener, partial(self.runtime.settled, timeout=PATIENCE))
 
 
 @asynccontextmanager
 async def stage(folder: Path, data: Path, screen: Screen) -> AsyncIterator[Stage]:
-    """Four services, the relay and a listener on the files in `folder`, whatever an earlier run left there."""
+    """Run four services, the relay and a listener on the files in `folder`, which an earlier run may have left."""
     settings = Settings(
         store=f"sqlite:///{folder}/events.db", bus="memory://demo", database=f"sqlite:///{folder}/{{service}}.db"
     )

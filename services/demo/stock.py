@@ -1,4 +1,4 @@
-"""How much lay on the shelves before the five days began. The real file does not say, so the demo decides it."""
+"""The stock on the shelves before the five days began. The file does not say, so the demo decides."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from services.importer import Invoice, Kind
 __all__ = ["SCARCE", "SHARE", "SPARE", "opening_stock"]
 
 SCARCE: Final = 10
-"""So many best sellers come short ..."""
+"""Number of best sellers that are short."""
 SHARE: Final = 70
-"""... with this percentage of what will be asked for. Whoever orders late goes without, some 10 orders in 100."""
+"""Percentage of the demand that there is of each of them. Late customers get nothing, about 10 orders in 100."""
 SPARE: Final = 5
-"""Pieces of everything else beyond what will be asked for."""
+"""Pieces of every other article beyond the demand."""
 
 
 def opening_stock(found: Iterable[object]) -> dict[str, int]:
-    """Pieces per sku, from the importer's findings; the same for the same file."""
+    """Return pieces per sku, computed from the importer's findings. The same file always gives the same stock."""
     demand: Counter[str] = Counter()
     for invoice in found:
         if isinstance(invoice, Invoice) and invoice.kind is Kind.ORDER:

@@ -1,6 +1,6 @@
-"""What the log says, added up: the demo's own reading of it, which shares no code and no table with the services.
+"""The log, added up: a reading that shares no code and no table with the services.
 
-That is what makes it a check. The services' databases say where goods and money are; this says where they must be.
+That makes it a check. The services' databases say where goods and money are; the tally says where they must be.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Fold = Callable[["Tally", dict[str, Any]], None]
 
 @dataclass(slots=True)
 class Tally:
-    """A fold over all events: call `hear` with each, in log order."""
+    """Counts over all events: call `hear` with each, in the order of the log."""
 
     events: int = 0
-    """Of services; what Tidings writes for itself is not counted."""
+    """Number of events of services, without those that Tidings writes for itself."""
     orders: dict[str, str] = field(default_factory=dict)
     """Order id to the state that its last event left it in."""
     confirmed: int = 0
     cancelled_by: Counter[str] = field(default_factory=Counter)
     stopped: list[str] = field(default_factory=list)
-    """Orders that were confirmed, and cancelled because the parcel could still be stopped."""
+    """Confirmed orders that were cancelled because the parcel could still be stopped."""
     refused: list[str] = field(default_factory=list)
-    """Orders whose customer asked to cancel when the parcel had left."""
+    """Orders whose customer wanted to cancel after the parcel had left."""
     contradictory: set[str] = field(default_factory=set)
-    """Orders that left a final state, or whose parcel left after they were cancelled. There must be none."""
+    """Orders that left a final state, or were shipped after they were cancelled. There must be none."""
     parcels: set[str] = field(default_factory=set)
-    """Orders that were handed to the carrier."""
+    """Orders whose parcel the carrier has."""
     received: int = 0
     """Pieces from suppliers."""
     returned: int = 0
@@ -56,15 +56,15 @@ class Tally:
             fold(self, json.loads(event.data))
 
     def count(self, state: str) -> int:
-        """Orders in a state."""
+        """Return the number of orders in a state."""
         return sum(1 for found in self.orders.values() if found == state)
 
     def pounds(self, kind: str) -> Decimal:
-        """Pounds in payment events of one type."""
+        """Return the pounds in payment events of one type."""
         return self.money.get(kind, Decimal())
 
     def order_is(self, order_id: str, state: str) -> None:
-        """An order's event left it in this state."""
+        """Note that an order is in this state after its event."""
         if self.orders.get(order_id) in ("cancelled", "dispatched"):
             self.contradictory.add(order_id)
         self.orders[order_id] = state

@@ -1,5 +1,5 @@
-"""What happens in the five days: orders and returns of the file, and a few live orders. It writes through the shop and
-the warehouse, which refuse what is there: importing twice creates nothing twice.
+"""The trade of the five days: orders and returns of the file, and a few live orders. It writes through the shop and the
+warehouse, which refuse what exists already, so importing twice creates nothing twice.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from services.order.events import OrderLine
 __all__ = ["LIVE_COUNTRY", "LIVE_ORDERS", "place_live", "take_in"]
 
 LIVE_COUNTRY: Final = "Iceland"
-"""Nobody there bought anything in the five days."""
+"""A country from which nobody bought anything in the five days."""
 LIVE_ORDERS: Final = 3
 MUG: Final = OrderLine(sku="DEMO-MUG", description="MUG", quantity=1, unit_price=Decimal("12.50"))
 
 
 async def take_in(invoice: Invoice, source: str, shop: Shop, warehouse: Warehouse) -> bool:
-    """Whether an invoice is a new order. Customers who regret it at once call at once; returns are booked in."""
+    """Place an invoice's order, or book in its return. Return whether it is a new order. Some customers cancel at
+    once."""
     source = f"invoice {invoice.number}, line {invoice.line} of {source}"
     if invoice.kind is Kind.RETURN:
         await warehouse.take_back(invoice, source)
@@ -41,7 +42,7 @@ async def take_in(invoice: Invoice, source: str, shop: Shop, warehouse: Warehous
 
 
 async def place_live(tally: Tally, shop: Shop, warehouse: Warehouse) -> None:
-    """Orders of this run, for goods that come with it: each run has other ones."""
+    """Place live orders for goods that are delivered first. Each run has its own."""
     run = 1 + sum(order_id.startswith(LIVE) for order_id in tally.orders) // LIVE_ORDERS
     await warehouse.receive_again(MUG.sku, LIVE_ORDERS, run)
     for number in range(1, LIVE_ORDERS + 1):

@@ -1,7 +1,7 @@
-"""Goods that come in, written to the log as the scanner at the warehouse's door would do it: no service is asked.
+"""Incoming goods, written to the log as a scanner at the warehouse's door would do it, without a service.
 
-Everything begins a stream of its own whose name follows from the data. So a second run tries it all again, and the
-store refuses what is there: nothing comes in twice, wherever the first run was interrupted.
+Each delivery begins a stream whose name follows from the data. A second run tries all of them again, and the store
+refuses those that exist: nothing comes in twice, wherever the first run was interrupted.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Warehouse"]
 T = TypeVar("T")
 
 AT_ONCE: Final = 64
-"""Deliveries and returns under way at the same time, so that they share the store's commits."""
+"""Deliveries and returns that are written concurrently, so that they share the store's commits."""
 
 TRIES: Final = 60
 AGAIN: Final = 1.0
-"""Seconds until the scanner tries again when the store is away. The goods begin their stream once."""
+"""Seconds until the scanner tries again when the store is down. The goods begin their stream only once."""
 
 
 class _Goods(NamedTuple):
@@ -34,23 +34,23 @@ class _Goods(NamedTuple):
 
 
 class Warehouse:
-    """The door of the warehouse; each method returns how many deliveries are known to be new."""
+    """The door of the warehouse. Each method returns how many deliveries are known to be new."""
 
     def __init__(self, store: EventStore) -> None:
         self._log = Log(store)
 
     async def receive(self, stock: dict[str, int]) -> int:
-        """The first deliveries of these articles: sku to pieces."""
+        """Write the first deliveries of these articles: sku to pieces."""
         goods = (_Goods(f"goods-{sku}", GoodsReceived(sku=sku, quantity=pieces)) for sku, pieces in stock.items())
         return await self._book_in(goods, "opening stock")
 
     async def receive_again(self, sku: str, pieces: int, run: int) -> int:
-        """One more delivery of an article, for this run of the demo."""
+        """Write one more delivery of an article, for this run of the demo."""
         goods = _Goods(f"goods-{sku}-{run}", GoodsReceived(sku=sku, quantity=pieces))
         return await self._book_in([goods], f"for run {run}")
 
     async def take_back(self, invoice: Invoice, source: str) -> int:
-        """The goods of a return."""
+        """Write the goods of a return."""
         return await self._book_in(_came_back(invoice), source)
 
     async def _book_in(self, all_goods: Iterable[_Goods], reason: str) -> int:

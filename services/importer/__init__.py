@@ -1,4 +1,4 @@
-"""Reads real orders and returns from `online-retail.csv`. It knows nothing of the services that will receive them."""
+"""The importer: reads real orders and returns from `online-retail.csv`. It knows nothing of the services."""
 
 from services.importer.invoices import Dropped, Finding, Goods, Invoice, Kind, Reason, SetAside, invoices
 from services.importer.report import Report

@@ -1,7 +1,7 @@
-"""Rows sorted out into orders, returns, and what is set aside with a reason. Pure: rows in, findings out, one by one.
+"""Sorts rows into orders, returns, and rows that are set aside with a reason. Pure: rows in, findings out, one by one.
 
-Real data is dirty. Nothing is repaired and nothing is skipped in silence: every row ends in an invoice or in a
-`SetAside`, and an invoice that loses all of its rows ends in a `Dropped`.
+Real data is dirty. Nothing is repaired and nothing is skipped silently: every row becomes part of an invoice or a
+`SetAside`, and an invoice that loses all of its rows becomes a `Dropped`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from services.importer.rows import BrokenFile, Row
 __all__ = ["NOT_GOODS", "Dropped", "Finding", "Goods", "Invoice", "Kind", "Reason", "SetAside", "invoices"]
 
 NOT_GOODS: Final = frozenset({"POST", "DOT", "M", "D", "C2", "BANK CHARGES"})
-"""Codes for postage, carriage, manual corrections, discounts and fees: nothing that lies on a shelf."""
+"""Codes for postage, carriage, corrections, discounts and fees, which are not goods."""
 
 
 class Kind(Enum):
-    """What an invoice is."""
+    """The kind of an invoice."""
 
     ORDER = "order"
     RETURN = "return"
-    """Its number begins with C. The file does not say which order the goods belonged to, so neither do we."""
+    """Its number begins with C. The file does not say to which order the goods belonged."""
 
 
 class Reason(Enum):
-    """Why a row is set aside; where several apply, the first."""
+    """Why a row is set aside: the first reason that applies."""
 
     NOT_GOODS = "not goods: postage, discount, fee or correction"
     ORDER_QUANTITY = "a quantity of zero or less in an order"
@@ -47,7 +47,7 @@ class Goods:
     sku: str
     description: str
     quantity: int
-    """Pieces, always positive: sold in an order, come back in a return."""
+    """Pieces, always positive: sold in an order, or returned."""
     price: Decimal
     """Pounds, for one piece."""
 
@@ -58,19 +58,19 @@ class Invoice:
 
     kind: Kind
     number: str
-    """As in the file. It becomes the order's id, so that importing twice creates nothing twice."""
+    """The number in the file. It becomes the order's id, so importing twice creates nothing twice."""
     date: datetime
-    """Of the first row: one invoice of the file runs over a full minute."""
+    """Time of the first row: in the file, the rows of an invoice can differ by a minute."""
     customer: str | None
     country: str
     goods: tuple[Goods, ...]
     line: int
-    """Where it begins in the file."""
+    """Line of the file on which it begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A row that is part of nothing."""
+    """A row that belongs to no invoice."""
 
     line: int
     invoice: str
@@ -79,7 +79,7 @@ class SetAside:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """An invoice of which no row was left."""
+    """An invoice without a valid row."""
 
     kind: Kind
     number: str
@@ -90,10 +90,10 @@ Finding = Invoice | SetAside | Dropped
 
 
 def invoices(rows: Iterable[Row]) -> Iterator[Finding]:
-    """Everything that the rows say, in their order: set-aside rows come before the invoice that they are missing from.
+    """Return the findings in the order of the rows; rows that are set aside come before their invoice.
 
-    Holds one invoice at a time. Raises `BrokenFile` when the rows of an invoice are not together: as its number is
-    its identity, the second part would pass for an order that is already there, and be lost.
+    Holds one invoice at a time. Raises `BrokenFile` if the rows of an invoice are not together: its number is its
+    identity, so the second part would be taken for an order that exists already, and be lost.
     """
     seen: set[str] = set()
     for number, group in groupby(rows, key=attrgetter("invoice")):

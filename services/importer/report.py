@@ -1,4 +1,4 @@
-"""What became of every row: counts and line numbers per reason. It only listens; it decides nothing."""
+"""The importer's report: counts and line numbers per reason. It decides nothing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from services.importer.invoices import Dropped, Finding, Invoice, Kind, Reason
 __all__ = ["Report"]
 
 _SHOWN = 4
-"""Line numbers per reason in the text; `set_aside` has all of them."""
+"""Line numbers that the text shows per reason. `set_aside` has all of them."""
 
 
 @dataclass(slots=True)
 class Report:
-    """A fold over findings: call `add` with each, in any order."""
+    """Counts of findings: call `add` with each, in any order."""
 
     invoices: Counter[Kind] = field(default_factory=Counter)
     lines: Counter[Kind] = field(default_factory=Counter)
-    """Rows that became part of an order, or of a return."""
+    """Rows that are part of an order or a return."""
     guests: int = 0
-    """Orders without a customer id. That is no error: a guest bought something."""
+    """Orders without a customer id: a guest's orders, not errors."""
     set_aside: dict[Reason, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Line numbers in the file."""
+    """Line numbers of the file by reason."""
     dropped: dict[Kind, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Invoices of which every row was set aside."""
 
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def rows(self) -> int:
-        """Rows read: every one is in an order, in a return, or set aside."""
+        """Rows that were read: each is in an order, in a return, or set aside."""
         return self.lines.total() + sum(map(len, self.set_aside.values()))
 
     def __str__(self) -> str:

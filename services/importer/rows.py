@@ -1,7 +1,7 @@
-"""The bytes of the file as typed rows, one at a time. It never judges whether a row makes sense as trade.
+"""Reads the file as typed rows, one at a time. It does not judge whether a row makes sense.
 
-A row that cannot be read at all means that the file is damaged, or not the file that we think it is. Guessing would put
-wrong orders into a log that is never corrected, so reading stops there and says where.
+If a row cannot be read at all, the file is damaged or the wrong one. Guessing would put wrong orders into a log that is
+never corrected, so reading stops there and names the line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AMOUNT: Final = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class BrokenFile(Exception):
-    """The file cannot be read as what it should be; `line` counts from 1, which is the header."""
+    """The file is damaged or the wrong one. `line` counts from 1, the header."""
 
     def __init__(self, line: int, problem: str) -> None:
         self.line = line
@@ -43,17 +43,17 @@ class BrokenFile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of an invoice, as it stands in the file."""
+    """One line of an invoice, as in the file."""
 
     line: int
-    """Where it ends in the file, counted as an editor counts: the header is line 1."""
+    """Line of the file on which it ends, as an editor counts: the header is line 1."""
     invoice: str
     sku: str
-    """In capitals: the file has `15056bl` and `15056BL`, which are one article."""
+    """The article's code in capitals: `15056bl` and `15056BL` in the file are one article."""
     description: str
     quantity: int
     date: datetime
-    """UTC, which is what British clocks showed in December."""
+    """Date and time in UTC, which is British time in December."""
     price: Decimal
     """Pounds, for one piece."""
     customer: str | None
@@ -62,13 +62,13 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, read as they are asked for. Raises `BrokenFile`; `OSError` when it cannot be opened."""
+    """Read the rows of a file one by one. Raises `BrokenFile`, or `OSError` if it cannot be opened."""
     with path.open("rb") as file:
         yield from parse_rows(file)
 
 
 def parse_rows(lines: Iterable[bytes]) -> Iterator[Row]:
-    """The rows in the lines of a file, the header first. Raises `BrokenFile`, naming the line."""
+    """Parse the lines of a file into rows; the first line is the header. Raises `BrokenFile`, which names the line."""
     records = _records(lines)
     _, header = next(records, (1, []))
     places = _places(header)

@@ -1,4 +1,4 @@
-"""The Inventory service: what lies on the shelves, what is promised to orders, what has left."""
+"""The Inventory service: which goods are on the shelves, reserved for orders, or shipped."""
 
 from services.inventory.service import inventory
 

@@ -1,6 +1,6 @@
-"""What the Inventory service says, and the little that it needs to hear from others.
+"""The events of the Inventory service, and its views of other services' events.
 
-What happens to an order has the order as its partition key; what happens on a shelf has the sku.
+Events about an order have the order's id as their partition key; events about a shelf have the sku.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ __all__ = [
 ]
 
 Quantity = Annotated[int, Field(gt=0)]
-"""Pieces."""
+"""A number of pieces."""
 
-# ---- what this service says ----------------------------------------------------------
+# ---- events of this service ----------------------------------------------------------
 
 
 class GoodsReceived(Event, key="sku"):
-    """A delivery from a supplier: so much more on the shelf."""
+    """A supplier delivered pieces of an article."""
 
     sku: str
     quantity: Quantity
 
 
 class ReturnReceived(Event, key="sku"):
-    """A customer sent something back, and it lies on the shelf again."""
+    """A customer returned pieces, which are on the shelf again."""
 
     return_id: str
     sku: str
@@ -46,7 +46,7 @@ class ReturnReceived(Event, key="sku"):
 
 
 class Shortage(BaseModel):
-    """An article of which there is not enough."""
+    """An article that is short."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,13 +58,13 @@ class Shortage(BaseModel):
 
 
 class StockReserved(Event, key="order_id"):
-    """Every line of the order is set aside for it."""
+    """The goods of every line are reserved for the order."""
 
     order_id: str
 
 
 class StockRejected(Event, key="order_id"):
-    """Something is missing, so nothing is set aside."""
+    """An article is missing, so nothing is reserved."""
 
     order_id: str
     reason: str
@@ -72,16 +72,16 @@ class StockRejected(Event, key="order_id"):
 
 
 class StockReleased(Event, key="order_id"):
-    """What was set aside for the order is free again."""
+    """The goods that were reserved for the order are free again."""
 
     order_id: str
 
 
-# ---- what it hears: only the fields that it needs; others are ignored ------------------
+# ---- views of other services' events: other fields are ignored -------------------------
 
 
 class OrderLine(BaseModel):
-    """One article of an order; its price is of no interest here."""
+    """One article of an order, without its price."""
 
     sku: str
     quantity: Quantity
@@ -95,12 +95,12 @@ class OrderCreated(Event, key="order_id"):
 
 
 class OrderCancelled(Event, key="order_id"):
-    """Order: the order is off."""
+    """Order: the order is cancelled."""
 
     order_id: str
 
 
 class ShipmentDispatched(Event, key="order_id"):
-    """Shipping: the parcel is with the carrier."""
+    """Shipping: the carrier has the parcel."""
 
     order_id: str

@@ -1,12 +1,12 @@
-"""The Inventory service: reserves all of an order or nothing, and never promises what is not there.
+"""The Inventory service: reserves all goods of an order or none, and never more than there are.
 
-Handlers for one order run one after the other, but many orders run at once and want the same articles. So the question
-"is there enough?" and the taking are one statement, whose row count is the answer:
+Handlers for one order run one after the other, but many orders run at the same time and want the same articles. So one
+statement both checks the stock and takes from it, and its row count says whether there was enough:
 
     UPDATE stock SET on_hand = on_hand - 3, ... WHERE sku = '85123A' AND on_hand >= 3
 
-The framework commits a handler's changes together with its note that the event is done. So each event moves stock once,
-and no handler needs to ask whether it has seen an event before.
+Tidings commits a handler's changes together with the watermark. So each event moves stock once, and no handler needs to
+check whether it has seen an event before.
 """
 
 from __future__ import annotations
@@ -38,42 +38,43 @@ __all__ = ["inventory"]
 inventory = Service("inventory", tables=metadata)
 
 _NAMED = 3
-"""Missing articles named in a reason that people read; the event has all of them."""
+"""Missing articles that a reason names. The event has all of them."""
 
 
-# ---- goods come in -------------------------------------------------------------------
+# ---- goods arrive --------------------------------------------------------------------
 
 
 @inventory.on(GoodsReceived)
 async def receive(event: GoodsReceived, connection: AsyncConnection) -> None:
-    """A delivery: more on hand."""
+    """Add a delivery to the stock on hand."""
     await _book_in(connection, event.sku, on_hand=event.quantity, received=event.quantity)
 
 
 @inventory.on(ReturnReceived)
 async def take_back(event: ReturnReceived, connection: AsyncConnection) -> None:
-    """A return: on hand again. What was shipped stays shipped, as the file never says which order it came from."""
+    """Add a return to the stock on hand. The order keeps its goods as shipped: the file does not say which order it
+    was."""
     await _book_in(connection, event.sku, on_hand=event.quantity, returned=event.quantity)
 
 
 async def _book_in(connection: AsyncConnection, sku: str, **more: int) -> None:
-    # Update, else insert, cannot collide: both events have the sku as their key, so one runs after the other.
+    # Update, else insert, is safe: events of one sku have the same key, so they run one after the other.
     sums = {place: stock.c[place] + pieces for place, pieces in more.items()}
     known = await connection.execute(update(stock).where(stock.c.sku == sku).values(sums))
     if not known.rowcount:
         await connection.execute(insert(stock).values(sku=sku, **more))
 
 
-# ---- orders ask for them -------------------------------------------------------------
+# ---- orders need them ----------------------------------------------------------------
 
 
 class _OutOfStock(Exception):
-    """Leaves the savepoint, so that whatever was taken is put back."""
+    """Raised out of the savepoint, so that goods already taken are put back."""
 
 
 @inventory.on(OrderCreated)
 async def reserve(event: OrderCreated, context: Context, connection: AsyncConnection) -> None:
-    """Set every line aside, or none."""
+    """Reserve every line, or none."""
     wanted = _by_sku(event.lines)
     missing: list[Shortage] = []
     try:
@@ -92,7 +93,7 @@ async def reserve(event: OrderCreated, context: Context, connection: AsyncConnec
 
 @inventory.on(OrderCancelled)
 async def release(event: OrderCancelled, context: Context, connection: AsyncConnection) -> None:
-    """Put back what was set aside, if anything was."""
+    """Put back the goods that were reserved, if any."""
     held = await _end(connection, event.order_id, "released")
     if held:
         await connection.execute(PUT_BACK, held)
@@ -100,15 +101,15 @@ async def release(event: OrderCancelled, context: Context, connection: AsyncConn
 
 
 class Contradiction(Exception):
-    """Another service says what cannot be. No retry heals it; somebody has to look."""
+    """Another service reports something impossible. A retry would not help: somebody has to look."""
 
 
 @inventory.on(ShipmentDispatched, retry=Retry(permanent=(Contradiction,)))
 async def ship(event: ShipmentDispatched, connection: AsyncConnection) -> None:
-    """What was set aside has left the house."""
+    """Mark the reserved goods as shipped."""
     held = await _end(connection, event.order_id, "shipped")
     if not held:
-        raise Contradiction(f"order {event.order_id} left the house, but nothing is set aside for it; look at its log")
+        raise Contradiction(f"order {event.order_id} was shipped, but nothing is reserved for it; look at its events")
     await connection.execute(SHIP, held)
 
 
@@ -131,7 +132,8 @@ SHIP: Final = (
 
 
 async def _take(connection: AsyncConnection, sku: str, quantity: int) -> bool:
-    """Move from on hand to reserved, if there is enough: whatever runs at once, on hand is never below zero."""
+    """Move pieces from on hand to reserved, if there are enough. On hand never falls below zero, whatever runs
+    concurrently."""
     return (await connection.execute(TAKE, {"article": sku, "pieces": quantity})).rowcount == 1
 
 
@@ -142,7 +144,8 @@ async def _remember(connection: AsyncConnection, order_id: str, wanted: Mapping[
 
 
 async def _end(connection: AsyncConnection, order_id: str, state: str) -> list[dict[str, object]]:
-    """End a reservation that is still open; what it held, for the statements above, or nothing when there was none."""
+    """End a reservation that is still open. Return what it held, for the statements above, or nothing if there was
+    none."""
     is_open = (reservations.c.order_id == order_id) & (reservations.c.state == "reserved")
     ended = await connection.execute(update(reservations).where(is_open).values(state=state))
     if not ended.rowcount:
@@ -151,11 +154,11 @@ async def _end(connection: AsyncConnection, order_id: str, state: str) -> list[d
     return [{"article": row.sku, "pieces": row.quantity} for row in await connection.execute(held)]
 
 
-# ---- words ---------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------
 
 
 def _by_sku(order_lines: Iterable[OrderLine]) -> dict[str, int]:
-    """Pieces per article, as it may stand in several lines; sorted, so that no two orders wait for each other."""
+    """Add up the pieces per article. Sorted, so that no two orders deadlock."""
     total: Counter[str] = Counter()
     for line in order_lines:
         total[line.sku] += line.quantity

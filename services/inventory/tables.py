@@ -1,6 +1,6 @@
-"""Inventory's own tables. The rules that must never break are constraints, so no code can break them.
+"""Inventory's own tables. The rules that must always hold are constraints, so no code can break them.
 
-Every piece that ever came in is in exactly one place:  on hand + reserved + shipped = received + returned.
+Every piece that ever arrived is in exactly one place:  on hand + reserved + shipped = received + returned.
 """
 
 from __future__ import annotations

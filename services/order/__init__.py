@@ -1,4 +1,4 @@
-"""The Order service: the one authority on what state an order is in."""
+"""The Order service: it alone decides what state an order is in."""
 
 from services.order.order import Order, OrderRefused, Status
 from services.order.service import orders, repository

@@ -1,12 +1,13 @@
 """Order's HTTP API, with the service itself running behind it: `uvicorn services.order.api:api`. No I/O at import.
 
-* An order is placed once per `Idempotency-Key`, because the order's id is made from the key and the log begins a stream
-  once. Whatever dies between the log and the answer, the same request again gets the same order. Without a key an order
-  whose answer was lost may have been placed.
-* A version of an order is its `ETag`. `If-Match` cancels that version or nothing. Without it the order is cancelled
-  whatever has happened to it meanwhile: what is possible then, the order itself decides.
+* An order is placed once per `Idempotency-Key`, because the order's id is computed from the key and a stream can begin
+  only once. If a process dies between the append and the answer, the same request again gets the same order. Without a
+  key, a client that gets no answer cannot know whether its order was placed.
+* The version of an order is its `ETag`. `If-Match` cancels that version or nothing. Without it, the order is cancelled
+  whatever has happened to it in the meantime, if the order allows it.
 * `GET /orders/{id}` reads the order's stream, so it never lags. `GET /orders` reads a table that follows the log:
-  writing answers wait for it a little, and `Tidings-Position`, handed on to the list, makes the list wait for it.
+  answers to POST wait a little for it, and a client that passes on `Tidings-Position` makes the list wait for that
+  position.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ __all__ = ["api"]
 log = structlog.get_logger("order.api")
 
 KEYS: Final = uuid5(NAMESPACE_URL, "urn:tidings:example:order:idempotency-key")
-"""The id of an order that was placed with a key is uuid5(KEYS, key). Changing this places repeated orders again."""
+"""Namespace of order ids: an order placed with a key has the id uuid5(KEYS, key). Do not change it: orders that are
+repeated would be placed again."""
 
 WRITE_WAITS: Final = 1.0
-"""Seconds that a writing answer waits for the list. It is given in any case: the log has the event."""
+"""Seconds for which the answer to a POST waits for the list. Then it is sent anyway, because the log has the event."""
 LIST_WAITS: Final = 3.0
-"""Seconds that the list waits for a position; the relay says every second how far it has come."""
+"""Seconds for which the list waits for a position. The relay sends a marker every second."""
 
 api = Api(
     title="Orders",
@@ -73,14 +75,14 @@ _VISIBLE: Final = r"^[!-~]([ -~]{0,98}[!-~])?$"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and in the course of what."""
+    """Who sends a request, and its correlation."""
 
     actor: str | None
     correlation_id: str
     traceparent: str | None
 
     def why(self, default: str, reason: str, **more: str) -> dict[str, str]:
-        """Metadata of the events that come of it."""
+        """Return the metadata for events that this request causes."""
         trace = {"traceparent": self.traceparent} if self.traceparent else {}
         return {"actor": self.actor or default, "reason": reason, **trace, **more}
 
@@ -89,7 +91,7 @@ async def _caller(
     request: Request,
     actor: Annotated[
         str | None,
-        Header(pattern=_VISIBLE, description="Who asks, for the history; by default the customer."),
+        Header(pattern=_VISIBLE, description="Who sends the request, for the history; by default the customer."),
     ] = None,
     x_correlation_id: Annotated[
         str | None,
@@ -104,7 +106,7 @@ async def _caller(
 
 
 async def _json(request: Request) -> None:
-    """A body in another media type would otherwise be called an invalid one."""
+    """Refuse a body of another media type, which would otherwise be reported as invalid."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Problem(
@@ -149,7 +151,7 @@ async def place_order(
         ),
     ] = None,
 ) -> OrderDocument:
-    """Order these goods."""
+    """Place an order."""
     order_id = str(uuid5(KEYS, idempotency_key) if idempotency_key else uuid4())
     fingerprint = body.fingerprint()
     why = caller.why(_customer(body.customer_id), "ordered over HTTP", fingerprint=fingerprint)
@@ -163,16 +165,20 @@ async def place_order(
         order, position = await _placed_before(order_id, fingerprint)
     except StoreUnavailable as error:
         log.warning("order.unknown_outcome", order_id=order_id, error=f"{error}")
-        again = "Ask again with the same key." if idempotency_key else "With an Idempotency-Key you could ask again."
+        again = (
+            "Repeat the request with the same key."
+            if idempotency_key
+            else "Only a request with an Idempotency-Key is safe to repeat."
+        )
         raise Problem(
-            503, "unavailable", f"The log does not answer: the order may be placed or not. {again}"
+            503, "unavailable", f"The log does not answer: the order may or may not be placed. {again}"
         ) from error
     answer.headers["Location"] = f"/orders/{order_id}"
     return await _changed(answer, order, position)
 
 
 async def _placed_before(order_id: str, fingerprint: str) -> tuple[Order, int]:
-    """The order as it was placed with this key, and its position in the log."""
+    """Return the order as it was placed with this key, and its position in the log."""
     first, *_ = [entry async for entry in repository.history(order_id)]
     if first.metadata.get("fingerprint") != fingerprint:
         detail = "This Idempotency-Key was used for another order. Give each order a key of its own."
@@ -181,7 +187,7 @@ async def _placed_before(order_id: str, fingerprint: str) -> tuple[Order, int]:
 
 
 async def _changed(answer: Response, order: Order, position: int) -> OrderDocument:
-    """Answer with the order, after the list has followed or has had its time."""
+    """Answer with the order when the list has caught up, or after `WAIT_SECONDS`."""
     answer.headers["ETag"] = f'"{order.version}"'
     if position >= 0:
         answer.headers["Tidings-Position"] = str(position)
@@ -211,11 +217,11 @@ async def get_order(
     caller: FromCaller,
     at_version: Annotated[
         int | None,
-        Query(ge=0, le=2**31 - 1, description="As it was at this version (from 0)."),
+        Query(ge=0, le=2**31 - 1, description="The order at this version (from 0)."),
     ] = None,
-    as_of: Annotated[Moment | None, Query(description="As it was at this moment (RFC 3339, with a zone).")] = None,
+    as_of: Annotated[Moment | None, Query(description="The order at this moment (RFC 3339, with a zone).")] = None,
     if_none_match: Annotated[
-        Quoted | None, Header(description="Versions that the caller has: then 304, without a body.")
+        Quoted | None, Header(description="Versions that the client has. If one is current: 304, without a body.")
     ] = None,
 ) -> OrderDocument | Response:
     """One order, now or as it was."""
@@ -228,7 +234,7 @@ async def get_order(
 
 
 def _tags(header: str) -> list[str]:
-    """Entity tags with their quotes. A comma inside of a tag cannot make one of ours, which are digits."""
+    """Return the entity tags, with their quotes. A comma inside a tag does no harm: our tags consist of digits."""
     return [tag.strip() for tag in header.split(",")]
 
 
@@ -258,10 +264,11 @@ async def cancel_order(
     caller: FromCaller,
     answer: Response,
     if_match: Annotated[
-        Quoted | None, Header(description="Only if the order still has this version, else 412.")
+        Quoted | None, Header(description="Cancel only if the order still has this version; otherwise 412.")
     ] = None,
 ) -> OrderDocument:
-    """Call an order off. One that may be on its way becomes `cancelling`; look again. Twice is as good as once."""
+    """Cancel an order. If its parcel may be on its way, it becomes `cancelling`: look again later. Repeating it is
+    harmless."""
     order = await repository.load(order_id)
     expected = None
     if if_match is not None and if_match != "*":
@@ -297,20 +304,20 @@ async def list_orders(
     limit: Annotated[int, Query(ge=1, le=100, description="Orders on one page.")] = 20,
     cursor: Annotated[
         str | None,
-        Query(pattern=r"^[0-9]{1,18}$", description="What `next` of the page before says."),
+        Query(pattern=r"^[0-9]{1,18}$", description="`next` of the previous page."),
     ] = None,
     status: Annotated[ListedStatus | None, Query()] = None,
     customer_id: Annotated[Name | None, Query()] = None,
     after_position: Annotated[
         Position | None,
-        Query(description="Wait until the list has come there: what a writing answer said as Tidings-Position."),
+        Query(description="Wait until the list has reached this position: `Tidings-Position` of an earlier answer."),
     ] = None,
     tidings_position: Annotated[Position | None, Header(description="The same as `after_position`.")] = None,
 ) -> OrderPage:
-    """All orders, newest first. An order placed while you turn pages moves no other order to another page."""
+    """Return all orders, newest first. New orders do not move others to another page."""
     await _follow(max(after_position or 0, tidings_position or 0))
     before = None if cursor is None else int(cursor)
-    # One more than asked for tells whether there is a next page.
+    # One row more than asked for shows whether there is a next page.
     query = read_model.page(limit + 1, before=before, status=status, customer_id=customer_id)
     async with orders.running_now.database.reading() as connection:
         rows = (await connection.execute(query)).all()
@@ -322,7 +329,7 @@ async def list_orders(
 
 
 async def _follow(position: int) -> None:
-    """Wait until the list has come to a position."""
+    """Wait until the list has reached a position."""
     running = orders.running_now
     if position <= 0 or await running.reached(position, timeout=0):
         return
@@ -331,4 +338,4 @@ async def _follow(position: int) -> None:
         detail = f"The log ends at position {head}: {position} is of another log, or of one that is ahead of this one."
         raise Problem(409, "position-ahead", detail)
     if not await running.reached(position, timeout=LIST_WAITS):
-        raise Problem(503, "list-lags", f"The list has not yet come to position {position}. Ask again.")
+        raise Problem(503, "list-lags", f"The list has not reached position {position} yet. Repeat the request.")

@@ -1,4 +1,5 @@
-"""What the OpenAPI document says beside what the code does: problems, headers, and no null where HTTP has none."""
+"""Additions to the OpenAPI document that the code does not imply: problems, headers, and no null where HTTP has
+none."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from services.order.problems import MEDIA_TYPE
 __all__ = ["ETAG", "POSITION", "Api", "headers", "problems"]
 
 ETAG: Final = "The order's version, as an entity tag."
-POSITION: Final = "Of the event in the log: give it to GET /orders. Absent when nothing had to be done."
+POSITION: Final = "The position of the event in the log: pass it to GET /orders. Absent if nothing had to be done."
 
 
 class Api(FastAPI):
-    """FastAPI declares an optional parameter as one that may be null. In a header or a query there is no null."""
+    """FastAPI, without null for optional parameters: a header or a query cannot be null."""
 
     def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document."""
         document = super().openapi()
         for path in document["paths"].values():
             for operation in path.values():
@@ -31,8 +33,8 @@ class Api(FastAPI):
 
 
 def headers(**described: str) -> dict[str, Any]:
-    """Headers of a successful answer, with what they say."""
-    described["X-Correlation-ID"] = "The request's, or a new one."
+    """Describe the headers of a successful answer."""
+    described["X-Correlation-ID"] = "The correlation id of the request, or a new one."
     return {
         name.replace("_", "-"): {"schema": {"type": "string"}, "description": what} for name, what in described.items()
     }
@@ -61,26 +63,26 @@ _SCHEMA: Final = {
     },
 }
 _MEANINGS: Final = {
-    400: "The body is no JSON.",
+    400: "The body is not JSON.",
     404: "There is no such order, or no such version of it.",
-    409: "The order's state does not allow it, or the log has not come to the given position.",
+    409: "The order's state does not allow it, or the log has not reached the given position.",
     410: "The order was deleted.",
     412: "The order has changed since the version in If-Match.",
     413: "The body, or the order, is too large.",
     415: "The body's media type is not application/json.",
     422: "The request is not valid; `errors` says where.",
-    500: "A fault of this service.",
-    503: "A database does not answer, or the list lags behind; ask again.",
+    500: "An error in this service.",
+    503: "A database does not answer, or the list lags behind. Repeat the request.",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of an operation that can answer these statuses, beside what any operation can."""
+    """Return the `responses` of an operation with these status codes, and those that every operation has."""
     found: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*statuses, 413, 422, 500, 503}):
-        headers = {"X-Correlation-ID": {"schema": _TEXT, "description": "The request's, or a new one."}}
+        headers = {"X-Correlation-ID": {"schema": _TEXT, "description": "The request's correlation id, or a new one."}}
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds."}
+            headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds to wait."}
         found[status] = {
             "description": _MEANINGS[status],
             "content": {MEDIA_TYPE: {"schema": _SCHEMA}},

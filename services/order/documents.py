@@ -1,7 +1,7 @@
-"""What the API reads and writes, as JSON documents. They never do anything.
+"""The JSON documents that the API reads and writes. They have no behaviour.
 
-They are not the events: those are kept for ever, these may change with the API. What they ask of a new order is that
-every service behind can keep it: lengths and numbers fit their tables, and no text has control characters.
+They are not the events: events are kept forever, these documents may change with the API. A new order is checked so
+that every other service can store it: lengths and numbers fit their tables, and texts have no control characters.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ __all__ = [
 ]
 
 LINES: Final = 800
-"""Lines of one order; with all texts at their longest it still fits one event."""
+"""Lines in one order. With all texts at their longest, the order still fits into one event."""
 QUANTITY: Final = 100_000
-"""Pieces in one line: 800 lines of it still fit an integer of 32 bits."""
+"""Pieces in one line. The sum over the longest order still fits into 32 bits."""
 
 _NO_CONTROLS: Final = r"^[^\x00-\x1f\x7f]*$"
 _MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -71,11 +71,11 @@ Price = Annotated[
 ]
 ListedStatus = Literal["placed", "confirmed", "cancelling", "cancelled", "dispatched"]
 Position = Annotated[int, Field(ge=0, le=2**53 - 1)]
-"""Of the log; what JavaScript can hold, which no log reaches."""
+"""A position in the log, limited to the integers that JavaScript can hold. No log reaches that."""
 Quoted = Annotated[str, Field(pattern=r'^(\*|(W/)?"[!#-~]*"( *, *(W/)?"[!#-~]*")*)$')]
-"""Entity tags, as If-Match has them (RFC 9110)."""
+"""Pattern of the entity tags in If-Match (RFC 9110)."""
 
-# ---- what it reads: a misspelt field is a mistake, not something to ignore ---------------
+# ---- requests: a misspelt field is an error ---------------------------------------------
 
 
 class _Asked(BaseModel):
@@ -83,40 +83,41 @@ class _Asked(BaseModel):
 
 
 class NewLine(_Asked):
-    """One article. It may stand in several lines."""
+    """One article. Several lines may name the same one."""
 
     sku: Name
     description: Annotated[str, Field(max_length=200, pattern=_NO_CONTROLS)] = ""
     quantity: Annotated[int, Field(ge=1, le=QUANTITY), BeforeValidator(_number)]
     unit_price: Price
-    """Pounds, as text."""
+    """Pounds for one piece, as text."""
 
 
 class NewOrder(_Asked):
-    """What a customer orders."""
+    """An order that a customer places."""
 
     customer_id: Name | None = None
-    """Left out by a guest."""
+    """None for a guest."""
     country: Name
     lines: Annotated[list[NewLine], Field(min_length=1, max_length=LINES)]
     placed_at: Moment | None = None
-    """When the customer did it; by default now."""
+    """When the customer ordered; by default now."""
 
     def order_lines(self) -> list[OrderLine]:
+        """Return the lines as the event holds them."""
         return [OrderLine(**line.model_dump()) for line in self.lines]
 
     def fingerprint(self) -> str:
-        """The same for two bodies that ask for the same, however they are written."""
+        """Return a text that is equal for two bodies with the same meaning, however they are written."""
         return sha256(self.model_dump_json().encode()).hexdigest()
 
 
 class Cancellation(_Asked):
-    """Why an order shall be called off."""
+    """The reason for cancelling an order."""
 
     reason: Annotated[str, Field(min_length=1, max_length=200, pattern=_NO_CONTROLS)]
 
 
-# ---- what it writes ----------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------
 
 
 class LineDocument(BaseModel):
@@ -141,7 +142,7 @@ class OrderDocument(BaseModel):
     lines: list[LineDocument]
     total: Decimal
     reserved: bool
-    """Inventory has the goods."""
+    """Inventory has reserved the goods."""
     authorised: bool
     """Payment has the money."""
     cancelled_by: str | None
@@ -151,6 +152,7 @@ class OrderDocument(BaseModel):
 
     @classmethod
     def of(cls, order: Order) -> Self:
+        """Describe an order."""
         return cls(
             id=order.id,
             version=order.version,
@@ -172,7 +174,7 @@ class HistoryEvent(BaseModel):
 
     version: int
     position: int
-    """In the log of all services."""
+    """Position in the log."""
     type: str
     recorded_at: datetime
     data: dict[str, Any]
@@ -183,6 +185,8 @@ class HistoryEvent(BaseModel):
 
     @classmethod
     def of(cls, entry: HistoryEntry) -> Self:
+        """Describe an event of an order."""
+
         def text(value: object) -> str | None:
             return value if isinstance(value, str) else None  # other writers may put anything there
 
@@ -215,17 +219,18 @@ class OrderSummary(BaseModel):
     country: str
     placed_at: str
     lines: int
-    """How many."""
+    """Number of lines."""
     total: str
     """Pounds."""
 
     @classmethod
     def of(cls, row: Any) -> Self:
+        """Describe a row of the list."""
         return cls(id=row.order_id, **{name: getattr(row, name) for name in cls.model_fields if name != "id"})
 
 
 class OrderPage(BaseModel):
-    """Some orders, newest first."""
+    """A page of orders, newest first."""
 
     orders: list[OrderSummary]
     next: str | None

@@ -1,7 +1,7 @@
-"""What every request passes on its way in and out, as ASGI middleware. It knows HTTP, and never what an order is.
+"""ASGI middleware for every request: correlation ids and a size limit. It knows HTTP, and nothing of orders.
 
-Every request has a correlation id, which is in its answer, its events and each line of the log that it causes. It is
-the caller's `X-Correlation-ID`, else the trace id of its `traceparent` (W3C Trace Context), else a new one.
+Every request has a correlation id, which appears in its answer, its events and every log line that it causes. It is the
+caller's `X-Correlation-ID`, or the trace id of its `traceparent` (W3C Trace Context), or a new one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!
 
 
 def traceparent_of(headers: Headers) -> str | None:
-    """The caller's trace context; None for one that is not well-formed, as the standard asks."""
+    """Return the caller's trace context, or None if it is malformed, as the standard demands."""
     value = headers.get("traceparent", "")
     return value if _TRACEPARENT.fullmatch(value) and len(value) <= 128 else None
 
 
 class Correlated:
-    """ASGI middleware; it also is the last to see an unexpected exception, and answers 500 for it."""
+    """ASGI middleware that sets the correlation id, and answers 500 to an unexpected exception."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -59,7 +59,7 @@ class Correlated:
             except Exception:
                 log.exception("request.failed", method=scope["method"], path=scope["path"])
                 if answering:
-                    raise  # half an answer cannot be taken back: the server cuts it off
+                    raise  # the answer has begun: the server cuts it off
                 await problem_response(scope, unexpected())(scope, receive, answer)
 
 
@@ -72,7 +72,8 @@ def _correlation_of(headers: Headers) -> str:
 
 
 class Limited:
-    """Refuses a body over `BODY_LIMIT`: at once when it says its size, else as soon as it is over."""
+    """ASGI middleware that refuses a body over `BODY_LIMIT`: at once if the request names its size, else when it is
+    over."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,7 +1,7 @@
-"""What the Order service says, and the little that it needs to hear from others.
+"""The events of the Order service, and its views of other services' events.
 
-Every event names the order that it belongs to and gives it as its partition key. So all events of one order, whichever
-service wrote them to whichever stream, arrive in every service in the order of the log, one after the other.
+Every event has the id of its order as its partition key. So all events of one order, whichever service wrote them to
+whichever stream, reach every service one after the other, in the order of the log.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "StockReserved",
 ]
 
-# ---- what this service says ----------------------------------------------------------
+# ---- events of this service ----------------------------------------------------------
 
 
 class OrderLine(BaseModel):
@@ -44,45 +44,46 @@ class OrderLine(BaseModel):
     description: str = ""
     quantity: Annotated[int, Field(gt=0)]
     unit_price: Annotated[Decimal, Field(gt=0)]
-    """Pounds. In JSON it is text, because a float cannot hold 2.55."""
+    """Pounds for one piece. A text in JSON, because a float cannot hold 2.55."""
 
     @property
     def amount(self) -> Decimal:
+        """The price of the line, in pounds."""
         return self.quantity * self.unit_price
 
 
 class OrderCreated(Event, key="order_id"):
-    """A customer ordered. Stock and payment are asked for at the same time."""
+    """A customer ordered. Inventory and Payment start on it at the same time."""
 
     order_id: str
     customer_id: str | None
     """None for a guest."""
     country: str
     placed_at: datetime
-    """When the customer did it; the log knows when it was recorded."""
+    """When the customer ordered. The log knows when that was recorded."""
     lines: Annotated[tuple[OrderLine, ...], Field(min_length=1)]
 
 
 class OrderReserved(Event, key="order_id"):
-    """The order has taken note that its goods are reserved."""
+    """The order knows that its goods are reserved."""
 
     order_id: str
 
 
 class OrderAuthorised(Event, key="order_id"):
-    """The order has taken note that its payment is authorised."""
+    """The order knows that its payment is authorised."""
 
     order_id: str
 
 
 class OrderConfirmed(Event, key="order_id"):
-    """Stock and payment are both there: charge it and ship it."""
+    """Goods are reserved and the payment is authorised: charge and ship."""
 
     order_id: str
 
 
 class OrderCancellationRequested(Event, key="order_id"):
-    """Somebody asks to cancel an order that may already be on its way. Shipping decides who was first."""
+    """Somebody wants to cancel an order whose parcel may be on its way. Shipping decides whether it is too late."""
 
     order_id: str
     reason: str
@@ -97,7 +98,7 @@ class OrderCancellationRefused(Event, key="order_id"):
 
 
 class OrderCancelled(Event, key="order_id"):
-    """The order is off, for ever: give the goods and the money back."""
+    """The order is cancelled for good: give the goods and the money back."""
 
     order_id: str
     reason: str
@@ -106,12 +107,12 @@ class OrderCancelled(Event, key="order_id"):
 
 
 class OrderDispatched(Event, key="order_id"):
-    """The parcel is with the carrier: the order is done and can no longer be cancelled."""
+    """The carrier has the parcel: the order is complete and can no longer be cancelled."""
 
     order_id: str
 
 
-# ---- what it hears: only the fields that it needs; others are ignored ------------------
+# ---- views of other services' events: other fields are ignored -------------------------
 
 
 class StockReserved(Event, key="order_id"):
@@ -121,7 +122,7 @@ class StockReserved(Event, key="order_id"):
 
 
 class StockRejected(Event, key="order_id"):
-    """Inventory: nothing is reserved, because something is missing."""
+    """Inventory: nothing is reserved, because an article is missing."""
 
     order_id: str
     reason: str
@@ -134,19 +135,19 @@ class PaymentAuthorised(Event, key="order_id"):
 
 
 class PaymentDeclined(Event, key="order_id"):
-    """Payment: the gateway said no."""
+    """Payment: the gateway declined."""
 
     order_id: str
     reason: str
 
 
 class ShipmentStopped(Event, key="order_id"):
-    """Shipping: the parcel stays here."""
+    """Shipping: the parcel will not leave."""
 
     order_id: str
 
 
 class ShipmentDispatched(Event, key="order_id"):
-    """Shipping: the parcel is with the carrier."""
+    """Shipping: the carrier has the parcel."""
 
     order_id: str

@@ -1,4 +1,4 @@
-"""The order itself: what it decides, and how its events change it. It never does I/O, so a test needs no database.
+"""The order: what it decides, and how its events change it. It does no I/O, so a test needs no database.
 
                     stock and payment                    parcel handed over
      ┌─────────┐      are both there     ┌───────────┐      first            ┌────────────┐
@@ -13,9 +13,9 @@
      │ CANCELLED │<─────────────────────────────┘
      └───────────┘
 
-Notes from other services may come at any time, some of them too late to matter (stock is reserved for an order that its
-customer has just cancelled). A late note changes nothing here; whoever sent it hears `OrderCancelled` and undoes its
-part. A note that contradicts what was decided is a fault in the protocol, and raises.
+News from other services may arrive at any time, even too late to matter (stock is reserved for an order that its
+customer has just cancelled). Late news changes nothing here; the service that sent it receives `OrderCancelled` and
+undoes its part. News that contradicts an earlier decision is an error in the protocol, and raises.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from tidings import Aggregate, evolves
 __all__ = ["CUSTOMER", "Order", "OrderRefused", "Status"]
 
 CUSTOMER = "customer"
-"""Who cancels when nobody else is named."""
+"""Who cancels if nobody is named."""
 
 
 class OrderRefused(Exception):
-    """What was asked for is not possible in the state that the order is in; nothing happened."""
+    """The order's state does not allow what was asked for; nothing was changed."""
 
 
 class Status(StrEnum):
-    """Where an order is on its way."""
+    """The state of an order."""
 
     NEW = "new"
-    """It has no events yet."""
+    """It has no events."""
     PLACED = "placed"
     CONFIRMED = "confirmed"
     CANCELLING = "cancelling"
@@ -61,6 +61,7 @@ class Status(StrEnum):
 
     @property
     def final(self) -> bool:
+        """Whether the order can no longer change."""
         return self in (Status.CANCELLED, Status.DISPATCHED)
 
 
@@ -76,19 +77,19 @@ class Order(Aggregate, category="order"):
         self.placed_at: datetime | None = None
         self.lines: tuple[OrderLine, ...] = ()
         self.reason = ""
-        """Why it was cancelled, or why somebody wants it to be."""
+        """Why it was cancelled, or should be."""
         self.by = ""
-        """Who cancelled it, or wants to."""
+        """Who cancelled it, or asked for that."""
 
     @property
     def total(self) -> Decimal:
-        """Pounds."""
+        """The sum over all lines, in pounds."""
         return sum((line.amount for line in self.lines), Decimal())
 
-    # ---- what people ask for -----------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------
 
     def place(self, lines: Sequence[OrderLine], customer_id: str | None, country: str, placed_at: datetime) -> None:
-        """Order these goods. Raises `OrderRefused` without any."""
+        """Place the order. Raises `OrderRefused` without lines."""
         if self.status is not Status.NEW:
             raise OrderRefused(f"order {self.id} was placed before; a new order needs a new id")
         if not lines:
@@ -100,7 +101,7 @@ class Order(Aggregate, category="order"):
         )
 
     def cancel(self, reason: str, by: str = CUSTOMER) -> None:
-        """Call the order off: at once, or through Shipping when a parcel may be on its way. Twice is as good as once.
+        """Cancel the order: at once, or through Shipping if its parcel may be on its way. Repeating it is harmless.
 
         Raises `OrderRefused` for an order that was dispatched.
         """
@@ -116,7 +117,7 @@ class Order(Aggregate, category="order"):
             case Status.NEW:
                 raise OrderRefused(f"order {self.id} was never placed")
 
-    # ---- what other services tell ------------------------------------------------------
+    # ---- news from other services --------------------------------------------------------
 
     def note_reserved(self) -> None:
         """Inventory has the goods."""
@@ -131,21 +132,21 @@ class Order(Aggregate, category="order"):
             self._confirm_when_ready()
 
     def note_failed(self, reason: str, by: str) -> None:
-        """Inventory or Payment cannot do its part."""
+        """Note that Inventory or Payment cannot do its part."""
         if self.status is Status.PLACED:
             self.record(OrderCancelled(order_id=self.id, reason=reason, by=by))
         elif self.status is not Status.CANCELLED:
             raise self._contradiction(f"{by} failed it ({reason})")
 
     def note_stopped(self) -> None:
-        """Shipping keeps the parcel here."""
+        """Note that Shipping has stopped the parcel."""
         if self.status is Status.CANCELLING:
             self.record(OrderCancelled(order_id=self.id, reason=self.reason, by=self.by))
         elif self.status is not Status.CANCELLED:
             raise self._contradiction("its shipment was stopped")
 
     def note_dispatched(self) -> None:
-        """Shipping has handed the parcel over."""
+        """Note that the carrier has the parcel."""
         if self.status is Status.CANCELLING:
             refusal = "the parcel was handed to the carrier before the request arrived"
             self.record(OrderCancellationRefused(order_id=self.id, reason=refusal))
@@ -159,7 +160,9 @@ class Order(Aggregate, category="order"):
             self.record(OrderConfirmed(order_id=self.id))
 
     def _contradiction(self, told: str) -> OrderRefused:
-        return OrderRefused(f"order {self.id} is {self.status}, and now {told}: two services disagree; look at its log")
+        return OrderRefused(
+            f"order {self.id} is {self.status}, and now {told}: two services disagree; look at its events"
+        )
 
     # ---- how events change it ----------------------------------------------------------
 

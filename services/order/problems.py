@@ -1,7 +1,7 @@
-"""What the API answers when it cannot do what was asked: problem details (RFC 9457). They never show internals.
+"""Answers to requests that fail: problem details (RFC 9457). They never show internals.
 
-A problem's `type` ends in a word that programs can rely on; `title` and `detail` are for people. `correlation_id` finds
-the request in the logs.
+The last word of a problem's `type` is for programs; `title` and `detail` are for people. `correlation_id` leads to the
+request in the logs.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ log = structlog.get_logger("order.api")
 
 MEDIA_TYPE: Final = "application/problem+json"
 SHOWN: Final = 20
-"""Mistakes of one request that are listed; a body can have a hundred thousand."""
+"""Mistakes that are listed for one request. A body can have a hundred thousand."""
 RETRY_SECONDS: Final = 1
 BODY_LIMIT: Final = 1024 * 1024
-"""Bytes: no event may be larger, either."""
+"""Bytes in a request's body. No event may be larger, either."""
 
 
 class Problem(Exception):
-    """An answer that is no success. `kind` is the last word of its type."""
+    """An error that becomes an answer. `kind` is the last word of its type."""
 
     def __init__(
         self, status: int, kind: str, detail: str, *, headers: Mapping[str, str] | None = None, **members: Any
@@ -64,16 +64,17 @@ class Problem(Exception):
 
 
 class ProblemResponse(JSONResponse):
-    """ASCII only: what it quotes from a request may have characters that UTF-8 cannot express."""
+    """A JSON answer in ASCII, because quotes from a request may have characters that UTF-8 cannot express."""
 
     media_type = MEDIA_TYPE
 
     def render(self, content: Any) -> bytes:
+        """Encode a document as JSON in ASCII."""
         return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
 def problem_response(scope: Mapping[str, Any], problem: Problem) -> JSONResponse:
-    """The answer to the request of this ASGI scope."""
+    """Return the answer to the request of this ASGI scope."""
     status = HTTPStatus(problem.status)
     document = {
         "type": f"urn:problem:{problem.kind}" if problem.kind else "about:blank",
@@ -91,21 +92,21 @@ def problem_response(scope: Mapping[str, Any], problem: Problem) -> JSONResponse
 
 
 def malformed(where: str = "") -> Problem:
-    """The body is no JSON, or JSON that nobody writes: nested thousands of times, numbers of thousands of digits."""
-    return Problem(400, "malformed-json", f"The body cannot be read as JSON.{where}")
+    """Return the problem of a body that is not JSON, or is nested too deeply, or has numbers with too many digits."""
+    return Problem(400, "malformed-json", f"The body is not valid JSON.{where}")
 
 
 def too_large() -> Problem:
-    """The body is over `BODY_LIMIT`."""
+    """Return the problem of a body over `BODY_LIMIT`."""
     return Problem(413, "body-too-large", f"The body is over {BODY_LIMIT} bytes.")
 
 
 def unexpected() -> Problem:
-    """A fault of this program. What it was stands in the log, under the correlation id."""
-    return Problem(500, "", "Something is wrong here, not with the request. Report it with its correlation id.")
+    """Return the problem of a bug in this program. The log has the details under the correlation id."""
+    return Problem(500, "", "The service has an error; the request is fine. Report it with its correlation id.")
 
 
-# ---- exceptions and what they mean to whoever asked ------------------------------------
+# ---- exceptions and their answers --------------------------------------------------------
 
 
 async def _said(request: Request, problem: Exception) -> JSONResponse:
@@ -117,7 +118,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     mistakes = error.errors()
     if mistakes[0]["type"] == "json_invalid":
-        return problem_response(request.scope, malformed(f" It breaks off at character {mistakes[0]['loc'][-1]}."))
+        return problem_response(request.scope, malformed(f" The error is at character {mistakes[0]['loc'][-1]}."))
     shown = [_mistake(each) for each in mistakes[:SHOWN]]
     detail = f"{shown[0]['at']}: {shown[0]['detail']}"
     if len(mistakes) > 1:
@@ -126,7 +127,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 def _mistake(error: Mapping[str, Any]) -> dict[str, str]:
-    """One mistake, without the value, which may be large or secret. `at` names a parameter, or points into the body."""
+    """Describe one mistake without its value, which may be large or secret. `at` is a parameter or a path in the
+    body."""
     place, *path = error["loc"]
     if place == "body":
         steps = (str(step).replace("~", "~0").replace("/", "~1")[:100] for step in path)
@@ -137,7 +139,7 @@ def _mistake(error: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
-    """What the framework refuses by itself: unknown routes and methods, bodies that are too large or no JSON."""
+    """Answer what FastAPI refuses by itself: unknown routes and methods, bodies that are too large or not JSON."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -149,7 +151,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
             problem = Problem(404, "", f"There is nothing at {request.url.path[:200]!r}.")
         case 405:
             problem = Problem(
-                405, "", f"{request.method} is not possible here; there is {headers['Allow']}.", headers=headers
+                405, "", f"{request.method} is not possible here; use {headers['Allow']}.", headers=headers
             )
         case 413:
             problem = too_large()
@@ -159,7 +161,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(routes: list[BaseRoute], scope: Any) -> set[str]:
-    """Of every route at this path: the framework names those of the first one only."""
+    """Return the methods of every route at this path. FastAPI names only those of the first one."""
     return {
         method
         for route in routes
@@ -173,7 +175,7 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _tidings(request: Request, error: Exception) -> JSONResponse:
-    """Errors of the framework, in the words of an order."""
+    """Answer Tidings' errors, in words about orders."""
     order = f"order {request.path_params.get('order_id', '')}".strip()
     match error:
         case StreamNotFound():
@@ -183,15 +185,15 @@ async def _tidings(request: Request, error: Exception) -> JSONResponse:
         case StreamDeleted():
             problem = Problem(410, "order-deleted", f"The {order} was deleted.")
         case WrongExpectedVersion():
-            problem = Problem(412, "order-changed", f"The {order} has changed: get it again, and decide again.")
-        case Contention():  # nobody sent a version: asking again is all that there is to do
+            problem = Problem(412, "order-changed", f"The {order} has changed: read it again, and decide again.")
+        case Contention():  # the client sent no version, so it can only ask again
             log.warning("request.contended", error=f"{error}")
-            problem = Problem(503, "contention", f"The {order} is being changed by many at once. Ask again.")
+            problem = Problem(503, "contention", f"The {order} is changed by many requests at once. Repeat this one.")
         case EventTooLarge():
-            problem = Problem(413, "order-too-large", "The order is too large to be kept: split it.")
+            problem = Problem(413, "order-too-large", "The order is too large to be stored: split it.")
         case StoreUnavailable() | DatabaseUnavailable():
             log.warning("request.unavailable", error=f"{type(error).__name__}: {error}")
-            problem = Problem(503, "unavailable", "A database does not answer at the moment. Ask again.")
+            problem = Problem(503, "unavailable", "A database does not answer at the moment. Repeat the request.")
         case _:
             log.error("request.failed", error=f"{type(error).__name__}: {error}", exc_info=error)
             problem = unexpected()

@@ -1,8 +1,8 @@
-"""The list of all orders, newest first: a table that follows the orders' events. It never decides anything.
+"""The list of all orders, newest first: a table that follows the orders' events. It decides nothing.
 
-What an order is, its stream says. But streams cannot be asked "which orders of this customer are confirmed?", so the
-answer is kept ready here. Its rows lag behind the log by some milliseconds; when nobody is there to write them, longer.
-Drop the service's database, and the list is made again from the log.
+An order's state is in its stream. But no stream can answer "which orders of this customer are confirmed?", so this
+table keeps the answer ready. Its rows lag behind the log by some milliseconds, and by more while the service is down.
+Delete the service's database, and the list is built again from the log.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ AFTER: Final[dict[type[Event], Status]] = {
     OrderCancelled: Status.CANCELLED,
     OrderDispatched: Status.DISPATCHED,
 }
-"""The status of an order after its event."""
+"""Type of event to the status that an order has after it."""
 
 
 async def add(connection: AsyncConnection, event: OrderCreated, position: int) -> None:
-    """List a new order."""
+    """Add a new order to the list."""
     total = sum((line.amount for line in event.lines), Decimal())
     row = {
         "position": position,
@@ -76,7 +76,7 @@ async def move(
     connection: AsyncConnection,
     event: OrderConfirmed | OrderCancellationRequested | OrderCancellationRefused | OrderCancelled | OrderDispatched,
 ) -> None:
-    """Change the status of a listed order. Events of one order come in log order, so the last one is right."""
+    """Change the status of an order. Its events come in the order of the log, so the last one is right."""
     found = await connection.execute(
         update(listed).where(listed.c.order_id == event.order_id).values(status=AFTER[type(event)])
     )
@@ -91,9 +91,9 @@ async def move(
 def page(
     limit: int, *, before: int | None = None, status: str | None = None, customer_id: str | None = None
 ) -> Select[Any]:
-    """The `limit` newest orders that were created before position `before`.
+    """Return the `limit` newest orders that were created before position `before`.
 
-    A position never changes, so whatever is placed while somebody turns pages, no order moves to another page.
+    A position never changes, so new orders do not move others to another page.
     """
     query = select(listed).order_by(listed.c.position.desc()).limit(limit)
     if before is not None:

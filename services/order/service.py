@@ -1,10 +1,10 @@
-"""The Order service: it listens to the other three, and lets the order decide what that means.
+"""The Order service: it handles the events of the other three, and lets the order decide what they mean.
 
-An order's state is its events, so every handler of the others' events is the same three steps: load the order, let it
-decide, append what it decided. `context.change` does them, again when somebody else was faster, and once even when the
-handler is repeated.
+Every handler of another service's event does the same three things: load the order, let it decide, append the new
+events. `context.change` does all of them. It starts over when another process was faster, and has its effect once even
+when the handler runs again.
 
-It listens to itself, too: what its orders say is written to the list in `read_model.py`, which people page through.
+The service handles its own events, too: they update the list in `read_model.py`.
 """
 
 from __future__ import annotations
@@ -38,61 +38,61 @@ orders = Service("order", tables=read_model.metadata)
 repository = orders.repository(Order)
 
 CONTRADICTED: Final = Retry(permanent=(OrderRefused,))
-"""What an order refuses to believe, it refuses the next time, too: somebody has to look."""
+"""The default retries, but an event that contradicts the order is dead at once. Somebody has to look."""
 
-# ---- what others tell: the order decides -----------------------------------------------
+# ---- events of other services: the order decides -----------------------------------------
 
 
 @orders.on(StockReserved, retry=CONTRADICTED)
 async def note_reserved(event: StockReserved, context: Context) -> None:
-    """Half of what a confirmation needs."""
+    """Tell the order that its goods are reserved, the first half of a confirmation."""
     await _decide(context, event.order_id, Order.note_reserved)
 
 
 @orders.on(PaymentAuthorised, retry=CONTRADICTED)
 async def note_authorised(event: PaymentAuthorised, context: Context) -> None:
-    """The other half."""
+    """Tell the order that its payment is authorised, the other half."""
     await _decide(context, event.order_id, Order.note_authorised)
 
 
 @orders.on(StockRejected, retry=CONTRADICTED)
 async def note_out_of_stock(event: StockRejected, context: Context) -> None:
-    """An order is shipped whole or not at all."""
+    """Cancel the order: it is shipped completely or not at all."""
     await _decide(context, event.order_id, Order.note_failed, event.reason, "inventory")
 
 
 @orders.on(PaymentDeclined, retry=CONTRADICTED)
 async def note_declined(event: PaymentDeclined, context: Context) -> None:
-    """No money, no goods."""
+    """Cancel the order, because nobody pays for it."""
     await _decide(context, event.order_id, Order.note_failed, event.reason, "payment")
 
 
 @orders.on(ShipmentStopped, retry=CONTRADICTED)
 async def note_stopped(event: ShipmentStopped, context: Context) -> None:
-    """The customer was faster than the carrier."""
+    """Cancel the order: its parcel was stopped in time."""
     await _decide(context, event.order_id, Order.note_stopped)
 
 
 @orders.on(ShipmentDispatched, retry=CONTRADICTED)
 async def note_dispatched(event: ShipmentDispatched, context: Context) -> None:
-    """The carrier has it."""
+    """Tell the order that the carrier has its parcel."""
     await _decide(context, event.order_id, Order.note_dispatched)
 
 
 async def _decide(context: Context, order_id: str, decision: Callable[..., None], *told: str) -> None:
-    """Tell the order; its history will say who told it what."""
+    """Let the order decide. Its history shows which service reported what."""
     who = context.metadata.get("actor", "somebody")
     what = context.metadata.get("reason", context.event.type)
     why = {"actor": "order", "reason": f"{who}: {what}"}
     await context.change(repository, order_id, decision, *told, metadata=why)
 
 
-# ---- what its own orders say: the list follows -----------------------------------------
+# ---- its own events: the list follows --------------------------------------------------
 
 
 @orders.on(OrderCreated)
 async def list_order(event: OrderCreated, context: Context, connection: AsyncConnection) -> None:
-    """A new order stands at the top of the list."""
+    """Put a new order on top of the list."""
     await read_model.add(connection, event, context.position)
 
 
@@ -101,5 +101,5 @@ async def list_status(
     event: OrderConfirmed | OrderCancellationRequested | OrderCancellationRefused | OrderCancelled | OrderDispatched,
     connection: AsyncConnection,
 ) -> None:
-    """It stays where it is, and changes its status."""
+    """Change the status of an order in the list."""
     await read_model.move(connection, event)

@@ -1,4 +1,4 @@
-"""The Payment service: holds, takes and gives back the customer's money through a payment gateway."""
+"""The Payment service: holds, captures and refunds the customer's money through a payment gateway."""
 
 from services.payment.service import payment
 

@@ -1,6 +1,6 @@
-"""What the Payment service says, and the little that it needs to hear from others.
+"""The events of the Payment service, and its views of other services' events.
 
-Amounts are pounds as `Decimal`, which JSON carries as text: no amount ever passes through a float.
+Amounts are pounds as `Decimal`, a text in JSON. No amount ever passes through a float.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 Amount = Annotated[Decimal, Field(gt=0)]
 
-# ---- what this service says ----------------------------------------------------------
+# ---- events of this service ----------------------------------------------------------
 
 
 class PaymentAuthorised(Event, key="order_id"):
@@ -35,11 +35,11 @@ class PaymentAuthorised(Event, key="order_id"):
     order_id: str
     amount: Amount
     authorisation: str
-    """The gateway's name for it."""
+    """The gateway's id of the authorisation."""
 
 
 class PaymentDeclined(Event, key="order_id"):
-    """The gateway said no. It will say no again, so nobody need ask twice."""
+    """The gateway declined, and would decline again."""
 
     order_id: str
     amount: Amount
@@ -47,31 +47,31 @@ class PaymentDeclined(Event, key="order_id"):
 
 
 class PaymentCaptured(Event, key="order_id"):
-    """The amount that was held is taken: revenue."""
+    """The held amount was taken: revenue."""
 
     order_id: str
     amount: Amount
 
 
 class PaymentVoided(Event, key="order_id"):
-    """The amount that was held is free again; nothing was taken."""
+    """The held amount was released; nothing was taken."""
 
     order_id: str
     amount: Amount
 
 
 class PaymentRefunded(Event, key="order_id"):
-    """The amount that was taken is given back."""
+    """The captured amount was given back."""
 
     order_id: str
     amount: Amount
 
 
-# ---- what it hears: only the fields that it needs; others are ignored ------------------
+# ---- views of other services' events: other fields are ignored -------------------------
 
 
 class OrderLine(BaseModel):
-    """One article of an order; which one is of no interest here."""
+    """One line of an order, without its article."""
 
     quantity: Annotated[int, Field(gt=0)]
     unit_price: Amount
@@ -85,12 +85,12 @@ class OrderCreated(Event, key="order_id"):
 
 
 class OrderConfirmed(Event, key="order_id"):
-    """Order: stock and payment are both there."""
+    """Order: goods are reserved and the payment is authorised."""
 
     order_id: str
 
 
 class OrderCancelled(Event, key="order_id"):
-    """Order: the order is off."""
+    """Order: the order is cancelled."""
 
     order_id: str

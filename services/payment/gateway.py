@@ -1,7 +1,8 @@
-"""The payment gateway: a company outside, whose effects no database transaction can undo. And a sandbox that plays it.
+"""The payment gateway: another company's system, whose effects no transaction of ours can undo. With a sandbox for
+demos.
 
-A call may have taken effect although its answer was lost, so it has to be made again, and must not take effect again.
-That is what the `key` is for: a gateway remembers it, and answers a repeated key with its first answer.
+A call may take effect although its answer is lost. It must then be repeated without taking effect twice. That is what
+the `key` is for: a gateway remembers it, and answers a repeated key with its first answer.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ __all__ = [
 
 
 class GatewayUnavailable(Exception):
-    """No answer: the call may have taken effect or not. Make it again, with the same key."""
+    """No answer: the call may or may not have taken effect. Repeat it with the same key."""
 
 
 class GatewayRefused(Exception):
-    """The gateway was asked for something that cannot be, such as taking more than it holds. Asking again is no use."""
+    """The gateway refused an impossible operation, such as taking more than it holds. Do not repeat the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the gateway says to an authorisation."""
+    """The gateway's answer to an authorisation."""
 
     authorisation: str
-    """Its name for the amount it holds; give it to the other operations. Empty when it declined."""
+    """The gateway's id of the held amount; pass it to the other operations. Empty if it declined."""
     declined: str
-    """Why not; empty when it agreed."""
+    """Why it declined; empty if it agreed."""
 
 
 @runtime_checkable
 class PaymentGateway(Protocol):
-    """What Payment needs of a gateway. Each call takes effect at most once per key.
+    """The port of a payment gateway. Each call takes effect at most once per key.
 
     All raise `GatewayUnavailable`; all but `authorise` raise `GatewayRefused`.
     """
@@ -62,26 +63,26 @@ class PaymentGateway(Protocol):
         ...
 
     async def capture(self, authorisation: str, *, key: str) -> None:
-        """Take what is held."""
+        """Take the held amount."""
         ...
 
     async def void(self, authorisation: str, *, key: str) -> None:
-        """Let go of what is held."""
+        """Release the held amount."""
         ...
 
     async def refund(self, authorisation: str, *, key: str) -> None:
-        """Give back what was taken."""
+        """Give back the captured amount."""
         ...
 
 
 # ---- the sandbox ---------------------------------------------------------------------
 
 DECLINED_MULTIPLE: Final = 29
-"""The sandbox declines an amount whose pence are a multiple of this: some 3 in 100, always the same ones."""
+"""Pence: the sandbox declines multiples of this amount, about 3 in 100 orders and always the same ones."""
 
 
 class Operation(StrEnum):
-    """What a gateway does with money."""
+    """An operation of a gateway."""
 
     AUTHORISE = "authorise"
     DECLINE = "decline"
@@ -95,7 +96,7 @@ _AFTER: Final = {
     Operation.VOID: Operation.AUTHORISE,
     Operation.REFUND: Operation.CAPTURE,
 }
-"""What the last operation on an authorisation must have been."""
+"""Operation to the one that must have come before it on the same authorisation."""
 
 _LEDGER: Final = """
 CREATE TABLE IF NOT EXISTS ledger (
@@ -123,13 +124,13 @@ class Entry:
     reference: str
     amount: Decimal
     calls: int = 1
-    """How often the key came; it took effect once."""
+    """How many calls had this key. It took effect once."""
 
 
 class SandboxGateway:
-    """Plays a gateway with a ledger in an SQLite file of its own: a key can stand there once, so it takes effect once.
+    """A gateway for demos, with a ledger in a SQLite file of its own. A key can be in it once, so it takes effect once.
 
-    It agrees to every amount that is no multiple of `DECLINED_MULTIPLE` pence. Obtain one with `open_sandbox`.
+    It agrees to every amount that is not a multiple of `DECLINED_MULTIPLE` pence. Get one from `open_sandbox`.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -161,7 +162,7 @@ class SandboxGateway:
         await self._follow(Operation.REFUND, authorisation, key)
 
     async def ledger(self) -> list[Entry]:
-        """Every effect, oldest first."""
+        """Return every entry, oldest first."""
         async with self._turn:
             return await asyncio.to_thread(self._entries, "TRUE")
 
@@ -176,7 +177,7 @@ class SandboxGateway:
         await self._once(key, effect)
 
     async def _once(self, key: str, effect: Callable[[], Entry]) -> Entry:
-        """The entry of this key, made by `effect` the first time."""
+        """Return the entry of this key; the first time, `effect` creates it."""
         async with self._turn:
             return await asyncio.to_thread(self._once_now, key, effect)
 
@@ -198,7 +199,7 @@ class SandboxGateway:
 
 @asynccontextmanager
 async def open_sandbox(path: Path | str) -> AsyncIterator[SandboxGateway]:
-    """A sandbox whose ledger outlives the process in the file at `path`, or does not in ":memory:"."""
+    """Open a sandbox whose ledger is in the file at `path`, or in memory with ":memory:"."""
     connection = sqlite3.connect(path, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

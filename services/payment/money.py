@@ -1,4 +1,4 @@
-"""Pounds as people write them, pence as tables store them. Exact in both directions: no floats."""
+"""Conversion between pounds, as people write them, and pence, as tables store them. Exact: no floats."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ _PENNY: Final = Decimal("0.01")
 
 
 def to_the_penny(amount: Decimal) -> Decimal:
-    """Rounded as on a receipt: half a penny goes up."""
+    """Round pounds to pence, half a penny up, as on a receipt."""
     return amount.quantize(_PENNY, ROUND_HALF_UP)
 
 
 def pence(amount: Decimal) -> int:
-    """Raises `ValueError` for an amount that is no whole number of pence."""
+    """Convert pounds to pence. Raises `ValueError` if the amount is not a whole number of pence."""
     whole = int(amount * 100)
     if whole != amount * 100:
-        raise ValueError(f"{amount} is no whole number of pence; round it with to_the_penny() first")
+        raise ValueError(f"{amount} is not a whole number of pence; round it with to_the_penny() first")
     return whole
 
 
 def pounds(pence: int) -> Decimal:
+    """Convert pence to pounds."""
     return Decimal(pence).scaleb(-2)

@@ -1,10 +1,10 @@
-"""The Payment service: asks the gateway, then writes down what it said.
+"""The Payment service: calls the gateway, then records the answer.
 
-The table is part of the handler's transaction, so it changes exactly once per event. The gateway is not: when this
+The table is part of the handler's transaction, so it changes exactly once per event. The gateway is not: if this
 process dies after the call and before the commit, the handler runs again and calls again. `context.idempotency_key()`
-is the same both times, so the gateway recognises the call and answers as before.
+is the same both times, so the gateway recognises the call and repeats its answer.
 
-The gateway is called before anything is written, so that nothing has to be undone when it does not answer.
+Handlers call the gateway before they write anything, so that nothing must be undone if it does not answer.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ __all__ = ["PaymentSettings", "payment"]
 
 
 class PaymentSettings(BaseSettings):
-    """Read from the environment when the service starts."""
+    """Settings of the service, read from the environment when it starts."""
 
     model_config = SettingsConfigDict(env_prefix="PAYMENT_")
 
     ledger: str = "gateway.db"
-    """`PAYMENT_LEDGER`: the file in which the sandbox gateway keeps its ledger; ":memory:" forgets it."""
+    """`PAYMENT_LEDGER`: the file of the sandbox gateway's ledger; ":memory:" keeps nothing."""
 
 
 @asynccontextmanager
 async def connected(service: Service) -> AsyncIterator[PaymentGateway]:
-    """Holds the connection to the gateway while the service runs; handlers ask for it by its protocol."""
+    """Open the gateway while the service runs. Handlers ask for it by its protocol."""
     async with open_sandbox(PaymentSettings().ledger) as gateway:
         yield gateway
 
@@ -56,18 +56,18 @@ payment = Service("payment", tables=metadata, lifespan=connected)
 
 
 class Contradiction(Exception):
-    """A payment would move to a state that it cannot come to. No retry heals it; somebody has to look."""
+    """A payment cannot move to the state that an event demands. A retry would not help: somebody has to look."""
 
 
 PATIENT: Final = Retry(permanent=(GatewayRefused, Contradiction))
-"""A gateway that does not answer is asked again, soon and then less and less often; a refusal is dead at once."""
+"""Retries for calls to the gateway: soon and then less and less often. A refusal is dead at once."""
 
 
 @payment.on(OrderCreated, retry=PATIENT)
 async def authorise(
     event: OrderCreated, context: Context, connection: AsyncConnection, gateway: PaymentGateway
 ) -> None:
-    """Hold the order's total."""
+    """Hold the total of a new order."""
     amount = to_the_penny(sum((line.quantity * line.unit_price for line in event.lines), Decimal()))
     answer = await gateway.authorise(amount, reference=f"order {event.order_id}", key=context.idempotency_key())
     state = State.DECLINED if answer.declined else State.AUTHORISED
@@ -85,7 +85,7 @@ async def authorise(
 async def capture(
     event: OrderConfirmed, context: Context, connection: AsyncConnection, gateway: PaymentGateway
 ) -> None:
-    """Take what is held."""
+    """Take the held amount of a confirmed order."""
     held = await _find(connection, event.order_id)
     await gateway.capture(held.authorisation, key=context.idempotency_key())
     await _move(connection, event.order_id, State.CAPTURED)
@@ -98,7 +98,7 @@ async def capture(
 async def give_back(
     event: OrderCancelled, context: Context, connection: AsyncConnection, gateway: PaymentGateway
 ) -> None:
-    """Let go of what is held, or give back what was taken. Of a declined payment there is nothing to give back."""
+    """Release or give back the amount of a cancelled order. If the payment was declined, there is nothing to do."""
     found = await _find(connection, event.order_id)
     if found.state is State.AUTHORISED:
         await gateway.void(found.authorisation, key=context.idempotency_key())
@@ -119,7 +119,7 @@ class _Found(NamedTuple):
 
 
 async def _find(connection: AsyncConnection, order_id: str) -> _Found:
-    """It is there: `OrderCreated` is the first event of an order, and the events of one order come in log order."""
+    """Return the payment. It exists: `OrderCreated` comes first, and the events of one order come in order."""
     row = (await connection.execute(select(payments).where(payments.c.order_id == order_id))).one()
     return _Found(State(row.state), pounds(row.pence), row.authorisation)
 
@@ -129,7 +129,7 @@ async def _move(connection: AsyncConnection, order_id: str, to: State) -> None:
     moved = await connection.execute(update(payments).where(legal).values(state=to))
     if moved.rowcount != 1:
         raise Contradiction(
-            f"the payment of order {order_id} is not {AFTER[to]}, so it cannot become {to}; look at its log"
+            f"the payment of order {order_id} is not {AFTER[to]}, so it cannot become {to}; look at its events"
         )
 
 

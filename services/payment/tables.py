@@ -1,4 +1,4 @@
-"""Payment's own table: what it believes about each order's money. The gateway's ledger is the gateway's."""
+"""Payment's own table: the state of each order's money. The gateway keeps its own ledger."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["AFTER", "State", "metadata", "payments"]
 
 
 class State(StrEnum):
-    """Where the money of one order is."""
+    """The state of one order's payment."""
 
     AUTHORISED = "authorised"
-    """Held, neither taken nor let go: open."""
+    """Held, and neither captured nor voided yet."""
     DECLINED = "declined"
     CAPTURED = "captured"
     VOIDED = "voided"
@@ -26,7 +26,7 @@ AFTER: Final = {
     State.VOIDED: State.AUTHORISED,
     State.REFUNDED: State.CAPTURED,
 }
-"""What must have been before: money is let go only while held, given back only when taken."""
+"""State to the one before it: only held money can be released, only captured money refunded."""
 
 metadata = MetaData()
 

@@ -1,4 +1,4 @@
-"""The Sales service: revenue per country. It joined late, and read the whole history before it went on live."""
+"""The Sales service: revenue per country. It was added late, and read the whole history first."""
 
 from services.sales.service import countries, sales
 

@@ -1,7 +1,7 @@
-"""The Sales service, the shortest of all: three events folded into one table.
+"""The Sales service, the shortest of all: three events update one table.
 
-Nobody planned for it, and nobody has to know it. A new service has never heard anything, so the first thing it does is
-to read the log from its beginning; then it goes on with what arrives.
+The other services know nothing of it. A new service first reads the log from its beginning, and then goes on with new
+events.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ sales = Service("sales", tables=metadata)
 
 @sales.on(OrderCreated)
 async def remember_country(event: OrderCreated, connection: AsyncConnection) -> None:
-    """Payments do not say where the customer lives."""
+    """Note the country of an order: events of payments do not have it."""
     await connection.execute(insert(orders).values(order_id=event.order_id, country=event.country))
 
 
 @sales.on(PaymentCaptured)
 async def add(event: PaymentCaptured, connection: AsyncConnection) -> None:
-    """A sale."""
+    """Add a payment to its country."""
     await _count(connection, event.order_id, 1, event.amount)
 
 
 @sales.on(PaymentRefunded)
 async def subtract(event: PaymentRefunded, connection: AsyncConnection) -> None:
-    """A sale that was none in the end."""
+    """Subtract a refund from its country."""
     await _count(connection, event.order_id, -1, -event.amount)
 
 

@@ -1,4 +1,4 @@
-"""The Shipping service: prepares parcels, hands them to the carrier, and stops them while it still can."""
+"""The Shipping service: prepares parcels, gives them to the carrier, and stops them while it still can."""
 
 from services.shipping.service import shipping
 

@@ -1,4 +1,4 @@
-"""What the Shipping service says, and the little that it needs to hear from others."""
+"""The events of the Shipping service, and its views of other services' events."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = [
     "ShipmentStopped",
 ]
 
-# ---- what this service says ----------------------------------------------------------
+# ---- events of this service ----------------------------------------------------------
 
 
 class ShipmentPicked(Event, key="order_id"):
-    """The parcel is packed and waits for the carrier. Until it is handed over it can be stopped."""
+    """The parcel is packed and waits for the carrier. It can still be stopped."""
 
     order_id: str
 
 
 class ShipmentDispatched(Event, key="order_id"):
-    """The parcel is with the carrier; nobody here can stop it any more."""
+    """The carrier has the parcel; it can no longer be stopped."""
 
     order_id: str
     carrier: str
@@ -32,12 +32,12 @@ class ShipmentDispatched(Event, key="order_id"):
 
 
 class ShipmentStopped(Event, key="order_id"):
-    """The parcel stays here and will never leave."""
+    """The parcel was stopped and will never leave."""
 
     order_id: str
 
 
-# ---- what it hears: only the fields that it needs; others are ignored ------------------
+# ---- views of other services' events: other fields are ignored -------------------------
 
 
 class OrderCreated(Event, key="order_id"):
@@ -48,18 +48,18 @@ class OrderCreated(Event, key="order_id"):
 
 
 class OrderConfirmed(Event, key="order_id"):
-    """Order: stock and payment are both there."""
+    """Order: goods are reserved and the payment is authorised."""
 
     order_id: str
 
 
 class OrderCancellationRequested(Event, key="order_id"):
-    """Order: somebody wants a confirmed order stopped."""
+    """Order: somebody wants to cancel a confirmed order."""
 
     order_id: str
 
 
 class OrderCancelled(Event, key="order_id"):
-    """Order: the order is off."""
+    """Order: the order is cancelled."""
 
     order_id: str

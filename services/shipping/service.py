@@ -1,9 +1,9 @@
 """The Shipping service: one row per parcel, and one statement per move, which either finds the parcel where it must be
 or changes nothing.
 
-Between picking and handing over, the service hears its own `ShipmentPicked` come back through the log. That is the
-window in which a parcel can be stopped: a request that stands in the log before `ShipmentPicked` wins, one behind it is
-too late. Whoever is first, everybody sees the same, because all events of one order arrive in the order of the log.
+Between picking and handing over, the service receives its own `ShipmentPicked` from the log. A parcel can be stopped
+until then: a request before `ShipmentPicked` in the log is in time, one behind it is too late. All services see the
+same result, because all events of one order arrive in the order of the log.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CARRIER: Final = "Royal Mail"
 
 @shipping.on(OrderCreated)
 async def prepare(event: OrderCreated, connection: AsyncConnection) -> None:
-    """Print the label while stock and payment are looked into."""
+    """Print the label while Inventory and Payment do their part."""
     row = {"order_id": event.order_id, "state": State.PREPARED, "country": event.country}
     await connection.execute(insert(shipments).values(row))
 
@@ -49,7 +49,7 @@ async def pick(event: OrderConfirmed, context: Context, connection: AsyncConnect
 
 @shipping.on(ShipmentPicked)
 async def hand_over(event: ShipmentPicked, context: Context, connection: AsyncConnection) -> None:
-    """Give it to the carrier, unless it was stopped since."""
+    """Give the parcel to the carrier, unless it was stopped."""
     if await _move(connection, event.order_id, State.DISPATCHED):
         tracking = f"TD{crc32(event.order_id.encode()):010d}GB"
         dispatched = ShipmentDispatched(order_id=event.order_id, carrier=CARRIER, tracking=tracking)
@@ -60,13 +60,13 @@ async def hand_over(event: ShipmentPicked, context: Context, connection: AsyncCo
 async def stop(
     event: OrderCancellationRequested | OrderCancelled, context: Context, connection: AsyncConnection
 ) -> None:
-    """Keep the parcel here, if it still is. If not, `ShipmentDispatched` is in the log already and is the answer."""
+    """Stop the parcel if it is still here. If not, `ShipmentDispatched` is in the log already."""
     if await _move(connection, event.order_id, State.STOPPED):
         _tell(context, event.order_id, ShipmentStopped(order_id=event.order_id), "stopped before it was handed over")
 
 
 async def _move(connection: AsyncConnection, order_id: str, to: State) -> bool:
-    """Whether the parcel was where it must be for this move, and has made it."""
+    """Make a move. Return False if the parcel's state does not allow it; then nothing was changed."""
     legal = (shipments.c.order_id == order_id) & shipments.c.state.in_(BEFORE[to])
     moved = await connection.execute(update(shipments).where(legal).values(state=to))
     return moved.rowcount == 1

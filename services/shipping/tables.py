@@ -1,4 +1,4 @@
-"""Shipping's own table, and the only moves that a shipment can make."""
+"""Shipping's own table, and the moves that a shipment can make."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["BEFORE", "State", "metadata", "shipments"]
 
 
 class State(StrEnum):
-    """Where a parcel is."""
+    """The state of a parcel."""
 
     PREPARED = "prepared"
-    """Its label is printed; the order may still fail."""
+    """The label is printed. The order may still be cancelled."""
     PICKED = "picked"
     """Packed, waiting for the carrier."""
     DISPATCHED = "dispatched"
@@ -26,7 +26,7 @@ BEFORE: Final = {
     State.DISPATCHED: (State.PICKED,),
     State.STOPPED: (State.PREPARED, State.PICKED),
 }
-"""From where each state can be reached. Two are ends: no parcel is ever both dispatched and stopped."""
+"""State to those from which it can be reached. No parcel is ever both dispatched and stopped."""
 
 metadata = MetaData()
 

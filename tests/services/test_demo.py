@@ -91,7 +91,7 @@ async def test_five_days_of_real_orders_and_a_second_run_that_does_nothing_twice
     proves_its_invariants(second)
     assert "Continues an earlier run" in second.text
     assert "0 orders imported" in second.text
-    assert "423 were there already" in second.text
+    assert "423 existed already" in second.text
     assert "from 3 sales there to 6, £75.00" in second.text
     assert "Stock: 0 of 1,958 articles received now" in second.text
     on_hand = r"^Stock: ([\d,]+) pieces on hand"
@@ -115,7 +115,7 @@ async def test_a_run_that_was_stopped_in_the_middle_is_continued_by_the_next(
         assert "Traceback" not in stopped.text
     continued = await run(tmp_path / "demo", data=few)
     proves_its_invariants(continued)
-    there = continued.number(r"(\d+) were there already")
+    there = continued.number(r"(\d+) existed already")
     assert there > 0
     assert continued.number(r"^(\d+) orders imported") + there == continued.number(r"Importing (\d+) orders")
 

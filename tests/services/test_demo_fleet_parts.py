@@ -129,15 +129,15 @@ def test_good_effects_break_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"moved": {**DONE.moved, "MUG": (18, 0, 2)}}, "each piece came and left once, article by article"),
-        ({"moved": {**DONE.moved, "MUG": (9, 0, 4)}}, "each piece came and left once, article by article"),
-        ({"moved": {"MUG": (9, 0, 2)}}, "each piece came and left once, article by article"),
-        ({"reserved": {"MUG": (2, 0)}}, "what is set aside is promised to somebody"),
+        ({"moved": {**DONE.moved, "MUG": (18, 0, 2)}}, "each piece arrived and left once, article by article"),
+        ({"moved": {**DONE.moved, "MUG": (9, 0, 4)}}, "each piece arrived and left once, article by article"),
+        ({"moved": {"MUG": (9, 0, 2)}}, "each piece arrived and left once, article by article"),
+        ({"reserved": {"MUG": (2, 0)}}, "every reserved piece belongs to an open order"),
         ({"operations": [*DONE.operations, ("order 1", "capture")]}, "the gateway did nothing twice for one order"),
         ({"parcels": {"1": "dispatched"}}, "one parcel per order, dispatched if the log says so"),
         ({"parcels": {"1": "dispatched", "2": "dispatched"}}, "one parcel per order, dispatched if the log says so"),
-        ({"listed": {**DONE.listed, "2": "placed"}}, "Order's list says of every order what the log says"),
-        ({"listed": {"1": "dispatched"}}, "Order's list says of every order what the log says"),
+        ({"listed": {**DONE.listed, "2": "placed"}}, "Order's list agrees with the log about every order"),
+        ({"listed": {"1": "dispatched"}}, "Order's list agrees with the log about every order"),
         ({"sales": 2}, "each sale and each refund was counted once"),
     ],
 )
@@ -146,7 +146,7 @@ def test_an_effect_that_is_missing_or_was_repeated_is_found(change: dict[str, An
 
 
 def test_an_event_that_was_said_twice_is_found_but_a_customer_may_ask_again() -> None:
-    assert broken(read(*LOG, LOG[-2]), DONE) == {"no service said the same of an order twice"}
+    assert broken(read(*LOG, LOG[-2]), DONE) == {"no event of an order occurs twice"}
     asked = ("OrderCancellationRequested", {"order_id": "1"}), ("OrderCancellationRefused", {"order_id": "1"})
     assert broken(read(*LOG[:-1], *asked, *asked, LOG[-1]), DONE) == set()
 

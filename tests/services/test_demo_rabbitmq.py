@@ -141,7 +141,7 @@ async def test_real_orders_through_killed_processes_a_restarted_broker_and_a_del
     assert text.count("All processes were ready") == len(ACTS)
     assert re.search(r"Events wait: [1-9]\d* for inventory and [1-9]\d* for payment", text)
     assert re.search(r"deleted with [1-9]\d* messages, which are lost", text)
-    assert re.search(r"^All 61 orders were answered.* [1-9]\d* requests had to be made again", text, re.MULTILINE)
+    assert re.search(r"^All 61 orders were answered.* [1-9]\d* requests had to be repeated", text, re.MULTILINE)
     equal = {"orders": "61", "lines": "1,003", "returns": "3", "gross value": "£24,681.50", "payment declines": "5"}
     for what, number in equal.items():
         assert re.search(rf"^{what} +{number} +{number}  equal$", text, re.MULTILINE), text

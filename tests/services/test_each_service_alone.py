@@ -130,7 +130,7 @@ async def test_goods_that_leave_without_being_set_aside_are_never_swallowed(open
         await alone.tell(inventory, wanted("1", CUP=9), inventory_hears.ShipmentDispatched(order_id="1"))
         alone.expects_dead = True
         (reason,) = await alone.reasons()
-        assert reason == "Contradiction: order 1 left the house, but nothing is set aside for it; look at its log"
+        assert reason == "Contradiction: order 1 was shipped, but nothing is reserved for it; look at its events"
 
 
 async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(open_shop: OpenShop) -> None:

@@ -116,7 +116,7 @@ async def test_a_log_that_does_not_answer_is_asked_again_with_the_same_key(
         monkeypatch.setattr(orders.running_now, "store", AnswersOnce(at.shop.runtime.store))
         answer = await at.place("a-key")
         said = problem(answer, 503, "unavailable")
-        assert "may be placed or not. Ask again with the same key" in said["detail"]
+        assert "may or may not be placed. Repeat the request with the same key" in said["detail"]
         assert "secret" not in answer.text
         assert int(answer.headers["Retry-After"]) > 0
         again = await at.place("a-key")

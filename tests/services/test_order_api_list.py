@@ -150,7 +150,7 @@ async def test_a_database_that_does_not_answer_is_no_fault_of_the_caller(
         with monkeypatch.context() as broken:
             broken.setattr(orders.running_now.database, "reading", unavailable)
             answer = await at.http.get("/orders")
-            assert problem(answer, 503, "unavailable")["detail"].endswith("Ask again.")
+            assert problem(answer, 503, "unavailable")["detail"].endswith("Repeat the request.")
             assert "secret" not in answer.text
             assert (await at.place()).status_code == 201, "an order does not need the list"
 

@@ -127,5 +127,5 @@ def test_pence_and_pounds_are_exact_in_both_directions(amount: int) -> None:
 def test_half_a_penny_goes_up_and_is_never_lost_in_silence() -> None:
     assert to_the_penny(Decimal("0.125")) == Decimal("0.13")
     assert to_the_penny(3 * Decimal("0.1")) == Decimal("0.30")
-    with pytest.raises(ValueError, match="no whole number of pence"):
+    with pytest.raises(ValueError, match="not a whole number of pence"):
         pence(Decimal("0.125"))

@@ -1,5 +1,5 @@
-"""What proves a system right: conformance suites for stores and buses (they need pytest), brokers and databases to
-run them on, and the simulation.
+"""Tools for tests: conformance suites for stores and buses (which need pytest), servers to run them on, and the
+simulation.
 
 Its modules `bus_conformance`, `store_conformance`, `brokers`, `databases` and `simulation` are public; others are
 internal.
@@ -12,5 +12,5 @@ import sys
 if "pytest" in sys.modules:
     import pytest
 
-    # Before the suites are imported, so that a failing assertion of theirs shows its values in any project.
+    # Before the suites are imported, so that their failing assertions show values in any project.
     pytest.register_assert_rewrite("tidings.testing.bus_conformance", "tidings.testing.store_conformance")

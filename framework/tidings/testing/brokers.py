@@ -1,8 +1,9 @@
-"""A RabbitMQ for tests: one that is named, installed or in Docker, in this order. Ends only what it started.
+"""A RabbitMQ for tests: named by a variable, installed, or in Docker, in this order. It ends only what it started.
 
 `rabbitmq_for_tests()` looks for `TIDINGS_TEST_AMQP` (a URL; tests then share its vhost), an installed `rabbitmq-server`
 (started by `deploy/local/rabbitmq`, the script that users run, so it needs a checkout), and Docker (through
-testcontainers, where an engine answers). With none of them tests are skipped, loudly; with `CI=true` they fail.
+testcontainers, where an engine answers). Without any of them, tests are skipped with the reason; with
+`CI=true` they fail.
 """
 
 from __future__ import annotations
@@ -35,36 +36,36 @@ class RabbitMQ(Protocol):
     """A broker that tests share."""
 
     def isolated(self) -> AbstractAsyncContextManager[str]:
-        """The URL of a place without queues, for one test."""
+        """Yield the URL of a place without queues, for one test."""
         ...
 
 
 class RabbitMQNode(LocalServer):
-    """A node of this machine, started by `deploy/local/rabbitmq` (some 5 s); `settings` are lines for rabbitmq.conf, as
-    `{"max_message_size": "65536"}`, and `url` has the vhost `/`."""
+    """A node on this machine, started by `deploy/local/rabbitmq` (about 5 s). `settings` are lines for rabbitmq.conf,
+    such as `{"max_message_size": "65536"}`; `url` names the vhost `/`."""
 
     product = "rabbitmq"
     _nodes: int = 1
 
     def kill(self) -> None:
-        """SIGKILL: connections break, no message is flushed.
+        """Kill the node with SIGKILL: connections break, and no message is flushed.
 
-        Only the register of queues is, because RabbitMQ 3.10 writes that some time after a queue was declared: one that
-        was made moments before the kill would come back without a leader, and confirm nothing for ever.
+        Only the register of queues is flushed first, because RabbitMQ 3.10 writes it some time after a queue was
+        declared. A queue that was declared just before the kill would come back without a leader and confirm nothing.
         """
         self.eval("[dets:sync(Table) || Table <- dets:all()]")
         super().kill()
 
     def rabbitmqctl(self, *arguments: str) -> str:
-        """Its output. Takes about half a second; raises `subprocess.CalledProcessError`."""
+        """Run `rabbitmqctl` (about half a second) and return its output. Raises `subprocess.CalledProcessError`."""
         return self._run("ctl", *arguments)
 
     def eval(self, code: str) -> str:
-        """Erlang code on the node, in milliseconds."""
+        """Evaluate Erlang code on the node, within milliseconds, and return the output."""
         return self._run("eval", code)
 
     def add_vhost(self) -> str:
-        """A new vhost's URL."""
+        """Create a vhost and return its URL."""
         name = f"test{next(_NUMBERS)}"
         rights = ", ".join(['<<".*">>'] * 3)
         self.eval(
@@ -74,12 +75,12 @@ class RabbitMQNode(LocalServer):
         return self.url + name
 
     def delete_vhost(self, url: str) -> None:
-        """Delete what `add_vhost` made; connections to it are closed."""
+        """Delete a vhost made by `add_vhost`, and close the connections to it."""
         self.eval(f'rabbit_vhost:delete(<<"{urlsplit(url).path[1:]}">>, <<"test">>)')
 
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:
-        """The URL of a vhost for one test. A test that fails may leave the node stopped or paused: that is mended."""
+        """Yield the URL of a vhost for one test. If an earlier test left the node stopped or paused, start it again."""
         await asyncio.to_thread(self.mend)
         url = await asyncio.to_thread(self.add_vhost)
         try:
@@ -95,19 +96,19 @@ class RabbitMQNode(LocalServer):
 
 
 class RabbitMQCluster(RabbitMQNode):
-    """Three nodes as one cluster: what `RabbitMQNode` does to its node is done to all of them, `eval` and `rabbitmqctl`
-    on one that lives. `url` names every node."""
+    """Three nodes as one cluster. Methods of `RabbitMQNode` act on all of them, `eval` and `rabbitmqctl` on one that
+    is alive. `url` names every node."""
 
     _nodes = 3
 
     def kill_node(self, number: int) -> None:
-        """SIGKILL to node 1, 2 or 3 alone; `start` starts it again. See `kill` for what is flushed before."""
+        """Kill node 1, 2 or 3 alone with SIGKILL; `start` starts it again. See `kill` for what is flushed first."""
         self._run("eval", f"--node={number}", "[dets:sync(Table) || Table <- dets:all()]")
         self._run("down", "--kill", f"--node={number}")
 
     def cut_off(self, number: int) -> None:
-        """A network partition: node 1, 2 or 3 cannot reach the others, nor they it; clients can reach each of them. It
-        finds itself in the minority, and pauses. They are told cookies that do not fit, and disconnected."""
+        """Simulate a network partition: node 1, 2 or 3 and the others cannot reach each other, but clients can reach
+        all of them. The node finds itself in the minority and pauses. (The nodes get cookies that do not match.)"""
         code = (
             "Others = nodes(), "
             "[rpc:call(Node, erlang, set_cookie, [node(), cut_off]) || Node <- Others], "
@@ -116,20 +117,20 @@ class RabbitMQCluster(RabbitMQNode):
         self._run("eval", f"--node={number}", code)
 
     def let_back(self) -> None:
-        """End what `cut_off` did; returns when every node accepts connections."""
+        """Undo `cut_off`. Returns when every node accepts connections."""
         code = "[erlang:set_cookie(Node, erlang:get_cookie()) || Node <- rabbit_mnesia:cluster_nodes(all)]"
         for number in range(1, self._nodes + 1):
             self._run("eval", f"--node={number}", code)
         self.start()
 
     def leader_of(self, queue: str, url: str) -> int:
-        """The number of the node that leads a quorum queue in the vhost of `url`."""
+        """Return the number of the node that leads a quorum queue in the vhost of `url`."""
         members, leader = self._raft(queue, url)
         assert leader in members
         return leader
 
     def members_of(self, queue: str, url: str) -> list[int]:
-        """The numbers of the nodes that hold a quorum queue in the vhost of `url`, as the queue itself has it."""
+        """Return the numbers of the nodes that hold a quorum queue in the vhost of `url`, as the queue itself says."""
         return sorted(self._raft(queue, url)[0])
 
     def _raft(self, queue: str, url: str) -> tuple[list[int], int]:
@@ -140,8 +141,8 @@ class RabbitMQCluster(RabbitMQNode):
 
 
 class _Named:
-    """A vhost of somebody else's broker, which was empty when the first test came: that one leaves a mark, and only a
-    vhost with the mark is cleared of Tidings' exchange around each test."""
+    """A vhost of a broker that is not ours. It must be empty at the first test, which leaves a mark in it; only a vhost
+    with that mark is cleared of Tidings' exchange around each test."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -155,8 +156,8 @@ class _Named:
             await self._clear()
 
     async def _clear(self) -> None:
-        """Queues of earlier tests stay, but nothing is bound to them any more."""
-        from pamqp import commands  # here, because only the extra `rabbitmq` brings it
+        """Delete the exchanges. Queues of earlier tests stay, but nothing is bound to them any more."""
+        from pamqp import commands  # here, because only the extra `rabbitmq` installs it
 
         from tidings.buses.rabbitmq.bus import address_of
         from tidings.buses.rabbitmq.connection import Connection
@@ -181,11 +182,11 @@ class _Named:
 
 
 _MARK: Final = "tidings-tests"
-"""An exchange that says: this vhost is for tests."""
+"""Name of an exchange that marks a vhost as one for tests."""
 
 
 async def _has(connection: Any, exchange: str) -> bool:
-    """Is there such an exchange? It makes none."""
+    """Return whether the exchange exists. It creates none."""
     from pamqp import commands
 
     from tidings.buses.rabbitmq.channel import ChannelClosed
@@ -201,7 +202,7 @@ async def _has(connection: Any, exchange: str) -> bool:
 
 
 def _container() -> Any:
-    """A started container, or None without testcontainers or an engine that answers."""
+    """Start a container. Return None without testcontainers or a Docker engine that answers."""
     try:
         from testcontainers.rabbitmq import RabbitMqContainer
     except ImportError:
@@ -216,7 +217,7 @@ def _installed() -> bool:
 
 @contextmanager
 def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
-    """The broker that a test session shares; skips (in CI: fails) the tests that ask for it when there is none."""
+    """Yield the broker that a test session shares. Without one, tests that ask for it are skipped (in CI: fail)."""
     if named := os.environ.get("TIDINGS_TEST_AMQP"):
         yield _Named(named)
     elif _installed():
@@ -239,7 +240,7 @@ def _installed_or_missing() -> None:
 
 @contextmanager
 def node_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQNode]:
-    """A node that a test may harm; skips (in CI: fails) where none can be started."""
+    """Yield a node that a test may harm. Skips (in CI: fails) if none can be started."""
     _installed_or_missing()
     with RabbitMQNode(settings) as node:
         yield node
@@ -247,7 +248,7 @@ def node_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[Rabbit
 
 @contextmanager
 def cluster_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQCluster]:
-    """Three nodes that a test may harm (some 20 s, 400 MB); skips (in CI: fails) where none can be started."""
+    """Yield three nodes that a test may harm (about 20 s, 400 MB). Skips (in CI: fails) if they cannot be started."""
     _installed_or_missing()
     with RabbitMQCluster(settings) as cluster:
         yield cluster

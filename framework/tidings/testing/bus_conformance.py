@@ -1,6 +1,6 @@
-"""What every event bus must do: a suite that knows the port and nothing else. Each test's name is the rule.
+"""The conformance suite of event buses. It knows the port and nothing else; each test's name is the rule.
 
-An adapter runs it by deriving a class and saying what its environment is:
+To run it for an adapter, derive a class and override its environment:
 
     class TestMyBus(BusConformance):
         @pytest.fixture
@@ -31,33 +31,33 @@ __all__ = ["LOG", "BusConformance", "BusEnvironment", "event", "events", "send_a
 LOG: Final = UUID("6f9d2c5e-0000-4000-8000-000000000001")
 WINDOW: Final = 256
 PATIENCE: Final = 20.0
-"""Seconds until a wait counts as a hang."""
+"""Seconds after which a wait counts as a hang."""
 QUIET: Final = 0.25
-"""Seconds in which nothing may come where nothing is due."""
+"""Seconds during which no message may arrive when none is due."""
 
 
 class BusEnvironment(Protocol):
-    """What the suite needs beside the port: the bus as another process would open it, and ways to harm it."""
+    """What the suite needs besides the port: the bus as another process would open it, and ways to harm it."""
 
     def open(self) -> AbstractAsyncContextManager[EventBus]:
-        """Another bus on the same broker."""
+        """Open another bus on the same broker."""
         ...
 
     async def delete_queue(self, name: str) -> None:
-        """As an operator would; harmless when there is none."""
+        """Delete a queue as an operator would. Harmless if there is none."""
         ...
 
     async def drop_connections(self) -> None:
-        """Cut all connections of all buses opened here, without a word."""
+        """Cut all connections of all buses that were opened here, without closing them."""
         ...
 
     async def occupy(self, name: str) -> None:
-        """Make a queue of that name with other properties than Tidings needs."""
+        """Create a queue of that name with other properties than Tidings needs."""
         ...
 
 
 def event(number: int, stream: str = "order-1", data: bytes = b'{"n": 1}', metadata: bytes = b"") -> Message:
-    """The message of the event at position `number`, as the relay sends it."""
+    """Return the message of the event at position `number`, as the relay sends it."""
     recorded = RecordedEvent(
         position=number,
         stream=stream,
@@ -73,11 +73,12 @@ def event(number: int, stream: str = "order-1", data: bytes = b'{"n": 1}', metad
 
 
 def events(count: int) -> list[Message]:
+    """Return `count` messages over 50 streams, positions from 1."""
     return [event(number, stream=f"order-{number % 50}") for number in range(1, count + 1)]
 
 
 async def send_all(publisher: Publisher, messages: Sequence[Message], window: int = WINDOW) -> None:
-    """Send in order, at most `window` unconfirmed, as the relay does."""
+    """Send the messages in order, with at most `window` unconfirmed, as the relay does."""
     free = asyncio.Semaphore(window)
 
     async def send(message: Message) -> None:
@@ -93,7 +94,7 @@ async def send_all(publisher: Publisher, messages: Sequence[Message], window: in
 
 
 async def take(consumer: Consumer, count: int) -> list[Delivery]:
-    """The next `count` deliveries, unsettled."""
+    """Return the next `count` deliveries, unsettled."""
     deliveries: list[Delivery] = []
     async with asyncio.timeout(PATIENCE):
         while len(deliveries) < count:
@@ -102,6 +103,7 @@ async def take(consumer: Consumer, count: int) -> list[Delivery]:
 
 
 async def nothing_comes(consumer: Consumer) -> bool:
+    """Return whether no delivery arrives within `QUIET` seconds."""
     try:
         async with asyncio.timeout(QUIET):
             await anext(aiter(consumer))
@@ -111,7 +113,7 @@ async def nothing_comes(consumer: Consumer) -> bool:
 
 
 async def counts(bus: EventBus, subscription: Subscription, *, messages: int, consumers: int) -> None:
-    """Wait until the queue says so: brokers count a little late."""
+    """Wait until the queue reports these numbers: brokers count a little late."""
     async with asyncio.timeout(PATIENCE):
         while True:
             found = (await bus.inspect([subscription]))[1]
@@ -121,18 +123,21 @@ async def counts(bus: EventBus, subscription: Subscription, *, messages: int, co
 
 
 def ids(deliveries: Sequence[Delivery]) -> list[str]:
+    """Return the message ids of deliveries."""
     return [delivery.message.message_id for delivery in deliveries]
 
 
 class BusConformance:
-    """Derive, and override `environment`."""
+    """The suite: derive a class and override `environment`."""
 
     @pytest.fixture
     def environment(self) -> BusEnvironment:
-        raise NotImplementedError("a conformance test says what its environment is")
+        """Override it: the environment of the adapter under test."""
+        raise NotImplementedError("override the fixture `environment` of BusConformance")
 
     @pytest.fixture
     async def bus(self, environment: BusEnvironment) -> AsyncIterator[EventBus]:
+        """The bus under test."""
         async with environment.open() as bus:
             yield bus
 
@@ -543,7 +548,7 @@ class BusConformance:
 
     @pytest.fixture
     async def halves(self, bus: EventBus, environment: BusEnvironment) -> AsyncIterator[list[Subscription]]:
-        """A service in two partitions: buckets 0 to 127, and 128 to 255."""
+        """A service with two partitions: buckets 0 to 127, and 128 to 255."""
         name = f"halves-{secrets.token_hex(4)}"
         parts = [Subscription(name, index, 2) for index in range(2)]
         for part in parts:

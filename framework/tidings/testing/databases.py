@@ -1,9 +1,9 @@
-"""A PostgreSQL for tests: one that is named, installed or in Docker, in this order. Ends and drops only its own.
+"""A PostgreSQL for tests: named by a variable, installed, or in Docker, in this order. It ends and drops only its own.
 
 `postgresql_for_tests()` looks for `TIDINGS_TEST_POSTGRESQL` (a URL whose user may create databases), an installed
 PostgreSQL (started by `deploy/local/postgresql`, the script that users run, so it needs a checkout), and Docker
-(through testcontainers, where an engine answers). With none of them tests are skipped, loudly; with `CI=true` they
-fail.
+(through testcontainers, where an engine answers). Without any of them, tests are skipped with the reason; with
+`CI=true` they fail.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ _REMEDY: Final = (
     "may create databases"
 )
 _SAFE_IN_A_TEST: Final = {"fsync": "off", "full_page_writes": "off", "max_connections": "200", "shared_buffers": "16MB"}
-"""The machine does not lose its power in a test that could tell; whoever kills the server asks for another one."""
+"""Settings that make a server fast and unsafe against a loss of power. A test that kills its server uses others."""
 
 
 class PostgreSQL(Protocol):
     """A server that tests share."""
 
     def isolated(self) -> AbstractAsyncContextManager[str]:
-        """The URL of a database without tables, for one test. It is dropped afterwards, and with it every other one
-        whose name begins with its name."""
+        """Yield the URL of a database without tables, for one test. Afterwards it is dropped, together with every
+        database whose name begins with its name."""
         ...
 
 
 class PostgreSQLServer(LocalServer):
-    """Of this machine, started by `deploy/local/postgresql` (some 2 s); `settings` are lines for postgresql.conf, and
-    `url` names a database that stays empty."""
+    """A server on this machine, started by `deploy/local/postgresql` (about 2 s). `settings` are lines for
+    postgresql.conf; `url` names a database that stays empty."""
 
     product = "postgresql"
-    at_the_end = ()  # killed, it would leave its shared memory
+    at_the_end = ()  # if it were killed, it would leave its shared memory behind
 
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:
-        """As of `PostgreSQL`. A test that fails may leave the server stopped or paused: that is mended."""
+        """See `PostgreSQL.isolated`. If an earlier test left the server stopped or paused, start it again."""
         self.mend()
         async with _isolated(self.url) as url:
             try:
@@ -66,7 +66,7 @@ class PostgreSQLServer(LocalServer):
 
 
 class _Named:
-    """A server of somebody else."""
+    """A server that is not ours."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -76,17 +76,17 @@ class _Named:
 
 
 async def create_database(server: str, name: str) -> None:
-    """On the server of this URL; nothing happens where it is there already."""
-    import asyncpg  # here, because only the extra `postgresql` brings it
+    """Create a database on the server of this URL, unless it exists."""
+    import asyncpg  # here, because only the extra `postgresql` installs it
 
     async with _connected(server) as connection:
-        # It is there; it is just being made.
+        # It exists, or another process creates it at this moment.
         with suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
             await connection.execute(f'CREATE DATABASE "{name}"')
 
 
 async def drop_databases(server: str, prefix: str) -> None:
-    """Those whose names begin so, whoever is connected to them."""
+    """Drop the databases whose names begin with `prefix`, even if somebody is connected to them."""
     async with _connected(server) as connection:
         for row in await connection.fetch("SELECT datname FROM pg_database WHERE starts_with(datname, $1)", prefix):
             await connection.execute(f'DROP DATABASE IF EXISTS "{row[0]}" WITH (FORCE)')
@@ -121,7 +121,7 @@ def _installed() -> bool:
 
 
 def _container() -> Any:
-    """A started container, or None without testcontainers or an engine that answers."""
+    """Start a container. Return None without testcontainers or a Docker engine that answers."""
     try:
         from testcontainers.postgres import PostgresContainer
     except ImportError:
@@ -131,7 +131,7 @@ def _container() -> Any:
 
 @contextmanager
 def postgresql_for_tests() -> Iterator[PostgreSQL]:
-    """The server that a test session shares; skips (in CI: fails) the tests that ask for it when there is none."""
+    """Yield the server that a test session shares. Without one, tests that ask for it are skipped (in CI: fail)."""
     if named := os.environ.get("TIDINGS_TEST_POSTGRESQL"):
         yield _Named(named)
     elif _installed():
@@ -148,7 +148,7 @@ def postgresql_for_tests() -> Iterator[PostgreSQL]:
 
 @contextmanager
 def server_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[PostgreSQLServer]:
-    """A server that a test may harm; skips (in CI: fails) where none can be started."""
+    """Yield a server that a test may harm. Skips (in CI: fails) if none can be started."""
     if not _installed():
         missing("no PostgreSQL is installed, so none can be killed: apt-get install postgresql")
     with PostgreSQLServer(settings) as server:

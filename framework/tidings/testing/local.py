@@ -1,6 +1,6 @@
-"""A server of this machine for tests, started by a script of `deploy/local`; how one is found, or missed loudly.
+"""A server on this machine for tests, started by a script of `deploy/local`, and what to do if there is none.
 
-It knows no product. What it started it ends, even when the tests are killed; it touches nothing else.
+It knows no product. It ends the server that it started, even when the tests are killed, and touches nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SCRIPTS: Final = Path(__file__).parents[3] / "deploy" / "local"
 
 
 def script_of(product: str) -> Path | None:
-    """`deploy/local/PRODUCT`, in a checkout."""
+    """Return `deploy/local/PRODUCT`, or None outside a checkout."""
     script = _SCRIPTS / product
     return script if script.exists() else None
 
@@ -35,26 +35,26 @@ def missing(reason: str) -> NoReturn:
 
 
 def docker_answers() -> bool:
-    """Whether an engine is there to start containers."""
+    """Return whether a Docker engine answers."""
     if shutil.which("docker") is None:
         return False
     return subprocess.run(["docker", "info"], capture_output=True, timeout=20, check=False).returncode == 0
 
 
 class LocalServer:
-    """For one test session or for tests that harm it.
+    """A server for one test session, or for tests that harm it.
 
-    Every method blocks until it is done; in an event loop that must go on, use `await asyncio.to_thread(node.restart)`.
-    A guard process ends it even if the tests are killed.
+    Every method blocks until it is done. If an event loop must go on, use `await asyncio.to_thread(node.restart)`. A
+    guard process ends the server even if the tests are killed.
     """
 
     product: str
+    """Name of its script in `deploy/local`."""
     at_the_end: tuple[str, ...] = ("--kill",)
-    """How `close` ends it: the quickest way that leaves nothing behind."""
-    """Its script in `deploy/local`."""
+    """Options of `down` for `close`: the quickest way that leaves nothing behind."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
-        """`settings` are lines for its configuration."""
+        """Prepare a server. `settings` are lines for its configuration."""
         script = script_of(self.product)
         if script is None:
             raise FileNotFoundError(
@@ -63,14 +63,14 @@ class LocalServer:
         self._command = [sys.executable, str(script)]
         self._settings = [f"--set={name}={value}" for name, value in (settings or {}).items()]
         self.folder = tempfile.mkdtemp(prefix=f"tidings-{self.product}-")
-        """`TIDINGS_LOCAL` for whoever calls the script itself."""
+        """The value of `TIDINGS_LOCAL` for a caller of the script."""
         self._guard: subprocess.Popen[bytes] | None = None
         self._runs = self._paused = False
         self.url = ""
-        """Stays the same over stops and starts."""
+        """The server's URL. Stopping and starting does not change it."""
 
     def start(self) -> None:
-        """Start it, or start it again with its data; returns when it accepts connections."""
+        """Start it, or start it again with its data. Returns when it accepts connections."""
         if self._guard is None:
             self._guard = subprocess.Popen(
                 [*self._command, "guard"], env=self._env(), stdin=subprocess.PIPE, start_new_session=True
@@ -80,39 +80,39 @@ class LocalServer:
         self._runs = True
 
     def stop(self) -> None:
-        """Stop it in good order; connections are closed with a word of why."""
+        """Stop it cleanly: it closes connections with a reason."""
         self._runs = False
         self._run("down")
 
     def kill(self) -> None:
-        """SIGKILL: connections break, and nothing is flushed."""
+        """Kill it with SIGKILL: connections break, and nothing is flushed."""
         self._runs = False
         self._run("down", "--kill")
 
     def restart(self) -> None:
-        """`stop`, then `start`."""
+        """Stop it cleanly and start it again."""
         self.stop()
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers."""
+        """Pause it with SIGSTOP: connections stay open, and nothing answers."""
         self._paused = True
         self._run("pause")
 
     def resume(self) -> None:
-        """SIGCONT after `pause`."""
+        """Continue after `pause`, with SIGCONT."""
         self._run("resume")
         self._paused = False
 
     def mend(self) -> None:
-        """A test that failed may leave it stopped or paused: it runs again."""
+        """Make it run again if a failed test left it stopped or paused."""
         if self._paused:
             self.resume()
         if not self._runs:
             self.start()
 
     def close(self) -> None:
-        """End it and forget its data."""
+        """End it and delete its data."""
         if self._guard is not None:
             self._run("down", *self.at_the_end)
             self._guard.communicate()
@@ -131,7 +131,7 @@ class LocalServer:
         self.close()
 
     def _size(self) -> list[str]:
-        """More arguments of `up`."""
+        """Return further arguments of `up`."""
         return []
 
     def _env(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The rules of `tidings.stores.EventStore` as tests that any adapter can run. It knows no adapter.
+"""The conformance suite of event stores: the rules of `tidings.stores.EventStore` as tests. It knows no adapter.
 
     class TestMyStore(StoreConformance):
         @pytest.fixture
@@ -6,9 +6,9 @@
             async with open_store("mine://...") as store:
                 yield store
 
-The store may be shared and far from empty: every test uses streams of its own, and positions that the store gave.
-Needs pytest-asyncio. What EventStoreDB 24.2 answered is recorded in the project's oracle; each of its cases on
-appending, reading, metadata, deletion and catch-up subscriptions is here, by the rule that it shows.
+The store may be shared and need not be empty: every test uses streams of its own, and positions that the store
+returned. The suite needs pytest-asyncio. It covers every recorded case of EventStoreDB 24.2 on appending, reading,
+metadata, deletion and catch-up subscriptions, under the rule that the case shows.
 """
 
 from __future__ import annotations
@@ -53,37 +53,40 @@ __all__ = ["PATIENCE", "Reopen", "StoreConformance", "event", "events", "eventua
 T = TypeVar("T")
 
 PATIENCE: Final = 20.0
-"""Seconds after which a test gives up waiting for something that must come."""
+"""Seconds for which a test waits for something that must happen."""
 SOFT: Final = 2**63 - 1
 
 Reopen = Callable[[], AbstractAsyncContextManager[EventStore]]
-"""Opens the store of the `store` fixture once more, after the test has closed it."""
+"""Opens the store of the `store` fixture again, after the test has closed it."""
 
 
 def event(number: int = 0, type: str = "Happened") -> EventData:
+    """Make an event whose data holds a number."""
     return EventData(type, json.dumps({"n": number}).encode())
 
 
 def events(*counted: int) -> list[EventData]:
+    """Make one event per number."""
     return [event(number) for number in counted]
 
 
 async def read(store: EventStore, stream: str, **options: Any) -> list[tuple[int, int]]:
-    """The stream as (version, number) pairs."""
+    """Read the stream as (version, number) pairs."""
     return [(found.version, number(found)) async for found in store.read_stream(stream, **options)]
 
 
 def number(found: RecordedEvent) -> int:
+    """Return the number in an event's data."""
     return int(json.loads(found.data)["n"])
 
 
 def numbers(found: list[Any]) -> list[int]:
-    """The numbers of the events among what a subscription gave."""
+    """Return the numbers of the events among the items of a subscription."""
     return [number(item) for item in found if isinstance(item, RecordedEvent)]
 
 
 async def take(source: AsyncIterator[T], until: Callable[[list[T]], bool]) -> list[T]:
-    """What comes, up to when `until` is content with it; the source stays usable."""
+    """Collect items until `until` returns true for them. The source stays usable."""
     got: list[T] = []
     async with asyncio.timeout(PATIENCE):
         while not until(got):
@@ -92,56 +95,61 @@ async def take(source: AsyncIterator[T], until: Callable[[list[T]], bool]) -> li
 
 
 def caught_up(got: list[Any]) -> bool:
+    """Return whether a subscription has said that it caught up, a condition for `take`."""
     return any(isinstance(item, CaughtUp) for item in got)
 
 
 def many(count: int) -> Callable[[list[Any]], bool]:
-    """That many events, whatever else comes between them."""
+    """Return a condition for `take`: this many events, whatever else comes between them."""
     return lambda got: sum(isinstance(item, RecordedEvent) for item in got) >= count
 
 
 def closing(source: AsyncIterator[T]) -> AbstractAsyncContextManager[AsyncIterator[T]]:
-    """Ends a read or subscription at the end of the block."""
+    """Close a read or subscription at the end of the block."""
     return cast("AbstractAsyncContextManager[AsyncIterator[T]]", aclosing(cast("Any", source)))
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until a condition holds, for `PATIENCE` seconds."""
     async with asyncio.timeout(PATIENCE):
         while not await condition():  # noqa: ASYNC110 - what is waited for happens in the store, often in a server
             await asyncio.sleep(0.02)
 
 
 class StoreConformance:
-    """Subclass it and define the fixture `store`; `reopen` and `advance` where the adapter can."""
+    """The suite: derive a class and define the fixture `store`, and `reopen` and `advance` if the adapter can."""
 
     pytestmark = pytest.mark.asyncio
 
     @pytest.fixture
     def store(self) -> Any:
+        """Override it: the open store of the adapter under test."""
         raise NotImplementedError("define an async fixture `store` that yields an open EventStore")
 
     @pytest.fixture
     def empty(self, store: EventStore) -> EventStore:
-        """A store whose log nobody has written to yet; where there is none, the rules hold for any other, too."""
+        """A store with an empty log. If the adapter has none, the rules hold for any other store, too."""
         return store
 
     @pytest.fixture
     def reopen(self) -> Reopen | None:
-        """How to open the same log again; None skips the tests that need it."""
+        """Return a function that opens the same log again. None skips the tests that need it."""
         return None
 
     @pytest.fixture
     def advance(self) -> Callable[[float], None]:
-        """Moves the store's clock by some seconds; where it cannot be moved, the test waits for real time."""
+        """Return a function that moves the store's clock by some seconds. By default, it waits for real time."""
         return lambda seconds: None
 
     @pytest.fixture
     def stream(self) -> str:
+        """The name of a stream that no other test uses."""
         return f"conformance-{uuid4().hex}"
 
     async def refused(
         self, store: EventStore, stream: str, batch: list[EventData], expected: Expected, actual: int
     ) -> None:
+        """Assert that an append is refused and writes nothing."""
         with pytest.raises(WrongExpectedVersion) as refusal:
             await store.append(stream, batch, expected=expected)
         assert (refusal.value.stream, refusal.value.actual) == (stream, actual)
@@ -347,7 +355,7 @@ class StoreConformance:
 
     async def test_repetitions_that_are_under_way_together_write_once(self, store: EventStore, stream: str) -> None:
         for expected in (ANY, NO_STREAM):
-            # Ids of their own: a store remembers of each id only the first stream that it was appended to.
+            # Ids of their own: a store remembers only the first stream of each id.
             name, batch = f"{stream}-{expected.name}", events(0, 1)
             answers = await asyncio.gather(*(store.append(name, batch, expected=expected) for _ in range(8)))
             assert len(set(answers)) == 1
@@ -525,7 +533,7 @@ class StoreConformance:
         await eventually(hidden)
         await store.append(stream, events(9))
         assert (await store.append(stream, [], expected=2)).version == 2
-        # Not seen where the test itself was held up for a second and the clock is real.
+        # Not visible if the test itself was delayed for a second and the clock is real.
         assert await read(store, stream) in ([(2, 9)], [])
 
     async def test_truncation_hides_nothing_of_the_log(self, store: EventStore, stream: str) -> None:
@@ -828,7 +836,7 @@ class StoreConformance:
     async def test_checkpoints_move_where_nothing_matches_and_never_beyond_the_log(
         self, store: EventStore, stream: str
     ) -> None:
-        """The last one may lag behind the end of history, but not behind an event that the filter wants."""
+        """The last checkpoint may lag behind the end of the log, but not behind an event that matches the filter."""
         before = await store.head()
         first = (await store.append(stream, events(0))).position
         await store.append(stream, events(*range(1, 1_000)))
@@ -896,7 +904,7 @@ class StoreConformance:
         assert numbers(told) == [0]
 
     async def in_the_log(self, store: EventStore, told: list[Any]) -> None:
-        """Fail unless every position is one that the log has reached, or -1."""
+        """Assert that the log has reached every position, or that it is -1."""
         head = await store.head()
         assert -1 <= head < 2**63
         for item in told:
@@ -922,7 +930,7 @@ class StoreConformance:
             followers = []
             for writer in range(writers):
                 tasks.create_task(write(writer))
-            # Each begins at another moment of the writing.
+            # Each one begins at another moment while events are written.
             for _ in range(8):
                 followers.append(tasks.create_task(follow(Filter(stream_prefixes=(stream,)))))
                 await asyncio.sleep(0)
@@ -990,7 +998,7 @@ class StoreConformance:
             assert await again.log_id() == identity
             assert await read(again, stream) == [(n, n) for n in range(4)]
             assert await again.get_metadata(stream) == ({"k": 1}, 0)
-            # NO_STREAM and explicit versions are idempotent for ever.
+            # NO_STREAM and explicit versions are idempotent forever.
             assert await again.append(stream, batch, expected=NO_STREAM) == first
             assert await again.append(stream, tail, expected=2) == second
             assert (await again.append(stream, events(4), expected=3)).position > second.position

@@ -1,1 +1,1 @@
-"""The same trade through real processes over RabbitMQ, with faults in the middle, and the proof that none mattered."""
+"""The same trade through real processes over RabbitMQ, with faults on the way, and the proof that none mattered."""

@@ -1,5 +1,5 @@
-"""`python -m services.demo.fleet [--folder DIR] [--data FILE]`: the demo over RabbitMQ; exit status 1 when something is
-wrong, or it cannot be run.
+"""`python -m services.demo.fleet [--folder DIR] [--data FILE]`: the demo over RabbitMQ. Exit status 1 if something is
+wrong, or the demo cannot run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STOPPED = (BrokenFile, BrokerRefused, Died, NotReady, OSError, ShopFailed, Tidin
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status."""
+    """Run the demo. Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m services.demo.fleet", description=perform.__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path("var/demo-rabbitmq"), help="for a folder per run (%(default)s)"

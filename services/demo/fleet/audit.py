@@ -1,7 +1,8 @@
-"""Was anything handled twice, or never? Effects, counted in tables and ledger, against the events that ask for them.
+"""The audit: was any event handled twice, or never? It compares effects in tables and ledger with the events behind
+them.
 
-A watermark says what a service believes; these checks look at what it did. Numbers that are added up (pieces, sales)
-show a repetition by themselves; rows are compared one by one.
+A watermark shows what a service believes; these checks look at what it did. Sums (pieces, sales) reveal a repetition by
+themselves; rows are compared one by one.
 """
 
 from __future__ import annotations
@@ -29,31 +30,31 @@ from services.shipping.tables import shipments
 __all__ = ["Effects", "audit", "read_effects"]
 
 _AGAIN: Final = ("OrderCancellationRequested", "OrderCancellationRefused")
-"""A customer who is refused may ask again."""
+"""Events that may occur more than once per order: a customer who is refused may ask again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What stands in the services' tables and in the gateway's ledger."""
+    """The effects in the services' tables and in the gateway's ledger."""
 
     moved: Mapping[str, tuple[int, int, int]]
     """Pieces received, returned and shipped, by sku."""
     reserved: Mapping[str, tuple[int, int]]
-    """Pieces set aside by sku: on the shelf's account, and in the open reservations."""
+    """Pieces reserved by sku: in the stock table, and in the open reservations."""
     operations: Sequence[tuple[str, str]]
     """Reference and operation of each entry in the gateway's ledger."""
     calls: int
-    """Calls that the gateway received."""
+    """Number of calls to the gateway."""
     parcels: Mapping[str, str]
     """Order id to state."""
     listed: Mapping[str, str]
     """Order id to status, in Order's list."""
     sales: int
-    """Over all countries."""
+    """Sales and pounds over all countries."""
 
 
 async def read_effects(engines: Engines, ledger: Path) -> Effects:
-    """Call it when everything has settled."""
+    """Read the effects. Call it when everything is settled."""
     shelves = await rows_of(engines, inventory, select(stock))
     is_open = reservations.c.state == "reserved"
     held = (
@@ -80,18 +81,20 @@ async def read_effects(engines: Engines, ledger: Path) -> Effects:
 
 
 def audit(log: Reading, done: Effects) -> Iterator[Check]:
-    """Every check, whether it holds or not."""
+    """Return every check, whether it holds or not."""
     events = {key: number for key, number in log.said.items() if key[1] not in _AGAIN}
     twice = [f"{kind} of {order_id}" for (order_id, kind), number in events.items() if number > 1]
-    yield _check("no service said the same of an order twice", f"{len(events):,} events", twice)
+    yield _check("no event of an order occurs twice", f"{len(events):,} events", twice)
 
     asked = log.moved
     wrong = [sku for sku in asked.keys() | done.moved.keys() if asked.get(sku) != done.moved.get(sku, (0, 0, 0))]
     pieces = sum(sum(places) for places in asked.values())
-    yield _check("each piece came and left once, article by article", f"{pieces:,} of {len(asked):,} articles", wrong)
+    yield _check(
+        "each piece arrived and left once, article by article", f"{pieces:,} of {len(asked):,} articles", wrong
+    )
 
     wrong = [sku for sku, (shelf, promised) in done.reserved.items() if shelf != promised]
-    yield _check("what is set aside is promised to somebody", f"{sum(n for n, _ in done.reserved.values())}", wrong)
+    yield _check("every reserved piece belongs to an open order", f"{sum(n for n, _ in done.reserved.values())}", wrong)
 
     repeated = [f"{what} of {whose}" for (whose, what), number in Counter(done.operations).items() if number > 1]
     numbers = f"{len(done.operations):,} effects of {done.calls:,} calls"
@@ -102,7 +105,7 @@ def audit(log: Reading, done: Effects) -> Iterator[Check]:
     yield _check("one parcel per order, dispatched if the log says so", f"{len(done.parcels)} parcels", wrong)
 
     wrong = [order_id for order_id in log.states.keys() | done.listed.keys() if not _same(log, done, order_id)]
-    yield _check("Order's list says of every order what the log says", f"{len(done.listed)} orders", wrong)
+    yield _check("Order's list agrees with the log about every order", f"{len(done.listed)} orders", wrong)
 
     kinds = Counter(kind for (_, kind), number in log.said.items() for _ in range(number))
     expected = kinds["PaymentCaptured"] - kinds["PaymentRefunded"]

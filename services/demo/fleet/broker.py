@@ -1,4 +1,4 @@
-"""A RabbitMQ of the demo's own, through `deploy/local/rabbitmq`, the script that users run. It touches no other."""
+"""The demo's own RabbitMQ, run by `deploy/local/rabbitmq`, the script that users run. It touches no other."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ _DELETED: Final = re.compile(r"with (\d+) ready messages?")
 
 
 class BrokerRefused(Exception):
-    """What the script said when it could not do it."""
+    """The script failed; the text is what it printed."""
 
 
 class Broker:
-    """Obtain one with `broker`."""
+    """A RabbitMQ for the demo. Get one from `broker`."""
 
     def __init__(self, folder: Path) -> None:
         self._env = os.environ | {"TIDINGS_LOCAL": str(folder)}
         self.url = ""
-        """For TIDINGS_BUS; stays the same over a restart."""
+        """The value of TIDINGS_BUS. A restart does not change it."""
 
     async def up(self) -> None:
-        """Start it, or start it again with its data; returns when it accepts connections."""
+        """Start it, or start it again with its data. Returns when it accepts connections."""
         port = [] if self.url else ["--port=0"]
         self.url = (await self.run("up", "--nodes=1", *port)).splitlines()[-1]
 
     async def down(self) -> None:
-        """Stop it in good order."""
+        """Stop it cleanly."""
         await self.run("down")
 
     async def delete(self, queue: str) -> int:
-        """Delete a queue with everything in it; how many messages were."""
+        """Delete a queue. Return the number of messages that were in it."""
         said = await self.run("ctl", "delete_queue", queue)
         found = _DELETED.search(said)
         return int(found[1]) if found else 0
 
     async def run(self, *arguments: str) -> str:
-        """What the script says to these arguments: `pause`, `eval CODE`, ... Raises `BrokerRefused`."""
-        # In a session of its own, because Ctrl-C is for the demo, which then ends what the script has begun.
+        """Run the script with these arguments (`pause`, `eval CODE`, ...). Return its output. Raises
+        `BrokerRefused`."""
+        # In a session of its own, because Ctrl-C is for the demo, which then stops what the script has started.
         script = await asyncio.create_subprocess_exec(
             *(sys.executable, str(SCRIPT), *arguments),
             env=self._env,
@@ -65,7 +66,7 @@ class Broker:
         return out.decode(errors="replace")
 
     def guard(self) -> subprocess.Popen[bytes]:
-        """A process that ends the broker when its standard input ends: when this process does, at the latest."""
+        """Start a process that stops the broker when its standard input ends, at the latest when this process ends."""
         return subprocess.Popen(
             [sys.executable, str(SCRIPT), "guard"], env=self._env, stdin=subprocess.PIPE, start_new_session=True
         )
@@ -73,7 +74,7 @@ class Broker:
 
 @asynccontextmanager
 async def broker(folder: Path) -> AsyncIterator[Broker]:
-    """A running broker that keeps everything in `folder`; leaving ends it. Raises `BrokerRefused`."""
+    """Run a broker with its files in `folder` for the duration of the block. Raises `BrokerRefused`."""
     found = Broker(folder)
     guard = found.guard()
     try:

@@ -1,7 +1,7 @@
-"""Two logs of the same trade side by side: do they tell of the same orders? Pure.
+"""Compares two logs of the same trade: do they have the same orders? Pure.
 
-What depends on who was faster (whether the goods sufficed, whether a parcel could still be stopped) may differ between
-two runs of any kind. What was ordered and returned, and whose bank said no, may not.
+Results of a race (were there enough goods, could a parcel still be stopped) may differ between any two runs. Orders,
+returns and declined payments may not.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ NAMED: Final = 3
 
 
 class Line(NamedTuple):
-    """One number of the trade, in both logs."""
+    """One number, in both logs."""
 
     what: str
     embedded: str
     fleet: str
     difference: str
-    """Empty when they are equal: not only in number, but one by one."""
+    """The first differences; empty if the logs are equal in every single item, not only in number."""
 
 
 def compare(embedded: Reading, fleet: Reading, number_of: Callable[[str], str]) -> list[Line]:
-    """`number_of` gives the invoice of an order in `fleet`; in `embedded` it is the order's id."""
+    """Compare the logs. `number_of` returns the invoice of an order in `fleet`; in `embedded` it is the order's id."""
     ours = {order_id: order_id for order_id in embedded.baskets}
     theirs = {order_id: number_of(order_id) for order_id in fleet.baskets}
 

@@ -1,4 +1,4 @@
-"""The demo over RabbitMQ, act by act. Each run has a folder of its own; nothing of it runs when it is over."""
+"""The demo over RabbitMQ, act by act. Each run has its own folder and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ __all__ = ["TooFew", "perform"]
 
 
 class TooFew(Exception):
-    """The file has not enough invoices for all faults."""
+    """The file has too few invoices for all faults."""
 
 
 async def perform(folder: Path, data: Path, screen: Screen) -> bool:
-    """Real orders through real processes, with faults; whether everything is as in a run without any.
+    """Send real orders through real processes, with faults. Return whether the result equals that of a run without
+    faults.
 
     Raises `BrokenFile`, `TooFew`, `BrokerRefused`, `Died`, `NotReady`, `ShopFailed`, `TimeoutError`, Tidings' errors.
     """
@@ -66,13 +67,13 @@ async def perform(folder: Path, data: Path, screen: Screen) -> bool:
 
 
 async def _rehearse(folder: Path, data: Path, screen: Screen) -> Reading:
-    """The same orders through the same services in this process, to compare with."""
+    """Send the same orders through the same services in this process, for comparison."""
     os.environ["PAYMENT_LEDGER"] = str(ledger(folder))
     began = time.monotonic()
     async with open_store(f"sqlite:///{await rehearse(folder, data, Screen(Console(file=StringIO())))}") as store:
         reading = await read_log(store)
     seconds = time.monotonic() - began
-    screen.line(f"To compare with, first without any server: {len(reading.baskets)} orders, in {seconds:.1f} s.")
+    screen.line(f"For comparison, first without any server: {len(reading.baskets)} orders, in {seconds:.1f} s.")
     return reading
 
 
@@ -106,7 +107,7 @@ async def _trade(play: Scene, coming: list[Invoice], data: Path, screen: Screen)
         await play.silence()
     screen.line(
         f"\nAll {play.shop.answered} orders were answered, and all that came of them has settled, after "
-        f"{time.monotonic() - began:.1f} s. {play.shop.asked_again} requests had to be made again."
+        f"{time.monotonic() - began:.1f} s. {play.shop.asked_again} requests had to be repeated."
     )
 
 
@@ -114,7 +115,7 @@ async def _trade(play: Scene, coming: list[Invoice], data: Path, screen: Screen)
 
 
 async def _prove(play: Scene, embedded: Reading, screen: Screen) -> bool:
-    screen.heading("The embedded run, and this one")
+    screen.heading("The embedded run and this one")
     log = await read_log(play.store)
     lines = compare(embedded, log, play.shop.number_of)
     rows = [(each.what, each.embedded, each.fleet, each.difference or "equal") for each in lines]
@@ -127,7 +128,7 @@ async def _prove(play: Scene, embedded: Reading, screen: Screen) -> bool:
     screen.heading("Invariants")
     books = await read_books(play.engine, ledger(play.folder), await play.verify())
     hold = _show(list(checks(play.listener.tally, books)), screen)
-    screen.heading("Nothing was handled twice, or never")
+    screen.heading("No event was handled twice or never")
     once = _show(list(audit(log, await read_effects(play.engine, ledger(play.folder)))), screen)
     return hold and once and settled == 0 and not any(each.difference for each in lines)
 
@@ -138,7 +139,7 @@ def _show(found: list[Check], screen: Screen) -> bool:
 
 
 async def _command(play: Scene, *arguments: str) -> tuple[int, str]:
-    """A command as a user would give it, in the environment of the processes: its exit status, and what it says."""
+    """Run a command as a user would, in the processes' environment. Return its exit status and output."""
     command = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tidings", *arguments),
         cwd=ROOT,

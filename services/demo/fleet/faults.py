@@ -1,7 +1,7 @@
-"""What goes wrong in the middle of the trade, one thing after the other, and how long until all was well again.
+"""The faults during the trade, one after the other, and how long recovery took.
 
-Each fault must bite: it waits until orders were accepted, or events left waiting, or requests lost, because of it. One
-that nobody would have noticed proves nothing.
+Each fault must have an effect: it waits until orders were accepted, events were left waiting, or requests were lost
+because of it. A fault that nobody notices proves nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from tidings.buses import Subscription
 __all__ = ["ACTS", "ENOUGH", "Act", "disturb"]
 
 FEW: Final = 3
-"""Invoices, at least, that come right before each act, and as many at its moment."""
+"""Invoices, at least, that arrive right before each act, and again as many during it."""
 WITHIN: Final = 120.0
-"""Seconds from a fault until all is ready again; then the demo gives up."""
+"""Seconds from a fault until everything must be ready again. Then the demo gives up."""
 TRICKLE: Final = 1.0
-"""Seconds from one invoice to the next while something is broken: people go on ordering."""
+"""Seconds from one invoice to the next while something is broken: customers go on ordering."""
 
 
 class Act(NamedTuple):
-    """`happen` yields sentences as it goes on; when it ends, everything runs again, though not all of it is ready."""
+    """One fault. `happen` yields sentences about its progress. When it ends, everything runs again, but may not be
+    ready."""
 
     title: str
     happen: Callable[[Scene, Traffic], AsyncIterator[str]]
@@ -48,7 +49,7 @@ async def _store_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
         return scene.shop.asked_again > before
 
     await until(noticed, "a request that could not be answered without the log")
-    yield f"Process {pid} is dead, and nobody can order. Customers ask again, with the same Idempotency-Key."
+    yield f"Process {pid} is dead, and nobody can order. Customers repeat their requests with the same key."
     await store.start()
     yield f"Started again as process {store.pid}."
 
@@ -102,10 +103,10 @@ async def _queue_is_deleted(scene: Scene, traffic: Traffic) -> AsyncIterator[str
     await until(fills, f"messages in queue {queue}")
     lost = await scene.broker.delete(queue)
     if not lost:
-        raise TimeoutError(f"queue {queue} was deleted, but nothing was in it, so nothing was tried")
+        raise TimeoutError(f"queue {queue} was deleted, but it was empty, so nothing was tested")
     yield f"Shipping was killed, so that its queue filled; then it was deleted with {lost} messages, which are lost."
     await scene.children[shipping.name].start()
-    yield f"Started again as process {scene.children[shipping.name].pid}, it makes its queue, and reads what was lost."
+    yield f"Started again as process {scene.children[shipping.name].pid}, it reads what was lost from the log."
 
 
 async def _api_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
@@ -118,7 +119,7 @@ async def _api_dies(scene: Scene, traffic: Traffic) -> AsyncIterator[str]:
         return scene.shop.asked_again > before
 
     await until(noticed, "a request that was lost with the API")
-    yield f"Process {pid} is dead in the middle of requests. Customers ask again, with the same Idempotency-Key."
+    yield f"Process {pid} is dead in the middle of requests. Customers repeat them, with the same key."
     await order.start()
     yield f"Started again as process {order.pid}."
 
@@ -138,14 +139,14 @@ ACTS: Final = (
     Act("A fifth service joins", _sales_joins),
 )
 ENOUGH: Final = 3 * FEW * len(ACTS)
-"""Invoices that a file must have, so that each act meets some."""
+"""Invoices that a file must have, so that there are some during each act."""
 
 
 async def disturb(scene: Scene, traffic: Traffic, screen: Screen, clock: Callable[[], float] = time.monotonic) -> None:
-    """One act after the other while orders come in. Raises `TimeoutError` for a fault that did not bite, `NotReady`.
+    """Run one act after the other while orders arrive. Raises `TimeoutError` if a fault had no effect, and `NotReady`.
 
-    Some invoices come right before each act, so that their events are on their way, and as many at its moment; then
-    they trickle in until all is ready again.
+    Some invoices arrive right before each act, so that their events are in flight, and as many during it; then they
+    trickle in until everything is ready again.
     """
     some = traffic.total // (3 * len(ACTS))
     for number, act in enumerate(ACTS, 1):

@@ -1,7 +1,8 @@
-"""Commands of `tidings` as processes: started, killed, asked whether they are ready. None of them outlives the demo.
+"""`tidings` commands as processes: started, killed, asked whether they are ready. None of them outlives the demo.
 
-All of them are in one process group of a small guard, whose standard input is a pipe from here. When that ends, however
-this process ended, the guard kills the group. A Ctrl-C at the terminal reaches none of them: ending them is our part.
+All of them are in the process group of a small guard, whose standard input is a pipe from this process. When the pipe
+closes, however this process ended, the guard kills the group. Ctrl-C in the terminal reaches none of them: the demo
+stops them itself.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ __all__ = ["READY_WITHIN", "Child", "Died", "Fleet", "NotReady", "fleet", "free_
 ROOT: Final = Path(__file__).parents[3]
 GUARD: Final = "import os, signal, sys; sys.stdin.buffer.read(); os.killpg(0, signal.SIGKILL)"
 READY_WITHIN: Final = 60.0
-"""Seconds."""
+"""Seconds for which `ready` waits."""
 STOPPED_WITHIN: Final = 15.0
-"""Seconds; a process of Tidings drains within 5, on a machine that has time for it."""
+"""Seconds for which `stop` waits. On an idle machine, a process drains within 5 seconds."""
 TAIL: Final = 12
-"""Lines of a log that are shown."""
+"""Lines of a log that are shown when its process dies."""
 
 
 class Died(Exception):
-    """A process ended that nobody had told to."""
+    """A process ended by itself."""
 
     def __init__(self, child: Child, status: int) -> None:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
@@ -43,11 +44,11 @@ class Died(Exception):
 
 
 class NotReady(Exception):
-    """A process runs, and says that it cannot do its work."""
+    """A process runs but says that it cannot do its work."""
 
 
 class Child:
-    """One command, of which one process runs at a time. Obtain one with `Fleet.start`."""
+    """One command, of which one process runs at a time. Get one from `Fleet.start`."""
 
     def __init__(self, fleet: Fleet, name: str, arguments: Sequence[str], port: int, probed: bool) -> None:
         self.name, self.arguments, self.port = name, tuple(arguments), port
@@ -56,27 +57,28 @@ class Child:
         self._fleet = fleet
         self._process: asyncio.subprocess.Process | None = None
         self._told = False
-        """Whether the process that runs, or ran last, was told to end."""
+        """Whether the latest process was told to end."""
 
     def __str__(self) -> str:
         return f"{self.name} (process {self.pid})"
 
     @property
     def pid(self) -> int:
-        """Of the process that runs, or ran last."""
+        """The process id of the latest process."""
         return self._process.pid if self._process else 0
 
     @property
     def alive(self) -> bool:
+        """Whether its process runs."""
         return self._process is not None and self._process.returncode is None
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """Return the last lines of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"    {line}" for line in lines[-TAIL:])
 
     async def start(self) -> None:
-        """Start it, or start it again. It works some time later: see `ready`."""
+        """Start it, or start it again. Wait for `ready` before you rely on it."""
         with self.log.open("ab") as log:
             self._process = process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tidings", *self.arguments),
@@ -91,8 +93,8 @@ class Child:
         self._fleet.tasks.create_task(self._watch(process))
 
     async def ready(self, within: float = READY_WITHIN) -> None:
-        """Wait until it says at /ready that events get through; the event store, which has no such page, until it
-        listens. Raises `NotReady` after so many seconds."""
+        """Wait until /ready says that events get through, or, for the event store without that page, until it listens.
+        Raises `NotReady` after `seconds`."""
         loop = asyncio.get_running_loop()
         deadline, said = loop.time() + within, "it does not answer"
         while True:
@@ -110,11 +112,11 @@ class Child:
             await asyncio.sleep(0.1)
 
     async def kill(self) -> None:
-        """SIGKILL: it can do nothing about it. Returns when it is gone."""
+        """Kill it with SIGKILL. Returns when it is gone."""
         await self._end(signal.SIGKILL)
 
     async def stop(self) -> int:
-        """SIGTERM: it drains. The exit status."""
+        """Drain and stop it with SIGTERM. Return the exit status."""
         try:
             async with asyncio.timeout(STOPPED_WITHIN):
                 return await self._end(signal.SIGTERM)
@@ -135,7 +137,7 @@ class Child:
 
 
 class Fleet:
-    """Obtain one with `fleet`."""
+    """The processes of a demo. Get one from `fleet`."""
 
     def __init__(
         self, folder: Path, env: Mapping[str, str], group: int, client: httpx.AsyncClient, tasks: asyncio.TaskGroup
@@ -144,15 +146,15 @@ class Fleet:
         self.children: list[Child] = []
 
     async def start(self, name: str, arguments: Sequence[str], port: int, *, probed: bool = True) -> Child:
-        """Start `tidings ARGUMENTS`, which answers /ready at `port`, or with `probed=False` listens there; its output
-        is added to NAME.log."""
+        """Start `tidings ARGUMENTS`, which answers /ready at `port`, or with `probed=False` only listens there. Its
+        output goes to NAME.log."""
         child = Child(self, name, arguments, port, probed)
         self.children.append(child)
         await child.start()
         return child
 
     async def stop(self) -> dict[str, int]:
-        """SIGTERM to all, at last to the one that was started first: the others need it. Exit statuses by name."""
+        """Stop all with SIGTERM, the first one last, because the others need it. Return exit statuses by name."""
         first, *others = self.children
         statuses = await asyncio.gather(*(child.stop() for child in others))
         named = {child.name: status for child, status in zip(others, statuses, strict=True)}
@@ -161,9 +163,9 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(folder: Path, env: Mapping[str, str]) -> AsyncIterator[Fleet]:
-    """Processes with this environment, whose logs are in `folder`; leaving kills those that still run.
+    """Manage processes with this environment and logs in `folder`. The end of the block kills those that still run.
 
-    Raises `Died` out of the block when one of them ends by itself.
+    Raises `Died` out of the block if one of them ends by itself.
     """
     guard = _guard()
     try:
@@ -180,12 +182,13 @@ async def fleet(folder: Path, env: Mapping[str, str]) -> AsyncIterator[Fleet]:
 
 
 def _guard() -> subprocess.Popen[bytes]:
-    """The leader of the group that all processes are in."""
+    """Start the leader of the group of all processes."""
     return subprocess.Popen([sys.executable, "-c", GUARD], stdin=subprocess.PIPE, process_group=0)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody has, below those that clients get: one stays free over a restart."""
+    """Find free ports of the loopback interface, below those given to clients, so that one stays free over a
+    restart."""
     found: list[int] = []
     for port in random.sample(range(20_000, 32_000), 200):  # no secret  # nosec B311
         with socket.socket() as probe:
@@ -199,13 +202,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(folder: Path, store: str, bus: str, services: Sequence[str]) -> dict[str, str]:
-    """What every process is told: where the log is, the bus, the databases, the gateway's ledger."""
+    """Return the environment of every process: log, bus, databases and the gateway's ledger."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TIDINGS_", "PAYMENT_"))}
     return kept | settings(folder, store, bus, services)
 
 
 def settings(folder: Path, store: str, bus: str, services: Sequence[str]) -> dict[str, str]:
-    """The part of `environment` that a user would have to set."""
+    """Return the part of `environment` that a user would set."""
     return {
         "TIDINGS_STORE": store,
         "TIDINGS_BUS": bus,

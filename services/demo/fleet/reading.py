@@ -1,5 +1,5 @@
-"""The whole log read once more when all is over: what was ordered, and what must have moved because of it. Pure but for
-reading; like the tally it shares no code and no table with the services.
+"""A second reading of the whole log at the end: what was ordered, and which goods and money must have moved. Pure
+except for `read_log`; like the tally it shares no code and no table with the services.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ __all__ = ["Basket", "Reading", "read_log"]
 
 
 class Basket(NamedTuple):
-    """What one order asks for."""
+    """The goods and the price of one order."""
 
     lines: int
     gross: Decimal
     """Pounds."""
     pieces: Counter[str]
-    """By sku."""
+    """Pieces by sku."""
 
 
 @dataclass(slots=True)
 class Reading:
-    """A fold over all events: call `hear` with each, in log order."""
+    """Counts over all events: call `hear` with each, in the order of the log."""
 
     baskets: dict[str, Basket] = field(default_factory=dict)
-    """By order id."""
+    """Baskets by order id."""
     states: dict[str, str] = field(default_factory=dict)
     """Order id to the state that its last event left it in."""
     returns: dict[str, Counter[str]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Reading:
     dispatched: set[str] = field(default_factory=set)
     """Orders whose parcel was handed over."""
     said: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How often each type of event was said of each order."""
+    """Number of events by order and type."""
 
     def hear(self, event: RecordedEvent) -> None:
         """Count one event."""
@@ -61,7 +61,7 @@ class Reading:
 
     @property
     def moved(self) -> dict[str, tuple[int, int, int]]:
-        """Pieces received, returned and shipped by sku, as the events ask for it."""
+        """Return the pieces received, returned and shipped by sku that the events demand."""
         returned: Counter[str] = Counter()
         for pieces in self.returns.values():
             returned.update(pieces)
@@ -109,7 +109,7 @@ _STATES: Final = {
 
 
 async def read_log(store: EventStore) -> Reading:
-    """Everything that is in the log now."""
+    """Read everything that is in the log now."""
     reading = Reading()
     async for event in store.read_all():
         reading.hear(event)

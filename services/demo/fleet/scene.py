@@ -1,5 +1,5 @@
-"""Everything that plays a part: the broker, the processes, the log and the databases beside them. It starts things, and
-can say what is unsettled; it breaks nothing.
+"""The scene of the demo: the broker, the processes, the log and the databases. It starts them and can say what is not
+settled; it breaks nothing.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ SALES: Final = sales
 TARGETS: Final = {service.name: f"services.{service.name}:{service.name}" for service in (*FOUR, sales)} | {
     orders.name: "services.order:orders"
 }
-"""Each service as the command line calls it."""
+"""Service to its name on the command line."""
 STORE: Final = "store"
-"""The process that serves the log, as EventStoreDB would."""
+"""Name of the process that serves the log, as EventStoreDB would."""
 API: Final = "services.order.api:api"
-"""Order runs inside of its HTTP API."""
+"""Order runs inside its HTTP API."""
 
 
 @dataclass(slots=True)
 class Scene:
-    """Obtain one with `scene`."""
+    """The broker, the processes and the databases of a demo. Get one from `scene`."""
 
     folder: Path
     broker: Broker
@@ -57,20 +57,20 @@ class Scene:
     listener: Listener
     stack: AsyncExitStack
     options: Sequence[str] = ()
-    """Of the commands that run services."""
+    """Options of the commands that run services."""
     received: int = 0
-    """Articles that came in at the beginning."""
+    """Number of articles that were delivered at the beginning."""
     children: dict[str, Child] = field(default_factory=dict)
-    """By name: store, relay, order, inventory, ..."""
+    """Processes by name: store, relay, order, inventory, ..."""
     engines: dict[str, AsyncEngine] = field(default_factory=dict)
-    """By name of the service, each of its database."""
+    """Engines of the services' databases, by name of the service."""
 
     def engine(self, service: Service) -> AsyncEngine:
-        """For reading beside the running service."""
+        """Return an engine for reading a service's database while it runs."""
         return self.engines[service.name]
 
     async def start(self, name: str, *command: str, port: int, option: str = "--health") -> Child:
-        """Start a command; returns before it is ready."""
+        """Start a command. Returns before it is ready."""
         child = await self.fleet.start(name, [*command, option, str(port)], port)
         self.children[name] = child
         return child
@@ -80,11 +80,11 @@ class Scene:
         return await self.start(service.name, "run", TARGETS[service.name], *self.options, port=port)
 
     async def ready(self) -> None:
-        """Wait until all processes are."""
+        """Wait until all processes are ready."""
         await asyncio.gather(*(child.ready() for child in self.children.values()))
 
     async def all_listen(self) -> bool:
-        """Whether somebody consumes the queue of each of the four."""
+        """Return whether each of the four queues has a consumer."""
         found = await self.bus.inspect([Subscription(service.name) for service in FOUR])
         return sum(bool(thing.consumers) for thing in found) == len(FOUR)
 
@@ -95,16 +95,16 @@ class Scene:
         self.engines[service.name] = engine
 
     async def verify(self, *services: Service) -> Report:
-        """As it is now, in these services or in all."""
+        """Verify the current state of these services, or of all."""
         chosen = services or tuple(service for service in (*FOUR, SALES) if service.name in self.engines)
         return await verify(*chosen, settings=self.settings)
 
     async def unsettled(self, service: Service) -> ServiceReport:
-        """What waits for one service."""
+        """Describe what is not settled in one service."""
         return (await self.verify(service)).services[0]
 
     async def silence(self) -> None:
-        """Wait until everything has settled in every service, and no customer reacts to it any more."""
+        """Wait until every event is settled in every service, and no customer reacts any more."""
         await silence(self.store, self.listener, self._settled)
 
     async def _settled(self) -> None:
@@ -120,10 +120,10 @@ class Scene:
 
 @asynccontextmanager
 async def scene(folder: Path, stock: dict[str, int], options: Sequence[str] = ()) -> AsyncIterator[Scene]:
-    """A broker, an event store, the relay and four services, all ready, and the stock in the log; leaving ends them.
-    `options` are added to the commands that run services.
+    """Run a broker, an event store, the relay and four services for the duration of the block. When it begins, all are
+    ready and the stock is in the log. `options` are added to the commands that run services.
 
-    Raises `BrokerRefused`, `NotReady`, and `Died` when a process ends by itself.
+    Raises `BrokerRefused`, `NotReady`, and `Died` if a process ends by itself.
     """
     async with AsyncExitStack() as stack:
         rabbitmq = await stack.enter_async_context(broker(folder / "rabbitmq"))
@@ -148,7 +148,7 @@ async def scene(folder: Path, stock: dict[str, int], options: Sequence[str] = ()
         for service, port in zip(FOUR[1:], others, strict=True):
             await found.start_service(service, port)
         found.received = await found.warehouse.receive(stock)  # meanwhile: the log needs none of them
-        # The relay last: its first marker then finds every queue, and nobody waits for the next one.
+        # The relay last: its first marker then finds every queue, and no service waits for the next one.
         await until(found.all_listen, "each service consumes its queue", READY_WITHIN)
         await found.start("relay", "relay", port=relay)
         await found.ready()
@@ -158,15 +158,15 @@ async def scene(folder: Path, stock: dict[str, int], options: Sequence[str] = ()
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
-    """Wait for what other processes bring about. Raises `TimeoutError`."""
+    """Wait for a condition that other processes bring about. Raises `TimeoutError`."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     while not await condition():
         if loop.time() > deadline:
-            raise TimeoutError(f"after {seconds:g} s still not: {what}")
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
         await asyncio.sleep(0.05)
 
 
 def ledger(folder: Path) -> Path:
-    """The gateway's."""
+    """Return the path of the gateway's ledger."""
     return folder / LEDGER

@@ -1,4 +1,5 @@
-"""Order's HTTP API as the demo's customers meet it: they ask again, with the same key, until they have an answer."""
+"""Order's HTTP API as the demo's customers use it: they repeat a request, with the same key, until they get an
+answer."""
 
 from __future__ import annotations
 
@@ -16,30 +17,30 @@ from services.order.api import KEYS
 __all__ = ["OverHttp", "ShopFailed", "over_http"]
 
 PATIENCE: Final = 60.0
-"""Seconds for which a customer asks again."""
+"""Seconds for which a customer repeats a request."""
 PAUSES: Final = (0.1, 1.0)
-"""Seconds: the first, and the longest."""
+"""Seconds between two requests: the first pause, and the longest."""
 
 
 class ShopFailed(Exception):
-    """An answer that nobody expected, or none for too long."""
+    """An unexpected answer, or none for too long."""
 
 
 class OverHttp:
-    """A `Shop`. Obtain one with `over_http`."""
+    """A `Shop` over HTTP. Get one from `over_http`."""
 
     def __init__(self, client: httpx.AsyncClient, patience: float = PATIENCE) -> None:
         self._client = client
         self._patience = patience
         self._numbers: dict[str, str] = {}
         self.answered = 0
-        """Orders that the API said yes to."""
+        """Orders that the API accepted."""
         self.asked_again = 0
-        """Requests that were lost, or refused for the moment, and made once more."""
+        """Requests that were lost or refused for the moment, and repeated."""
 
     async def place(self, purchase: Purchase) -> bool:
-        """The invoice's number is the Idempotency-Key, and the order's id is made from that. Always true: an API
-        answers a repeated request as it did the first. Raises `ShopFailed`.
+        """See `Shop.place`. The invoice number is the Idempotency-Key, from which the order's id is made. Always True,
+        because the API answers a repeated request like the first one. Raises `ShopFailed`.
         """
         order_id = str(uuid5(KEYS, purchase.number))
         self._numbers[order_id] = purchase.number
@@ -67,7 +68,7 @@ class OverHttp:
         return self._numbers.get(order_id, "")
 
     async def _ask(self, path: str, document: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
-        """POST, again and again while there is no answer, or 503."""
+        """Send a POST, and repeat it while there is no answer, or 503."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience
         pause, longest = PAUSES
@@ -88,6 +89,6 @@ class OverHttp:
 
 @asynccontextmanager
 async def over_http(port: int) -> AsyncIterator[OverHttp]:
-    """The shop at a port of this machine."""
+    """Return the shop at a port of this machine."""
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15, trust_env=False) as client:
         yield OverHttp(client)

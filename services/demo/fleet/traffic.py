@@ -1,4 +1,4 @@
-"""The file's orders and returns, a few at a time, as far as they may go. It never waits for what becomes of them."""
+"""The file's orders and returns, a few at a time, up to a limit. It never waits for their results."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from services.importer import Invoice
 __all__ = ["Traffic"]
 
 AT_ONCE: Final = 8
-"""Invoices under way."""
+"""Invoices that are taken in concurrently."""
 
 
 class Traffic:
-    """`run` it beside whoever lets it go further, so that each fault meets a stream of orders."""
+    """A stream of orders. Run `run` concurrently, and raise its limit with `go_on`, so that each fault meets orders."""
 
     def __init__(self, coming: Sequence[Invoice], take_in: Callable[[Invoice], Awaitable[object]]) -> None:
         self.total = len(coming)
         self.done = 0
-        """Invoices that were taken in."""
+        """Number of invoices that were taken in."""
         self._coming = iter(coming)
         self._take_in = take_in
         self.limit = 0
-        """It goes no further for now."""
+        """Number of invoices that it may take in for now."""
         self._begun = 0
         self._changed = asyncio.Condition()
 
     async def run(self) -> None:
-        """Until all are taken in. Raises what `take_in` raises."""
+        """Take in all invoices. Raises what `take_in` raises."""
         async with asyncio.TaskGroup() as tasks:
             for _ in range(AT_ONCE):
                 tasks.create_task(self._carry())
 
     async def go_on(self, limit: int) -> None:
-        """Let it take in as many in all."""
+        """Raise the limit to this number of invoices in all."""
         async with self._changed:
             self.limit = min(limit, self.total)
             self._changed.notify_all()
 
     async def reached(self, number: int) -> None:
-        """Wait until so many are taken in."""
+        """Wait until this number of invoices is taken in."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.done >= min(number, self.total))
 

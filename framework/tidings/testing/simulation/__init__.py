@@ -1,7 +1,7 @@
-"""A deterministic simulation of the real relay, dispatcher, inbox and all between them: one seed decides everything.
+"""A deterministic simulation of the real relay, dispatcher and inbox and of everything between them, from one seed.
 
-What is simulated is what they stand on: store, broker, clock, the scheduling of processes, and their deaths. Nothing
-here is a model of the classes that it proves.
+Only their environment is simulated: store, broker, clock, and the scheduling and death of processes. The classes that
+it proves are the real ones, not models of them.
 """
 
 from __future__ import annotations

@@ -21,15 +21,15 @@ __all__ = ["SimulatedBroker", "SimulatedBus"]
 
 FATES: Final = ("is lost", "is there twice", "stands before others")
 WEATHER: Final = (0.01, 0.06, 0.25)
-"""So often each of these befalls a message; one of them is chosen for a world."""
+"""Probabilities of each fate of a message. A world has one of them."""
 BEHIND: Final = 0.3
-"""So often what comes again after a loss stands behind the rest, as it does in a quorum queue."""
+"""Probability that messages which are delivered again come after the others, as they may in a quorum queue."""
 TRAVEL: Final = 0.002
 """Seconds that a message takes from one end of a connection to the other."""
 
 
 def named(message: Message) -> str:
-    """A message for the story."""
+    """Name a message in the story."""
     if message.type == MARKER:
         return f"marker {message.message_id.rpartition('-')[2]}"
     return str(message.headers["tidings-position"])
@@ -50,7 +50,7 @@ class _Queue:
 
 
 class SimulatedBroker:
-    """What all processes share."""
+    """The broker that all processes share."""
 
     def __init__(self, loop: SimulatedLoop, dice: Dice, tell: Callable[..., None]) -> None:
         self.loop = loop
@@ -58,38 +58,40 @@ class SimulatedBroker:
         self.tell = tell
         self.weather = WEATHER[int(dice.chance("weather") * len(WEATHER))]
         self.calm = False
-        """No more faults of its own."""
+        """The broker has no more faults of its own."""
         self.queues: dict[str, _Queue] = {}
         self.connections: list[_Connection] = []
         self.locks: dict[str, _Connection] = {}
         self.lock_freed = asyncio.Event()
         self.published: Counter[int] = Counter()
-        """Position to how often it was sent."""
+        """Position to the number of messages that were sent with it."""
         self.markers = 0
         self._copies: Counter[str] = Counter()
 
     def cut(self, process: Process | None) -> None:
-        """Break the connections of a process, or all."""
+        """Break the connections of a process, or all with None."""
         for connection in list(self.connections):
             if process is None or connection.process is process:
                 connection.lose("the connection broke")
 
     def delete(self, name: str) -> None:
+        """Delete a queue and end its consumers."""
         queue = self.queues.pop(name, None)
         for consumer in list(queue.consumers) if queue is not None else ():
             consumer.lose("the queue was deleted")
 
     def forget_locks(self) -> None:
-        """Whoever waits for a lock gets it, though its holder goes on."""
+        """Forget who holds which lock: another process gets it while its holder goes on."""
         self.locks.clear()
         self.free_locks()
 
     def free_locks(self) -> None:
+        """Wake everyone who waits for a lock."""
         self.lock_freed.set()
         self.lock_freed = asyncio.Event()
 
     def publish(self, message: Message) -> bool:
-        """To every queue of its bucket; False when there is none."""
+        """Put a message into every queue of its bucket. Return False if there is no queue at all."""
         if not self.queues:
             return False
         if message.type == MARKER:
@@ -117,7 +119,7 @@ class SimulatedBroker:
             ready.insert(int(self.dice.chance(f"{name}/where") * len(ready)), message)
 
     def requeue(self, queue: _Queue, messages: list[Message]) -> None:
-        """What was not settled comes again."""
+        """Put messages that were not settled back into the queue."""
         if messages and self.queues.get(queue.name) is queue:
             name = f"requeue {queue.name}/{named(messages[0])}"
             if not self.calm and self.dice.chance(name) < BEHIND and self.dice.allows(name):
@@ -129,7 +131,7 @@ class SimulatedBroker:
 
 
 class _Connection:
-    """What can break. Whoever is at its other end hears of it when it looks."""
+    """A connection that can break. The client notices at its next call."""
 
     def __init__(self, broker: SimulatedBroker, process: Process) -> None:
         self.broker = broker
@@ -144,12 +146,12 @@ class _Connection:
             for name, holder in list(self.broker.locks.items()):
                 if holder is self:
                     del self.broker.locks[name]
-            self.broker.free_locks()  # also to those whose own connection this is
+            self.broker.free_locks()  # also wakes those whose own connection this is
 
 
 class _Publisher(_Connection):
     swallows = False
-    """The broker takes what is sent, and confirms nothing."""
+    """The broker accepts messages and confirms none."""
 
     def __init__(self, broker: SimulatedBroker, process: Process) -> None:
         super().__init__(broker, process)
@@ -170,7 +172,7 @@ class _Publisher(_Connection):
         confirmed = loop.create_future()
         self._unconfirmed[confirmed] = None
         self._sent += 1
-        # On its way: it arrives though its sender is killed or paused meanwhile, unless the connection breaks first.
+        # It arrives even if its sender is killed or paused by then, unless the connection breaks first.
         self._arrives = max(self._arrives, loop.time() + TRAVEL * process.seconds() / 0.002)
         loop.call_at(self._arrives, self._arrive, message, confirmed)
         return confirmed
@@ -199,7 +201,7 @@ class _Publisher(_Connection):
             confirmed.set_result(None)
         else:
             confirmed.set_exception(error)
-            confirmed.exception()  # looked at, though whoever waits for it may be dead
+            confirmed.exception()  # marks it as seen: the task that waits for it may be dead
 
     def lose(self, reason: str) -> None:
         super().lose(reason)
@@ -245,7 +247,7 @@ class _Consumer(_Connection):
                 raise BusUnavailable(self.lost)
             self._waiter = self.broker.loop.create_future()
             await self._waiter
-        # What has arrived is there, though the connection is lost by now.
+        # Deliveries that have arrived are usable even after the connection is lost.
         return self._arrived.popleft()
 
     def settle_through(self, tag: int) -> None:
@@ -270,23 +272,26 @@ class _Consumer(_Connection):
 
 
 class SimulatedBus:
-    """One process's way to the broker."""
+    """The bus as one process sees it."""
 
     def __init__(self, broker: SimulatedBroker, process: Process) -> None:
         self._broker = broker
         self._process = process
 
     async def provision(self, subscription: Subscription | None = None) -> None:
+        """See `EventBus.provision`."""
         await self._process.io("provision")
         if subscription is not None and subscription.queue not in self._broker.queues:
             self._broker.queues[subscription.queue] = _Queue(subscription.queue, subscription.buckets)
 
     async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        """See `EventBus.delete`."""
         await self._process.io("delete")
         for subscription in subscriptions:
             self._broker.delete(subscription.queue)
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """See `EventBus.inspect`."""
         await self._process.io("inspect")
         states = ["fits" if each.queue in self._broker.queues else "missing" for each in subscriptions]
         return [
@@ -296,6 +301,7 @@ class SimulatedBus:
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:
+        """See `EventBus.publisher`."""
         broker, process = self._broker, self._process
         await process.io("connect")
         connection = _Publisher(broker, process)
@@ -312,6 +318,7 @@ class SimulatedBus:
 
     @asynccontextmanager
     async def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AsyncIterator[_Consumer]:
+        """See `EventBus.consume`."""
         await self._process.io("connect")
         queue = self._broker.queues.get(subscription.queue)
         if queue is None:
@@ -321,6 +328,7 @@ class SimulatedBus:
             yield consumer
 
     async def close(self) -> None:
+        """Break all connections of this process."""
         self._broker.cut(self._process)
 
 

@@ -25,7 +25,7 @@ __all__ = ["Databases", "Seat"]
 
 _MEMORY: Final = Path("/dev/shm")
 SLOW_STATEMENTS: Final = 0.02
-"""So many statements wait, so that a process may stop in the middle of a transaction."""
+"""Share of statements that take time, so that a process may stop in the middle of a transaction."""
 
 
 class Seat:
@@ -36,13 +36,14 @@ class Seat:
         self.connections: list[sqlite3.Connection] = []
 
     def die(self) -> None:
-        """Nothing that the process has not committed happened, and nothing that it does from now on does."""
+        """Roll back what the process has not committed; nothing that it does from now on has an effect."""
         for connection in self.connections:
             with suppress(sqlite3.ProgrammingError):  # the pool has closed it already
                 connection.rollback()
                 connection.set_authorizer(_deny)
 
     async def close(self) -> None:
+        """Close the engine."""
         await self.database.engine.dispose()
         for connection in self.connections:
             connection.close()
@@ -53,7 +54,7 @@ def _deny(*asked: object) -> int:
 
 
 class Databases:
-    """A folder, in memory where there is some, with one file that is made anew for each world."""
+    """A folder, in memory if possible, with one file that is created anew for each world."""
 
     def __init__(self, tables: sa.MetaData) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="tidings-simulation-", dir=_MEMORY if _MEMORY.is_dir() else None))
@@ -72,21 +73,21 @@ class Databases:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def renew(self, contents: bytes | None = None) -> None:
-        """Put another database in its place: an empty one with its tables, or a copy."""
+        """Replace the database by an empty one with its tables, or by a copy."""
         for path in self._folder.iterdir():
             path.unlink()
         self._file.write_bytes(contents or self._template)
 
     def copy(self) -> bytes:
-        """What is committed in it now."""
+        """Return a copy of what is committed."""
         with closing(sqlite3.connect(self._file)) as connection:
             return connection.serialize()
 
     def seat(self, process: Process | None, *, slow_notes: float | None = None) -> Seat:
-        """An engine of its own for one process. All share what SQLAlchemy has compiled: that takes most of the time.
+        """Open an engine for one process. All engines share what SQLAlchemy has compiled, which takes most of the time.
 
-        With `slow_notes` it is like a server's: there is no notebook beside it, transactions of one process do not wait
-        for each other's turn, and a note of what has begun takes so many seconds.
+        With `slow_notes` it behaves like a server: it has no notebook, transactions of one process do not wait for each
+        other, and noting which events have begun takes this many seconds.
         """
         engine = Engine(self._made.pool.recreate(), self._made.dialect, self._made.url)
         engine._compiled_cache = self._made._compiled_cache

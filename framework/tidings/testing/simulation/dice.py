@@ -1,6 +1,6 @@
-"""What the seed decides, each decision by its name, so that leaving one out changes no other. It looks at no clock.
+"""The decisions that follow from the seed. Each has a name, so that leaving one out changes no other.
 
-A failing world is made small by muting: what is muted does not happen.
+A failing world is made small by muting decisions: a muted fault does not happen.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Dice:
         """The faults that happened, by name."""
 
     def random(self, name: str) -> Random:
-        """For all decisions of one kind; those are not muted."""
+        """Return a source for all decisions of one kind, which cannot be muted."""
         return Random(f"{self.seed}/{name}")
 
     def chance(self, name: str) -> float:
-        """Between 0 and 1, the same whenever this world asks by this name."""
+        """Return a number between 0 and 1, always the same for this name in this world."""
         digest = blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big") / 2**56
 
     def allows(self, name: str) -> bool:
-        """Whether a fault that was decided shall happen; then it has."""
+        """Return whether a fault may happen, and note that it does."""
         if name in self.muted:
             return False
         self.thrown.append(name)

@@ -1,7 +1,7 @@
-"""An event loop whose time is virtual, and the processes in it, which can be paused and killed. It never waits.
+"""An event loop with virtual time, and the processes in it, which can be paused and killed. It never waits.
 
-Within a process, callbacks run in the order in which asyncio promises to run them; when there is nothing to run, time
-jumps to the next timer. So what happens before what is decided by how long things take alone, and that by the seed.
+Within a process, callbacks run in the order that asyncio promises. When there is nothing to run, time jumps to the next
+timer. So the order of everything follows from how long things take, and that follows from the seed.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ __all__ = ["PROCESS", "Endless", "Process", "SimulatedLoop"]
 T = TypeVar("T")
 
 QUICK: Final = 0.004
-"""Seconds: no I/O takes longer, unless it is one of the slow ones."""
+"""Seconds that an I/O takes at most, unless it is a slow one."""
 SLOW: Final = 1.5
-"""Seconds: the slowest I/O."""
+"""Seconds that a slow I/O takes at most."""
 SELDOM: Final = 0.03
-"""So many I/Os are slow."""
+"""Share of slow I/Os."""
 
 TICK: Final = 1e-6
-"""Seconds that a callback takes: a clock that stood still would let a wait of the last billionth never end."""
+"""Seconds that a callback takes. If time stood still, code that waits for a tiny rest of time would never end."""
 STEPS: Final = 100_000
-"""So many callbacks no world needs; most need 2,000."""
+"""Callbacks after which a world counts as endless. Most need 2,000."""
 
 PROCESS: Final[ContextVar[Process | None]] = ContextVar("simulated process", default=None)
-"""To whom a callback belongs; None to the world around them."""
+"""The process to which a callback belongs; None for the world around them."""
 
 
 class Endless(Exception):
-    """A world goes on and on."""
+    """A world runs more than `STEPS` callbacks without an end."""
 
 
 class Process:
-    """What would be an operating system's process: it stops and dies as a whole, wherever it stands."""
+    """A simulated operating system process: it stops and dies as a whole, at any point."""
 
     def __init__(self, name: str, loop: SimulatedLoop, seed: str, *, hasty: bool = False) -> None:
         self.name = name
         self.loop = loop
         self.hasty = hasty
-        """Its I/O takes no time but what order needs."""
+        """Its I/O takes hardly any time."""
         self.clock_error = 0.0
         """Seconds by which its wall clock is wrong."""
         self.paused = self.dead = self.gone = False
-        """`gone`: the world is over, its tasks may end, and nothing that they do has an effect."""
+        """`gone`: the world is over; its tasks end without any effect."""
         self.kept: list[asyncio.Handle] = []
-        """What would run, if it were not paused or dead."""
+        """Callbacks that would run if it were not paused or dead."""
         self.tasks: list[asyncio.Task[Any]] = []
         self.calls: list[asyncio.Future[Any]] = []
-        """What was given to an executor."""
+        """Calls in an executor."""
         self._traps: dict[tuple[str, int], Callable[[], None]] = {}
         self._did: Counter[str] = Counter()
         self._random = random.Random(seed)
@@ -65,24 +65,25 @@ class Process:
         return self.name
 
     def seconds(self) -> float:
-        """How long an I/O takes."""
+        """Return the seconds that the next I/O takes."""
         if self.hasty:
             return 0.001
         chance = self._random.random()
         return SLOW * self._random.random() ** 2 if chance < SELDOM else QUICK * chance
 
     def chance(self, probability: float) -> bool:
+        """Return True with this probability; never for a hasty process."""
         return not self.hasty and self._random.random() < probability
 
     async def io(self, kind: str) -> None:
-        """The time that an I/O takes, and the moments before and after, at which the process may be hit."""
+        """Take the time of an I/O. The process may be hit before it and after it."""
         self.spring(kind)
         await asyncio.sleep(self.seconds())
         if self.gone:
             raise asyncio.CancelledError
 
     def spring(self, kind: str) -> None:
-        """Count an I/O; a trap that waits for it snaps."""
+        """Count an I/O, and spring the trap that waits for it."""
         if self.gone:
             raise asyncio.CancelledError
         self._did[kind] += 1
@@ -91,27 +92,31 @@ class Process:
             trap()
 
     def trap(self, kind: str, nth: int, snap: Callable[[], None]) -> None:
-        """`snap` is called at its n-th I/O of a kind from now on."""
+        """Call `snap` at the n-th I/O of a kind from now on."""
         self._traps[kind, self._did[kind] + nth] = snap
 
     def run(self, main: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task of this process."""
         context = copy_context()
         context.run(PROCESS.set, self)
         return self.loop.create_task(main, name=self.name, context=context)
 
     def pause(self) -> None:
+        """Keep its callbacks until `resume`."""
         self.paused = True
 
     def resume(self) -> None:
+        """Run the callbacks that were kept, unless the process is dead."""
         self.paused = False
         if not self.dead:
             self._release()
 
     def kill(self) -> None:
+        """Keep its callbacks for good."""
         self.dead = True
 
     def bury(self) -> None:
-        """Let what is left of it end, without any effect."""
+        """Let its remaining tasks end without any effect."""
         self.paused = self.dead = False
         self.gone = True
         for call in self.calls:
@@ -125,7 +130,7 @@ class Process:
 
 
 class _Task(asyncio.Task[T]):
-    """Task groups keep their tasks in sets: the order of a set must not depend on memory addresses."""
+    """A task with a fixed hash: task groups keep tasks in sets, whose order must not depend on memory addresses."""
 
     _numbers = count()
 
@@ -138,7 +143,7 @@ class _Task(asyncio.Task[T]):
 
 
 class SimulatedLoop(asyncio.AbstractEventLoop):
-    """As much of an event loop as code needs that uses no sockets, signals or subprocesses of its own."""
+    """The part of an event loop that code without sockets, signals and subprocesses needs."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -147,15 +152,15 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._numbers = count()
         self._running = False
         self.steps = 0
-        """Callbacks that were run."""
+        """Number of callbacks that were run."""
         self.complaints: list[str] = []
-        """What asyncio would have logged: exceptions that nobody looked at."""
+        """Exceptions that nobody looked at, which asyncio would have logged."""
         _Task._numbers = count()
 
     # ---- running ------------------------------------------------------------------------
 
     def run_until_complete(self, future: Any) -> Any:
-        """Run a coroutine to its end. Raises `RuntimeError` when everybody waits for somebody else."""
+        """Run a coroutine to its end. Raises `RuntimeError` if all tasks wait and nothing can happen any more."""
         hooks = sys.get_asyncgen_hooks()
         task = future if isinstance(future, asyncio.Future) else self.create_task(future)
         asyncio._set_running_loop(self)
@@ -173,7 +178,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def _turn(self) -> None:
         while not self._ready:
             if not self._timers:
-                raise RuntimeError("everybody waits, and nothing will ever happen")
+                raise RuntimeError("deadlock: all tasks wait, and no timer is set")
             when, _, timer, owner = heapq.heappop(self._timers)
             if not timer.cancelled():
                 self._now = max(self._now, when)
@@ -188,16 +193,17 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._now += TICK
         if self.steps > STEPS:
             self.steps = 0
-            raise Endless(f"{STEPS} callbacks were run, and there is no end to it")
+            raise Endless(f"{STEPS} callbacks were run without an end")
         handle._run()
 
     def enqueue(self, owner: Process | None, handle: asyncio.Handle) -> None:
+        """Let a callback run in its turn."""
         self._ready.append((owner, handle))
 
     def _finalize(self, generator: AsyncGenerator[Any, Any]) -> None:
         self.create_task(_close(generator))
 
-    # ---- what asyncio asks of a loop ------------------------------------------------------
+    # ---- the methods that asyncio needs ---------------------------------------------------
 
     def time(self) -> float:
         return self._now
@@ -222,7 +228,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Found out when its time comes."""
+        """Do nothing: a cancelled timer is dropped when its time comes."""
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
@@ -237,7 +243,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
-        """No thread: the call happens at once, some time later, and is known of some time after that."""
+        """Run the call without a thread: it happens in one step some time later, and its result comes later still."""
         work: asyncio.Future[T] = self.create_future()
         process = PROCESS.get()
         if process is None:
@@ -250,7 +256,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         def begin() -> None:
             if not process.gone:
                 process.spring("executing")
-                self.call_soon(call)  # not now: it may be paused or dead
+                self.call_soon(call)  # not now: the process may be paused or dead
 
         def call() -> None:
             if process.gone:

@@ -1,4 +1,4 @@
-"""What will happen in a world from outside, as the seed has it: events that are appended, and faults."""
+"""The plan of a world, which follows from the seed: the events that are appended, and the faults."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ IO: Final = {
     "relay": ("publish", "append", "appended", "follow", "read"),
     "service": ("statement", "executing", "executed", "take", "append", "appended", "read", "head"),
 }
-"""What processes can be hit at, in the middle of."""
+"""Kinds of I/O in the middle of which a process can be hit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """At `at` seconds `what` happens to `slot`, for `seconds` where it lasts; with `io`, at its n-th I/O of that kind
-    after that."""
+    """One event or fault: after `at` seconds `what` happens to `slot`, for `seconds` if it lasts; with `io`, at the
+    n-th I/O of that kind after that."""
 
     name: str
     at: float
@@ -35,7 +35,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A world before it begins."""
+    """Everything that will happen in a world."""
 
     relays: int
     services: int
@@ -45,7 +45,7 @@ class Plan:
     seconds: float
     steps: tuple[Step, ...]
     slow_notes: float | None = None
-    """Seconds that a note of what has begun takes, where the service's database is like a server's; else None."""
+    """Seconds that noting begun events takes if the service's database behaves like a server; else None."""
 
 
 _FAULTS: Final = (
@@ -69,6 +69,7 @@ _FAULTS: Final = (
 
 
 def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
+    """Decide what will happen in a world; `kinds` are the types of its events."""
     random = dice.random("plan")
     relays, services = random.choice((1, 2)), random.choice((1, 2))
     seconds = random.uniform(1, 4)
@@ -104,8 +105,8 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
 
 
 def _server(dice: Dice, relays: int, seconds: float) -> tuple[float | None, list[Step]]:
-    """In a third of the worlds the service's database is like a server's, so that whoever comes after an unclean end
-    is careful with everything; and queues go to and fro between two processes."""
+    """In a third of the worlds, let the service's database behave like a server, so that a process is careful with
+    every event after an unclean end, and let queues move to and fro between two processes."""
     random = dice.random("server")
     if random.random() > 0.35:
         return None, []

@@ -1,4 +1,4 @@
-"""What must hold in every world that has come to rest: nothing lost, nothing twice, in order, emitted exactly once."""
+"""The promises that hold in every world at its end: nothing lost, nothing twice, in order, emitted exactly once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ __all__ = ["broken"]
 
 
 async def _noted(database: Database) -> set[int]:
-    """What the next process to take over would find noted as under way. A row may outlive its event until then."""
+    """Return the events that the next process to take over would find noted as under way. A row may outlive its event
+    until then."""
     found = set[int]()
     async with database.turn, database.transaction() as connection:
         for part in (await connection.execute(sa.select(floors))).all():
@@ -31,7 +32,7 @@ async def _noted(database: Database) -> set[int]:
 
 
 async def broken(world: World) -> list[str]:
-    """The promises that were broken, in words."""
+    """Return the promises that were broken, in words."""
     seat = world.databases.seat(None)
     try:
         async with seat.database.reading() as connection:
@@ -74,7 +75,7 @@ def _effects(world: World, effects: list[int]) -> Iterator[str]:
 
 
 def _of_one(world: World, name: str, effects: list[int], kinds: tuple[type[Event], ...]) -> Iterator[str]:
-    """A handler that has a line of its own."""
+    """Check a handler that has an order of its own."""
     if twice := [position for position, times in Counter(effects).items() if times > 1]:
         yield f"handled twice by {name}: {twice}"
     expected = {event.position for event in world.log.events if event.type in map(wire_name, kinds)}
@@ -95,7 +96,7 @@ def _order(world: World, effects: list[int], broken: str) -> Iterator[str]:
 
 def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:
     causes: Counter[str] = Counter()
-    # Only what the log still has can be handled again after the database was lost.
+    # After a loss of the database, only events that are still in the log can be handled again.
     gone = world.log.removed if world.lives > 1 else frozenset()
     for event in world.log.events:
         if event.type == wire_name(Answered):

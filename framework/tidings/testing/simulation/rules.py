@@ -1,6 +1,6 @@
-"""The rules that the promises rest on, each to be left out of the real classes: then a promise must break.
+"""The rules behind the promises. Each can be left out of the real classes, and then a promise must break.
 
-Nothing of this is reachable from production code; it replaces one decision of one class while a simulation runs.
+Production code cannot reach this module. Each rule replaces one decision of one class while a simulation runs.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _floor_waits() -> Patches:
 
 
 def _of_a_relay(value: object) -> bool:
-    """A relay's tickets hold a bucket and a position; a service's hold what to settle."""
+    """Return whether a ticket is a relay's, with a bucket and a position, and not a service's."""
     return type(value) is tuple
 
 
@@ -117,7 +117,7 @@ def _pass_reaches() -> Patches:
     heal = Pass._heal
 
     class Boastful:
-        """A store that claims to have come as far as it is asked for."""
+        """A store that claims to have reached whatever position it is asked for."""
 
         def __init__(self, healing: Pass) -> None:
             self.healing = healing
@@ -243,14 +243,14 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "parts_are_noted": _parts_are_noted,
     "behind_waits": _behind_waits,
 }
-"""Without any one of them, a promise breaks."""
+"""Rules without which a promise breaks."""
 
 SAVING: Final[dict[str, Callable[[], Patches]]] = {
     "acknowledged_late": _acknowledged_late,
     "checkpoint": _checkpoint,
     "one_leads": _one_leads,
 }
-"""Without them everything holds all the same, only more is done: passes, or messages."""
+"""Rules that only save work: without them every promise holds, but there are more passes or messages."""
 
 
 @contextmanager

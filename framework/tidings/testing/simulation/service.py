@@ -39,70 +39,71 @@ audit = sa.Table(
     sa.Column("stream", sa.String, nullable=False),
     sa.Column("handler", sa.String, nullable=False),
 )
-"""One row per effect, in the order in which they were written."""
+"""Table with one row per effect, in the order in which they were written."""
 
 
 class _Simulated(Event):
     n: int = 0
     fails: int = 0
-    """So many attempts fail, of all processes together."""
+    """Number of attempts that fail, in all processes together."""
 
 
 class Counted(_Simulated, name="Counted"):
-    """Handled with a session."""
+    """An event that is handled with a session."""
 
 
 class Fragile(_Simulated, name="Fragile"):
-    """Handled with a session, after some failures: it is held, and dead after too many."""
+    """An event that is handled with a session after some failures: it is held, and dead after too many."""
 
 
 class Asked(_Simulated, name="Asked"):
-    """Handled with a session; it emits `Answered`."""
+    """An event that is handled with a session; its handler emits `Answered`."""
 
 
 class Answered(_Simulated, name="Answered"):
-    """Emitted; handled with a session."""
+    """An emitted event, which is handled with a session."""
 
 
 class Called(_Simulated, name="Called"):
-    """Handled without a session; it emits `Answered`."""
+    """An event that is handled without a session; its handler emits `Answered`."""
 
 
 class Ignored(_Simulated, name="Ignored"):
-    """Handled by nobody here."""
+    """An event without a handler."""
 
 
 SECOND: Final = "second"
-"""A second handler of `Counted` and `Fragile`, with a session."""
+"""Name of a second handler of `Counted` and `Fragile`, with a session."""
 LATE: Final = "late"
-"""A handler of `Counted` and `Asked` that some processes do not have."""
+"""Name of a handler of `Counted` and `Asked` that some processes do not have."""
 
 KINDS: Final[tuple[type[_Simulated], ...]] = (Counted, Counted, Fragile, Asked, Called, Ignored)
 
 
 class Desk:
-    """What handlers share with the world outside of every process and database."""
+    """State that handlers share with the world, outside all processes and databases."""
 
     def __init__(self) -> None:
         self.failures: Counter[int] = Counter()
-        """Position to failed attempts."""
+        """Position to number of failed attempts."""
         self.calls: defaultdict[int, int] = defaultdict(int)
-        """Position to attempts of handlers without a session that ended well."""
+        """Position to number of successful attempts of handlers without a session."""
         self.slow = 0.4
         """Seconds that some handlers without a session take."""
         self.heard: set[int] = set()
-        """Positions of events that the second handler without a session has ended well at."""
+        """Positions that the second handler without a session has handled."""
         self.mended = False
-        """Nothing fails any more."""
+        """No attempt fails any more."""
 
     async def work(self, context: Context, event: _Simulated) -> None:
+        """Raise `RuntimeError` as often as the event says."""
         if not self.mended and self.failures[context.position] < event.fails:
             self.failures[context.position] += 1
             raise RuntimeError("the simulated handler fails")
 
 
 def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: int = 4, late: bool = True) -> Service:
-    """With `late`, the code has a handler that other processes may not have yet, or not any more."""
+    """Declare the service. With `late` it has a handler that other processes may not have yet, or no longer have."""
     service = Service(name, tables=tables, prefetch=prefetch, concurrency=concurrency)
     retry = Retry(attempts=2, delay=0.05, hold=Hold(attempts=2, delay=0.2), hold_key=True)
 

@@ -1,4 +1,4 @@
-"""Many worlds, one after the other: each told from its seed alone, and a broken one made small enough to be read."""
+"""Many worlds, one after the other. Each follows from its seed, and a broken one is shrunk until it can be read."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ from tidings.testing.simulation.world import Unsettled, World
 __all__ = ["Outcome", "Simulator", "simulate", "soak"]
 
 CHUNK: Final = 10
-"""Worlds that a worker is given at once."""
+"""Worlds that a worker gets at once."""
 SHRINKING: Final = 400
-"""So many worlds at most are lived through to make one small."""
+"""Worlds, at most, that are run to shrink one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one world."""
+    """The result of one world."""
 
     seed: int
     broken: tuple[str, ...]
-    """The promises that were broken, in words; none where all is well."""
+    """The promises that were broken, in words; empty if all hold."""
     happened: tuple[str, ...]
-    """Names of the events and faults in it; each can be muted."""
+    """Names of the events and faults in the world; each can be muted."""
     muted: frozenset[str]
     events: int
-    """Events that were appended, those that handlers emitted among them."""
+    """Events that were appended, including those that handlers emitted."""
     published: int
     """Messages that relays sent, without markers."""
     passes: int
     """Passes over the log that services made."""
     rejoins: int
     seconds: float
-    """Virtual ones."""
+    """Virtual seconds that the world lasted."""
     steps: int
     story: tuple[str, ...] = ()
-    """Line by line, where it was told."""
+    """The story line by line, if it was recorded."""
 
     @property
     def kind(self) -> str:
-        """The first broken promise without its numbers; empty where all is well."""
+        """The first broken promise without its numbers; empty if all hold."""
         return self.broken[0].partition(":")[0].rstrip("0123456789") if self.broken else ""
 
 
 class Simulator:
-    """A context manager. The worlds of one simulator share nothing but compiled SQL."""
+    """Runs worlds; a context manager. The worlds of one simulator share nothing but compiled SQL."""
 
     def __init__(self) -> None:
         self._databases = Databases(tables)
@@ -72,7 +72,7 @@ class Simulator:
         self._databases.close()
 
     def run(self, seed: int, *, muted: Collection[str] = (), telling: bool = False) -> Outcome:
-        """Live through the world of this seed, without what is muted."""
+        """Run the world of this seed without the events and faults that are muted."""
         dice = Dice(seed, muted)
         world = World(dice, self._databases, telling=telling)
         try:
@@ -95,9 +95,9 @@ class Simulator:
         )
 
     def shrink(self, outcome: Outcome, *, tries: int = SHRINKING) -> Outcome:
-        """A smaller world of the same seed that breaks the same promise, with its story.
+        """Find a smaller world of the same seed that breaks the same promise, with its story.
 
-        It leaves out halves, then quarters, and so on, until nothing can be left out, or the tries are used up.
+        It leaves out halves, then quarters, and so on, until nothing more can be left out or the tries are used up.
         """
         best, size, before = outcome, max(1, len(outcome.happened) // 2), outcome.happened
         while tries > 0:
@@ -118,8 +118,8 @@ class Simulator:
 def simulate(
     seeds: range, *, workers: int = 1, rule: str | None = None, minutes: float | None = None
 ) -> Iterator[Outcome]:
-    """One world per seed, as long as the minutes last: its outcome, in any order where there are several `workers`
-    (processes). `rule` is left out of the real classes."""
+    """Run one world per seed until the minutes are over, without `rule` in the real classes. Yields outcomes, in any
+    order if there are several `workers` (processes)."""
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     if workers == 1:
         with Simulator() as simulator, without(rule):
@@ -144,7 +144,7 @@ def _worlds(seeds: range, rule: str | None) -> list[Outcome]:
 
 
 def soak(minutes: float, *, seed: int = 0, workers: int = 1) -> tuple[int, list[Outcome]]:
-    """As many worlds as fit into the minutes, from `seed` on: how many, and those whose promises were broken."""
+    """Run worlds from `seed` on until the minutes are over. Return their number, and those that broke a promise."""
     runs, failed = 0, []
     for outcome in simulate(range(seed, sys.maxsize), workers=workers, minutes=minutes):
         runs += 1

@@ -1,7 +1,7 @@
-"""The simulated store: one log, and each process's way to it, with replicas that lag, and answers that get lost.
+"""The simulated store: one log, and each process's access to it, with replicas that lag and answers that get lost.
 
-It keeps EventStoreDB's rules for appends, and forgets at a restart which ids `ANY` appends had, as EventStoreDB does.
-As much of a store as relays and services use: it deletes nothing, and follows no single stream.
+It keeps EventStoreDB's rules for appends and, like EventStoreDB, forgets the ids of `ANY` appends at a restart. It has
+only what relays and services use: it deletes nothing and cannot follow a single stream.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ __all__ = ["LOG", "SimulatedLog", "SimulatedStore"]
 LOG: Final = UUID("5eed5eed-0000-4000-8000-000000000001")
 
 ANSWER_LOST: Final = 0.02
+"""Share of appends whose answer is lost."""
 
 
 class SimulatedLog:
-    """What all processes share; it has no faults of its own. Positions rise by more than 1, as EventStoreDB's do."""
+    """The log that all processes share, without faults of its own. Positions rise by more than 1, as in
+    EventStoreDB."""
 
     def __init__(self, loop: SimulatedLoop, dice: Dice, tell: Callable[..., None]) -> None:
         self.loop = loop
         self.dice = dice
         self.tell = tell
         self.events: list[RecordedEvent] = []
-        """Everything that was ever appended."""
+        """All events that were ever appended."""
         self.removed: set[int] = set()
-        """Positions that retention took away."""
+        """Positions that retention has removed."""
         self.term = 0
-        """Rises when the store restarts: what was under way is lost."""
+        """Number of restarts. A restart ends the calls that are under way."""
         self.changed = asyncio.Event()
         self._streams: dict[str, list[RecordedEvent]] = {}
         self._remembered: dict[tuple[str, bytes], Appended] = {}
@@ -58,9 +60,11 @@ class SimulatedLog:
 
     @property
     def newest(self) -> int:
+        """The last position of the log, -1 when it is empty."""
         return self.events[-1].position if self.events else -1
 
     def append(self, stream: str, events: Sequence[EventData], expected: Expected) -> Appended:
+        """Append by EventStoreDB's rules. Raises as `EventStore.append`."""
         known = self._streams.get(stream, [])
 
         def recorded_at(version: int) -> tuple[bytes, int] | None:
@@ -97,35 +101,37 @@ class SimulatedLog:
             self.tell("log", f"{position}: {event.type} in {stream}")
 
     def wake(self) -> None:
-        """Something may be readable that was not."""
+        """Wake the subscriptions: there may be something new to read."""
         self.changed.set()
         self.changed = asyncio.Event()
 
     def remove(self, position: int) -> None:
-        """Retention takes an event away."""
+        """Remove an event, as retention does."""
         self.removed.add(position)
 
     def forget(self) -> None:
-        """Its memory of ids is bounded, and others have appended much."""
+        """Forget the ids of appended events, as a store with a bounded memory does after many appends."""
         self._remembered.clear()
 
     def restart(self) -> None:
+        """Restart the store: calls under way are lost, and it forgets the ids of `ANY` appends."""
         self.term += 1
         self.forget()
         self.wake()
 
     def stream(self, stream: str) -> list[RecordedEvent]:
-        """What can be read of it."""
+        """Return the events of a stream that can be read."""
         known = self._streams.get(stream, [])
         first = retention_of(stream, self.document(stream)).first(len(known) - 1)
         return [event for event in known[first:] if event.position not in self.removed]
 
     def document(self, stream: str) -> bytes:
+        """Return the metadata of a stream as JSON, empty if there is none."""
         known = self._streams.get(f"$${stream}")
         return known[-1].data if known else b""
 
     def after(self, position: int, upto: int) -> RecordedEvent | None:
-        """The first event behind a position."""
+        """Return the first event after a position, up to `upto`, or None."""
         low, high = 0, len(self.events)
         while low < high:
             middle = (low + high) // 2
@@ -142,20 +148,20 @@ class SimulatedLog:
 
 
 class SimulatedStore:
-    """One process's way to the log."""
+    """The store as one process sees it."""
 
     def __init__(self, log: SimulatedLog, process: Process) -> None:
         self._log = log
         self._process = process
         self._appends = 0
         self.away = False
-        """This process cannot reach the store."""
+        """Whether the store cannot be reached from this process."""
         self.frozen: int | None = None
-        """How far the replica came that this process reads from; None when it does not lag."""
+        """Position up to which this process's replica has come; None if it does not lag."""
 
     @property
     def reach(self) -> int:
-        """What this process sees the log end with."""
+        """The last position that this process can see."""
         return self._log.newest if self.frozen is None else self.frozen
 
     async def _io(self, kind: str) -> None:
@@ -168,6 +174,7 @@ class SimulatedStore:
             raise StoreUnavailable("the simulated store cannot be reached")
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        """See `EventStore.append`. The answer may be lost."""
         await self._io("append")
         log, process = self._log, self._process
         done = log.append(stream, events, expected)
@@ -184,7 +191,7 @@ class SimulatedStore:
     async def read_stream(
         self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
     ) -> AsyncIterator[RecordedEvent]:
-        """From the leader, so that it never lags."""
+        """See `EventStore.read_stream`: from the leader, so it never lags."""
         await self._io("read")
         found = self._log.stream(stream)
         if not found:
@@ -199,6 +206,7 @@ class SimulatedStore:
     async def read_all(
         self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent]:
+        """See `EventStore.read_all`."""
         await self._io("read")
         log = self._log
         if backwards:
@@ -219,6 +227,7 @@ class SimulatedStore:
     async def subscribe_all(
         self, *, after: int = -1, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
+        """See `EventStore.subscribe_all`."""
         log, at, behind = self._log, after, True
         term = log.term
         while True:
@@ -240,17 +249,21 @@ class SimulatedStore:
                 await changed.wait()
 
     async def head(self) -> int:
+        """See `EventStore.head`: of the replica that this process reads from."""
         await self._io("head")
         return self.reach
 
     async def log_id(self) -> UUID:
+        """See `EventStore.log_id`."""
         await self._io("identity")
         return LOG
 
     async def get_metadata(self, stream: str) -> StreamMetadata:
+        """See `EventStore.get_metadata`."""
         await self._io("read")
         document = self._log.document(stream)
         return StreamMetadata(json.loads(document) if document else {}, 0 if document else -1)
 
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
+        """See `EventStore.set_metadata`."""
         return await self.append(f"$${stream}", [EventData(METADATA, json.dumps(values).encode())], expected=expected)

@@ -1,6 +1,6 @@
-"""A world: relays and service processes, the real classes, over what is simulated; faults, and in the end a calm.
+"""A world: the real relay and service classes on simulated infrastructure, with faults, and a calm end.
 
-Everything that happens follows from the seed and from what is muted. It judges nothing: that is `promises`.
+Everything follows from the seed and from what is muted. It judges nothing: `promises` does that.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ from tidings.testing.simulation.store import LOG, SimulatedLog, SimulatedStore
 __all__ = ["Unsettled", "World", "sealed"]
 
 EPOCH: Final = 1_700_000_000.0
+"""Unix time at which a world begins, in seconds."""
 HEARTBEAT: Final = 6.0
-"""Seconds after which the broker gives up a connection whose other end says nothing."""
+"""Seconds after which the broker closes a silent connection."""
 RESTART: Final = 0.5
 """Seconds until a process that ended is started again."""
 PATIENCE: Final = 300.0
-"""Seconds within which a world without further faults must have settled everything."""
+"""Seconds after the last fault in which a world must settle everything."""
 CLOCKS: Final = 150.0
-"""A clock is wrong by up to one and a half times so many seconds; one that was put back keeps held events so long."""
+"""Seconds; a clock is wrong by up to one and a half times as much. A clock that was put back delays held events."""
 
 Tell = Callable[..., None]
 
@@ -58,13 +59,13 @@ class Unsettled(Exception):
 
 
 class World:
-    """Live it with `run`; then look at it."""
+    """One world. Call `run`, then look at its attributes."""
 
     def __init__(self, dice: Dice, databases: Databases, *, telling: bool = False) -> None:
         self.dice = dice
         self.loop = SimulatedLoop()  # type: ignore[abstract]
         self.story: list[tuple[float, str, str]] = []
-        """Seconds, who, what."""
+        """Lines of the story: seconds, who, what."""
         self._telling = telling
         self.plan: Plan = plan(dice, tuple(wire_name(kind) for kind in KINDS))
         self.log = SimulatedLog(self.loop, dice, self.tell)
@@ -72,7 +73,7 @@ class World:
         self.databases = databases
         self.desk = Desk()
         if self.plan.slow_notes is not None:
-            self.desk.slow = 2.5  # long enough for the queue to go and to come back
+            self.desk.slow = 2.5  # long enough for the queue to leave and come back
         self.service: Service = simulated_service(prefetch=self.plan.prefetch)
         self._former: Service = simulated_service(prefetch=self.plan.prefetch, late=False)
         self._deploys = dice.chance("deploys") < 0.5
@@ -83,18 +84,19 @@ class World:
         """Passes over the log that services made."""
         self.rejoins = 0
         self.lives = 1
-        """How often the service's database was made, or set back."""
+        """Number of databases that the service has had: new or restored ones."""
         self._copy: bytes | None = None
         self.calm = False
         self.died: list[str] = []
-        """Processes that ended with an error that no fault of this world explains."""
+        """Errors of processes that no fault of this world explains."""
 
     def tell(self, who: object, what: str) -> None:
+        """Add a line to the story."""
         if self._telling:
             self.story.append((self.loop.time(), str(who), what))
 
     def logged(self, entry: Mapping[str, Any]) -> None:
-        """What the real classes say."""
+        """Add a log line of the real classes to the story."""
         what = entry["event"]
         self.passes += what == "pass.started"
         self.rejoins += what == "service.rejoining"
@@ -103,13 +105,13 @@ class World:
             self.tell(PROCESS.get(), f"{what} {shown}")
 
     def run(self) -> None:
-        """Raises `Unsettled`."""
+        """Run the world. Raises `Unsettled`."""
         self.databases.renew()
         with sealed(self):
             try:
                 self.loop.run_until_complete(self._live())
             except Endless as error:
-                with suppress(RuntimeError):  # what waits for a process that spins can end no more than that one
+                with suppress(RuntimeError):  # tasks that wait for a spinning process cannot end either
                     self.loop.run_until_complete(self._end())
                 raise Unsettled(str(error)) from error
 
@@ -144,7 +146,7 @@ class World:
         slot.stopping = running.stopping
         await running.serve()
 
-    # ---- its life -------------------------------------------------------------------------
+    # ---- the faults -----------------------------------------------------------------------
 
     async def _live(self) -> None:
         self._seat = self.databases.seat(None)
@@ -225,8 +227,8 @@ class World:
                     slot.process.clock_error = slot.clock_error
 
     async def _lose_database(self, step: Step) -> None:
-        """The processes of the service end, and find an empty database, or one of an earlier moment, when they start
-        again; what a store with a bounded memory of ids knew of the service's appends may be forgotten by then."""
+        """Kill the service's processes and give them an empty database or an earlier copy. By then, the store may have
+        forgotten the ids of the service's appends."""
         copy = self._copy if step.what == "database restored" else None
         self.tell("operator", "gives the service a new database" if copy is None else "restores an older database")
         self.lives += 1
@@ -260,10 +262,10 @@ class World:
             if connection.process is slot.process and hasattr(connection, "swallows"):
                 connection.swallows = True
 
-    # ---- its end --------------------------------------------------------------------------
+    # ---- the end --------------------------------------------------------------------------
 
     async def _rest(self) -> None:
-        """No more faults; and operators mend what is dead."""
+        """Wait until everything is settled, without further faults. An operator retries dead letters."""
         self.calm = self.broker.calm = self.desk.mended = True
         self.tell("world", "no more faults from here on")
         for slot in self.slots:
@@ -290,11 +292,11 @@ class World:
             pause = min(pause * 1.5, 10.0)
 
     def later(self, seconds: float, call: Callable[..., object], *args: object) -> None:
-        """Something of the world's own, whoever causes it."""
+        """Schedule a call of the world itself, not of the process that runs now."""
         self.loop.call_later(seconds, call, *args, context=Context())
 
     async def _end(self) -> None:
-        """Nothing that still runs has an effect any more."""
+        """End everything that still runs, without any effect."""
         self.calm = True
         tasks = []
         for slot in self.slots:
@@ -312,7 +314,7 @@ _SHOWN: Final = frozenset(
 
 
 class Slot:
-    """A place where one process runs, and is started again when it ends."""
+    """A place for one process, which is started again when it ends."""
 
     def __init__(self, world: World, name: str, main: Callable[[Slot, Process], Any]) -> None:
         self.world = world
@@ -320,7 +322,7 @@ class Slot:
         self._main = main
         self.starts = 0
         self.former = False
-        """Its process has the code without the late handler."""
+        """Whether its process runs the code without the late handler."""
         self.process: Process | None = None
         self.store: SimulatedStore | None = None
         self.bus: SimulatedBus | None = None
@@ -337,6 +339,7 @@ class Slot:
         return self.name
 
     def start(self) -> None:
+        """Start a process, unless one runs."""
         world = self.world
         if self.process is not None:
             return
@@ -379,6 +382,7 @@ class Slot:
         self.process = None
 
     def set_trap(self, step: Step) -> None:
+        """Kill or pause the process in the middle of an I/O."""
         if self.process is None or step.io is None:
             return
         kind, nth = step.io
@@ -395,6 +399,7 @@ class Slot:
         process.trap(kind, nth, snap)
 
     def kill(self) -> None:
+        """Kill the process; another one starts after `RESTART` seconds."""
         process, world = self.process, self.world
         if process is None:
             return
@@ -403,12 +408,13 @@ class Slot:
         if self.seat is not None:
             self.seat.die()
         self._left()
-        # Mostly the broker hears at once that the connection is gone; sometimes only its heartbeat says so.
+        # Usually the broker notices at once that the connection is gone, sometimes only after a missed heartbeat.
         late = HEARTBEAT if world.dice.chance(f"death of {self.name}/{self.starts}") < 0.3 else 0.0
         world.later(late, world.broker.cut, process)
         world.later(RESTART, self.start)
 
     def pause(self, seconds: float) -> None:
+        """Pause the process for some seconds."""
         process, world = self.process, self.world
         if process is None or process.paused:
             return
@@ -429,6 +435,7 @@ class Slot:
             process.resume()
 
     def stop(self) -> None:
+        """Ask the process to stop; kill it if it is not ready for that."""
         if self.process is None or self.process.paused:
             return
         if self.stopping is None:
@@ -438,27 +445,31 @@ class Slot:
             self.stopping.set()
 
     def hide_store(self) -> None:
+        """Cut the process off from the store."""
         self._hidden = True
         if self.store is not None:
             self.store.away = True
             self.world.log.wake()
 
     def show_store(self) -> None:
+        """Undo `hide_store`."""
         self._hidden = False
         if self.store is not None:
             self.store.away = False
 
     def freeze(self, position: int | None) -> None:
-        """Its reads see nothing behind the position."""
+        """Let its reads see nothing after a position; None undoes that."""
         self._frozen = position
         if self.store is not None:
             self.store.frozen = position
 
     def thaw(self) -> None:
+        """Undo `freeze`."""
         self.freeze(None)
         self.world.log.wake()
 
     def recover(self) -> None:
+        """Undo every fault of this slot."""
         self.show_store()
         self.thaw()
         if self.process is None:
@@ -467,6 +478,7 @@ class Slot:
             self._resume(self.process)
 
     def bury(self) -> list[asyncio.Task[None]]:
+        """End everything that still runs here. Return the tasks to wait for."""
         if self.process is not None:
             self._left()
         tasks = []
@@ -481,7 +493,7 @@ class Slot:
 
 @contextmanager
 def sealed(world: World) -> Iterator[None]:
-    """Time and randomness are the world's, and what is logged goes to its story."""
+    """Take time and randomness from the world, and send log lines to its story, within the block."""
     loop = world.loop
 
     def wall() -> float:
@@ -499,9 +511,9 @@ def sealed(world: World) -> Iterator[None]:
     structlog.configure(processors=[keep], cache_logger_on_first_use=False)
     setattr(time, "time", wall)  # noqa: B010
     setattr(os, "urandom", random.Random(world.dice.seed).randbytes)  # noqa: B010 - ids
-    gc.disable()  # what a collection finalizes, and when, depends on what ran before
+    gc.disable()  # when garbage is collected depends on earlier worlds
     try:
-        # Worlds are small: breakers open here after as few failures as a world has.
+        # Worlds are small: breakers open after few failures.
         with patch.multiple("tidings.delivery.breaker", FAILURES=3, KEYS=2):
             yield
     finally:
