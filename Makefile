@@ -4,35 +4,26 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SERVED := embedded_exactly_once.py embedded_emits.py embedded_handlers.py embedded_held.py embedded_held_corners.py \
-	embedded_held_stress.py embedded_traps.py verify.py rabbitmq_path.py
-DATABASED := crashing_event.py embedded_bad_messages.py embedded_database.py embedded_drain.py embedded_emits.py \
-	embedded_exactly_once.py embedded_handlers.py embedded_held.py embedded_held_corners.py embedded_held_stress.py \
-	embedded_traps.py partitions_embedded.py replay.py verify.py verify_deep.py \
-	verify_repair.py::test_a_marker_alone_heals_what_the_bus_never_brought_and_repeats_nothing
-# The longest, that `make test` runs on PostgreSQL anyway (test_postgresql.py), or that are about who has a queue.
-TOO_LONG := sigkill or compare_and_set or a_standby_leaves or killed_at_any_step
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
-LOWER_BOUNDS := cli.py cli_find.py cli_status.py settings.py codec.py handlers.py logs.py \
-	connection.py repository.py public_api.py sqlite_store.py
+# Each process of pytest starts a broker and a database of its own, and one that has nothing left to do takes tests from
+# the other. Where a broker or database is named instead, there is one for all.
+SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numprocesses 2 --dist worksteal)
+# Which tests run where: the markers in pyproject.toml say what each is for.
+TESTS := not faults and not slow
 
-# Each process of pytest starts a broker and a database of its own, and the tests of a file stay together. Where they are
-# named instead, there is one for all.
-SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numprocesses 2 --dist loadfile)
-
-.PHONY: help demo demo-rabbitmq test test-all lint types pytest faults served postgresql kurrentdb lower-bounds soak audit bench format broker database clean
+.PHONY: help demo demo-rabbitmq test test-all lint types wheel pytest faults served postgresql kurrentdb lower-bounds soak audit bench format broker database clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
 	@echo "make demo-rabbitmq"
 	@echo "             the same as processes over RabbitMQ, some of them killed on the way"
-	@echo "make test    lint, types and tests, against a real RabbitMQ and PostgreSQL"
+	@echo "make test    lint, types, the wheel and tests, against a real RabbitMQ and PostgreSQL"
 	@echo "make test-all"
-	@echo "             the same, all faults, the log behind tidings server, services on PostgreSQL,"
+	@echo "             the same, what is slow, all faults, the log behind tidings server, services on PostgreSQL,"
 	@echo "             kurrentdbclient, and the lowest versions of what Tidings needs"
 	@echo "make audit   known vulnerabilities of what is installed; needs the network, so no test runs it"
 	@echo "make soak MINUTES=30"
@@ -51,21 +42,26 @@ demo: $(INSTALLED)
 demo-rabbitmq: $(INSTALLED)
 	@$(BIN)/python -m services.demo.fleet
 
-test: lint types pytest
+test: lint types wheel pytest
 
+test-all: TESTS := not faults
 test-all: test lower-bounds faults served postgresql kurrentdb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive framework services deploy deploy/local/rabbitmq deploy/local/postgresql
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive framework services deploy deploy/local/rabbitmq deploy/local/postgresql deploy/local/wheel
 
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# The wheel runs the README's first service in an environment that holds nothing but what it requires.
+wheel: $(INSTALLED)
+	@$(BIN)/python deploy/local/wheel
+
 pytest: $(INSTALLED) broker database
-	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not faults"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "$(TESTS)"
 
 # One after the other: they count the seconds until all is well again.
 faults: $(INSTALLED) broker database
@@ -73,12 +69,11 @@ faults: $(INSTALLED) broker database
 
 # The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
 served: $(INSTALLED) broker
-	TIDINGS_TEST_STORE=server $(BIN)/pytest $(SIDE_BY_SIDE) $(addprefix tests/integration/test_, $(SERVED))
+	TIDINGS_TEST_STORE=server $(BIN)/pytest $(SIDE_BY_SIDE) -m served tests/integration
 
 # What rests on a service's own database once more, with that database in PostgreSQL.
 postgresql: $(INSTALLED) broker database
-	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest $(SIDE_BY_SIDE) -m "not sqlite" -k "not ($(TOO_LONG))" \
-		$(addprefix tests/integration/test_, $(DATABASED))
+	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest $(SIDE_BY_SIDE) -m "postgresql and not sqlite" tests/integration
 
 # kurrentdbclient is the successor of esdbclient, and cannot be installed beside it.
 kurrentdb: $(KURRENT_INSTALLED)
@@ -91,15 +86,15 @@ $(KURRENT_INSTALLED): pyproject.toml deploy/local/venv
 
 # What pyproject.toml allows at the least: what users declare, the command line, settings, logs and pages.
 lower-bounds: $(LOWEST_INSTALLED)
-	$(LOWEST)/bin/pytest -p no:cacheprovider -W ignore::pytest.PytestUnraisableExceptionWarning $(addprefix tests/unit/test_, $(LOWER_BOUNDS))
+	$(LOWEST)/bin/pytest -p no:cacheprovider -W ignore::pytest.PytestUnraisableExceptionWarning -m lower_bounds tests/unit
 
 $(LOWEST_INSTALLED): pyproject.toml deploy/local/lowest $(INSTALLED)
 	@echo "installing into $(LOWEST) (once) ..."
 	@$(BIN)/python -m venv $(LOWEST)
-	@$(BIN)/python deploy/local/lowest cli fastapi rabbitmq postgresql testing > $(LOWEST)/constraints.txt
+	@$(BIN)/python deploy/local/lowest cli fastapi rabbitmq postgresql eventstoredb testing > $(LOWEST)/constraints.txt
 	@echo "click<8.2" >> $(LOWEST)/constraints.txt  # the first typers do not know later ones
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt \
-		--editable ".[cli,fastapi,rabbitmq,postgresql,testing]" httpx hypothesis pytest-timeout aiosqlite
+		--editable ".[cli,fastapi,rabbitmq,postgresql,eventstoredb,testing]" httpx hypothesis pytest-timeout aiosqlite
 	@touch $@
 
 # pip-audit asks PyPI about each package, so it says nothing without the network. In an environment of its own, because

@@ -21,6 +21,8 @@ from tidings.database.notebook import Notebook
 from tidings.delivery.guard import Guard
 from tidings.delivery.work import Troubles
 
+pytestmark = pytest.mark.postgresql
+
 EVENTS = [Happened(key=f"k{n % 3}", n=n) for n in range(60)]
 ROOT = Path(__file__).parents[2]
 

@@ -15,6 +15,8 @@ from tidings.protocol.message import Marker, Message, encode
 from tidings.protocol.position import carried
 from tidings.stores import JSON
 
+pytestmark = pytest.mark.postgresql
+
 EVENTS = many(40, 7)
 OTHER_LOG = UUID("00000000-0000-0000-0000-00000000beef")
 

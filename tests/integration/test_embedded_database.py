@@ -32,6 +32,8 @@ from tests.integration.embedded import (
 from tidings import Context, Service
 from tidings.errors import DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
 
+pytestmark = pytest.mark.postgresql
+
 EVENTS = many(200, 11)
 
 

@@ -29,6 +29,8 @@ from tidings import Context, Retry, Service
 from tidings.database.tables import staged
 from tidings.hosting.running import RunningService
 
+pytestmark = pytest.mark.postgresql
+
 
 @pytest.mark.parametrize("kind", ["session", "plain", "thread"])
 async def test_leaving_finishes_what_runs_commits_it_and_a_restart_repeats_nothing(tmp_path: Path, kind: str) -> None:

@@ -30,6 +30,8 @@ from tidings.database.tables import staged
 from tidings.errors import StoreUnavailable
 from tidings.stores import Appended, Expected
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 
 class Forgetful(StoreAround):
     """Fails at random before or after writing, and would write an id twice if `ANY` ever repeated it."""

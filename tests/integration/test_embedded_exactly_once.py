@@ -34,6 +34,8 @@ from tidings.operations.verify import verify
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS, carried
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -116,6 +118,7 @@ async def test_a_service_stopped_and_started_many_times_goes_on_where_it_was(tmp
         assert_once_in_order(await followed(world.store), events)
 
 
+@pytest.mark.sqlite("long; test_postgresql.py does it there")
 @pytest.mark.parametrize("when", ["anywhere", "before", "after"])
 async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path: Path, when: str) -> None:
     """`before` and `after`: around the append of an emitted event, after the commit that staged it."""
@@ -161,6 +164,7 @@ async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path:
         assert_once_in_order(await followed(world.store), events)
 
 
+@pytest.mark.sqlite("long; test_postgresql.py does it there")
 async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

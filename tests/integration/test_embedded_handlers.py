@@ -36,6 +36,8 @@ from tests.integration.embedded import (
 from tidings import Context, Retry, Service
 from tidings.hosting.watchdog import Watchdog
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 OTHERS = [Happened(key=f"other{n % 9}", n=n) for n in range(60)]
 CULPRIT = Happened(key="culprit")
 

@@ -37,6 +37,8 @@ from tidings.errors import DatabaseUnavailable
 from tidings.operations.dead import DeadLetterNotFound, DeadLetters, NotRetriable
 from tidings.operations.held import HeldOperations
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 SHORT = Hold(attempts=3, delay=0.02, factor=1)
 HELD = Retry(attempts=1, hold=SHORT)
 

@@ -35,9 +35,12 @@ from tidings.database.tables import dead, held
 from tidings.operations.dead import DeadLetters
 from tidings.operations.verify import verify
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 LONG = Retry(attempts=1, hold=Hold(attempts=1000, delay=300.0))
 
 
+@pytest.mark.sqlite("about who has the queue of a bus in one process")
 @pytest.mark.parametrize("transactional", [True, False])
 async def test_a_standby_leaves_held_events_alone_and_takes_them_over(
     tmp_path: Path, transactional: bool, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,8 @@ from tidings.operations.dead import DeadLetterNotFound, DeadLetters
 from tidings.operations.verify import verify
 from tidings.protocol.position import bucket_of
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 EVENTS = 160
 BUCKETS = (3, 77, 200)
 PATIENCE = 60.0

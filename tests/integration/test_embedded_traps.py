@@ -21,6 +21,8 @@ from tidings.database.tables import floors
 from tidings.errors import ConfigurationError
 from tidings.modelling.handlers import Retry
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 tables = sa.MetaData()
 seen = sa.Table("seen", tables, sa.Column("id", sa.Integer, primary_key=True), sa.Column("name", sa.Text))
 

@@ -44,6 +44,8 @@ from tidings.modelling.codec import encode
 from tidings.operations.verify import verify
 from tidings.protocol.position import bucket_of
 
+pytestmark = pytest.mark.postgresql
+
 
 @pytest.fixture(autouse=True)
 def _attentive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +326,7 @@ async def killed(here: Site, bus: Fatal) -> None:
         raise Killed
 
 
+@pytest.mark.sqlite("about who has which queue")
 @pytest.mark.parametrize("step", range(10))
 async def test_a_resizing_that_is_killed_at_any_step_is_done_by_the_next_process(tmp_path: Path, step: int) -> None:
     """1 to 2 to 3: queues are deleted and made, one by one. The last cases die after all of it."""

@@ -16,6 +16,8 @@ from tests.integration.processes import (
 )
 from tidings import EventStore, open_store
 
+pytestmark = pytest.mark.served
+
 EVENTS = 600
 HALF = EVENTS // 2
 

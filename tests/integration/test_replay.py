@@ -40,6 +40,8 @@ from tidings.operations.replay import NothingToReplay, Start, find_start, plan, 
 from tidings.protocol.position import carried
 from tidings.stores import Appended, Expected, RecordedEvent
 
+pytestmark = pytest.mark.postgresql
+
 PATIENT = Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05, factor=1))
 MORTAL = Retry(attempts=1, hold=None, hold_key=True)
 

@@ -13,6 +13,8 @@ from tidings.database.engine import open_database
 from tidings.modelling.handlers import Retry
 from tidings.operations.verify import Report, verify
 
+pytestmark = [pytest.mark.served, pytest.mark.postgresql]
+
 
 class Ordered(Event):
     order_id: str

@@ -22,6 +22,8 @@ from tidings.operations.recount import Recount, recount
 from tidings.operations.replay import find_start, send_back
 from tidings.protocol.position import carried
 
+pytestmark = pytest.mark.postgresql
+
 
 def shop() -> Service:
     """One of what its own handler emits is dead, and its key waits."""

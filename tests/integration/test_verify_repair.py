@@ -60,6 +60,7 @@ async def settled(store: EventStore, *services: Service) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.postgresql
 async def test_a_marker_alone_heals_what_the_bus_never_brought_and_repeats_nothing(
     tmp_path: Path, amqp_url: str
 ) -> None:

@@ -17,6 +17,8 @@ from tidings import EventData, EventStore, __version__, open_store
 from tidings.cli.streams import _of_all
 from tidings.protocol.position import CARRIED
 
+pytestmark = pytest.mark.lower_bounds
+
 SHOP = "tests.unit.command_line:shop"
 OTHER = "tests.unit.command_line:other"
 

@@ -13,6 +13,8 @@ from tidings.cli._exits import USAGE, Refused
 from tidings.cli._find import find, find_service, find_services, is_application
 from tidings.errors import ConfigurationError
 
+pytestmark = pytest.mark.lower_bounds
+
 MODULES = {
     "onlyone": "from tidings import Service\nstock = Service('stock')\nalias = stock\n",
     "several": (

@@ -24,6 +24,8 @@ from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.operations.status import LATE, State, look
 from tidings.stores import ANY, EventData
 
+pytestmark = pytest.mark.lower_bounds
+
 SHOP = "tests.unit.command_line:shop"
 FITS = Found("queue", "tidings.shop", "fits", "", 3, 1)
 

@@ -28,6 +28,8 @@ from tidings.modelling.events import Event, upcaster
 from tidings.protocol.position import NESTING, partition_key
 from tidings.stores import EventData, RecordedEvent
 
+pytestmark = pytest.mark.lower_bounds
+
 ID = UUID("0a1b2c3d-0000-4000-8000-00000000000f")
 
 

@@ -13,6 +13,8 @@ import tidings
 from tidings import NO_STREAM, Aggregate, Event, Settings, evolves
 from tidings.errors import ConfigurationError, SchemaError, StoreUnavailable, StreamNotFound, WrongExpectedVersion
 
+pytestmark = pytest.mark.lower_bounds
+
 
 class Opened(Event, key="account"):
     account: str

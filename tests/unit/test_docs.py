@@ -63,6 +63,7 @@ def follow(page: str, folder: Path) -> None:
         )
 
 
+@pytest.mark.timeout(300)  # seconds: a page is up to twenty processes, one after the other
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_the_page_works_when_it_is_followed(page: Path, tmp_path: Path) -> None:
     follow(page.read_text(encoding="utf-8"), tmp_path)

@@ -22,6 +22,8 @@ from tidings.service import Service
 from tidings.settings import Settings
 from tidings.stores import RecordedEvent
 
+pytestmark = pytest.mark.lower_bounds
+
 if TYPE_CHECKING:
     from decimal import Decimal as OnlyForChecking
 

@@ -22,6 +22,8 @@ from tidings import Context, Service
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_logging, masked
 
+pytestmark = pytest.mark.lower_bounds
+
 log = structlog.get_logger("shop")
 
 

@@ -14,6 +14,8 @@ import pytest
 
 import tidings
 
+pytestmark = pytest.mark.lower_bounds
+
 ROOT = Path(__file__).parents[2]
 HEAVY = (
     "sqlalchemy",

@@ -27,6 +27,8 @@ from tidings.modelling.events import Event
 from tidings.modelling.repository import Repository
 from tidings.stores import ANY, NO_STREAM, Appended, EventData, EventStore, Expected, RecordedEvent
 
+pytestmark = pytest.mark.lower_bounds
+
 
 class Opened(Event):
     owner: str

@@ -22,6 +22,8 @@ from tidings.settings import Settings
 from tidings.stores import EventStore
 from tidings.urls import redact
 
+pytestmark = pytest.mark.lower_bounds
+
 NAMES = ("TIDINGS_STORE", "TIDINGS_BUS", "TIDINGS_DATABASE")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -14,13 +15,17 @@ from tests.unit.command_line import invoke
 from tidings.testing.simulation import RULES, Outcome, Simulator, simulate, without
 
 RUNS = int(os.environ.get("TIDINGS_TEST_SIMULATIONS", "2000"))
-PARTS = 8
+PARTS = 20
+SAMPLE = 2
+"""Parts of the worlds that are simulated in every run of the tests; the others are slow."""
 WORKERS = min(4, os.cpu_count() or 1)
 ENOUGH = 3000
 """So many worlds at most until a missing rule must have been noticed."""
-COMPARED = range(60)
+COMPARED = range(40)
+WORLDS = pytest.mark.slow("worlds beyond the sample")
 
 
+@cache
 def total(rule: str | None, count: str) -> int:
     """Of the same worlds, none of which breaks a promise."""
     outcomes = list(simulate(COMPARED, workers=WORKERS, rule=rule))
@@ -28,7 +33,7 @@ def total(rule: str | None, count: str) -> int:
     return sum(getattr(outcome, count) for outcome in outcomes)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [*range(SAMPLE), *(pytest.param(part, marks=WORLDS) for part in range(SAMPLE, PARTS))])
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_doubled_or_reordered_in_any_world(part: int) -> None:
     seeds = range(part * RUNS // PARTS, (part + 1) * RUNS // PARTS)
@@ -45,10 +50,14 @@ def test_without_the_rule_a_promise_breaks(rule: str) -> None:
     assert any(outcome.broken for outcome in found), f"nobody misses the rule {rule!r}"
 
 
+@pytest.mark.slow("it compares many worlds")
+@pytest.mark.timeout(600)
 def test_no_promise_rests_on_late_acknowledgements() -> None:
     assert total("acknowledged_late", "events") > 0
 
 
+@pytest.mark.slow("it compares many worlds")
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("rule", ["checkpoint", "one_leads"])
 def test_checkpoints_and_leadership_save_messages_and_nothing_else(rule: str) -> None:
     assert total(rule, "published") > total(None, "published")

@@ -26,6 +26,8 @@ from tidings.stores import ANY, NO_STREAM, CaughtUp, EventData, EventStore, Filt
 from tidings.stores.sqlite.store import SqliteStore, open_sqlite
 from tidings.testing.store_conformance import caught_up, closing, event, events, many, numbers, read, take
 
+pytestmark = pytest.mark.lower_bounds
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
