@@ -21,6 +21,7 @@
     │   ├── TopologyMismatch
     │   └── BusUnavailable
     ├── DatabaseUnavailable
+    │   └── DatabaseMoved
     ├── Fenced
     ├── ConfigurationError
     ├── RepetitionDiffers
@@ -51,6 +52,7 @@ __all__ = [
     "BusUnavailable",
     "ConfigurationError",
     "Contention",
+    "DatabaseMoved",
     "DatabaseUnavailable",
     "DeployNeeded",
     "EventTooLarge",
@@ -298,6 +300,25 @@ class DatabaseUnavailable(TidingsError):
         super().__init__(message)
         self.waiting_helps = waiting_helps
         """As in `StoreUnavailable`."""
+
+
+class DatabaseMoved(DatabaseUnavailable):
+    """The file of a service's SQLite database was moved, deleted or replaced while the service had it open.
+
+    The service ends: what it would write from now on is in no file of that name.
+    """
+
+    def __init__(self, path: str, *, replaced: bool) -> None:
+        self.path = path
+        what = "another file was put in its place" if replaced else "it was moved or deleted"
+        super().__init__(
+            f"the database file {path} is not the one that was opened: {what} while the service had it open, so the "
+            "service has stopped. Nothing is lost: the log has every event. Put the file back, with its -wal and -shm, "
+            "and start the service again; it goes on where it was. If the file is gone for good, restore a backup "
+            "first (tidings restore). Without either, the service begins with an empty database and handles the whole "
+            "log again, with its effects outside the database.",
+            waiting_helps=False,
+        )
 
 
 class Fenced(TidingsError):

@@ -79,6 +79,23 @@ async def test_service_database_gone_and_back(stage: Stage, recovered: Recovered
     recovered(await stage.keeps_promises(), seconds)
 
 
+async def test_service_database_moved_while_the_service_runs(stage: Stage, recovered: Recovered) -> None:
+    """SQLite would go on with the moved file. The service ends, makes no new file, and goes on when it is back."""
+    away = stage.folder / "away"
+    async with working(stage) as service:
+        stage.databases.rename(away)
+        stage.databases.mkdir()
+        assert await service.ended() == 3
+        assert f"the database file {stage.database()} is not the one that was opened" in service.log
+        assert "Put the file back" in service.log
+        assert not stage.database().exists()
+        stage.databases.rmdir()
+        away.rename(stage.databases)
+        service.start()
+        seconds = await stage.recovered(now())
+    recovered(await stage.keeps_promises(), seconds)
+
+
 async def test_service_database_replaced_by_yesterdays_backup(stage: Stage, recovered: Recovered) -> None:
     """What was handled since the backup is undone with its watermarks, so that it is handled again: once, in order."""
     async with working(stage) as service:

@@ -30,7 +30,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Service
-from tidings.errors import DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
+from tidings.errors import DatabaseMoved, DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
 
 pytestmark = pytest.mark.postgresql
 
@@ -230,3 +230,33 @@ async def test_a_log_restored_to_an_older_state_is_refused_by_name(tmp_path: Pat
     await remove_database(tmp_path, "audit")
     async with service.running(settings_for(tmp_path)):  # after a refusal the service is free for another start
         pass
+
+
+@pytest.mark.sqlite("a file that is moved")
+@pytest.mark.parametrize("idle", [False, True], ids=["at_work", "idle"])
+async def test_a_service_whose_file_is_moved_ends_and_goes_on_when_it_is_put_back(tmp_path: Path, idle: bool) -> None:
+    service, more = auditing(), [] if idle else EVENTS[100:]
+    away = tmp_path / "away"
+    away.mkdir()
+
+    async def run() -> None:
+        async with embedded(tmp_path, service) as world:
+            await world.append(*EVENTS[:100])
+            await world.settled()
+            _move(tmp_path, away)
+            await world.append(*more)
+            await asyncio.Event().wait()  # until the service's end ends this
+
+    with pytest.raises(DatabaseMoved, match="it was moved or deleted"):
+        await run()
+    assert not (tmp_path / "audit.db").exists()
+    _move(away, tmp_path)
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[100 + len(more) :])
+        await world.settled()
+        assert_once_in_order(await rows(service), EVENTS)
+
+
+def _move(source: Path, target: Path) -> None:
+    for file in source.glob("audit.db*"):
+        file.rename(target / file.name)

@@ -61,6 +61,10 @@ MADE = [
         errors.RepetitionDiffers("k-1", "order-1", "Paid", "1f", ["pence"]),
         ["'k-1'", "'order-1'", "Paid", "pence", "key"],
     ),
+    (
+        errors.DatabaseMoved("/var/a.db", replaced=False),
+        ["/var/a.db", "moved or deleted", "Put the file back", "start"],
+    ),
     (errors.TransactionMisuse("commit"), ["commit()", "begin_nested"]),
 ]
 

@@ -41,9 +41,9 @@ PUBLIC = {
         Consumer Delivery EventBus ExportsUsers Found ListsQueues Message Publisher Subscription check_partitions
         check_service_name""",
     "tidings.errors": """
-        AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseUnavailable DeployNeeded
-        EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind LogChanged
-        MalformedMessage PartitionKeyDiffers PublishRejected RepetitionDiffers SchemaError StatementFailed
+        AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseMoved DatabaseUnavailable
+        DeployNeeded EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind
+        LogChanged MalformedMessage PartitionKeyDiffers PublishRejected RepetitionDiffers SchemaError StatementFailed
         StoreError StoreUnavailable StreamDeleted StreamForbidden StreamNotFound StreamTruncated TidingsError
         TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
         VersionNotFound WriterHeld WrongExpectedVersion""",

@@ -19,12 +19,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from tidings._support.ownership import mark
 from tidings._support.writes import Writes
+from tidings.database.open_file import OpenFile
 from tidings.database.outages import advice_for, is_refusal, marked, outages, stays_with_connections
 from tidings.database.tables import schema
 from tidings.database.texts import learn_encoding
 from tidings.database.transaction import watch
 from tidings.database.upgrades import SCHEMA, prepare, version_of
-from tidings.errors import ConfigurationError, DatabaseUnavailable
+from tidings.errors import ConfigurationError, DatabaseUnavailable, TidingsError
 from tidings.urls import redact
 
 __all__ = ["Database", "connected", "file_of", "open_database", "prepared"]
@@ -42,6 +43,7 @@ class Database:
         file = engine.url.database if engine.dialect.name == "sqlite" else None
         self.file = None if file in (None, "", ":memory:") or file.startswith("file:") else file
         """Where it is a file of this machine."""
+        self._open_file = None if self.file is None else OpenFile(self.file)
         self.one_writer = engine.dialect.name == "sqlite"
         """All transactions that write share one writer; elsewhere every lane may have its own."""
         self.writes = Writes()
@@ -58,6 +60,8 @@ class Database:
             sa.event.listen(engine.sync_engine, "handle_error", self._distrust)
             sa.event.listen(engine.sync_engine, "connect", _note_time)
             sa.event.listen(engine.sync_engine, "checkout", self._check_age)
+        if self._open_file is not None:
+            sa.event.listen(engine.sync_engine, "connect", self._note_file)
         watch(self._writing.sync_engine)
 
     def _learn(self, connection: object, record: object) -> None:
@@ -71,9 +75,26 @@ class Database:
         if record.info.get(_MADE_AT, 0.0) <= self._distrusted:
             raise DisconnectionError("it was made before the outage")  # the pool makes another one instead
 
+    def _check_file(self) -> None:
+        """Raise `DatabaseMoved` when the database's file is not there any more."""
+        if self._open_file is None:
+            return
+        pool = self.engine.pool
+        if isinstance(pool, sa.QueuePool) and not pool.checkedin():
+            self._open_file.check()  # the pool makes a connection, and that would make a new file where there is none
+        else:
+            self._open_file.look()
+
+    def _note_file(self, connection: object, record: object) -> None:
+        if self._open_file is not None:
+            self._open_file.opened()
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that will write. Raises `DatabaseUnavailable`; then the outcome of its commit is unknown."""
+        """Enter a transaction that will write. Raises `DatabaseUnavailable`; then the outcome of its commit is unknown.
+
+        Raises `DatabaseMoved`, at most a second late, when the database's file is not there any more.
+        """
         try:
             with outages(self.shown):
                 async with self._connected(self._writing) as connection, connection.begin():
@@ -96,7 +117,7 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for reading only."""
+        """Enter a connection for reading only. Raises as `transaction`."""
         try:
             with outages(self.shown):
                 async with self._connected(self.engine) as connection:
@@ -107,11 +128,13 @@ class Database:
 
     @asynccontextmanager
     async def _connected(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-        """SQLAlchemy lets pass what some drivers (asyncpg) raise while they connect."""
+        """Connect, and turn into `DatabaseUnavailable` what some drivers (asyncpg) raise while they connect: SQLAlchemy
+        lets it pass."""
+        self._check_file()
         async with AsyncExitStack() as stack:
             try:
                 connection = await stack.enter_async_context(engine.connect())
-            except (SQLAlchemyError, TypeError, ValueError):  # the last two: an option that can never work
+            except (TidingsError, SQLAlchemyError, TypeError, ValueError):  # the last two: an option that never works
                 raise
             except Exception as error:
                 raise DatabaseUnavailable(

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tidings.errors import DatabaseUnavailable
+from tidings.errors import DatabaseMoved, DatabaseUnavailable
 
 __all__ = [
     "advice_for",
@@ -61,7 +61,7 @@ def is_outage(error: BaseException, dialect: Dialect | None = None) -> bool:
     other engine, which a handler may use for something else, is the handler's.
     """
     if isinstance(error, DatabaseUnavailable | PoolTimeout):
-        return dialect is None
+        return dialect is None and not isinstance(error, DatabaseMoved)  # it does not come back by itself
     if not isinstance(error, DBAPIError) or not _is_of(error, dialect):
         return False
     if isinstance(error.orig, sqlite3.Error):

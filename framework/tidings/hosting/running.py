@@ -30,7 +30,7 @@ from tidings.database.staged_events import StagedEvent, requested_events
 from tidings.delivery.attempt import Resources
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.delivery.work import Item, Troubles
-from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
+from tidings.errors import BusUnavailable, DatabaseMoved, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.balance import asked_of, to_ask
 from tidings.hosting.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.hosting.standby import Post, Taken, post_of
@@ -384,6 +384,8 @@ class RunningService:
                     return
                 if layout.count > 1:
                     await self._balance(await self.ranges(), asking=looks % BALANCE_LOOKS == 0 and self.consuming)
+            except DatabaseMoved:
+                raise
             except (DatabaseUnavailable, StoreUnavailable):
                 continue  # the partitions notice it themselves, and say so
 
