@@ -19,7 +19,7 @@ settings.load_profile("tidings")
 
 @pytest.fixture(autouse=True)
 def _log_of_the_process() -> Iterator[None]:
-    """A runtime configures structlog where nobody has: a test leaves that as it found it."""
+    """Restore the configuration of structlog, which a runtime sets if nothing else did."""
     configured = structlog.is_configured()
     yield
     if not configured:
@@ -28,48 +28,48 @@ def _log_of_the_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[RabbitMQ]:
-    """The broker that the tests of this process share, started by the first that asks for it. Do it no harm."""
+    """The broker that the tests of this process share, started by the first test that asks for it. Do not harm it."""
     with rabbitmq_for_tests() as broker:
         yield broker
 
 
 @pytest.fixture
 async def amqp_url(rabbitmq: RabbitMQ) -> AsyncIterator[str]:
-    """The URL of a place without queues (a vhost of the test's own) on the shared broker."""
+    """The URL of a vhost without queues, for one test, on the shared broker."""
     async with rabbitmq.isolated() as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def rabbitmq_node() -> Iterator[RabbitMQNode]:
-    """A node of the test module's own, to stop, kill, pause and starve; leave it running and without alarms."""
+    """A node for one test module, to stop, kill, pause and starve. Leave it running and without alarms."""
     with node_for_tests({"max_message_size": "1048576"}) as node:
         yield node
 
 
 @pytest.fixture
 async def harmed_url(rabbitmq_node: RabbitMQNode) -> AsyncIterator[str]:
-    """A vhost of the test's own on `rabbitmq_node`."""
+    """The URL of a vhost for one test on `rabbitmq_node`."""
     async with rabbitmq_node.isolated() as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgreSQL]:
-    """The server that the tests of this process share, started by the first that asks for it. Do it no harm."""
+    """The server that the tests of this process share, started by the first test that asks for it. Do not harm it."""
     with postgresql_for_tests() as server:
         yield server
 
 
 @pytest.fixture
 async def postgresql_url(postgresql: PostgreSQL) -> AsyncIterator[str]:
-    """The URL of a database without tables, the test's own."""
+    """The URL of a database without tables, for one test."""
     async with postgresql.isolated() as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def postgresql_server() -> Iterator[PostgreSQLServer]:
-    """A server of the test module's own, to stop, kill, pause and starve."""
+    """A server for one test module, to stop, kill, pause and starve."""
     with server_for_tests() as server:
         yield server

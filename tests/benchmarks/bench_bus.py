@@ -30,7 +30,7 @@ EVENTS, ROUNDS, FLOOR = 16_000, 5, 2.0
 
 
 async def relay(store: EventStore, url: str, name: str) -> None:
-    """From connecting to the last confirm: a relay of a new name begins at the beginning of the log."""
+    """Measure from connecting to the last confirm. A relay with a new name begins at the beginning of the log."""
     head = await store.head()
     async with open_bus(url) as bus:
         carrier = Relay(store, bus, name=name, window=WINDOW)
@@ -43,7 +43,7 @@ async def relay(store: EventStore, url: str, name: str) -> None:
 
 
 async def aio_pika_publisher(messages: Sequence[Message], url: str) -> None:
-    """From connecting to the last confirm: 256 tasks, each with one message on its way."""
+    """Measure from connecting to the last confirm, with 256 tasks that each have one message in flight."""
     waiting = iter(messages)
 
     async with aio_pika_exchange(url) as exchange:
@@ -72,7 +72,7 @@ async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when the floor is missed."""
+    """Run the benchmark. Return exit status 1 when the floor is missed."""
     return with_broker(measure)
 
 

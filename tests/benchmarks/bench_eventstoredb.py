@@ -38,7 +38,7 @@ Work = Callable[[], Awaitable[int]]
 
 
 async def rate(work: Work) -> float:
-    """What it counts, per second."""
+    """Return how many events the call handles per second."""
     began = time.perf_counter()
     count = await work()
     return count / (time.perf_counter() - began)
@@ -104,7 +104,7 @@ def peers(client: AsyncEventStoreDBClient) -> dict[str, Work]:
 
 @contextmanager
 def served(folder: str) -> Iterator[str]:
-    """The URI of a server."""
+    """Yield the URI of a server."""
     real = os.environ.get("TIDINGS_TEST_EVENTSTOREDB")
     if real:
         yield real
@@ -141,7 +141,7 @@ async def measure(uri: str) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when a floor is missed."""
+    """Run the benchmark. Return exit status 1 when a floor is missed."""
     with tempfile.TemporaryDirectory() as folder, served(folder) as uri:
         return asyncio.run(measure(uri))
 

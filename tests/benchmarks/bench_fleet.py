@@ -45,7 +45,7 @@ def service_of(name: str) -> Service:
 
 
 def play(role: str) -> None:
-    """What a process of this benchmark does until SIGTERM."""
+    """Run one process of this benchmark until SIGTERM."""
     asyncio.run(serve(relay=True) if role == "relay" else serve(service_of(role)))
 
 
@@ -53,7 +53,7 @@ def play(role: str) -> None:
 def processes(
     url: str, folder: Path, roles: tuple[str, ...], module: str = "tests.benchmarks.bench_fleet"
 ) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """`python -m MODULE ROLE`, with their logs in the folder, until the block ends."""
+    """Run `python -m MODULE ROLE` for each role until the block ends, with logs in the folder."""
     env = os.environ | {
         "TIDINGS_STORE": f"sqlite:///{folder}/events.db",
         "TIDINGS_BUS": url,
@@ -74,7 +74,7 @@ def processes(
 
 
 def cpu_seconds(process: int) -> float:
-    """User and system time of a process so far (Linux)."""
+    """Return the CPU seconds of a process so far (Linux)."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -88,7 +88,7 @@ def rows(folder: Path, service: str) -> int:
 
 
 async def until_all(folder: Path, began: float) -> dict[str, float]:
-    """Seconds until each service had every effect."""
+    """Return the seconds until each service had every effect."""
     ended: dict[str, float] = {}
     while len(ended) < len(SERVICES):
         for service in SERVICES:
@@ -129,7 +129,7 @@ async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
 
 
 def main() -> int:
-    """Exit status 0: this row is printed, and has no floor."""
+    """Run the benchmark. Return exit status 0: it has no floor."""
     return with_broker(measure)
 
 

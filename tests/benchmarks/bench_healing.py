@@ -28,7 +28,7 @@ EVENTS, ROUNDS, FLOOR = 30_000, 7, 0.5
 
 
 class Trivial:
-    """The handler, and how often it was called."""
+    """Count the calls of a handler."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -45,7 +45,7 @@ async def plain_read(store: EventStore, handler: Trivial) -> float:
 
 
 async def healing_pass(store: EventStore, handler: Trivial, database: str) -> float:
-    """From the marker that a new service hears first, until it has settled what was before."""
+    """Measure from the first marker that a new service hears until it has settled its history."""
     service = Service("bench")
     service.on(Measured)(handler.see)
     head, name = await store.head(), f"memory://{uuid4()}"
@@ -76,7 +76,7 @@ async def measure(url: str, databases: str, row: str, floor: float | None) -> in
 
 
 def main() -> int:
-    """Exit status 1 when a floor is missed."""
+    """Run the benchmark. Return exit status 1 when a floor is missed."""
     quiet()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as databases, served(folder) as uri:
         missed = asyncio.run(measure(uri, databases, "plain $all read", FLOOR))

@@ -33,7 +33,7 @@ ROUNDS, FLOOR = 5, 0.9
 HELD = 10_000
 EVENTS = {"one INSERT": 5_000, "without session": 80_000}
 AWAY = 3_600.0
-"""Seconds until the held events are due; less than the longest pause of the service's handlers."""
+"""Seconds until the held events are due. Less than the longest pause of the service's handlers."""
 SIDES = ("none", "of as many keys", "behind one of them")
 
 tables = sa.MetaData()
@@ -59,7 +59,7 @@ def service_of(insert: bool) -> Service:
 
 
 def rows(events: Sequence[RecordedEvent], side: str) -> Iterator[HeldEvent]:
-    """The log's first events as held ones, of keys that nothing else has."""
+    """Hold the first events of the log, whose keys no other event has."""
     due = time.time() + AWAY
     for number, event in enumerate(events):
         alone = side == "of as many keys"
@@ -70,7 +70,7 @@ def rows(events: Sequence[RecordedEvent], side: str) -> Iterator[HeldEvent]:
 
 
 async def prepare(url: str, service: Service, store: EventStore, side: str) -> None:
-    """The service has settled the first events of the log, by holding them if `side` says so."""
+    """Settle the first events of the log, by holding them if `side` says so."""
     log = await store.log_id()
     first = [event async for event in store.read_all(limit=HELD + 1) if carried(event) is not None][:HELD]
     async with open_database(url, service.tables) as database, database.transaction() as connection:
@@ -107,7 +107,7 @@ async def measure(folder: Path) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when the floor is missed."""
+    """Run the benchmark. Return exit status 1 when the floor is missed."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(measure(Path(folder)))

@@ -24,7 +24,7 @@ def seconds(code: str) -> float:
 
 
 def main() -> int:
-    """Exit status 1 when the floor is missed."""
+    """Run the benchmark. Return exit status 1 when the floor is missed."""
     for code in (OURS, PEER):  # compiles and warms the caches
         seconds(code)
     ratios = [seconds(OURS) / seconds(PEER) for _ in range(ROUNDS)]

@@ -41,7 +41,7 @@ OWN: dict[type, tuple[str, ...]] = {
     Occupancy: ("take", "leave"),
     Notes: ("add", "forget", "count"),
 }
-"""What the inbox asks of the database or writes into it while a service is at work."""
+"""Methods of the inbox that read from or write to the database while a service is at work."""
 
 
 def service_of(insert: bool) -> Service:
@@ -94,7 +94,7 @@ async def measure(folder: Path) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when the floor is missed."""
+    """Run the benchmark. Return exit status 1 when the floor is missed."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(measure(Path(folder)))

@@ -42,14 +42,14 @@ from tidings.testing.brokers import RabbitMQ
 
 RATE, TURNS, LIMIT = 500, 4, 5.0
 WARM = RATE // 2
-"""Events of each turn that do not count."""
+"""Events at the beginning of each turn that do not count."""
 
 Send = Callable[[int], Awaitable[object]]
 Arrived = Callable[[int], None]
 
 
 async def at_rate(send: Send, count: int, due: list[float]) -> None:
-    """Begin one `send` each 1/500 s, whatever became of those before."""
+    """Begin one `send` every 1/500 s, whether earlier ones have ended or not."""
     loop = asyncio.get_running_loop()
     began = loop.time() + 0.1
     async with asyncio.TaskGroup() as tasks:
@@ -65,7 +65,8 @@ async def _awaited(sending: Awaitable[object]) -> None:
 
 @asynccontextmanager
 async def tidings(url: str, folder: Path, arrived: Arrived) -> AsyncIterator[Send]:
-    """Store, relay, RabbitMQ, and a service whose handler is done when it returns."""
+    """Measure our side: store, relay, RabbitMQ, and a service whose event counts as handled when its handler
+    returns."""
     service = Service("bench", prefetch=PREFETCH)
 
     @service.on(Measured)
@@ -84,7 +85,7 @@ async def tidings(url: str, folder: Path, arrived: Arrived) -> AsyncIterator[Sen
 
 @asynccontextmanager
 async def aio_pika_alone(url: str, arrived: Arrived) -> AsyncIterator[Send]:
-    """Publish with confirms, consume from a connection of its own, acknowledge each."""
+    """Measure aio-pika: publish with confirms, consume on a second connection, acknowledge each message."""
     await make_queue(url, "peer")
 
     async def consume(message: aio_pika.abc.AbstractIncomingMessage) -> None:
@@ -152,7 +153,7 @@ async def measure(url: str, folder: Path, seconds: float) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 when the limit is missed."""
+    """Run the benchmark. Return exit status 1 when the limit is missed."""
     parser = argparse.ArgumentParser(prog="bench_latency")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each side, in four turns (60)")
     options = parser.parse_args(arguments or [])

@@ -37,22 +37,22 @@ from tidings.testing.brokers import RabbitMQ
 
 EVENTS, FEW = 1_000_000, 10_000
 GROWTH_MB = 40.0
-"""The service's peak may be so much higher with the long log."""
+"""MiB by which the service's peak may be higher with the long log."""
 BATCH, IN_FLIGHT = 1_000, 8
 PAUSE = 0.01
 """Seconds between two events of the producer."""
 LIVE_SECONDS = 2.0
-"""Of traffic after the newcomer has caught up."""
+"""Seconds of traffic after the newcomer has caught up."""
 DEADLINE = 300.0
 RECORD = struct.Struct("<QQ")
-"""Position, and the number of the partition key."""
+"""One effect: the event's position and the number of its partition key."""
 
 
 # ---- the service -------------------------------------------------------------------------
 
 
 class Audit:
-    """The service's effects, in their order."""
+    """Return the service's effects in order."""
 
     def __init__(self, file: BufferedWriter) -> None:
         self._file = file
@@ -84,7 +84,7 @@ async def note(event: Measured, context: Context, audit: Audit) -> None:
 
 
 def event(number: int) -> EventData:
-    """As `tidings.modelling.codec.encode` writes it, in a fifth of the time."""
+    """Encode an event like `tidings.modelling.codec.encode`, in a fifth of the time."""
     identity, key = uuid4(), f"key-{number * 7919 % KEYS:03}"
     data = f'{{"key":"{key}","number":{number},"text":"{"x" * 150}"}}'
     metadata = f'{{"$correlationId":"{identity}","schemaVersion":1,"partitionKey":"{key}"}}'
@@ -92,7 +92,7 @@ def event(number: int) -> EventData:
 
 
 async def write_history(store: EventStore, count: int) -> None:
-    """A thousand at a time, eight such appends in flight; a relay has published them."""
+    """Append the history, a thousand events at a time with eight appends in flight, as if a relay had published it."""
     room = asyncio.Semaphore(IN_FLIGHT)
 
     async def append(first: int) -> None:
@@ -117,28 +117,28 @@ async def produce(store: EventStore, first: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What came of one log."""
+    """The result of one log."""
 
     events: int
     seconds: float
-    """From the service's start until it had caught up."""
+    """Seconds from the service's start until it had caught up."""
     peak_mb: float
     progress: int
-    """Lines of the service's log that say how far the pass is."""
+    """Number of log lines that say how far the pass is."""
 
 
 def effects_in(audit: Path) -> list[tuple[int, int]]:
-    """Position and key of each, in the order in which they were."""
+    """Position and key of each effect, in order."""
     return [(position, key) for position, key in RECORD.iter_unpack(audit.read_bytes())]
 
 
 def said(log: Path, word: str) -> int:
-    """How often the service said it."""
+    """Return how often the service logged it."""
     return log.read_bytes().count(word.encode())
 
 
 async def compare(store: EventStore, audit: Path) -> int:
-    """The number of events; raises `AssertionError` when one had no effect, or two, or out of order."""
+    """Return the number of events. Raises `AssertionError` if one had no effect, or two, or out of order."""
     records = effects_in(audit)
     last: dict[int, int] = {}
     for position, key in records:
@@ -156,7 +156,7 @@ async def compare(store: EventStore, audit: Path) -> int:
 
 
 async def until(log: Path, word: str) -> None:
-    """Wait until the service says so."""
+    """Wait until the service has logged a word."""
     deadline = time.perf_counter() + DEADLINE
     while not said(log, word):
         assert time.perf_counter() < deadline, f"after {DEADLINE:g} s the service has not said {word}: see {log}"
@@ -164,7 +164,7 @@ async def until(log: Path, word: str) -> None:
 
 
 async def settled(database: Path, position: int) -> None:
-    """Wait until the service has settled the log up to here."""
+    """Wait until the service has settled the log up to a position."""
     deadline = time.perf_counter() + DEADLINE
     while floor_of(database) < position:
         assert time.perf_counter() < deadline, f"after {DEADLINE:g} s position {position} is not settled"
@@ -177,7 +177,7 @@ def floor_of(database: Path) -> int:
 
 
 async def join(url: str, folder: Path, history: int) -> Found:
-    """A newcomer on a log of so many events, in a new folder."""
+    """Run a newcomer on a log of `count` events, in a new folder."""
     log, database = folder / "newcomer.log", folder / "newcomer.db"
     async with open_store(f"sqlite:///{folder}/events.db") as store:
         await write_history(store, history)
@@ -216,12 +216,12 @@ async def measure(url: str, folder: Path, events: int) -> int:
 
 
 def play(role: str) -> None:
-    """What a process of this benchmark does until SIGTERM."""
+    """Run one process of this benchmark until SIGTERM."""
     asyncio.run(serve(relay=True) if role == "relay" else serve(newcomer))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 when the newcomer's memory grew over the limit, or it said nothing of its progress."""
+    """Run the benchmark. Return exit status 1 when memory grew over the limit, or no progress was logged."""
     parser = argparse.ArgumentParser(prog="bench_newcomer")
     parser.add_argument("--events", type=int, default=EVENTS, help=f"in the long log ({EVENTS:,})")
     options = parser.parse_args(arguments or [])

@@ -46,7 +46,7 @@ async def measure(node: RabbitMQNode, folder: Path) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when the limit is missed."""
+    """Run the benchmark. Return exit status 1 when the limit is missed."""
     quiet()
     try:
         with node_for_tests() as node, tempfile.TemporaryDirectory() as folder:

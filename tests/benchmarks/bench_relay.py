@@ -21,7 +21,7 @@ LIMIT_MB = 30.0
 
 
 def resident_mb() -> float:
-    """Of this process now, in MiB (Linux)."""
+    """Return the resident memory of this process, in MiB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -33,7 +33,8 @@ async def fill(store: EventStore) -> None:
 
 
 async def receive(bus: EventBus, subscription: Subscription) -> tuple[float, float, float]:
-    """Take and settle everything; resident memory after the 20,000th and the last event, and the seconds between."""
+    """Take and settle every event. Return the memory after the 20,000th and the last one, and the seconds in
+    between."""
     count, warm, began = 0, 0.0, 0.0
     async with bus.consume(subscription) as consumer:
         async for delivery in consumer:
@@ -68,7 +69,7 @@ async def measure(folder: str) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when memory grew over the limit."""
+    """Run the benchmark. Return exit status 1 when memory grew over the limit."""
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(measure(folder))
 

@@ -41,7 +41,7 @@ LIMIT_MB = 200.0
 
 @contextmanager
 def served(folder: str) -> Iterator[tuple[str, int]]:
-    """The URI of a server, and the id of its process."""
+    """Yield the URI of a server and its process id."""
     command = [sys.executable, "-m", "tidings", "server", "--db", f"{folder}/served.db", "--port", "0"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -52,7 +52,7 @@ def served(folder: str) -> Iterator[tuple[str, int]]:
 
 
 def peak_mb(pid: int) -> float:
-    """The most that the process has had resident, in MiB (Linux)."""
+    """Return the peak of a process's resident memory, in MiB (Linux)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -68,7 +68,7 @@ def report(line: str, met: bool) -> bool:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Calls per second."""
+    """Return the calls per second."""
     began = time.perf_counter()
     for _ in range(CALLS):
         call()
@@ -108,7 +108,7 @@ def appending(uri: str, folder: str) -> bool:
 
 
 async def fill(store: EventStore, events: int) -> None:
-    """Append so many, a thousand at a time, eight such appends in flight."""
+    """Append `count` events, a thousand at a time with eight appends in flight."""
     room = asyncio.Semaphore(IN_FLIGHT)
 
     async def append(first: int) -> None:
@@ -122,7 +122,7 @@ async def fill(store: EventStore, events: int) -> None:
 
 
 async def read(store: EventStore) -> float:
-    """Events per second."""
+    """Return the events per second."""
     count, began = 0, time.perf_counter()
     async for _ in store.read_all(limit=READ_EVENTS):
         count += 1
@@ -173,7 +173,7 @@ async def remembering(uri: str, pid: int, events: int) -> bool:
 
 
 def main(events: int = EVENTS) -> int:
-    """Exit status 1 when a floor or the limit is missed."""
+    """Run the benchmark. Return exit status 1 when a floor or the limit is missed."""
     met = []
     print("tidings server, in a process of its own")
     with tempfile.TemporaryDirectory() as folder, served(folder) as (uri, _):

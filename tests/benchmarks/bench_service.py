@@ -47,7 +47,7 @@ effects = sa.Table("effects", tables, sa.Column("number", sa.Integer, primary_ke
 
 
 class Counter:
-    """Knows when all was handled."""
+    """Notices when every event was handled."""
 
     def __init__(self, events: int) -> None:
         self.left = events
@@ -113,8 +113,8 @@ def durable(connection: sqlite3.Connection, record: object) -> None:
 
 @asynccontextmanager
 async def inserting(folder: Path, counter: Counter) -> AsyncIterator[Handle]:
-    """One transaction per message, on one pooled aiosqlite connection: SQLite has one writer, and handlers that wait
-    for the pool do better than handlers that find the database locked."""
+    """Handle each message in a transaction of its own, on a pool with one aiosqlite connection. SQLite has one writer,
+    so waiting for the pool is faster than finding the database locked."""
     engine = create_async_engine(f"sqlite+aiosqlite:///{folder}/peer.db", pool_size=1, max_overflow=0, pool_timeout=300)
     sa.event.listen(engine.sync_engine, "connect", durable)
     async with engine.begin() as connection:
@@ -139,7 +139,7 @@ async def seeing(folder: Path, counter: Counter) -> AsyncIterator[Handle]:
 
 
 async def faststream(url: str, folder: Path, events: int, insert: bool) -> float:
-    """Acknowledged after processing, no logger, no replies, the queue as it is."""
+    """Subscribe: acknowledge after processing, without logger and replies, on the existing queue."""
     counter = Counter(events)
     async with (inserting if insert else seeing)(folder, counter) as handle:
         broker = RabbitBroker(url, default_channel=Channel(prefetch_count=PREFETCH), logger=None)
@@ -183,7 +183,7 @@ async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when a floor is missed."""
+    """Run the benchmark. Return exit status 1 when a floor is missed."""
     return with_broker(measure)
 
 

@@ -36,7 +36,7 @@ Row = tuple[str, int, bytes, bytes, int]
 
 
 def connect(path: str) -> sqlite3.Connection:
-    """As the store does it: durable at each commit."""
+    """Open a connection as the store does: every commit is durable."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
@@ -55,13 +55,13 @@ def commit(connection: sqlite3.Connection, rows: list[Row]) -> None:
 
 
 async def raw(connection: sqlite3.Connection, first: int) -> None:
-    """The same rows, 64 to a commit, with nothing around it."""
+    """Insert the same rows, 64 per commit, without anything else."""
     for version in range(first, first + EACH):
         commit(connection, [row(task, version) for task in range(TASKS)])
 
 
 class Thread:
-    """The least that a writer thread can be: a queue, 64 to a commit, futures."""
+    """A minimal writer thread: a queue, 64 rows per commit, futures."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.loop = asyncio.get_running_loop()
@@ -106,7 +106,7 @@ async def seconds(work: Awaitable[object]) -> float:
 
 
 async def empty_log(path: str) -> sqlite3.Connection:
-    """A file with the store's schema and indexes, and a plain connection to it."""
+    """Create a file with the store's schema and indexes, and open a plain connection to it."""
     await (await open_sqlite(f"sqlite:///{path}")).close()
     return connect(path)
 
@@ -185,7 +185,7 @@ async def measure(folder: str) -> int:
 
 
 def main() -> int:
-    """Exit status 1 when a floor is missed."""
+    """Run the benchmark. Return exit status 1 when a floor is missed."""
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(measure(folder))
 

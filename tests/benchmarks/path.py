@@ -29,13 +29,13 @@ from tidings.protocol.position import Chain, carried
 from tidings.testing.brokers import RabbitMQ, rabbitmq_for_tests
 
 WINDOW = 256
-"""Confirms in flight."""
+"""Messages in flight that are not confirmed."""
 PREFETCH = 1000
 STREAMS, KEYS = 64, 500
 
 
 class Measured(Event, key="key"):
-    """200 bytes as JSON."""
+    """An event of 200 bytes as JSON."""
 
     key: str
     number: int
@@ -58,7 +58,7 @@ async def fill(store: EventStore, count: int) -> None:
 
 
 async def messages_of(store: EventStore, after: int = -1) -> list[Message]:
-    """What the relay would publish after a position, markers left out: 13 headers each."""
+    """Return the messages that the relay would publish after a position, without markers. Each has 13 headers."""
     chain, log, messages = Chain(after), await store.log_id(), []
     async for event in store.read_all(after=after):
         if (bucket := carried(event)) is not None:
@@ -69,7 +69,7 @@ async def messages_of(store: EventStore, after: int = -1) -> list[Message]:
 
 
 def peers_message(message: Message) -> aio_pika.Message:
-    """The same message as aio-pika sends it."""
+    """Return the same message for aio-pika."""
     return aio_pika.Message(
         message.body,
         headers={
@@ -85,14 +85,15 @@ def peers_message(message: Message) -> aio_pika.Message:
 
 
 async def publish(url: str, messages: Sequence[Message]) -> None:
-    """Into every queue that is bound, in order, all confirmed."""
+    """Publish messages in order into every bound queue, and wait for all confirms."""
     async with open_bus(url) as bus, bus.publisher() as publisher:
         for first in range(0, len(messages), WINDOW):
             await asyncio.gather(*(publisher.send(message) for message in messages[first : first + WINDOW]))
 
 
 async def make_queue(url: str, service: str) -> None:
-    """A service's queue, as Tidings makes it: quorum, bound to every event. Peers use one like it."""
+    """Create a queue as Tidings does for a service: a quorum queue that is bound to every event. Peers use the same
+    kind."""
     async with open_bus(url) as bus:
         await bus.provision(Subscription(service))
 
@@ -104,7 +105,7 @@ async def drop_queue(url: str, service: str) -> None:
 
 @asynccontextmanager
 async def aio_pika_exchange(url: str) -> AsyncIterator[aio_pika.abc.AbstractExchange]:
-    """The exchange on a channel with confirms, where a message that reaches no queue raises."""
+    """Return the exchange on a channel with confirms, on which a message that reaches no queue raises."""
     async with (
         await aio_pika.connect(url) as connection,
         connection.channel(publisher_confirms=True, on_return_raises=True) as channel,
@@ -113,8 +114,8 @@ async def aio_pika_exchange(url: str) -> AsyncIterator[aio_pika.abc.AbstractExch
 
 
 async def handled_from_memory(service: Service, database: str, store: EventStore, messages: Sequence[Message]) -> float:
-    """Seconds from the first delivery until a service has settled messages that wait for it in a memory bus: every
-    effect is committed, and every watermark where the service keeps them."""
+    """Return the seconds from the first delivery until a service has settled messages that wait in a memory bus: every
+    effect is committed, and every watermark if the service keeps them."""
     name = f"memory://{uuid4()}"
     last = int(messages[-1].headers["tidings-position"])
     touched = {message.bucket: int(message.headers["tidings-position"]) for message in messages}
@@ -138,7 +139,7 @@ async def seconds(work: Awaitable[object]) -> float:
 
 
 def verdict(row: str, ours: Sequence[float], peer: Sequence[float], floor: float | None, count: int) -> int:
-    """Print the row's rates and the median of the rounds' ratios; 1 when it is below the floor, if it has one."""
+    """Print the row's rates and the median of the rounds' ratios. Return 1 if it is below the floor."""
     ratio = median(theirs / mine for mine, theirs in zip(ours, peer, strict=True))
     missed = floor is not None and ratio < floor
     judged = "(no floor)" if floor is None else f"(floor {floor:.2f}) {'MISSED' if missed else 'ok'}"
@@ -151,7 +152,7 @@ def verdict(row: str, ours: Sequence[float], peer: Sequence[float], floor: float
 
 
 def quiet() -> None:
-    """Log warnings only: what runs here is not read, and a line costs more than an event."""
+    """Log warnings only: nobody reads the other lines, and one costs more than an event."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 

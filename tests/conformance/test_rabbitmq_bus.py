@@ -16,7 +16,7 @@ from tidings.testing.bus_conformance import BusConformance, BusEnvironment
 
 
 class RabbitMQEnvironment:
-    """Harms through another client library, so that the adapter is not its own judge."""
+    """Harms the broker through another client library, so that the adapter does not judge itself."""
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -16,7 +16,7 @@ from tidings.testing.store_conformance import Reopen, StoreConformance
 
 
 class Clock:
-    """Real time, and what a test adds to it."""
+    """A clock of real time plus what a test adds."""
 
     def __init__(self) -> None:
         self.added = 0

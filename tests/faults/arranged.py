@@ -27,7 +27,7 @@ def die() -> None:
 
 
 def dies_before_acknowledging(after: str) -> None:
-    """SIGKILL between the commit of a group and its acknowledgement, once so many deliveries may be settled."""
+    """Kill the process between the commit of a group and its acknowledgement, after this many deliveries."""
     settle = rabbitmq._Consumer.settle_through
 
     @wraps(settle)
@@ -40,7 +40,7 @@ def dies_before_acknowledging(after: str) -> None:
 
 
 def dies_before_checkpoint(after: str) -> None:
-    """SIGKILL when events were published and confirmed up to a position, before a checkpoint says so."""
+    """Kill the process when events up to a position are published and confirmed, before the checkpoint says so."""
     store = relay.Relay._store_checkpoint
 
     @wraps(store)
@@ -53,7 +53,7 @@ def dies_before_checkpoint(after: str) -> None:
 
 
 def confirm_seconds(value: str) -> None:
-    """The relay waits so long for a confirm."""
+    """Change the seconds for which the relay waits for a confirm."""
     relay.Relay.__init__ = _with(relay.Relay.__init__, confirm_seconds=float(value))  # type: ignore[method-assign]
 
 
@@ -62,8 +62,8 @@ def _with(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
 
 
 def clock_file(path: str) -> None:
-    """The time of day is off by as many seconds as the file says; it may change at any time. A jump reaches the time of
-    day alone, never `time.monotonic`."""
+    """Shift the time of day by the seconds in a file, which may change at any time. `time.monotonic` is not
+    affected."""
     real, file = time.time_ns, Path(path)
 
     def shifted() -> int:
@@ -77,7 +77,7 @@ def clock_file(path: str) -> None:
 
 
 def trusts_its_database(_: str) -> None:
-    """What the service's database has not heard of was never emitted: without looking into the log."""
+    """Take events that the database does not know for new, without looking into the log."""
     staged.Stager._is_new_to_log = lambda self, staged: True  # type: ignore[method-assign]
 
 

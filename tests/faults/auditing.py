@@ -31,7 +31,7 @@ __all__ = ["Asked", "Counted", "Errand", "Noted", "Row", "asked_of", "audit", "b
 log = structlog.get_logger(__name__)
 
 EVERY: Final = 5
-"""One in so many events is answered with an event."""
+"""Every n-th event is answered with an event."""
 
 tables = sa.MetaData()
 effects = sa.Table(
@@ -52,19 +52,20 @@ Fate = Literal["note", "fail", "wait"]
 
 
 class Counted(Event, key="key"):
-    """`number` counts up over all keys; `at` is when it was made, by the machine's monotonic clock, in seconds."""
+    """An event of the traffic. `number` counts up over all keys; `at` is the machine's monotonic clock, in seconds."""
 
     key: str
     number: int
     at: float
     fate: Fate = "note"
-    """`fail` fails at every attempt, `wait` at the first: it is held, and handled later."""
+    """An event whose handler fails: `fail` at every attempt, `wait` at the first, so that it is held and handled
+    later."""
     padding: str = ""
 
 
 class Errand(Event, key="key"):
-    """Handled outside of any transaction, for so many seconds. With `blocks`, the number of a process, it stops the
-    whole event loop of that one, and any other one is done with it at once."""
+    """An event that is handled outside any transaction, for some seconds. With `blocks`, a process id, it blocks the
+    whole event loop of that process; every other process handles it at once."""
 
     key: str
     seconds: float
@@ -72,7 +73,7 @@ class Errand(Event, key="key"):
 
 
 class Noted(Event, key="key"):
-    """What every service says of every fifth event, and of every errand when it is done."""
+    """The event with which a service answers every fifth event and every errand."""
 
     key: str
     service: str
@@ -122,7 +123,7 @@ second = _audited("second")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One effect, in the order in which they became durable."""
+    """One effect. Effects are listed in the order in which they became durable."""
 
     position: int
     event_id: str
@@ -134,7 +135,7 @@ class Row:
 
 
 def query(database: Path | str, sql: str, *values: object) -> list[tuple[Any, ...]]:
-    """What a service's database, a file or a URL, answers; nothing while its tables are not made yet."""
+    """Query a service's database, a file or a URL. Returns nothing while its tables do not exist yet."""
     if isinstance(database, str):
         return reader.ask(database, sql, *values)
     if not database.exists():
@@ -149,13 +150,13 @@ def query(database: Path | str, sql: str, *values: object) -> list[tuple[Any, ..
 
 
 def rows_of(database: Path | str) -> list[Row]:
-    """Every effect of a service."""
+    """Return every effect of a service."""
     columns = ", ".join(Row.__slots__)
     return [Row(*row) for row in query(database, f"SELECT {columns} FROM audit ORDER BY id")]
 
 
 def dead_of(database: Path | str) -> list[tuple[int, str]]:
-    """Position and reason of what a service gave up."""
+    """Return position and reason of a service's dead letters."""
     return [(position, reason) for position, reason in query(database, "SELECT position, reason FROM tidings_dead")]
 
 
@@ -164,27 +165,27 @@ def dead_of(database: Path | str) -> list[tuple[int, str]]:
 
 @dataclass(slots=True)
 class Asked:
-    """The log, read once: what must have been done, and what services said."""
+    """The log, read once: which effects must exist, and which answers there are."""
 
     counted: dict[int, tuple[str, Counted]] = field(default_factory=dict)
     """Position to event id and event."""
     errands: dict[int, str] = field(default_factory=dict)
     """Position to event id."""
     noted: list[tuple[str, str]] = field(default_factory=list)
-    """Service, and id of the event that it answers, in the order of the log."""
+    """Service and id of the event that it answered, in the order of the log."""
 
     def expected(self) -> list[int]:
-        """Positions of the events that must have an effect."""
+        """Return the positions of events that must have an effect."""
         return [position for position, (_, event) in self.counted.items() if event.fate != "fail"]
 
     def answers(self) -> list[str]:
-        """Ids of the events that each service must have answered."""
+        """Return the ids of events that each service must have answered."""
         counted = [self.counted[position] for position in self.expected()]
         return [id_ for id_, event in counted if event.number % EVERY == 0] + list(self.errands.values())
 
 
 async def asked_of(store: EventStore) -> Asked:
-    """Reads the whole log."""
+    """Read the whole log."""
     found = Asked()
     async for event in store.read_all():
         match event.type:
@@ -199,10 +200,8 @@ async def asked_of(store: EventStore) -> Asked:
 
 
 def broken_promises(asked: Asked, acknowledged: Mapping[int, int], databases: Mapping[str, Path | str]) -> list[str]:
-    """Every promise that does not hold, in words: nothing lost, each effect once, in order per key.
-
-    `acknowledged` is what the producer was told: number to position. `databases` are those of the services, by name.
-    """
+    """Return every broken promise in words: nothing lost, each effect once, in order per key. `acknowledged` is what
+    the producer was told, number to position; `databases` are those of the services, by name."""
     broken = []
     in_log = {event.number: position for position, (_, event) in asked.counted.items()}
     wrong = {number: position for number, position in acknowledged.items() if in_log.get(number) != position}

@@ -53,7 +53,7 @@ def vhost(url: str) -> str:
 
 
 async def answers_again(node: RabbitMQNode) -> float:
-    """Start it; the moment at which its port took a client."""
+    """Start the broker. Return the moment at which its port accepted a client."""
     starting = asyncio.create_task(asyncio.to_thread(node.start))
     place = urlsplit(node.url)
     try:
@@ -70,8 +70,8 @@ async def answers_again(node: RabbitMQNode) -> float:
 
 
 async def has_leader(node: RabbitMQNode, url: str, queue: str = AUDIT.queue) -> None:
-    """Wait until a quorum queue of the vhost of `url` has elected its leader: before that a kill loses it (see
-    `RabbitMQNode.kill`), which is the broker's affair."""
+    """Wait until a quorum queue in the vhost of `url` has a leader. Before that, a kill loses the queue, which is no
+    concern of these tests (see `RabbitMQNode.kill`)."""
     name = f'rabbit_misc:r(<<"{vhost(url)}">>, queue, <<"{queue}">>)'
     code = f"element(1, ra:members(amqqueue:get_pid(element(2, rabbit_amqqueue:lookup({name})))))"
     deadline = now() + PATIENCE
@@ -81,12 +81,12 @@ async def has_leader(node: RabbitMQNode, url: str, queue: str = AUDIT.queue) -> 
 
 
 async def messages(url: str) -> int:
-    """How many wait in the service's queue, without those that it was given."""
+    """Return the number of messages that wait in the service's queue and are not delivered."""
     return await _found(url, "messages")
 
 
 async def consumers(url: str, count: int) -> None:
-    """Wait until so many connections consume from the service's queue."""
+    """Wait until this many connections consume from the service's queue."""
     deadline = now() + PATIENCE
     while (found := await _found(url, "consumers")) != count:
         assert now() < deadline, f"{found} consumers, not {count}"
@@ -100,7 +100,7 @@ async def _found(url: str, what: Literal["messages", "consumers"]) -> int:
 
 
 async def first_effect(stage: Stage, since: float, seconds: float = PATIENCE) -> float:
-    """Seconds from a moment, at which nothing could get through, to the first effect after it."""
+    """Return the seconds from a moment at which nothing could get through to the first effect after it."""
 
     def first() -> float | None:
         found = query(stage.database(), "SELECT min(handled) FROM audit WHERE handled > ?", since)
@@ -125,27 +125,27 @@ async def _operator(url: str) -> AsyncIterator[Channel]:
 
 
 async def delete_queue(url: str) -> int:
-    """The service's queue, with so many messages."""
+    """Delete the service's queue with at least this many messages in it."""
     async with _operator(url) as channel:
         deleted = await channel.call(commands.Queue.Delete(queue=AUDIT.queue), commands.Queue.DeleteOk)
         return deleted.message_count or 0
 
 
 async def delete_exchange(url: str) -> None:
-    """With all bindings."""
+    """Delete the exchange with all its bindings."""
     async with _operator(url) as channel:
         await channel.call(commands.Exchange.Delete(exchange=EXCHANGE), commands.Exchange.DeleteOk)
 
 
 async def unbind(url: str) -> None:
-    """The service's queue stays, and gets nothing any more."""
+    """Delete the binding: the service's queue stays and gets no more messages."""
     async with _operator(url) as channel:
         await channel.call(commands.Queue.Unbind(queue=AUDIT.queue, exchange=EXCHANGE), commands.Queue.UnbindOk)
 
 
 @asynccontextmanager
 async def starved(node: RabbitMQNode, of: Literal["memory", "disk"]) -> AsyncIterator[None]:
-    """The broker blocks whoever publishes, because it believes itself short of memory, or of disk."""
+    """Raise an alarm: the broker blocks publishers, because it believes that memory or disk is short."""
     command, short, enough = _ALARMS[of]
     await asyncio.to_thread(node.eval, command.format(short))
     try:
@@ -156,7 +156,7 @@ async def starved(node: RabbitMQNode, of: Literal["memory", "disk"]) -> AsyncIte
 
 @asynccontextmanager
 async def configured(node: RabbitMQNode, **settings: int) -> AsyncIterator[None]:
-    """Settings of its application `rabbit`, for channels that are opened within the block."""
+    """Change settings of the broker for channels that are opened within the block."""
 
     async def put(name: str, value: int | None) -> None:
         change = f"unset_env(rabbit, {name})" if value is None else f"set_env(rabbit, {name}, {value})"
@@ -174,7 +174,7 @@ async def configured(node: RabbitMQNode, **settings: int) -> AsyncIterator[None]
 
 
 class User:
-    """A user of RabbitMQ; obtain one with `user`."""
+    """A user of RabbitMQ. Get one from `user`."""
 
     def __init__(self, node: RabbitMQNode, url: str) -> None:
         self.name = f"user{uuid4().hex[:8]}"
@@ -195,18 +195,18 @@ class User:
         await self._ask("change_password", password)
 
     async def permit(self, pattern: str) -> None:
-        """To configure, write and read whatever has such a name."""
+        """Grant the right to configure, write and read names that match."""
         await self._ask("set_permissions", self._vhost, *[pattern] * 3)
 
     async def cut_off(self, reason: str) -> None:
-        """Close its connections: RabbitMQ asks for password and rights when something new is begun, so who is connected
-        goes on for a while."""
+        """Close the user's connections. RabbitMQ checks password and rights only for new operations, so open
+        connections would go on for a while."""
         await asyncio.to_thread(self._node.rabbitmqctl, "close_all_user_connections", self.name, reason)
 
 
 @asynccontextmanager
 async def user(node: RabbitMQNode, url: str, password: str) -> AsyncIterator[User]:
-    """A new user, who may do everything in the vhost of `url`."""
+    """Create a user who may do everything in the vhost of `url`."""
     found = User(node, url)
     await found.add(password)
     try:

@@ -12,7 +12,7 @@ from tests.faults.disk import SmallDisk, mounted
 from tests.faults.stage import Stage
 
 Recovered = Callable[[int, float], None]
-"""Called with the number of events that were audited, and the seconds from the end of the fault to the first effect."""
+"""Records the number of audited events, and the seconds from the end of the fault to the first effect."""
 
 
 class Row(NamedTuple):
@@ -26,7 +26,8 @@ ROWS: Final = pytest.StashKey[list[Row]]()
 
 @pytest.fixture
 def recovered(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Recovered:
-    """Each test calls it once, at its end: one row of the table, and two properties of the JUnit report."""
+    """Record a recovery: a row of the table and two properties of the JUnit report. Each test calls it once, at its
+    end."""
     rows = request.config.stash.setdefault(ROWS, [])
 
     def record(events: int, seconds: float) -> None:
@@ -41,7 +42,7 @@ def recovered(request: pytest.FixtureRequest, record_property: Callable[[str, ob
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A test that failed shows what the processes of its stage said: no fixture hears of the failure."""
+    """Show the logs of a stage's processes after a failed test. No fixture could do that."""
     report = yield
     if report.when == "call" and report.failed and isinstance(item, pytest.Function):
         stages = [given for given in item.funcargs.values() if isinstance(given, Stage)]
@@ -62,14 +63,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def stage(tmp_path: Path, amqp_url: str) -> Iterator[Stage]:
-    """A system on a bus of its own, on the broker that tests share."""
+    """A stage on a vhost of its own, on the broker that tests share."""
     with Stage(tmp_path, amqp_url) as found:
         yield found
 
 
 @pytest.fixture
 def harmed(tmp_path: Path, harmed_url: str) -> Iterator[Stage]:
-    """A system on a broker of the test module's own, `rabbitmq_node`, which may be stopped, killed and starved."""
+    """A stage on the test module's own broker, `rabbitmq_node`, which may be stopped, killed and starved."""
     with Stage(tmp_path, harmed_url) as found:
         yield found
 

@@ -15,13 +15,13 @@ __all__ = ["SmallDisk", "limited", "mounted"]
 
 
 class SmallDisk:
-    """Obtain one with `mounted`."""
+    """A small file system. Get one from `mounted`."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
 
     def fill(self) -> None:
-        """Leave no block free."""
+        """Fill it to the last block."""
         with (self.place / "other-files").open("ab", buffering=0) as file:
             size = 1 << 16
             while size:
@@ -42,8 +42,7 @@ class SmallDisk:
 
 @contextmanager
 def mounted(place: Path) -> Iterator[SmallDisk]:
-    """A file system of 16 MB (SQLite's log alone takes 4 before it is cleared); skips the test where none can be
-    mounted."""
+    """Mount a file system of 16 MB (SQLite's log alone takes 4). Skips the test if none can be mounted."""
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tidings-test", str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
@@ -58,7 +57,7 @@ def mounted(place: Path) -> Iterator[SmallDisk]:
 
 @contextmanager
 def limited(pid: int, size: int) -> Iterator[None]:
-    """No file of the process may grow beyond so many bytes; skips the test where that cannot be asked for."""
+    """Limit the bytes of each file that a process writes. Skips the test if the system cannot do that."""
     if not hasattr(resource, "prlimit"):
         pytest.skip("only Linux can limit a process that runs already")
     soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)

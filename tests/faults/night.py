@@ -29,14 +29,14 @@ __all__ = ["FAULTS", "Fault", "Night"]
 
 SHORT: Final = (1.0, 6.0)
 LONG: Final = (6.0, 25.0)
-"""Seconds; the longer ones outlast heartbeats, deadlines and a takeover."""
+"""Seconds that a fault lasts. The longer ones outlast heartbeats, deadlines and a takeover."""
 RELAYS: Final = ("relay", "relay-2")
 SERVICES: Final = (orders.name, inventory.name, payment.name, shipping.name)
 
 
 @dataclass(slots=True)
 class Night:
-    """Who may be met, and by what chance."""
+    """The processes that faults may hit, and the probabilities."""
 
     scene: Scene
     chance: random.Random
@@ -45,7 +45,7 @@ class Night:
         return self.scene.children[self.chance.choice(names)]
 
     def leader(self) -> Child:
-        """The relay that has led last; the other one is its standby, or about to be."""
+        """Return the relay that led last. The other one is its standby, or about to be."""
 
         def led(name: str) -> str:
             lines = self.scene.children[name].log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -55,12 +55,12 @@ class Night:
         return self.scene.children[max(RELAYS, key=led)]
 
     async def lasts(self, seconds: tuple[float, float]) -> None:
-        """So long is the fault, more or less."""
+        """Let a fault last about this many seconds."""
         await asyncio.sleep(self.chance.uniform(*seconds))
 
 
 class Fault(NamedTuple):
-    """`meets` names what is harmed: two faults at once do not harm the same."""
+    """A fault. `meets` names what it harms: two concurrent faults never harm the same thing."""
 
     name: str
     meets: str

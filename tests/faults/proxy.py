@@ -30,14 +30,14 @@ _AT_ONCE: Final = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """`async with Proxy(url) as proxy`: clients connect to `proxy.url`. A fault is an attribute, for connections
-    that there are and new ones, or a method."""
+    """`async with Proxy(url) as proxy`: clients connect to `proxy.url`. A fault is a method, or an attribute that
+    applies to existing and new connections."""
 
     def __init__(self, url: str, *, options: str = "") -> None:
-        """`options` are added to `proxy.url`, as `"heartbeat=2"`."""
+        """Prepare a proxy. `options` are added to `proxy.url`, such as `"heartbeat=2"`."""
         self._place = urlsplit(url)
         self.reads = self._place.scheme.startswith("amqp")
-        """Frames, to count messages in them."""
+        """Whether to read AMQP frames and count messages."""
         self._options = options
         self._server: asyncio.Server | None = None
         self._links: set[_Link] = set()
@@ -45,16 +45,16 @@ class Proxy:
         self._passable.set()
         self.url = ""
         self.piece: int | None = None
-        """Bytes in one write; None: as they came."""
+        """Bytes per write; None passes data on as it comes."""
         self.delay = 0.0
         """Seconds that each part waits, in both directions."""
         self.cut_after: int | None = None
-        """Messages in one direction after which their connection breaks, in the middle of the last one, and when half
-        of them were confirmed or acknowledged: a network that lets no answer through lets nobody get on."""
+        """Messages in one direction after which a connection breaks, in the middle of the last one. Half of them must
+        be confirmed or acknowledged by then, or nothing would ever get through."""
         self.swallow_confirms = False
-        """The broker's confirms do not arrive; everything else does."""
+        """Whether to drop the broker's confirms and nothing else."""
         self.cuts = self.confirms_swallowed = self.channels_spoilt = 0
-        """How often each fault has bitten."""
+        """Number of times that each fault had an effect."""
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -77,35 +77,34 @@ class Proxy:
         return len(self._links)
 
     def cut(self) -> None:
-        """Every connection that there is breaks on both sides (RST)."""
+        """Break every connection on both sides (RST)."""
         for link in self._links:
             link.ended.set()
 
     def black_hole(self) -> None:
-        """Until `heal`: nothing passes in either direction, not even that a connection was closed, or is to be made."""
+        """Let nothing pass in either direction until `heal`, not even the end of a connection or a new one."""
         self._passable.clear()
 
     def heal(self) -> None:
-        """What waited in the black hole arrives, as TCP sends it again."""
+        """Undo `black_hole`: what waited arrives, as if TCP sent it again."""
         self._passable.set()
 
     def forget(self) -> int:
-        """Every connection that there is becomes a black hole for ever, as when a firewall has lost its table; new ones
-        are served. How many that are."""
+        """Make every connection a black hole for good, as when a firewall has lost its table; new ones work. Return
+        their number."""
         for link in self._links:
             link.forgotten.set()
         return len(self._links)
 
     def half_open(self) -> int:
-        """The client's half of every connection that there is breaks; the broker never hears of it. How many that
-        are."""
+        """Break the client's half of every connection without telling the broker. Return their number."""
         for link in self._links:
             link.lose_client()
         return len(self._links)
 
     def spoil_channels(self) -> int:
-        """On every connection that there is, the client seems to acknowledge what was never delivered, just before it
-        next publishes or acknowledges: the broker closes that channel (406). How many that are."""
+        """On every connection, let the client seem to acknowledge a message that was never delivered, just before it
+        next publishes or acknowledges: the broker closes that channel (406). Return their number."""
         for link in self._links:
             link.to_be_spoilt = True
         return len(self._links)
@@ -124,7 +123,7 @@ class Proxy:
 
 
 class _Over(Exception):
-    """A connection has ended."""
+    """Forget a connection that has ended."""
 
 
 class _Link:
@@ -136,21 +135,21 @@ class _Link:
         self._client = writer
         self._writers = [writer]
         self.ended = asyncio.Event()
-        """Break it."""
+        """Break the connection."""
         self.forgotten = asyncio.Event()
-        """Nothing passes any more."""
+        """Let nothing pass any more."""
         self.to_be_spoilt = False
         self._messages = {_PUBLISH: 0, _DELIVER: 0}
-        """Begun, by the method that carries them."""
+        """Messages that have begun, by the method that carries them."""
         self._answered = 0
-        """Messages of the connection that were confirmed or acknowledged: it publishes or consumes, never both."""
+        """Messages that were confirmed or acknowledged. A connection either publishes or consumes."""
 
     def lose_client(self) -> None:
         self.forgotten.set()
         self._client.transport.abort()
 
     async def run(self, host: str, port: int) -> None:
-        """Until one side ends, or it is cut."""
+        """Pass data on until one side ends or the connection is cut."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch())
@@ -191,7 +190,7 @@ class _Link:
     async def _pump(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, passing: Callable[[bytes], Iterator[bytes]]
     ) -> None:
-        """Hand on what comes, a frame at a time. An end is handed on too, but not through a black hole."""
+        """Pass data on, a frame at a time. The end of a connection is passed on, too, but not through a black hole."""
         proxy, kept = self._proxy, bytearray()
         while True:
             try:
@@ -243,7 +242,7 @@ class _Link:
         yield whole
 
     def _answer(self, whole: bytes) -> None:
-        """Both kinds of tags begin at 1 on their channel, and rise by one."""
+        """Count a confirm or acknowledgement. Both kinds of tags begin at 1 on their channel and rise by one."""
         (tag,) = struct.unpack_from(">Q", whole, 11)
         self._answered = max(self._answered, tag)
         self._cut_when_answered()
@@ -258,7 +257,7 @@ class _Link:
 
 
 def _frames(kept: bytearray) -> Iterator[bytes]:
-    """Take whole frames out of `kept`; the greeting of AMQP counts as one."""
+    """Take whole frames out of `kept`. The protocol header of AMQP counts as one."""
     while len(kept) >= 8:
         size = 8 if kept[:4] == _GREETING else 8 + _FRAME.unpack_from(kept)[2]
         if len(kept) < size:

@@ -13,7 +13,7 @@ import asyncpg
 __all__ = ["reader"]
 
 PATIENCE: Final = 2.0
-"""Seconds, to connect and to answer."""
+"""Seconds to connect, and to answer."""
 AWAY: Final = (
     OSError,
     TimeoutError,
@@ -22,18 +22,18 @@ AWAY: Final = (
     asyncpg.OperatorInterventionError,
     asyncpg.UndefinedTableError,
 )
-"""It is down, is just being started, or has no tables yet."""
+"""Errors of a server that is down, is starting, or has no tables yet."""
 
 
 class _Reader:
-    """One connection for each database."""
+    """Reads databases, with one connection for each."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connections: dict[str, Any] = {}
 
     def ask(self, url: str, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        """Nothing while the server does not answer, or has no such table."""
+        """Return the rows; none while the server does not answer or has no such table."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             Thread(target=self._loop.run_forever, name="reader", daemon=True).start()

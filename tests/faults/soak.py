@@ -43,30 +43,30 @@ from tidings.errors import TidingsError
 __all__ = ["main", "soak"]
 
 BESIDE: Final = 4
-"""Invoices under way."""
+"""Invoices that are placed concurrently."""
 PAUSE: Final = 1.2
-"""Seconds between two invoices of each of them: some 3 a second in all, each of 20 lines."""
+"""Seconds between two invoices of each task: about 3 a second in all, with 20 lines each."""
 CALM: Final = (1.0, 5.0)
 """Seconds from the recovery of one fault to the next."""
 TWO_AT_ONCE: Final = 0.25
-"""How often a second fault meets something else at the same time."""
+"""Probability that a second fault hits something else at the same time."""
 WITHIN: Final = 120.0
-"""Seconds from the end of a fault until orders go through again; longer is a broken promise."""
+"""Seconds from the end of a fault until orders must go through again. Longer is a broken promise."""
 SIMULATED: Final = 0.2
-"""The share of the minutes that belongs to the simulation."""
+"""Share of the minutes for the simulation."""
 DEBUG: Final = ("--log-level", "debug")
-"""A service then writes a line for each repeated delivery that it drops."""
+"""Log level at which a service writes a line for each repeated delivery that it drops."""
 BROKEN: Final = (Died, NotReady, ShopFailed, TidingsError, TimeoutError)
 
 
 @dataclass(slots=True)
 class Trade:
-    """The file's invoices again and again, under numbers of their own, until told to stop."""
+    """Place the file's invoices again and again, under new numbers, until told to stop."""
 
     play: Scene
     coming: Iterator[Invoice]
     placed: dict[str, float] = field(default_factory=dict)
-    """Order id to when it was answered, by the monotonic clock."""
+    """Order id to the monotonic time of the answer."""
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -83,7 +83,7 @@ class Trade:
             await asyncio.sleep(PAUSE)
 
     async def goes_through(self) -> float:
-        """Wait until an order that is placed from now on has been through every service; the seconds. Raises
+        """Wait until an order that is placed from now on has been through every service. Return the seconds. Raises
         `TimeoutError`."""
         began = time.monotonic()
         async with asyncio.timeout(WITHIN):
@@ -96,13 +96,13 @@ class Trade:
 
 @dataclass(slots=True)
 class Result:
-    """What `soak` counted."""
+    """The counts of `soak`."""
 
     events: int = 0
     repeated: int = 0
     survived: Counter[str] = field(default_factory=Counter)
     recoveries: dict[str, float] = field(default_factory=dict)
-    """The worst of each fault, in seconds."""
+    """Longest recovery of each fault, in seconds."""
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -111,7 +111,7 @@ class Result:
 
 
 async def soak(folder: Path, seconds: float, seed: int) -> Result:
-    """Faults for so many seconds, then silence, then everything is counted. Raises what of `BROKEN` ended it."""
+    """Inject faults for some seconds, wait until everything is settled, then count. Raises one of `BROKEN`."""
     chance, result = random.Random(seed), Result()
     found = [invoice for invoice in invoices(read_rows(DATA)) if isinstance(invoice, Invoice)]
     rounds = ceil(seconds * BESIDE / PAUSE / len(found)) + 1
@@ -153,7 +153,7 @@ async def soak(folder: Path, seconds: float, seed: int) -> Result:
 
 
 async def _faults(night: Night, trade: Trade, seconds: float, result: Result) -> None:
-    """One after the other, sometimes two at once, each until orders go through again."""
+    """Inject one fault after the other, sometimes two at once, each until orders go through again."""
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         chosen = _chosen(night.chance)
@@ -176,7 +176,7 @@ def _chosen(chance: random.Random) -> list[Fault]:
 
 
 def _repeated(play: Scene) -> int:
-    """Deliveries that services recognised as repeated, and dropped: each has written a line about it."""
+    """Count the repeated deliveries that services dropped, from their logs."""
     total = 0
     for child in play.children.values():
         with child.log.open(encoding="utf-8", errors="replace") as lines:
@@ -201,7 +201,7 @@ def _report(result: Result) -> None:
 
 
 def _simulate(minutes: float, seed: int) -> bool:
-    """As many simulated worlds as fit into the minutes; whether the promises held in all of them."""
+    """Run as many simulated worlds as fit into the minutes. Return whether the promises held in all of them."""
     from tidings.testing import simulation
 
     runs, failed = simulation.soak(minutes, seed=seed)
@@ -212,7 +212,7 @@ def _simulate(minutes: float, seed: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 when a promise broke."""
+    """Run the night. Return exit status 1 when a promise broke."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="in all (%(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of what is chosen; by default a new one each time")

@@ -37,12 +37,13 @@ PATIENCE: Final = 60.0
 """Seconds."""
 KEYS: Final = 7
 STREAMS: Final = 12
-"""More streams than keys, and no multiple: a stream has events of every key, a key events in every stream."""
+"""Number of streams: not a multiple of the keys, so that a stream has events of every key and a key events in every
+stream."""
 MOST: Final = 20_000
 """Events after which traffic ends by itself."""
 SERVICES: Final = {service.name: service for service in (auditing.audit, auditing.second)}
 now: Final = time.monotonic
-"""The same clock in every process of a machine."""
+"""Return the monotonic clock, which all processes of a machine share."""
 
 
 async def until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
@@ -54,7 +55,7 @@ async def until(condition: Callable[[], bool], what: str, seconds: float = PATIE
 
 
 class Process:
-    """One process of a stage; `start` starts it again with the same command."""
+    """One process of a stage. `start` starts it again with the same command."""
 
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str], log: Path, group: int) -> None:
         self.name = name
@@ -76,13 +77,13 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Of the process that runs, or ran last."""
+        """The id of the latest process."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def status(self) -> int | None:
-        """Its exit status, negative for the signal that ended it; None while it runs."""
+        """The exit status, negative for the signal that ended it; None while the process runs."""
         return None if self._process is None else self._process.poll()
 
     @property
@@ -98,31 +99,31 @@ class Process:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL: it can do nothing about it, not even while it is paused."""
+        """Kill it with SIGKILL, even while it is paused."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
 
     def pause(self) -> None:
-        """SIGSTOP: its connections stay open, and nothing answers."""
+        """Pause it with SIGSTOP: its connections stay open, and nothing answers."""
         self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Continue it with SIGCONT."""
         self.signal(signal.SIGCONT)
 
     async def stop(self) -> int:
-        """SIGTERM: it drains. The exit status."""
+        """Drain and stop it with SIGTERM. Return the exit status."""
         self.signal(signal.SIGTERM)
         return await self.ended(15)
 
     async def ended(self, seconds: float = PATIENCE) -> int:
-        """Wait for its end; the exit status."""
+        """Wait for its end. Return the exit status."""
         await until(lambda: self.status is not None, f"{self.name} ends", seconds)
         return self.status or 0
 
     async def says(self, *words: str, seconds: float = PATIENCE) -> str:
-        """Wait for one line of its log that has all these words."""
+        """Wait for a line of its log that has all these words."""
 
         def found() -> str | None:
             return next((line for line in self.log.splitlines() if all(word in line for word in words)), None)
@@ -134,7 +135,7 @@ class Process:
 
 
 class Traffic:
-    """Numbered events over several partition keys and streams, one at a time. Obtain one with `Stage.traffic`."""
+    """Numbered events over several partition keys and streams, one at a time. Get it from `Stage.traffic`."""
 
     def __init__(self, store: EventStore, first: int, pause: float) -> None:
         self._store = store
@@ -145,7 +146,7 @@ class Traffic:
         self.acknowledged: dict[int, int] = {}
         """Number to position."""
         self.refused = 0
-        """Appends that the store did not acknowledge, and that were made again."""
+        """Number of appends that were repeated because the store did not acknowledge them."""
 
     async def run(self) -> None:
         while not self._stopped.is_set() and len(self.acknowledged) < MOST:
@@ -156,7 +157,7 @@ class Traffic:
         self._stopped.set()
 
     async def append(self, fate: Fate = "note", key: str | None = None) -> int:
-        """Append the next event now, again and again until the store acknowledges it; its number."""
+        """Append the next event now, until the store acknowledges it. Return its number."""
         number, self._next = self._next, self._next + 1
         stream = f"counts-{number % STREAMS}-{os.getpid()}" if fate == "note" else f"counts-{fate}-{number}"
         event = Counted(key=key or f"key{number % KEYS}", number=number, at=now(), fate=fate)
@@ -174,33 +175,34 @@ class Traffic:
         return number
 
     def position(self, number: int) -> int:
-        """Where in the log a number is."""
+        """Return the position of a number."""
         return self.acknowledged[number]
 
     async def reached(self, count: int) -> None:
-        """Wait until so many events more are in the log."""
+        """Wait until this many more events are in the log."""
         goal = len(self.acknowledged) + count
         await until(lambda: len(self.acknowledged) >= goal, f"{goal} events in the log")
 
 
 class Stage:
-    """`with Stage(folder, bus) as stage`: leaving ends what still runs, and shows the logs when a test failed."""
+    """`with Stage(folder, bus) as stage`: a system in a folder. The end of the block ends its processes and shows their
+    logs if the test failed."""
 
     def __init__(self, folder: Path, bus: str, server: str | None = None) -> None:
-        """`server` is the URL of a database server on which `audit` has its database, instead of in a file."""
+        """Prepare a stage. `server` is the URL of a server for the database of `audit`, instead of a file."""
         self.folder = folder
         self.database_server = server
         self.database_url = server or f"sqlite:///{folder}/databases/{{service}}.db"
-        """For the processes that are started from now on."""
+        """Environment of processes that are started from now on."""
         self.databases = folder / "databases"
         self.databases.mkdir()
         self.bus = bus
         self.store_url = f"sqlite:///{folder}/events.db"
-        """For the processes that are started from now on: a file that they share, until `server` was called."""
+        """The store of processes that are started from now on: a shared file, until `server` is called."""
         self.acknowledged: dict[int, int] = {}
-        """Number to position of what the store promised to keep."""
+        """Number to position of acknowledged events."""
         self.names: list[str] = []
-        """Of the services that were started."""
+        """Names of the services that were started."""
         self._all: list[Process] = []
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -222,13 +224,13 @@ class Stage:
 
     @property
     def logs(self) -> str:
-        """The end of each process's log."""
+        """Return the end of each process's log."""
         return "\n".join(f"---- {process.name}\n{process.log[-4000:]}" for process in self._all)
 
     # ---- processes -------------------------------------------------------------------------------------------------
 
     def start(self, name: str, *arguments: str, bus: str | None = None, arranged: Sequence[str] = ()) -> Process:
-        """`tidings ARGUMENTS`, on a bus URL of its own if one is given; `arranged` are faults inside of it, see
+        """Start `tidings ARGUMENTS`, with another bus URL if one is given. `arranged` are faults inside it, see
         `tests.faults.arranged`."""
         assert self._guard is not None
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
@@ -245,17 +247,17 @@ class Stage:
         return process.start()
 
     def relay(self, name: str = "main", **how: Any) -> Process:
-        """A relay; two of one name are leader and standby. `how` as for `start`."""
+        """Start a relay. Two with one name are leader and standby. `how` is for `start`."""
         return self.start(f"relay-{name}", "relay", f"--name={name}", **how)
 
     def service(self, name: str = "audit", **how: Any) -> Process:
-        """A process of the service `audit` or `second`. `how` as for `start`."""
+        """Start a process of the service `audit` or `second`. `how` is for `start`."""
         if name not in self.names:
             self.names.append(name)
         return self.start(name, "run", f"tests.faults.auditing:{name}", **how)
 
     async def server(self) -> Process:
-        """The event store as a process, `tidings server`, for all that is started from now on."""
+        """Start `tidings server` as the event store of processes that are started from now on."""
         (port,) = free_ports(1)
         arguments = ("--db", str(self.folder / "events.db"), "--port", str(port))
         process = self.start("store", "server", *arguments)
@@ -267,7 +269,7 @@ class Stage:
 
     @asynccontextmanager
     async def traffic(self, pause: float = 0.005) -> AsyncIterator[Traffic]:
-        """Events as long as the block runs, `pause` seconds apart; leaving waits for the last one's acknowledgement."""
+        """Append events while the block runs, `pause` seconds apart. Its end waits for the last acknowledgement."""
         async with open_store(self.store_url) as store:
             traffic = Traffic(store, len(self.acknowledged), pause)
             producing = asyncio.create_task(traffic.run())
@@ -283,7 +285,7 @@ class Stage:
                 self.acknowledged |= traffic.acknowledged
 
     async def errand(self, key: str, seconds: float, *, blocks: int | None = None) -> None:
-        """Append an event whose handler takes so long, see `Errand`."""
+        """Append an event whose handler takes some seconds, see `Errand`."""
         async with open_store(self.store_url) as store:
             event = encode(Errand(key=key, seconds=seconds, blocks=blocks), id=uuid4())
             await store.append(f"errands-{uuid4()}", [event])
@@ -294,11 +296,11 @@ class Stage:
         return self.databases / f"{name}.db"
 
     def place(self, name: str = "audit") -> Path | str:
-        """For whoever reads what a service did: its file, or the URL of the server, whatever services are told."""
+        """Return where a service's database can be read: its file, or the URL of the server."""
         return self.database_server or self.database(name)
 
     def rows(self, name: str = "audit") -> list[Row]:
-        """Every effect, in the order in which they became durable."""
+        """Return every effect, in the order in which they became durable."""
         return auditing.rows_of(self.place(name))
 
     def effects(self, name: str = "audit") -> int:
@@ -306,16 +308,16 @@ class Stage:
         return int(found[0][0]) if found else 0
 
     async def handled(self, count: int, name: str = "audit") -> None:
-        """Wait until a service has had so many effects in all."""
+        """Wait until a service has had this many effects in all."""
         await until(lambda: self.effects(name) >= count, f"{count} effects in {name}")
 
     async def handles(self, count: int, name: str = "audit") -> None:
-        """Wait until a service has had so many effects more."""
+        """Wait until a service has had this many more effects."""
         await self.handled(self.effects(name) + count, name)
 
     async def recovered(self, since: float, *names: str, key: str = "%", seconds: float = PATIENCE) -> float:
         """Wait until an event that was appended after the moment `since`, with a partition key like `key`, has had its
-        effect in each service, or in those that are named. The seconds between: how long nothing got through."""
+        effect in each service, or in those that are named. Return the seconds between: how long nothing got through."""
         sql = "SELECT min(handled) FROM audit WHERE appended > ? AND key LIKE ?"
 
         def first(name: str) -> float | None:
@@ -332,7 +334,7 @@ class Stage:
         return max(found.values()) - since
 
     async def answered(self, key: str) -> bool:
-        """Whether every service that was started has answered an event of the key, as the log has it."""
+        """Return whether every service that was started has answered an event of the key."""
         async with open_store(self.store_url) as store:
             said = [event async for event in store.read_all() if event.type == "Noted"]
         keys = [(note.service, note.key) for note in (Noted.model_validate_json(event.data) for event in said)]
@@ -366,8 +368,8 @@ class Stage:
             return await verify(store, services)
 
     async def keeps_promises(self, seconds: float = PATIENCE) -> int:
-        """Wait until all is settled; then nothing is lost, each effect happened once, in order per key. The number of
-        events that were audited."""
+        """Wait until everything is settled, and assert that nothing is lost and each effect happened once, in order per
+        key. Return the number of audited events."""
         await self.settled(seconds)
         async with open_store(self.store_url) as store:
             asked = await auditing.asked_of(store)

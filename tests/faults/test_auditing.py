@@ -16,7 +16,7 @@ KEYS = 3
 
 @pytest.fixture
 def asked() -> Asked:
-    """A log of twelve events at every second position, with their answers."""
+    """Return a log of twelve events at every second position, with their answers."""
     found = Asked()
     for number in range(12):
         found.counted[2 * number] = f"id{number}", Counted(key=f"key{number % KEYS}", number=number, at=0.0)
@@ -26,7 +26,7 @@ def asked() -> Asked:
 
 
 def done(folder: Path, numbers: Iterable[int], dead: Iterable[int] = ()) -> dict[str, Path]:
-    """A service's database with these effects, in this order."""
+    """Create a service's database with these effects, in this order."""
     database = folder / "audit.db"
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute(

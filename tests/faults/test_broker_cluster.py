@@ -26,7 +26,8 @@ def cluster() -> Iterator[RabbitMQCluster]:
 
 
 async def led_by(cluster: RabbitMQCluster, url: str) -> int:
-    """The node that leads the queue: everybody is connected to it, because the first of the URL declared the queue."""
+    """Return the node that leads the queue. All clients are connected to it, because the first node of the URL declared
+    it."""
     assert await asyncio.to_thread(cluster.members_of, AUDIT.queue, url) == [1, 2, 3]
     return await asyncio.to_thread(cluster.leader_of, AUDIT.queue, url)
 
@@ -54,7 +55,7 @@ async def test_the_node_that_leads_the_queue_is_killed(
 async def test_the_node_that_leads_the_queue_is_cut_off_from_the_others(
     tmp_path: Path, cluster: RabbitMQCluster, recovered: Recovered
 ) -> None:
-    """It pauses (`pause_minority`), and closes the connections of those whom it still could reach. It comes back."""
+    """The node pauses (`pause_minority`) and closes its clients' connections. Later it comes back."""
     async with cluster.isolated() as url:
         async with open_bus(url) as bus:
             await bus.provision(AUDIT)

@@ -37,7 +37,7 @@ SOME = 100
 
 
 async def test_queue_deleted(stage: Stage, recovered: Recovered) -> None:
-    """Under a running service, and again with events in it, which only the log has then."""
+    """The queue is deleted under a running service, and again with events in it, which only the log has then."""
     stage.relay()
     service = stage.service()
     async with stage.traffic() as traffic:
@@ -56,7 +56,7 @@ async def test_queue_deleted(stage: Stage, recovered: Recovered) -> None:
 
 @pytest.mark.faults
 async def test_exchange_deleted(stage: Stage, recovered: Recovered) -> None:
-    """The relay makes it again, without the binding of a service that does not know of it."""
+    """The relay creates the exchange again, without the binding of a service that has not noticed."""
     stage.relay()
     stage.service()
     async with stage.traffic(pause=0.02):
@@ -68,7 +68,7 @@ async def test_exchange_deleted(stage: Stage, recovered: Recovered) -> None:
 
 @pytest.mark.faults
 async def test_no_binding(stage: Stage, recovered: Recovered) -> None:
-    """The only queue: nothing can be routed, and the relay says whom it waits for."""
+    """The only queue loses its binding: nothing can be routed, and the relay says for which service it waits."""
     relay = stage.relay()
     stage.service()
     async with stage.traffic(pause=0.02):
@@ -82,7 +82,7 @@ async def test_no_binding(stage: Stage, recovered: Recovered) -> None:
 
 @pytest.mark.faults
 async def test_no_binding_of_one_service_of_two(stage: Stage, recovered: Recovered) -> None:
-    """The other one takes everything, so that the relay cannot know."""
+    """The other queue takes every event, so the relay cannot notice."""
     relay = stage.relay()
     stage.service()
     stage.service("second")
@@ -99,7 +99,7 @@ async def test_no_binding_of_one_service_of_two(stage: Stage, recovered: Recover
 
 @asynccontextmanager
 async def an_account(stage: Stage, node: RabbitMQNode) -> AsyncIterator[User]:
-    """Whoever starts on the stage from now on does so as this user."""
+    """Start processes of the stage as this user from now on."""
     host = stage.bus.rpartition("@")[2]
     async with user(node, stage.bus, "r%ght") as found:
         stage.bus = f"amqp://{found.name}:r%25ght@{host}"
@@ -187,7 +187,7 @@ async def test_alarm_blocks_publishers(
 async def test_alarm_outlasts_the_relays_patience(
     rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered, what: Literal["memory", "disk"]
 ) -> None:
-    """The relay gives up its connection, which a blocked broker does not read: the lock stays with it meanwhile."""
+    """The relay gives up its connection, which a blocked broker does not read, and keeps the lock in the meantime."""
     relay = harmed.relay(arranged=["confirm-seconds=2"])
     harmed.service()
     async with harmed.traffic(pause=0.02) as traffic:
@@ -203,7 +203,7 @@ async def test_alarm_outlasts_the_relays_patience(
 
 @pytest.mark.faults
 async def test_message_over_the_limit(rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered) -> None:
-    """The relay leaves it out, loudly; the service reads it from the log, in its place."""
+    """The relay leaves the event out and says so; the service reads it from the log, in its place."""
     number, limit = 10**9, 65_536
     async with configured(rabbitmq_node, max_message_size=limit):
         relay = harmed.relay()
@@ -222,7 +222,7 @@ async def test_message_over_the_limit(rabbitmq_node: RabbitMQNode, harmed: Stage
 
 @pytest.mark.faults
 async def test_consumer_timeout(rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered) -> None:
-    """A handler that takes longer than the broker waits for an acknowledgement; other keys go on meanwhile."""
+    """A handler takes longer than the broker waits for an acknowledgement. Other keys go on in the meantime."""
     async with configured(rabbitmq_node, consumer_timeout=2_000, channel_tick_interval=500):  # milliseconds
         harmed.relay()
         service = harmed.service()

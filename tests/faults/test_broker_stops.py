@@ -13,9 +13,9 @@ from tidings.testing.brokers import RabbitMQNode
 
 SOME = 100
 AGAIN = 3.0
-"""Seconds from the broker's answer to the first event that is handled: a promise."""
+"""Seconds from the broker's first answer to the first handled event: a promise."""
 STANDSTILL = 40.0
-"""Seconds: four heartbeats, and longer than a relay waits for a confirm."""
+"""Seconds of a pause: four heartbeats, and longer than a relay waits for a confirm."""
 
 
 async def test_broker_killed_in_the_middle_of_publishing(
@@ -53,7 +53,7 @@ async def test_broker_restarted_in_good_order(rabbitmq_node: RabbitMQNode, harme
 async def test_broker_stands_still_for_40_seconds(
     rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered
 ) -> None:
-    """SIGSTOP: its connections stay open, new ones are accepted by the kernel, and nobody answers."""
+    """The broker is paused: connections stay open, the kernel accepts new ones, and nothing answers."""
     relay, service = harmed.relay(), harmed.service()
     async with harmed.traffic(pause=0.02):
         await harmed.handles(SOME)

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.faults
 SOME = 100
 HOUR = 3600
 JUMPS = (HOUR, 0, -HOUR, 0)
-"""Seconds that the clock is off, one after the other."""
+"""Seconds by which the clock is wrong, one after the other."""
 
 
 class Clock:
-    """Of the processes that `started` gives; the test itself keeps the right time."""
+    """Set the clock of the processes from `started`. The test itself keeps the right time."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -64,7 +64,7 @@ async def test_clock_jumped_while_events_flow(stage: Stage, recovered: Recovered
 
 
 async def test_clock_jumped_while_events_are_held(stage: Stage, recovered: Recovered) -> None:
-    """Those that wait for a later try are tried once, neither an hour late nor again."""
+    """Held events are tried once, neither an hour late nor twice."""
     clock, processes = started(stage)
     seconds = 0.0
     async with stage.traffic() as traffic:
@@ -83,7 +83,7 @@ async def test_clock_jumped_while_events_are_held(stage: Stage, recovered: Recov
 
 
 async def test_clock_jumped_while_nothing_moves(stage: Stage, recovered: Recovered) -> None:
-    """The markers of an idle relay come nevertheless: they alone say that the log goes so far."""
+    """The markers of an idle relay still come. They alone say how far the log goes."""
     clock, processes = started(stage)
     async with stage.traffic():
         await stage.handles(SOME)

@@ -15,19 +15,19 @@ from tests.faults.stage import Stage, now, until
 
 SOME = 100
 HEARTBEAT = 2
-"""Seconds, instead of 10: what is silent is given up after twice that, here as by the broker."""
+"""Seconds of the heartbeat, instead of 10. Both sides give up a connection that is silent for twice as long."""
 
 
 @pytest.fixture
 async def network(stage: Stage) -> AsyncIterator[Proxy]:
-    """The way from everything on the stage to the broker."""
+    """The proxy between every process of the stage and the broker."""
     async with Proxy(stage.bus, options=f"heartbeat={HEARTBEAT}") as proxy:
         stage.bus = proxy.url
         yield proxy
 
 
 async def test_black_hole(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """Connections whose packets vanish without a word (no RST), as when a firewall has lost its table."""
+    """The packets of connections vanish silently (no RST), as when a firewall has lost its table."""
     relay, service = stage.relay(), stage.service()
     async with stage.traffic(pause=0.02):
         await stage.handles(SOME)
@@ -40,7 +40,7 @@ async def test_black_hole(stage: Stage, network: Proxy, recovered: Recovered) ->
 
 
 async def test_confirms_swallowed(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """Every event arrives, and the relay hears of none: it sends again and again, which services recognise."""
+    """Every event arrives, and the relay is told of none: it sends them again and again, and services drop them."""
     relay = stage.relay(arranged=["confirm-seconds=1"])
     stage.service()
     async with stage.traffic() as traffic:
@@ -59,7 +59,7 @@ async def test_confirms_swallowed(stage: Stage, network: Proxy, recovered: Recov
 
 @pytest.mark.faults
 async def test_black_hole_for_longer_than_anybody_waits(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """Nobody is reached any more, until the network is mended; what was on its way then arrives late."""
+    """Nothing gets through until the network works again. Data that was on its way then arrives late."""
     relay, service = stage.relay(), stage.service()
     async with stage.traffic(pause=0.02):
         await stage.handles(SOME)
@@ -73,8 +73,8 @@ async def test_black_hole_for_longer_than_anybody_waits(stage: Stage, network: P
 
 @pytest.mark.faults
 async def test_connection_half_open(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """Relay and service lose their connections at once; the broker keeps its halves, with the relay's lock and the
-    place of the active consumer, until it has missed their heartbeats."""
+    """Relay and service lose their connections at the same moment. The broker keeps its halves, with the relay's lock
+    and the place of the active consumer, until it has missed their heartbeats."""
     relay, service = stage.relay(), stage.service()
     async with stage.traffic(pause=0.02):
         await stage.handles(SOME)
@@ -88,8 +88,8 @@ async def test_connection_half_open(stage: Stage, network: Proxy, recovered: Rec
 
 @pytest.mark.faults
 async def test_connection_cut_every_100_messages(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """In the middle of a message, ten times: the relay's, the service's, whichever comes to 100 first. What is recorded
-    is the longest time without an effect."""
+    """Connections break in the middle of a message, ten times: the relay's or the service's, whichever reaches 100
+    first. The longest time without an effect is recorded."""
     network.cut_after = 100
     stage.relay()
     stage.service()
@@ -104,7 +104,7 @@ async def test_connection_cut_every_100_messages(stage: Stage, network: Proxy, r
 
 @pytest.mark.faults
 async def test_one_byte_at_a_time(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """In both directions, from the first handshake on."""
+    """Data passes in tiny pieces, in both directions, from the first handshake on."""
     stage.relay()
     stage.service()
     async with stage.traffic(pause=0.02):
@@ -118,7 +118,7 @@ async def test_one_byte_at_a_time(stage: Stage, network: Proxy, recovered: Recov
 
 @pytest.mark.faults
 async def test_slow_network(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """A tenth of a second each way, for connections that there are and for new ones."""
+    """Data is late by a tenth of a second each way, on existing and new connections."""
     stage.relay()
     stage.service()
     async with stage.traffic(pause=0.02):
@@ -132,7 +132,8 @@ async def test_slow_network(stage: Stage, network: Proxy, recovered: Recovered) 
 
 @pytest.mark.faults
 async def test_channel_error_406(stage: Stage, network: Proxy, recovered: Recovered) -> None:
-    """The broker closes the channels of relay and service, as for an acknowledgement of what was never delivered."""
+    """The broker closes the channels of relay and service, as after an acknowledgement of a message that was never
+    delivered."""
     relay, service = stage.relay(), stage.service()
     async with stage.traffic():
         await stage.handles(SOME)

@@ -21,18 +21,18 @@ FEW, MANY = 3_000, 30_000
 BATCH = 500
 SOME = 50
 MOST_MB = 40.0
-"""What ten times the history may add to the peak of memory. What is in lanes at once takes a few."""
+"""MiB that ten times the history may add to the peak of memory. The events in the lanes take a few."""
 LONG = 200.0
-"""Seconds: two cores that others use too."""
+"""Seconds to wait: the two cores have other work, too."""
 
 
 def numbers() -> Iterator[int]:
-    """Below those of the traffic, and such as no service answers, so that the history has effects and no echo."""
+    """Numbers of the history: below those of the traffic, and none that a service answers."""
     return (-number for number in count(1) if number % EVERY)
 
 
 async def write_history(stage: Stage, length: int) -> None:
-    """Events that a relay published before anybody listened: only the log has them."""
+    """Append events as if a relay had published them before anybody listened: only the log has them."""
     async with open_store(stage.store_url) as store:
         left = islice(numbers(), length)
         while batch := list(islice(left, BATCH)):
@@ -45,13 +45,13 @@ async def write_history(stage: Stage, length: int) -> None:
 
 
 def peak_mb(process: int) -> float:
-    """The highest resident memory of a process so far, in MiB."""
+    """Return the peak of a process's resident memory so far, in MiB."""
     status = Path(f"/proc/{process}/status").read_text()
     return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 async def join_late(stage: Stage, history: int) -> tuple[int, float, float]:
-    """Events audited, seconds until live traffic had effects, and the newcomer's peak of memory."""
+    """Run a newcomer. Return the audited events, the seconds until live traffic had effects, and its peak of memory."""
     await write_history(stage, history)
     stage.relay()
     async with stage.traffic() as traffic:

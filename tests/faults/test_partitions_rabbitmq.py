@@ -18,12 +18,12 @@ TARGET = "tests.faults.auditing:audit"
 
 
 async def resize(stage: Stage, to: int) -> None:
-    """As an operator does it."""
+    """Resize the service as an operator does."""
     assert await stage.start(f"resize-{to}", "partitions", TARGET, "--resize", str(to)).ended() == 0
 
 
 async def divided(stage: Stage, count: int, processes: int = 2) -> list[Process]:
-    """A relay, and some processes of the service in so many partitions. There is traffic meanwhile."""
+    """Start a relay and some processes of the service with this many partitions, under traffic."""
     stage.relay()
     first = stage.service()
     await stage.handles(1)
@@ -33,7 +33,7 @@ async def divided(stage: Stage, count: int, processes: int = 2) -> list[Process]
 
 
 def shares(stage: Stage) -> list[int]:
-    """Of how many partitions each process is at work on one; empty while there is one with nobody at work."""
+    """Return how many partitions each process has; empty while a partition has no process at work."""
     with closing(sqlite3.connect(f"file:{stage.database()}?mode=ro", uri=True, timeout=5)) as connection:
         active = [process for (process,) in connection.execute("SELECT active FROM tidings_floors")]
     return [] if None in active else sorted(Counter(active).values())
@@ -44,12 +44,12 @@ async def becomes(stage: Stage, count: int) -> None:
 
 
 def says(process: Process, words: tuple[str, ...]) -> int:
-    """How often it has said one of these."""
+    """Return how often a process has logged one of these events."""
     return sum(process.log.count(word) for word in words)
 
 
 def laid_out(stage: Stage) -> tuple[int, bool]:
-    """How many partitions there are, and whether their queues were made."""
+    """Return the number of partitions, and whether their queues exist."""
     with closing(sqlite3.connect(f"file:{stage.database()}?mode=ro", uri=True, timeout=5)) as connection:
         count, epoch, rebound = connection.execute("SELECT count, epoch, rebound FROM tidings_partitions").fetchone()
     return count, epoch == rebound
@@ -63,7 +63,7 @@ async def queues(stage: Stage) -> set[str]:
 
 @pytest.mark.faults
 async def test_service_resized_under_traffic_and_shared_among_processes(stage: Stage, recovered: Recovered) -> None:
-    """1 partition, then 4 among 2 processes, of which one is killed and another stopped, then 1 again."""
+    """1 partition, then 4 shared by 2 processes, of which one is killed and another stopped, then 1 again."""
     async with stage.traffic():
         first, second = await divided(stage, 4)
         await until(lambda: shares(stage) == [2, 2], "each process has two of four partitions")
@@ -108,7 +108,8 @@ async def test_service_of_partitions_whose_processes_come_and_go(stage: Stage, r
 async def test_service_resized_again_and_again_while_its_processes_are_killed(
     stage: Stage, recovered: Recovered
 ) -> None:
-    """Each time one of the two processes is killed while it hears of it, wherever the other one is by then."""
+    """Each time, one of the two processes is killed while it adapts to the new number, wherever the other one is by
+    then."""
     stage.relay()
     stage.service()
     seconds = 0.0

@@ -25,34 +25,34 @@ pytestmark = pytest.mark.faults
 SOME = 100
 ROLE, PASSWORD = "shop", "secret"
 QUICK = "?heartbeat=1"
-"""The broker gives up a silent consumer after twice to three times the heartbeat, and activates the next."""
+"""Seconds after which the broker gives up a silent consumer and activates the next: two to three heartbeats."""
 
 
 class Site:
-    """A stage whose service `audit` has its database on a server, as a user who may do there what it must."""
+    """A stage whose service `audit` has its database on a server, with a user that has only the necessary rights."""
 
     def __init__(self, stage: Stage, server: PostgreSQLServer, url: str, admin: Any) -> None:
         self.stage = stage
         self.server = server
         self.url = url
-        """For the service."""
+        """URL of the database for the service."""
         self.admin = admin
-        """A connection of the administrator to the same database, lost when the server ends."""
+        """The administrator's connection to the same database, which is lost when the server ends."""
         self.traffic: Traffic | None = None
-        """While it is `working`."""
+        """The process of the service, within `working`."""
 
     async def more_events(self) -> None:
-        """Wait until the log has so many more that a service at work would have handled some."""
+        """Wait until the log has enough new events that a service at work would have handled some."""
         assert self.traffic is not None
         await self.traffic.reached(3 * SOME)
 
     async def cut_off(self) -> int:
-        """Every connection of the service is ended by the server; how many that were."""
+        """End every connection of the service on the server. Return their number."""
         ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1"
         return len(await self.admin.fetch(ended, ROLE))
 
     async def connects(self) -> Any:
-        """As the service does."""
+        """Connect as the service does."""
         return await asyncpg.connect(self.url.replace("+asyncpg", ""))
 
 
@@ -77,7 +77,7 @@ async def _close(admin: Any) -> None:
 
 @asynccontextmanager
 async def working(site: Site) -> AsyncIterator[Process]:
-    """A service in the middle of traffic; it must be the same process at the end."""
+    """Run a service under traffic. At the end it must be the same process."""
     stage = site.stage
     stage.relay()
     service = stage.service()
@@ -134,7 +134,7 @@ async def test_postgresql_away_when_the_service_starts(site: Site, recovered: Re
 
 
 async def test_postgresql_paused(site: Site, recovered: Recovered) -> None:
-    """Connections stay open, and nothing answers for as long as the traffic takes for so many events."""
+    """The server is paused while the traffic appends some events: connections stay open, and nothing answers."""
     async with working(site) as service:
         await asyncio.to_thread(site.server.pause)
         await site.more_events()
@@ -190,7 +190,7 @@ async def test_password_revoked_and_given_back(site: Site, recovered: Recovered)
 
 
 async def test_database_takes_no_writes_for_a_while(site: Site, recovered: Recovered) -> None:
-    """As a primary that has become a standby. No event is tried, let alone given up."""
+    """The server refuses writes like a primary that has become a standby. No event is tried, let alone given up."""
     async with working(site) as service:
         await site.admin.execute(f"ALTER ROLE {ROLE} SET default_transaction_read_only = on")
         await site.cut_off()
@@ -203,7 +203,7 @@ async def test_database_takes_no_writes_for_a_while(site: Site, recovered: Recov
 
 
 async def test_no_connection_is_left(site: Site, recovered: Recovered) -> None:
-    """Somebody else takes them all, as soon as the service has lost its own."""
+    """Another client takes all connections as soon as the service has lost its own."""
     greedy: list[Any] = []
     async with working(site) as service:
         await site.admin.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT 12")
@@ -229,7 +229,7 @@ async def test_no_connection_is_left(site: Site, recovered: Recovered) -> None:
 
 
 async def test_deadlock_with_somebody_else(site: Site, recovered: Recovered) -> None:
-    """PostgreSQL ends one of the two transactions that wait for each other: always the service's."""
+    """Two transactions wait for each other, and PostgreSQL ends one of them: always the service's."""
     async with working(site) as service:
         tool = await asyncpg.connect(site.stage.database_server.replace("+asyncpg", ""))  # type: ignore[union-attr]
         await tool.execute("SET deadlock_timeout = '1h'")  # so that it is the other side that notices
@@ -255,7 +255,7 @@ async def _until_positive(admin: Any, statement: str) -> None:
 
 
 async def test_service_paused_while_another_takes_over_then_resumed(site: Site, recovered: Recovered) -> None:
-    """The zombie goes on with watermarks that are true no more: none of its effects is kept."""
+    """The zombie goes on with watermarks that are no longer true: none of its effects is kept."""
     stage = site.stage
     stage.relay()
     active = stage.service(bus=stage.bus + QUICK)
@@ -273,8 +273,8 @@ async def test_service_paused_while_another_takes_over_then_resumed(site: Site, 
 
 
 async def pause_between_commits(site: Site, process: Process) -> None:
-    """Nobody can take over from a process that is paused within a transaction whose rows the other one needs, until it
-    goes on, is killed, or the server's idle_in_transaction_session_timeout ends it."""
+    """A process that is paused within a transaction keeps its row locks. No other process can take over until it goes
+    on, is killed, or the server's idle_in_transaction_session_timeout ends the transaction."""
     while True:
         process.pause()
         busy = "SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND state <> 'idle'"

@@ -10,9 +10,9 @@ from tests.faults.stage import Process, Stage, now
 
 SOME = 100
 TAKEOVER = 5.0
-"""Seconds within which a standby leads after the leader's death, or the loss of its connection to the broker ..."""
+"""Seconds until a standby leads after the leader has died or lost its connection to the broker."""
 TAKEOVER_OF_PAUSED = 15.0
-"""... and after its pause, which the broker notices by missing heartbeats alone."""
+"""Seconds until a standby leads after the leader was paused, which the broker notices only by missing heartbeats."""
 
 
 async def test_relay_killed_between_publish_and_checkpoint(stage: Stage, recovered: Recovered) -> None:
@@ -30,7 +30,7 @@ async def test_relay_killed_between_publish_and_checkpoint(stage: Stage, recover
 
 
 async def test_two_relays_publish_at_once(stage: Stage, recovered: Recovered) -> None:
-    """Relays of two names know nothing of each other: services get everything twice, out of step."""
+    """Relays with two names know nothing of each other: services get everything twice, interleaved."""
     stage.service()
     first = stage.relay()
     async with stage.traffic() as traffic:
@@ -76,7 +76,7 @@ async def test_standby_leads_soon_after_the_leader_has_lost_its_connection(stage
 
 @pytest.mark.faults
 async def test_standby_leads_when_nothing_is_heard_of_the_leader(stage: Stage, recovered: Recovered) -> None:
-    """Its connection became a black hole, both ways: no end of it reaches anybody."""
+    """The leader's connection is a black hole in both directions: neither side learns of its end."""
     stage.service()
     async with Proxy(stage.bus) as proxy:
         _, standby = await leader_and_standby(stage, bus=proxy.url)
@@ -111,7 +111,7 @@ async def test_relay_paused_past_a_takeover_and_resumed(stage: Stage, recovered:
 
 
 async def leader_and_standby(stage: Stage, bus: str | None = None) -> tuple[Process, Process]:
-    """Two relays of one name; the leader on a bus URL of its own if one is given."""
+    """Start two relays with one name, the leader with another bus URL if one is given."""
     leader = stage.relay(bus=bus)
     await leader.says("relay.leading")
     standby = stage.relay()

@@ -19,7 +19,7 @@ SOME = 100
 
 @asynccontextmanager
 async def working(stage: Stage) -> AsyncIterator[Process]:
-    """A service in the middle of traffic; it must be alive at the end."""
+    """Run a service under traffic. It must be alive at the end."""
     stage.relay()
     service = stage.service()
     async with stage.traffic():
@@ -29,7 +29,7 @@ async def working(stage: Stage) -> AsyncIterator[Process]:
 
 
 async def pauses(stage: Stage, service: Process, refusing: AbstractContextManager[object], *words: str) -> float:
-    """While its database is refused to it, the service says so with these words; the seconds until it went on."""
+    """Assert that the service logs these words while its database is refused. Return the seconds until it went on."""
     with refusing:
         line = await service.says("service.rejoining", *words)
         assert "audit.db" in line
@@ -38,7 +38,7 @@ async def pauses(stage: Stage, service: Process, refusing: AbstractContextManage
 
 
 async def test_service_database_locked(stage: Stage, recovered: Recovered) -> None:
-    """Somebody has opened it with a tool, and left a transaction open."""
+    """Another tool has opened the database and left a transaction open."""
     async with working(stage) as service:
         with closing(sqlite3.connect(stage.database(), isolation_level=None)) as tool:
             tool.execute("BEGIN IMMEDIATE")
@@ -63,8 +63,8 @@ async def test_service_database_over_its_quota(stage: Stage, recovered: Recovere
 
 
 async def test_service_database_gone_and_back(stage: Stage, recovered: Recovered) -> None:
-    """Its folder is not there when the service starts again, as when a volume is not mounted yet: it makes no new one,
-    says so and ends, for whoever mounts and starts it."""
+    """The folder of the database does not exist when the service starts again, as when a volume is not mounted yet. The
+    service does not create it; it says so and ends."""
     away = stage.folder / "away"
     async with working(stage) as service:
         service.kill()
@@ -97,7 +97,8 @@ async def test_service_database_moved_while_the_service_runs(stage: Stage, recov
 
 
 async def test_service_database_replaced_by_yesterdays_backup(stage: Stage, recovered: Recovered) -> None:
-    """What was handled since the backup is undone with its watermarks, so that it is handled again: once, in order."""
+    """Effects since the backup are undone together with their watermarks, so the events are handled again: once, in
+    order."""
     async with working(stage) as service:
         backup = stage.folder / "backup.db"
         with closing(sqlite3.connect(stage.database())) as source, closing(sqlite3.connect(backup)) as target:
@@ -114,8 +115,8 @@ async def test_service_database_replaced_by_yesterdays_backup(stage: Stage, reco
 
 
 async def set_back(stage: Stage, how: str, *arranged: str) -> float:
-    """A service loses its database, or has it restored from a backup, after a store with `tidings server` in front has
-    forgotten the ids of what was appended. The seconds until it handles what is new."""
+    """Give a service a new database, or one from a backup, after the store behind `tidings server` has forgotten the
+    ids of appended events. Return the seconds until it handles new events."""
     server = await stage.server()
     stage.relay()
     service = stage.service(arranged=arranged)
@@ -147,7 +148,7 @@ async def test_service_database_set_back_while_the_store_forgets_ids(
 
 @pytest.mark.parametrize("how", ["new", "restored"])
 async def test_a_service_that_trusts_its_database_alone_is_found_out(stage: Stage, how: str) -> None:
-    """The rule switched off: the test above finds it."""
+    """With the rule switched off, the test above fails."""
     await set_back(stage, how, "trusts-its-database")
     with pytest.raises(AssertionError, match="twice: more than one answer"):
         await stage.keeps_promises()

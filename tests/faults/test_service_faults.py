@@ -16,7 +16,7 @@ from tests.faults.stage import KEYS, Process, Stage, now, until
 
 SOME = 100
 QUICK = "?heartbeat=1"
-"""The broker gives up a silent consumer after twice to three times the heartbeat, and activates the next."""
+"""Seconds after which the broker gives up a silent consumer and activates the next: two to three heartbeats."""
 
 
 async def test_service_killed_between_commit_and_acknowledgement(stage: Stage, recovered: Recovered) -> None:
@@ -34,7 +34,7 @@ async def test_service_killed_between_commit_and_acknowledgement(stage: Stage, r
 
 
 async def test_service_paused_while_another_takes_over_then_resumed(stage: Stage, recovered: Recovered) -> None:
-    """The standby leaves the active one alone; the zombie, in the middle of a handler, is fenced and stands by."""
+    """The standby does not disturb the active process. The zombie, paused within a handler, is fenced and stands by."""
     stage.relay()
     active = await working(stage, QUICK)
     standby = stage.service(bus=stage.bus + QUICK)
@@ -88,7 +88,7 @@ async def test_service_killed_again_and_again(stage: Stage, recovered: Recovered
 
 @pytest.mark.faults
 async def test_poison_event_then_its_neighbours(stage: Stage, recovered: Recovered) -> None:
-    """While it is tried, other keys go on and its own waits; at last it is dead, and its key goes on, too."""
+    """While the event is tried, other keys go on and its own waits. In the end it is dead, and its key goes on, too."""
     stage.relay()
     await working(stage)
     async with stage.traffic() as traffic:
@@ -122,7 +122,8 @@ async def test_slow_handler_delays_nobody_else(stage: Stage, recovered: Recovere
 
 @pytest.mark.faults
 async def test_blocked_event_loop(stage: Stage, recovered: Recovered) -> None:
-    """For longer than the broker waits for a heartbeat; there is no standby, so what waits is handled afterwards."""
+    """The loop is blocked for longer than the broker waits for a heartbeat. Without a standby, waiting events are
+    handled afterwards."""
     stage.relay()
     service = await working(stage, QUICK)
     async with stage.traffic():
@@ -137,7 +138,7 @@ async def test_blocked_event_loop(stage: Stage, recovered: Recovered) -> None:
 
 @pytest.mark.faults
 async def test_blocked_event_loop_while_another_takes_over(stage: Stage, recovered: Recovered) -> None:
-    """The standby does what the blocked one was at, which is fenced when it comes to itself."""
+    """The standby handles the events of the blocked process, which is fenced when its loop goes on."""
     stage.relay()
     active = await working(stage, QUICK)
     standby = stage.service(bus=stage.bus + QUICK)
@@ -155,14 +156,14 @@ async def test_blocked_event_loop_while_another_takes_over(stage: Stage, recover
 
 
 async def working(stage: Stage, options: str = "") -> Process:
-    """A process of the service, which consumes; `options` are those of its bus URL."""
+    """Start a process of the service and wait until it consumes. `options` are those of its bus URL."""
     service = stage.service(bus=stage.bus + options)
     await service.says("service.connected")
     return service
 
 
 async def pause_between_commits(stage: Stage, process: Process) -> None:
-    """Nobody can take over from a process that is paused within a transaction: it holds SQLite's one writer, until it
+    """A process that is paused within a transaction keeps SQLite's only writer. No other process can take over until it
     goes on or is killed."""
     while True:
         process.pause()
@@ -178,7 +179,7 @@ async def pause_between_commits(stage: Stage, process: Process) -> None:
 
 
 def pids(rows: list[Row]) -> list[int]:
-    """Which processes had effects, one after the other; a process that had them in between comes twice."""
+    """Return the processes that had effects, one after the other. A process may come more than once."""
     found: list[int] = []
     for row in rows:
         if found[-1:] != [row.pid]:

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.faults
 
 SOME = 100
 AWAY = 12.0
-"""Seconds: longer than a call to the store waits for an answer."""
+"""Seconds of a pause: longer than a call to the store waits for an answer."""
 
 
 async def served(stage: Stage) -> Process:
-    """`tidings server` as the event store of a relay and two services, which all work."""
+    """Start `tidings server` as the event store of a relay and two services, and wait until all work."""
     server = await stage.server()
     stage.relay()
     for name in ("audit", "second"):
@@ -95,7 +95,7 @@ async def test_store_away_when_relay_and_services_start(stage: Stage, recovered:
 
 
 async def test_store_file_locked_by_another_process(stage: Stage, recovered: Recovered) -> None:
-    """Somebody has opened the log with a tool, and left a transaction open."""
+    """Another tool has opened the log and left a transaction open."""
     stage.relay()
     await stage.service().says("service.connected")
     async with stage.traffic() as traffic:
@@ -110,7 +110,7 @@ async def test_store_file_locked_by_another_process(stage: Stage, recovered: Rec
 
 
 async def test_store_on_a_full_disk(stage: Stage, small_disk: SmallDisk, recovered: Recovered) -> None:
-    """It refuses, and so is the relay's checkpoint refused; when there is room again all goes on by itself."""
+    """The store refuses appends and the relay's checkpoint. When there is room again, everything goes on by itself."""
     stage.store_url = f"sqlite:///{small_disk.place}/events.db"
     relay, service = stage.relay(), stage.service()
     async with stage.traffic() as traffic:

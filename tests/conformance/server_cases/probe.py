@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"\(\d{4,}\)|\b\d{4,}\b")
 
 
 def case(function: Case) -> Case:
-    """Its name is the name of the recorded answer."""
+    """The name of the recorded answer."""
     CASES[function.__name__] = function
     return function
 
@@ -36,7 +36,7 @@ class Subscription(Protocol):
 
 
 class Probe:
-    """One case's view of a server: streams of its own."""
+    """A server as one case sees it, with streams of its own."""
 
     def __init__(self, client: EventStoreDBClient) -> None:
         self.client = client
@@ -52,7 +52,7 @@ class Probe:
         return _NUMBER.sub("<n>", _ID.sub("<id>", text.replace(self.prefix, "<p>")))[:300]
 
     def do(self, function: Callable[[], Any]) -> Any:
-        """The outcome of a call: a value, or the class of the error and what it says."""
+        """Return the outcome of a call: a value, or the class of the error and its text."""
         try:
             return {"ok": function()}
         except Exception as error:
@@ -74,7 +74,7 @@ class Probe:
         return self.do(lambda: [self.show(event) for event in self.client.get_stream(stream, timeout=20, **options)])
 
     def read_all(self, **options: Any) -> list[RecordedEvent]:
-        """Of this case's streams alone, unless the filter is given."""
+        """Subscribe to this case's streams only, unless a filter is given."""
         options.setdefault("filter_by_stream_name", "filter_include" not in options)
         options.setdefault("filter_include", (f"{self.prefix}.*",))
         return list(self.client.read_all(timeout=20, **options))
@@ -87,7 +87,7 @@ class Probe:
         return self.do(lambda: str(self.client.get_current_version(stream, timeout=20)))
 
     def take(self, subscription: Subscription, count: int, seconds: float = 10.0) -> list[str]:
-        """The first `count` things of a subscription, or what came within `seconds`."""
+        """Return the first `count` items of a subscription, or those that came within `seconds`."""
         got: list[str] = []
 
         def run() -> None:
@@ -107,7 +107,7 @@ class Probe:
         return got
 
     def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
-        """Wait for what the server does by itself."""
+        """Wait for something that the server does by itself."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it never came about"
@@ -115,6 +115,6 @@ class Probe:
 
 
 def three(p: Probe, name: str = "s", n: int = 5) -> str:
-    """A stream with some events."""
+    """Create a stream with some events."""
     p.append(p.stream(name), [p.event(i) for i in range(n)], NO)
     return p.stream(name)
