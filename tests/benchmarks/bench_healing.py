@@ -28,7 +28,7 @@ EVENTS, ROUNDS, FLOOR = 30_000, 7, 0.5
 
 
 class Trivial:
-    """Count the calls of a handler."""
+    """A handler that counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0

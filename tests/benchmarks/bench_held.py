@@ -59,7 +59,7 @@ def service_of(insert: bool) -> Service:
 
 
 def rows(events: Sequence[RecordedEvent], side: str) -> Iterator[HeldEvent]:
-    """Hold the first events of the log, whose keys no other event has."""
+    """Return rows that hold the first events of the log, whose keys no other event has."""
     due = time.time() + AWAY
     for number, event in enumerate(events):
         alone = side == "of as many keys"

@@ -52,7 +52,7 @@ RECORD = struct.Struct("<QQ")
 
 
 class Audit:
-    """Return the service's effects in order."""
+    """The file of the service's effects, in order."""
 
     def __init__(self, file: BufferedWriter) -> None:
         self._file = file

@@ -36,7 +36,7 @@ SERVICES: Final = (orders.name, inventory.name, payment.name, shipping.name)
 
 @dataclass(slots=True)
 class Night:
-    """The processes that faults may hit, and the probabilities."""
+    """The processes that faults may hit, and the source of chance."""
 
     scene: Scene
     chance: random.Random

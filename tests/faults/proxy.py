@@ -123,7 +123,7 @@ class Proxy:
 
 
 class _Over(Exception):
-    """Forget a connection that has ended."""
+    """Raised when a connection has ended."""
 
 
 class _Link:

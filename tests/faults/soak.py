@@ -61,7 +61,7 @@ BROKEN: Final = (Died, NotReady, ShopFailed, TidingsError, TimeoutError)
 
 @dataclass(slots=True)
 class Trade:
-    """Place the file's invoices again and again, under new numbers, until told to stop."""
+    """Traffic: the file's invoices again and again, under new numbers, until told to stop."""
 
     play: Scene
     coming: Iterator[Invoice]

@@ -25,7 +25,7 @@ JUMPS = (HOUR, 0, -HOUR, 0)
 
 
 class Clock:
-    """Set the clock of the processes from `started`. The test itself keeps the right time."""
+    """The clock of the processes from `started`. The test itself keeps the right time."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

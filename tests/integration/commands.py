@@ -87,7 +87,7 @@ main()
 
 
 class Command:
-    """A running command. `out` and `err` are what it printed so far; at a terminal all is in `out`."""
+    """A running command. `out` and `err` are what it has printed so far; at a terminal, everything is in `out`."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, name: str, terminal: int | None = None) -> None:
         self.process = process
@@ -109,7 +109,7 @@ class Command:
         return self._files[1].read_text()
 
     def type(self, text: str) -> None:
-        """At the terminal; '\\x03' is Ctrl-C."""
+        """Type at the terminal; '\x03' is Ctrl-C."""
         assert self._terminal is not None
         os.write(self._terminal, text.encode())
 
@@ -117,7 +117,7 @@ class Command:
         self.process.send_signal(number)
 
     async def ended(self, seconds: float = 30.0) -> int:
-        """Wait for its end; the exit code."""
+        """Wait for its end. Return the exit code."""
         await until(lambda: self.process.poll() is not None, "the command ends", seconds)
         if self._terminal is not None:
             await asyncio.to_thread(self._reader.join, 10)
@@ -143,7 +143,7 @@ class Command:
 
 
 class Commands:
-    """Starts commands in `folder`, where module `shop` is; leaving ends those that still run."""
+    """Starts commands in `folder`, which has the module `shop`. The end of the block ends those that still run."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
         self.folder = folder
@@ -166,7 +166,7 @@ class Commands:
                 print(command.process.args, command.out[-2000:], command.err[-3000:], sep="\n")
 
     def start(self, *arguments: str) -> Command:
-        """At pipes, or rather files: its output is plain."""
+        """Start a command whose output goes to files and is therefore plain."""
         name = f"{len(self._all)}-{arguments[0]}"
         with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.err").open("wb") as err:
             process = subprocess.Popen(
@@ -181,7 +181,7 @@ class Commands:
         return self._all[-1]
 
     def at_terminal(self, *arguments: str, env: Mapping[str, str] | None = None) -> Command:
-        """At a terminal of its own."""
+        """Start a command at a terminal of its own."""
         ours, theirs = pty.openpty()
         name = f"{len(self._all)}-{arguments[0]}"
         (self.folder / f"{name}.err").touch()
@@ -210,6 +210,6 @@ class Commands:
 
     @property
     def handled(self) -> Sequence[str]:
-        """What the shop's handlers noted."""
+        """Return the lines that the shop's handlers wrote."""
         file = self.folder / "handled"
         return file.read_text().splitlines() if file.exists() else []

@@ -12,7 +12,7 @@ from tidings.testing.databases import PostgreSQL
 
 @pytest.fixture(autouse=EVERYWHERE)
 async def on_postgresql(postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """The test's services have databases of their own there, which are dropped afterwards."""
+    """Give the test's services databases on PostgreSQL, which are dropped afterwards."""
     async with postgresql.isolated() as url:
         monkeypatch.setenv(PLACE, url)
         yield

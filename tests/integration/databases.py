@@ -23,16 +23,17 @@ __all__ = ["EVERYWHERE", "PLACE", "answers", "database_url", "on_server", "remov
 
 EVERYWHERE: Final = os.environ.get("TIDINGS_TEST_DATABASE", "sqlite") == "postgresql"
 PLACE: Final = "TIDINGS_TEST_DATABASE_URL"
-"""Where the test's own database is; the names of others begin with its name. Processes of the test inherit it."""
+"""Environment variable with the URL of the test's database. Names of further databases begin with its name. Processes
+of the test inherit it."""
 
 
 def on_server() -> bool:
-    """Whether the test that runs has its databases there."""
+    """Return whether the running test has its databases on PostgreSQL."""
     return PLACE in os.environ
 
 
 def database_url(folder: Path, service: str = "{service}") -> str:
-    """The database of a service whose files are in this folder."""
+    """Return the database URL of a service whose files are in this folder."""
     if not on_server():
         return f"sqlite:///{folder}/{service}.db"
     of_folder = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
@@ -40,7 +41,7 @@ def database_url(folder: Path, service: str = "{service}") -> str:
 
 
 async def remove_database(folder: Path, service: str) -> None:
-    """As if nobody had ever made it."""
+    """Remove the database, as if it had never existed."""
     url = make_url(database_url(folder, service))
     if on_server():
         _made.discard(str(url.database))
@@ -50,7 +51,7 @@ async def remove_database(folder: Path, service: str) -> None:
 
 
 async def answers(folder: Path, statement: str, service: str = "audit") -> list[Any]:
-    """The first column of what a service's database answers; nothing while the tables are not made yet."""
+    """Return the first column of a query's rows; none while the tables do not exist yet."""
     async with connected(database_url(folder, service)) as database, database.engine.connect() as connection:
         try:
             return list(await connection.scalars(sa.text(statement)))
@@ -61,7 +62,7 @@ async def answers(folder: Path, statement: str, service: str = "audit") -> list[
 
 
 def _make(dialect: sa.Dialect, record: object, args: object, options: dict[str, Any]) -> None:
-    """Before SQLAlchemy connects."""
+    """Create the database before SQLAlchemy connects."""
     place = os.environ.get(PLACE)
     name = str(options.get("database"))
     if place is None or name in _made or not name.startswith(f"{make_url(place).database}_"):

@@ -63,7 +63,7 @@ async def note(session: AsyncSession, event: Happened) -> None:
 
 
 def auditing(name: str = "audit", effect: Effect | None = None, *, retry: Retry = QUICK, **options: Any) -> Service:
-    """A service that writes an audit row per `Happened`, and does `effect` behind it."""
+    """Declare a service that writes an audit row per `Happened`, and then calls `effect`."""
     service = Service(name, tables=tables, **options)
 
     @service.on(Happened, retry=retry)
@@ -93,7 +93,7 @@ class World:
     running: list[RunningService]
 
     async def append(self, *events: Happened | Followed, stream: str | None = None) -> None:
-        """Each key's events to its own stream, in order."""
+        """Append each key's events to its own stream, in order."""
         of: dict[str, list[Happened | Followed]] = defaultdict(list)
         for event in events:
             of[stream or f"{type(event).__name__}-{event.key}"].append(event)
@@ -134,7 +134,7 @@ def settings_for(folder: Path, bus: str | None = None) -> Settings:
 async def embedded(
     folder: Path, *services: Service, wrap: Wrapped | None = None, relay: bool = True
 ) -> AsyncIterator[World]:
-    """The services on the files of `folder`, with a bus of their own and a relay whose markers come quickly."""
+    """Run services on the files of `folder`, with a bus of their own and a relay that sends markers often."""
     settings = settings_for(folder)
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_log(folder))
@@ -151,7 +151,7 @@ async def embedded(
 
 
 async def rows(service: Service) -> list[Row]:
-    """The audit, in the order in which the effects were written."""
+    """Return the audit rows in the order in which they were written."""
     async with service.engine.connect() as connection:
         found = await connection.execute(sa.select(audit.c.key, audit.c.n).order_by(audit.c.id))
         return [(row.key, row.n) for row in found]
@@ -177,7 +177,7 @@ def many(number: int, keys: int) -> list[Happened]:
 
 
 def assert_once_in_order(found: Sequence[Row], events: Iterable[Happened]) -> None:
-    """None lost, none twice, in order per key."""
+    """Assert that no effect is lost or doubled, and that each key is in order."""
     expected = sorted((event.key, event.n) for event in events)
     assert len(found) == len(expected), f"{len(found)} effects of {len(expected)} events"
     assert sorted(found) == expected
@@ -189,7 +189,7 @@ def assert_once_in_order(found: Sequence[Row], events: Iterable[Happened]) -> No
 
 
 async def followed(store: EventStore) -> list[Row]:
-    """What was emitted, as the log has it."""
+    """Return the emitted events from the log."""
     found = []
     async for event in store.read_all():
         if event.type == "Followed":
@@ -199,7 +199,7 @@ async def followed(store: EventStore) -> list[Row]:
 
 
 class StoreAround:
-    """A store that passes everything on; tests override what shall go wrong."""
+    """A store that passes everything on. Tests override the methods that should fail."""
 
     def __init__(self, store: EventStore) -> None:
         self.inner = store
@@ -218,7 +218,7 @@ class StoreAround:
 
 
 class Killing(StoreAround):
-    """Kills its process around the 40th append."""
+    """A store that kills its process around the 40th append."""
 
     def __init__(self, store: EventStore, when: str) -> None:
         super().__init__(store)

@@ -38,7 +38,7 @@ async def opened(port: int, **options: object) -> AsyncIterator[EventStoreDB]:
 
 
 async def serve(database: str, port: int) -> None:
-    """What such a process does."""
+    """The program of such a process."""
     async with EventStoreServer(database, port=port) as server:
         print(server.port, flush=True)
         await asyncio.sleep(3600)
@@ -78,11 +78,11 @@ class Server:
 
 
 class Proxy:
-    """Between adapter and server: it can swallow answers, cut connections, and lead to another server."""
+    """A proxy between adapter and server: it can drop answers, cut connections, and lead to another server."""
 
     def __init__(self) -> None:
         self.target = 0
-        """The port of the server."""
+        """The port of the current server."""
         self.mute = False
         self.port = 0
         self._writers: set[asyncio.StreamWriter] = set()
@@ -133,14 +133,14 @@ class Proxy:
 
 @asynccontextmanager
 async def behind_a_proxy(**options: object) -> AsyncIterator[tuple[EventStoreDB, Proxy]]:
-    """A store whose server the test chooses, and may choose again."""
+    """Open a store whose server the test can change."""
     async with Proxy() as proxy, opened(proxy.port, **options) as store:
         yield store, proxy
 
 
 @asynccontextmanager
 async def serving(proxy: Proxy, database: Path) -> AsyncIterator[None]:
-    """A server behind the proxy; in the end connections break, as when it is killed."""
+    """Run a server behind the proxy. At the end connections break, as when it is killed."""
     async with EventStoreServer(str(database)) as server:
         proxy.target, proxy.mute = server.port, False
         yield
@@ -151,7 +151,7 @@ async def serving(proxy: Proxy, database: Path) -> AsyncIterator[None]:
 
 
 async def stored(port: int, stream: str, count: int) -> None:
-    """Wait until the server has that many events of the stream, whatever it can answer."""
+    """Wait until the server has this many events of the stream, even if its answers are dropped."""
     async with opened(port) as store:
         await take(store.subscribe_stream(stream), many(count))
 

@@ -21,10 +21,10 @@ KINDS = ("session", "free", "slow", "leaves", "healed", "rejoins", "late", "seco
 
 
 def mortal(kind: str, folder: Path) -> Service:
-    """`session` and `free` kill the process at once, `slow` beside others that are at work; `leaves` hangs, and the
-    process ends cleanly; `healed` handles everything; `rejoins` is cut off in the middle first, and kills the process
-    when it is run again. `late` adds a handler that is given the past of the log, and kills the process. With `second`,
-    another handler has each event first, and a third one after it."""
+    """The service. `session` and `free` kill the process at once, `slow` while other handlers run. `leaves` hangs, and
+    the process ends cleanly. `healed` handles everything. `rejoins` is cut off in the middle first, and kills the
+    process when it runs again. `late` adds a handler that is given the past of the log and kills the process. With
+    `second`, each event has another handler before this one and a third one after it."""
     service = Service("audit", tables=tables)
     service.poisoned = asyncio.Event()  # type: ignore[attr-defined]
 

@@ -48,13 +48,13 @@ class Worker:
         self._process.wait()
 
     async def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """Stop it with SIGTERM. Return the exit status."""
         self._process.terminate()
         return await asyncio.to_thread(self._process.wait, 15)
 
 
 class Workers:
-    """Starts workers on one store, bus and folder; leaving ends those that still run."""
+    """Starts workers on one store, bus and folder. The end of the block ends those that still run."""
 
     def __init__(self, folder: Path, bus: str) -> None:
         self.folder = folder
@@ -130,7 +130,7 @@ def _rows(database: Path, query: str) -> list[tuple[object, ...]]:
 
 
 def audit_of(database: Path) -> list[tuple[str, int]]:
-    """Key and number of every effect, in the order in which they happened."""
+    """Return key and number of every effect, in order."""
     rows = _rows(database, "SELECT key, number FROM audit ORDER BY id")
     return [(str(key), int(str(number))) for key, number in rows]
 
@@ -140,7 +140,7 @@ def dead_of(database: Path) -> list[str]:
 
 
 def proves_every_effect_once_in_order(database: Path, count: int) -> None:
-    """Numbers 0 to `count` - 1 each have one effect, and those of a key happened in order."""
+    """Assert that numbers 0 to `count` - 1 have one effect each, and that each key is in order."""
     rows = audit_of(database)
     numbers = [number for _, number in rows]
     assert sorted(set(range(count)) - set(numbers)) == [], "lost"

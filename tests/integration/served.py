@@ -20,7 +20,7 @@ SERVED: Final = os.environ.get("TIDINGS_TEST_STORE", "sqlite") == "server"
 
 @asynccontextmanager
 async def open_log(folder: Path) -> AsyncIterator[EventStore]:
-    """The store on `log.db` of a folder; the server, where there is one, runs in this process and ends with it."""
+    """Open the store on `log.db` of a folder. If there is a server, it runs in this process."""
     if not SERVED:
         async with open_store(f"sqlite:///{folder}/log.db") as store:
             yield store

@@ -25,7 +25,7 @@ STREAMS = "/event_store.client.streams.Streams"
 
 
 class ServerProcess:
-    """`python -m tidings server`, ready when the block begins."""
+    """`python -m tidings server`, which is ready when the block begins."""
 
     def __init__(self, db: Path | None, *options: str, port: int = 0, users: str = "", size_limit: int = 0) -> None:
         where = ["--memory"] if db is None else ["--db", str(db)]
@@ -60,7 +60,7 @@ class ServerProcess:
         return int(found[1])
 
     def end(self) -> str:
-        """What it said of its end; waits for it."""
+        """Wait for its end. Return what it printed."""
         assert self.process is not None
         try:
             return self.process.communicate(timeout=30)[1]
@@ -74,7 +74,7 @@ class ServerProcess:
         self.process.communicate()
 
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """Stop it with SIGTERM. Return the exit status."""
         assert self.process is not None
         self.process.terminate()
         self.process.communicate(timeout=30)
@@ -100,7 +100,7 @@ async def connected(port: int) -> AsyncIterator[Connection]:
 
 
 async def raw(connection: Connection, path: str, *requests: bytes) -> list[bytes]:
-    """All answers of a call whose requests are these bytes. Raises `CallFailed`."""
+    """Return all answers of a call whose requests are these bytes. Raises `CallFailed`."""
     with await connection.call(path, timeout=20) as call:
         call.send(*requests, end=True)
         answers: list[bytes] = []
@@ -119,7 +119,7 @@ def message(kind: Any, data: bytes = b"{}", type: str = "T", **more: Any) -> Any
 
 
 def appends(stream: str | bytes, *datas: bytes) -> list[bytes]:
-    """The requests of an `Append` that expects any version."""
+    """Return the requests of an `Append` that expects any version."""
     options = streams.AppendReq.Options(stream_identifier=named(stream), any=shared.Empty())
     kind = streams.AppendReq.ProposedMessage
     requests = [streams.AppendReq(options=options)]
@@ -128,7 +128,7 @@ def appends(stream: str | bytes, *datas: bytes) -> list[bytes]:
 
 
 def batch(stream: str) -> bytes:
-    """A whole request of a `BatchAppend`, which expects any version."""
+    """Return a complete request of a `BatchAppend` that expects any version."""
     options = streams.BatchAppendReq.Options(stream_identifier=named(stream))
     options.any.SetInParent()
     kind = streams.BatchAppendReq.ProposedMessage
@@ -140,5 +140,5 @@ def batch(stream: str) -> bytes:
 
 
 async def in_thread(function: Any, *arguments: Any) -> Any:
-    """For the client that blocks."""
+    """Run a call of the blocking client in a thread."""
     return await asyncio.wait_for(asyncio.to_thread(function, *arguments), 60)

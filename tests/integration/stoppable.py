@@ -62,7 +62,7 @@ async def main(kind: str, relay: bool | None) -> None:
 
 
 async def bare(kind: str) -> None:
-    """A script with a runtime and no care for signals."""
+    """A script with a runtime that does not handle signals."""
     async with Runtime(service("one", kind)):
         log.info("handler.began")
         await asyncio.sleep(600)

@@ -102,7 +102,7 @@ class Alembic:
         return done.stdout + done.stderr
 
     async def revision(self) -> str:
-        """What autogenerate writes."""
+        """Return the migration that autogenerate writes."""
         before = set(self._versions())
         await self("revision", "--autogenerate", "-m", "next")
         (made,) = set(self._versions()) - before
@@ -120,7 +120,7 @@ def url(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 
 def booking() -> Service:
-    """Alembic makes its tables, so they are not given to the service."""
+    """A service without `tables=`, because Alembic creates them."""
     service = Service("booking")
 
     @service.on(Booked)
@@ -191,7 +191,7 @@ async def _append(service: Service, count: int) -> None:
 
 
 async def test_without_it_every_table_of_ours_would_be_dropped(tmp_path: Path) -> None:
-    """So the test above would fail."""
+    """Without `include_object`, the test above would fail."""
     url = f"sqlite:///{tmp_path}/seats.db"
     alembic = Alembic(tmp_path, url)
     env = tmp_path / "migrations" / "env.py"

@@ -49,7 +49,7 @@ LATE = sa.insert(audit).values(key="late", n=1)
 
 
 class Given:
-    """Everything that a handler can get hold of, taken while it was at work."""
+    """Everything that a handler was injected with or made from it, kept from the attempt."""
 
     def __init__(self, service: Service, context: Context, session: AsyncSession, connection: AsyncConnection) -> None:
         self.shelves = service.repository(Shelf)
@@ -146,7 +146,8 @@ USES = [
 async def test_what_was_injected_ends_with_the_attempt(
     tmp_path: Path, use: Callable[[Given], Awaitable[None]], ended: str
 ) -> None:
-    """A task that the first event's handler leaves behind, while the second one's is at work in its transaction."""
+    """The handler of the first event leaves a task behind, which goes on while the second handler works in its
+    transaction."""
     service, at_work, said = Service("late", tables=tables), asyncio.Event(), asyncio.Future[BaseException | None]()
     left = list[asyncio.Task[None]]()
 
@@ -184,7 +185,7 @@ async def test_what_was_injected_ends_with_the_attempt(
 
 
 async def test_no_attempt_has_an_effect_in_the_savepoint_of_the_next(tmp_path: Path) -> None:
-    """One that is over its time and does not listen goes on until it ends: with nothing in its hands."""
+    """A handler that ignores its timeout goes on until it ends, but can no longer do anything."""
     service, said = Service("late", tables=tables), list[str]()
 
     async def tries(what: Callable[[], Awaitable[object] | object]) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.faults
 
 
 async def says(worker: Worker, *words: str, seconds: float = 60) -> str:
-    """Wait for one line of its log that has all these words."""
+    """Wait for a line of its log that has all these words."""
 
     def found() -> str | None:
         return next((line for line in worker.log.splitlines() if all(word in line for word in words)), None)

@@ -44,7 +44,7 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
 
 
 def two_free_ports() -> int:
-    """The first of two in a row."""
+    """Return the first of two consecutive free ports."""
     while True:
         port = free_port()
         try:

@@ -39,7 +39,7 @@ def objects(command: Command) -> list[dict[str, Any]]:
 
 
 async def healthy(commands: Commands) -> None:
-    """`status` says so, sooner or later."""
+    """Wait until `status` prints this."""
     async with asyncio.timeout(60):
         while (await commands.run("status")).process.returncode != 0:
             await asyncio.sleep(0.2)
@@ -124,7 +124,7 @@ async def test_a_queue_of_somebody_else_is_named_and_left_alone(commands: Comman
 
 
 class _Management(BaseHTTPRequestHandler):
-    """RabbitMQ's management API, as far as it is asked."""
+    """The part of RabbitMQ's management API that is used."""
 
     answers: ClassVar[dict[str, object]] = {
         "exchanges": [
@@ -149,7 +149,7 @@ class _Management(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(found).encode())
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 async def test_queues_that_nobody_serves_are_shown(commands: Commands, amqp_url: str) -> None:

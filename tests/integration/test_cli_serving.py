@@ -44,7 +44,7 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
 
 
 async def serving(command: Command, count: int = 1) -> None:
-    """A service consumes, for the `count`th time."""
+    """Wait until a service consumes for the `count`-th time."""
     await until(lambda: command.err.count("service.connected") >= count, "the service consumes")
 
 
@@ -73,7 +73,7 @@ async def test_a_signal_lets_the_handler_finish_and_ends_with_0(commands: Comman
 async def test_a_signal_while_it_starts_ends_it_with_0(
     commands: Commands, command: tuple[str, ...], number: signal.Signals
 ) -> None:
-    """At whatever moment: from the first that Python gives to a program to the one at which it serves."""
+    """A signal ends the command at any moment, from the first one that Python allows until it serves."""
     for seconds in (0.0, 0.05, 0.15, 0.3, 0.6):
         started = commands.start(*command)
         await until(lambda: _catches_sigterm(started.process.pid), "it hears signals", 30)  # noqa: B023

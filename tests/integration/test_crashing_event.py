@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def start(folder: Path, kind: str) -> int:
-    """One process until it has settled everything, or died: its exit status."""
+    """Run one process until it has settled everything or died. Return its exit status."""
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.integration.mortal", str(folder), kind, cwd=ROOT
     )
@@ -36,7 +36,7 @@ async def start(folder: Path, kind: str) -> int:
 
 
 def crashes() -> int:
-    """How many processes end with the event before one knows better: without a notebook of the last, one more."""
+    """Return how many processes the event kills before one does not run it: without a notebook, one more."""
     return 3 if on_server() else 2
 
 
@@ -77,7 +77,7 @@ async def test_slow_neighbours_are_not_condemned_with_it(tmp_path: Path) -> None
 
 
 async def test_without_a_notebook_it_is_found_one_crash_later(tmp_path: Path) -> None:
-    """As after a crash on another machine, or with a database on a server."""
+    """The case after a crash on another machine, or with a database on a server."""
     await append(tmp_path)
     statuses = []
     for _ in range(4):
@@ -94,7 +94,7 @@ async def test_without_a_notebook_it_is_found_one_crash_later(tmp_path: Path) ->
 async def test_an_event_of_its_past_that_kills_a_late_handler_is_dead_after_as_many_crashes(
     tmp_path: Path, blind: bool
 ) -> None:
-    """The watermark is above all of its past, and the notes of it count nevertheless."""
+    """The watermark is above the handler's whole past, but the notes about it still count."""
     await append(tmp_path)
     assert await start(tmp_path, "healed") == 0
     statuses: list[int] = []
@@ -162,7 +162,7 @@ async def test_resizing_after_a_crash_leaves_no_notebook_behind(tmp_path: Path) 
 
 @pytest.mark.sqlite("a notebook stands beside the database's file")
 async def test_what_has_ended_is_in_no_notebook(tmp_path: Path) -> None:
-    """Else the next process would suspect it, or nothing would be noted any more."""
+    """Otherwise the next process would suspect the event, or nothing more would be noted."""
     service, under_way, gate = Service("audit", concurrency=2), list[int](), asyncio.Event()
 
     @service.on(Happened)

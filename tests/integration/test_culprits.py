@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def wrong(document: dict[str, Any]) -> list[str]:
-    """The names of the causes, in their order."""
+    """Return the names of the causes, in order."""
     found = [check for check in document["checks"] if not check["ok"]]
     assert all(check["remedy"] for check in found), "each says what to do"
     assert document["checks"][: len(found)] == found, "causes come first"
@@ -48,7 +48,7 @@ def said(document: dict[str, Any], name: str) -> str:
 
 
 class Clock:
-    """Runs as the loop's, and may be put forward."""
+    """A clock that follows the event loop and can be moved forward."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -58,7 +58,7 @@ class Clock:
 
 
 async def becomes(probe: Probe, condition: Callable[[dict[str, Any]], bool], seconds: float = 20.0) -> dict[str, Any]:
-    """The first answer of /ready for which the condition holds."""
+    """Wait for an answer of /ready that meets the condition, and return it."""
     document: dict[str, Any] = {}
     try:
         async with asyncio.timeout(seconds):
@@ -103,7 +103,7 @@ async def test_a_database_that_takes_no_writes_is_blamed_and_not_the_bus(tmp_pat
 
 @asynccontextmanager
 async def _refusing(service: Service, why: str) -> AsyncIterator[None]:
-    """The connections of the service's pool write nothing, as on a disk that is full or read-only."""
+    """Let the connections of the service's pool write nothing, as on a disk that is full or read-only."""
 
     def refuse(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if statement.startswith(("INSERT", "UPDATE", "DELETE")):
@@ -123,7 +123,7 @@ async def _refusing(service: Service, why: str) -> AsyncIterator[None]:
 async def test_an_idle_service_finds_out_that_its_database_takes_no_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No event comes that would show it."""
+    """There is no event that would show the outage."""
     monkeypatch.setattr("tidings.hosting.gathering.IDLE_SECONDS", 0.1)
     service = auditing()
     async with embedded(tmp_path, service) as world:
@@ -137,7 +137,7 @@ async def test_an_idle_service_finds_out_that_its_database_takes_no_writes(
 
 
 class Full(StoreAround):
-    """A log that may be full: it is read as ever, and takes no appends."""
+    """A log that can be full: it can be read and takes no appends."""
 
     full = away = False
 
@@ -199,7 +199,7 @@ async def test_a_store_that_is_away_is_blamed_alone(tmp_path: Path) -> None:
 
 
 class Restored(StoreAround):
-    """A log that was set back under the running fleet: `end` is its head then, `log` its identity."""
+    """A log that was set back under running services: `end` is its head then, `log` its identity."""
 
     end: int | None = None
     log: UUID | None = None
@@ -244,7 +244,7 @@ async def test_a_log_that_was_restored_under_the_running_service_is_named_at_the
 
 
 async def test_a_service_that_is_behind_blames_no_relay_that_leads(tmp_path: Path) -> None:
-    """The markers wait in its own queue, behind what it has taken."""
+    """The markers wait in the service's own queue, behind the events that it has taken."""
     gate = asyncio.Event()
 
     async def slow(*_: object) -> None:
@@ -280,7 +280,7 @@ async def test_a_service_that_is_behind_blames_no_relay_that_leads(tmp_path: Pat
 
 
 async def test_a_handler_that_hangs_is_named_with_its_own_event_and_no_other_one(tmp_path: Path) -> None:
-    """Also between two attempts, when no handler is at work."""
+    """The check also fails between two attempts, when no handler is running."""
     hangs = asyncio.Event()
     service = Service("audit", tables=tables)
 
@@ -422,7 +422,7 @@ async def test_a_paused_handler_and_held_events_are_degraded_and_told_as_one(
 
 
 async def test_another_process_that_has_the_queue_and_does_nothing_is_named(tmp_path: Path) -> None:
-    """Two processes on one bus: this one stands by for one that hangs."""
+    """Two processes share a bus: this one stands by for one that hangs."""
     hangs = asyncio.Event()
 
     async def hang(*_: object) -> None:

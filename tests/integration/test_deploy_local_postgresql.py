@@ -117,7 +117,7 @@ def test_a_port_that_is_asked_for_and_taken_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_the_script_did_not_start_is_never_ended(tmp_path: Path) -> None:
-    """A pid that is used again, after the server it belonged to has gone."""
+    """The id of a server that has ended now belongs to another process."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         process = {"pid": other.pid, "started": "some other time"}
         state = {"password": "x", "port": 1, "process": process, "made": True}

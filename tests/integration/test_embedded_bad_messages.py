@@ -22,7 +22,7 @@ OTHER_LOG = UUID("00000000-0000-0000-0000-00000000beef")
 
 
 async def good(world: World) -> Message:
-    """The message of the last event."""
+    """Return the message of the last event."""
     async for event in world.store.read_all(backwards=True):
         bucket = carried(event)
         if bucket is not None:

@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Trouble:
-    """What the handler of `Happened` needs, and does not have for these keys; None: for no key at all."""
+    """Makes the handler of `Happened` fail for these keys; without keys, for all."""
 
     def __init__(self, *keys: str) -> None:
         self.keys: set[str] | None = set(keys) or None
@@ -97,7 +97,7 @@ async def test_other_handlers_and_keys_go_on_while_one_handler_is_paused(tmp_pat
 
 
 async def test_trials_go_from_key_to_key_and_each_says_what_failed_and_what_is_next(tmp_path: Path) -> None:
-    """Half of what the handler is given can succeed: poison of one kind hides no recovery."""
+    """Half of the handler's events can succeed: those that cannot do not hide a recovery."""
     bad = [f"bad-{n}" for n in range(20)]
     trouble = Trouble(*bad)
     service = two_handlers(trouble)
@@ -142,7 +142,7 @@ async def test_trials_count_so_that_poison_is_dead_in_the_end(tmp_path: Path, ho
 
 
 async def test_each_handler_keeps_its_order_per_key_while_one_is_paused(tmp_path: Path) -> None:
-    """Events of one key for two handlers: neither waits for the other one, and both keep their order."""
+    """Events of one key have two handlers: neither waits for the other, and both keep their order."""
     trouble = Trouble()
     service = two_handlers(trouble)
     numbers: dict[str, int] = defaultdict(int)

@@ -53,7 +53,7 @@ def locked(service: Service, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def pragma(service: Service, harm: str, heal: str) -> Iterator[None]:
-    """Every connection is harmed as it leaves the pool."""
+    """Every connection is broken when it leaves the pool."""
     statement = harm
 
     def apply(dbapi_connection: Any, record: object, proxy: object) -> None:

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.served, pytest.mark.postgresql]
 
 
 class Forgetful(StoreAround):
-    """Fails at random before or after writing, and would write an id twice if `ANY` ever repeated it."""
+    """A store that fails at random before or after writing, and writes an id twice if `ANY` repeats it."""
 
     def __init__(self, store: EventStore) -> None:
         super().__init__(store)
@@ -75,7 +75,7 @@ async def test_emissions_are_appended_once_by_a_store_that_fails_and_forgets(tmp
 
 
 class Away(StoreAround):
-    """Appends but does not answer, as long as `away`; `take` says whether it writes."""
+    """A store that does not answer appends while it is `away`; `take` says whether it writes them."""
 
     away = True
     take = True
@@ -148,7 +148,7 @@ async def test_an_emission_that_can_never_be_appended_is_dead_and_verify_lists_i
 
 
 class Listening(StoreAround):
-    """Keeps the expected versions with which `Followed` is appended, by number."""
+    """A store that notes the expected versions with which `Followed` is appended, by number."""
 
     def __init__(self, store: EventStore) -> None:
         super().__init__(store)
@@ -161,7 +161,7 @@ class Listening(StoreAround):
 
 
 async def test_what_was_held_or_may_have_been_handled_in_an_earlier_life_is_looked_for(tmp_path: Path) -> None:
-    """A database that was set back may hold an event again that was done, and has forgotten others."""
+    """A database that was set back may hold an event that was handled later, and does not know others."""
     stores, failed = list[Listening](), list[int]()
     service = Service("audit")
 

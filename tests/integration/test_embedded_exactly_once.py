@@ -59,7 +59,7 @@ async def test_every_event_takes_effect_once_in_order_with_and_without_a_session
 
 
 class Misbehaving:
-    """Drops, repeats and delays; what it holds back comes out of order."""
+    """A bus that drops, repeats and delays messages. Delayed ones come out of order."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -121,7 +121,8 @@ async def test_a_service_stopped_and_started_many_times_goes_on_where_it_was(tmp
 @pytest.mark.sqlite("long; test_postgresql.py does it there")
 @pytest.mark.parametrize("when", ["anywhere", "before", "after"])
 async def test_a_process_killed_with_sigkill_loses_and_repeats_nothing(tmp_path: Path, when: str) -> None:
-    """`before` and `after`: around the append of an emitted event, after the commit that staged it."""
+    """A store with hooks `before` and `after` the append of an emitted event, which comes after the commit that staged
+    it."""
     events, chance = many(300 if on_server() else 800, 17), random.Random(5)
     async with embedded(tmp_path, Service("first")) as world:
         await world.append(*events)
@@ -192,7 +193,7 @@ async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
 
 
 class Already(Exception):
-    """What a row's unique key, or a look at it, makes of an event that was done before."""
+    """Raised when an event is handled a second time, as by a unique key."""
 
 
 @pytest.mark.parametrize("number", [4, 100], ids=["a few", "so many that the breaker opens"])
@@ -200,7 +201,8 @@ class Already(Exception):
 async def test_events_that_another_process_has_done_meanwhile_are_no_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transactional: bool, number: int
 ) -> None:
-    """It was cut off from the bus, and works through what it had accepted while this one begins at the same events."""
+    """The other process was cut off from the bus. It finishes the events that it had accepted while this one begins the
+    same events."""
     done = False
     take_over = Intake._take_over
 

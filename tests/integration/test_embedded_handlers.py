@@ -597,7 +597,7 @@ async def test_a_handler_that_blocks_the_loop_is_named_with_its_stack(tmp_path: 
 
 
 async def test_no_attempt_sees_what_the_one_before_made_of_the_metadata(tmp_path: Path) -> None:
-    """Read by a pass: the event was there before the service."""
+    """The event is read by a pass, because it is older than the service."""
     seen: list[tuple[int, dict[str, Any]]] = []
     service = Service("audit", tables=tables)
 

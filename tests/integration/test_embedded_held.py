@@ -44,7 +44,7 @@ HELD = Retry(attempts=1, hold=SHORT)
 
 
 class Moody:
-    """An effect that fails while it is in a mood."""
+    """An effect that fails while `mood` says so."""
 
     def __init__(self, *keys: str) -> None:
         self.angry = set(keys)
@@ -299,7 +299,7 @@ async def _held_rows(folder: Path) -> list[tuple[int, str, int, str]]:
 async def test_a_rollback_to_code_without_the_handler_changes_nothing_of_what_it_holds(
     tmp_path: Path, gone: str
 ) -> None:
-    """It waits, however long; then the handler is back, and the order of the key is as ever."""
+    """The event waits until the handler is back, and the key keeps its order."""
     moody = Moody("culprit")
     retry = Retry(attempts=1, hold=Hold(attempts=1000, delay=0.05))
     seen: list[tuple[str, int]] = []
@@ -410,7 +410,7 @@ async def test_a_clock_that_jumped_back_does_not_keep_an_event_held(tmp_path: Pa
 async def test_an_event_whose_commit_is_refused_is_dead_and_its_group_is_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A deferred constraint fails at COMMIT, when nobody can tell whose row it was."""
+    """A deferred constraint fails at COMMIT, when it is unknown whose row it was."""
     monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.01, 0.05))
 
     async def orphan(event: Happened, context: Context, session: AsyncSession) -> None:
@@ -498,7 +498,7 @@ async def test_a_locked_database_is_an_outage_for_whoever_holds_no_session(tmp_p
 
 
 async def _settled_but(world: World, keys: set[str]) -> bool:
-    """Everything is settled but for what dead letters of these keys hold."""
+    """Wait until everything is settled except events that wait for dead letters of these keys."""
     report = (await world.report()).services[0]
     async with world.running[0].engine.connect() as connection:
         waiting = set(await connection.scalars(sa.select(held.c.key)))

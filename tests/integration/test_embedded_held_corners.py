@@ -181,7 +181,7 @@ async def test_what_is_delivered_before_it_is_known_which_keys_are_blocked_waits
 
 
 async def test_what_waits_behind_a_dead_letter_does_not_run_when_an_older_one_is_retried(tmp_path: Path) -> None:
-    """Two handlers on one key: the one's dead letters do not hold it, the other's do."""
+    """Two handlers share a key. Dead letters of one do not hold the key, those of the other do."""
     fails = True
     service = Service("audit", tables=tables)
 

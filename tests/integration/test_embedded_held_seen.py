@@ -86,7 +86,7 @@ async def test_what_waited_behind_a_held_event_gets_its_quick_retries(tmp_path: 
 
 
 def failing(*, mended: bool, other: bool = False) -> Service:
-    """The same handler in the code before and after a deploy."""
+    """Declare the handler as it was before, or after, a deploy."""
     service = Service("audit")
     retry = Retry(attempts=1, hold=NEVER)
 
@@ -172,7 +172,7 @@ async def test_a_new_service_on_a_young_log_is_no_reason_for_a_warning(tmp_path:
 async def test_a_service_whose_database_knows_one_that_is_gone_is_warned_on_a_young_log_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One database for all services: there the former name of a renamed service is still to be found."""
+    """With one database for all services, the former name of a renamed service is still in it."""
     monkeypatch.setattr("tidings.database.presence.PARTING_SECONDS", 10.0)
     settings = Settings(
         store=f"sqlite:///{tmp_path}/log.db",
@@ -185,7 +185,7 @@ async def test_a_service_whose_database_knows_one_that_is_gone_is_warned_on_a_yo
             await first.append("happened-1", Happened(key="k"))
             await runtime.settled()
             async with beside.running(settings, store=runtime.store, bus=runtime.bus):
-                """Its neighbour is at work, and no former name of it."""
+                """Another service in the database is at work, so it is not a former name of this one."""
         async with Runtime(renamed, settings=settings) as runtime:
             await runtime.settled()
     neighbour, after = said(logs, "service.begins_at_the_start")

@@ -40,33 +40,33 @@ SEEDS = 2
 
 
 class Told(Event, key="key"):
-    """Its handler has no session: it emits."""
+    """An event whose handler has no session and emits."""
 
     key: str
     n: int = 0
 
 
 class Passed(Event, key="key"):
-    """What `Told` makes its handler emit."""
+    """The event that the handler of `Told` emits."""
 
     key: str
     n: int = 0
 
 
 class Refused(Exception):
-    """No retry helps, an operator does."""
+    """An error that no retry heals, but an operator does."""
 
 
 Done = dict[str, list[int]]
 
 
 class Fate:
-    """What goes wrong, and what an effect outside of the database would have seen."""
+    """The faults, and the effects outside the database."""
 
     def __init__(self, seed: str) -> None:
         self.random = random.Random(seed)
         self.kind = True
-        """Nothing goes wrong."""
+        """End all faults."""
         self.outage = False
         self.finished: Done = defaultdict(list)
         self.dropped: set[tuple[str, int]] = set()
@@ -103,7 +103,7 @@ class Fate:
         return service
 
     def strike(self, database: Database) -> None:
-        """From now on some transactions fail: before their commit, or after it, which nobody can tell apart."""
+        """Let some transactions fail from now on, before or after their commit: the process cannot tell which."""
         transaction = database.transaction
 
         @asynccontextmanager
@@ -121,7 +121,7 @@ class Fate:
         database.transaction = striking  # type: ignore[method-assign]
 
     async def operate(self, letters: DeadLetters) -> None:
-        """An operator in another process, who retries most dead letters and drops some."""
+        """Act as an operator in another process, who retries most dead letters and drops some."""
         while True:
             await asyncio.sleep(self.random.random() / 30)
             found = await letters.list()
@@ -139,7 +139,7 @@ class Fate:
 
 
 def keys() -> list[str]:
-    """Four of each bucket."""
+    """Return four keys of each bucket."""
     found: dict[int, list[str]] = {bucket: [] for bucket in BUCKETS}
     for number in numbers():
         mine = found.get(bucket_of(f"k{number}"))
@@ -171,7 +171,7 @@ def assert_once_in_order(what: str, found: Iterable[tuple[str, int]], expected: 
 
 
 def assert_none_began_before_its_turn(finished: Done, expected: Iterable[tuple[str, int]]) -> None:
-    """Outside of the database things may happen again, but never for the first time before what precedes them."""
+    """Effects outside the database may happen again, but first times happen in order."""
     wanted: Done = defaultdict(list)
     for key, n in expected:
         wanted[key].append(n)

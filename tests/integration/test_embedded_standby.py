@@ -52,7 +52,7 @@ async def ask(key: str) -> int:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def commands(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Commands]:
-    """In a folder of their own, each database kind in turn."""
+    """The services' databases in a new folder, once for each kind of database."""
     settings = {}
     if request.param == "postgresql":
         settings["TIDINGS_DATABASE"] = request.getfixturevalue("postgresql_url")
@@ -62,7 +62,7 @@ def commands(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Command
 
 
 def effects(commands: Commands) -> Counter[str]:
-    """How often each key had its effect."""
+    """Return how often each key had its effect."""
     file = commands.folder / "effects"
     return Counter(line.split()[0] for line in file.read_text().splitlines()) if file.exists() else Counter()
 
@@ -74,7 +74,7 @@ async def ask(commands: Commands, *keys: str) -> None:
 
 
 async def settled(commands: Commands) -> None:
-    """What has had its effect is committed, too: an effect outside the session may come again until then."""
+    """Wait until every effect is committed, too. Until then, an effect outside the session may happen again."""
 
     async def ok() -> bool:
         return (await commands.run("verify", "app:workers")).process.returncode == 0
@@ -87,7 +87,7 @@ async def says(command: Command, text: str, count: int = 1) -> None:
 
 
 async def ready(port: int) -> tuple[int, dict[str, dict[str, object]]]:
-    """Status, and checks by name."""
+    """Return the status of /ready, and its checks by name."""
 
     def get() -> tuple[int, bytes]:
         try:
@@ -193,7 +193,7 @@ async def test_of_three_workers_of_a_web_server_all_append_and_one_handles(comma
 
 
 def _until_answers(call: Callable[[], object]) -> None:
-    """A request may meet the worker that has just died."""
+    """Send a request again if it met the worker that has just died."""
     for _ in range(100):
         try:
             call()
@@ -267,7 +267,7 @@ def holder(url: str, *options: str) -> subprocess.Popen[str]:
 
 
 async def taken(post: Post) -> str | None:
-    """Who has it; None when it was free."""
+    """Return the holder, or None when the lock was free."""
     try:
         async with post.held():
             return None

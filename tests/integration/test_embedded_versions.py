@@ -13,7 +13,7 @@ from tidings.database.tables import dead, held
 
 IMPATIENT = Retry(attempts=3, delay=0.01, hold=Hold(attempts=1, delay=0.01, factor=1))
 ORDERS = range(30)
-"""More events than failures in a row open a breaker."""
+"""Number of events: more than the failures in a row that open a breaker."""
 
 
 class Completed1(Event, name="Completed", key="order"):

@@ -23,7 +23,7 @@ aio: Any = import_module("grpc.aio")
 
 
 class Follower(grpc.GenericRpcHandler):  # type: ignore[misc] # gRPC has no types
-    """A node that gossips, and does nothing else. `gossip` is what it thinks who leads; `leader` is who does."""
+    """A node that only gossips. `gossip` is the leader in its opinion, `leader` the real one."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -80,7 +80,7 @@ async def following() -> AsyncIterator[Follower]:
 
 @asynccontextmanager
 async def cluster(deadline: int = 10) -> AsyncIterator[tuple[EventStoreDB, EventStoreServer, Follower]]:
-    """A leader and a follower; the store knows the follower, and a node that is not there."""
+    """Run a leader and a follower. The store knows the follower, and a node that does not exist."""
     async with EventStoreServer() as leader, following() as node:
         node.gossip = node.leader = leader.port
         store = EventStoreDB(f"esdb://127.0.0.1:1,127.0.0.1:{node.port}?Tls=false&DefaultDeadline={deadline}")
@@ -126,7 +126,7 @@ async def test_a_cluster_without_leader_is_unavailable() -> None:
 
 
 async def test_a_leader_that_stops_is_left_for_the_next_one() -> None:
-    """Stopped, it keeps its connections, and answers nothing: appends and a subscription find the new leader."""
+    """A paused leader keeps its connections and answers nothing: appends and a subscription find the new leader."""
     async with cluster(deadline=4) as (store, leader, node), Proxy() as old:
         old.target, node.gossip = leader.port, old.port
         await store.append("s", events(0))

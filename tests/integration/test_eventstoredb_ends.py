@@ -88,7 +88,7 @@ async def test_a_bug_in_finding_out_what_became_of_appends_fails_who_waits_and_n
 
 
 async def test_closing_ends_at_whatever_moment_the_connection_is_lost() -> None:
-    """Python 3.11 forgets that a task was cancelled when one of its group fails in the same turn of the loop."""
+    """Python 3.11 forgets that a task was cancelled if a task of its group fails in the same turn of the loop."""
     for turns in range(8):
         async with EventStoreServer() as server, asyncio.timeout(10), opened(server.port) as store:
             await store.append("s", events(0))
@@ -112,7 +112,8 @@ async def test_an_expected_version_that_is_none_is_refused_and_its_neighbours_ar
 
 
 async def test_very_many_small_events_are_too_large_for_one_append_and_disturb_nobody() -> None:
-    """Each has an id and names besides its bytes: a request over the server's limit would end everybody's call."""
+    """Each event has an id and names besides its bytes. A request over the server's limit would end the call of all
+    appends."""
     async with EventStoreServer() as server, opened(server.port) as store:
         outcomes = await asyncio.gather(
             store.append("s", events(0)),
@@ -140,7 +141,7 @@ async def test_closing_that_was_cancelled_can_be_done_again(monkeypatch: pytest.
 
 
 async def test_appends_do_not_wait_for_a_call_that_the_server_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call was ended from this side, because the server leaves; it answers pings, and nothing else."""
+    """The adapter has ended the call because the server is stopping. The server answers pings and nothing else."""
     async with EventStoreServer() as server, opened(server.port, DefaultDeadline=1) as store:
         await store.append("s", events(0))
         old = next(iter(store.connections))

@@ -51,7 +51,7 @@ async def test_appends_in_flight_when_the_server_is_killed_happen_once_and_in_or
     streams, each = 8, 120
 
     async def versions(store: EventStore, stream: str, begun: asyncio.Event) -> list[int]:
-        """Three kinds of appends, none waiting for the one before; the versions they were answered with."""
+        """Make three kinds of appends without waiting for answers. Return the versions of the answers."""
         waiting = []
         for number in range(each):
             expected = {"any": ANY, "version": number - 1 if number else NO_STREAM}[stream.split("-")[0]]

@@ -20,7 +20,7 @@ from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import event, events, read
 
 SOON = 1.0
-"""Seconds in which the server answers what it does not drop, on a busy machine; a time-out takes two."""
+"""Seconds in which a busy machine answers a call that it does not drop. A timeout takes two."""
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ async def seconds(*appends: asyncio.Future[Appended]) -> float:
 
 
 def looking_up(store: EventStoreDB) -> tuple[asyncio.Event, asyncio.Event]:
-    """Set when the adapter looks an append up that timed out; and what it then waits for."""
+    """Hold up the adapter's search for an append. Return two events: the search has begun; it may go on."""
     asked, answer_may_come = asyncio.Event(), asyncio.Event()
 
     async def find(write: Write) -> Appended | Expected:

@@ -50,7 +50,7 @@ async def test_everything_works_over_tls(server: EventStoreServer) -> None:
 
 
 async def test_a_forbidden_stream_is_named_and_other_streams_are_not_concerned(server: EventStoreServer) -> None:
-    """It is no outage of the store: nobody has to wait for it."""
+    """This is not an outage of the store: waiting would not help."""
     async with opened(url(server)) as admin, opened(url(server, user="clerk", password="12345678")) as store:
         for name in ("locked", "free"):
             await admin.append(name, events(0))
@@ -79,7 +79,7 @@ async def test_who_may_not_read_the_whole_log_is_told_so_and_may_append(server: 
 
 
 async def refused(store_url: str, says: str) -> None:
-    """Reading and appending raise it, at once, and never name the password."""
+    """Assert that reading and appending raise this at once, without the password."""
     began = asyncio.get_running_loop().time()
     async with opened(store_url) as store:
         for use in (store.head(), store.append("s", events(0)), read(store, "s"), store.delete("s"), store.log_id()):
@@ -105,7 +105,7 @@ async def test_another_host_than_the_certificate_is_for_is_named(server: EventSt
 
 
 async def test_a_host_that_the_certificate_does_not_name_is_named(server: EventStoreServer) -> None:
-    """It is for localhost and 127.0.0.1; 127.0.0.2 leads to the same machine."""
+    """The certificate is for localhost and 127.0.0.1; 127.0.0.2 is the same machine."""
     async with EventStoreServer(host="0.0.0.0", tls=True, users={"admin": SECRET}) as everywhere:
         elsewhere = url(everywhere).replace("@localhost", "@127.0.0.2")
         await refused(elsewhere, "certificate is refused.*its host must be one that the certificate is for")

@@ -92,7 +92,7 @@ async def test_an_append_that_happened_and_was_hidden_since_is_not_repeated(tmp_
 
 
 async def test_an_append_to_a_deleted_stream_whose_answer_was_lost_is_known_by_its_id(tmp_path: Path) -> None:
-    """Sent again, `NO_STREAM` finds a stream that is there: only the log tells that the append itself made it."""
+    """A repeated `NO_STREAM` finds that the stream exists. Only the log shows that the append itself created it."""
     database = tmp_path / "log.db"
     async with behind_a_proxy() as (store, proxy):
         async with serving(proxy, database):
@@ -147,13 +147,13 @@ async def test_a_server_that_ends_in_order_answers_what_it_took_and_the_next_tak
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_whatever_is_lost_on_the_way_every_append_happens_once_and_in_order(tmp_path: Path, seed: int) -> None:
-    """Connections break, answers vanish, and servers that forget ids come and go at random, while tasks append by all
-    kinds of expected versions."""
+    """Tasks append with all kinds of expected versions while connections break, answers vanish, and servers that forget
+    ids come and go at random."""
     dice, each, tasks = random.Random(seed), 60, 6
     done = 0
 
     async def write(store: EventStore, task: int) -> None:
-        """Half of the tasks share a stream; those with a stream of their own expect its versions."""
+        """Half of the tasks share a stream; the others have their own and expect its versions."""
         nonlocal done
         stream, own = (f"own-{task}", True) if task % 2 else ("shared", False)
         flights: deque[asyncio.Future[Appended]] = deque()
@@ -210,7 +210,8 @@ async def test_a_version_that_others_took_meanwhile_is_refused(tmp_path: Path) -
 async def test_an_append_that_the_server_cannot_decide_is_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an election EventStoreDB 24.2 answered with an error without meaning, for what it may have done or not."""
+    """During an election, EventStoreDB 24.2 answers with a meaningless error to appends that it may or may not have
+    done."""
     decide, answers = wire.outcome_of, 0
 
     def cannot_tell(*answer: Any) -> Any:
@@ -341,7 +342,8 @@ async def test_the_first_of_two_makes_the_identity_of_a_log(tmp_path: Path) -> N
 
 
 async def test_a_quiet_subscription_moves_over_what_does_not_match(tmp_path: Path) -> None:
-    """The server says so every 32 events only; the relay's markers must reach the head of a log that rests."""
+    """The server sends a checkpoint only every 32 events, but the relay's markers must reach the head of an idle
+    log."""
     async with EventStoreServer() as server, opened(server.port) as store:
         source = store.subscribe_all(filter=Filter(exclude_stream_prefixes=("$", "tidings_")))
         await take(source, lambda got: any(isinstance(item, CaughtUp) for item in got))
@@ -358,7 +360,7 @@ async def test_a_quiet_subscription_moves_over_what_does_not_match(tmp_path: Pat
 async def test_a_subscription_that_brings_nothing_while_there_is_something_is_made_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The server answers other calls, and pings, but this call hangs: only a look at the log tells."""
+    """The server answers other calls and pings, but this call hangs: only a look at the log shows the outcome."""
     monkeypatch.setattr("tidings.stores.eventstoredb.store.QUIET_SECONDS", 0.1)
     hanging: set[int] = set()
     split = Call._split

@@ -37,7 +37,7 @@ NEVER = Retry(attempts=1, hold=Hold(attempts=5, delay=3600.0, maximum=3600.0))
 
 
 class Moody:
-    """An effect that fails for some keys' first event, with a few errors."""
+    """An effect that fails for the first event of some keys, with different errors."""
 
     def __init__(self, *keys: str) -> None:
         self.angry = set(keys)
@@ -161,7 +161,7 @@ async def test_an_event_that_is_at_work_at_that_moment_has_no_effect(tmp_path: P
 
 @pytest.mark.parametrize("transactional", [True, False])
 async def test_an_event_that_the_service_has_not_reached_has_no_effect(tmp_path: Path, transactional: bool) -> None:
-    """It waits in its lane while an earlier one of its key is retried."""
+    """The event waits in its lane while an earlier one of its key is retried."""
     service = Service("audit", tables=tables)
     calls: list[int] = []
     begun, go = asyncio.Event(), asyncio.Event()
@@ -227,7 +227,7 @@ async def test_an_event_that_a_handler_hangs_at_is_skipped_at_once(tmp_path: Pat
 
 
 async def test_a_skip_is_durable_before_the_service_starts(tmp_path: Path) -> None:
-    """As for a service that dies at every start: it knows of the skip before it runs anything."""
+    """A service that dies at every start knows of the skip before it runs anything."""
     first = Service("plain")
     first.on(Followed)(_nothing)
     async with embedded(tmp_path, first) as world:

@@ -26,7 +26,7 @@ OLD, NEW = EVENTS[:60], EVENTS[60:]
 def service(
     *names: str, since: Since = None, replay: bool = True, was: tuple[str, ...] = (), **options: int
 ) -> Service:
-    """Each handler writes its own audit rows; `since`, `replay` and `was` are the last one's."""
+    """Declare a service whose handlers write audit rows; `since`, `replay` and `was` are for the last handler."""
     made = Service("late", tables=tables, **options)  # type: ignore[arg-type]
     for name in names:
         last = name == names[-1]
@@ -63,7 +63,7 @@ def by_key(events: Sequence[Happened]) -> dict[str, list[int]]:
 
 
 async def live(folder: Path, of: Service, *events: Happened) -> None:
-    """One deploy: append, and wait until all is settled."""
+    """Run one deploy: append, and wait until everything is settled."""
     async with embedded(folder, of) as world:
         await world.append(*events)
         await world.settled()

@@ -17,8 +17,8 @@ EVENTS = [Happened(key=f"k{n}", n=n) for n in range(3)]
 
 
 async def looked(folder: Path, since: Since = None, *, started: bool = True) -> tuple[Report, str, str, list[str]]:
-    """What is said of `second`, which came after three events: by verify, by verify --deep, of the first event, and by
-    the plan of a replay."""
+    """Return what is said about `second`, which was added after three events: by verify, by verify --deep, about the
+    first event, and by the plan of a replay."""
     late = service("first", "second", since=since)
     if started:
         await live(folder, late)

@@ -42,7 +42,7 @@ from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName,
 from tidings.modelling.codec import read_metadata
 
 WITHIN: float = 10.0
-"""Seconds that a busy machine may take over what takes 2."""
+"""Seconds that a busy machine may take for something that takes 2."""
 
 
 @pytest.fixture(autouse=True, params=["postgresql"] if EVERYWHERE else ["sqlite", "postgresql"])
@@ -89,7 +89,7 @@ async def _failing(service: Service) -> None:
 
 
 async def _going_on(service: Service) -> None:
-    """After a failed flush what was written is undone, so there is nothing to commit."""
+    """A failed flush undoes what was written, so there is nothing to commit."""
     async with service.transaction() as (session, emit):
         emit("followed-a", Followed(key="a", n=4))
         session.add(_Note(note="one"))
@@ -391,7 +391,7 @@ async def test_the_process_at_work_appends_what_another_one_committed_before_it_
 
 
 async def test_the_next_process_appends_what_nobody_had(commands: Commands) -> None:
-    """The only one is killed at once: what it has not appended, the next one does."""
+    """The only process is killed at once: the next one appends the events that it has not appended."""
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "requests.py", "dies", "a", "b", "c"],

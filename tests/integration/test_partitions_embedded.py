@@ -57,7 +57,7 @@ def written(event: Happened) -> EventData:
 
 
 class Around:
-    """A bus that passes everything on; tests override what shall go wrong."""
+    """A bus that passes everything on. Tests override the methods that should fail."""
 
     def __init__(self, bus: MemoryBus) -> None:
         self.inner = bus
@@ -67,7 +67,7 @@ class Around:
 
 
 class Site:
-    """One log, one bus with a relay, one database; and processes of one service that come and go."""
+    """One log, a bus with a relay, one database, and processes of one service that come and go."""
 
     def __init__(self, settings: Settings, store: EventStore, bus: MemoryBus, database: Database) -> None:
         self.settings = settings
@@ -98,12 +98,12 @@ class Site:
         return found
 
     async def shares(self) -> dict[str | None, int]:
-        """Process to how many partitions it is at work on."""
+        """Return process to number of partitions that it is at work on."""
         async with self.database.reading() as connection:
             return Counter(row.active for row in await ranges_of(connection, "audit", await self.store.log_id()))
 
     async def queues(self) -> set[str]:
-        """Of the service, those that are there."""
+        """Return the names of the service's queues that exist, undivided or of partitions."""
         numbered = [Subscription("audit", index, 256) for index in range(256)]
         found = await self.bus.inspect([Subscription("audit"), *numbered])
         return {thing.name for thing in found if thing.kind == "queue" and thing.state == "fits"}
@@ -123,7 +123,7 @@ async def site(folder: Path) -> AsyncIterator[Site]:
 
 
 def calling(seen: list[tuple[str, int]], *, seconds: float = 0.0, **options: Any) -> Service:
-    """A service whose handlers' effects are outside of any database: what is run twice, shows."""
+    """Declare a service whose effects are outside any database, so that a second run is visible."""
     service = Service("audit", tables=tables, **options)
 
     @service.on(Happened)
@@ -180,7 +180,7 @@ async def test_each_of_two_processes_gets_half_of_the_partitions_and_keeps_it(tm
 
 
 async def test_processes_come_and_go_and_nothing_is_run_twice_even_outside_of_the_database(tmp_path: Path) -> None:
-    """Each end is a clean one: what runs is ended before another process begins."""
+    """Each process ends cleanly: its handlers are done before another process begins."""
     seen: list[tuple[str, int]] = []
     events, processes = many(900, 37), [calling(seen, seconds=0.002, partitions=4) for _ in range(5)]
     async with site(tmp_path) as here:
@@ -244,7 +244,7 @@ async def test_a_partition_is_given_up_only_when_its_slowest_handler_has_ended(t
 
 @pytest.mark.parametrize("count", [1, 3])
 async def test_a_standby_does_not_disturb_the_active_one(tmp_path: Path, count: int) -> None:
-    """With as many processes as partitions and one more, that one has nothing to do, and takes nothing from anybody."""
+    """With one more process than partitions, that one has nothing to do, and takes nothing from the others."""
     processes, events = [emitting_in(count) for _ in range(count + 1)], many(300, 19)
     async with site(tmp_path) as here, AsyncExitStack() as stack:
         running = [await stack.enter_async_context(here.process(service)) for service in processes[:count]]
@@ -292,11 +292,12 @@ async def test_resizing_under_traffic_loses_repeats_and_reorders_nothing(tmp_pat
 
 
 class Killed(Exception):
-    """The process ends here."""
+    """Raised where the process ends."""
 
 
 class Fatal(Around):
-    """Kills its process at the so-manieth step of making queues anew: each deletion and each provision is one."""
+    """A bus that kills its process at the n-th step of rebuilding queues. Each deletion and each provision is a
+    step."""
 
     def __init__(self, bus: MemoryBus, step: int) -> None:
         super().__init__(bus)
@@ -329,7 +330,8 @@ async def killed(here: Site, bus: Fatal) -> None:
 @pytest.mark.sqlite("about who has which queue")
 @pytest.mark.parametrize("step", range(10))
 async def test_a_resizing_that_is_killed_at_any_step_is_done_by_the_next_process(tmp_path: Path, step: int) -> None:
-    """1 to 2 to 3: queues are deleted and made, one by one. The last cases die after all of it."""
+    """1 to 2 to 3 partitions: queues are deleted and created one by one. In the last cases the process dies after all
+    steps."""
     events, service = many(240, 17), auditing()
     async with site(tmp_path) as here:
         async with here.process(auditing()):
@@ -389,7 +391,7 @@ async def test_a_process_that_declares_another_number_ends_when_the_service_is_r
 
 
 async def test_one_partition_that_is_fenced_joins_again_alone(tmp_path: Path) -> None:
-    """Somebody else moved a watermark: the partition of that bucket joins again, and the others go on."""
+    """Another process has moved a watermark: the partition of that bucket joins again, and the others go on."""
     service = Service("audit", tables=tables, partitions=2)
 
     @service.on(Happened)

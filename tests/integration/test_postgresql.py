@@ -70,7 +70,7 @@ async def test_whatever_fails_and_when_each_key_keeps_its_order(tmp_path: Path) 
 
 
 async def _too_much_at_once(session: AsyncSession) -> None:
-    """More parameters than the protocol has room for: the driver says so, as it says that a connection was closed."""
+    """A statement has more parameters than the protocol allows. The driver reports it like a closed connection."""
     await session.execute(sa.select(audit.c.id).where(audit.c.id.in_(range(40_000))))
 
 
@@ -155,7 +155,7 @@ async def test_a_dead_letter_whose_key_fits_no_index_holds_its_key(tmp_path: Pat
 
 @asynccontextmanager
 async def a_tool(folder: Path) -> AsyncIterator[Database]:
-    """Somebody else who is connected to the service's database."""
+    """Another client that is connected to the service's database."""
     async with connected(database_url(folder, "audit")) as database:
         yield database
 
@@ -201,7 +201,7 @@ async def test_who_is_not_let_in_at_the_start_is_told_what_to_check(change: dict
 
 
 async def _isolate(connection: AsyncConnection, level: str) -> None:
-    """From now on whoever connects to this database has transactions of this level, unless he says otherwise."""
+    """Set the default isolation level of the database for new connections."""
     name = connection.engine.url.database
     await connection.execute(sa.text(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'"))
 
@@ -250,7 +250,7 @@ async def _waits_for_a_lock(database: Database) -> bool:
 async def test_handlers_that_are_in_each_others_way_are_done_again_and_no_attempt_is_counted(
     tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two partitions change the same two rows in opposite orders: a deadlock, or else a serialization failure."""
+    """Two partitions change the same two rows in opposite order, which causes a deadlock or a serialization failure."""
     monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
     attempts: set[int] = set()
     both = asyncio.Barrier(2)
@@ -292,7 +292,7 @@ QUICKLY_HELD = Retry(attempts=2, delay=0.01, hold=Hold(attempts=1, delay=3600))
 
 
 async def _held(service: Service) -> list[str]:
-    """Why each held event is held."""
+    """Return why each held event is held."""
     async with service.engine.connect() as connection:
         return list(await connection.scalars(sa.select(held.c.reason)))
 
@@ -306,7 +306,7 @@ async def _all_done(service: Service) -> bool:
 
 
 async def _end_my_connection(session: AsyncSession) -> None:
-    """As a restart of the server does."""
+    """End the service's connections, as a restart of the server does."""
     await session.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
 
 

@@ -44,7 +44,7 @@ WAYS = {
 
 @asynccontextmanager
 async def administrator(url: str) -> AsyncIterator[AsyncEngine]:
-    """Of the server, connected to another database."""
+    """A connection to another database of the server."""
     engine = create_async_engine(make_url(url).set(database="postgres"), isolation_level="AUTOCOMMIT")
     try:
         yield engine
@@ -78,7 +78,7 @@ async def test_a_service_writes_again_when_its_database_does(tmp_path: Path, way
         await world.append(*SECOND)
 
         async def read_only() -> bool:
-            """Its pool is full of connections that will never write."""
+            """The pool is full of connections that will never accept writes."""
             try:
                 async with world.running[0].database.transaction() as connection:
                     await connection.execute(sa.insert(audit).values(key="never", n=0))

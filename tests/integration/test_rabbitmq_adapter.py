@@ -205,7 +205,7 @@ async def test_a_missing_exchange_says_what_makes_it(amqp_url: str) -> None:
 
 
 async def make_full_queue(channel: aiormq.abc.AbstractChannel) -> None:
-    """A queue that takes one message, and answers each further one with a negative confirm."""
+    """A queue that takes one message and rejects every further one with a negative confirm."""
     await channel.queue_declare("full", arguments={"x-max-length": 1, "x-overflow": "reject-publish"})
     await channel.queue_bind("full", EXCHANGE)
 
@@ -317,7 +317,7 @@ UNREADABLE = {
 async def test_a_message_whose_properties_cannot_be_read_does_not_block_its_queue(
     amqp_url: str, properties: bytes
 ) -> None:
-    """Brokers do not check them, and common clients die of each delivery: so they are sent here as raw bytes."""
+    """Brokers do not check such properties, and common clients die of each delivery. So this test sends raw bytes."""
     body = b"poison"
     flags, rest = properties[:2], properties[2:]
     payload = b"\x00\x3c\x00\x00" + len(body).to_bytes(8, "big") + flags + rest

@@ -21,7 +21,7 @@ from tidings.testing.bus_conformance import PATIENCE, event, events, send_all, t
 
 SERVICE = Subscription("inventory")
 LIMIT = 1_048_576
-"""Bytes: `max_message_size` of this module's node, see `rabbitmq_node`."""
+"""Bytes of the largest message on this module's node, see `rabbitmq_node`."""
 
 Logs = Sequence[MutableMapping[str, Any]]
 
@@ -37,7 +37,7 @@ def vhost(url: str) -> str:
 
 
 async def queued(bus: EventBus) -> list[str]:
-    """The ids of everything in the queue, in order; ends at a message that is sent behind it."""
+    """Return the ids of all messages in the queue, in order, up to one that is sent behind them."""
     end = event(2**60)
     async with bus.publisher() as publisher:
         await publisher.send(end)
@@ -50,7 +50,8 @@ async def queued(bus: EventBus) -> list[str]:
 
 @asynccontextmanager
 async def sending_without_end(bus: EventBus) -> AsyncIterator[tuple[list[Message], Callable[[], Awaitable[None]]]]:
-    """256 sends in flight until the bus fails; gives what was confirmed, and a wait for the failure of all the rest."""
+    """Keep 256 sends in flight until the bus fails. Yields the confirmed ids, and a function that waits until all
+    others have failed."""
     confirmed: list[Message] = []
     numbers = iter(range(1, 10**9))
 
@@ -200,7 +201,7 @@ async def test_a_message_that_is_too_large_is_rejected_and_the_others_are_to_be_
 
 
 async def test_users_with_no_more_rights_than_they_need_can_work(rabbitmq_node: RabbitMQNode, harmed_url: str) -> None:
-    """The rights that deployments give: configure / write / read."""
+    """The rights that a deployment grants: configure, write, read."""
     place = vhost(harmed_url)
 
     def rights(user: str, *patterns: str) -> str:

@@ -56,7 +56,7 @@ def exported(monkeypatch: pytest.MonkeyPatch, bus: str, *options: str) -> Ended:
 
 
 class Broker:
-    """A vhost whose users were imported, and the URL of each."""
+    """A vhost with imported users, and the URL of each."""
 
     def __init__(self, node: RabbitMQNode, admin: str, passwords: Mapping[str, str], definitions: Path) -> None:
         self.node, self.admin, self.definitions = node, admin, definitions
@@ -67,7 +67,7 @@ class Broker:
         return f"amqp://{user}:{self._passwords[user]}@{parts.hostname}:{parts.port}{parts.path}"
 
     def restore(self) -> None:
-        """As an administrator does after somebody deleted what only the definitions bring."""
+        """Import the definitions again, as an administrator does after something was deleted."""
         self.node.rabbitmqctl("import_definitions", str(self.definitions))
 
 
@@ -97,7 +97,7 @@ async def channel(url: str) -> AsyncIterator[AbstractChannel]:
 
 @pytest.fixture
 async def queues(broker: Broker) -> AsyncIterator[AbstractChannel]:
-    """Each service has made its queue; to look at them, the administrator's channel."""
+    """Let each service create its queue. Yields the administrator's channel."""
     for user, name in ((ORDER, "order"), (HISTORY, "order-history")):
         async with open_bus(broker.url(user)) as bus:
             await bus.provision(Subscription(name))
@@ -108,7 +108,7 @@ async def queues(broker: Broker) -> AsyncIterator[AbstractChannel]:
 
 
 async def nothing(message: DeliveredMessage) -> None:
-    """For who may not consume."""
+    """Do nothing with a message."""
 
 
 Attempt = Callable[[AbstractChannel], Awaitable[object]]
@@ -149,7 +149,8 @@ OF_A_RELAY: dict[str, Attempt] = {
 
 
 async def refused(url: str, attempt: Attempt) -> None:
-    """With a 403; a publish is refused by closing the channel, which its confirm tells."""
+    """Assert that the broker refuses with 403. It refuses a publish by closing the channel, which ends the wait for the
+    confirm."""
     async with channel(url) as trying:
         await trying.confirm_delivery()
         with pytest.raises(ChannelAccessRefused, match="ACCESS_REFUSED"):
@@ -202,7 +203,8 @@ def in_bucket(bucket: int) -> Message:
 async def test_the_whole_path_runs_with_these_users_and_topology_has_nothing_to_say(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looking, making, holding the lock, standing by, publishing, consuming, and finding a deleted queue again."""
+    """A relay and a service may inspect, create, hold the lock, stand by, publish, consume, and find a deleted queue
+    again."""
     log, database = f"sqlite:///{tmp_path}/log.db", f"sqlite:///{tmp_path}/{{service}}.db"
     for taken in arrived.values():
         taken.clear()
@@ -277,7 +279,7 @@ async def test_without_passwords_nobody_can_log_in_before_he_is_given_one(
 
 
 def test_a_password_is_hashed_as_rabbitmq_documents_it() -> None:
-    """The example of rabbitmq.com/docs/passwords."""
+    """The hash agrees with the example of rabbitmq.com/docs/passwords."""
     assert password_hash("test12", bytes.fromhex("908DC60A")) == "kI3GCqW5JLMJa4iX1lo7X4D6XbYqlLgxIs30+P6tENUV2POR"
     assert password_hash("same") != password_hash("same")
 

@@ -1,5 +1,5 @@
-"""amqps:// against a real RabbitMQ and certificates made for the test: who is not who he should be is refused, with the
-remedy, before a password is sent."""
+"""amqps:// against a real RabbitMQ with certificates made for the test: a wrong identity is refused, with the remedy,
+before a password is sent."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Authority:
         return "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", key
 
     def certificate(self, name: str, names: str = "DNS:localhost", *, days: int = 30) -> tuple[Path, Path]:
-        """Certificate and key for `names`; with days below zero it is over."""
+        """Make certificate and key for `names`. With negative days it has expired."""
         request, certificate, key = (self.folder / f"{name}.{end}" for end in ("csr", "pem", "key"))
         openssl("req", *self._new(key), "-subj", f"/CN={name}", "-out", request)
         extensions = self.folder / "extensions"
@@ -58,7 +58,7 @@ class Authority:
 
 @dataclass(frozen=True)
 class Secured:
-    """A node that speaks AMQP over TLS alone to whoever has a certificate of its authority, and who is who."""
+    """A node that speaks AMQP only over TLS, to clients with a certificate of its authority, and the certificates."""
 
     node: RabbitMQNode
     port: int
@@ -140,7 +140,7 @@ async def test_tls_on_one_side_only_is_named(secured: Secured) -> None:
 
 @asynccontextmanager
 async def answering(certificate: Path, key: Path, heard: bytearray) -> AsyncIterator[int]:
-    """A port where somebody else answers with a certificate, and keeps what he hears."""
+    """A port on which a stranger answers with a certificate and keeps what it receives."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
 

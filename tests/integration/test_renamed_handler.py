@@ -69,7 +69,7 @@ async def reserve(event: Cancelled, context: Context) -> None: ...
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three orders that `reserve` has handled."""
+    """A folder with three orders that `reserve` has handled."""
     for name in ("STORE", "BUS", "DATABASE", "DEBUG", "SERVICES"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -78,7 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(service: Service, *orders: str, begin: bool = False) -> None:
-    """Run it until these orders, too, are settled."""
+    """Run the service until these orders are settled, too."""
 
     async def work() -> None:
         settings = Settings(store="sqlite:///tidings.db", bus="memory://", database="sqlite:///{service}.db")
@@ -94,7 +94,7 @@ def run(service: Service, *orders: str, begin: bool = False) -> None:
 
 
 def reservations() -> Counter[str]:
-    """How often each order was emitted to its own stream, and taken from the stock, together."""
+    """Return how often each order was emitted to its own stream and taken from the stock."""
 
     async def read() -> Counter[str]:
         async with open_store("sqlite:///tidings.db") as store:
@@ -168,7 +168,7 @@ def test_who_cannot_append_twice_is_not_named(service: str) -> None:
 
 
 def test_an_event_that_failed_under_the_former_name_is_not_changed_twice_when_it_is_retried() -> None:
-    """`context.change` appends at once, also where the attempt fails after it."""
+    """`context.change` appends at once, even if the attempt fails afterwards."""
     ran: list[str] = []
 
     def failing(name: str, fails: bool, was: tuple[str, ...] = ()) -> Service:

@@ -59,11 +59,11 @@ async def positions(world: World, name: str = "Happened") -> list[int]:
 
 
 class Diary:
-    """What two handlers were given, in the order in which they ended well: `Followed` has effects outside."""
+    """The events that two handlers have handled, in order. That of `Followed` has effects outside the database."""
 
     def __init__(self, retry: Retry = PATIENT) -> None:
         self.ran: list[tuple[int, bool]] = []
-        """Number of the event, and whether the handler was told of a replay."""
+        """Number of the event, and whether `context.replayed` was True."""
         self.failing: set[int] = set()
         self.gate = asyncio.Event()
         self.gate.set()
@@ -84,7 +84,7 @@ class Diary:
             await keep(event.n, context)
 
     async def append(self, world: World, *events: Happened | Followed) -> None:
-        """In this order, whatever their streams."""
+        """Append events in this order, to any streams."""
         for event in events:
             await self.service.append(f"of-{event.key}", event)
 
@@ -224,7 +224,7 @@ async def test_what_was_emitted_is_appended_only_once_even_where_the_store_forge
     blindly: Counter[bytes] = Counter()
 
     class Forgetful(StoreAround):
-        """As a real server is after a restart: it would write an id a second time for `ANY`."""
+        """A store like a real server after a restart: it writes an id a second time for `ANY`."""
 
         async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
             if expected is ANY:
@@ -273,7 +273,8 @@ async def test_what_still_waits_for_its_append_is_not_staged_a_second_time(tmp_p
 
 
 async def test_held_events_keep_their_rows_and_run_in_their_turn_in_the_replay(tmp_path: Path) -> None:
-    """None of them was ever done, so those of `replay=False` run too, and none of them is told of a replay."""
+    """None of these events was ever handled, so handlers with `replay=False` run, too, and `context.replayed` is
+    False."""
     diary = Diary(Retry(attempts=1, hold=Hold(attempts=1000, delay=600, factor=1, maximum=600)))
     diary.failing = {1}
     async with embedded(tmp_path, diary.service) as world:
@@ -340,7 +341,7 @@ async def test_no_held_event_overtakes_what_the_replay_has_before_it(tmp_path: P
 
 
 async def test_what_was_never_done_is_not_lost_where_the_log_has_it_no_longer(tmp_path: Path) -> None:
-    """The row has the whole event; the floor says that the replay has passed it."""
+    """The row has the whole event, and the floor shows that the replay has passed it."""
     diary = Diary(MORTAL)
     diary.failing = {1, 2}
     removed: set[int] = set()
@@ -482,7 +483,7 @@ async def test_a_divided_service_is_sent_back_in_every_partition_and_may_be_resi
 
 
 async def test_an_event_of_a_new_handler_is_run_though_its_bucket_never_moved(tmp_path: Path) -> None:
-    """The watermark stands as before; that the floor alone was lowered must fence the old process too."""
+    """The watermark is unchanged. A lowered floor alone must fence the old process, too."""
     old = auditing()
     async with embedded(tmp_path, old) as world:
         await world.append(*(Followed(key="k", n=n) for n in range(10)))

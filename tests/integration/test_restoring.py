@@ -1,5 +1,5 @@
-"""Every part is restored from real files: the log, a service's database, both; nothing is lost that a backup holds, and
-what was done is not done again."""
+"""Restoring from real files: the log, a service's database, or both. Nothing that a backup holds is lost, and nothing
+is done again."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def events(*numbers: int) -> list[Happened]:
 
 
 def files(folder: Path, *names: str) -> dict[str, Path]:
-    """Services before the log."""
+    """Copy the services before the log."""
     return {name: folder / f"{name}.db" for name in names}
 
 
 async def run(folder: Path, service: Service, *more: Happened) -> tuple[list[int], list[int], World]:
-    """What was handled, and what the log says was emitted, once everything is settled."""
+    """Return what was handled, and what was emitted according to the log, when everything is settled."""
     async with embedded(folder, service) as world:
         await world.append(*more)
         await world.settled()
@@ -56,7 +56,7 @@ async def run(folder: Path, service: Service, *more: Happened) -> tuple[list[int
 
 
 async def new_identity(folder: Path, *services: str) -> None:
-    """What 'tidings log renew-identity' and 'tidings log adopt' do."""
+    """Do what `tidings log renew-identity` and `tidings log adopt` do."""
     async with open_log(folder) as store:
         await renew(store)
         await _follow(folder, store, *services)
@@ -70,7 +70,7 @@ async def _follow(folder: Path, store: EventStore, *services: str) -> None:
 
 
 async def recounted(folder: Path, store: EventStore) -> Recount:
-    """What 'tidings verify --deep' says."""
+    """Return what `tidings verify --deep` prints."""
     service = emitting()
     async with open_database(f"sqlite:///{folder}/{service.name}.db") as database:
         return await recount(store, [(service, database)])
@@ -111,7 +111,7 @@ async def test_a_service_older_than_the_log_reads_what_it_lacks_and_emits_nothin
 async def test_both_from_one_backup_with_the_service_older_emit_nothing_twice_under_the_new_identity(
     tmp_path: Path,
 ) -> None:
-    """The service was copied first, and the log went on meanwhile: what it handles again has the ids of before."""
+    """The service was copied first, and the log went on: events that are handled again emit the same ids."""
     await run(tmp_path, emitting(), *events(0, 1, 2))
     take(tmp_path / "first", files(tmp_path, "audit"))
     await run(tmp_path, emitting(), *events(3, 4, 5))

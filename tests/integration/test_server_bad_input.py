@@ -39,7 +39,7 @@ async def connection(server: EventStoreServer) -> AsyncIterator[Connection]:
 
 
 async def lives(server: EventStoreServer) -> None:
-    """It still appends and reads what it has appended."""
+    """Assert that the server still appends and reads."""
     async with asyncio.timeout(20):
         store = await open_eventstoredb(server.uri)
         stream = f"alive-{uuid4().hex}"

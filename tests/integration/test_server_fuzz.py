@@ -47,7 +47,7 @@ payloads = st.one_of(
 
 
 def expected(options: Any, choice: int, field: str) -> Any:
-    """One of the expected versions, or none."""
+    """Choose an expected version, or none."""
     if choice >= 0:
         setattr(options, field, choice)
     elif choice > -4:
@@ -173,7 +173,7 @@ async def survives(calls: list[list[tuple[str, list[bytes]]]]) -> None:
 
 
 async def asked(connection: Connection, path: str, requests: list[bytes]) -> list[int]:
-    """Positions that were acknowledged. Every call ends, and in none does the server itself fail."""
+    """Return acknowledged positions. Asserts that every call ends, and that the server itself never fails."""
     status, answers = Status.OK, []
     try:
         answers = await raw(connection, path, *requests)
@@ -187,7 +187,7 @@ async def asked(connection: Connection, path: str, requests: list[bytes]) -> lis
 
 
 def is_a_log(events: list[RecordedEvent]) -> None:
-    """Positions rise, and versions of each stream count up from 0; a tombstone is the last of its stream."""
+    """Assert that positions rise, that the versions of each stream count up from 0, and that a tombstone comes last."""
     positions = [event.position for event in events]
     assert positions == sorted(set(positions))
     versions: dict[str, int] = {}

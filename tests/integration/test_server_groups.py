@@ -62,7 +62,7 @@ def taken(subscription: Any, count: int, word: str = "ack") -> list[bytes]:
 
 
 def groups_of(client: EventStoreDBClient) -> Any:
-    """The service itself: for what the client's own methods do not ask."""
+    """Return the gRPC service, for calls that the client's methods do not offer."""
     return client._connection.persistent_subscriptions._stub
 
 

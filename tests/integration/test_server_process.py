@@ -137,7 +137,7 @@ async def test_sigterm_answers_appends_and_ends_subscriptions(db: Path) -> None:
 
 
 async def until_unavailable(call: Call) -> int:
-    """How many answers came before the server ended the call because it leaves."""
+    """Return how many answers came before the stopping server ended the call."""
     answers = 0
     status = Status.OK
     try:

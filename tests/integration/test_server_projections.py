@@ -27,12 +27,12 @@ def put(client: EventStoreDBClient, stream: str, *events: NewEvent) -> None:
 
 
 def linked(client: EventStoreDBClient, stream: str) -> list[tuple[str, int]]:
-    """What the stream's links lead to."""
+    """Return the events to which the stream's links lead."""
     return [(event.stream_name, event.stream_position) for event in client.get_stream(stream, resolve_links=True)]
 
 
 async def asked(question: Any, **options: Any) -> Any:
-    """The answer of a function that is given a client, on a server of its own."""
+    """Call a function with a client of a new server. Return its result."""
     async with EventStoreServer(**options) as server:
 
         def ask() -> Any:

@@ -22,7 +22,7 @@ def event() -> NewEvent:
 
 
 def attempt(server: EventStoreServer, user: str, action: Callable[[EventStoreDBClient], object]) -> str:
-    """What came of it: `ok`, or the status."""
+    """Return the outcome of a call: `ok`, or the status."""
     assert server.certificate is not None
     uri = f"esdb://{user}@localhost:{server.port}"
     client = EventStoreDBClient(uri, root_certificates=Path(server.certificate).read_text())

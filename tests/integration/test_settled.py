@@ -36,7 +36,7 @@ DEAD = Retry(attempts=1, hold=None)
 
 @pytest.mark.parametrize(("retry", "events"), [(LATER, 1), (LATER, 3), (DEAD, 2)])
 async def test_it_does_not_wait_for_what_is_held_until_later(retry: Retry, events: int) -> None:
-    """Events behind a dead one of their key wait for somebody who decides."""
+    """Events behind a dead one of their key wait for an operator."""
     service = failing(retry)
     async with asyncio.timeout(60), Runtime(service, settings=in_memory()) as runtime:
         for key in ("good", *["bad"] * events):
@@ -54,7 +54,7 @@ async def test_it_waits_for_what_is_held_until_soon() -> None:
 
 
 async def test_the_very_first_transaction_waits_for_its_append_too() -> None:
-    """The process has joined, and the bus has given it nothing yet."""
+    """The process has joined, and the bus has delivered nothing yet."""
     service = failing(DEAD)
     async with Runtime(service, settings=in_memory()) as runtime:
         async with service.transaction() as (_, emit):

@@ -35,13 +35,14 @@ async def note(session: AsyncSession, handler: str, event: Happened | Followed) 
 
 
 class Pair:
-    """`first` has a session, `second` has one too, `told` has none; each fails as long as it is in `broken`."""
+    """A service with three handlers: `first` and `second` have a session, `told` has none. Each fails while it is in
+    `broken`."""
 
     def __init__(self) -> None:
         self.broken: set[str] = set()
         self.told: list[tuple[str, int]] = []
         self.open = asyncio.Event()
-        """`told` waits for it."""
+        """The event for which `told` waits."""
         self.open.set()
         self.service = service = Service("pair", tables=tables)
 

@@ -38,7 +38,7 @@ async def slow_notes(database: Database) -> None:
 
 
 async def another_was_here(database: Database, suspect: int, bucket: int) -> None:
-    """Another process has taken the range over, begun an event, and ended without a word."""
+    """Act as another process that took the range over, began an event, and crashed."""
     async with database.transaction() as connection:
         await connection.execute(floors.update().values(active="another"))
         await connection.execute(begun.delete().where(begun.c.position == suspect))

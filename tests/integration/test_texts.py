@@ -37,13 +37,13 @@ NASTY: Final = (
     "long €" + 5000 * "ü",
 )
 LIMITS: Final = {"handler": NAME_LENGTH, "key": 250}
-"""Characters of what is in an index, at most."""
+"""Characters in an indexed column, at most."""
 PLACES: Final = ["sqlite", "postgresql", "latin1"]
 
 
 @asynccontextmanager
 async def latin1(folder: Path) -> AsyncIterator[None]:
-    """The database of the service `audit` is one that keeps LATIN1."""
+    """Create the database of the service `audit` in LATIN1."""
     url = make_url(database_url(folder, "audit"))
     engine = create_async_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
     try:
@@ -60,7 +60,7 @@ async def latin1(folder: Path) -> AsyncIterator[None]:
 async def folder(
     request: pytest.FixtureRequest, tmp_path: Path, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Path]:
-    """Of a service whose database is of each kind."""
+    """The URL of a service's database, once for each kind."""
     async with postgresql.isolated() as url, AsyncExitStack() as stack:
         if request.param == "sqlite":
             monkeypatch.delenv(PLACE, raising=False)
@@ -77,7 +77,7 @@ TEXTS = st.one_of(
 
 
 def _row(table: sa.Table, texts: list[str]) -> dict[str, Any]:
-    """Each column of ours with some value; those of foreign texts with the given ones, in turn."""
+    """Fill each column of a table. Columns of foreign texts get the given ones in turn."""
     row: dict[str, Any] = {}
     for n, column in enumerate(table.columns):
         kind = getattr(column.type, "impl_instance", column.type).python_type
@@ -136,7 +136,7 @@ async def _dead(world: World, service: Service) -> Any:
 
 
 async def test_no_event_stops_a_service_whatever_its_names_and_errors_say(folder: Path, service: Service) -> None:
-    """Emitted to streams with such names, held and dead with such keys, types, handlers and reasons."""
+    """Events are emitted to streams with such names, and held and dead with such keys, types, handlers and reasons."""
     streams = [text[:60].encode("utf-8", "replace").decode() for text in NASTY]
 
     @service.on(

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.postgresql
 
 
 def shop() -> Service:
-    """One of what its own handler emits is dead, and its key waits."""
+    """One of the emitted events is dead, and its key waits."""
     service = emitting()
 
     @service.on(Followed, retry=Retry(attempts=1, hold=None, hold_key=True, permanent=(ValueError,)))
@@ -50,8 +50,8 @@ async def count(store: EventStore, database: Database) -> Recount:
 
 @pytest.fixture
 async def place(tmp_path: Path) -> AsyncIterator[tuple[EventStore, Database]]:
-    """Four happenings, three of them followed by an event that a handler emitted; one of these is dead, and the fourth
-    happening waits behind it."""
+    """Four events, three of which caused an emitted one. One of the emitted events is dead, and the fourth event waits
+    behind it."""
     async with embedded(tmp_path, shop()) as world:
         await world.append(Happened(key="good"), Happened(key="bad"), Happened(key="good", n=1))
         await world.settled()

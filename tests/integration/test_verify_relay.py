@@ -22,7 +22,7 @@ from tidings.stores import EVERYTHING, Filter
 
 
 class Counting(StoreAround):
-    """Counts the calls, and the events that were read."""
+    """A store that counts calls and events that are read."""
 
     def __init__(self, store: EventStore) -> None:
         super().__init__(store)
@@ -55,7 +55,7 @@ async def look(folder: Path, relay: str = "main") -> Report:
 
 @pytest.fixture
 async def settled(tmp_path: Path) -> Path:
-    """A folder with ten events, all of them settled and published."""
+    """A folder with ten events, all settled and published."""
     await settle(tmp_path, 10)
     return tmp_path
 

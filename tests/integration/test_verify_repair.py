@@ -35,7 +35,7 @@ from tidings.stores import Appended, Expected
 
 @asynccontextmanager
 async def running(settings: Settings, *services: Service) -> AsyncIterator[tuple[EventStore, EventBus]]:
-    """The services, each with connections of its own as a process would have them, and no relay."""
+    """Run the services without a relay, each with its own connections like a process."""
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(settings.store))
         for service in services:
@@ -238,7 +238,7 @@ async def of_stream(store: EventStore, stream: str) -> list[UUID]:
 
 
 class Watched(StoreAround):
-    """Notes what was expected of the stream at each append."""
+    """A store that notes the expected version of each append."""
 
     def __init__(self, store: EventStore) -> None:
         super().__init__(store)

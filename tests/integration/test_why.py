@@ -55,7 +55,8 @@ Place = tuple[EventStore, list[tuple[Service, Database | None]]]
 
 @pytest.fixture
 async def place(tmp_path: Path) -> AsyncIterator[Place]:
-    """`good` went through both services; the first event that `bad` caused is dead, the second waits behind it."""
+    """A folder: `good` went through both services; the first event that `bad` caused is dead, the second waits behind
+    it."""
     async with embedded(tmp_path, first(), second()) as world:
         await world.append(Happened(key="good"))
         await world.settled()
@@ -217,7 +218,7 @@ async def test_every_position_is_found_from_whichever_end(place: Place) -> None:
 
 
 class Reading(StoreAround):
-    """Counts what is read of the whole log."""
+    """A store that counts reads of the whole log."""
 
     def __init__(self, store: EventStore) -> None:
         super().__init__(store)

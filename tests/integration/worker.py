@@ -34,7 +34,7 @@ class Ticked(Event, key="key"):
 
 
 def audited(name: str) -> Service:
-    """A service that writes one audit row per event."""
+    """Declare a service that writes one audit row per event."""
     service = Service(name, tables=tables, prefetch=200)
 
     @service.on(Ticked)

@@ -13,12 +13,13 @@ from tests.services.shop import OpenShop, shop
 
 @pytest.fixture
 def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenShop:
-    """`async with open_shop(orders, inventory) as running`; opened again, it continues where it was closed."""
+    """`async with open_shop(orders, inventory) as running` opens a shop. Opened again, it continues where it was
+    closed."""
     monkeypatch.setenv("PAYMENT_LEDGER", str(tmp_path / "gateway.db"))
     return partial(shop, tmp_path)
 
 
 @pytest.fixture
 def open_counter(open_shop: OpenShop) -> OpenCounter:
-    """`async with open_counter() as at`: Order runs alone, and people ask it over HTTP."""
+    """`async with open_counter() as at` runs Order alone, with an HTTP client."""
     return partial(counter, open_shop)

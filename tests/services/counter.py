@@ -25,19 +25,19 @@ OpenCounter = Callable[[], AbstractAsyncContextManager["Counter"]]
 
 
 class Counter:
-    """Obtain one with the fixture `open_counter`."""
+    """Order alone, asked over HTTP. Get one from the fixture `open_counter`."""
 
     def __init__(self, http: AsyncClient, shop: Shop) -> None:
         self.http = http
         self.shop = shop
 
     async def place(self, key: str | None = None, **other: Any) -> Response:
-        """POST /orders with `ORDER`, some of it replaced."""
+        """POST `ORDER` to /orders, with some fields replaced."""
         headers = {"Idempotency-Key": key} if key is not None else {}
         return await self.http.post("/orders", json=ORDER | other, headers=headers)
 
     async def placed(self, **other: Any) -> str:
-        """The id of a new order."""
+        """Place an order. Return its id."""
         answer = await self.place(**other)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
@@ -47,12 +47,12 @@ class Counter:
         return await self.http.post(f"/orders/{order_id}/cancel", json={"reason": "changed my mind"}, headers=named)
 
     async def created(self) -> int:
-        """How many orders the log has."""
+        """Return the number of orders in the log."""
         return (await self.shop.log()).count("OrderCreated")
 
 
 def problem(answer: Response, status: int, kind: str = "") -> dict[str, Any]:
-    """The problem document of an answer that must be one."""
+    """Return the problem document of an answer. Asserts its status and type."""
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json"), answer.text
     document: dict[str, Any] = answer.json()
     assert document["type"] == (f"urn:problem:{kind}" if kind else "about:blank"), document

@@ -21,7 +21,7 @@ from tidings.stores import Appended, Expected
 
 
 class Killing(StoreAround):
-    """Kills its process when an order is safely in the log."""
+    """A store that kills its process when an order is in the log."""
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         done = await super().append(stream, events, expected=expected)

@@ -25,53 +25,53 @@ OpenShop = Callable[..., AbstractAsyncContextManager["Shop"]]
 
 
 class Shop:
-    """Obtain one with the fixture `open_shop`."""
+    """Running services. Get them from the fixture `open_shop`."""
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder = folder
         self.runtime = runtime
         self.expects_dead = False
-        """Otherwise it is a mistake when a service has given up an event."""
+        """Whether dead letters are expected. Otherwise, one makes the test fail."""
 
     async def place(self, order_id: str, *lines: OrderLine, country: str = "France") -> None:
-        """Order these goods."""
+        """Place an order for these goods."""
         await repository.create(order_id, Order.place, lines or (CUP,), None, country, PLACED_AT)
 
     async def tell(self, service: Service, *events: Event) -> None:
-        """Put events of others into the log, as this service understands them, and wait until all is done."""
+        """Append events of other services, as this service declares them, and wait until everything is settled."""
         for event in events:
             await service.append("told", event)
         await self.runtime.settled()
 
     async def stream(self, stream: str) -> list[str]:
-        """The types of a stream's events."""
+        """Return the types of a stream's events."""
         try:
             return [event.type async for event in self.runtime.store.read_stream(stream)]
         except StreamNotFound:
             return []
 
     async def log(self) -> list[str]:
-        """The types of all events of services."""
+        """Return the types of all events of services."""
         return [event.type async for event in self.runtime.store.read_all(filter=CARRIED)]
 
     async def rows(self, service: Service, table: Any) -> list[Any]:
-        """A table of a service's database."""
+        """Return the rows of a table in a service's database."""
         async with self.runtime.engine(service).connect() as connection:
             return list(await connection.execute(table.select()))
 
     async def ledger(self) -> list[Entry]:
-        """What the gateway did."""
+        """Return the gateway's ledger."""
         async with open_sandbox(self.folder / "gateway.db") as gateway:
             return await gateway.ledger()
 
     async def reasons(self) -> list[str]:
-        """Why events were given up."""
+        """Return the reasons of dead letters."""
         return [letter.reason for part in (await self.runtime.verify()).services for letter in part.dead]
 
 
 @asynccontextmanager
 async def shop(folder: Path, *services: Service, bus: str | None = None) -> AsyncIterator[Shop]:
-    """These services and a relay on the files in `folder`."""
+    """Run these services and a relay on the files in `folder`."""
     settings = Settings(
         store=f"sqlite:///{folder}/events.db",
         bus=bus or f"memory://{folder.name}",

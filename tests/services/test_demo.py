@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(180)
 
 @dataclass
 class Ended:
-    """A run that is over."""
+    """A run that has ended."""
 
     status: int
     text: str

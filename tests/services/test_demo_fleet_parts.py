@@ -165,7 +165,7 @@ ORDER_ID = str(uuid5(KEYS, "536365"))
 
 
 class Api:
-    """Answers as it is told to, and remembers what it was asked."""
+    """A server that answers as told and remembers the requests."""
 
     def __init__(self, *answers: httpx.Response | Exception) -> None:
         self._answers: Iterator[httpx.Response | Exception] = iter(answers)

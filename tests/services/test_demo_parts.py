@@ -168,7 +168,7 @@ def test_some_customers_of_each_mood_are_among_the_real_orders_and_none_among_th
 
 
 class SlowStore:
-    """A log of two events: after the first it goes away once, and shows the second when the test says so."""
+    """A log of two events. After the first it fails once, and it shows the second when the test says so."""
 
     def __init__(self) -> None:
         self.shown = asyncio.Event()
@@ -188,13 +188,13 @@ class SlowStore:
 
 
 class SettledRuntime:
-    """Every service is faster than the demo's listener."""
+    """Every service settles an event before the demo's listener hears it."""
 
     def __init__(self, store: SlowStore) -> None:
         self.store = store
 
     async def settled(self, *, timeout: float) -> None:
-        """At once."""
+        """React at once."""
 
 
 async def test_there_is_no_silence_before_the_demo_itself_has_heard_everything() -> None:

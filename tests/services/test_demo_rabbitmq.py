@@ -25,14 +25,14 @@ from services.demo.fleet.scene import TARGETS
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "services" / "data" / "online-retail.csv"
 INVOICES = 66
-"""Of which two are dropped, three are returns, and five are declined."""
+"""Number of invoices, of which two are dropped, three are returns, and five are declined."""
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.faults]
 
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """The first invoices of the file."""
+    """A file with the first invoices."""
     header, *rows = DATA.read_text(encoding="utf-8").splitlines(keepends=True)
     numbers = list(dict.fromkeys(row.partition(",")[0] for row in rows))[:INVOICES]
     path = tmp_path / "few.csv"
@@ -42,7 +42,7 @@ def few(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rabbitmq_installed() -> None:
-    """The demo starts a broker of its own, whatever the tests share."""
+    """Skip the test without an installed RabbitMQ: the demo starts its own."""
     if shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
         missing = "no RabbitMQ for the demo to start: apt-get install rabbitmq-server"
         pytest.fail(missing) if os.environ.get("CI", "").lower() == "true" else pytest.skip(missing)
@@ -50,7 +50,7 @@ def rabbitmq_installed() -> None:
 
 @pytest.fixture
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`main` says for its whole process where logs and the gateway's ledger are."""
+    """Restore the settings of logs and the gateway's ledger, which `main` changes for the whole process."""
     before = structlog.get_config() if structlog.is_configured() else None
     monkeypatch.setenv("PAYMENT_LEDGER", "")
     yield
@@ -80,7 +80,7 @@ class Demo:
         return self._out.read_text(encoding="utf-8")
 
     async def says(self, pattern: str, seconds: float = 60) -> re.Match[str]:
-        """Wait for a line."""
+        """Wait for a line that matches."""
         async with asyncio.timeout(seconds):
             while (found := re.search(pattern, self.text, re.MULTILINE)) is None:
                 assert self.process.poll() is None, self.text
@@ -94,7 +94,7 @@ class Demo:
         return status
 
     def left_nothing_running(self) -> bool:
-        """No process that it named, and no broker."""
+        """Assert that no process named in the output runs, nor the broker."""
         pids = re.findall(r"^[a-z]+ +(\d+)  tidings ", self.text, re.MULTILINE)
         assert len(pids) == 6
         port = re.search(r"^TIDINGS_BUS=amqp://\S+?:(\d+)/", self.text, re.MULTILINE)
@@ -115,7 +115,7 @@ def demo(folder: Path, data: Path) -> Iterator[Demo]:
 
 
 def runs(pid: int) -> bool:
-    """A command of Tidings; the number may be somebody else's by now."""
+    """Return whether a process is a `tidings` command; its id may belong to another process by now."""
     try:
         return b"tidings" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

@@ -188,7 +188,7 @@ async def test_payment_gives_nothing_back_that_it_never_had(open_shop: OpenShop)
 
 
 class Unreliable(SandboxGateway):
-    """Takes effect, and does not answer: the worst that a gateway can do. Only the first call with a key."""
+    """A gateway whose first call with each key takes effect and does not answer."""
 
     def __init__(self, inner: SandboxGateway, failing: int) -> None:
         self.inner = inner

@@ -31,7 +31,7 @@ def some_invoices(count: int) -> list[Invoice]:
 
 
 async def trade(running: Shop, count: int) -> None:
-    """The first real orders, with everything in stock but the best seller of them."""
+    """The first real orders, with everything in stock except their best seller."""
     taken = some_invoices(count)
     for sku in {goods.sku for invoice in taken for goods in invoice.goods} - {"85123A"}:
         await inventory.append(f"goods-{sku}", GoodsReceived(sku=sku, quantity=10_000))
@@ -42,7 +42,7 @@ async def trade(running: Shop, count: int) -> None:
 
 
 async def proves_agreement(running: Shop, count: int) -> None:
-    """All databases, the gateway and the log tell the same story, and every chapter of it once."""
+    """Assert that all databases, the gateway and the log agree, and that everything happened once."""
     await running.runtime.settled()
     found = [await repository.load(invoice.number) for invoice in some_invoices(count)]
     left = {order.id for order in found if order.status is Status.DISPATCHED}

@@ -24,7 +24,7 @@ SERVICES = ("order", "inventory", "payment", "shipping")
 PLACED_AT = datetime(2010, 12, 1, tzinfo=UTC)
 
 DECLINED = Decimal("2.90")
-"""The sandbox declines it."""
+"""Amount that the sandbox declines."""
 
 # Three orders over two scarce articles: not all of them can be had, and the second will not be paid.
 CUPS = OrderLine(sku="cup", quantity=2, unit_price=Decimal("1.00"))
@@ -76,7 +76,7 @@ async def take(shop: World, step: Step) -> None:
 
 
 async def check_always(shop: World) -> None:
-    """What holds at every moment."""
+    """Assert what holds at every moment."""
     for row in await shop.rows("inventory", stock):
         assert row.on_hand >= 0
         assert row.on_hand + row.reserved + row.shipped == row.received + row.returned
@@ -87,7 +87,7 @@ async def check_always(shop: World) -> None:
 
 
 async def check_at_the_end(shop: World) -> None:
-    """What holds when nobody has anything left to do."""
+    """Assert what holds when no service has anything left to do."""
     parcels = {row.order_id: row.state for row in await shop.rows("shipping", shipments)}
     money = {row.order_id: row.state for row in await shop.rows("payment", payments)}
     goods = {row.order_id: row.state for row in await shop.rows("inventory", reservations)}
@@ -103,7 +103,7 @@ async def check_at_the_end(shop: World) -> None:
 
 
 async def check_ledger(shop: World) -> None:
-    """The gateway did what Payment says, once each, however often it was called."""
+    """Assert that the gateway did what Payment says, once each, however often it was called."""
     done = [(entry.reference, entry.operation) for entry in await shop.gateway.ledger()]
     assert len(done) == len(set(done))
     said = [(f"order {order_id}", TOLD[kind]) for order_id in WANTED for kind in shop.said(order_id) if kind in TOLD]
@@ -131,7 +131,7 @@ def test_every_interleaving_ends_with_goods_money_and_parcels_in_agreement(chose
 
 
 async def until(shop: World, order_id: str, kind: str) -> None:
-    """Work until an event of this order is in the log, and not one step longer."""
+    """Let services work until an event of this type and order is in the log, and no step longer."""
     while kind not in shop.said(order_id):
         progress = False
         for name in SERVICES:

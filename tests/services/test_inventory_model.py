@@ -38,7 +38,7 @@ steps = st.lists(
 
 @dataclass
 class Model:
-    """Counts, without a database and without events."""
+    """The model: counts, without a database or events."""
 
     shelf: dict[str, dict[str, int]] = field(default_factory=dict)
     held: dict[str, Lines] = field(default_factory=dict)
@@ -50,7 +50,8 @@ class Model:
             row[place] += pieces
 
     def take(self, step: Step) -> list[Event]:
-        """Do it, and say it as events that Inventory hears. An order is placed once; only what is held is shipped."""
+        """Apply a step to the model, and return it as events for Inventory. An order is placed once; only reserved
+        goods are shipped."""
         what, order_id, lines = step
         if what in ("receive", "return"):
             for sku, pieces in lines.items():

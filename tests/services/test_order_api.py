@@ -97,7 +97,7 @@ async def test_without_a_key_each_request_is_an_order(open_counter: OpenCounter)
 
 
 class AnswersOnce(StoreAround):
-    """Does what it is told, and does not say so, the first time."""
+    """A store whose first append takes effect and does not answer."""
 
     told = False
 

@@ -16,7 +16,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 async def refused(at: Counter, status: int, kind: str, **request: Any) -> dict[str, Any]:
-    """The problem that a POST /orders gets, which places nothing."""
+    """Send a POST /orders that is refused. Return the problem; asserts that no order was placed."""
     answer = await at.http.post("/orders", **request)
     said = problem(answer, status, kind)
     assert await at.created() == 0

@@ -18,7 +18,7 @@ from services.order.api import api
 from tests.services.counter import ORDER
 
 EXAMPLES: Final = 40
-"""Requests per operation beside those that cover its constraints."""
+"""Requests per operation, besides those that cover its constraints."""
 
 CONFIG: Final = {
     "generation": {
@@ -44,7 +44,7 @@ numbers = count()
 
 @pytest.fixture(scope="module", autouse=True)
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Order with two orders, in a thread of schemathesis, while the tests of this module run."""
+    """Run Order with two orders while the tests of this module run, in a thread of schemathesis."""
     folder = tmp_path_factory.mktemp("contract")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TIDINGS_STORE", f"sqlite:///{folder}/events.db")
@@ -67,7 +67,7 @@ def test_every_answer_is_one_that_the_document_names(case: schemathesis.Case[Any
 
 
 def make_likely(case: schemathesis.Case[Any]) -> None:
-    """Valid requests ask for orders and versions that exist, and give each order a key of its own."""
+    """Let valid requests name orders and versions that exist, and give each order its own key."""
     number = next(numbers)
     if case.path_parameters:
         case.path_parameters["order_id"] = orders[number % len(orders)]

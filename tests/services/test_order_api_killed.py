@@ -42,7 +42,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Empty until it serves."""
+        """The URL; empty until it serves."""
         log = self._log.read_text()
         assert self.process.poll() is None, log
         found = re.search(r"running on (http://127\.0\.0\.1:\d+)", log)
@@ -51,7 +51,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(folder: Path, *command: str) -> AsyncIterator[tuple[httpx.AsyncClient, subprocess.Popen[bytes]]]:
-    """Somebody who asks a server over the network, and the server's process."""
+    """A client of a server process."""
     server = Server(folder, *command)
     try:
         await until(lambda: bool(server.url), f"{command} serves")

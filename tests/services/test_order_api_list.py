@@ -24,14 +24,14 @@ from tidings.errors import DatabaseUnavailable
 
 
 async def ids(at: Counter, **asked: str | int) -> list[str]:
-    """The ids on one page."""
+    """Return the ids on one page."""
     answer = await at.http.get("/orders", params=asked)
     assert answer.status_code == 200, answer.text
     return [order["id"] for order in answer.json()["orders"]]
 
 
 async def pages(at: Counter, first: str) -> list[list[str]]:
-    """The ids on all pages, by following the links."""
+    """Return the ids on all pages, by following the links."""
     found, url = [], first
     while url:
         answer = await at.http.get(url)
@@ -111,7 +111,7 @@ async def test_the_list_follows_an_order_to_its_end(open_counter: OpenCounter) -
 async def test_a_list_that_nobody_writes_lets_orders_through_and_says_that_it_lags(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no relay, as if the bus were down; later there is."""
+    """There is no relay at first, as if the bus were down."""
     monkeypatch.setattr(order_api, "WRITE_WAITS", 0.05)
     monkeypatch.setattr(order_api, "LIST_WAITS", 0.05)
     async with (

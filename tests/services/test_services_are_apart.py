@@ -41,7 +41,7 @@ def test_a_service_imports_no_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", APART)
 def test_a_service_is_imported_without_the_others_and_without_doing_anything(name: str, tmp_path: Path) -> None:
-    """In a process of its own, in an empty folder, which is still empty afterwards."""
+    """Import the service in a new process in an empty folder, which stays empty."""
     program = f"import sys, services.{name}; print(*sorted(m for m in sys.modules if m.startswith('services.')))"
     done = subprocess.run(
         [sys.executable, "-c", program],

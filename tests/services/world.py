@@ -33,7 +33,7 @@ LOG = UUID("00000000-0000-0000-0000-0000000000aa")
 
 
 class ListStore:
-    """As much of an event store as handlers need."""
+    """The part of an event store that handlers need."""
 
     def __init__(self) -> None:
         self.log: list[RecordedEvent] = []
@@ -63,7 +63,7 @@ class ListStore:
 
 @dataclass(slots=True)
 class Actor:
-    """A service that stands somewhere in the log, with what it has emitted but not appended."""
+    """A service at its place in the log, with the events that it has emitted but not appended."""
 
     service: Service
     database: Database
@@ -73,11 +73,11 @@ class Actor:
 
 
 class Died(Exception):
-    """The process ended between the handler's return and the commit."""
+    """Raised when a process dies between the handler's return and the commit."""
 
 
 class World:
-    """Obtain one with `world()`."""
+    """The services and the log. Get one from `world()`."""
 
     def __init__(self, store: ListStore, actors: dict[str, Actor], gateway: SandboxGateway) -> None:
         self.store = store
@@ -90,7 +90,7 @@ class World:
         await self._append(stream, encode(event, id=UUID(int=len(self.store.log) + 1)))
 
     async def handle(self, name: str, *, dies: bool = False) -> bool:
-        """Let a service handle its next event, or die in the attempt; False when it has nothing to do."""
+        """Let a service handle its next event, or die in the attempt. Return False if it has nothing to do."""
         actor = self.actors[name]
         if actor.position >= len(self.store.log):
             return False
@@ -106,7 +106,7 @@ class World:
         return True
 
     async def emit(self, name: str) -> bool:
-        """Let a service append the oldest event that it has emitted; False without one."""
+        """Let a service append the oldest event that it has emitted. Return False if there is none."""
         actor = self.actors[name]
         if not actor.staged:
             return False
@@ -114,7 +114,7 @@ class World:
         return True
 
     async def run_dry(self) -> None:
-        """Let everybody work until nobody has anything left to do."""
+        """Let all services work until none has anything left to do."""
         busy = True
         while busy:
             busy = False
@@ -122,11 +122,11 @@ class World:
                 busy |= await self.handle(name) | await self.emit(name)
 
     def said(self, key: str) -> list[str]:
-        """Types of the events that belong to one order (or sku), in log order."""
+        """Return the types of one order's (or sku's) events, in the order of the log."""
         return [event.type for event in self.store.log if read_metadata(event).get("partitionKey") == key]
 
     async def rows(self, name: str, table: Any) -> list[Any]:
-        """A table of a service's database."""
+        """Return the rows of a table in a service's database."""
         async with self.actors[name].database.reading() as connection:
             return list(await connection.execute(table.select()))
 
@@ -150,7 +150,7 @@ class World:
 
 @asynccontextmanager
 async def world() -> AsyncIterator[World]:
-    """All four services on databases in memory, at the beginning of an empty log."""
+    """Open all four services on databases in memory, at the beginning of an empty log."""
     store = ListStore()
     repository = Repository(Order, lambda: store)  # type: ignore[arg-type, return-value]
     async with AsyncExitStack() as stack:
