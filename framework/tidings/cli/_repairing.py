@@ -7,21 +7,24 @@ network by one marker, in the processes that are there; embedded, where no other
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from tidings.adapters import open_bus
 from tidings.buses import EventBus, Subscription
 from tidings.errors import StreamDeleted, Unroutable
+from tidings.operations.checking import opened_to_look
 from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
+    from tidings.modelling.declaration import Declaration
     from tidings.operations.report import Report, ServiceReport
+    from tidings.operations.verify import Baseline
     from tidings.service import Service
 
 __all__ = ["Repair"]
@@ -34,12 +37,22 @@ class Repair:
     """Of these services; `say` is told each thing that was done, or that somebody has to do."""
 
     def __init__(
-        self, settings: Settings, services: Sequence[Service], relay: str, seconds: float, say: Callable[[str], None]
+        self,
+        settings: Settings,
+        services: Sequence[Service],
+        relay: str,
+        seconds: float,
+        say: Callable[[str], None],
+        *,
+        strict: bool = False,
     ) -> None:
+        """`strict`: also what comes while it repairs is to be settled when it ends."""
         self._settings = settings
         self._services = services
         self._relay = relay
         self._say = say
+        self._strict = strict
+        self._baseline: Baseline | None = None
         self._deadline = asyncio.get_running_loop().time() + seconds
 
     async def run(self, report: Report) -> Report:
@@ -50,6 +63,11 @@ class Repair:
         if report.ok:
             self._say("nothing to repair")
             return report
+        if not self._strict:
+            from tidings.operations.verify import baseline_of
+
+            async with self._looking() as (store, pairs):
+                self._baseline = await baseline_of(store, pairs)
         await self._mend_checkpoint(report)
         if any(part.healable for part in report.services):
             if self._settings.embedded_bus:
@@ -167,7 +185,9 @@ class Repair:
                 lambda now: not any(part.healable and part.service not in idle for part in now.services),
             )
 
-    async def _idle(self, bus: EventBus, pairs: Sequence[tuple[Service, Database | None]], report: Report) -> set[str]:
+    async def _idle(
+        self, bus: EventBus, pairs: Sequence[tuple[Declaration, Database | None]], report: Report
+    ) -> set[str]:
         """Services that need healing, and have a queue that nobody hears."""
         idle = set()
         for (service, database), part in zip(pairs, report.services, strict=True):
@@ -193,22 +213,13 @@ class Repair:
 
     # ---- looking ---------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def _looking(self) -> AsyncIterator[tuple[EventStore, list[tuple[Service, Database | None]]]]:
-        async with AsyncExitStack() as stack:
-            store = await stack.enter_async_context(existing_store(self._settings))
-            yield (
-                store,
-                [
-                    (service, await stack.enter_async_context(existing_database(self._settings, service.name)))
-                    for service in self._services
-                ],
-            )
+    def _looking(self) -> AbstractAsyncContextManager[tuple[EventStore, list[tuple[Declaration, Database | None]]]]:
+        return opened_to_look(self._settings, self._services)
 
-    async def _look(self, store: EventStore, pairs: Sequence[tuple[Service, Database | None]]) -> Report:
+    async def _look(self, store: EventStore, pairs: Sequence[tuple[Declaration, Database | None]]) -> Report:
         from tidings.operations.verify import verify
 
-        return await verify(store, pairs, relay=self._relay)
+        return await verify(store, pairs, relay=self._relay, baseline=self._baseline)
 
     @property
     def _remaining(self) -> float:

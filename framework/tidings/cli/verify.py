@@ -36,19 +36,24 @@ async def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Heal what is pending or staged, and nothing else.")] = False,
     timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for --repair.")] = 60.0,
     relay: Annotated[str, typer.Option(metavar="NAME", help="The relay whose checkpoint is compared.")] = "main",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Look once: what is on its way at this moment is not settled.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Show that every event is settled in every service, or name those that are not (exit code 1).
 
-    Settled is what a handler has done, and what is dead with its reason. When all is well it costs a few rows per
-    service; otherwise it reads the log above the lowest floor. --deep checks every row of the services against the
-    log. --repair has whoever is behind read the log: over a network by one marker, which those who are not behind
-    drop; embedded by running the services here, if no other process has them. What is settled is never run again.
+    Settled is what a handler has done, and what is dead with its reason. Services at work have 5 seconds to settle what
+    there was when the command began; what came since is on the way, and is only counted. When all is well it costs a
+    few rows per service; otherwise it reads the log above the lowest floor. --deep checks every row of the services
+    against the log. --repair has whoever is behind read the log: over a network by one marker, which those who are not
+    behind drop; embedded by running the services here, if no other process has them. It leaves alone what is on the
+    way. What is settled is never run again.
     """
     settings = Settings()
     found = list(find_services(services or (), settings).values())
     before = set(threading.enumerate())
-    report, recount = await _look(settings, found, relay, deep)
+    report, recount = await _look(settings, found, relay, deep, strict)
     done: list[str] = []
     if repair:
         from tidings.cli._repairing import Repair
@@ -56,9 +61,9 @@ async def verify(
         if not json and not report.ok:
             _show(report, None)
         tell = done.append if json else _tell
-        report = await Repair(settings, found, relay, timeout, tell).run(report)
+        report = await Repair(settings, found, relay, timeout, tell, strict=strict).run(report)
         if deep:
-            _, recount = await _look(settings, found, relay, deep)
+            _, recount = await _look(settings, found, relay, deep, strict)
     if json:
         say(facts(_facts(report, recount) | ({"repaired": done} if repair else {})))
     else:
@@ -85,17 +90,20 @@ def _leave(before: set[threading.Thread], code: int) -> None:
         os._exit(code)
 
 
-async def _look(settings: Settings, services: list[Service], relay: str, deep: bool) -> tuple[Report, Recount | None]:
+async def _look(
+    settings: Settings, services: list[Service], relay: str, deep: bool, strict: bool
+) -> tuple[Report, Recount | None]:
+    from tidings.operations.live_verify import verify_live
     from tidings.operations.verify import verify as look
 
     async with opened_to_look(settings, services) as (store, pairs):
-        report = await look(store, pairs, relay=relay)
+        report = await (look if strict else verify_live)(store, pairs, relay=relay)
         if not deep:
             return report, None
         from tidings.operations.recount import recount
 
         with Reading() as reading:
-            return report, await recount(store, pairs, reading.reached)
+            return report, await recount(store, pairs, reading.reached, upto=report.position)
 
 
 def _facts(report: Report, recount: Recount | None) -> dict[str, Any]:

@@ -21,12 +21,13 @@ __all__ = ["opened_to_look", "verify"]
 async def verify(
     *services: Declaration, settings: Settings | None = None, relay: str | None = None, limit: int | None = None
 ) -> Report:
-    """Tell whether every event of the log is settled in these services, as `tidings verify` does.
+    """Tell whether every event of the log is settled in these services, as `tidings verify --strict` does.
 
-    It looks once, from beside the processes that run the services; no log, database or table is made. A service without
-    a database has never run. `relay` names the relay whose checkpoint is compared; at most `limit` events of the log
-    are read. `settings` are by default those of the environment. Raises `StoreUnavailable`, `DatabaseUnavailable`, and
-    `ConfigurationError` for a log in memory, which only its own process can read: there, use `Runtime.settled`.
+    It looks once, from beside the processes that run the services, and takes what is on the way at that moment for not
+    settled; no log, database or table is made. A service without a database has never run. `relay` names the relay
+    whose checkpoint is compared; at most `limit` events of the log are read. `settings` are by default those of the
+    environment. Raises `StoreUnavailable`, `DatabaseUnavailable`, and `ConfigurationError` for a log in memory, which
+    only its own process can read: there, use `Runtime.settled`.
     """
     from tidings.operations.verify import verify as look
 

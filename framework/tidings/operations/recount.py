@@ -111,11 +111,16 @@ async def recount(
     store: EventStore,
     services: Sequence[tuple[Declaration, Database | None]],
     progress: Callable[[int, int, int], None] = lambda events, position, end: None,
+    *,
+    upto: int | None = None,
 ) -> Recount:
-    """`progress` is told events read, position, and the log's end. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+    """Read the whole log, and count where its events up to position `upto` stand; by default all that it has now.
+
+    `progress` is told events read, position, and the log's end. Raises `StoreUnavailable`, `DatabaseUnavailable`.
+    """
     log = await store.log_id()
     # In this order: what rows say is about events at or below the end, and what counts was there before the rows.
-    found = Recount(log, await last_carried(store))
+    found = Recount(log, await last_carried(store) if upto is None else upto)
     # Adopting a restored log lowered watermarks to the position that it has in common with the former one.
     cuts = {position for position, _ in (await lineage_of(store)).former}
     ledgers = [await _ledger(service, database, log, found, cuts) for service, database in services]

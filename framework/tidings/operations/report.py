@@ -204,6 +204,8 @@ class ServiceReport:
     dead: list[DeadEvent] = field(default_factory=list)
     staged_count: int = 0
     staged: list[StagedSummary] = field(default_factory=list)
+    on_the_way: int = 0
+    """Events and staged events that came after the question was asked, and are not settled or appended yet."""
     missing: bool = False
     """There is no database of the service where the settings say."""
     handlers: list[HandlerReport] = field(default_factory=list)
@@ -225,7 +227,8 @@ class ServiceReport:
         waiting = f", {self.held_count} held" if self.held_count else ""
         counts = f"{self.pending_count} pending{waiting}, {self.staged_count} staged, {self.dead_count} dead"
         floor = f"floor {self.floor}" if self.floor >= 0 else "no floor yet"
-        yield f"{self.service}: {state} ({counts}; {floor})"
+        later = f"; {self.on_the_way} came since and are on the way" if self.on_the_way else ""
+        yield f"{self.service}: {state} ({counts}; {floor}){later}"
         if self.other_log is not None:
             yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right? Or: tidings log adopt"
         elif self.missing:

@@ -6,9 +6,9 @@ above the lowest floor, as far as a limit allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -40,7 +40,7 @@ from tidings.stores import EventStore, RecordedEvent
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["Report", "ServiceReport", "Settled", "last_carried", "settled_in", "verify"]
+__all__ = ["Baseline", "Report", "ServiceReport", "Settled", "baseline_of", "last_carried", "settled_in", "verify"]
 
 
 async def verify(
@@ -49,16 +49,19 @@ async def verify(
     *,
     limit: int | None = None,
     relay: str | None = None,
+    baseline: Baseline | None = None,
 ) -> Report:
     """Look once, now. A service without a database has never run.
 
-    No more than `limit` events of the log are looked at. `relay` names the relay whose checkpoint is compared. Raises
-    `StoreUnavailable`, `DatabaseUnavailable`.
+    At most `limit` events of the log are looked at. `relay` names the relay whose checkpoint is compared. What came
+    after `baseline` is counted as on its way, not as pending or staged. Raises `StoreUnavailable`,
+    `DatabaseUnavailable`.
     """
     log_id = await store.log_id()
     # The log first: what is settled afterwards can only be more.
-    position = await last_carried(store)
-    views = [await _look(service, database, log_id) for service, database in services]
+    end = await last_carried(store)
+    position = end if baseline is None else baseline.position
+    views = [await _look(service, database, log_id, baseline) for service, database in services]
     publishing = None if relay is None else await _checkpoint(store, relay)
     # The end last: what is settled by then cannot be above it.
     head = await store.head()
@@ -66,8 +69,28 @@ async def verify(
         view.report.beyond = view.settled.highest if view.settled.highest > head else -1
     if publishing is not None:
         _judge(publishing, views, head)
-    complete = await _count(store, position, limit, views, publishing)
+    complete = await _count(store, position, end, limit, views, publishing)
     return Report(log_id, position, [view.report for view in views], complete, publishing)
+
+
+class Baseline(NamedTuple):
+    """What there was at one moment, for a later look that asks for nothing beyond it."""
+
+    position: int
+    """Of the last carried event."""
+    staged: Mapping[str, frozenset[str]]
+    """Service to the ids of its staged events."""
+
+
+async def baseline_of(store: EventStore, services: Sequence[tuple[Declaration, Database | None]]) -> Baseline:
+    """Return what there is now. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+    log_id, ids = await store.log_id(), dict[str, frozenset[str]]()
+    for service, database in services:
+        if database is not None:
+            async with database.reading() as connection:
+                query = sa.select(staged.c.event_id).where(*_of(service.name, log_id)(staged))
+                ids[service.name] = frozenset(await connection.scalars(query))
+    return Baseline(await last_carried(store), ids)
 
 
 async def last_carried(store: EventStore) -> int:
@@ -105,11 +128,14 @@ def _judge(relay: RelayReport, views: Sequence[_View], head: int) -> None:
 
 
 async def _count(
-    store: EventStore, position: int, limit: int | None, views: Sequence[_View], relay: RelayReport | None
+    store: EventStore, position: int, end: int, limit: int | None, views: Sequence[_View], relay: RelayReport | None
 ) -> bool:
-    """Read what is not known to be settled or published, and count it; False when `limit` ended it."""
+    """Read what is not known to be settled or published, and count it; False when `limit` ended it.
+
+    Events above `position`, up to `end`, are on their way.
+    """
     handling = [view for view in views if view.service.named]
-    published = position
+    published = end
     if relay is not None and relay.checkpoint is not None:
         published = relay.checkpoint
     if limit is None:
@@ -117,11 +143,11 @@ async def _count(
             handler.pending_count = 0
     # With a limit, what a late handler has before it is not counted: it may be all of the log.
     lowest = min((published, *(view.lowest if limit is None else view.report.floor for view in handling)))
-    if lowest >= position:
+    if lowest >= end:
         return True
     looked = 0
     async for event in store.read_all(after=lowest, filter=CARRIED):
-        if event.position > position:
+        if event.position > end:
             break
         if looked == limit:
             return False
@@ -132,7 +158,7 @@ async def _count(
         if relay is not None and event.position > published:
             relay.behind += 1
         for view in handling:
-            view.compare(event, bucket)
+            view.compare(event, bucket, under_way=event.position > position)
     return True
 
 
@@ -191,7 +217,7 @@ class _View:
         """Everything up to here is settled, for every handler."""
         return min(self.report.floor, self.roster.first) if self.roster.spans else self.report.floor
 
-    def compare(self, event: RecordedEvent, bucket: int) -> None:
+    def compare(self, event: RecordedEvent, bucket: int, *, under_way: bool) -> None:
         self.report.behind += event.position > self.report.floor
         if not self.service.handlers_of(event.type):
             return
@@ -201,6 +227,9 @@ class _View:
                 if handler.pending_count is not None:
                     handler.pending_count += handler.handler in late
             return
+        if under_way:
+            self.report.on_the_way += 1
+            return
         self.report.pending_count += 1
         if len(self.report.pending) < NAMED:
             self.report.pending.append(
@@ -208,7 +237,7 @@ class _View:
             )
 
 
-async def _look(service: Declaration, database: Database | None, log_id: UUID) -> _View:
+async def _look(service: Declaration, database: Database | None, log_id: UUID, baseline: Baseline | None) -> _View:
     if database is None:
         return _View(
             ServiceReport(service.name, floor=-1, ran=False, missing=True),
@@ -225,12 +254,7 @@ async def _look(service: Declaration, database: Database | None, log_id: UUID) -
         if not report.ran:
             others = sa.select(floors.c.log).where(floors.c.service == service.name).order_by(floors.c.log).limit(1)
             report.other_log = await connection.scalar(others)
-        report.staged_count = await _rows(connection, staged, of)
-        if report.staged_count:
-            rows = await connection.execute(sa.select(staged).where(*of(staged)).order_by(staged.c.id).limit(NAMED))
-            report.staged = [
-                StagedSummary(row.event_id, row.type, row.stream, row.cause, row.requested) for row in rows
-            ]
+        await _look_at_staged(connection, of, report, None if baseline is None else baseline.staged)
         report.held_count = await _rows(connection, held, of)
         if report.held_count:
             rows = await connection.execute(sa.select(held).where(*of(held)).order_by(held.c.position).limit(NAMED))
@@ -266,6 +290,23 @@ async def _look(service: Declaration, database: Database | None, log_id: UUID) -
     roster = Roster(service.handlers_of, {})
     roster.read({}, [span for span in found if span.handler in service.named])
     return _View(report, service, settled, roster)
+
+
+async def _look_at_staged(
+    connection: AsyncConnection, of: Own, report: ServiceReport, before: Mapping[str, frozenset[str]] | None
+) -> None:
+    """Count the staged events, and name the first; those that were not there `before` are on their way."""
+    columns = [staged.c[name] for name in StagedSummary.__slots__]
+    query = sa.select(*columns).where(*of(staged)).order_by(staged.c.id)
+    if before is None:
+        report.staged_count = await _rows(connection, staged, of)
+        found = [StagedSummary(*row) for row in await connection.execute(query.limit(NAMED))]
+    else:
+        rows = [StagedSummary(*row) for row in await connection.execute(query)]
+        found = [row for row in rows if row.event_id in before.get(report.service, ())]
+        report.staged_count = len(found)
+        report.on_the_way += len(rows) - len(found)
+    report.staged = found[:NAMED]
 
 
 async def _first_due(connection: AsyncConnection, of: Own, service: Declaration) -> float | None:
