@@ -9,9 +9,9 @@ KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
-# Each process of pytest starts a broker and a database of its own, and one that has nothing left to do takes tests from
-# the other. Where a broker or database is named instead, there is one for all.
-SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numprocesses 2 --dist worksteal)
+# Three processes for two cores, because many tests wait for processes of their own. Each starts a broker and a database,
+# and one that has nothing left to do takes tests from the others. Where a broker or database is named, there is one for all.
+SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numprocesses 3 --dist worksteal)
 # Which tests run where: the markers in pyproject.toml say what each is for.
 TESTS := not faults and not slow
 
@@ -63,9 +63,10 @@ wheel: $(INSTALLED)
 pytest: $(INSTALLED) broker database
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "$(TESTS)"
 
-# One after the other: they count the seconds until all is well again.
+# Side by side, but for those that promise something within seconds. A file breaks one broker, so its tests stay together.
 faults: $(INSTALLED) broker database
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest $(if $(SIDE_BY_SIDE),--numprocesses 2 --dist loadfile) -m "faults and not timed"
+	$(BIN)/pytest -m timed tests/faults
 
 # The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
 served: $(INSTALLED) broker

@@ -35,6 +35,7 @@ async def test_broker_killed_in_the_middle_of_publishing(
 
 
 @pytest.mark.faults
+@pytest.mark.timed
 async def test_broker_restarted_in_good_order(rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered) -> None:
     harmed.relay()
     harmed.service()

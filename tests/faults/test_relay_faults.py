@@ -45,6 +45,7 @@ async def test_two_relays_publish_at_once(stage: Stage, recovered: Recovered) ->
 
 
 @pytest.mark.faults
+@pytest.mark.timed
 async def test_standby_leads_soon_after_the_death_of_the_leader(stage: Stage, recovered: Recovered) -> None:
     stage.service()
     leader, _ = await leader_and_standby(stage)
@@ -57,6 +58,7 @@ async def test_standby_leads_soon_after_the_death_of_the_leader(stage: Stage, re
 
 
 @pytest.mark.faults
+@pytest.mark.timed
 async def test_standby_leads_soon_after_the_leader_has_lost_its_connection(stage: Stage, recovered: Recovered) -> None:
     stage.service()
     async with Proxy(stage.bus) as proxy:
@@ -75,6 +77,7 @@ async def test_standby_leads_soon_after_the_leader_has_lost_its_connection(stage
 
 
 @pytest.mark.faults
+@pytest.mark.timed
 async def test_standby_leads_when_nothing_is_heard_of_the_leader(stage: Stage, recovered: Recovered) -> None:
     """The leader's connection is a black hole in both directions: neither side learns of its end."""
     stage.service()
@@ -92,6 +95,7 @@ async def test_standby_leads_when_nothing_is_heard_of_the_leader(stage: Stage, r
 
 
 @pytest.mark.faults
+@pytest.mark.timed
 async def test_relay_paused_past_a_takeover_and_resumed(stage: Stage, recovered: Recovered) -> None:
     stage.service()
     leader, standby = await leader_and_standby(stage)

@@ -75,6 +75,7 @@ def few(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow("five days twice; the next test trades a few of them, and test_flow.py a day in one process")
 async def test_five_days_of_real_orders_and_a_second_run_that_does_nothing_twice(tmp_path: Path) -> None:
     first = await run(tmp_path / "demo")
     proves_its_invariants(first)
