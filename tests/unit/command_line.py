@@ -54,13 +54,13 @@ def _logging_kept() -> Iterator[None]:
 
 
 def _runner() -> CliRunner:
-    """Click before 8.2 mixes standard error into the output, unless it is told not to."""
+    """Return a runner. Click before 8.2 mixes standard error into the output unless told otherwise."""
     options: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
     return CliRunner(**options)
 
 
 def invoke(*arguments: str, input: str | bytes | None = None) -> Ended:
-    """`tidings ARGUMENTS`, with nobody at the terminal."""
+    """Run `tidings ARGUMENTS` without a terminal."""
     with _logging_kept():
         result = _runner().invoke(app, list(arguments), input=input, prog_name="tidings")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -85,17 +85,17 @@ other = Service("other")
 
 @shop.on(OrderCreated)
 async def take(event: OrderCreated, context: Context) -> None:
-    """Nothing is done, and done it is."""
+    """Do nothing, successfully."""
 
 
 @shop.on(Poisoned, retry=Retry(attempts=1, permanent=(ValueError,)))
 async def die(event: Poisoned) -> None:
-    """Becomes a dead letter."""
+    """Fail, so that the event becomes a dead letter."""
     raise ValueError("it is \x1b[31mpoison")
 
 
 def run_shop(folder: Path, *events: tuple[str, Event]) -> None:
-    """Run `shop` embedded in a folder until these events of streams, too, are settled."""
+    """Run `shop` embedded in a folder until these events are settled, too."""
 
     async def work() -> None:
         settings = Settings(
@@ -129,7 +129,7 @@ async def try_it(event: Unlucky) -> None:
 
 
 def run_holding(folder: Path, *events: tuple[str, Event], held: int) -> None:
-    """Run `holding` embedded in a folder until it holds so many events, and nothing else is left to do."""
+    """Run `holding` embedded in a folder until it holds this many events and has nothing else to do."""
 
     async def work() -> None:
         settings = Settings(

@@ -156,7 +156,7 @@ class Published(Event):
 
 
 class Document(Aggregate, category="document"):
-    """A document has a version, an id, a category and records of its own, and things can be applied to it."""
+    """An aggregate may have attributes `version`, `id`, `category` and methods `record` and `apply` of its own."""
 
     category = "novels"
     evolutions: ClassVar[list[str]] = []  # type: ignore[assignment]

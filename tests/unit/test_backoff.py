@@ -21,7 +21,7 @@ NUMBERS = st.integers(1, 100_000)
 
 
 def virtually(work: Coroutine[Any, Any, Any]) -> tuple[Any, float]:
-    """Run it where time jumps to the next timer; return its result and the seconds that it took."""
+    """Run it where time jumps to the next timer. Return its result and the seconds that it took."""
     loop = SimulatedLoop()  # type: ignore[abstract]
     result = loop.run_until_complete(work)
     return result, round(loop.time(), 2)

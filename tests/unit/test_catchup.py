@@ -45,7 +45,7 @@ class Lanes:
 
 
 class Log:
-    """Before it gives the event at a position, it does what `at` says."""
+    """A store that calls `at` before it yields the event at a position."""
 
     def __init__(self, at: dict[int, Any]) -> None:
         self._at = at
@@ -88,7 +88,7 @@ async def test_a_handler_that_is_not_paused_catches_up_beside_one_that_is() -> N
 
 
 async def catch_up(*at: tuple[int, Any]) -> tuple[list[int], list[int]]:
-    """One reading; every event takes long enough for its progress to be noted."""
+    """Read once. Every event takes long enough for its progress to be noted."""
     roster, seconds = Roster(lambda kind: (LATE,), {}), [0.0]
     roster.read({}, behind(-1))
 

@@ -25,7 +25,7 @@ OTHER = "tests.unit.command_line:other"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, and no settings."""
+    """An empty current folder, without settings."""
     for name in ("STORE", "BUS", "DATABASE", "SERVICES", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -292,7 +292,7 @@ def test_the_expected_version_is_kept_and_a_repetition_with_an_id_is_written_onc
 
 
 class Racing:
-    """A store to which somebody appends each time that its head was read."""
+    """A store to which another process appends after every read of its head."""
 
     def __init__(self, store: EventStore) -> None:
         self._store = store

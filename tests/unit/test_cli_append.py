@@ -43,7 +43,7 @@ class Cancelled(Event, key="order_id"):
 class Order(Aggregate, category="order"):
     @evolves(Cancelled)
     def _cancelled(self, event: Cancelled) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 producing, viewing, newer, other = Service("producing"), Service("viewing"), Service("newer"), Service("other")
@@ -51,22 +51,22 @@ producing, viewing, newer, other = Service("producing"), Service("viewing"), Ser
 
 @producing.on(Ordered)
 async def see_ordered(event: Ordered) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 @viewing.on(OrderView)
 async def see_view(event: OrderView) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 @newer.on(NewerView)
 async def see_newer(event: NewerView) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 @other.on(ByPence)
 async def see_by_pence(event: ByPence) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 HERE = "tests.unit.test_cli_append"

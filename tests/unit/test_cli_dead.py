@@ -16,7 +16,7 @@ OTHER = "tests.unit.command_line:other"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two dead letters of `shop`, and an event that was handled."""
+    """A folder with two dead letters of `shop` and a handled event."""
     for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.setenv("TIDINGS_SERVICES", SHOP)

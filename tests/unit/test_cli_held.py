@@ -17,7 +17,7 @@ OTHER = "tests.unit.command_line:other"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four held events, one of which only waits behind another, and one that was handled."""
+    """A folder with four held events, one of which only waits behind another, and a handled event."""
     for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.setenv("TIDINGS_SERVICES", HOLDING)

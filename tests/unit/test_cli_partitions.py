@@ -107,7 +107,7 @@ def test_status_names_every_queue_of_a_divided_service_that_is_not_well(folder: 
 
 HERE = ServiceFacts("shop.0", marker_age=1, marker=9, floor=9, settled=9)
 THERE = ServiceFacts("shop.1", settled=9)
-"""Another process is at work on it."""
+"""Let another process be at work on a partition."""
 WHOLE = ServiceFacts("shop", settled=9, partitions=(HERE, THERE))
 
 

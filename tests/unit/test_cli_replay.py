@@ -20,7 +20,7 @@ TABLES = ("watermarks", "floors", "replay", "held", "dead", "staged", "schema")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three events that `shop` handled, and a dead letter."""
+    """A folder with three events that `shop` handled, and a dead letter."""
     for name in ("STORE", "BUS", "DATABASE", "DEBUG", "SERVICES"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def declare_anew(monkeypatch: pytest.MonkeyPatch, handler: Handler) -> None:
 
 @pytest.fixture
 def handled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The orders that `shop` takes from now on."""
+    """Return the orders that `shop` handles from now on."""
     found: list[str] = []
     (handler,) = shop.handlers["OrderCreated"]
 

@@ -31,7 +31,7 @@ FITS = Found("queue", "tidings.shop", "fits", "", 3, 1)
 
 
 class StubBus:
-    """Only inspected: `queue` is what is found of the service's queue; None: the bus is away."""
+    """A bus that is only inspected. `queue` is the result for the service's queue; with None the bus is down."""
 
     def __init__(self, queue: Found | None) -> None:
         self._queue = queue
@@ -58,7 +58,7 @@ def seen(
     target: str = SHOP,
     service: Service = shop,
 ) -> State:
-    """One look, `later` seconds from now."""
+    """Look once, `later` seconds from now."""
 
     async def work() -> State:
         settings = Settings(bus=bus, database="sqlite:///{service}.db")
@@ -70,7 +70,7 @@ def seen(
 
 
 def write(*events: tuple[str, str], checkpoint: int | None = None) -> None:
-    """Streams and types, while nothing runs."""
+    """Append events to streams while nothing runs."""
 
     async def work(store: EventStore) -> None:
         for stream, name in events:
@@ -151,7 +151,7 @@ def test_counts_that_ended_early_say_so(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_only_follows_from_a_cause_stands_under_it(folder: Path) -> None:
-    """The relay is down, so events are pending; nobody is sent to look at the service."""
+    """The relay is down, so events are pending. No one is told to look at the service."""
     run_shop(folder)
     write(("order-1", "OrderCreated"), checkpoint=-1)
     state = seen(later=LATE + 5, queue=Found("queue", "tidings.shop", "fits", messages=0, consumers=1))
@@ -198,7 +198,7 @@ def test_a_database_that_takes_no_writes_is_unhealthy_though_it_can_be_read(
 def test_processes_that_do_not_report_any_more_hide_no_database_that_takes_no_writes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, silent: float, named: bool
 ) -> None:
-    """A process is still there, and cannot say so."""
+    """A process still exists, but cannot report."""
 
     async def refuse(self: Database) -> None:
         self.writes.failed(DatabaseUnavailable("database shop.db: attempt to write a readonly database"))
@@ -376,7 +376,7 @@ def test_a_database_that_follows_another_log_is_named_with_both(folder: Path) ->
 
 
 async def announce(*rows: tuple[str, float]) -> None:
-    """Processes with these versions, seen so many seconds ago."""
+    """Record processes with these code versions, seen some seconds ago."""
     from tidings.database.engine import open_database
     from tidings.database.tables import processes
 
@@ -464,7 +464,7 @@ def test_watch_begins_before_there_is_a_log(folder: Path, monkeypatch: pytest.Mo
 
 
 def _outside(function: Callable[[str], None], line: str) -> None:
-    """Run it where no event loop runs."""
+    """Run it in a thread without an event loop."""
     failed: list[BaseException] = []
 
     def call() -> None:

@@ -17,7 +17,7 @@ second = Service("second")
 
 @second.on(OrderCreated)
 async def take(event: OrderCreated) -> None:
-    """Nothing is done, and done it is."""
+    """Do nothing, successfully."""
 
 
 @pytest.fixture(autouse=True)

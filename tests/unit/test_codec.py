@@ -183,7 +183,7 @@ def test_unknown_fields_are_ignored() -> None:
     ],
 )
 def test_every_old_version_is_lifted_step_by_step(version: int, document: dict[str, Any]) -> None:
-    """Validated as JSON, too: a strict view takes a decimal from a text only there."""
+    """Upcast data is validated as JSON, too: only there does a strict view accept a decimal as text."""
     lifted = decode(written(document, version), Lifted)
     assert lifted == Lifted(amount=Decimal("1.50"), currency="GBP", tags=())
 

@@ -32,7 +32,7 @@ class Database:
 
 
 class Progress:
-    """Its floor is due at once where it is asked for now, else never."""
+    """Progress whose floor is due at once if it is asked for now, and otherwise never."""
 
     def __init__(self) -> None:
         self.floor = self.stored = self.caught = -1

@@ -157,7 +157,7 @@ def test_an_idempotency_key_depends_on_its_suffix_not_on_what_was_emitted() -> N
 
 
 def test_identities_never_change_between_releases() -> None:
-    """A staged event of an older release must be recognised by a newer one."""
+    """A newer release must recognise a staged event of an older one."""
     assert str(context().emit("s", Reserved(sku="a"))) == "a1af7eea-8c68-5043-8375-2ea838691df1"
     assert context().idempotency_key("mail") == "8c12e003-0baa-5520-af28-fbb9f6c88e3f"
 

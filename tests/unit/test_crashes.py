@@ -20,7 +20,7 @@ class Clock:
 
 
 def note(caution: Caution, position: int) -> int:
-    """Take it, and note it alone; the number that is written."""
+    """Take an event and note it alone. Return the number that is written."""
     caution.taken(position, 1)
     assert position in caution.group([position])
     return caution.note(position)[1]
@@ -137,7 +137,8 @@ def test_an_event_that_is_tried_again_waits_until_its_former_note_is_gone() -> N
 
 
 def test_who_has_noted_an_event_itself_and_lives_does_not_condemn_it_for_that() -> None:
-    """The other process took the first unclean end for a crash, and so counts two; only its own may have been one."""
+    """The other process took the first unclean end for a crash, so it counts two, of which only its own may have been
+    one."""
     caution = Caution(Clock())
     caution.begin({}, 10, blind=True)
     note(caution, 1)
@@ -201,9 +202,9 @@ def test_a_suspect_that_was_not_run_stays_one() -> None:
 
 
 class TwoProcesses(RuleBasedStateMachine):
-    """Two cautions over one table of notes, which a queue is given to in turn, at any moment, also while notes and
-    forgetting are in transactions under way. Nobody crashes: so nobody is ever condemned, and in the end no note is
-    left, and nobody waits."""
+    """A model of two cautions over one table of notes. A queue moves between them at any moment, even while
+    transactions that note and forget are under way. No process crashes, so no event is ever condemned, and in the end
+    no note is left and nothing waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +229,7 @@ class TwoProcesses(RuleBasedStateMachine):
 
     @rule(blind=st.booleans())
     def take_over_slowly(self, blind: bool) -> None:
-        """Between reading the notes and knowing them, commits end."""
+        """Commits end between reading the notes and knowing them."""
         self.active = 1 - self.active
         read = self.start_read()
         self.commit(self.active)
@@ -248,7 +249,7 @@ class TwoProcesses(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def take(self, who: int) -> None:
-        """An event of a lane: a new one, or one that the other has, too."""
+        """Let one side take an event: a new one, or one that the other has, too."""
         caution = self.cautions[who]
         if caution.holds():
             return
@@ -264,7 +265,7 @@ class TwoProcesses(RuleBasedStateMachine):
 
     @rule()
     def note(self) -> None:
-        """Only who is at work may: the database sees to that."""
+        """Begin to write notes. Only the process at work can: the database makes sure of that."""
         group = self.caution.group(self.waiting[self.active])
         for position in group:
             self.waiting[self.active].remove(position)
@@ -322,8 +323,8 @@ TestTwoProcesses.settings = settings(max_examples=200, stateful_step_count=40, d
 
 
 def lives(events: Iterable[int], guilty: int, slow: frozenset[int], blind: bool) -> tuple[int, list[int]]:
-    """Processes over these events; the guilty one ends its process as it begins, slow ones go on until something must
-    wait for them. Returns the number of processes that it took, and who was condemned."""
+    """Run processes over these events. The guilty event ends its process when it begins; slow ones go on until
+    something must wait for them. Return the number of processes, and the condemned events."""
     todo, dead = list(events), list[int]()
     table, under_way = dict[int, int](), list[int]()
 

@@ -146,7 +146,7 @@ async def test_a_database_in_memory_is_one_database(tmp_path: Path) -> None:
 
 
 async def test_what_a_driver_raises_while_it_connects_is_the_databases_outage(tmp_path: Path) -> None:
-    """asyncpg's errors there are none of SQLAlchemy's."""
+    """Some errors of asyncpg are not wrapped by SQLAlchemy."""
 
     def refuse(*_: object) -> None:
         raise ConnectionRefusedError(111, "Connect call failed")
@@ -179,7 +179,8 @@ async def test_a_connection_that_is_lost_within_a_transaction_hides_no_error(tmp
 def test_of_errors_that_sqlalchemy_does_not_class_the_servers_state_says_whose_they_are(
     state: str, outage: bool
 ) -> None:
-    """A deadlock, a shutdown, no connection left are the database's; a statement's timeout is the handler's."""
+    """A deadlock, a shutdown or a lack of connections is the database's failure; a statement's timeout is the
+    handler's."""
 
     class Refused(Exception):
         sqlstate = state

@@ -15,7 +15,7 @@ CLASSES = {name: kind for name, kind in vars(errors).items() if isinstance(kind,
 
 
 def drawn() -> dict[str, str | None]:
-    """Name to parent, read from the module's drawing."""
+    """Return name to parent, read from the tree in the module's docstring."""
     parents: dict[str, str | None] = {}
     path: list[str] = []
     for line in (errors.__doc__ or "").splitlines():

@@ -188,7 +188,7 @@ def test_a_key_that_each_service_would_write_in_its_own_way_is_refused(kind: Any
 
 
 class Steps:
-    """Shared by services that do not import each other."""
+    """A mixin that services share without importing each other."""
 
     @staticmethod
     @upcaster(1)

@@ -29,7 +29,8 @@ PREFIXES = st.lists(st.text(st.sampled_from("ab.$-*[ (é"), min_size=1, max_size
 
 
 def passes(filter: Filter, event: RecordedEvent) -> bool:
-    """As the server does it: one expression, on the name or the type, prefixes or a pattern that is searched for."""
+    """Evaluate a filter as the server does: one expression on the name or the type, either prefixes or a pattern that
+    is searched for."""
     options = streams_pb2.ReadReq.FromString(wire.read_all_request(-1, filter)).options
     kind = options.filter.WhichOneof("filter")
     if kind is None:
@@ -99,7 +100,7 @@ def test_a_refused_append_becomes_an_error_of_the_port() -> None:
 
 
 class AccessDeniedError(Exception):
-    """As the client of EventStoreDB raises it."""
+    """Return an error as EventStoreDB's client raises it."""
 
 
 def test_what_the_server_cannot_say_is_undecided() -> None:
@@ -140,7 +141,7 @@ def test_a_refusal_that_counts_from_minus_one_unsigned_says_minus_one() -> None:
 
 
 def test_an_empty_append_that_succeeds_on_a_tombstoned_stream_is_refused() -> None:
-    """As KurrentDB 26.1 answers it."""
+    """Return an error as KurrentDB 26.1 answers it."""
     answer = wire.Answer()
     answer.success.current_revision = BIGGEST
     assert isinstance(wire.outcome_of(answer, "s", ANY, 0), StreamDeleted)

@@ -48,7 +48,7 @@ NAMES = ("plain", "far", "decorated", "given", "bound", "part", "apart", "endles
 
 
 def fingerprints(folder: Path, app: str = APP, helping: str = HELPING, seed: str = "1") -> dict[str, str]:
-    """As another process computes them."""
+    """Return the fingerprints that another process computes."""
     folder.mkdir(exist_ok=True)
     (folder / "app.py").write_text(app)
     (folder / "helping.py").write_text(helping)

@@ -16,7 +16,7 @@ WORD: ContextVar[str] = ContextVar("word", default="nobody's")
 
 @pytest.fixture
 async def first_step() -> AsyncIterator[FirstStep]:
-    """With a spare task that has started."""
+    """Prepare a spare task that has started."""
     found = FirstStep()
     await ended(found, nothing())
     await asyncio.sleep(0)
@@ -134,7 +134,7 @@ async def test_cancelled_from_outside_it_hears_of_it_where_it_waits(first_step: 
 
 
 async def test_cancelled_before_the_loop_has_turned_what_has_begun_hears_of_it(first_step: FirstStep) -> None:
-    """The spare task was taken, and the one after it has not started yet."""
+    """The spare task is taken, and the next one has not started yet."""
     begun, heard = [], []
 
     async def work(number: int) -> None:

@@ -70,7 +70,7 @@ def whole() -> Message:
 
 
 def read(message: Message) -> Stamped | Marker | None:
-    """As the intake does; None where it is refused."""
+    """Decode a message as the intake does. Return None if it is refused."""
     try:
         if message.type == MARKER and "tidings-position" not in message.headers:
             return Marker.decode(message)
@@ -119,7 +119,7 @@ def test_whatever_a_broker_delivers_is_a_message_of_ours_or_malformed(
 
 @pytest.mark.parametrize("name", ["cloudEvents_subject", "cloudEvents_type", "cloudEvents_partitionkey"])
 def test_a_text_that_no_database_could_keep_is_refused(name: str) -> None:
-    """No AMQP library reads one, but another bus may bring it."""
+    """No AMQP library yields such a value, but another bus may."""
     changed = {name: "a\ud800", "tidings-bucket": bucket_of("a\ud800" if name.endswith("key") else "k")}
     message = replace(whole(), headers={**whole().headers, **changed})
     with pytest.raises(MalformedMessage, match="UTF-8"):
@@ -158,7 +158,7 @@ def test_metadata_is_a_document_or_empty_and_every_event_has_a_key(metadata: byt
 
 
 class OneEvent:
-    """A store whose every stream ends with one event."""
+    """A store in which every stream ends with one given event."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -223,7 +223,7 @@ odd_numbers = (
 def test_no_number_on_a_command_line_is_a_defect(
     command: list[str], number: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answered, or refused in words: never the exit code of an error that nobody expected."""
+    """Every command line is answered or refused in words, never with the exit code of an unexpected error."""
     for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.setenv("TIDINGS_SERVICES", "tests.unit.command_line:shop")

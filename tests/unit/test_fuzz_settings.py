@@ -64,7 +64,7 @@ def urls(schemes: list[str], options: list[str]) -> st.SearchStrategy[str]:
 
 
 def refused_safely(attempt: Callable[[], T]) -> T | None:
-    """What comes of it; None where it was refused, by an error that does not say the password."""
+    """Return the result, or None if it was refused. Asserts that the error does not contain the password."""
     refusal = None
     try:
         return attempt()
@@ -131,7 +131,7 @@ def test_an_esdb_url_opens_or_is_refused(url: str) -> None:
 @example("sqlite+tidings:///file.db")
 @settings(deadline=None, max_examples=60)
 def test_a_database_url_makes_an_engine_or_is_refused(url: str) -> None:
-    """No connection is made."""
+    """Prevent connections."""
     refused_safely(lambda: opens(lambda: connected(url)))
 
 

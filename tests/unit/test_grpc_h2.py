@@ -28,14 +28,14 @@ def framed(*messages: bytes) -> bytes:
 
 
 class Peer(asyncio.Protocol):
-    """A server of one connection that does nothing by itself but acknowledge settings and answer pings."""
+    """A server with one connection. By itself it only acknowledges settings and answers pings."""
 
     def __init__(self, settings: dict[SettingCodes, int]) -> None:
         self.h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
         self.h2.local_settings = Settings(client=False, initial_values=settings)
         self.events: list[Event] = []
         self.deaf = False
-        """It reads, and neither answers nor acts: as a process that was stopped."""
+        """Read and do nothing, like a process that was stopped."""
         self.transport: asyncio.Transport | None = None
         self._changed = asyncio.Event()
 
@@ -56,7 +56,7 @@ class Peer(asyncio.Protocol):
         self.transport.write(self.h2.data_to_send())
 
     async def seen(self, kind: type[Event], count: int = 1) -> list[Any]:
-        """Wait for events of that kind."""
+        """Wait for events of this kind."""
         async with asyncio.timeout(PATIENCE):
             while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
                 self._changed.clear()
@@ -64,12 +64,12 @@ class Peer(asyncio.Protocol):
         return found
 
     async def request(self, count: int = 1) -> int:
-        """The number of the `count`-th call."""
+        """Return the stream id of the `count`-th call."""
         return int((await self.seen(RequestReceived, count))[count - 1].stream_id)
 
     @property
     def taken(self) -> int:
-        """Bytes of all messages that came."""
+        """Return the bytes of all messages so far."""
         return sum(len(event.data or b"") for event in self.events if isinstance(event, DataReceived))
 
     async def took(self, size: int) -> None:
@@ -90,7 +90,7 @@ class Peer(asyncio.Protocol):
 async def met(
     settings: dict[SettingCodes, int] | None = None, **options: float
 ) -> AsyncIterator[tuple[Connection, Peer]]:
-    """A connection, and its peer."""
+    """Yield a connection and its peer."""
     peers: list[Peer] = []
 
     def peer() -> Peer:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Peer(grpc.GenericRpcHandler):  # type: ignore[misc, name-defined, unused-ignore] # gRPC has no types
-    """Methods of bytes: what they do is in their names."""
+    """gRPC methods on bytes; their names say what they do."""
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
@@ -163,7 +163,7 @@ async def test_a_server_that_stops_at_once_fails_the_call() -> None:
 
 
 async def serve() -> None:
-    """What the other process does."""
+    """The program of the other process."""
     async with served() as (_, _, port):
         print(port, flush=True)
         await asyncio.sleep(3600)
@@ -171,7 +171,7 @@ async def serve() -> None:
 
 @pytest.fixture
 def other() -> Any:
-    """Its process and its port."""
+    """Yield the process and its port."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.unit.test_grpc_h2_peer"],
         cwd=ROOT,

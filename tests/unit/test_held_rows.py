@@ -30,7 +30,7 @@ def held_event(position: int, line: Line, attempts: int, due: float) -> HeldEven
 
 
 def random_rows(dice: random.Random) -> tuple[list[HeldEvent], list[tuple[int, Line, bool]]]:
-    """Held events, and dead letters (position, line, whether it holds the line)."""
+    """Held events, and dead letters (position, line, whether it blocks the line)."""
     rows, letters = [], []
     for position in range(1, dice.randrange(2, 40)):
         key, fate = dice.choice(KEYS), dice.random()
@@ -44,8 +44,8 @@ def random_rows(dice: random.Random) -> tuple[list[HeldEvent], list[tuple[int, L
 
 
 def have_their_turn(rows: list[HeldEvent], letters: list[tuple[int, Line, bool]], besides: set[Line]) -> list[int]:
-    """By the rules: the oldest of a key, when it is due or only waited, and what follows it up to a letter that holds
-    the key."""
+    """Return the held events that the rules allow: the oldest of each key, if it is due or only waited, and its
+    followers up to a letter that holds the key."""
     found: list[int] = []
     for key in set(KEYS) - besides:
         graves = [position for position, of, holds in letters if of == key and holds]

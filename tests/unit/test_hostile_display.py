@@ -31,7 +31,8 @@ from tidings.stores import ANY
 EVIL: Final = (
     "\x1b]0;owned\x07\x1b[2J\x1b[31m\r\n2026-01-01T00:00:00Z [info] forged\x9b1A\x85\u202eeslaf\u2066\u2028\x08\x7f"
 )
-"""Sets a title, clears, colours, forges a line, moves up (C1), breaks lines, reverses, isolates, deletes."""
+"""Text that sets a title, clears, colours, forges a line, moves up (C1), breaks lines, reverses, isolates and
+deletes."""
 JSON_OF_EVIL: Final = json.dumps({"text": EVIL, EVIL: [EVIL]}, ensure_ascii=False).encode()
 OBEYED: Final = "\x1b\x07\r\x9b\x85\u202e\u2066\u2028\x08\x7f"
 
@@ -63,14 +64,14 @@ async def wait(event: Waits, context: Context) -> None:
 
 
 class EvilBus:
-    """What a broker says of a queue may quote the arguments that somebody gave it."""
+    """A broker's message about a queue may quote arguments that somebody else gave it."""
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
         names = [("exchange", "tidings.events"), *(("queue", wanted.queue) for wanted in subscriptions)]
         return [Found("queue" if kind == "queue" else "exchange", name, "differs", EVIL) for kind, name in names]
 
     async def provision(self, subscription: Subscription) -> None:
-        """Leaves it as it is."""
+        """Return the text unchanged."""
 
 
 @asynccontextmanager
@@ -80,7 +81,7 @@ async def evil_bus(url: str) -> AsyncIterator[EvilBus]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose log, dead letters and held events are full of it."""
+    """A folder whose log, dead letters and held events are full of hostile text."""
     folder = tmp_path_factory.mktemp("evil")
     settings = Settings(
         store=f"sqlite:///{folder}/tidings.db", bus="memory://evil", database=f"sqlite:///{folder}/{{service}}.db"
@@ -135,7 +136,7 @@ SHOWN: Final[dict[str, list[list[str]]]] = {
     "topology diff": [[]],
     "topology apply": [[]],
 }
-"""Commands that show events, or what others said of them."""
+"""Commands that show events, or texts about them."""
 SILENT: Final = {
     "run",
     "relay",
@@ -156,7 +157,7 @@ SILENT: Final = {
     "partitions",
     "simulate",
 }
-"""Commands that show nothing of an event but numbers; what those that serve log is a matter of the log's tests."""
+"""Commands that show only numbers of events. Other tests look at the logs of commands that serve."""
 
 
 def commands(of: Any, name: str = "") -> Iterator[str]:
@@ -259,7 +260,7 @@ def stream() -> Iterator[io.StringIO]:
 
 
 def everything(text: str) -> None:
-    """Each way in which a text gets into the log."""
+    """Each way in which a text can get into the log."""
     log = structlog.get_logger("shop")
     log.warning(
         text, said=text, many=[text, {text: text}], raw=text.encode("utf-8", "surrogatepass"), error=OSError(text)

@@ -1,5 +1,5 @@
-"""What is no JSON, or made to hurt who parses it, is refused before it is parsed; every other document means what it
-says."""
+"""Data that is not JSON, or is made to harm its parser, is refused before it is parsed; every other document is read
+correctly."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_numbers_that_could_not_be_written_again_are_refused(document: bytes) ->
 
 @pytest.mark.parametrize("document", [b'{"anything":NaN}', b'{"more":[-Infinity]}', b'{"more":' + nested(250) + b"}"])
 def test_an_event_whose_data_is_no_json_is_refused_in_whatever_field_it_is(document: bytes) -> None:
-    """Fields that a view does not declare, too: pydantic alone would pass over them."""
+    """Undeclared fields are checked, too: pydantic alone would ignore them."""
     for view in (Free, Lifted):
         with pytest.raises(SchemaError, match=r"order-1@3 .* its data cannot be read: it (has NaN|nests more)"):
             decode(recorded(document), view)
@@ -119,7 +119,7 @@ def test_bombs_are_refused_everywhere_with_the_error_that_is_documented(bomb: by
 
 @given(json_values)
 def test_old_and_new_versions_of_an_event_are_read_alike(value: Any) -> None:
-    """The one by pydantic's parser, the other by Python's."""
+    """Parse the same document with pydantic's parser and with Python's."""
     document = json.dumps({"anything": value}).encode()
     direct, lifted = (
         decode(recorded(document, b'{"schemaVersion":%d}' % version), Lifted).anything for version in (2, 1)

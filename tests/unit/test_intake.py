@@ -25,7 +25,7 @@ LOG = uuid4()
 
 
 class Silent:
-    """A bus that lets time go by, gives one marker, and then nothing any more. Time is here, too."""
+    """A bus, and a clock: time passes, one marker arrives, and then nothing more."""
 
     def __init__(self, silence: float) -> None:
         self.silence = silence
@@ -47,8 +47,8 @@ class Silent:
 
 
 async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) -> tuple[list[str], list[int]]:
-    """What a process logs, and floors that it began from anew, that knew of floor `known` where `settled` is committed;
-    raises what ends it."""
+    """Run a process that knows floor `known` where `settled` is committed. Return its log events, and the floors from
+    which it began anew. Raises what ends it."""
     begun: list[int] = []
     accepted = Accepted(ALL_BUCKETS, known, {})
 
@@ -112,7 +112,7 @@ async def test_work_of_an_earlier_connection_is_given_up_where_another_process_h
 
 
 class Unbound(Silent):
-    """Brings nothing before it was provisioned three times; the second time it cannot be reached."""
+    """A bus that delivers nothing before it was provisioned three times, and cannot be reached the second time."""
 
     provisioned = 0
 
@@ -129,7 +129,7 @@ class Unbound(Silent):
 
 
 async def test_a_service_that_hears_no_marker_binds_its_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The relay makes a deleted exchange anew, but not the bindings of the services."""
+    """The relay creates a deleted exchange again, but not the bindings of services."""
     monkeypatch.setattr("tidings.delivery.intake.SILENCE_SECONDS", 0.01)
     events, _ = await taking(Unbound(1), known=6, settled=6)
     assert events == ["service.connected", "bus.silent", "service.consuming"]

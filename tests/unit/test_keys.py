@@ -66,7 +66,7 @@ def test_a_key_blocks_in_its_own_bucket_until_nothing_is_left_that_blocks_it() -
 
 
 def test_those_behind_a_held_event_that_was_left_alone_wait_until_the_key_is_looked_for_again() -> None:
-    """Its handler is paused: what comes behind it in the lane must not overtake it."""
+    """Its handler is paused: later events of the lane must not overtake it."""
     keys = Keys()
     keys.read({0: {A: 2}}, ())
     keys.fly(A)
@@ -131,7 +131,7 @@ def test_no_two_keys_are_one_text_in_the_rows_and_a_plain_one_is_itself(keys: li
 
 @dataclass
 class Database:
-    """What is committed: held events and dead letters that hold, by line; and which events are done with."""
+    """What is committed: held events and blocking dead letters by line, and events that are done."""
 
     held: dict[Line, list[HeldEvent]] = field(default_factory=dict)
     graves: dict[Line, int] = field(default_factory=dict)
@@ -154,7 +154,7 @@ class Database:
 
 @dataclass
 class World:
-    """One bucket: its lane, the next commit, and what the service believes of its keys."""
+    """One bucket: its lane, the next commit, and what the service believes about its keys."""
 
     keys: Keys = field(default_factory=Keys)
     database: Database = field(default_factory=Database)
@@ -162,7 +162,7 @@ class World:
     batch: list[Item] = field(default_factory=list)
     ran: list[tuple[Line, int]] = field(default_factory=list)
     gone: set[int] = field(default_factory=set)
-    """Dead: they need not have run for later ones to run."""
+    """Dead events: later ones may run although these have not run."""
     appended: int = 0
 
     def append(self, line: Line) -> None:
@@ -207,7 +207,7 @@ class World:
         self.keys.read(self.database.blocked(), self.batch)
 
     def drop(self) -> None:
-        """The operator gives up whatever is dead."""
+        """Let the operator drop every dead letter."""
         self.database.graves.clear()
 
 

@@ -200,7 +200,7 @@ asyncio.run(main())
 
 
 def _run(folder: Path, configure: str = "") -> tuple[str, str]:
-    """Standard output and error of a script that runs a service."""
+    """Return standard output and error of a script that runs a service."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
     script = SCRIPT.replace("{configure}", configure)
     done = subprocess.run(

@@ -12,7 +12,7 @@ from tidings.settings import Settings
 
 
 async def test_a_database_that_never_answers_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a paused PostgreSQL: its system accepts the connection, and nobody says a word."""
+    """A port like a paused PostgreSQL's: the system accepts the connection, and nothing answers."""
     monkeypatch.setattr(looking, "ANSWER_SECONDS", 0.2)
     done = asyncio.Event()
 

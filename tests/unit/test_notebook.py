@@ -51,7 +51,7 @@ def test_a_closed_one_leaves_no_file_and_notes_nothing(tmp_path: Path) -> None:
 
 
 def test_its_place_on_the_disk_is_taken_before_it_is_mapped(tmp_path: Path) -> None:
-    """To write to a mapped page for which a full disk has no room ends the process with SIGBUS."""
+    """Writing to a mapped page for which a full disk has no room ends the process with SIGBUS."""
     path = tmp_path / "notebook"
     notebook = Notebook(str(path), 65)
     assert path.stat().st_blocks * 512 >= path.stat().st_size > 0

@@ -71,7 +71,7 @@ Wrapped = tuple[BaseException, bool]
 
 
 def _raised(error: BaseException, before: BaseException, how: str) -> BaseException:
-    """What comes out of a handler that meets one error while it has another."""
+    """Return the error that leaves a handler which meets one error while it handles another."""
     try:
         try:
             raise before
@@ -87,7 +87,7 @@ def _raised(error: BaseException, before: BaseException, how: str) -> BaseExcept
 
 @st.composite
 def wrapped(draw: st.DrawFn) -> Wrapped:
-    """An error as a handler may raise it, and whether there is an outage of the service's own in it."""
+    """An error as a handler may raise it, and whether it contains an outage of the service's own parts."""
     kinds = [(error, True) for error in own()] + [(error, False) for error in foreign()]
     error, outage = draw(st.sampled_from(kinds))
     for how in draw(st.lists(st.sampled_from(("from", "context", "from None", "group", "other", "again")), max_size=4)):

@@ -32,7 +32,7 @@ async def database() -> AsyncIterator[Database]:
 
 
 async def joined(database: Database, layout: Layout, log: UUID = LOG) -> list[Range]:
-    """Every partition joins."""
+    """Let every partition join."""
     for part in layout.subscriptions:
         await Inbox(database, "audit", log, part.buckets, epoch=layout.epoch).join()
     async with database.reading() as connection:
@@ -146,7 +146,7 @@ async def test_resizing_to_the_same_number_changes_nothing(database: Database) -
 async def test_no_sequence_of_resizings_takes_a_bucket_for_settled_that_was_not(
     steps: list[tuple[int, list[int]]],
 ) -> None:
-    """Between resizings, floors rise in some ranges; each bucket's true floor is kept beside."""
+    """Floors of some ranges rise between resizes. The model keeps each bucket's true floor."""
     async with open_database("sqlite://") as database:
         true = dict.fromkeys(ALL_BUCKETS, -1)
         layout = await lay_out(database, "audit", steps[0][0])
@@ -256,7 +256,7 @@ def test_only_the_one_at_work_is_asked() -> None:
 
 @given(st.integers(2, 24), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_asking_evens_out_and_comes_to_rest_whoever_is_first_in_line(count: int, processes: int, random) -> None:  # type: ignore[no-untyped-def]
-    """The bus gives a queue to whoever stands first in its line; who gives it up goes to the end."""
+    """The bus gives a queue to the first process in its line. A process that gives it up goes to the end."""
     names = [f"p{number}" for number in range(processes)]
     lines = [random.sample(names, processes) for _ in range(count)]
     for _ in range(50 * processes * count):

@@ -33,7 +33,7 @@ FEW = range(4)
 histories = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=40).map(
     lambda steps: [(sum(step for step, _ in steps[: n + 1]), bucket) for n, (_, bucket) in enumerate(steps)]
 )
-"""Logs: rising positions, each with one of four buckets."""
+"""Strategy of logs: rising positions, each with one of four buckets."""
 
 
 def event(stream: str = "order-1", metadata: bytes = b"", type: str = "Happened", position: int = 1) -> RecordedEvent:
@@ -50,7 +50,7 @@ def test_a_bucket_is_the_low_byte_of_the_crc_of_the_key(key: str) -> None:
 
 
 def test_buckets_of_known_keys_never_change() -> None:
-    """Watermarks are kept per bucket: another function would do everything again."""
+    """Watermarks are stored per bucket: with another function, everything would be handled again."""
     known = {key: bucket_of(key) for key in ("order-1", "", "größe-ß", "\N{SNOWMAN}")}
     assert known == {"order-1": 239, "": 0, "größe-ß": 99, "\N{SNOWMAN}": 84}
 
@@ -88,7 +88,8 @@ def test_without_a_usable_partition_key_the_stream_is_the_key(metadata: bytes) -
 
 
 def test_a_key_is_the_same_at_every_depth_of_the_stack_and_for_every_limit_of_integers() -> None:
-    """Relay and service may be different interpreters: a key that only one of them finds would do an event twice."""
+    """Relay and service may run different interpreters: if only one of them found a key, an event would be handled
+    twice."""
     near = b'{"partitionKey":"k","deep":' + b"[" * (NESTING - 1) + b"]" * (NESTING - 1) + b"}"
     beyond = b'{"partitionKey":"k","deep":' + b"[" * NESTING + b"]" * NESTING + b"}"
     number = b'{"partitionKey":"k","number":' + b"9" * 50_000 + b"}"

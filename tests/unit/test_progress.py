@@ -143,7 +143,7 @@ HANDLERS = ("first", "slow", "second", "third")
 
 
 def shared(position: int, *names: str) -> Batch:
-    """These handlers, of the event's four, have finished."""
+    """Note that these of the event's four handlers have finished."""
     batch = Batch()
     for name in names:
         handler = replace(item(position).handler, name=name)
@@ -156,7 +156,8 @@ def shared(position: int, *names: str) -> Batch:
 async def test_what_another_process_is_done_with_is_not_done_again_by_who_finishes_the_event(
     database: Database, known: int, theirs: int
 ) -> None:
-    """Both know the same handlers to be done; the other one goes on, and this one believes that it is alone."""
+    """Both processes know that the same handlers are done. The other one goes on, and this one believes that it is
+    alone."""
     ours = await Process(database).join()
     if known:
         await ours.commit(shared(5, *HANDLERS[:known]))

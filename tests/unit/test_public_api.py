@@ -64,7 +64,7 @@ PUBLIC = {
     "tidings.testing.store_conformance": """
         PATIENCE Reopen StoreConformance event events eventually numbers read take""",
 }
-"""Every public name, by module. A name that is added here is a promise; one that is taken away breaks somebody."""
+"""Every public name, by module. A name that is added is a promise; one that is removed breaks somebody's code."""
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -84,7 +84,7 @@ def test_everything_else_says_that_it_is_internal() -> None:
 
 
 def _imported(source: str) -> set[tuple[str, str]]:
-    """What Python code takes from Tidings, as module and name."""
+    """Return what Python code imports from Tidings, as module and name."""
     tree = ast.parse(source)
     taken = set()
     for node in ast.walk(tree):
@@ -98,7 +98,7 @@ def _imported(source: str) -> set[tuple[str, str]]:
 
 
 def _private(source: str) -> list[str]:
-    """What of it is not public."""
+    """Return the imports that are not public."""
     return [
         f"{module}.{name}".rstrip(".")
         for module, name in sorted(_imported(source))

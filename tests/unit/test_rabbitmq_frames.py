@@ -26,11 +26,11 @@ from tidings.errors import BusUnavailable
 from tidings.protocol.message import Message
 
 Theirs = commands.Basic.Properties
-"""As the broker sends them."""
+"""Encode frames as the broker sends them."""
 
 
 class _Wire(asyncio.Transport):
-    """Remembers what was written; nothing comes back."""
+    """A transport that remembers what was written and answers nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def written(link: Connection) -> bytes:
 
 
 async def turns(count: int = 5) -> None:
-    """Let everything run that can."""
+    """Let every ready task run."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -293,7 +293,7 @@ BODIES = [b"", b"one", b"x" * 51, b"four" * 30]
 
 
 async def consumer(link: Connection, limit: int = 1000) -> tuple[Channel, list[tuple[int, str | None, bytes]]]:
-    """A channel that consumes, and the list of what it was given."""
+    """Return a channel that consumes, and the list of its deliveries."""
     received: list[tuple[int, str | None, bytes]] = []
 
     def on_delivery(tag: int, properties: Properties | None, data: bytes) -> None:
@@ -310,7 +310,8 @@ async def consumer(link: Connection, limit: int = 1000) -> tuple[Channel, list[t
 
 
 def conversation() -> tuple[bytes, list[int]]:
-    """Deliveries, confirms, a return and a farewell; and the byte at which each delivery is complete."""
+    """Return the bytes of deliveries, confirms, a return and a close, and the offsets at which each delivery is
+    complete."""
     stream, complete = b"", []
     for tag, data in enumerate(BODIES, 1):
         stream += delivery(tag, data)

@@ -118,12 +118,12 @@ class Row(TypedDict):
 
 
 def field(annotation: Any, default: Any = ..., **options: Any) -> type[Event]:
-    """An event class with one field, `x`."""
+    """Declare an event class with one field, `x`."""
     return create_model("Made", __base__=Event, __cls_kwargs__=options, x=(annotation, default))
 
 
 def of(container: Any, *kinds: Any) -> Any:
-    """`container[kinds]`, for kinds that are known when the test runs."""
+    """Return `container[kinds]`, for kinds that are only known when the test runs."""
     return container[kinds if len(kinds) > 1 else kinds[0]]
 
 
@@ -298,7 +298,7 @@ def test_a_class_that_names_a_type_of_later_is_judged_when_it_is_used() -> None:
 
 
 async def handle(event: EarlySecret) -> None:
-    """Nothing."""
+    """Do nothing."""
 
 
 def test_a_class_that_names_a_type_of_never_is_refused_where_it_is_used() -> None:
@@ -692,7 +692,8 @@ def class_for(kind: Any) -> type[Event]:
 
 
 def shown(value: Any) -> str:
-    """An oracle of its own: all that a reader can tell apart. A moment's zone may come back as its offset."""
+    """An independent oracle: compare everything that a reader can distinguish. A time zone may come back as its
+    offset."""
     match value:
         case BaseModel():
             return f"{type(value).__name__}({ {name: shown(v) for name, v in vars(value).items()} })"
@@ -744,7 +745,7 @@ def test_so_does_one_whose_value_came_past_the_validation(declared: tuple[Any, A
 
 
 def with_equal_numbers(event: Event) -> None:
-    """Past the validation, a field may hold an equal value of another type than its own, as True for 1."""
+    """Without validation, a field may hold an equal value of another type, such as True for 1."""
     try:
         data = encode(event, id=ID)
     except SchemaError:

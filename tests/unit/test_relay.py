@@ -21,7 +21,7 @@ from tidings.stores import ANY, EVERYTHING, CaughtUp, Checkpoint, Filter, Record
 
 
 class ScriptedBus:
-    """Confirms everything, unless `trouble` raises for a message; remembers what was confirmed, in order."""
+    """A publisher that confirms every message unless `trouble` raises, and remembers the confirmed ones in order."""
 
     def __init__(self) -> None:
         self.confirmed: list[Message] = []
@@ -93,7 +93,7 @@ def bus() -> ScriptedBus:
 
 
 async def fill(store: EventStore, count: int, stream: str = "things") -> list[int]:
-    """Positions of `count` new events, in several streams."""
+    """Append `count` events to several streams. Return their positions."""
     return [(await store.append(f"{stream}-{n % 7}", [EventData("Thing", b"{}")])).position for n in range(count)]
 
 
@@ -297,7 +297,7 @@ async def test_a_checkpoint_above_the_end_of_the_log_is_reported_and_what_follow
 
 
 class Boasting:
-    """A store whose subscription says first that it looked at a place which its log has not reached."""
+    """A store whose subscription first sends a checkpoint beyond the end of its log."""
 
     def __init__(self, store: EventStore, boasts: list[Checkpoint | CaughtUp]) -> None:
         self._store = store
@@ -320,7 +320,7 @@ class Boasting:
 async def test_a_place_beyond_the_log_is_said_and_not_carried_on(
     store: EventStore, bus: ScriptedBus, kind: type[Checkpoint | CaughtUp], ahead: int
 ) -> None:
-    """What EventStoreDB 24.2 said on an empty log made the relay pass over every later event."""
+    """The checkpoint that EventStoreDB 24.2 sends on an empty log made the relay skip every later event."""
     boasting = cast("EventStore", Boasting(store, [kind(await store.head() + ahead)]))
     with capture_logs() as logs:
         async with relaying(boasting, bus):
@@ -333,7 +333,7 @@ async def test_a_place_beyond_the_log_is_said_and_not_carried_on(
 
 
 class Aged:
-    """A store whose events of one stream were recorded when no time has a form that services read."""
+    """A store in which the events of one stream have a time that services cannot read."""
 
     def __init__(self, store: EventStore) -> None:
         self._store = store

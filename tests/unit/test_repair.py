@@ -20,7 +20,7 @@ positions = st.integers(-1, 50)
 
 
 class Remembering:
-    """A bus that keeps what is sent."""
+    """A bus that keeps the messages."""
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
@@ -68,7 +68,7 @@ async def test_it_is_a_gap_to_who_is_behind_and_a_duplicate_to_who_is_not(
 async def test_the_relays_next_marker_means_what_it_meant_before(
     position: int, later: int, base: int, touched: dict[int, int]
 ) -> None:
-    """A service that heard the repair's marker, and has not begun its pass, judges as one that did not hear it."""
+    """A service that has heard the repair's marker and not begun its pass judges messages as before."""
     one, other = Accepted(ALL_BUCKETS, 5, {}), Accepted(ALL_BUCKETS, 5, {})
     marker = await sent(position)
     one.hear(marker.position, marker.base, marker.touched)

@@ -69,7 +69,7 @@ def inbox(database: Database, buckets: range = ALL_BUCKETS) -> Inbox:
 
 
 async def settle(database: Database, marks: dict[int, int], floor: int) -> None:
-    """Watermarks and floor of a service that has come so far."""
+    """Store the watermarks and the floor of a service that has come this far."""
     joined = inbox(database)
     await joined.join()
     async with database.transaction() as connection:

@@ -166,7 +166,7 @@ async def test_many_changes_at_once_queue_and_no_decision_is_taken_twice(
 
 
 async def test_changes_of_several_repositories_at_once_all_take_effect(store: EventStore) -> None:
-    """As in several processes, whose changes do not queue behind each other."""
+    """Let changes run as in several processes, without waiting for each other."""
     repositories = [Repository(Account, lambda: store) for _ in range(5)]
     await repositories[0].create("1", Account.open, "ann")
     done = await asyncio.gather(*(one.change("1", Account.deposit, 1) for one in repositories for _ in range(20)))
@@ -200,7 +200,7 @@ async def test_changes_of_different_aggregates_do_not_wait_for_each_other(store:
 
 
 class Around:
-    """A store that passes everything on but what a test overrides."""
+    """A store that passes everything on except what a test overrides."""
 
     def __init__(self, store: EventStore) -> None:
         self._inner = store
@@ -210,7 +210,7 @@ class Around:
 
 
 class Overtaking(Around):
-    """Somebody else is always faster."""
+    """A store in which another process is always faster."""
 
     async def append(self, stream: str, events: list[EventData], *, expected: Expected) -> Appended:
         if expected is not NO_STREAM:
@@ -473,7 +473,7 @@ async def test_a_change_for_a_cause_decides_anew_after_a_conflict(
     append = store.append
 
     class Contested:
-        """The store, with somebody else's deposit just before the first append."""
+        """A store to which another process appends a deposit just before the first append."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(store, name)

@@ -34,7 +34,7 @@ def joined(state: Delivery, *slots: int) -> list[Consumer]:
 
 
 def held(consumer: Consumer) -> list[int]:
-    """Versions of what it has and has not answered."""
+    """Versions of the events that a consumer has not answered."""
     return [entry.original.version for entry in consumer.unanswered.values()]
 
 

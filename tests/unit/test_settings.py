@@ -135,7 +135,7 @@ async def test_a_broken_module_of_our_own_is_not_taken_for_a_missing_extra(monke
 
 
 def announce(folder: Path, package: str, group: str, scheme: str, value: str) -> None:
-    """What an installed package says of itself, as pip writes it."""
+    """Write the metadata of an installed package, as pip does."""
     metadata = folder / f"{package.replace('-', '_')}-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
@@ -144,7 +144,7 @@ def announce(folder: Path, package: str, group: str, scheme: str, value: str) ->
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of installed packages that this process has not looked at yet."""
+    """A folder of installed packages that this process has not read yet."""
     monkeypatch.syspath_prepend(tmp_path)
     adapters._installed.cache_clear()
     yield tmp_path

@@ -146,7 +146,7 @@ stock, bills = a_service("stock"), a_service("paid-bills")
 
 
 async def test_one_command_looks_at_databases_of_two_kinds(tmp_path: Path, postgresql_url: str) -> None:
-    """Each with a place, and where it has one a password, of its own."""
+    """Settings in which each URL has its own place and, where possible, its own password."""
     secret = tmp_path / "bills-url"
     secret.write_text(postgresql_url)
     settings = {

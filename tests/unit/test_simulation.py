@@ -20,14 +20,14 @@ SAMPLE = 2
 """Parts of the worlds that are simulated in every run of the tests; the others are slow."""
 WORKERS = min(4, os.cpu_count() or 1)
 ENOUGH = 3000
-"""So many worlds at most until a missing rule must have been noticed."""
+"""Worlds, at most, until a missing rule must have been noticed."""
 COMPARED = range(40)
 WORLDS = pytest.mark.slow("worlds beyond the sample")
 
 
 @cache
 def total(rule: str | None, count: str) -> int:
-    """Of the same worlds, none of which breaks a promise."""
+    """Number of the same worlds in which no promise breaks."""
     outcomes = list(simulate(COMPARED, workers=WORKERS, rule=rule))
     assert not [outcome for outcome in outcomes if outcome.broken]
     return sum(getattr(outcome, count) for outcome in outcomes)
@@ -87,7 +87,7 @@ def test_a_seed_tells_the_same_story_after_other_worlds() -> None:
 
 @pytest.fixture(scope="module")
 def lossy() -> tuple[Outcome, Outcome]:
-    """A world that fails because nobody notices gaps; as it was, and made small."""
+    """Return a world that fails because gaps are not noticed, as it was and shrunk."""
     with Simulator() as simulator, without("gap"):
         broken = next(outcome for seed in range(1000) if (outcome := simulator.run(seed)).kind == "lost")
         return broken, simulator.shrink(broken)

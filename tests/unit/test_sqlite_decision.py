@@ -23,7 +23,7 @@ STREAMS = ("a", "b")
 
 @dataclass(frozen=True)
 class Operation:
-    """One call; `ids` is for appends, `tb` for setting metadata."""
+    """One call. `ids` is for appends, `tb` for metadata."""
 
     kind: str
     stream: str
@@ -43,10 +43,10 @@ class Operation:
 
 @dataclass
 class Model:
-    """EventStoreDB's rules once more, as slowly and plainly as can be. Raises the class of the refusal."""
+    """EventStoreDB's rules again, as slow and plain as possible. Raises the class of the refusal."""
 
     log: list[tuple[str, int, object]] = field(default_factory=list)
-    """(stream, version, id, or the document for metadata)."""
+    """Rows of (stream, version, id or metadata document)."""
 
     def of(self, stream: str) -> list[tuple[int, object]]:
         return [(version, what) for name, version, what in self.log if name == stream]
@@ -62,7 +62,7 @@ class Model:
         return self.document(stream).get("$tb") == END
 
     def check(self, stream: str, expected: Expected, ids: list[object]) -> int | None:
-        """The version to answer with, when everything is there already."""
+        """Return the version of the answer if every event exists already."""
         if self.last(stream) == END or (self.last(stream) < 0 and self.last(stream.removeprefix("$$")) == END):
             raise StreamDeleted(stream)
         there, last = self.of(stream), self.last(stream)

@@ -67,7 +67,7 @@ async def work(store, name):
 
 
 class Children:
-    """Python processes that end with the test."""
+    """Starts Python processes that end with the test."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack

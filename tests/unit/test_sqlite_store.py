@@ -48,7 +48,7 @@ async def store(url: str) -> AsyncIterator[EventStore]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Another process's open transaction."""
+    """Keep a transaction of another process open."""
     with closing_now(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
@@ -220,7 +220,7 @@ async def test_opening_may_be_cancelled(url: str) -> None:
 
 
 async def test_a_commit_is_synchronous_and_goes_to_a_write_ahead_log(store: EventStore) -> None:
-    """Power cannot be cut in a test; these two settings are what SQLite promises durability for."""
+    """A test cannot cut the power. SQLite promises durability with these two settings."""
     connection = writer_of(store)
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -465,7 +465,7 @@ async def test_a_slow_subscriber_misses_nothing_and_holds_nothing(url: str, path
 
 
 async def test_a_busy_event_loop_does_not_starve_a_reader(store: EventStore) -> None:
-    """A thread that fetches row by row loses the interpreter at each row, and waits 5 ms to get it back."""
+    """A thread that fetches row by row gives up the interpreter at each row and waits 5 ms to get it back."""
     await store.append("a", events(*range(2_000)))
     reading = asyncio.ensure_future(read(store, "a"))
     loop = asyncio.get_running_loop()

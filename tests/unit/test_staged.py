@@ -165,7 +165,7 @@ async def test_of_a_stream_that_is_known_in_part_what_is_older_newer_or_hidden_b
 
 
 class Counting:
-    """A store that counts what is read of streams, and keeps the expected versions of appends."""
+    """A store that counts reads of streams and keeps the expected versions of appends."""
 
     def __init__(self, inner: EventStore) -> None:
         self.inner = inner
@@ -217,7 +217,7 @@ def _never(identity: UUID, letter: object) -> None:
 
 
 async def _run(stager: Stager, rows: Sequence[StagedEvent], done: list[UUID], *, since: float | None = None) -> None:
-    """Add these, and wait until they are appended."""
+    """Stage these events, and wait until they are appended."""
     wanted = len(done) + len(rows)
     stager.add(rows, since=since)
     running = asyncio.create_task(stager.run())
@@ -231,7 +231,7 @@ async def _run(stager: Stager, rows: Sequence[StagedEvent], done: list[UUID], *,
 
 
 class Bench:
-    """A stager whose clock stands still, on a store that keeps what it is asked for."""
+    """A stager whose clock stands still, on a store that records its calls."""
 
     def __init__(self, inner: EventStore) -> None:
         self.store: Any = Counting(inner)
@@ -241,7 +241,7 @@ class Bench:
         self.stager.begin()
 
     async def emits(self, cause: int, *, since: float | None = 100.0, stream: str = "told") -> list[Expected]:
-        """With which expected versions one event that was emitted for that cause is appended."""
+        """Return the expected versions with which an event of this cause is appended."""
         self.store.expected.clear()
         await _run(self.stager, [StagedEvent(0, cause, stream, event())], self.done, since=since)
         return list(self.store.expected)

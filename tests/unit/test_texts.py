@@ -16,7 +16,7 @@ PARTS = st.sampled_from(["\0", "\\", "\\u{0}", "\\\\", ESCAPED, BASE64, "Ã¼", "â
 TEXTS = st.lists(st.one_of(PARTS, st.characters(), SURROGATES, st.text())).map("".join)
 
 OUR_OWN = {"service", "log", "active", "asked", "event_id", "kind", "code", "process"}
-"""Columns whose texts Tidings makes itself, of letters, digits and dashes."""
+"""Columns whose texts Tidings makes itself, from letters, digits and dashes."""
 
 
 @given(TEXTS, st.sampled_from(CODECS))

@@ -125,7 +125,7 @@ async def test_an_error_ends_them_all() -> None:
     gaps=st.lists(st.integers(0, 3), max_size=40),
 )
 def test_nothing_is_forgotten_whoever_waits_how_long(number: int, waits: list[int], gaps: list[int]) -> None:
-    """Turns that each item waits, and turns between giving one and the next."""
+    """Strategy: turns that each item waits, and turns between one item and the next."""
 
     async def story() -> None:
         begun: list[int] = []
