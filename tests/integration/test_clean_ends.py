@@ -10,19 +10,19 @@ from structlog.testing import capture_logs
 
 from tests.integration.embedded import Happened, auditing, many, until
 from tests.integration.test_partitions_embedded import site
-from tidings.delivery.guard import Guard
+from tidings.delivery.occupancy import Occupancy
 
 
 async def test_a_process_that_stops_is_not_taken_for_one_that_crashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave = Guard.leave
+    leave = Occupancy.leave
 
-    async def slowly(guard: Guard) -> None:
+    async def slowly(occupancy: Occupancy) -> None:
         await asyncio.sleep(0.15)
-        await leave(guard)
+        await leave(occupancy)
 
-    monkeypatch.setattr(Guard, "leave", slowly)
+    monkeypatch.setattr(Occupancy, "leave", slowly)
     one, two = auditing(), auditing()
     with capture_logs() as logs:
         async with site(tmp_path) as here, here.process(one) as first:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -17,9 +17,12 @@ from tidings import Context, Service
 from tidings.database.engine import Database, open_database
 from tidings.database.inbox import Inbox
 from tidings.database.layout import resize
+from tidings.database.lineage import Lineage
 from tidings.database.notebook import Notebook
-from tidings.delivery.guard import Guard
-from tidings.delivery.work import Troubles
+from tidings.delivery.failure_memory import FailureMemory
+from tidings.delivery.occupancy import Occupancy
+from tidings.delivery.resources import Resources
+from tidings.delivery.site import Joined, Site
 
 pytestmark = pytest.mark.postgresql
 
@@ -181,19 +184,25 @@ async def test_what_has_ended_is_in_no_notebook(tmp_path: Path) -> None:
         assert Notebook.read(str(notebook)) == {}
 
 
+def occupancy(service: Service, database: Database, inbox: Inbox, log: UUID, memory: FailureMemory) -> Occupancy:
+    store: Any = None
+    site = Site(service, store, None, database, Resources("audit", None), memory)
+    return Occupancy(Joined.of(site, inbox, Lineage(log)))
+
+
 async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_anew(tmp_path: Path) -> None:
-    service, log, buckets, troubles = Service("audit"), uuid4(), range(256), Troubles()
+    service, log, buckets, memory = Service("audit"), uuid4(), range(256), FailureMemory()
     async with open_database(f"sqlite:///{tmp_path}/audit.db") as database:
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
-        guard = Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
-        await guard.take_over()
-        guard.notebook.begin(7, 1)
+        found = occupancy(service, database, inbox, log, memory)
+        await found.take_over()
+        found.notebook.begin(7, 1)
         (notebook,) = notebooks(tmp_path)
         notebook.unlink()  # as another process does, which has read it
-        await guard.take_over()
+        await found.take_over()
         assert Notebook.read(str(notebook)) == {7: 1}
-        guard.notebook.close()
+        found.notebook.close()
 
 
 async def _notes(database: Database, inbox: Inbox) -> dict[int, int]:
@@ -204,7 +213,7 @@ async def _notes(database: Database, inbox: Inbox) -> dict[int, int]:
 async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_what_was_cut_off(
     tmp_path: Path,
 ) -> None:
-    service, log, buckets, troubles = Service("audit"), uuid4(), range(256), Troubles()
+    service, log, buckets, memory = Service("audit"), uuid4(), range(256), FailureMemory()
     async with open_database(database_url(tmp_path, "audit")) as database:
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
@@ -212,18 +221,18 @@ async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_
             assert await inbox.occupancy.take(connection, "other") is None
             await inbox.notes.add(connection, {3: (1, 1), 5: (1, 1)})
 
-        def guard() -> Guard:
-            return Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
+        def joins() -> Occupancy:
+            return occupancy(service, database, inbox, log, memory)
 
-        first = guard()
+        first = joins()
         await first.take_over()
         assert first.caution.suspects == {3, 5}
-        first.caution.taken(3, 1)
+        first.caution.notes.taken(3, 1)
         async with database.transaction() as connection:
             await inbox.notes.add(connection, {3: first.caution.note(3)})
         assert await _notes(database, inbox) == {3: 2, 5: 1}
         first.notebook.close()
-        second = guard()
+        second = joins()
         await second.take_over()
         assert second.caution.suspects == {3, 5}
         assert second.caution.wants(5)
@@ -233,16 +242,16 @@ async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_
 
 
 async def test_a_takeover_that_was_cut_off_after_its_commit_is_done_again(tmp_path: Path) -> None:
-    service, log, buckets, troubles = Service("audit"), uuid4(), range(256), Troubles()
+    service, log, buckets, memory = Service("audit"), uuid4(), range(256), FailureMemory()
     async with open_database(database_url(tmp_path, "audit")) as database:
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
         async with database.transaction() as connection:
             await inbox.occupancy.take(connection, "other")
             await inbox.notes.add(connection, {3: (1, 1)})
-            await inbox.occupancy.take(connection, troubles.process)
-        guard = Guard(service, database, inbox, troubles, time.monotonic, lambda item: None)
-        await guard.take_over()
-        assert guard.caution.suspects == {3}
-        assert guard.caution.wants(7)
-        guard.notebook.close()
+            await inbox.occupancy.take(connection, memory.process)
+        found = occupancy(service, database, inbox, log, memory)
+        await found.take_over()
+        assert found.caution.suspects == {3}
+        assert found.caution.wants(7)
+        found.notebook.close()

@@ -258,9 +258,9 @@ async def test_a_service_that_is_behind_blames_no_relay_that_leads(tmp_path: Pat
         part = world.running[0].partitions[0]
         part._clock = clock
         await world.append(*(Happened(key=f"k{n}") for n in range(60)))
-        dispatcher = part.dispatcher
-        assert dispatcher is not None
-        await until(lambda: dispatcher.unsettled >= 20)
+        pipeline = part.pipeline
+        assert pipeline is not None
+        await until(lambda: pipeline.unsettled >= 20)
         await until(lambda: len(part.at_work()) > 0)
         assert (await probe.ready()).ok
         clock.ahead = 45.0
@@ -297,10 +297,10 @@ async def test_a_handler_that_hangs_is_named_with_its_own_event_and_no_other_one
         await world.settled()
         await world.append(Happened(key="culprit"), *(Happened(key=f"k{n}") for n in range(10)))
         part = world.running[0].partitions[0]
-        await until(lambda: part.dispatcher is not None and part.dispatcher.oldest is not None)
+        await until(lambda: part.pipeline is not None and part.pipeline.oldest is not None)
         await probe.ready()
         clock.ahead = 120.0
-        assert part.dispatcher is not None
+        assert part.pipeline is not None
         names = set[str]()
         for _ in range(40):
             document = (await probe.ready()).document()
@@ -335,7 +335,7 @@ async def test_a_relay_that_is_missing_is_blamed_and_one_that_leads_here_is_not(
         intake = service.running_now.partitions[0].intake
         assert intake is not None
         intake.take = lambda *_: None  # type: ignore[method-assign]
-        intake.marker_at = intake.heard_at = asyncio.get_running_loop().time() - 40
+        intake.pulse.marker_at = intake.pulse.heard_at = asyncio.get_running_loop().time() - 40
         document = (await probe.ready()).document()
         assert wrong(document) == ["audit.markers"]
         told = said(document, "audit.markers")
@@ -470,16 +470,16 @@ async def test_live_fails_for_a_process_that_has_work_and_does_not_move_though_e
         await world.append(Happened(key="first"))
         await world.settled()
         part = world.running[0].partitions[0]
-        assert part.dispatcher is not None
+        assert part.pipeline is not None
         clock.ahead += 200
         await until(lambda: part.floor >= part.marker)
         assert (await probe.live()).ok, "there is nothing to do"
 
-        part.dispatcher._pumping = True  # what is accepted is given out no more, as a bug may do it
+        part.pipeline.stages.lanes._pumping = True  # what is accepted is given out no more, as a bug may do it
         intake = part.intake
         assert intake is not None
         await world.append(Happened(key="second"))
-        await until(lambda: part.dispatcher is not None and part.dispatcher.oldest is not None)
+        await until(lambda: part.pipeline is not None and part.pipeline.oldest is not None)
         intake.take = lambda *_: None  # type: ignore[method-assign]
         assert (await probe.live()).ok
         clock.ahead += 59
@@ -492,8 +492,8 @@ async def test_live_fails_for_a_process_that_has_work_and_does_not_move_though_e
         assert not found.ok
         assert [check.name for check in found.checks if not check.ok] == ["audit.still"]
         assert "Happened-second" in str(found.document())
-        part.dispatcher._pumping = False
-        part.dispatcher._pump()
+        part.pipeline.stages.lanes._pumping = False
+        part.pipeline.stages.lanes.pump()
 
 
 async def _handled(service: Service) -> bool:

@@ -152,9 +152,9 @@ async def test_a_pass_takes_no_more_than_twice_the_prefetch(tmp_path: Path) -> N
         nonlocal highest
         if event.key == "k0":
             await gate.wait()
-        dispatcher = running.partitions[0].dispatcher
-        assert dispatcher is not None
-        highest = max(highest, dispatcher.unsettled)
+        pipeline = running.partitions[0].pipeline
+        assert pipeline is not None
+        highest = max(highest, pipeline.unsettled)
         seen.append((event.key, event.n))
 
     async with embedded(tmp_path, Service("first")) as world:
@@ -162,12 +162,12 @@ async def test_a_pass_takes_no_more_than_twice_the_prefetch(tmp_path: Path) -> N
         await world.settled(30)  # all is published: the next service hears a marker first, which makes the pass
     async with embedded(tmp_path, service) as world:
         (running,) = world.running
-        dispatcher = running.partitions[0].dispatcher
-        assert dispatcher is not None
-        await until(lambda: dispatcher.unsettled >= 400)
+        pipeline = running.partitions[0].pipeline
+        assert pipeline is not None
+        await until(lambda: pipeline.unsettled >= 400)
         for _ in range(50):
             await asyncio.sleep(0)
-            assert dispatcher.unsettled <= 620, "twice the prefetch of the pass, one of the bus, a few markers"
+            assert pipeline.unsettled <= 620, "twice the prefetch of the pass, one of the bus, a few markers"
         gate.set()
         await world.settled()
         assert highest <= 620

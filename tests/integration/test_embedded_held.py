@@ -327,11 +327,11 @@ async def test_a_rollback_to_code_without_the_handler_changes_nothing_of_what_it
 
     async with embedded(tmp_path, old) as world:
         (part,) = world.running[0].partitions
-        assert part.dispatcher is not None
-        revival = part.dispatcher._revival
-        await until(lambda: revival._gone == {("handle", "Happened")})
-        revival.look_at_all()
-        await until(lambda: not revival._whole)
+        assert part.pipeline is not None
+        revival = part.pipeline.stages.revival
+        await until(lambda: revival.gone == {("handle", "Happened")})
+        revival._due.look_at_all()
+        await until(lambda: not revival._due.whole)
         (view,) = (await world.report()).services
         assert view.held_due is None, "nobody is late to run it"
         assert view.dead_count == 0

@@ -46,7 +46,7 @@ async def test_a_standby_leaves_held_events_alone_and_takes_them_over(
     tmp_path: Path, transactional: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.02, 0.1))
-    monkeypatch.setattr("tidings.delivery.dispatch.HELD_SECONDS", 0.01)
+    monkeypatch.setattr("tidings.delivery.verdicts.HELD_SECONDS", 0.01)
     fails = True
     attempts: list[tuple[str, int]] = []
 
@@ -213,7 +213,7 @@ async def test_what_waits_behind_a_dead_letter_does_not_run_when_an_older_one_is
 async def test_a_handler_that_keeps_the_only_connection_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.delivery.dispatch.HELD_SECONDS", 0.01)
+    monkeypatch.setattr("tidings.delivery.verdicts.HELD_SECONDS", 0.01)
 
     async def linger(event: Happened, context: object, session: AsyncSession) -> None:
         await asyncio.sleep(0.4)

@@ -330,12 +330,12 @@ async def test_the_past_of_a_paused_handler_stays_in_the_log_and_is_done_when_it
     async with embedded(tmp_path, paused := deploy(with_late=True)) as world:
         running = world.running[0]
         await until(lambda: running.paused is not None)
-        dispatcher = running.partitions[0].dispatcher
-        assert dispatcher is not None
-        await until(lambda: dispatcher.idle)
-        before, trials = await count(paused, held), dispatcher.attempts
+        pipeline = running.partitions[0].pipeline
+        assert pipeline is not None
+        await until(lambda: pipeline.idle)
+        before, trials = await count(paused, held), pipeline.stages.runner.ended
         assert before < 500, "of 600"
-        await until(lambda: dispatcher.attempts > trials + 5)
+        await until(lambda: pipeline.stages.runner.ended > trials + 5)
         assert await count(paused, held) == before, "none is read any more"
         down = False
         await until(lambda: _caught_up(paused))

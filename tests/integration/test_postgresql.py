@@ -42,7 +42,7 @@ from tidings.database.engine import Database, connected, open_database
 from tidings.database.inbox import Inbox
 from tidings.database.tables import held
 from tidings.delivery.attempt import is_infrastructure
-from tidings.delivery.work import LOSSES
+from tidings.delivery.failure_memory import LOSSES
 from tidings.errors import DatabaseUnavailable, Fenced
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
 

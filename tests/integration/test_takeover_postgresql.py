@@ -63,8 +63,8 @@ async def test_a_queue_that_goes_and_comes_back_while_notes_are_written_stops_no
             await world.bus.delete([partition.subscription])
 
             def writes_notes() -> bool:
-                guard = partition.dispatcher._guard if partition.dispatcher else None
-                return guard is not None and bool(guard.caution.own)
+                guard = partition.pipeline.occupancy if partition.pipeline else None
+                return guard is not None and bool(guard.caution.notes.own)
 
             async def goes_on() -> bool:
                 return writes_notes() or len(await rows(service)) > len(EVENTS)

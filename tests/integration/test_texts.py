@@ -155,7 +155,7 @@ async def test_no_event_stops_a_service_whatever_its_names_and_errors_say(folder
             return len(await _dead(world, service)) == len(streams)
 
         await until(all_dead, 40)
-        await until(lambda: not world.running[0].partitions[0].dispatcher.stager, 20)  # type: ignore[union-attr]
+        await until(lambda: not world.running[0].partitions[0].pipeline.stages.stager, 20)  # type: ignore[union-attr]
         letters = {letter.stream: letter for letter in await _dead(world, service)}
         assert letters.keys() == {f"in-{stream}" for stream in streams}
         for n, stream in enumerate(streams):

@@ -23,8 +23,9 @@ from services.payment.gateway import SandboxGateway, open_sandbox
 from services.shipping import shipping
 from tidings import Context, Event, Repository, Service
 from tidings.database.engine import Database, open_database
-from tidings.delivery.attempt import Attempt, Attempts, Resources
+from tidings.delivery.attempt import Attempt, Attempts
 from tidings.delivery.owned import Ours
+from tidings.delivery.resources import Resources
 from tidings.errors import StreamNotFound, WrongExpectedVersion
 from tidings.modelling.codec import encode, read_metadata
 from tidings.stores import NO_STREAM, Appended, EventData, Expected, RecordedEvent

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from tidings.delivery.catchup import PROGRESS_SECONDS, CatchUp
-from tidings.delivery.work import Step
+from tidings.delivery.catchup import CatchUp
+from tidings.delivery.inflight import Step
+from tidings.delivery.log_reader import PROGRESS_SECONDS
 from tidings.modelling.handlers import Handler, Retry
 from tidings.modelling.roster import BEHIND, Roster, Span
 from tidings.protocol.position import BUCKETS, Accepted
@@ -23,7 +25,7 @@ def behind(after: int) -> list[Span]:
 
 
 class Lanes:
-    """What the dispatcher is told."""
+    """What admission is told, and what it says of taking over."""
 
     full = False
 
@@ -33,7 +35,8 @@ class Lanes:
         self.given: list[int] = []
         self.caught: list[int] = []
 
-    async def taken_over(self, generation: int) -> None: ...
+    def is_done(self, generation: int) -> bool:
+        return True
 
     def submit_late(self, event: RecordedEvent, *rest: Any) -> None:
         self.given.append(event.position)
@@ -60,12 +63,17 @@ class Log:
             yield RecordedEvent(position, f"s-{position}", 0, "T", b"{}", b"{}", True, bytes(16), 1)
 
 
+def catching_up(store: Any, lanes: Any, clock: Callable[[], float] = time.monotonic) -> CatchUp:
+    site: Any = SimpleNamespace(service=SimpleNamespace(name="s"), store=store, clock=clock)
+    return CatchUp(site, Accepted(range(BUCKETS), 100, {}), lanes, lanes, lanes.roster, lanes.breakers)
+
+
 async def test_what_a_paused_handler_has_not_come_to_stays_in_the_log_but_for_one_event_to_try() -> None:
     roster = Roster(lambda kind: (LATE,), {})
     roster.read({}, behind(-1))
     lanes: Any = Lanes(roster)
     store: Any = Log({3: [lambda: lanes.breakers.open.update(late=None)]})
-    catching = CatchUp("s", store, Accepted(range(BUCKETS), 100, {}), lanes)
+    catching = catching_up(store, lanes)
     catching._generation = roster.generation
     reached = await catching._read(-1, HEAD)
     assert (lanes.given, reached) == ([0, 1, 2], 2)
@@ -81,7 +89,7 @@ async def test_a_handler_that_is_not_paused_catches_up_beside_one_that_is() -> N
     roster.read({}, [*behind(-1), Span(0, "other", BEHIND, -1, -1)])
     lanes: Any = Lanes(roster)
     lanes.breakers.open["late"] = None
-    catching = CatchUp("s", Log({}), Accepted(range(BUCKETS), 100, {}), lanes)  # type: ignore[arg-type]
+    catching = catching_up(Log({}), lanes)
     catching._generation = roster.generation
     assert await catching._read(-1, HEAD) == HEAD
     assert lanes.given == [0, 1, 2, 3, 4, 5, 6]
@@ -100,8 +108,7 @@ async def catch_up(*at: tuple[int, Any]) -> tuple[list[int], list[int]]:
         doing[position].append(partial(do, roster))
     lanes = Lanes(roster)
     store: Any = Log(doing)
-    dispatcher: Any = lanes
-    catching = CatchUp("s", store, Accepted(range(BUCKETS), 100, {}), dispatcher, clock=lambda: seconds[0])
+    catching = catching_up(store, lanes, clock=lambda: seconds[0])
     catching._generation = roster.generation
     reached = await catching._read(-1, HEAD)
     assert (reached == HEAD) is (not catching._is_stale)

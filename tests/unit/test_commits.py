@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+import tidings.delivery.acknowledgement
 import tidings.delivery.commits
 from tidings._support.timers import Timers
 from tidings._support.writes import Writes
+from tidings.delivery.acknowledgement import Acknowledgement
+from tidings.delivery.batch import Batch, Pending
 from tidings.delivery.commits import LOOK_SECONDS, MANY, Commits
-from tidings.delivery.progress import Batch
-from tidings.delivery.work import Item, Step, Troubles
+from tidings.delivery.failure_memory import FailureMemory
+from tidings.delivery.inflight import InFlight, State, Step
 from tidings.modelling.handlers import Handler, Retry
 from tidings.stores import RecordedEvent
 
@@ -53,27 +56,27 @@ class Progress:
         self.written_items.append(len(batch.finished))
 
 
+class Groups:
+    """Has nothing to run."""
+
+    def __len__(self) -> int:
+        return 0
+
+    async def run(self, connection: Any, ran: list[InFlight]) -> None:
+        pass
+
+
 class Stage:
     def __init__(self, prefetch: int) -> None:
-        self.progress, self.timers = Progress(), Timers()
-        database: Any = Database()
+        self.progress, self.timers, self.pending = Progress(), Timers(), Pending()
         progress: Any = self.progress
-        sessions: Any = ()
-
-        async def nothing(connection: Any, ran: list[Item]) -> None:
-            pass
-
-        self.commits = Commits(
-            database,
-            progress,
-            sessions,
-            Troubles(),
-            self.timers,
-            prefetch,
-            time.monotonic,
-            work=nothing,
-            committed=lambda batch, began: None,
+        groups: Any = Groups()
+        joined: Any = SimpleNamespace(
+            site=SimpleNamespace(database=Database(), memory=FailureMemory(), clock=time.monotonic)
         )
+        release: Any = SimpleNamespace(committed=lambda batch, began: None)
+        self.taken = Acknowledgement(progress, self.pending, self.timers, prefetch)
+        self.commits = Commits(joined, self.pending, groups, progress, release, self.taken)
 
 
 @asynccontextmanager
@@ -88,36 +91,37 @@ async def commits(prefetch: int) -> AsyncIterator[Stage]:
         stage.timers.close()
 
 
-def item(position: int) -> Item:
+def item(position: int) -> InFlight:
     async def handle() -> None:
         raise AssertionError("nobody runs it here")
 
     handler = Handler("handle", handle, (), (), Retry(), 1.0, threaded=False)
     event = RecordedEvent(position, "s", 0, "T", b"{}", b"", True, bytes(16), 0)
-    return Item(event, position % 256, handler, None)
+    return InFlight(event, position % 256, handler)
 
 
-def finish(stage: Stage, items: list[Item]) -> None:
+def finish(stage: Stage, items: list[InFlight]) -> None:
     for one in items:
-        stage.commits.batch.finish(one)
-    stage.commits.wake()
+        one.to(State.TAKEN)
+        one.to(State.DONE)
+        stage.pending.finish(one)
 
 
 async def test_one_that_was_full_has_room_when_a_quarter_of_it_is_settled_and_is_full_no_more() -> None:
     async with commits(prefetch=4) as stage:
         items = [item(n) for n in range(8)]
         for one in items:
-            assert not stage.commits.full
-            stage.commits.take(one)
-        assert stage.commits.full
-        waiting = asyncio.create_task(stage.commits.room())
+            assert not stage.taken.full
+            stage.taken.take(one)
+        assert stage.taken.full
+        waiting = asyncio.create_task(stage.taken.room())
         finish(stage, items[:1])
-        await until(lambda: stage.commits.unsettled == 7)
+        await until(lambda: len(stage.taken) == 7)
         assert not waiting.done()
-        assert stage.commits.full
+        assert stage.taken.full
         finish(stage, items[1:2])
         await asyncio.wait_for(waiting, 5)
-        assert not stage.commits.full, "who comes next would wait for something to be settled, and there may be nothing"
+        assert not stage.taken.full, "who comes next would wait for something to be settled, and there may be nothing"
 
 
 async def test_what_was_taken_is_settled_in_its_order_whatever_ends_first() -> None:
@@ -127,8 +131,8 @@ async def test_what_was_taken_is_settled_in_its_order_whatever_ends_first() -> N
         items = [item(n) for n in range(3)]
         for tag, one in enumerate(items):
             one.value = Step(consumer, tag)
-            stage.commits.take(one)
-        stage.commits.settle(Step(floor=7))
+            stage.taken.take(one)
+        stage.taken.settle(Step(floor=7))
         finish(stage, items[1:])
         await until(lambda: stage.progress.written_items == [2])
         assert settled == []
@@ -139,11 +143,11 @@ async def test_what_was_taken_is_settled_in_its_order_whatever_ends_first() -> N
 
 async def test_a_stop_lingers_for_nobody_and_stores_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tidings.delivery.commits, "LINGER_SECONDS", 3600)
-    monkeypatch.setattr(tidings.delivery.commits, "FLOOR_SECONDS", 3600)
+    monkeypatch.setattr(tidings.delivery.acknowledgement, "FLOOR_SECONDS", 3600)
     async with commits(prefetch=10) as stage:
         one = item(1)
-        stage.commits.take(one)
-        stage.commits.settle(Step(floor=1))
+        stage.taken.take(one)
+        stage.taken.settle(Step(floor=1))
         stage.commits.hurry()
         finish(stage, [one])
         await asyncio.wait_for(stage.commits.rest(), 5)
@@ -154,7 +158,7 @@ async def test_many_share_a_commit_and_a_few_wait_for_company() -> None:
     async with commits(prefetch=1000) as stage:
         items = [item(n) for n in range(200)]
         for one in items:
-            stage.commits.take(one)
+            stage.taken.take(one)
         for one in items:  # as handlers do, one after the other, with turns of the loop between
             finish(stage, [one])
             await asyncio.sleep(0)
@@ -171,7 +175,7 @@ async def test_a_large_commit_waits_for_others_while_there_are_any_and_nobody_wa
         stage.commits._took = 3600.0
         items = [item(n) for n in range(MANY + others)]
         for one in items:
-            stage.commits.take(one)
+            stage.taken.take(one)
         finish(stage, items[:MANY])
         if others == 1:
             await asyncio.sleep(10 * LOOK_SECONDS)

@@ -21,7 +21,7 @@ class Clock:
 
 def note(caution: Caution, position: int) -> int:
     """Take an event and note it alone. Return the number that is written."""
-    caution.taken(position, 1)
+    caution.notes.taken(position, 1)
     assert position in caution.group([position])
     return caution.note(position)[1]
 
@@ -48,13 +48,13 @@ def test_many_events_are_noted_together_and_no_more_than_there_is_room_for() -> 
     for position in range(ROOM):
         assert caution.holds() == 0
         assert caution.wants(position)
-        caution.taken(position, 1)
+        caution.notes.taken(position, 1)
     assert caution.holds() > 0
     assert caution.group(range(ROOM)) == list(range(ROOM))
     assert {caution.note(position) for position in range(ROOM)} == {(1, 1)}
     assert caution.holds() > 0
     assert caution.ended(3)
-    caution.cleared(3)
+    caution.notes.cleared(3)
     assert caution.holds() == 0
     assert not caution.ended(3), "its note was taken back already"
 
@@ -76,7 +76,7 @@ def test_a_suspect_waits_for_what_began_before_it_and_not_for_ever() -> None:
     caution = Caution(clock)
     caution.begin({1: 1}, 10, blind=True)
     for position in (5, 1):
-        caution.taken(position, 1)
+        caution.notes.taken(position, 1)
     assert caution.group([5, 1]) == [5], "no suspect is noted together with others"
     caution.note(5)
     assert caution.group([1]) == [1]
@@ -92,7 +92,7 @@ def test_who_knows_what_was_under_way_is_careful_with_that_alone() -> None:
     assert caution.wants(7)
     assert note(caution, 7) == 2
     assert caution.ended(7)
-    caution.cleared(7)
+    caution.notes.cleared(7)
     assert not caution.alert
     caution.begin({}, 10, blind=False)
     assert not caution.alert, "the process ended while nothing was under way"
@@ -108,7 +108,7 @@ def test_caution_ends_after_as_many_events_as_could_have_been_at_work() -> None:
     assert caution.wants(99), "a suspect is one however late it comes"
     for position in range(3):
         caution.ended(position)
-        caution.cleared(position)
+        caution.notes.cleared(position)
     assert caution.holds() == 0, "suspects that never come again do not slow the service"
 
 
@@ -119,7 +119,7 @@ def test_a_queue_that_leaves_and_comes_back_while_a_note_is_written_stops_nothin
     assert note(caution, 10) == 1
     caution.begin({20: 1}, 2000, blind=True)
     assert caution.ended(10), "its note is to be taken back"
-    caution.cleared(10)
+    caution.notes.cleared(10)
     assert caution.holds() == 0
     assert caution.suspects == {20}
 
@@ -129,9 +129,9 @@ def test_an_event_that_is_tried_again_waits_until_its_former_note_is_gone() -> N
     caution.begin({}, 10, blind=True)
     note(caution, 1)
     assert caution.ended(1)
-    caution.taken(1, 1)
+    caution.notes.taken(1, 1)
     assert caution.group([1]) == [], "the commit that forgets the note would forget the new one too"
-    caution.cleared(1)
+    caution.notes.cleared(1)
     assert caution.group([1]) == [1]
     assert caution.note(1) == (1, 1)
 
@@ -143,7 +143,7 @@ def test_who_has_noted_an_event_itself_and_lives_does_not_condemn_it_for_that() 
     caution.begin({}, 10, blind=True)
     note(caution, 1)
     assert caution.ended(1)
-    caution.cleared(1)
+    caution.notes.cleared(1)
     assert not caution.begin({1: 2}, 10, blind=True)
     assert caution.suspects == {1}
     assert note(caution, 1) == 2
@@ -182,12 +182,12 @@ def test_a_suspect_is_cleared_when_each_of_its_handlers_has_survived_it() -> Non
     assert caution.times(1) == 1, "its note counts what was, until the next handler is at work"
     assert not caution.wants(1, "a")
     assert caution.wants(1, "b")
-    caution.taken(1, 1)
-    caution.cleared(1)
+    caution.notes.taken(1, 1)
+    caution.notes.cleared(1)
     assert (caution.group([1]), caution.note(1)) == ([1], (1, 2)), "alone, and noted again"
     assert caution.ended(1, "b", ["a", "b"])
     assert caution.times(1) == 0
-    caution.cleared(1)
+    caution.notes.cleared(1)
     assert not caution.alert
 
 
@@ -196,7 +196,7 @@ def test_a_suspect_that_was_not_run_stays_one() -> None:
     caution.begin({1: 1}, 2, blind=False)
     assert note(caution, 1) == 2
     assert caution.ended(1, "a", ran=False)
-    caution.cleared(1)
+    caution.notes.cleared(1)
     assert caution.suspects == {1}
     assert (caution.times(1), caution.wants(1, "a"), caution.holds()) == (1, True, 0)
 
@@ -236,10 +236,10 @@ class TwoProcesses(RuleBasedStateMachine):
         self.finish_read(read, blind)
 
     def start_read(self) -> tuple[frozenset[int], dict[int, int]]:
-        besides = self.caution.own
+        besides = self.caution.notes.own
         for position in self.done & self.table.keys():
             del self.table[position]
-        for position, (_, times) in self.caution.noted.items():
+        for position, (_, times) in self.caution.notes.noted.items():
             if position not in self.done:
                 self.table.setdefault(position, times)
         return besides, dict(self.table)
@@ -258,7 +258,7 @@ class TwoProcesses(RuleBasedStateMachine):
         position = shared[0] if shared else self.next
         self.next = max(self.next, position + 1)
         if caution.wants(position):
-            caution.taken(position, 1)
+            caution.notes.taken(position, 1)
             self.waiting[who].append(position)
         else:
             self.noted[who].add(position)
@@ -281,7 +281,7 @@ class TwoProcesses(RuleBasedStateMachine):
             if self.cautions[who].ended(position):
                 self.leaving[who].append(position)
             if again and self.cautions[who].wants(position) and position not in self.done:
-                self.cautions[who].taken(position, 1)
+                self.cautions[who].notes.taken(position, 1)
                 self.waiting[who].append(position)
             else:
                 self.done.add(position)
@@ -290,7 +290,7 @@ class TwoProcesses(RuleBasedStateMachine):
     def commit(self, who: int) -> None:
         for position in self.leaving[who]:
             self.table.pop(position, None)
-            self.cautions[who].cleared(position)
+            self.cautions[who].notes.cleared(position)
         self.leaving[who].clear()
 
     @precondition(lambda self: self.next)
@@ -300,7 +300,7 @@ class TwoProcesses(RuleBasedStateMachine):
 
     @invariant()
     def what_is_at_work_is_noted(self) -> None:
-        for position, (_, times) in self.caution.noted.items():
+        for position, (_, times) in self.caution.notes.noted.items():
             if position not in self.done:
                 assert times >= 1
 
@@ -314,7 +314,7 @@ class TwoProcesses(RuleBasedStateMachine):
                 self.commit(who)
         assert self.waiting == [[], []], "everybody gets on"
         assert [caution.holds() for caution in self.cautions] == [0, 0]
-        assert not [caution.own for caution in self.cautions if caution.own]
+        assert not [caution.notes.own for caution in self.cautions if caution.notes.own]
         assert not self.table.keys() & self.done, "a note outlives its event"
 
 
@@ -330,7 +330,7 @@ def lives(events: Iterable[int], guilty: int, slow: frozenset[int], blind: bool)
 
     def end(position: int, caution: Caution) -> None:
         if caution.ended(position):
-            caution.cleared(position)
+            caution.notes.cleared(position)
             table.pop(position, None)
         todo.remove(position)
 
@@ -349,7 +349,7 @@ def lives(events: Iterable[int], guilty: int, slow: frozenset[int], blind: bool)
             while lane and not caution.holds():
                 position = lane.pop(0)
                 if caution.wants(position):
-                    caution.taken(position, 1)
+                    caution.notes.taken(position, 1)
                     waiting.append(position)
                 else:
                     under_way.append(position)

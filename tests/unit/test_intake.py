@@ -12,11 +12,12 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from tidings.buses import Delivery, EventBus, Subscription
-from tidings.database.inbox import Inbox, Remembered
-from tidings.delivery.dispatch import Dispatcher
+from tidings.buses import Delivery, Subscription
+from tidings.database.inbox import Remembered
 from tidings.delivery.healing import Pass
 from tidings.delivery.intake import Intake
+from tidings.delivery.pipeline import Pipeline
+from tidings.delivery.site import Joined
 from tidings.errors import BusUnavailable, Fenced
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS, Accepted
@@ -52,7 +53,7 @@ async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) ->
     begun: list[int] = []
     accepted = Accepted(ALL_BUCKETS, known, {})
 
-    async def committed(bucket: int | None) -> int:
+    async def committed() -> int:
         return settled
 
     async def join() -> Remembered:
@@ -64,19 +65,19 @@ async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) ->
     async def take_over() -> None:
         pass
 
-    dispatcher: Any = SimpleNamespace(
-        floor=known, idle=idle, settle=lambda step: None, take_over=take_over, resume=resume, stand_by=lambda: None
+    takeover = SimpleNamespace(take_over=take_over, resume=resume, stand_by=lambda: None)
+    admission = SimpleNamespace(settle=lambda step: None)
+    pipeline: Any = SimpleNamespace(floor=known, idle=idle, takeover=takeover, admission=admission)
+    site = SimpleNamespace(bus=bus, clock=lambda: bus.now, service=SimpleNamespace(prefetch=10))
+    joined: Any = SimpleNamespace(
+        site=site, inbox=SimpleNamespace(read_floor=committed, join=join), lineage=SimpleNamespace(log=LOG)
     )
     intake = Intake(
         Subscription("shop"),
-        cast("EventBus", bus),
-        LOG,
-        cast("Inbox", SimpleNamespace(settled=committed, join=join)),
+        cast("Joined", joined),
         accepted,
-        cast("Dispatcher", dispatcher),
+        cast("Pipeline", pipeline),
         cast("Pass", SimpleNamespace(under_way=False, start=lambda upto: None)),
-        prefetch=10,
-        clock=lambda: bus.now,
     )
     with capture_logs() as logs:
         running = asyncio.create_task(intake.run())
@@ -87,7 +88,7 @@ async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) ->
         try:
             await running
         except asyncio.CancelledError:
-            assert intake.marker == 9, "the delivery was taken"
+            assert intake.pulse.marker == 9, "the delivery was taken"
     return [line["event"] for line in logs], begun
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tidings.database.event_rows import key_of
 from tidings.database.held_events import HeldEvent, Line
-from tidings.delivery.attempt import Failure
+from tidings.delivery import outcomes
+from tidings.delivery.failure import Failure
+from tidings.delivery.inflight import InFlight, Role
 from tidings.delivery.keys import Keys
-from tidings.delivery.work import Item
 from tidings.modelling.handlers import Handler, Hold, Retry
 from tidings.stores import RecordedEvent
 
@@ -30,20 +31,20 @@ def handler(hold_key: bool, line: str = "", name: str = "handle") -> Handler:
     return Handler(name, lambda: None, (), (), retry, 1.0, threaded=True, line=line)
 
 
-def fresh(position: int, key: str, line: str = "", *, hold_key: bool = True) -> Item:
-    return Item(event(position, key), 0, handler(hold_key, line), None)
+def fresh(position: int, key: str, line: str = "", *, hold_key: bool = True) -> InFlight:
+    return InFlight(event(position, key), 0, handler(hold_key, line))
 
 
-def revived(row: HeldEvent, *, hold_key: bool = True) -> Item:
-    return Item(row.event, 0, handler(hold_key, row.handlers_line), None, row)
+def revived(row: HeldEvent, *, hold_key: bool = True) -> InFlight:
+    return InFlight(row.event, 0, handler(hold_key, row.handlers_line), Role.AGAIN, row)
 
 
 def row(position: int, key: str) -> HeldEvent:
     return HeldEvent(event(position, key), 0, key, "handle", 1, 0, 0.0, "failed", None)
 
 
-def fail(item: Item, *, permanent: bool = False) -> Item:
-    assert item.fail(Failure("ValueError: no", "", permanent), 1, "service") is None
+def fail(item: InFlight, *, permanent: bool = False) -> InFlight:
+    assert outcomes.fail(item, Failure("ValueError: no", "", permanent), 1, "service") is None
     return item
 
 
@@ -141,7 +142,7 @@ class Database:
         blocked = {line: number for line, number in (self.graves | numbers).items() if number}
         return {0: blocked} if blocked else {}
 
-    def write(self, item: Item) -> None:
+    def write(self, item: InFlight) -> None:
         rows = self.held.setdefault(item.line, [])
         if item.held is not None:
             rows.remove(item.held)
@@ -158,8 +159,8 @@ class World:
 
     keys: Keys = field(default_factory=Keys)
     database: Database = field(default_factory=Database)
-    lane: deque[Item] = field(default_factory=deque)
-    batch: list[Item] = field(default_factory=list)
+    lane: deque[InFlight] = field(default_factory=deque)
+    batch: list[InFlight] = field(default_factory=list)
     ran: list[tuple[Line, int]] = field(default_factory=list)
     gone: set[int] = field(default_factory=set)
     """Dead events: later ones may run although these have not run."""
@@ -185,7 +186,7 @@ class World:
             if item.held is not None:
                 self.keys.land(item.line)
                 return
-            item.wait()
+            outcomes.hold(item)
         elif outcome == "succeeds":
             self.ran.append((item.line, item.event.position))
         else:

@@ -20,8 +20,9 @@ from tidings.database.inbox import Inbox
 from tidings.database.layout import settled
 from tidings.database.staged_events import StagedEvent
 from tidings.database.tables import dead, partials, staged, watermarks
-from tidings.delivery.progress import Batch, Progress
-from tidings.delivery.work import Item
+from tidings.delivery.batch import Batch
+from tidings.delivery.inflight import InFlight, Role
+from tidings.delivery.progress import Progress
 from tidings.errors import Fenced
 from tidings.modelling.handlers import Handler, Retry
 from tidings.protocol.position import ALL_BUCKETS
@@ -59,15 +60,15 @@ def event(position: int) -> RecordedEvent:
     return RecordedEvent(position, "orders", position, "Placed", b"{}", b"", True, UUID(int=position + 1).bytes, 0)
 
 
-def item(position: int, held: HeldEvent | None = None) -> Item:
+def item(position: int, held: HeldEvent | None = None) -> InFlight:
     async def handle() -> None:
         raise AssertionError("nobody runs it here")
 
     handler = Handler("handle", handle, (), (), Retry(), 1.0, threaded=False)
-    return Item(event(position), BUCKET, handler, None, held)
+    return InFlight(event(position), BUCKET, handler, Role.PLAIN if held is None else Role.AGAIN, held)
 
 
-def doubted(*items: Item) -> Batch:
+def doubted(*items: InFlight) -> Batch:
     return Batch(doubted=list(items))
 
 
@@ -147,7 +148,7 @@ def shared(position: int, *names: str) -> Batch:
     batch = Batch()
     for name in names:
         handler = replace(item(position).handler, name=name)
-        batch.finish(Item(event(position), BUCKET, handler, None, more=name != HANDLERS[-1]))
+        batch.finish(InFlight(event(position), BUCKET, handler, Role.SHARED if name != HANDLERS[-1] else Role.PLAIN))
     return batch
 
 

@@ -24,7 +24,8 @@ from tidings.database.held_rows import HeldRows
 from tidings.database.inbox import Inbox
 from tidings.database.staged_events import StagedEvent
 from tidings.database.tables import floors, metadata, replays, watermarks
-from tidings.delivery.progress import Batch, Progress
+from tidings.delivery.batch import Batch
+from tidings.delivery.progress import Progress
 from tidings.errors import Fenced
 from tidings.operations.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.protocol.position import ALL_BUCKETS, bucket_of

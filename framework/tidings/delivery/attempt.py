@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,20 +15,17 @@ import structlog
 
 from tidings._support.eager import FirstStep
 from tidings.database.outages import is_outage
+from tidings.delivery.failure import Failure
 from tidings.delivery.log_facts import bind_handling, handling
 from tidings.delivery.owned import Ours
+from tidings.delivery.resources import Resources
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
-    DeployNeeded,
-    EventTooLarge,
     Fenced,
     HandlerTimeout,
-    InvalidStreamName,
-    SchemaError,
     StoreUnavailable,
     TidingsError,
-    TransactionMisuse,
     WriterHeld,
 )
 from tidings.modelling.codec import check_key, decode
@@ -40,7 +35,7 @@ from tidings.modelling.handlers import Handler, Inject
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["Attempt", "Attempts", "Failure", "Resources", "is_infrastructure"]
+__all__ = ["Attempt", "Attempts", "is_infrastructure"]
 
 log = structlog.get_logger("tidings.attempt")
 
@@ -51,91 +46,6 @@ PARTING_SECONDS: Final = 1.0
 
 HANDLER_TASK: Final = "handler "
 """So the names of tasks begin that run a handler."""
-
-PERMANENT: Final = (SchemaError, TransactionMisuse, WriterHeld, ConfigurationError, EventTooLarge, InvalidStreamName)
-"""Errors that the next attempt would meet again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an attempt failed."""
-
-    reason: str
-    """One line: the error's type and message."""
-    detail: str
-    """The traceback."""
-    permanent: bool
-    error: str = ""
-    """The error's type."""
-    place: str = ""
-    """File and line of the raise."""
-    skipped: bool = False
-    """An operator wants the event dead: what waits for its key goes on."""
-    deploy_needed: bool = False
-    """Only another deploy can read the event: it is held until then, without retries that would meet the same."""
-
-    @classmethod
-    def of(cls, error: BaseException, handler: Handler) -> Failure:
-        lines = "".join(traceback.format_exception(error))
-        try:
-            message = str(error)
-        except Exception:
-            message = "<its message cannot be shown: str() of it fails>"
-        deploy_needed = isinstance(error, DeployNeeded) and not isinstance(error, handler.retry.permanent)
-        return cls(
-            f"{type(error).__name__}: {message}"[:2000],
-            lines[-20_000:],
-            not deploy_needed and isinstance(error, PERMANENT + handler.retry.permanent),
-            type(error).__name__,
-            _place(error),
-            deploy_needed=deploy_needed,
-        )
-
-
-def _place(error: BaseException) -> str:
-    """File and line of the raise; of an error that was made without one, those of its cause."""
-    trace = error.__traceback__ or (error.__cause__.__traceback__ if error.__cause__ is not None else None)
-    if trace is None:
-        return ""
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-
-
-class Resources:
-    """What the service's lifespan yielded, found by type."""
-
-    def __init__(self, service: str, yielded: Any) -> None:
-        self._service = service
-        self._objects: tuple[Any, ...] = (
-            () if yielded is None else tuple(yielded) if isinstance(yielded, tuple) else (yielded,)
-        )
-        self._found: dict[type, Any] = {}
-
-    def find(self, wanted: type, handler: str) -> Any:
-        """The one resource of this type. Raises `ConfigurationError` when there is none, or more than one."""
-        if wanted in self._found:
-            return self._found[wanted]
-        if getattr(wanted, "_is_protocol", False) and not getattr(wanted, "_is_runtime_protocol", False):
-            raise ConfigurationError(
-                f"service {self._service!r}, handler {handler!r}: decorate protocol {wanted.__name__} with "
-                "@runtime_checkable, so that its resource can be found"
-            )
-        found = [candidate for candidate in self._objects if isinstance(candidate, wanted)]
-        if len(found) != 1:
-            yields = ", ".join(type(candidate).__name__ for candidate in self._objects) or "nothing"
-            raise ConfigurationError(
-                f"service {self._service!r}, handler {handler!r} asks for a {wanted.__name__}: the service's lifespan "
-                f"yields {yields}; exactly one must match"
-            )
-        self._found[wanted] = found[0]
-        return found[0]
-
-    def check(self, handler: Handler) -> None:
-        """Raises `ConfigurationError` now for what `find` could not give later."""
-        for _, wanted in handler.parameters:
-            if not isinstance(wanted, Inject):
-                self.find(wanted, handler.name)
 
 
 def is_infrastructure(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, auto
 from typing import Final
 
-from tidings.delivery.attempt import Failure
+from tidings.delivery.failure import Failure
 
 __all__ = ["Caution", "verdicts"]
 
@@ -78,16 +78,64 @@ class _Own:
         self.times = 0
 
 
+class Notes:
+    """Events that this process has taken to note them, until their notes are forgotten."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.rows: dict[int, _Own] = {}
+        """By position. For `Caution`."""
+
+    @property
+    def noted(self) -> dict[int, tuple[int, int]]:
+        """Notes of this process, position to bucket and number: what the database holds, or will when the transaction
+        under way commits, without what the next commit forgets."""
+        return {at: (own.bucket, own.times) for at, own in self.rows.items() if own.stage is _Stage.NOTED}
+
+    @property
+    def own(self) -> frozenset[int]:
+        """Positions that this process has noted itself, as far as the notes are not forgotten."""
+        return frozenset(at for at, own in self.rows.items() if own.stage is not _Stage.TAKEN)
+
+    def taken(self, position: int, bucket: int) -> None:
+        """It is about to be noted and run."""
+        own = self.rows.get(position)
+        if own is None:
+            self.rows[position] = _Own(bucket, self._clock())
+        else:
+            own.stage, own.since = _Stage.AGAIN, self._clock()
+
+    def ended(self, position: int, *, suspected: bool) -> bool:
+        """Its attempt ended. True when the next commit changes its note."""
+        own = self.rows.get(position)
+        if own is None:
+            if not suspected:
+                return False
+            own = self.rows[position] = _Own(-1, self._clock())
+        elif own.stage is not _Stage.NOTED and not suspected:
+            return False
+        own.stage = _Stage.ENDED
+        return True
+
+    def cleared(self, position: int) -> None:
+        """Its note is gone for good, with all that came of it."""
+        own = self.rows.get(position)
+        if own is not None and own.stage is _Stage.AGAIN:
+            own.stage = _Stage.TAKEN
+        elif own is not None and own.stage is _Stage.ENDED:
+            del self.rows[position]
+
+
 class Caution:
-    """Of one dispatcher: which events are noted before they are run, and which run alone. It is the only owner of what
-    the process knows of notes."""
+    """Which events are noted before they are run, and which run alone. It is the only owner of what the process knows
+    of notes."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._left = 0
         """Events at most that are still to be noted although nobody suspects them."""
-        self._own: dict[int, _Own] = {}
-        """Events that this process has taken to note them, until their notes are forgotten."""
+        self.notes = Notes(clock)
+        """Those of this process."""
         self._found: dict[int, int] = {}
         """Notes that another process left, position to number of unclean ends, until this one has survived the
         event in each of its handlers."""
@@ -96,43 +144,33 @@ class Caution:
         self._noted_once: set[int] = set()
         """Every event that this process has noted: another process that took over counted an unclean end with it under
         way, and this one knows better."""
-        self.alert = False
-        """There may be something to be careful about: asked first, because nearly always there is nothing."""
         self.informed = False
         """It has been told how the process before this one ended."""
+
+    @property
+    def alert(self) -> bool:
+        """There may be something to be careful about: asked first, because nearly always there is nothing."""
+        return bool(self._left or self._found or self.notes.rows)
 
     # ---- taking over
 
     def cut_off(self) -> None:
         """Forget what this process had begun, because it joins again. That proves nothing of an event: a suspect stays
         one, and for each other event that was cut off in its noted attempt one more is noted."""
-        self._left += sum(own.stage is _Stage.NOTED and at not in self._found for at, own in self._own.items())
-        self._own.clear()
-        self._look()
+        self._left += sum(own.stage is _Stage.NOTED and at not in self._found for at, own in self.notes.rows.items())
+        self.notes.rows.clear()
 
     def rejoined(self, notes: Mapping[int, int]) -> dict[int, int]:
         """Compare with the notes in the database: this process was the last one at work. Returns notes to correct,
         position to number: they count an attempt that was cut off and is not under way any more."""
-        own = self.own
+        own = self.notes.own
         self._found = {at: times for at, times in self._found.items() if at in notes or at in own}
-        self._look()
         return {at: times for at, times in self._found.items() if at not in own and notes[at] != times}
-
-    @property
-    def noted(self) -> dict[int, tuple[int, int]]:
-        """Notes of this process, position to bucket and number: what the database holds, or will when the transaction
-        under way commits, without what the next commit forgets."""
-        return {at: (own.bucket, own.times) for at, own in self._own.items() if own.stage is _Stage.NOTED}
-
-    @property
-    def own(self) -> frozenset[int]:
-        """Positions that this process has noted itself, as far as the notes are not forgotten."""
-        return frozenset(at for at, own in self._own.items() if own.stage is not _Stage.TAKEN)
 
     @property
     def known(self) -> frozenset[int]:
         """Positions whose notes are there for a reason, or about to go."""
-        return self.own.union(self._found)
+        return self.notes.own.union(self._found)
 
     def begin(
         self, notes: Mapping[int, int], events: int, *, blind: bool, besides: Collection[int] = ()
@@ -140,7 +178,7 @@ class Caution:
         """Another process ended uncleanly and left these notes; without its notebook (`blind`), note the next
         `events`. `besides` are positions of this process's own, known before the notes were read: nobody suspects
         what runs here or has ended here. Returns the condemned, with the reason."""
-        own = self.own
+        own = self.notes.own
         left = {
             at: min(times, CRASHES - 1) if at in self._noted_once else times
             for at, times in notes.items()
@@ -150,16 +188,14 @@ class Caution:
         self._survived.clear()
         self._left = events if blind else 0
         self.informed = True
-        self._look()
         return verdicts(self._found)[0]
 
     def forgotten(self) -> None:
         """The process before this one ended cleanly: there are no notes but this one's own."""
-        own = self.own
+        own = self.notes.own
         self._found = {at: times for at, times in self._found.items() if at in own}
         self._left = 0
         self.informed = True
-        self._look()
 
     @property
     def suspects(self) -> frozenset[int]:
@@ -171,8 +207,8 @@ class Caution:
     def holds(self) -> float:
         """Seconds until the next event may be taken, 0 for now."""
         now = self._clock()
-        young = [at for at, own in self._own.items() if now - own.since < ALONE_SECONDS]
-        alone = any(at in self._found and self._own[at].stage is not _Stage.ENDED for at in young)
+        young = [at for at, own in self.notes.rows.items() if now - own.since < ALONE_SECONDS]
+        alone = any(at in self._found and self.notes.rows[at].stage is not _Stage.ENDED for at in young)
         return LOOK_SECONDS if alone or len(young) >= ROOM else 0.0
 
     def wants(self, position: int, handler: str = "") -> bool:
@@ -183,18 +219,9 @@ class Caution:
         """Return the unclean ends that the event's note is to count while it is not under way: 0 for no note."""
         return self._found.get(position, 0)
 
-    def taken(self, position: int, bucket: int) -> None:
-        """It is about to be noted and run."""
-        own = self._own.get(position)
-        if own is None:
-            self._own[position] = _Own(bucket, self._clock())
-        else:
-            own.stage, own.since = _Stage.AGAIN, self._clock()
-        self.alert = True
-
     def group(self, waiting: Iterable[int]) -> list[int]:
         """Which of these events, taken before, are noted together now, and run side by side: one suspect, or others."""
-        ready = [at for at in waiting if self._own[at].stage is _Stage.TAKEN]
+        ready = [at for at in waiting if self.notes.rows[at].stage is _Stage.TAKEN]
         plain = [at for at in ready if at not in self._found]
         return plain or ready[:1]
 
@@ -202,12 +229,12 @@ class Caution:
         """Seconds that this event, which is to be noted next, still waits for those that began before it to end."""
         if position not in self._found:
             return 0.0
-        return max(0.0, self._own[position].since + QUIET_SECONDS - self._clock())
+        return max(0.0, self.notes.rows[position].since + QUIET_SECONDS - self._clock())
 
     def note(self, position: int) -> tuple[int, int]:
         """What to write down in the transaction that begins: bucket, and the unclean ends with the event under way,
         should this process end so too."""
-        own = self._own[position]
+        own = self.notes.rows[position]
         self._left = max(0, self._left - 1)
         self._noted_once.add(position)
         own.stage, own.times = _Stage.NOTED, self._found.get(position, 0) + 1
@@ -216,31 +243,11 @@ class Caution:
     def ended(self, position: int, handler: str = "", others: Collection[str] = (), *, ran: bool = True) -> bool:
         """It ended in this handler in whatever way but the process's end. `others` are handlers that may run it still:
         until they have, or when it was not even run, a suspect stays one. True when the next commit is to forget its
-        note, or to have it count `times`; then tell `cleared` after that commit."""
+        note, or to have it count `times`; then tell `notes.cleared` after that commit."""
         found = self._found.get(position)
         if found is not None and ran:
             survived = self._survived.setdefault(position, set())
             survived.add(handler)
             if survived.issuperset(others):
                 del self._found[position], self._survived[position]
-        own = self._own.get(position)
-        if own is None:
-            if found is None:
-                return False
-            own = self._own[position] = _Own(-1, self._clock())
-        elif own.stage is not _Stage.NOTED and found is None:
-            return False
-        own.stage = _Stage.ENDED
-        return True
-
-    def cleared(self, position: int) -> None:
-        """Its note is gone for good, with all that came of it."""
-        own = self._own.get(position)
-        if own is not None and own.stage is _Stage.AGAIN:
-            own.stage = _Stage.TAKEN
-        elif own is not None and own.stage is _Stage.ENDED:
-            del self._own[position]
-        self._look()
-
-    def _look(self) -> None:
-        self.alert = bool(self._left or self._found or self._own)
+        return self.notes.ended(position, suspected=found is not None)

@@ -6,47 +6,35 @@ It never asks the bus for anything. Gaps, lost markers, deleted queues, new subs
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
-from typing import Final
+from typing import Any
 
 import structlog
 
-from tidings.delivery.dispatch import Dispatcher
-from tidings.delivery.work import Step
-from tidings.protocol.metadata import own_metadata
-from tidings.protocol.position import CARRIED, Accepted, carried
-from tidings.stores import EventStore
+from tidings.delivery.admission import Admission
+from tidings.delivery.inflight import Step
+from tidings.delivery.log_reader import LAGGING_SECONDS, read_log
+from tidings.delivery.site import Site
+from tidings.protocol.position import Accepted
+from tidings.stores import RecordedEvent
 
 __all__ = ["Pass"]
 
 log = structlog.get_logger("tidings.healing")
 
-PROGRESS_SECONDS: Final = 1.0
-"""So often a pass offers how far it came as the floor, so that a restart resumes there."""
-LAGGING_SECONDS: Final = 0.1
-"""Wait before asking a store again that has not reached what a message already named."""
-
 
 class Pass:
     """At most one is under way; what is asked for meanwhile only moves its end."""
 
-    def __init__(
-        self,
-        service: str,
-        store: EventStore,
-        accepted: Accepted,
-        dispatcher: Dispatcher,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._service = service
-        self._store = store
+    def __init__(self, site: Site, accepted: Accepted, admission: Admission) -> None:
+        self._service = site.service.name
+        self._store = site.store
         self._accepted = accepted
-        self._dispatcher = dispatcher
-        self._clock = clock
+        self._admission = admission
+        self._clock = site.clock
         self._upto = -1
         self._asked = asyncio.Event()
+        self._found = 0
+        """Events that the bus had not brought, in the pass under way."""
 
     @property
     def under_way(self) -> bool:
@@ -66,39 +54,41 @@ class Pass:
 
     async def _heal(self) -> None:
         accepted, began = self._accepted, self._clock()
-        start, found, lagging = accepted.reached, 0, 0
+        start, lagging, self._found = accepted.reached, 0, 0
         log.info("pass.started", service=self._service, after=start, upto=self._upto)
         while accepted.reached < self._upto:
             # The end is asked for before reading: what is read afterwards then holds everything up to it.
             head = await self._store.head()
-            found += await self._read(head)
+            await read_log(self._store, accepted.reached, head, self, self._clock)
             accepted.reach(head)
-            self._dispatcher.settle(Step(floor=head))
+            self._admission.settle(Step(floor=head))
             if head < self._upto:
                 lagging += 1
                 if lagging in (1, 100):
                     log.warning("pass.waiting_for_store", service=self._service, head=head, upto=self._upto)
                 await asyncio.sleep(LAGGING_SECONDS)
         seconds = round(self._clock() - began, 3)
-        log.info("pass.finished", service=self._service, reached=accepted.reached, found=found, seconds=seconds)
+        log.info("pass.finished", service=self._service, reached=accepted.reached, found=self._found, seconds=seconds)
 
-    async def _read(self, head: int) -> int:
-        accepted, dispatcher, found = self._accepted, self._dispatcher, 0
-        offered = self._clock()
-        async for event in self._store.read_all(after=accepted.reached, filter=CARRIED):
-            position = event.position
-            if position > head:
-                break
-            metadata = own_metadata(event.metadata)
-            bucket = carried(event, metadata)
-            if bucket is not None and dispatcher.full:
-                await dispatcher.room()
-            if bucket is not None and accepted.read(bucket, position):  # what is accepted is submitted at once
-                found += 1
-                dispatcher.submit(event, bucket, metadata=metadata)
-            if self._clock() - offered >= PROGRESS_SECONDS:
-                offered = self._clock()
-                accepted.reach(position)
-                dispatcher.settle(Step(floor=position))
-                log.info("pass.progressed", service=self._service, reached=position, head=head, found=found)
-        return found
+    # ---- an end of `read_log`
+
+    def wants(self, bucket: int) -> bool:
+        return True
+
+    @property
+    def waits(self) -> bool:
+        return self._admission.full
+
+    async def ready(self) -> None:
+        await self._admission.room()
+
+    def take(self, event: RecordedEvent, bucket: int, metadata: dict[str, Any] | None) -> bool:
+        if self._accepted.read(bucket, event.position):  # what is accepted is submitted at once
+            self._found += 1
+            self._admission.submit(event, bucket, metadata=metadata)
+        return True
+
+    def progressed(self, reached: int, head: int) -> None:
+        self._accepted.reach(reached)
+        self._admission.settle(Step(floor=reached))
+        log.info("pass.progressed", service=self._service, reached=reached, head=head, found=self._found)

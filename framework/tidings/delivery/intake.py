@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
@@ -12,17 +10,17 @@ import structlog
 
 from tidings._support.backoff import Backoff
 from tidings._support.tasks import supervised
-from tidings.buses import Consumer, Delivery, EventBus, Subscription
+from tidings.buses import Consumer, Delivery, Subscription
 from tidings.database.dead_letters import Letter
-from tidings.database.inbox import Inbox
-from tidings.delivery.dispatch import Dispatcher
 from tidings.delivery.healing import Pass
-from tidings.delivery.work import Step
+from tidings.delivery.inflight import Step
+from tidings.delivery.pipeline import Pipeline
+from tidings.delivery.site import Joined
 from tidings.errors import BusUnavailable, Fenced, MalformedMessage
 from tidings.protocol.message import MARKER, Marker, Stamped, decode
 from tidings.protocol.position import Accepted, Verdict
 
-__all__ = ["Intake"]
+__all__ = ["Intake", "Pulse"]
 
 log = structlog.get_logger("tidings.intake")
 
@@ -32,46 +30,48 @@ SILENCE_SECONDS: Final = 10.0
 """Without a marker for so long: see whether the queue still is bound."""
 
 
-class Intake:
-    """Comes back to the bus by itself: what was accepted stays accepted, and what comes again is dropped."""
+class Pulse:
+    """What was heard on the bus, and when: for answers about health."""
 
-    def __init__(
-        self,
-        subscription: Subscription,
-        bus: EventBus,
-        log_id: UUID,
-        inbox: Inbox,
-        accepted: Accepted,
-        dispatcher: Dispatcher,
-        healing: Pass,
-        *,
-        prefetch: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._subscription = subscription
-        self._bus = bus
-        self._log_id = log_id
-        self._inbox = inbox
-        self._accepted = accepted
-        self._dispatcher = dispatcher
-        self._healing = healing
-        self._prefetch = prefetch
-        self._clock = clock
+    def __init__(self) -> None:
         self.marker_at: float | None = None
-        """When the last marker was heard, by `clock`: the pulse of the whole path."""
+        """When the last marker was heard, by the site's clock: the pulse of the whole path."""
         self.marker = -1
         """What the last marker said."""
         self.connected = False
         self.stranger: UUID | None = None
         """Another log, whose relay publishes on this bus."""
         self.stranger_at: float | None = None
-        """When something of it came last, by `clock`."""
+        """When something of it came last, by the site's clock."""
         self.heard_at: float | None = None
-        """When the last message came, of whatever kind, by `clock`."""
+        """When the last message came, of whatever kind, by the site's clock."""
         self.heard = 0
         """Messages that came."""
         self.trouble: str | None = None
         """What the bus answered last instead of messages; None while it is connected."""
+
+
+class Intake:
+    """Comes back to the bus by itself: what was accepted stays accepted, and what comes again is dropped."""
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        joined: Joined,
+        accepted: Accepted,
+        pipeline: Pipeline,
+        healing: Pass,
+    ) -> None:
+        self._subscription = subscription
+        assert joined.site.bus is not None
+        self._bus = joined.site.bus
+        self._joined = joined
+        self._accepted = accepted
+        self._pipeline = pipeline
+        self._admission = pipeline.admission
+        self._healing = healing
+        self._clock = joined.site.clock
+        self.pulse = Pulse()
         self._holding = asyncio.Event()
 
     @property
@@ -89,9 +89,11 @@ class Intake:
         while True:
             try:
                 await self._bus.provision(self._subscription)
-                async with self._bus.consume(self._subscription, prefetch=self._prefetch) as consumer:
+                async with self._bus.consume(
+                    self._subscription, prefetch=self._joined.site.service.prefetch
+                ) as consumer:
                     log.info("service.connected", service=self._subscription.service, queue=self._subscription.queue)
-                    self.connected, self.marker_at, self.trouble = True, None, None
+                    self.pulse.connected, self.pulse.marker_at, self.pulse.trouble = True, None, None
                     backoff.reset()
                     chosen = False
                     async with supervised(self._stay_bound()):
@@ -104,12 +106,12 @@ class Intake:
                             self.take(consumer, delivery)
                 raise BusUnavailable(f"queue {self._subscription.queue!r}: the bus ended the deliveries")
             except BusUnavailable as error:
-                self.trouble = str(error)
-                what = "bus.lost" if self.connected else "bus.unreachable"
+                self.pulse.trouble = str(error)
+                what = "bus.lost" if self.pulse.connected else "bus.unreachable"
                 log.warning(what, service=self._subscription.service, error=str(error), next_attempt_in=backoff.pause)
             finally:
-                self.connected = False
-                self._dispatcher.stand_by()
+                self.pulse.connected = False
+                self._pipeline.takeover.stand_by()
             await backoff.wait()
 
     async def _stay_bound(self) -> None:
@@ -117,7 +119,7 @@ class Intake:
         relay makes anew without bindings, no bus tells a consumer. Raises `TopologyMismatch`."""
         while True:
             await asyncio.sleep(SILENCE_SECONDS / 2)
-            if self.marker_at is None or self._clock() - self.marker_at >= SILENCE_SECONDS:
+            if self.pulse.marker_at is None or self._clock() - self.pulse.marker_at >= SILENCE_SECONDS:
                 try:
                     await self._bus.provision(self._subscription)
                 except BusUnavailable as error:  # what was connected before may still be: its own loss ends it
@@ -130,24 +132,24 @@ class Intake:
         outside of the database would be done again before that: so it joins again, in its place in the line. With
         work of an earlier connection at hand it cannot; where another process has done more since, it raises `Fenced`.
         """
-        service, floor = self._subscription.service, self._dispatcher.floor
-        if self._dispatcher.idle and not self._healing.under_way:
-            remembered = await self._inbox.join()
+        service, floor = self._subscription.service, self._pipeline.floor
+        if self._pipeline.idle and not self._healing.under_way:
+            remembered = await self._joined.inbox.join()
             self._accepted.begin(remembered.floor, remembered.watermarks)
-            await self._dispatcher.resume(remembered)
-        elif (settled := await self._inbox.read_floor()) > floor:
+            await self._pipeline.takeover.resume(remembered)
+        elif (settled := await self._joined.inbox.read_floor()) > floor:
             raise Fenced(
                 f"service {service!r}: taking over from another process, which has settled everything up to position "
                 f"{settled}; this one knew of position {floor}"
             )
-        await self._dispatcher.take_over()
+        await self._pipeline.takeover.take_over()
         log.info("service.consuming", service=service, queue=self._subscription.queue)
 
     def take(self, consumer: Consumer, delivery: Delivery) -> None:
         """One delivery: accepted, dropped, or recorded as dead; it never raises for what a message says."""
         message = delivery.message
-        self.heard += 1
-        self.heard_at = self._clock()
+        self.pulse.heard += 1
+        self.pulse.heard_at = self._clock()
         step = Step(consumer, delivery.tag)
         try:
             if message.type == MARKER and "tidings-position" not in message.headers:
@@ -155,7 +157,7 @@ class Intake:
             else:
                 self._offer(decode(message), step)
         except MalformedMessage as error:
-            self._dispatcher.bury(Letter.of_message(message, f"MalformedMessage: {error}"), step)
+            self._admission.bury(Letter.of_message(message, f"MalformedMessage: {error}"), step)
 
     def _offer(self, stamped: Stamped, step: Step) -> None:
         self._check_log(stamped.log)
@@ -165,21 +167,21 @@ class Intake:
             return
         verdict = self._accepted.offer(stamped.bucket, event.position, stamped.previous)
         if verdict is Verdict.NEXT:
-            self._dispatcher.submit(event, stamped.bucket, step)
+            self._admission.submit(event, stamped.bucket, step)
         elif verdict is Verdict.DUPLICATE:
             log.debug("event.repeated", service=self._subscription.service, position=event.position)
-            self._dispatcher.settle(step)
+            self._admission.settle(step)
         else:
             self._gap(event.position, step)
 
     def _hear(self, marker: Marker, step: Step) -> None:
-        if marker.log == self.stranger:  # its first message is kept; more markers say nothing new
-            self.stranger_at = self._clock()
-            self._dispatcher.settle(step)
+        if marker.log == self.pulse.stranger:  # its first message is kept; more markers say nothing new
+            self.pulse.stranger_at = self._clock()
+            self._admission.settle(step)
             return
         self._check_log(marker.log)
-        self.marker_at = self._clock()
-        self.marker = max(self.marker, marker.position)
+        self.pulse.marker_at = self._clock()
+        self.pulse.marker = max(self.pulse.marker, marker.position)
         upto = max(marker.position, *marker.touched.values(), -1)
         if self._healing.under_way:
             self._gap(upto, step)
@@ -188,18 +190,18 @@ class Intake:
         if verdict is Verdict.GAP:
             self._gap(upto, step)
         else:
-            self._dispatcher.settle(step._replace(floor=marker.position) if verdict is Verdict.NEXT else step)
+            self._admission.settle(step._replace(floor=marker.position) if verdict is Verdict.NEXT else step)
 
     def _gap(self, upto: int, step: Step) -> None:
         """Forget the message: the pass will find what it brought, and everything before it, in the log."""
-        self._dispatcher.settle(step)
+        self._admission.settle(step)
         if upto > self._accepted.reached:
             self._healing.start(upto)
 
     def _check_log(self, log_id: UUID) -> None:
-        if log_id != self._log_id:
-            self.stranger, self.stranger_at = log_id, self._clock()
+        if log_id != self._joined.lineage.log:
+            self.pulse.stranger, self.pulse.stranger_at = log_id, self._clock()
             raise MalformedMessage(
-                f"it belongs to log {log_id}, this service follows {self._log_id}: a relay of another store publishes "
-                "on this bus"
+                f"it belongs to log {log_id}, this service follows {self._joined.lineage.log}: a relay of another "
+                "store publishes on this bus"
             )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tidings.database.held_events import HeldEvent, Line
-from tidings.delivery.work import Item
+from tidings.delivery.inflight import InFlight, Role
 
 __all__ = ["Keys"]
 
@@ -26,28 +26,28 @@ class Keys:
         self._flying: Counter[Line] = Counter()
         self._failed: set[Line] = set()
 
-    def read(self, blocked: dict[int, dict[Line, int]], uncommitted: Iterable[Item]) -> None:
+    def read(self, blocked: dict[int, dict[Line, int]], uncommitted: Iterable[InFlight]) -> None:
         """What the database holds now, which becomes ours to change, and the items that will change it with the next
         commit."""
         self.blocked = blocked
         for item in uncommitted:
             self.ended(item)
 
-    def ended(self, item: Item) -> None:
+    def ended(self, item: InFlight) -> None:
         """It was run, or held, or is dead; the next commit will say so. Later items in its lane are judged by it."""
-        if item.blocks:
+        if blocks := item.blocks:
             lines, line = self.blocked.setdefault(item.bucket, {}), item.line
-            lines[line] = lines.get(line, 0) + item.blocks
+            lines[line] = lines.get(line, 0) + blocks
             if lines[line] <= 0:
                 del lines[line]
             if not lines:
                 del self.blocked[item.bucket]
-        if item.held is not None and not item.blocks:
+        if item.role >= Role.AGAIN and not blocks:
             self._failed.add(item.line)
 
-    def must_wait(self, item: Item) -> bool:
+    def must_wait(self, item: InFlight) -> bool:
         """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""
-        if item.held is not None:
+        if item.role >= Role.AGAIN:
             return item.line in self._failed
         lines = self.blocked.get(item.bucket)
         return lines is not None and item.line in lines

@@ -83,17 +83,12 @@ def inner(thing: object) -> object:
     return thing.inner if isinstance(thing, OwnStore | OwnBus) else thing
 
 
-class OwnStore(EventStore):
-    """Stands before a service's own store: marks its errors, and learns whether it takes writes."""
+class _Marked:
+    """Calls of a store, whose errors are marked as its own."""
 
     def __init__(self, store: EventStore) -> None:
         self.inner = store
         self.writes = Writes()
-
-    @classmethod
-    def of(cls, store: EventStore) -> OwnStore:
-        """The store itself, where it is one already: who shares it shares what is known of it."""
-        return store if isinstance(store, OwnStore) else cls(store)
 
     def __getattr__(self, name: str) -> Any:  # what an adapter has beyond the port
         return getattr(self.inner, name)
@@ -121,6 +116,15 @@ class OwnStore(EventStore):
             async with aclosing(cast("Any", reading)) as source:
                 async for item in source:
                     yield item
+
+
+class OwnStore(_Marked, EventStore):
+    """Stands before a service's own store: marks its errors, and learns whether it takes writes."""
+
+    @classmethod
+    def of(cls, store: EventStore) -> OwnStore:
+        """The store itself, where it is one already: who shares it shares what is known of it."""
+        return store if isinstance(store, OwnStore) else cls(store)
 
     async def probe_writes(self) -> None:
         """Append one event to a stream of Tidings' own that keeps one: `writes` knows then whether the log takes it. A

@@ -6,81 +6,21 @@ It never begins or commits a transaction; `written` is told when the one that `w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Final
-from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.dead_letters import Letter
 from tidings.database.held_events import HeldEvent
 from tidings.database.held_rows import HeldRows
 from tidings.database.inbox import Inbox, Remembered
-from tidings.delivery.work import SKIPPED, Item, Step
-from tidings.modelling.roster import Span
-from tidings.protocol.position import Ticket
+from tidings.delivery.batch import Batch, Late
+from tidings.delivery.failure_memory import SKIPPED
+from tidings.delivery.inflight import InFlight, Role
 
-__all__ = ["Batch", "Progress"]
+__all__ = ["Progress"]
 
 FLOOR_SECONDS: Final = 1.0
 """The floor is stored at most so often."""
-
-
-Late = tuple[int, str, str]
-"""A span's bucket, handler and kind."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """What is to become durable together."""
-
-    finished: list[Item] = field(default_factory=list)
-    notable: list[Item] = field(default_factory=list)
-    """Those of them that leave more behind than the watermark."""
-    moves: dict[int, int] = field(default_factory=dict)
-    """Bucket to its new watermark: that of its last item, because items of one bucket finish in order."""
-    parts: dict[int, list[Item]] = field(default_factory=dict)
-    """Bucket to items whose event still waits for other handlers."""
-    shared: set[int] = field(default_factory=set)
-    """Buckets in which several handlers of one event have finished together."""
-    late: dict[Late, int] = field(default_factory=dict)
-    """What handlers that are behind have done: to which position each span moves."""
-    ended: list[Span] = field(default_factory=list)
-    """Spans of which nothing is left."""
-    foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
-    """Messages that are no events of ours."""
-    appended: list[UUID] = field(default_factory=list)
-    """Staged events that are in the store."""
-    never: list[tuple[UUID, Letter]] = field(default_factory=list)
-    """Staged events that can never be appended."""
-    noted: dict[int, int] = field(default_factory=dict)
-    """Events that were noted before they were run, and have ended (`crashes`): position to the unclean ends
-    that the note is to count, 0 for no note."""
-    doubted: list[Item] = field(default_factory=list)
-    """An attempt at them failed, perhaps because another process has done them. They are not finished by that."""
-
-    def finish(self, item: Item) -> bool:
-        """True when it leaves more behind than the watermark."""
-        self.finished.append(item)
-        if item.held is None:
-            if item.plain:
-                self.moves[item.bucket] = item.event.position
-                if self.parts and self.parts.pop(item.bucket, None) is not None:
-                    self.shared.add(item.bucket)
-            elif item.late is None:
-                self.parts.setdefault(item.bucket, []).append(item)
-            elif item.ends:
-                self.ended.append(item.late)
-            else:
-                self.late[item.late[:3]] = item.event.position
-            if item.letter is None and item.postponed is None and not item.emissions:
-                return False
-        self.notable.append(item)
-        return True
-
-    def __len__(self) -> int:
-        ended = len(self.finished) + len(self.foreign) + len(self.appended) + len(self.never) + len(self.noted)
-        return ended + len(self.doubted)
 
 
 class Progress:
@@ -90,6 +30,10 @@ class Progress:
         self._inbox = inbox
         self._held = held
         self._clock = clock
+        self.resume(remembered)
+
+    def resume(self, remembered: Remembered) -> None:
+        """Go on from what the inbox remembers, and forget what was known before."""
         self._watermarks = dict(remembered.watermarks)
         self._parts = {
             bucket: (at, frozenset(remembered.partial.get(at, ()))) for bucket, at in remembered.partial_at.items()
@@ -97,7 +41,7 @@ class Progress:
         """Bucket to the position of an event of which rows say that some handlers are done, and to these handlers."""
         self.floor = self._stored_floor = remembered.floor
         """Everything up to here is settled (durably at most a second later)."""
-        self._stored_at = clock()
+        self._stored_at = self._clock()
         self.spans: dict[Late, int] = {}
         """How far the spans of handlers that are behind have come, as read or written last."""
         self.caught = self._stored_caught = -1
@@ -115,8 +59,8 @@ class Progress:
     async def write(self, connection: AsyncConnection, batch: Batch, *, floor_now: bool) -> None:
         """Raises `Fenced` when another process was here: roll back."""
         inbox, held = self._inbox, self._held
-        fresh = [item for item in batch.notable if item.held is None]
-        again = [item for item in batch.notable if item.held is not None]
+        fresh = [item for item in batch.notable if item.role < Role.AGAIN]
+        again = [item for item in batch.notable if item.role >= Role.AGAIN]
         letters = [item.letter for item in batch.notable if item.letter is not None]
         # First what fences a process that is not alone: it would stumble over rows that the other has written.
         floor_is_due = self.floor_is_due(floor_now)
@@ -126,7 +70,7 @@ class Progress:
         await inbox.watermarks.assert_unmoved(
             connection, {item.bucket: self._watermarks[item.bucket] for item in doubted if not item.held}
         )
-        await held.assert_held(connection, [item.turn for item in doubted if item.held])
+        await held.assert_held(connection, [item.turn for item in doubted if item.role >= Role.AGAIN])
         moves = {bucket: (self._watermarks[bucket], at) for bucket, at in batch.moves.items()}
         if batch.parts:
             # Also where it does not move, the watermark must stand where this process knows it.
@@ -152,14 +96,14 @@ class Progress:
         emissions = [row for item in batch.notable for row in item.emissions]
         replayed = {item.event.position for item in again if item.replayed}
         if before := await inbox.emitted_before(connection, emissions, replayed):
-            for item in batch.notable:
-                item.emissions = [row for row in item.emissions if str(row.event.id) not in before]
+            for item in (item for item in batch.notable if item.emissions):
+                item.leaves = [row for row in item.emissions if str(row.event.id) not in before]
             emissions = [row for item in batch.notable for row in item.emissions]
         await inbox.staged.add(connection, emissions)
         never = [letter for event_id, letter in batch.never if await inbox.staged.give_up(connection, event_id)]
         await inbox.dead.add(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
         skipped = [item for item in batch.notable if item.letter is not None and item.letter.reason == SKIPPED]
-        await inbox.skips.remove(connection, [item.event.position for item in skipped if item.plain])
+        await inbox.skips.remove(connection, [item.event.position for item in skipped if item.role is Role.PLAIN])
         await inbox.staged.remove(connection, batch.appended)
         await inbox.notes.forget(connection, [at for at, times in batch.noted.items() if not times])
         await inbox.notes.count(connection, {at: times for at, times in batch.noted.items() if times})
@@ -189,5 +133,5 @@ class Progress:
             self._parts[bucket] = (at, handlers | done if before == at else done)
 
 
-def _postponed(items: Iterable[Item]) -> list[HeldEvent]:
+def _postponed(items: Iterable[InFlight]) -> list[HeldEvent]:
     return [item.postponed for item in items if item.postponed is not None]

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from tidings.database.outages import is_outage, is_unusable
 from tidings.database.transaction import GuardedConnection, GuardedSession, drop, guarded, keep
-from tidings.delivery.attempt import Failure
+from tidings.delivery.failure import Failure
 from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Handler, Inject

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 from uuid import UUID
-from weakref import WeakValueDictionary
 
 import structlog
 
 from tidings._support.backoff import nth_pause
 from tidings.database.dead_letters import Letter
 from tidings.database.staged_events import StagedEvent
+from tidings.delivery.requests import Requests
 from tidings.delivery.resolution import Resolver
 from tidings.errors import (
     LogBehind,
@@ -27,7 +26,7 @@ from tidings.errors import (
 from tidings.protocol.position import Lanes
 from tidings.stores import ANY, EventStore
 
-__all__ = ["Stager"]
+__all__ = ["Outcome", "Stager"]
 
 log = structlog.get_logger("tidings.staged")
 
@@ -42,12 +41,20 @@ RETRY_SECONDS: Final = (0.2, 5.0)
 FRESH_SECONDS: Final = 1.0
 """Seconds after the beginning of a commit within which nobody else can have taken over and appended the same row: a
 successor first has to notice and to join. They pass while the process is stopped, and while the machine sleeps."""
-GONE_SECONDS: Final = 2.0
-"""Seconds within which the row of an event that was appended is gone."""
 AWAY_ATTEMPTS: Final = 3
 """Attempts at one event, some 0.6 s, after which nobody is kept waiting for a store that is away."""
 FORGET_SECONDS: Final = 60.0
 """Seconds after which what was read of streams is forgotten when nobody needs it."""
+
+
+class Outcome(Protocol):
+    """Who is told what came of staged events."""
+
+    def appended(self, id: UUID) -> None:
+        """It is in the store, and needs its row no more."""
+
+    def given_up(self, id: UUID, letter: Letter) -> None:
+        """It can never be appended."""
 
 
 class _Row:
@@ -70,31 +77,24 @@ class Stager:
     one at work. Any other row may have been appended already: by a process before this one, or in an earlier life of
     the service, of which its database knows nothing when it is a new one, or was restored from a backup. Then its
     stream is read back to its cause first, and it is appended at the version just read (`tidings.delivery.resolution`).
-    `appended` and `buried` are called with what may be forgotten, or is given up.
+    `outcome` is told what may be forgotten, and what is given up.
     """
 
     def __init__(
         self,
         store: EventStore,
-        appended: Callable[[UUID], None],
-        buried: Callable[[UUID, Letter], None],
+        outcome: Outcome,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._appended = appended
-        self._buried = buried
+        self._outcome = outcome
         self._lanes: Lanes[_Row] = Lanes()
         self._ready: asyncio.Queue[tuple[int, _Row]] = asyncio.Queue()
         self._clock = clock
         self._outage = -FRESH_SECONDS
         """When the store was last away: what was staged before is fresh no more."""
-        self._requested: dict[UUID, float] = {}
-        """What requests emitted, as long as it has a row: infinity, or when it was appended."""
-        self._watched: WeakValueDictionary[UUID, asyncio.Future[bool]] = WeakValueDictionary()
-        """Events that requests wait for."""
-        self._away = False
-        """The store has been away for several attempts: a request that waited for it would wait in vain."""
+        self._requests = Requests(clock)
         self._resolver = Resolver(store)
         self._resolved_at = 0.0
         self._tenure = 0
@@ -117,38 +117,19 @@ class Stager:
         """Append these. `since`: when, at the earliest, rows were committed that nobody tried yet; None for rows of any
         age."""
         for row in rows:
-            if row.requested:
-                self._requested[row.event.id] = math.inf
+            self._requests.began(row)
             self._lanes.push(row.bucket, _Row(row, 0.0 if since is None else since + FRESH_SECONDS))
         self._pump()
 
     def collect(self, rows: Sequence[StagedEvent], *, all: bool) -> None:
         """Append what requests emitted, in whichever process. `rows` are `all` that wait in the database, or the oldest
         of them; those that are known already are passed over."""
-        # A row that stays after its append is another one of the same id, by a request that came again.
-        late = self._clock() - GONE_SECONDS
-        new = [row for row in rows if self._requested.get(row.event.id, -math.inf) < late]
-        if all:
-            known, self._requested = self._requested, {}
-            for row in rows:
-                if (done_at := known.get(row.event.id)) is not None:
-                    self._requested[row.event.id] = done_at
-        self.add(new, since=None)
+        self.add(self._requests.new(rows, all=all), since=None)
 
     def watch(self, identity: UUID) -> asyncio.Future[bool]:
         """Return a future that ends when the event is appended (True), or cannot be for now (False): the store is
         away, or refuses it. Ask before the event's row is committed. It may never end, when another process appends."""
-        future = self._watched.get(identity)
-        if future is None:
-            self._watched[identity] = future = asyncio.get_running_loop().create_future()
-            if self._away or self._requested.get(identity, math.inf) < math.inf:
-                future.set_result(not self._away)
-        return future
-
-    def _tell(self, identity: UUID, appended: bool) -> None:
-        future = self._watched.get(identity)
-        if future is not None and not future.done():
-            future.set_result(appended)
+        return self._requests.watch(identity)
 
     def _pump(self) -> None:
         while (taken := self._lanes.take()) is not None:
@@ -161,8 +142,7 @@ class Stager:
                 for _ in range(FLIGHTS):
                     tasks.create_task(self._fly())
         finally:
-            for identity in list(self._watched):
-                self._tell(identity, False)
+            self._requests.disappoint()
 
     async def _fly(self) -> None:
         while True:
@@ -175,14 +155,13 @@ class Stager:
             except StoreError as error:  # about this stream or event alone: others go on
                 reason = f"{type(error).__name__}: {error}"
                 log.error("staged.dead", stream=row.staged.stream, event_id=str(identity), reason=reason)
-                self._buried(identity, Letter.of_staged(row.staged, row.attempts + 1, reason))
-                self._tell(identity, False)
+                self._outcome.given_up(identity, Letter.of_staged(row.staged, row.attempts + 1, reason))
+                self._requests.tell(identity, False)
             else:
-                self._appended(identity)
-                self._tell(identity, True)
-            self._away = False
-            if row.staged.requested:
-                self._requested[identity] = self._clock()
+                self._outcome.appended(identity)
+                self._requests.tell(identity, True)
+            self._requests.away = False
+            self._requests.ended(row.staged)
             self._lanes.finish(bucket)
             self._pump()
 
@@ -217,10 +196,9 @@ class Stager:
                 self._outage = self._clock()
                 row.attempts += 1
                 pause = nth_pause(row.attempts, *RETRY_SECONDS)
-                if row.attempts >= AWAY_ATTEMPTS and not self._away:
-                    self._away = True
-                    for identity in list(self._watched):
-                        self._tell(identity, False)
+                if row.attempts >= AWAY_ATTEMPTS and not self._requests.away:
+                    self._requests.away = True
+                    self._requests.disappoint()
                 if row.attempts in (1, 10) or row.attempts % 100 == 0:
                     log.warning(
                         "staged.waiting", stream=staged.stream, attempts=row.attempts, pause=pause, error=str(error)

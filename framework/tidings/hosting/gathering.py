@@ -25,7 +25,7 @@ from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
-    from tidings.delivery.work import Item
+    from tidings.delivery.inflight import InFlight
     from tidings.hosting.hosted import Hosted
     from tidings.hosting.partition import Partition
     from tidings.hosting.running import RunningService
@@ -175,7 +175,7 @@ class Probe:
         settled = -1 if floors is None else floors.get(part.subscription.buckets.start, -1)
         still = 0.0 if floors is None else others.look(settled, behind=True, now=now)
         facts = _condition(part, running)
-        oldest = part.dispatcher.oldest if part.dispatcher else None
+        oldest = part.pipeline.oldest if part.pipeline else None
         at = part.floor if oldest is None else oldest.event.position
         return replace(
             facts,
@@ -228,10 +228,10 @@ def _masked(text: str | None) -> str | None:
 
 def _condition(part: Partition, running: RunningService) -> ServiceFacts:
     """What one partition knows of itself, without asking anybody."""
-    dispatcher, intake = part.dispatcher, part.intake
+    pipeline, intake = part.pipeline, part.intake
     writes, database = store_writes(running.store), running.database
-    unsettled = dispatcher.unsettled if dispatcher else 0
-    oldest = dispatcher.oldest if dispatcher else None
+    unsettled = pipeline.unsettled if pipeline else 0
+    oldest = pipeline.oldest if pipeline else None
     return ServiceFacts(
         part.subscription.queue.removeprefix("tidings."),
         consuming=part.consuming,
@@ -242,7 +242,7 @@ def _condition(part: Partition, running: RunningService) -> ServiceFacts:
         database_writes=_masked(database.writes.error),
         database_place=database.file or database.shown,
         store_writes=_masked(writes.error if writes is not None else None),
-        bus_trouble=_masked(intake.trouble if intake else None),
+        bus_trouble=_masked(intake.pulse.trouble if intake else None),
         stranger=None if part.stranger is None else str(part.stranger),
         queue=part.subscription.queue,
         heard_age=part.heard_age,
@@ -250,11 +250,11 @@ def _condition(part: Partition, running: RunningService) -> ServiceFacts:
         full=unsettled >= running.service.prefetch,
         oldest=None if oldest is None else _told(oldest),
         oldest_tried=running.failed_attempts(oldest) if oldest is not None else 0,
-        resting=dispatcher.resting if dispatcher else 0,
+        resting=pipeline.resting if pipeline else 0,
     )
 
 
-def _told(item: Item) -> str:
+def _told(item: InFlight) -> str:
     event = item.event
     return (
         f"event {event.id} ({event.type}, position {event.position}) of stream {event.stream!r}, for handler "
@@ -273,7 +273,7 @@ def _held(counts: Sequence[HeldCount], now: float) -> str | None:
     return str(told)
 
 
-def _work(found: Iterable[Item]) -> tuple[Work, ...]:
+def _work(found: Iterable[InFlight]) -> tuple[Work, ...]:
     now = time.monotonic()
     return tuple(
         Work(

@@ -7,35 +7,28 @@ gives its queue to one process at a time.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from uuid import UUID
 
 import structlog
 
 from tidings._support.backoff import Backoff
 from tidings._support.tasks import leaves, task_group
-from tidings.buses import EventBus, Subscription
-from tidings.database.engine import Database
-from tidings.database.held_rows import HeldRows
+from tidings.buses import Subscription
 from tidings.database.inbox import Inbox
 from tidings.database.lineage import lineage_of
-from tidings.delivery.attempt import Resources, is_infrastructure
+from tidings.delivery.attempt import is_infrastructure
 from tidings.delivery.catchup import CatchUp
-from tidings.delivery.dispatch import Dispatcher
 from tidings.delivery.healing import Pass
+from tidings.delivery.inflight import InFlight
 from tidings.delivery.intake import Intake
-from tidings.delivery.owned import Ours
-from tidings.delivery.work import Item, Troubles
+from tidings.delivery.pipeline import Pipeline
+from tidings.delivery.site import Joined, Site
 from tidings.errors import LogBehind
 from tidings.hosting.beginning import say_that_it_begins
 from tidings.protocol.position import Accepted
-from tidings.stores import EventStore
-
-if TYPE_CHECKING:
-    from tidings.modelling.declaration import Declaration
 
 __all__ = ["DRAIN_SECONDS", "Partition", "persistently"]
 
@@ -50,20 +43,7 @@ REJOIN_SECONDS: Final = (0.1, 5.0)
 class Partition:
     """Of one process. What is known of it is of the session under way, or of the last one."""
 
-    def __init__(
-        self,
-        service: Declaration,
-        subscription: Subscription,
-        epoch: int,
-        store: EventStore,
-        bus: EventBus,
-        database: Database,
-        resources: Resources,
-        troubles: Troubles,
-        ready: asyncio.Event,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, site: Site, subscription: Subscription, epoch: int, ready: asyncio.Event) -> None:
         """`ready` is set when its queue may be made and consumed."""
         self.subscription = subscription
         self.joined = asyncio.Event()
@@ -72,19 +52,14 @@ class Partition:
         self.lost: BaseException | None = None
         """What ended the last session; None where nothing did."""
         self.log_id: UUID | None = None
-        self.dispatcher: Dispatcher | None = None
+        self.pipeline: Pipeline | None = None
         self.intake: Intake | None = None
         self._healing: Pass | None = None
-        self._service = service
+        self._site = site
         self._epoch = epoch
-        self._store = store
-        self._bus = bus
-        self._database = database
-        self._resources = resources
-        self._troubles = troubles
         self._ready = ready
-        self._clock = clock
-        self._told = {"service": service.name, "queue": subscription.queue}
+        self._clock = site.clock
+        self._told = {"service": site.service.name, "queue": subscription.queue}
         self._left = asyncio.Event()
         """For good."""
         self._leave = asyncio.Event()
@@ -94,7 +69,7 @@ class Partition:
     @property
     def floor(self) -> int:
         """Everything up to here is settled in its buckets, as far as this process knows; -1 before the first join."""
-        return self.dispatcher.floor if self.dispatcher else -1
+        return self.pipeline.floor if self.pipeline else -1
 
     @property
     def healing(self) -> bool:
@@ -104,44 +79,44 @@ class Partition:
     @property
     def marker_age(self) -> float | None:
         """Seconds since the last marker on this connection to the bus; None before the first."""
-        heard = self.intake.marker_at if self.intake else None
+        heard = self.intake.pulse.marker_at if self.intake else None
         return None if heard is None else self._clock() - heard
 
     @property
     def stranger(self) -> UUID | None:
         """Another log, whose relay publishes on this bus and was heard since the last marker of ours."""
-        intake = self.intake
-        if intake is None or intake.stranger_at is None or intake.stranger_at < (intake.marker_at or -inf):
+        pulse = self.intake.pulse if self.intake else None
+        if pulse is None or pulse.stranger_at is None or pulse.stranger_at < (pulse.marker_at or -inf):
             return None
-        return intake.stranger
+        return pulse.stranger
 
     @property
     def marker(self) -> int:
         """The position up to which the last marker says that everything was published; -1 before the first."""
-        return self.intake.marker if self.intake else -1
+        return self.intake.pulse.marker if self.intake else -1
 
     @property
     def consuming(self) -> bool:
         """Connected to the bus, at work or standing by."""
-        return self.intake is not None and self.intake.connected
+        return self.intake is not None and self.intake.pulse.connected
 
     @property
     def heard_age(self) -> float | None:
         """Seconds since anything came on this connection to the bus; None before that."""
-        heard = self.intake.heard_at if self.intake else None
+        heard = self.intake.pulse.heard_at if self.intake else None
         return None if heard is None else self._clock() - heard
 
     @property
     def moves(self) -> int:
         """A number that changes whenever anything moves."""
-        dispatcher, intake = self.dispatcher, self.intake
-        if dispatcher is None or intake is None:
+        pipeline, intake = self.pipeline, self.intake
+        if pipeline is None or intake is None:
             return self.joins
-        return self.joins + dispatcher.moves + dispatcher.floor + intake.heard + intake.reached
+        return self.joins + pipeline.moves + pipeline.floor + intake.pulse.heard + intake.reached
 
-    def at_work(self) -> list[Item]:
+    def at_work(self) -> list[InFlight]:
         """Handlers at work now."""
-        return list(self.dispatcher.working.values()) if self.dispatcher else []
+        return self.pipeline.working if self.pipeline else []
 
     def leave(self, seconds: float) -> None:
         """Begin nothing new; `serve` returns when what runs has ended, or after so many seconds."""
@@ -152,7 +127,7 @@ class Partition:
     def give_up(self) -> None:
         """Let another process have it: end what runs, however long that honestly takes, and wait in line again."""
         if not self._leave.is_set():
-            self._patience = max((handler.timeout for handler in self._service.named.values()), default=0.0)
+            self._patience = max((handler.timeout for handler in self._site.service.named.values()), default=0.0)
             self._patience += DRAIN_SECONDS
             self._leave.set()
 
@@ -165,50 +140,29 @@ class Partition:
 
     async def _session(self) -> None:
         """From joining to the first loss of what was joined, or to leaving it."""
-        service, subscription, clock = self._service, self.subscription, self._clock
+        site, subscription = self._site, self.subscription
+        service = site.service
         self._leave.clear()
-        lineage = await lineage_of(self._store)
+        lineage = await lineage_of(site.store)
         self.log_id = log_id = lineage.log
-        inbox = Inbox(self._database, service.name, log_id, subscription.buckets, epoch=self._epoch)
+        inbox = Inbox(site.database, service.name, log_id, subscription.buckets, epoch=self._epoch)
         remembered = await inbox.join()
-        head = await self._store.head()
+        head = await site.store.head()
         if remembered.highest > head:
             raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
         if remembered.highest < 0 and not self.joins and not subscription.buckets.start:
-            await say_that_it_begins(service.name, self._store, self._database, log_id, subscription.queue)
+            await say_that_it_begins(service.name, site.store, site.database, log_id, subscription.queue)
         accepted = Accepted(subscription.buckets, remembered.floor, remembered.watermarks)
-        held = HeldRows(service.name, log_id, subscription.buckets)
-        self.dispatcher = dispatcher = Dispatcher(
-            service,
-            self._store,
-            self._database,
-            inbox,
-            held,
-            log_id,
-            remembered,
-            self._resources,
-            self._troubles,
-            ours=Ours(self._store, self._bus, self._database),
-            lineage=lineage,
-            clock=clock,
-        )
-        self._healing = healing = Pass(service.name, self._store, accepted, dispatcher, clock=clock)
-        catching_up = CatchUp(service.name, self._store, accepted, dispatcher, clock=clock)
-        self.intake = intake = Intake(
-            subscription,
-            self._bus,
-            log_id,
-            inbox,
-            accepted,
-            dispatcher,
-            healing,
-            prefetch=service.prefetch,
-            clock=clock,
-        )
+        joined = Joined.of(site, inbox, lineage)
+        self.pipeline = pipeline = Pipeline(joined, remembered)
+        admission, takeover = pipeline.admission, pipeline.takeover
+        self._healing = healing = Pass(site, accepted, admission)
+        catching_up = CatchUp(site, accepted, admission, takeover, pipeline.roster, pipeline.breakers)
+        self.intake = intake = Intake(subscription, joined, accepted, pipeline, healing)
         self.joins += 1
         log.info("service.joined", log=str(log_id), floor=remembered.floor, joins=self.joins, **self._told)
         async with task_group() as tasks:
-            working = tasks.create_task(dispatcher.run())
+            working = tasks.create_task(pipeline.run())
             reading = tasks.create_task(healing.run())
             catching = tasks.create_task(catching_up.run())
             taking = tasks.create_task(self._take(intake))
@@ -218,12 +172,12 @@ class Partition:
             intake.hold()
             reading.cancel()
             catching.cancel()
-            await dispatcher.drain(self._patience)
+            await pipeline.drain(self._patience)
             # It says that it ended cleanly before another process is given the queue, which looks for that.
             working.cancel()
             await asyncio.wait([working])
             taking.cancel()
-        log.info("service.stopped" if self._left.is_set() else "service.gave_up", floor=dispatcher.floor, **self._told)
+        log.info("service.stopped" if self._left.is_set() else "service.gave_up", floor=pipeline.floor, **self._told)
 
     async def _take(self, intake: Intake) -> None:
         await self._ready.wait()

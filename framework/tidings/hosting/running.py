@@ -27,9 +27,11 @@ from tidings.database.held_events import HeldCount, held_by_handler
 from tidings.database.layout import Layout, Range, ask_for, lay_out, layout_of, lowest, ranges_of, settled, was_rebound
 from tidings.database.presence import present_as
 from tidings.database.staged_events import StagedEvent, requested_events
-from tidings.delivery.attempt import Resources
+from tidings.delivery.failure_memory import FailureMemory
+from tidings.delivery.inflight import InFlight
 from tidings.delivery.owned import OwnBus, OwnStore
-from tidings.delivery.work import Item, Troubles
+from tidings.delivery.resources import Resources
+from tidings.delivery.site import Site
 from tidings.errors import BusUnavailable, DatabaseMoved, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.balance import asked_of, to_ask
 from tidings.hosting.partition import DRAIN_SECONDS, Partition, persistently
@@ -93,7 +95,7 @@ class RunningService:
         self.partitions: list[Partition] = []
         """As the service is laid out now; none before the first join."""
         self._clock = clock
-        self._troubles = Troubles()
+        self._memory = FailureMemory()
         self._log_id: UUID | None = None
         self._post = post_of(database, service.name) if getattr(bus, "within_process", False) else None
 
@@ -104,7 +106,7 @@ class RunningService:
     @property
     def process(self) -> str:
         """Id of this process of the service, another one after each start."""
-        return self._troubles.process
+        return self._memory.process
 
     @property
     def joins(self) -> int:
@@ -150,7 +152,7 @@ class RunningService:
         """Handlers whose breaker is open: name to the reason."""
         found = dict[str, tuple[float, str]]()
         for part in self.partitions:
-            for name, breaker in part.dispatcher.breakers.open.items() if part.dispatcher else ():
+            for name, breaker in part.pipeline.breakers.open.items() if part.pipeline else ():
                 assert breaker.opened_at is not None
                 found[name] = min(found.get(name, (math.inf, "")), (breaker.opened_at, breaker.reason))
         return {
@@ -204,13 +206,13 @@ class RunningService:
     def watch(self, rows: Sequence[StagedEvent]) -> list[asyncio.Future[bool]]:
         """Return a future for each of these events that this process will append; see `Stager.watch`."""
         alone = bool(getattr(self._bus, "within_process", False))
-        dispatchers = [part.dispatcher for part in self.partitions if part.dispatcher is not None]
-        found = [dispatcher.watch(row, alone=alone) for row in rows for dispatcher in dispatchers]
+        pipelines = [part.pipeline for part in self.partitions if part.pipeline is not None]
+        found = [pipeline.watch(row, alone=alone) for row in rows for pipeline in pipelines]
         return [future for future in found if future is not None]
 
-    def failed_attempts(self, item: Item) -> int:
+    def failed_attempts(self, item: InFlight) -> int:
         """Attempts at an event that failed since it was read."""
-        return self._troubles.attempts.get(item.turn, 0)
+        return self._memory.attempts.get(item.turn, 0)
 
     async def held(self) -> list[HeldCount]:
         """What is held because a handler failed, by handler; else as `settled`."""
@@ -219,7 +221,7 @@ class RunningService:
         service = self.service
         return [count._replace(reason=reason_in_code(service, count.handler, None, count.reason)) for count in counts]
 
-    def at_work(self) -> list[Item]:
+    def at_work(self) -> list[InFlight]:
         """Handlers at work now."""
         return [work for part in self.partitions for work in part.at_work()]
 
@@ -288,20 +290,9 @@ class RunningService:
         service = self.service
         layout = await lay_out(self.database, service.name, service.partitions)
         ready = asyncio.Event()
+        site = Site(service, self.store, self._bus, self.database, self.resources, self._memory, self._clock)
         self.partitions = parts = [
-            Partition(
-                service,
-                subscription,
-                layout.epoch,
-                self.store,
-                self._bus,
-                self.database,
-                self.resources,
-                self._troubles,
-                ready,
-                clock=self._clock,
-            )
-            for subscription in layout.subscriptions
+            Partition(site, subscription, layout.epoch, ready) for subscription in layout.subscriptions
         ]
         async with task_group() as tasks:
             beside = [
@@ -321,8 +312,8 @@ class RunningService:
             await part.joined.wait()
         self.joined.set()
         for part in parts:
-            if part.dispatcher is not None:
-                await part.dispatcher.until_at_work()
+            if part.pipeline is not None:
+                await part.pipeline.takeover.active.wait()
                 self.staged.set()
 
     async def _rebind(self, layout: Layout, ready: asyncio.Event) -> None:
@@ -361,8 +352,8 @@ class RunningService:
             except (DatabaseUnavailable, StoreUnavailable):
                 continue  # the partitions notice it themselves, and say so
             for part in parts:
-                if part.dispatcher is not None and part.log_id == log_id:
-                    part.dispatcher.collect(rows, all=len(rows) < REQUESTED)
+                if part.pipeline is not None and part.log_id == log_id:
+                    part.pipeline.collect(rows, all=len(rows) < REQUESTED)
 
     # ---- what other processes and operators want ---------------------------------------
 
@@ -390,7 +381,7 @@ class RunningService:
                 continue  # the partitions notice it themselves, and say so
 
     async def _balance(self, ranges: Sequence[Range], *, asking: bool) -> None:
-        me, wanted = self._troubles.process, set(asked_of(ranges, self._troubles.process))
+        me, wanted = self._memory.process, set(asked_of(ranges, self._memory.process))
         for part in self.partitions:
             if part.subscription.buckets.start in wanted:
                 part.give_up()

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database.engine import Database
 from tidings.database.held_events import HeldCount, held_by_handler
 from tidings.database.tables import dead, held
-from tidings.delivery.work import SKIPPED
+from tidings.delivery.failure_memory import SKIPPED
 from tidings.errors import TidingsError
 from tidings.operations.selection import EVERYTHING, Selection
 

@@ -66,31 +66,37 @@ async def append_staged(
         return 0, []
     await asyncio.sleep(2 * FRESH_SECONDS)  # its own process may append a fresh row without looking
     rows = [row for row in await inbox.read_staged() if row.event.id in before]
-    done: list[UUID] = []
-    refused: list[str] = []
-    changed = asyncio.Event()
-
-    def appended(id: UUID) -> None:
-        done.append(id)
-        changed.set()
-
-    def buried(id: UUID, letter: Letter) -> None:
-        refused.append(f"{letter.type} {id} for {letter.stream}: {letter.reason}")
-        changed.set()
-
-    stager = Stager(store, appended, buried)
+    told = _Told()
+    stager = Stager(store, told)
     stager.add(rows, since=None)
     flying = asyncio.create_task(stager.run())
     try:
         async with asyncio.timeout(seconds):
-            while len(done) + len(refused) < len(rows):
-                changed.clear()
-                await changed.wait()
+            while len(told.done) + len(told.refused) < len(rows):
+                told.changed.clear()
+                await told.changed.wait()
     except TimeoutError:
         pass
     finally:
         flying.cancel()
         await asyncio.gather(flying, return_exceptions=True)
         async with database.transaction() as connection:
-            await inbox.staged.remove(connection, done)
-    return len(done), refused
+            await inbox.staged.remove(connection, told.done)
+    return len(told.done), told.refused
+
+
+class _Told:
+    """What the stager said came of each event."""
+
+    def __init__(self) -> None:
+        self.done: list[UUID] = []
+        self.refused: list[str] = []
+        self.changed = asyncio.Event()
+
+    def appended(self, id: UUID) -> None:
+        self.done.append(id)
+        self.changed.set()
+
+    def given_up(self, id: UUID, letter: Letter) -> None:
+        self.refused.append(f"{letter.type} {id} for {letter.stream}: {letter.reason}")
+        self.changed.set()

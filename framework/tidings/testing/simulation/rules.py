@@ -20,12 +20,12 @@ from tidings.database.staged_events import StagedEvent
 from tidings.database.tables import floors, watermarks
 from tidings.database.watermarks import Watermarks
 from tidings.delivery.healing import Pass
+from tidings.delivery.inflight import InFlight
 from tidings.delivery.intake import Intake
 from tidings.delivery.keys import Keys
 from tidings.delivery.resolution import Resolver
 from tidings.delivery.savepoint import _Scope
 from tidings.delivery.staged import Stager
-from tidings.delivery.work import Item
 from tidings.errors import StreamNotFound
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Roster
@@ -141,7 +141,7 @@ def _pass_reaches() -> Patches:
 
 
 def _followers_wait() -> Patches:
-    def never(self: Keys, item: Item) -> bool:
+    def never(self: Keys, item: InFlight) -> bool:
         return False
 
     yield Keys, "must_wait", never

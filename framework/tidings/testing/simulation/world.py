@@ -21,7 +21,7 @@ import structlog
 
 from tidings.buses import EventBus
 from tidings.database.layout import lay_out, resize
-from tidings.delivery.attempt import Resources
+from tidings.delivery.resources import Resources
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
 from tidings.hosting.running import RunningService
 from tidings.modelling.events import wire_name

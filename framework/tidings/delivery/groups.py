@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.delivery.attempt import Failure
+from tidings.delivery.batch import Pending
+from tidings.delivery.failure import Failure
+from tidings.delivery.hindrances import Hindrances
+from tidings.delivery.inflight import InFlight
+from tidings.delivery.runner import Runner
 from tidings.delivery.savepoint import ConnectionLost, GroupBroken, in_savepoint
-from tidings.delivery.work import Item, Troubles
-from tidings.modelling.context import Context
-from tidings.modelling.handlers import Inject
+from tidings.delivery.site import Joined
+from tidings.delivery.verdicts import Verdicts
 
-__all__ = ["SessionHandlers"]
+__all__ = ["Groups"]
 
 log = structlog.get_logger("tidings.dispatch")
 
@@ -31,39 +33,32 @@ SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
 
 
-class SessionHandlers:
-    """`database` is what errors call it. `waits(item)` says whether it is not run now, and is done with then;
-    `attempt(item, context, provide)` runs it, and `judge(item, context, failure)` is told what came of it."""
+class Groups:
+    """Of one bucket range."""
 
     def __init__(
-        self,
-        service: str,
-        database: str,
-        troubles: Troubles,
-        clock: Callable[[], float],
-        *,
-        waits: Callable[[Item], bool],
-        context: Callable[[Item], Context],
-        attempt: Callable[[Item, Context, Callable[[Inject], Any]], Awaitable[Failure | None]],
-        judge: Callable[[Item, Context, Failure | None], None],
+        self, joined: Joined, runner: Runner, hindrances: Hindrances, verdicts: Verdicts, pending: Pending
     ) -> None:
-        self._service = service
-        self._database = database
-        self._troubles = troubles
-        self._clock = clock
-        self._waits = waits
-        self._context = context
-        self._attempt = attempt
-        self._judge = judge
-        self._given: deque[Item] = deque()
+        self._service = joined.site.service.name
+        self._database = joined.site.database.shown
+        self._memory = joined.site.memory
+        self._clock = joined.site.clock
+        self._runner = runner
+        self._hindrances = hindrances
+        self._verdicts = verdicts
+        self._pending = pending
+        self._given: deque[InFlight] = deque()
         self._slow: set[str] = set()
+        """Handlers that hold the writer for long."""
 
     def __len__(self) -> int:
         """Events that nobody has begun."""
         return len(self._given)
 
-    def give(self, item: Item) -> None:
+    def give(self, item: InFlight) -> None:
+        """Run it in the next transaction that has room."""
         self._given.append(item)
+        self._pending.wake.set()
 
     def take_back(self) -> int:
         """Forget what nobody has begun, and say how many that were."""
@@ -71,32 +66,36 @@ class SessionHandlers:
         self._given.clear()
         return number
 
-    async def run(self, connection: AsyncConnection, ran: list[Item]) -> None:
+    async def run(self, connection: AsyncConnection, ran: list[InFlight]) -> None:
         """As many as share this transaction; `ran` gets those whose effects are in it."""
+        await self._hindrances.refresh(connection, self._pending.batch.notable)
         began = self._clock()
         for nth in range(GROUP):
             if not self._given or self._clock() - began > GROUP_SECONDS:
                 return
             first = self._given[0]
-            alone = first.handler.name in self._slow or first.turn in self._troubles.suspected
+            alone = first.handler.name in self._slow or first.turn in self._memory.suspected
             if alone and nth:
                 return
             item = self._given.popleft()
-            if not self._waits(item) and await self._within(connection, item):
+            why = self._hindrances.of(item)
+            if why is not None:
+                self._verdicts.hindered(item, why)
+            elif await self._within(connection, item):
                 ran.append(item)
             if alone:
                 return
 
-    async def _within(self, connection: AsyncConnection, item: Item) -> bool:
+    async def _within(self, connection: AsyncConnection, item: InFlight) -> bool:
         """Its effects in a savepoint of the group's transaction. True when they are kept."""
-        context = self._context(item)
+        context = self._runner.context(item)
         began = self._clock()
         try:
             failure = await in_savepoint(
-                connection, context, item.handler, lambda provide: self._attempt(item, context, provide)
+                connection, context, item.handler, lambda provide: self._runner.run(item, context, provide)
             )
         except ConnectionLost as lost:
-            raise self._troubles.lose(item, self._database, lost.failure, lost.__cause__) from lost
+            raise self._memory.lose(item, self._database, lost.failure, lost.__cause__) from lost
         except GroupBroken as broken:
             cause = broken.__cause__
             assert isinstance(cause, Exception)
@@ -105,7 +104,7 @@ class SessionHandlers:
                 "".join(traceback.format_exception(cause)),
                 permanent=True,
             )
-            raise self._troubles.condemn(item, failure, "ended the transaction that its group shares") from cause
+            raise self._memory.condemn(item, failure, "ended the transaction that its group shares") from cause
         took = self._clock() - began
         if took > SLOW_SECONDS and item.handler.name not in self._slow:
             self._slow.add(item.handler.name)
@@ -116,5 +115,5 @@ class SessionHandlers:
                 seconds=round(took, 3),
                 advice="do slow work outside the session, or in a handler without one",
             )
-        self._judge(item, context, failure)
+        self._verdicts.judge(item, context, failure)
         return failure is None

@@ -1,0 +1,121 @@
+"""What the next commit makes durable, and the mailbox in which the stages before the commit collect it. No I/O."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from tidings.database.dead_letters import Letter
+from tidings.delivery.inflight import InFlight, Role, Step
+from tidings.modelling.roster import Span
+from tidings.protocol.position import Ticket
+
+__all__ = ["Batch", "Late", "Pending"]
+
+Late = tuple[int, str, str]
+"""A span's bucket, handler and kind."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is to become durable together."""
+
+    finished: list[InFlight] = field(default_factory=list)
+    notable: list[InFlight] = field(default_factory=list)
+    """Those of them that leave more behind than the watermark."""
+    moves: dict[int, int] = field(default_factory=dict)
+    """Bucket to its new watermark: that of its last item, because items of one bucket finish in order."""
+    parts: dict[int, list[InFlight]] = field(default_factory=dict)
+    """Bucket to items whose event still waits for other handlers."""
+    shared: set[int] = field(default_factory=set)
+    """Buckets in which several handlers of one event have finished together."""
+    late: dict[Late, int] = field(default_factory=dict)
+    """What handlers that are behind have done: to which position each span moves."""
+    ended: list[Span] = field(default_factory=list)
+    """Spans of which nothing is left."""
+    foreign: list[tuple[Letter, Ticket[Step | None]]] = field(default_factory=list)
+    """Messages that are no events of ours."""
+    appended: list[UUID] = field(default_factory=list)
+    """Staged events that are in the store."""
+    never: list[tuple[UUID, Letter]] = field(default_factory=list)
+    """Staged events that can never be appended."""
+    noted: dict[int, int] = field(default_factory=dict)
+    """Events that were noted before they were run, and have ended (`crashes`): position to the unclean ends
+    that the note is to count, 0 for no note."""
+    doubted: list[InFlight] = field(default_factory=list)
+    """An attempt at them failed, perhaps because another process has done them. They are not finished by that."""
+
+    def finish(self, item: InFlight) -> bool:
+        """True when it leaves more behind than the watermark."""
+        self.finished.append(item)
+        role = item.role
+        if role is Role.PLAIN:
+            self.moves[item.bucket] = item.event.position
+            if self.parts and self.parts.pop(item.bucket, None) is not None:
+                self.shared.add(item.bucket)
+        elif role is Role.SHARED:
+            self.parts.setdefault(item.bucket, []).append(item)
+        elif (span := item.span) is not None:
+            if role is Role.END:
+                self.ended.append(span)
+            else:
+                self.late[span[:3]] = item.event.position
+        if role < Role.AGAIN and not item.leaves:
+            return False
+        self.notable.append(item)
+        return True
+
+    def __len__(self) -> int:
+        ended = len(self.finished) + len(self.foreign) + len(self.appended) + len(self.never) + len(self.noted)
+        return ended + len(self.doubted)
+
+
+class Pending:
+    """The batch that is collected for the next commit. Whoever adds to it wakes who commits."""
+
+    def __init__(self) -> None:
+        self.batch = Batch()
+        self.wake = asyncio.Event()
+        """Set when there is something to commit, or to settle."""
+        self.unseen: set[int] = set()
+        """Buckets with effects in the group under way: a handler without a session would not see them, so it waits."""
+
+    def take(self) -> Batch:
+        """Take what was collected; from now on another batch is collected."""
+        batch, self.batch = self.batch, Batch()
+        return batch
+
+    def finish(self, item: InFlight) -> bool:
+        """True when it leaves more behind than the watermark."""
+        if item.handler.transactional:
+            self.unseen.add(item.bucket)
+        self.wake.set()
+        return self.batch.finish(item)
+
+    def bury(self, letter: Letter, ticket: Ticket[Step | None]) -> None:
+        """A message that is not ours: recorded, then settled."""
+        self.batch.foreign.append((letter, ticket))
+        self.wake.set()
+
+    def appended(self, id: UUID) -> None:
+        """A staged event that needs its row no more."""
+        self.batch.appended.append(id)
+        self.wake.set()
+
+    def given_up(self, id: UUID, letter: Letter) -> None:
+        """A staged event that can never be appended."""
+        self.batch.never.append((id, letter))
+        self.wake.set()
+
+    def doubt(self, item: InFlight) -> None:
+        """An attempt failed: the next commit finds out whether another process has done the event meanwhile. Without
+        that, a service whose every attempt fails for that reason would wait for ever for what nobody can mend."""
+        self.batch.doubted.append(item)
+        self.wake.set()
+
+    def noted(self, position: int, times: int) -> None:
+        """An event that was noted before it was run has ended. Its note is to count so many unclean ends from now on;
+        0 for no note."""
+        self.batch.noted[position] = times
+        self.wake.set()

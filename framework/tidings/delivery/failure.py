@@ -1,0 +1,71 @@
+"""Why an attempt failed, in words that can be kept: in a held event, a dead letter, a line of the log. No I/O."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from tidings.errors import (
+    ConfigurationError,
+    DeployNeeded,
+    EventTooLarge,
+    InvalidStreamName,
+    SchemaError,
+    TransactionMisuse,
+    WriterHeld,
+)
+
+if TYPE_CHECKING:
+    from tidings.modelling.handlers import Handler
+
+__all__ = ["PERMANENT", "Failure"]
+
+PERMANENT: Final = (SchemaError, TransactionMisuse, WriterHeld, ConfigurationError, EventTooLarge, InvalidStreamName)
+"""Errors that the next attempt would meet again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed."""
+
+    reason: str
+    """One line: the error's type and message."""
+    detail: str
+    """The traceback."""
+    permanent: bool
+    error: str = ""
+    """The error's type."""
+    place: str = ""
+    """File and line of the raise."""
+    skipped: bool = False
+    """An operator wants the event dead: what waits for its key goes on."""
+    deploy_needed: bool = False
+    """Only another deploy can read the event: it is held until then, without retries that would meet the same."""
+
+    @classmethod
+    def of(cls, error: BaseException, handler: Handler) -> Failure:
+        lines = "".join(traceback.format_exception(error))
+        try:
+            message = str(error)
+        except Exception:
+            message = "<its message cannot be shown: str() of it fails>"
+        deploy_needed = isinstance(error, DeployNeeded) and not isinstance(error, handler.retry.permanent)
+        return cls(
+            f"{type(error).__name__}: {message}"[:2000],
+            lines[-20_000:],
+            not deploy_needed and isinstance(error, PERMANENT + handler.retry.permanent),
+            type(error).__name__,
+            _place(error),
+            deploy_needed=deploy_needed,
+        )
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the raise; of an error that was made without one, those of its cause."""
+    trace = error.__traceback__ or (error.__cause__.__traceback__ if error.__cause__ is not None else None)
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

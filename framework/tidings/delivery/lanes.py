@@ -1,0 +1,102 @@
+"""One lane for each bucket: of each, one event is under way at a time. The only way by which an event comes back.
+
+It gives events to the gate while the gate is open. It knows no handler, and does no I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from tidings._support.timers import Timers
+from tidings.delivery.inflight import InFlight, State
+from tidings.protocol.position import Lanes
+
+__all__ = ["EventLanes"]
+
+
+class _Gate(Protocol):
+    def shut(self) -> float:
+        """Seconds until an event may be taken, 0 for now."""
+
+    def take(self, item: InFlight) -> None: ...
+
+
+class EventLanes:
+    """Of one bucket range. Closed until `open`, and after `close`."""
+
+    def __init__(self, timers: Timers) -> None:
+        self._lanes: Lanes[InFlight] = Lanes()
+        self._timers = timers
+        self._gate: _Gate | None = None
+        self._pumping = True
+        """Nothing is given out while this is set: the lanes are closed, or `pump` is at it."""
+        self._look_again: asyncio.TimerHandle | None = None
+        self.under_way = 0
+        """Events given out whose outcome is not committed."""
+        self.resting = 0
+        """Events that rest between two quick attempts."""
+
+    def __len__(self) -> int:
+        """Events in all lanes, those given out included."""
+        return len(self._lanes)
+
+    def open(self, gate: _Gate) -> None:
+        """Give out what is there, and what comes."""
+        self._gate = gate
+        self._pumping = False
+        self.pump()
+
+    def close(self) -> None:
+        """Give out nothing more."""
+        self._pumping = True
+
+    def add(self, item: InFlight) -> None:
+        """The last of its bucket; `pump` gives it out when its turn has come."""
+        self._lanes.push(item.bucket, item)
+
+    def pump(self) -> None:
+        """Give out what is ready. What ends at once calls this again from within: once is enough."""
+        lanes = self._lanes
+        if self._pumping or not lanes.ready:
+            return
+        self._pumping = True
+        gate = self._gate
+        assert gate is not None
+        while lanes.ready and not gate.shut():
+            taken = lanes.take()
+            assert taken is not None
+            item = taken[1]
+            self.under_way += 1
+            item.to(State.TAKEN)
+            gate.take(item)
+        self._pumping = False
+        if lanes.ready and self._look_again not in self._timers and (pause := gate.shut()):
+            self._look_again = self._timers.later(pause, self.pump)
+
+    def finish(self, item: InFlight) -> None:
+        """It is done, held or dead: its lane goes on. Whoever commits it says so with `committed`."""
+        self._lanes.finish(item.bucket)
+        self.pump()
+
+    def leave(self, item: InFlight) -> None:
+        """It is left as it was, and leaves its lane without a commit."""
+        self.under_way -= 1
+        self.finish(item)
+
+    def rest(self, item: InFlight, seconds: float) -> None:
+        """It was not done: after so many seconds it is given out again, before anything behind it."""
+
+        def again() -> None:
+            self.resting -= 1
+            item.to(State.WAITING)
+            self._lanes.again(item.bucket)
+            self.pump()
+
+        self.under_way -= 1
+        self.resting += 1
+        self._timers.later(seconds, again)
+
+    def committed(self, number: int) -> None:
+        """What came of so many is durable, or nobody will begin them any more."""
+        self.under_way -= number

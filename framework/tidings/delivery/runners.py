@@ -1,0 +1,28 @@
+"""To the handlers of its kind: those with a session share a transaction, the others run side by side."""
+
+from __future__ import annotations
+
+from tidings.delivery.groups import Groups
+from tidings.delivery.inflight import InFlight
+from tidings.delivery.side_by_side import SideBySide
+
+__all__ = ["Runners"]
+
+
+class Runners:
+    """Of one bucket range."""
+
+    def __init__(self, side_by_side: SideBySide, groups: Groups) -> None:
+        self.side_by_side = side_by_side
+        self.groups = groups
+
+    def give(self, item: InFlight) -> None:
+        """Run it as soon as there is room."""
+        if item.handler.transactional:
+            self.groups.give(item)
+        else:
+            self.side_by_side.give(item)
+
+    def take_back(self) -> int:
+        """Forget what nobody has begun, and say how many that were."""
+        return self.side_by_side.take_back() + self.groups.take_back()

@@ -1,0 +1,75 @@
+"""Handlers without a session: side by side, one event of a bucket at a time. Their watermark joins the next commit."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+from tidings._support.workers import Workers
+from tidings.delivery.attempt import Attempt
+from tidings.delivery.batch import Pending
+from tidings.delivery.hindrances import Hindrances
+from tidings.delivery.inflight import InFlight
+from tidings.delivery.runner import Runner
+from tidings.delivery.verdicts import Verdicts
+from tidings.modelling.context import Context
+from tidings.modelling.handlers import Inject
+
+__all__ = ["SideBySide"]
+
+
+class SideBySide:
+    """As many at once as the service allows."""
+
+    def __init__(
+        self, concurrency: int, runner: Runner, hindrances: Hindrances, verdicts: Verdicts, pending: Pending
+    ) -> None:
+        self._runner = runner
+        self._hindrances = hindrances
+        self._verdicts = verdicts
+        self._pending = pending
+        self._workers: Workers[InFlight] = Workers(concurrency, self._begin)
+        self._deferred: list[InFlight] = []
+        """Their bucket has effects in a transaction under way, which they would not see."""
+
+    def give(self, item: InFlight) -> None:
+        if item.bucket in self._pending.unseen:
+            self._deferred.append(item)
+        else:
+            self._workers.give(item)
+
+    def committed(self) -> None:
+        """What handlers with a session have written can be seen now."""
+        deferred, self._deferred = self._deferred, []
+        for item in deferred:
+            self._workers.give(item)
+
+    def take_back(self) -> int:
+        """Forget what nobody has begun, and say how many that were."""
+        number = len(self._deferred) + self._workers.take_back()
+        self._deferred.clear()
+        return number
+
+    async def run(self) -> None:
+        """Until cancelled, or until an object of the service's own is away."""
+        await self._workers.run()
+
+    def _begin(self, item: InFlight) -> Awaitable[None] | None:
+        """Do what can be done at once; what is left to be awaited of it."""
+        why = self._hindrances.of(item)
+        if why is not None:
+            self._verdicts.hindered(item, why)
+            return None
+        context = self._runner.context(item)
+        begun = self._runner.begin(item, context, _no_session)
+        if isinstance(begun, Attempt):
+            return self._end(item, context, begun)
+        self._verdicts.judge(item, context, begun)
+        return None
+
+    async def _end(self, item: InFlight, context: Context, begun: Attempt) -> None:
+        self._verdicts.judge(item, context, await self._runner.outcome(item, begun))
+
+
+def _no_session(wanted: Inject) -> Any:
+    raise AssertionError(f"a handler without a session asked for {wanted}")

@@ -1,0 +1,55 @@
+"""What every stage of a service's delivery needs, and what one bucket range adds to it. Values only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tidings.buses import EventBus
+from tidings.database.engine import Database
+from tidings.database.held_rows import HeldRows
+from tidings.database.inbox import Inbox
+from tidings.database.lineage import Lineage
+from tidings.delivery.crashes import Caution
+from tidings.delivery.failure_memory import FailureMemory
+from tidings.delivery.resources import Resources
+from tidings.stores import EventStore
+
+if TYPE_CHECKING:
+    from tidings.modelling.declaration import Declaration
+
+__all__ = ["Joined", "Site"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One service in one process: what it declares, and what it works on."""
+
+    service: Declaration
+    store: EventStore
+    bus: EventBus | None
+    database: Database
+    resources: Resources
+    memory: FailureMemory
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """One bucket range of a service, from the moment this process joins it until it is fenced or leaves."""
+
+    site: Site
+    inbox: Inbox
+    held: HeldRows
+    lineage: Lineage
+    caution: Caution
+
+    @classmethod
+    def of(cls, site: Site, inbox: Inbox, lineage: Lineage) -> Joined:
+        """What this process was careful about stays; what it had begun is forgotten, because it joins again."""
+        caution = site.memory.cautions.setdefault(inbox.buckets, Caution(site.clock))
+        caution.cut_off()
+        held = HeldRows(site.service.name, lineage.log, inbox.buckets)
+        return cls(site, inbox, held, lineage, caution)
