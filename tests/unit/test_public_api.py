@@ -130,7 +130,7 @@ def test_the_documentation_uses_only_public_names(page: Path) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "from tidings.delivery.work import Item",
+        "from tidings.delivery.inflight import InFlight",
         "import tidings.relay.relay",
         "tidings.Unknown",
         "from tidings import x",
