@@ -32,7 +32,7 @@ IN_FLIGHT, EACH = 1_024, 10
 PEER_TASKS, PEER_EACH = 100, 10
 LOG, PEER_LOG = 40_000, 10_000
 DATA = b"x" * 200
-FLOORS = {"append": 4.0, "read $all": 3.0, "catch up": 3.0}
+FLOORS = {"append": 4.0, "read $all": 3.0, "catch up": 3.5}
 
 Work = Callable[[], Awaitable[int]]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
+from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
@@ -13,9 +16,9 @@ from tidings.errors import ConfigurationError
 from tidings.server import EventStoreServer
 from tidings.server.links import category_of
 from tidings.server.log import Choice, hidden, target_of
-from tidings.server.protocol import shared, streams
+from tidings.server.protocol import persistent, shared, streams
 from tidings.server.refusals import Refusal, stream_deleted
-from tidings.server.wire import Malformed, encoder, event_data, expected_version, stream_name, uuid_of
+from tidings.server.wire import Malformed, encoder, event_data, expected_version, group_encoder, stream_name, uuid_of
 from tidings.stores import ANY, JSON, OCTETS, RecordedEvent
 
 
@@ -46,6 +49,39 @@ def test_a_link_without_its_target_is_sent_alone() -> None:
     assert not answer.event.HasField("event")
     assert answer.event.HasField("link")
     assert answer.event.commit_position == 9
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_an_answer_holds_nothing_of_the_one_before(structured: bool) -> None:
+    encode, alone = encoder(structured), partial(encoder, structured)
+    long = RecordedEvent(2**40, "a" * 99, 2**40, "Long", b"x" * 99, b"y" * 99, False, uuid4().bytes, 2**50)
+    short, link = RecordedEvent(0, "s", 0, "T", b"", b"", True, uuid4().bytes, 0), recorded(type="$>")
+    for resolved in [(long, None), (short, None), (long, link), (None, link), (short, None), (long, None)]:
+        sent, expected = (streams.ReadResp.FromString(each(resolved)) for each in (encode, alone()))
+        assert sent == expected
+        assert sent.event.HasField("event") == (resolved[0] is not None)
+        assert sent.event.HasField("link") == (resolved[1] is not None)
+        for message, event in ((sent.event.event, resolved[0]), (sent.event.link, resolved[1])):
+            if event is not None:
+                assert (message.data, message.custom_metadata) == (event.data, event.metadata)
+                assert message.metadata["type"] == event.type
+                assert message.stream_identifier.stream_name == event.stream.encode()
+
+
+def test_how_often_an_event_was_retried_is_said_of_that_event_alone() -> None:
+    encode = group_encoder(False)
+    said = [persistent.ReadResp.FromString(encode((recorded(), None), retries)) for retries in (3, 0, 1)]
+    assert [answer.event.retry_count for answer in said] == [3, 0, 1]
+
+
+def test_answers_leave_no_memory_behind() -> None:
+    encode, event = encoder(False), recorded(data=b"x" * 4_000)
+    encode((event, None))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(20_000):  # 80 MB in all
+        encode((event, None))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < (20 << 20 if sys.platform == "darwin" else 20 << 10)
 
 
 @pytest.mark.parametrize("name", [b"", b"\xff\xfe", b"a\xc3"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 
@@ -47,6 +48,9 @@ FLUSH: Final = 256 * 1024
 
 Authenticate = Callable[[Mapping[str, str]], Awaitable[str]]
 """From a call's metadata to the user's name; raises `Refusal`."""
+
+_PREFIX: Final = struct.Struct(">BI")
+"""What comes before each message: whether it is compressed, and its length (gRPC over HTTP/2, "Requests")."""
 
 NO_TIME: Final = 1e-3
 """Seconds. A call that is given no more is not begun: EventStoreDB has never answered by then, and clients round a
@@ -306,7 +310,7 @@ class Connection(asyncio.Protocol):
     async def _write(self, stream: Stream, batch: list[bytes]) -> None:
         frames = bytearray()
         for message in batch:
-            frames += b"\0" + len(message).to_bytes(4)
+            frames += _PREFIX.pack(0, len(message))
             frames += message
         if not stream.headers_sent:
             stream.headers_sent = True

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import tidings.stores.sqlite.log as reading
@@ -75,6 +75,33 @@ class ServedLog:
     ) -> Batch:
         """A piece of `$all` between two positions, both exclusive; looks at `count` events at most."""
         return await self.store.look(self._piece_of_all(choice, resolve, after, before, backwards, count))
+
+    async def history(
+        self, choice: Choice | None, resolve: bool, *, after: int, count: int
+    ) -> AsyncGenerator[Batch, None]:
+        """Yield `$all` behind a position, piece by piece, up to the piece that reaches its end.
+
+        While its caller is busy with one piece, the next one is read: at most one waits in memory.
+        """
+
+        def read(behind: int) -> asyncio.Task[Batch]:
+            piece = self.all(choice, resolve, after=behind, before=MAX_VERSION, backwards=False, count=count)
+            return asyncio.create_task(piece, name="tidings-server-history")
+
+        reading = read(after)
+        try:
+            while True:
+                batch = await reading
+                if batch.end:
+                    yield batch
+                    return
+                reading = read(batch.reached)
+                yield batch
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+            if not reading.cancelled():
+                reading.exception()  # the caller has left, or heard of it
 
     async def news(self, choice: Choice | None, resolve: bool, after: int) -> Batch:
         """As `all` for who follows the log at its end, where many ask the same at once: one look answers all of them.

@@ -1,10 +1,11 @@
 """`Streams.Read` as a catch-up subscription: history, the word that it is caught up, then what is appended, for ever.
 
-It keeps nothing for a subscriber that does not read on: the next piece is read from the log when it asks for it.
+A subscriber that does not read on costs two pieces of history at most: the one on its way, and the next one.
 """
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
@@ -97,28 +98,26 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
         head = await log.head()
         after = {"end": head, "position": min(wanted.position.commit_position, MAX_VERSION)}.get(start or "", -1)
         await send([_confirmation()])
-        behind, counted, told = True, 0, NOTHING_TOLD
+        counted, told = 0, NOTHING_TOLD
         looked = _Looked(after, window)
-        while True:
-            if behind:
-                batch = await log.all(
-                    choice, options.resolve_links, after=after, before=MAX_VERSION, backwards=False, count=PAGE
-                )
+        async with aclosing(log.history(choice, options.resolve_links, after=after, count=PAGE)) as history:
+            async for batch in history:
                 looked.over(batch)
-            else:
-                batch = await log.news(choice, options.resolve_links, after)
+                answers, counted, told = _answers(batch, encode, interval, counted, told)
+                if batch.end:
+                    if interval and start != "end" and looked.upto > told:
+                        told, counted = looked.upto, 0
+                        answers.append(_checkpoint(told))
+                    answers.append(_caught_up())
+                if answers:
+                    await send(answers)
+        while True:
+            if batch.end:
+                await log.store.beyond(batch.reached)
+            batch = await log.news(choice, options.resolve_links, batch.reached)
             answers, counted, told = _answers(batch, encode, interval, counted, told)
-            if batch.end and behind:
-                behind = False
-                if interval and start != "end" and looked.upto > told:
-                    told, counted = looked.upto, 0
-                    answers.append(_checkpoint(told))
-                answers.append(_caught_up())
             if answers:
                 await send(answers)
-            after = batch.reached
-            if batch.end:
-                await log.store.beyond(after)
     finally:
         log.store.watch(-1)
 

@@ -99,66 +99,80 @@ def event_data(proposed: Any) -> EventData:
 
 Encode = Callable[[Resolved], bytes]
 
-
-def _recorder(kind: Any, structured: bool) -> Callable[[RecordedEvent], Any]:
-    """How an event becomes a message; `kind` is the message class, of which each service has its own."""
-
-    def message(event: RecordedEvent) -> Any:
-        return kind(
-            id=_structured(event.id_bytes) if structured else shared.UUID(string=str(event.id)),
-            stream_identifier=shared.StreamIdentifier(stream_name=event.stream.encode()),
-            stream_revision=event.version,
-            prepare_position=event.position,
-            commit_position=event.position,
-            metadata={"type": event.type, "content-type": event.content_type, "created": str(event.ticks)},
-            custom_metadata=event.metadata,
-            data=event.data,
-        )
-
-    return message
+REUSED_BYTES: Final = 64 * 1024
+"""Bytes of events after which the message that answers are made in is replaced by a new one."""
+OVERHEAD: Final = 512
+"""Bytes that an event takes in such a message, beside its data and metadata."""
 
 
-def _structured(id_: bytes) -> shared.UUID:
-    high, low = (int.from_bytes(half, signed=True) for half in (id_[:8], id_[8:]))
-    return shared.UUID(structured=shared.UUID.Structured(most_significant_bits=high, least_significant_bits=low))
+def _filler(structured: bool) -> Callable[[Any, RecordedEvent], None]:
+    """Return what writes an event into a recorded-event message, of which each service has its own class."""
+
+    def fill(record: Any, event: RecordedEvent) -> None:
+        id_ = event.id_bytes
+        if structured:
+            halves = record.id.structured
+            halves.most_significant_bits = int.from_bytes(id_[:8], signed=True)
+            halves.least_significant_bits = int.from_bytes(id_[8:], signed=True)
+        else:
+            digits = id_.hex()
+            record.id.string = f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+        record.stream_identifier.stream_name = event.stream.encode()
+        record.stream_revision = event.version
+        record.prepare_position = record.commit_position = event.position
+        metadata = record.metadata
+        metadata["type"] = event.type
+        metadata["content-type"] = event.content_type
+        metadata["created"] = str(event.ticks)
+        record.custom_metadata = event.metadata
+        record.data = event.data
+
+    return fill
+
+
+def _answerer(kind: Any, structured: bool) -> Callable[[Resolved], Any]:
+    """Return what makes the answer of class `kind` about one event; the next call may change the same message.
+
+    A message that is filled again is packed in 2.5 µs. Making a new one, with its five inner ones, took 19 µs, more
+    than everything else that the server does for an event. But protobuf frees what a message ever held only with the
+    message, so another one is begun after some kilobytes.
+    """
+    fill = _filler(structured)
+    reused, held = kind(), 0
+
+    def answer(resolved: Resolved) -> Any:
+        nonlocal reused, held
+        event, link = resolved
+        original = link or event
+        if original is None:
+            raise thrown()
+        held += len(original.data) + len(original.metadata) + OVERHEAD
+        if held > REUSED_BYTES:
+            reused, held = kind(), 0
+        answer = reused if link is None else kind()
+        if event is not None:
+            fill(answer.event.event, event)
+        if link is not None:
+            fill(answer.event.link, link)
+        answer.event.commit_position = original.position
+        return answer
+
+    return answer
 
 
 def encoder(structured: bool) -> Encode:
-    """How an event becomes an answer of `Streams.Read`, in bytes."""
-    kind = streams.ReadResp.ReadEvent
-    record = _recorder(kind.RecordedEvent, structured)
-
-    def encode(resolved: Resolved) -> bytes:
-        event, link = resolved
-        original = link or event
-        if original is None:
-            raise thrown()
-        answer = kind(
-            event=None if event is None else record(event),
-            link=None if link is None else record(link),
-            commit_position=original.position,
-        )
-        return packed(streams.ReadResp(event=answer))
-
-    return encode
+    """Return what packs an event as an answer of `Streams.Read`."""
+    answer = _answerer(streams.ReadResp, structured)
+    return lambda resolved: packed(answer(resolved))
 
 
 def group_encoder(structured: bool) -> Callable[[Resolved, int], bytes]:
-    """How an event becomes an answer of `PersistentSubscriptions.Read`; the number says how often it was retried."""
-    kind = persistent.ReadResp.ReadEvent
-    record = _recorder(kind.RecordedEvent, structured)
+    """Return what packs an event as an answer of `PersistentSubscriptions.Read`, with how often it was retried."""
+    answer = _answerer(persistent.ReadResp, structured)
 
     def encode(resolved: Resolved, retries: int) -> bytes:
-        event, link = resolved
-        original = link or event
-        if original is None:
-            raise thrown()
-        answer = kind(
-            event=None if event is None else record(event),
-            link=None if link is None else record(link),
-            commit_position=original.position,
-            retry_count=retries,
-        )
-        return packed(persistent.ReadResp(event=answer))
+        message = answer(resolved)
+        message.event.retry_count = retries
+        return packed(message)
 
     return encode
