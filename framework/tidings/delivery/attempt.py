@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from tidings._support.eager import FirstStep
+from tidings._support.eager import EagerStart
 from tidings.database.outages import is_outage
 from tidings.delivery.failure import Failure
 from tidings.delivery.log_facts import bind_handling, handling
@@ -85,7 +85,7 @@ class Attempts:
         self._view = service.view
         self._ours = ours
         self._resources = resources
-        self._first_step = FirstStep()
+        self._first_step = EagerStart()
         self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self._service = service.name
         self._reader = f"service {service.name!r}"

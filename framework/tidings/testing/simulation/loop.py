@@ -134,9 +134,12 @@ class _Task(asyncio.Task[T]):
 
     _numbers = count()
 
-    def __init__(self, coroutine: Coroutine[Any, Any, T], **options: Any) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, T], *, context: Context | None = None, **options: Any) -> None:
         self._number = next(self._numbers)
-        super().__init__(coroutine, **options)
+        owner = _owner(context)
+        if owner is not None:
+            owner.tasks.append(self)
+        super().__init__(coroutine, context=context, **options)
 
     def __hash__(self) -> int:
         return self._number
@@ -144,6 +147,9 @@ class _Task(asyncio.Task[T]):
 
 class SimulatedLoop(asyncio.AbstractEventLoop):
     """The part of an event loop that code without sockets, signals and subprocesses needs."""
+
+    task_class: Final = _Task
+    """What tasks of this loop are, also those that do not ask it to make them."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -234,11 +240,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Any, *, name: object = None, context: Context | None = None) -> asyncio.Task[Any]:
-        task: _Task[Any] = _Task(coro, loop=self, name=None if name is None else str(name), context=context)
-        owner = _owner(context)
-        if owner is not None:
-            owner.tasks.append(task)
-        return task
+        return _Task(coro, loop=self, name=None if name is None else str(name), context=context)
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., T], *args: Any

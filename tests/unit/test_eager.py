@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tidings._support.eager import FirstStep
+from tidings._support.eager import EagerStart
 
 WORD: ContextVar[str] = ContextVar("word", default="nobody's")
 
 
 @pytest.fixture
-async def first_step() -> AsyncIterator[FirstStep]:
+async def eager() -> AsyncIterator[EagerStart]:
     """Prepare a spare task that has started."""
-    found = FirstStep()
+    found = EagerStart()
     await ended(found, nothing())
     await asyncio.sleep(0)
     yield found
@@ -31,31 +31,29 @@ async def nothing() -> None:
     pass
 
 
-async def ended(first_step: FirstStep, work: Coroutine[Any, Any, Any]) -> Any:
-    task, result = first_step.run(work, copy_context(), "test")
+async def ended(eager: EagerStart, work: Coroutine[Any, Any, Any]) -> Any:
+    task, result = eager.run(work, copy_context(), "test")
     return result if task is None else await task
 
 
-async def test_what_waits_for_nothing_has_ended_when_run_returns(first_step: FirstStep) -> None:
+async def test_what_waits_for_nothing_has_ended_when_run_returns(eager: EagerStart) -> None:
     async def work() -> int:
         return 7
 
     for _ in range(3):
-        assert first_step.run(work(), copy_context(), "test") == (None, 7)
+        assert eager.run(work(), copy_context(), "test") == (None, 7)
 
 
-async def test_without_a_spare_task_that_has_started_it_runs_in_a_task_as_any_other() -> None:
+async def test_the_first_one_of_all_may_run_in_a_task_as_any_other() -> None:
     async def work() -> int:
         return 7
 
-    first_step = FirstStep()
-    task, _ = first_step.run(work(), copy_context(), "test")
-    assert task is not None
-    assert await task == 7
-    first_step.close()
+    eager = EagerStart()
+    assert await ended(eager, work()) == 7
+    eager.close()
 
 
-async def test_it_is_the_same_task_before_and_after_the_first_wait(first_step: FirstStep) -> None:
+async def test_it_is_the_same_task_before_and_after_the_first_wait(eager: EagerStart) -> None:
     seen = []
 
     async def work() -> None:
@@ -63,7 +61,7 @@ async def test_it_is_the_same_task_before_and_after_the_first_wait(first_step: F
             seen.append(asyncio.current_task())
             await asyncio.sleep(0)
 
-    task, _ = first_step.run(work(), copy_context(), "test")
+    task, _ = eager.run(work(), copy_context(), "test")
     assert task is not None
     caller = asyncio.current_task()
     await task
@@ -73,20 +71,20 @@ async def test_it_is_the_same_task_before_and_after_the_first_wait(first_step: F
     assert task.get_name() == "test"
 
 
-async def test_several_wait_side_by_side(first_step: FirstStep) -> None:
+async def test_several_wait_side_by_side(eager: EagerStart) -> None:
     gate = asyncio.Event()
 
     async def work(number: int) -> int:
         await gate.wait()
         return number
 
-    running = [first_step.run(work(number), copy_context(), "test")[0] for number in range(5)]
+    running = [eager.run(work(number), copy_context(), "test")[0] for number in range(5)]
     gate.set()
     assert await asyncio.gather(*(task for task in running if task is not None)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01])
-async def test_a_timeout_of_its_own_ends_its_wait(first_step: FirstStep, seconds: float) -> None:
+async def test_a_timeout_of_its_own_ends_its_wait(eager: EagerStart, seconds: float) -> None:
     async def work() -> str:
         try:
             async with asyncio.timeout(seconds):
@@ -95,10 +93,10 @@ async def test_a_timeout_of_its_own_ends_its_wait(first_step: FirstStep, seconds
             return "in time"
         return "never"
 
-    assert await ended(first_step, work()) == "in time"
+    assert await ended(eager, work()) == "in time"
 
 
-async def test_a_task_group_of_its_own_hears_of_a_child_that_fails(first_step: FirstStep) -> None:
+async def test_a_task_group_of_its_own_hears_of_a_child_that_fails(eager: EagerStart) -> None:
     async def child() -> None:
         raise ValueError("child")
 
@@ -108,12 +106,12 @@ async def test_a_task_group_of_its_own_hears_of_a_child_that_fails(first_step: F
             await asyncio.Event().wait()
 
     with pytest.raises(ExceptionGroup) as heard:
-        await ended(first_step, work())
+        await ended(eager, work())
     assert heard.group_contains(ValueError, match="child")
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3])
-async def test_cancelled_from_outside_it_hears_of_it_where_it_waits(first_step: FirstStep, turns: int) -> None:
+async def test_cancelled_from_outside_it_hears_of_it_where_it_waits(eager: EagerStart, turns: int) -> None:
     heard = []
 
     async def work() -> None:
@@ -123,7 +121,7 @@ async def test_cancelled_from_outside_it_hears_of_it_where_it_waits(first_step: 
             heard.append(True)
             raise
 
-    task, _ = first_step.run(work(), copy_context(), "test")
+    task, _ = eager.run(work(), copy_context(), "test")
     assert task is not None
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -133,7 +131,7 @@ async def test_cancelled_from_outside_it_hears_of_it_where_it_waits(first_step: 
     assert heard == [True]
 
 
-async def test_cancelled_before_the_loop_has_turned_what_has_begun_hears_of_it(first_step: FirstStep) -> None:
+async def test_cancelled_before_the_loop_has_turned_what_has_begun_hears_of_it(eager: EagerStart) -> None:
     """The spare task is taken, and the next one has not started yet."""
     begun, heard = [], []
 
@@ -144,7 +142,7 @@ async def test_cancelled_before_the_loop_has_turned_what_has_begun_hears_of_it(f
         finally:
             heard.append(number)
 
-    running = [first_step.run(work(number), copy_context(), "test")[0] for number in range(3)]
+    running = [eager.run(work(number), copy_context(), "test")[0] for number in range(3)]
     for task in running:
         assert task is not None
         task.cancel()
@@ -154,7 +152,7 @@ async def test_cancelled_before_the_loop_has_turned_what_has_begun_hears_of_it(f
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["then waits", "then returns"])
-async def test_one_that_cancels_its_own_task_is_cancelled_alone(first_step: FirstStep, waits: bool) -> None:
+async def test_one_that_cancels_its_own_task_is_cancelled_alone(eager: EagerStart, waits: bool) -> None:
     heard = []
 
     async def work() -> None:
@@ -168,15 +166,15 @@ async def test_one_that_cancels_its_own_task_is_cancelled_alone(first_step: Firs
                 heard.append(True)
                 raise
 
-    task, _ = first_step.run(work(), copy_context(), "test")
+    task, _ = eager.run(work(), copy_context(), "test")
     assert task is not None
     with pytest.raises(asyncio.CancelledError):
         await task
     assert heard == [True] * waits
-    assert await ended(first_step, nothing()) is None
+    assert await ended(eager, nothing()) is None
 
 
-async def test_its_context_is_its_own_from_the_first_step_to_the_last(first_step: FirstStep) -> None:
+async def test_its_context_is_its_own_from_the_first_step_to_the_last(eager: EagerStart) -> None:
     seen = []
 
     async def work(word: str) -> None:
@@ -186,10 +184,10 @@ async def test_its_context_is_its_own_from_the_first_step_to_the_last(first_step
             await asyncio.sleep(0)
         seen.append(WORD.get())
 
-    await ended(first_step, work("waits"))
+    await ended(eager, work("waits"))
     await asyncio.sleep(0)
-    await ended(first_step, nothing())
+    await ended(eager, nothing())
     await asyncio.sleep(0)
-    await ended(first_step, work("ends"))
+    await ended(eager, work("ends"))
     assert seen == ["nobody's", "waits", "nobody's", "ends"]
     assert WORD.get() == "nobody's"
