@@ -126,7 +126,7 @@ class Enrolment:
     async def run(self) -> Enrolled:
         of_range = (floors.c.first_bucket == self._buckets.start, floors.c.last_bucket == self._buckets.stop - 1)
         this = (*self._of(floors), *of_range)
-        found = sa.select(floors.c.position, floors.c.handlers).where(*this)
+        found = sa.select(floors.c.handlers).where(*this)
         row = (await self._connection.execute(found)).one_or_none()
         if row is None:
             raise Fenced(f"service {self._service.name!r} was resized, and this process has not heard of it yet")
@@ -138,7 +138,7 @@ class Enrolment:
         # One range after the other: all note the same handlers.
         layout = sa.select(partitions.c.epoch).where(partitions.c.service == self._service.name)
         await self._connection.execute(layout.with_for_update())
-        settled = await self._settled(row.position)
+        settled = await self._settled()
         since = await (self._begin(settled) if before is None else self._compare(before, settled))
         since = {
             name: begun._replace(first_of=sorted(self._service.named[name].first_of), was=self._service.named[name].was)
@@ -338,11 +338,16 @@ class Enrolment:
         if rows:
             await self._connection.execute(spans.insert(), rows)
 
-    async def _settled(self, floor: int) -> dict[int, int]:
-        """How far each bucket of the range is."""
+    async def _settled(self) -> dict[int, int]:
+        """Return how far each bucket of the range is. It stays so until the end of the transaction: what the version
+        before has under way is waited for, and counts. What it begins afterwards is fenced."""
         columns = (watermarks.c.bucket, watermarks.c.position)
-        of_range = (*self._of(watermarks), self._in_range(watermarks))
-        rows = await self._connection.execute(sa.select(*columns).where(*of_range))
+        of_range = sa.select(*columns).where(*self._of(watermarks), self._in_range(watermarks))
+        # In the order in which groups move them. Whoever raises the floor has a lock on one of them, too.
+        rows = (await self._connection.execute(of_range.order_by(watermarks.c.bucket).with_for_update())).all()
+        first, last = floors.c.first_bucket == self._buckets.start, floors.c.last_bucket == self._buckets.stop - 1
+        of_floor = sa.select(floors.c.position).where(*self._of(floors), first, last)
+        floor = (await self._connection.execute(of_floor)).scalar_one()
         return dict.fromkeys(self._buckets, floor) | {row.bucket: max(row.position, floor) for row in rows}
 
     async def _spans(self, name: str | None = None) -> list[Span]:
