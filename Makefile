@@ -74,7 +74,7 @@ served: $(INSTALLED) broker
 
 # What rests on a service's own database once more, with that database in PostgreSQL.
 postgresql: $(INSTALLED) broker database
-	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest $(SIDE_BY_SIDE) -m "postgresql and not sqlite" tests/integration
+	TIDINGS_TEST_DATABASE=postgresql $(BIN)/pytest $(SIDE_BY_SIDE) -m "postgresql and not sqlite" tests/integration tests/unit
 
 # kurrentdbclient is the successor of esdbclient, and cannot be installed beside it.
 kurrentdb: $(KURRENT_INSTALLED)

@@ -33,6 +33,8 @@ from tidings.operations.selection import Selection
 from tidings.operations.skip import NotSkippable, Skip, skip, standing
 from tidings.stores import RecordedEvent
 
+pytestmark = pytest.mark.postgresql
+
 NEVER = Retry(attempts=1, hold=Hold(attempts=5, delay=3600.0, maximum=3600.0))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.databases import database_url
 from tests.integration.embedded import (
     Followed,
     Happened,
@@ -35,7 +36,8 @@ from tidings.operations.backups import BackupRefused, read, restore, take
 from tidings.operations.recount import Recount, recount
 from tidings.stores import EventStore
 
-pytestmark = pytest.mark.sqlite("the files are SQLite's")
+pytestmark = pytest.mark.postgresql
+FILES = pytest.mark.sqlite("the backup of a service's SQLite file")
 
 
 def events(*numbers: int) -> list[Happened]:
@@ -65,14 +67,14 @@ async def new_identity(folder: Path, *services: str) -> None:
 async def _follow(folder: Path, store: EventStore, *services: str) -> None:
     lineage = await lineage_of(store)
     for name in services:
-        async with open_database(f"sqlite:///{folder}/{name}.db") as database:
+        async with open_database(database_url(folder, name)) as database:
             await adopt(database, name, lineage)
 
 
 async def recounted(folder: Path, store: EventStore) -> Recount:
     """Return what `tidings verify --deep` prints."""
     service = emitting()
-    async with open_database(f"sqlite:///{folder}/{service.name}.db") as database:
+    async with open_database(database_url(folder, service.name)) as database:
         return await recount(store, [(service, database)])
 
 
@@ -99,6 +101,7 @@ async def test_a_log_older_than_the_services_goes_on_under_a_new_identity(tmp_pa
     assert emitted == [0, 1, 2, 6, 7, 8]
 
 
+@FILES
 async def test_a_service_older_than_the_log_reads_what_it_lacks_and_emits_nothing_twice(tmp_path: Path) -> None:
     await run(tmp_path, emitting(), *events(0, 1, 2))
     take(tmp_path / "kept", files(tmp_path, "audit"))
@@ -108,6 +111,7 @@ async def test_a_service_older_than_the_log_reads_what_it_lacks_and_emits_nothin
     assert sorted(handled) == sorted(emitted) == list(range(7))
 
 
+@FILES
 async def test_both_from_one_backup_with_the_service_older_emit_nothing_twice_under_the_new_identity(
     tmp_path: Path,
 ) -> None:
@@ -127,7 +131,7 @@ async def test_both_from_one_backup_with_the_service_older_emit_nothing_twice_un
 
 async def test_twice_restored_a_service_of_long_ago_still_follows(tmp_path: Path) -> None:
     await run(tmp_path, emitting(), *events(0, 1))
-    take(tmp_path / "old", files(tmp_path, "audit", "log"))
+    take(tmp_path / "old", files(tmp_path, "log"))
     for n in (2, 3):
         await run(tmp_path, emitting(), *events(n))
         restore(read(tmp_path / "old"), files(tmp_path, "log"), overwrite=True)
@@ -195,6 +199,7 @@ async def _nothing(event: Followed) -> None:
 # ---- the files ----------------------------------------------------------------------------
 
 
+@FILES
 async def test_a_backup_is_taken_amid_traffic_and_is_of_one_moment_each(tmp_path: Path) -> None:
     service = emitting()
     async with embedded(tmp_path, service) as world:
@@ -219,6 +224,7 @@ input()
 """
 
 
+@FILES
 async def test_a_running_database_is_never_replaced(tmp_path: Path) -> None:
     await run(tmp_path, auditing(), *events(0))
     take(tmp_path / "kept", files(tmp_path, "log"))
@@ -236,6 +242,7 @@ async def test_a_running_database_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "log.db.before-restore-1").exists()
 
 
+@FILES
 @pytest.mark.parametrize("harm", ["list", "bytes", "missing", "unfinished"])
 async def test_a_damaged_backup_is_refused_before_anything_is_changed(tmp_path: Path, harm: str) -> None:
     await run(tmp_path, auditing(), *events(0))

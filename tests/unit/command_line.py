@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import structlog
 from typer.testing import CliRunner
 
+from tests.integration.databases import database_url
 from tidings import Context, Event, Service, Settings
 from tidings.cli._app import app
 from tidings.hosting.runtime import Runtime
@@ -98,9 +99,7 @@ def run_shop(folder: Path, *events: tuple[str, Event]) -> None:
     """Run `shop` embedded in a folder until these events are settled, too."""
 
     async def work() -> None:
-        settings = Settings(
-            store=f"sqlite:///{folder}/tidings.db", bus="memory://", database=f"sqlite:///{folder}/{{service}}.db"
-        )
+        settings = Settings(store=f"sqlite:///{folder}/tidings.db", bus="memory://", database=database_url(folder))
         async with Runtime(shop, settings=settings) as runtime:
             for stream, event in events:
                 await shop.append(stream, event)
@@ -132,9 +131,7 @@ def run_holding(folder: Path, *events: tuple[str, Event], held: int) -> None:
     """Run `holding` embedded in a folder until it holds this many events and has nothing else to do."""
 
     async def work() -> None:
-        settings = Settings(
-            store=f"sqlite:///{folder}/tidings.db", bus="memory://", database=f"sqlite:///{folder}/{{service}}.db"
-        )
+        settings = Settings(store=f"sqlite:///{folder}/tidings.db", bus="memory://", database=database_url(folder))
         async with asyncio.timeout(30), Runtime(holding, settings=settings) as runtime:
             for stream, event in events:
                 await holding.append(stream, event)

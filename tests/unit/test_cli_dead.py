@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.integration.databases import database_url, on_server
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop
 
 SHOP = "tests.unit.command_line:shop"
 OTHER = "tests.unit.command_line:other"
+
+pytestmark = pytest.mark.postgresql
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.setenv("TIDINGS_SERVICES", SHOP)
+    if on_server():
+        monkeypatch.setenv("TIDINGS_DATABASE", database_url(tmp_path))
     monkeypatch.chdir(tmp_path)
     run_shop(tmp_path, ("bad-1", Poisoned()), ("order-1", OrderCreated(order_id="1")), ("bad-2", Poisoned()))
     return tmp_path

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.integration.databases import database_url, on_server
 from tests.unit.command_line import Unlucky, holding, invoke, run_holding
 
 HOLDING = "tests.unit.command_line:holding"
 OTHER = "tests.unit.command_line:other"
+
+pytestmark = pytest.mark.postgresql
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +24,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.setenv("TIDINGS_SERVICES", HOLDING)
+    if on_server():
+        monkeypatch.setenv("TIDINGS_DATABASE", database_url(tmp_path))
     monkeypatch.chdir(tmp_path)
     run_holding(
         tmp_path,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
+from tests.integration.databases import database_url, on_server
 from tests.unit.command_line import OrderCreated, invoke, run_shop
 from tidings import Settings
 
@@ -22,6 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("STORE", "BUS", "DATABASE", "DEBUG"):
         monkeypatch.delenv(f"TIDINGS_{name}", raising=False)
     monkeypatch.setenv("TIDINGS_SERVICES", SHOP)
+    if on_server():
+        monkeypatch.setenv("TIDINGS_DATABASE", database_url(tmp_path))
     monkeypatch.chdir(tmp_path)
     run_shop(tmp_path, ("order-1", OrderCreated(order_id="1")))
     return tmp_path
@@ -56,6 +59,7 @@ def test_everything_is_kept_put_back_and_goes_on(folder: Path) -> None:
     assert (folder / "tidings.db.before-restore-1").exists()
 
 
+@pytest.mark.postgresql
 def test_the_log_alone_is_put_back_and_the_service_follows(folder: Path) -> None:
     assert invoke("backup", "kept").code == 0
     run_shop(folder, ("order-2", OrderCreated(order_id="2")))
@@ -72,6 +76,7 @@ def test_the_log_alone_is_put_back_and_the_service_follows(folder: Path) -> None
     assert invoke("verify").code == 0
 
 
+@pytest.mark.postgresql
 def test_a_log_gets_a_new_identity_only_after_a_yes(folder: Path) -> None:
     before = shown("log", "show")["log"]
     ended = invoke("log", "renew-identity")
@@ -104,6 +109,7 @@ def test_what_is_kept_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "hush" not in ended.out
 
 
+@pytest.mark.postgresql
 def test_a_relay_says_that_its_log_is_not_the_one_the_services_know(folder: Path) -> None:
     from tidings.cli._acquainted import compare_logs
 
