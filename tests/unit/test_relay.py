@@ -99,7 +99,12 @@ async def fill(store: EventStore, count: int, stream: str = "things") -> list[in
 
 @asynccontextmanager
 async def relaying(store: EventStore, bus: ScriptedBus, **options: float) -> AsyncIterator[Relay]:
-    relay = Relay(store, bus, checkpoint_seconds=0.01, marker_seconds=options.pop("marker_seconds", 0.05))
+    relay = Relay(
+        store,
+        bus,
+        checkpoint_seconds=options.pop("checkpoint_seconds", 0.01),
+        marker_seconds=options.pop("marker_seconds", 0.05),
+    )
     task = asyncio.create_task(relay.run())
     try:
         yield relay
@@ -154,6 +159,41 @@ async def test_a_restarted_relay_goes_on_after_its_checkpoint(store: EventStore,
         await until(lambda: len(successor.positions) >= 5)
     assert successor.positions == later
     assert successor.markers[0].position < later[0], "the first marker says where it goes on"
+
+
+async def test_a_relay_that_stops_records_and_tells_what_it_has_published(store: EventStore, bus: ScriptedBus) -> None:
+    await fill(store, 5)
+    async with relaying(store, bus, checkpoint_seconds=3600.0) as relay:
+        await until(lambda: len(bus.positions) >= 5)
+        more = await fill(store, 20)
+        await until(lambda: len(bus.sent) > len(bus.confirmed) or len(bus.positions) >= 25)
+        await until(lambda: relay.confirmed >= more[0])
+        assert await relay.checkpoint() < more[0], "the next one is due in an hour"
+        await until(lambda: bus.sent[-1].type != MARKER and decode(bus.sent[-1]).event.position == more[-1])
+        await relay.part()
+        assert await relay.checkpoint() == bus.markers[-1].position == more[-1]
+        told = len(bus.markers)
+        await relay.part()
+        assert len(bus.markers) == told, "there is nothing more to tell"
+
+
+async def test_a_relay_that_stops_waits_for_no_broker_that_confirms_nothing(
+    store: EventStore, bus: ScriptedBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.relay.relay.PARTING_SECONDS", 0.05)
+    async with relaying(store, bus, checkpoint_seconds=3600.0) as relay:
+        await until(lambda: relay.leading)
+        before = await relay.checkpoint()
+
+        async def swallow(message: Message) -> None:
+            bus.sent.append(message)
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(bus, "send", swallow)
+        await fill(store, 3)
+        await until(lambda: bool(bus.sent) and bus.sent[-1].type != MARKER)
+        await asyncio.wait_for(relay.part(), 10)
+        assert await relay.checkpoint() == before
 
 
 async def test_the_checkpoint_never_passes_an_unconfirmed_event(store: EventStore, bus: ScriptedBus) -> None:

@@ -413,6 +413,7 @@ async def run_service(
             if settings.embedded_bus:  # no relay of another process can reach it
                 relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: at_work())
                 await stack.enter_async_context(supervised(relay.run()))
+                stack.push_async_callback(relay.part)
         url = settings.database_of(service.name)
         database = await open_when_available(
             stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"

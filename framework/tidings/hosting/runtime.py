@@ -135,6 +135,7 @@ class Runtime:
     async def _carry(self, relay: Relay) -> None:
         async with supervised(relay.run()):
             await self._stop.wait()
+            await relay.part()
 
     def _at_work(self) -> bool:
         """Is any service not a standby of another process's? Without services, whoever else uses the bus may be."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
@@ -46,6 +47,8 @@ RETRY_SECONDS: Final = (0.2, 1.5)
 """First and longest pause after an error."""
 CONFIRM_SECONDS: Final = 30.0
 """A confirm that takes longer will not come: a queue without a leader swallows it, and says nothing."""
+PARTING_SECONDS: Final = 0.5
+"""Seconds that a relay which stops may take to record how far it has published."""
 UNHEARD: Final = 4
 """Attempts, some two seconds, after which a relay that nobody listens to says so."""
 REJECTIONS: Final = 3
@@ -95,6 +98,8 @@ class Relay:
         self._log_id: UUID | None = None
         self._head = -1
         """A position that the log was seen to have."""
+        self._turn: _Turn | None = None
+        """While it leads."""
 
     @property
     def needed(self) -> bool:
@@ -146,8 +151,23 @@ class Relay:
                 else:
                     log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=backoff.pause)
             finally:
-                self.leading, self._waiting_since = False, None
+                self.leading, self._waiting_since, self._turn = False, None, None
             await backoff.wait()
+
+    async def part(self) -> None:
+        """Record how far it has published, and tell services, before it is cancelled: else operators see events that
+        were published as not published, for as long as no relay runs. Gives up after `PARTING_SECONDS`."""
+        turn = self._turn
+        if turn is None:
+            return
+        with suppress(BusError, StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(PARTING_SECONDS):
+                await turn.confirmed()
+                if turn.carried:
+                    turn.carried = False
+                    await self._store_checkpoint(self.confirmed)
+                    await turn.mark()
+        log.info("relay.stopped", relay=self.name, published=self.confirmed)
 
     def marked(self) -> None:
         """The bus confirmed a marker: the way to it is open."""
@@ -184,7 +204,7 @@ class Relay:
             self._rejected.clear()
         start = self.confirmed = await self._start()
         async with task_group() as tasks:
-            turn = _Turn(self, publisher, log_id, start)
+            turn = self._turn = _Turn(self, publisher, log_id, start)
             # The first marker tells services how far the log was published before: without it, the first event of
             # every bucket would look like a gap.
             await turn.mark()
@@ -270,6 +290,13 @@ class _Turn:
 
     async def room(self, window: int) -> None:
         while len(self._window) >= window:
+            self._freed.clear()
+            await self._freed.wait()
+
+    async def confirmed(self) -> None:
+        """Wait until everything that was sent by now is confirmed."""
+        upto = self._sent
+        while self._relay.confirmed < upto:
             self._freed.clear()
             await self._freed.wait()
 
