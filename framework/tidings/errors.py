@@ -115,8 +115,10 @@ class WrongExpectedVersion(StoreError):
 
 
 class Contention(StoreError):
-    """A change gave up after so many seconds, because others changed the same aggregate all the time; nothing was
-    written. Nobody asked for a version: whoever asked may ask again."""
+    """A change gave up after `seconds`, because others kept changing the same aggregate; nothing was written.
+
+    The caller named no version, so it may simply try again later. `lost` counts attempts that lost to other processes.
+    """
 
     def __init__(self, stream: str, seconds: float, lost: int) -> None:
         self.stream, self.seconds, self.lost = stream, seconds, lost
@@ -126,14 +128,14 @@ class Contention(StoreError):
             else f"it waited {seconds:g} s behind other changes of this process, and was not tried"
         )
         super().__init__(
-            f"stream {stream!r} is changed by many at once: {met}; nothing was written. Ask again later. If it happens "
+            f"stream {stream!r} is changed by many at once: {met}; nothing was written. Try again later. If it happens "
             "often, divide the aggregate into several, or let one process change it; within= of the repository gives "
             "each change more time."
         )
 
 
 class StreamNotFound(StoreError):
-    """The stream never existed, or was deleted softly."""
+    """The stream has no events: it never existed, or was deleted softly."""
 
     def __init__(self, stream: str) -> None:
         self.stream = stream
@@ -141,7 +143,7 @@ class StreamNotFound(StoreError):
 
 
 class VersionNotFound(StoreError):
-    """An aggregate was asked for at a version or moment that its stream does not reach."""
+    """An aggregate was requested at a version or moment that its stream does not have."""
 
     def __init__(self, stream: str, asked: str, found: str) -> None:
         self.stream = stream
@@ -149,22 +151,22 @@ class VersionNotFound(StoreError):
 
 
 class StreamDeleted(StoreError):
-    """The stream was tombstoned (for ever), or `STREAM_EXISTS` met a softly deleted one."""
+    """The stream was tombstoned for good, or it was deleted softly and an append expected `STREAM_EXISTS`."""
 
     def __init__(self, stream: str, *, tombstoned: bool = True) -> None:
         self.stream, self.tombstoned = stream, tombstoned
         remedy = (
             "It was tombstoned: the name can never be used again; write to another stream."
             if tombstoned
-            else "It was deleted softly: append with ANY or NO_STREAM to begin it anew."
+            else "It was deleted softly: append with ANY or NO_STREAM to begin it again."
         )
         super().__init__(f"stream {stream!r} is deleted. {remedy}")
 
 
 class StreamTruncated(StoreError):
-    """The first events of an aggregate's stream are hidden, so that its state cannot be known.
+    """The first events of an aggregate's stream are hidden, so its state cannot be known.
 
-    `first` is the version with which the stream begins now; -1 where every event is hidden.
+    `first` is the version with which the stream begins now; -1 if every event is hidden.
     """
 
     def __init__(self, stream: str, first: int, hidden_by: str) -> None:
@@ -177,7 +179,7 @@ class StreamTruncated(StoreError):
             "removed them."
             + (
                 f" If version {first} does begin the aggregate (its event carries the whole state, or the stream was "
-                f"deleted and begun anew), add  'tidingsBegins': {first}  to the metadata."
+                f"deleted and begun again), add  'tidingsBegins': {first}  to the metadata."
                 if first >= 0
                 else ""
             )
@@ -185,7 +187,7 @@ class StreamTruncated(StoreError):
 
 
 class EventTooLarge(StoreError):
-    """One append is over the store's limit, in bytes; nothing was written."""
+    """An append of `size` bytes is over the store's `limit` of bytes; nothing was written."""
 
     def __init__(self, stream: str, size: int, limit: int) -> None:
         self.stream, self.size, self.limit = stream, size, limit
@@ -200,39 +202,39 @@ class InvalidStreamName(StoreError):
 
 
 class InvalidMetadata(StoreError):
-    """A stream's metadata document that no store accepts, because a server could end over it; nothing was written."""
+    """A stream's metadata that no store accepts, because a server could crash on it; nothing was written."""
 
     def __init__(self, stream: str, reason: str) -> None:
         self.stream, self.reason = stream, reason
         super().__init__(
-            f"metadata of stream {stream!r}: {reason}; nothing was written (the process of an EventStoreDB server can "
-            "end over it). Write a smaller number, or leave $maxAge out"
+            f"metadata of stream {stream!r}: {reason}; nothing was written (an EventStoreDB server can crash "
+            "on it). Write a smaller number, or leave $maxAge out"
         )
 
 
 class StoreUnavailable(StoreError):
-    """The store cannot be reached, is locked, full or read-only. Appends in flight may or may not have happened."""
+    """The store cannot be reached, or is locked, full or read-only. Appends in flight may or may not have happened."""
 
     def __init__(self, message: str, *, waiting_helps: bool = True) -> None:
         super().__init__(message)
         self.waiting_helps = waiting_helps
-        """It may pass by itself: a process that starts waits for it, and ends where somebody must do something."""
+        """Whether it may pass by itself. A starting process waits if so, and ends if somebody must do something."""
 
 
 class StreamForbidden(StoreUnavailable):
-    """The store is there, but denies its user one operation on one stream, `stream`; nothing was written or read."""
+    """The store denies its user one operation on one stream, `stream`; nothing was written or read."""
 
     def __init__(self, stream: str, operation: str) -> None:
         self.stream = stream
         super().__init__(
             f"the store denies its user {operation} stream {stream!r}. Give the user of TIDINGS_STORE access to it "
-            "($acl in the stream's metadata), or name another user; other streams are not concerned",
+            "($acl in the stream's metadata), or name another user; other streams are not affected",
             waiting_helps=False,
         )
 
 
 class LogChanged(StoreError):
-    """The store holds another log than the one this database has followed."""
+    """The store holds another log than the one that the database has followed."""
 
     def __init__(self, owner: str, known: UUID, found: UUID) -> None:
         self.owner, self.known, self.found = owner, known, found
@@ -245,7 +247,7 @@ class LogChanged(StoreError):
 
 
 class LogBehind(StoreError):
-    """The store's head is below a position that was already handled: a backup was restored in place, or a file lost."""
+    """The log ends below a position that was handled already: a backup was restored in place, or a file was lost."""
 
     def __init__(self, owner: str, log: UUID, head: int, known: int) -> None:
         self.owner, self.log, self.head, self.known = owner, log, head, known
@@ -264,7 +266,7 @@ class BusError(TidingsError):
 
 
 class Unroutable(BusError):
-    """No queue is bound to the exchange: nobody would have received the message."""
+    """No queue is bound to the exchange, so no service would have received the message."""
 
     def __init__(self, exchange: str, message_id: str) -> None:
         self.exchange, self.message_id = exchange, message_id
@@ -275,7 +277,8 @@ class Unroutable(BusError):
 
 
 class PublishRejected(BusError):
-    """One message is refused for what it is: over the size limit, or not to be written as AMQP. Do not repeat it."""
+    """The broker refuses this message: it is over the size limit, or cannot be written as AMQP. Do not send it
+    again."""
 
     def __init__(self, message_id: str, reason: str) -> None:
         self.message_id, self.reason = message_id, reason
@@ -294,12 +297,12 @@ class BusUnavailable(BusError):
 
 
 class DatabaseUnavailable(TidingsError):
-    """The service's own database is locked, full, read-only or gone. Never counted as an attempt of a handler."""
+    """The service's own database is locked, full, read-only or down. Does not count as an attempt of a handler."""
 
     def __init__(self, message: str, *, waiting_helps: bool = True) -> None:
         super().__init__(message)
         self.waiting_helps = waiting_helps
-        """As in `StoreUnavailable`."""
+        """As for `StoreUnavailable`."""
 
 
 class DatabaseMoved(DatabaseUnavailable):
@@ -322,15 +325,16 @@ class DatabaseMoved(DatabaseUnavailable):
 
 
 class Fenced(TidingsError):
-    """Another process moved a watermark of this service: this one's transaction was rolled back and it joins again."""
+    """Another process moved a watermark of this service: the transaction here was rolled back, and this process
+    rejoins."""
 
 
 class ConfigurationError(TidingsError):
-    """A setting, URL, name or registration that cannot work; raised as early as it can be known."""
+    """A setting, URL, name or declaration that cannot work. Raised as early as possible."""
 
 
 class RepetitionDiffers(TidingsError):
-    """A transaction has the idempotency key of an earlier one, and an event with other data: nothing was committed."""
+    """A transaction has the idempotency key of an earlier one but an event with other data; nothing was committed."""
 
     def __init__(self, key: str, stream: str, type: str, event_id: str, fields: list[str]) -> None:
         self.key = key
@@ -342,37 +346,37 @@ class RepetitionDiffers(TidingsError):
         super().__init__(
             f"idempotency key {key!r}: the request that came first with this key emitted {type} {event_id} to stream "
             f"{stream!r} with other data; this one differs{where}. Nothing was committed. Another request needs "
-            "another key. If it is the same one, give its event the same values each time: take times and ids from the "
-            "request, not from the clock or at random"
+            "another key. If it is the same request, give its event the same values each time: take times and ids "
+            "from the request, not from the clock or at random"
         )
 
 
 class SchemaError(TidingsError):
-    """An event's bytes do not fit the type that was asked for; or its value would not be read back as it is."""
+    """An event's bytes do not fit the type that was requested, or its value would not read back equal."""
 
 
 class DeployNeeded(SchemaError):
-    """An event that this service's code cannot read, and another deploy can: it is held until then, never dead."""
+    """An event that this service's code cannot read but another deploy can. It is held until then, never dead."""
 
 
 class UnknownEventType(DeployNeeded):
-    """The wire name is not one that is declared, or its schema version is newer, and does not fit."""
+    """The wire name is not declared, or the event's schema version is newer and does not fit."""
 
 
 class UpcastMissing(DeployNeeded):
-    """An event of a schema version older than the oldest that its class reads."""
+    """The event's schema version is older than the oldest one that its class reads."""
 
 
 class UpcastFailed(DeployNeeded):
-    """An upcaster raised, or returned what is no JSON object."""
+    """An upcaster raised, or did not return a JSON object."""
 
 
 class PartitionKeyDiffers(DeployNeeded):
-    """A consumer's view declares another `key=` than the event was written with."""
+    """The consumer's view declares another `key=` than the one with which the event was written."""
 
 
 class MalformedMessage(SchemaError):
-    """A message on a queue that Tidings did not write, or that was damaged: `reason` says where it fails."""
+    """A message that Tidings did not write, or that was damaged; `reason` says what is wrong."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -380,7 +384,7 @@ class MalformedMessage(SchemaError):
 
 
 class HandlerError(TidingsError):
-    """A handler failed in a way that is its own doing."""
+    """A handler failed through its own fault."""
 
 
 class HandlerTimeout(HandlerError):
@@ -389,8 +393,8 @@ class HandlerTimeout(HandlerError):
     def __init__(self, handler: str, seconds: float) -> None:
         self.handler, self.seconds = handler, seconds
         super().__init__(
-            f"handler {handler!r} did not finish within {seconds:g} s. If the work is honest, raise timeout= in its "
-            "decorator; if it waits for something outside, give that wait a limit of its own."
+            f"handler {handler!r} did not finish within {seconds:g} s. If the work really takes longer, raise "
+            "timeout= in its decorator; if it waits for something outside, give that wait a limit of its own."
         )
 
 
@@ -403,35 +407,35 @@ class AttemptEnded(HandlerError):
             f"{used} was used after its handler had ended, and does nothing any more: handler {handler!r} {how} at the "
             f"event at position {position} (id {event_id}). Context, session and connection live as long as one "
             "attempt: await whatever the handler starts before it returns (asyncio.TaskGroup), keep none of the three "
-            "for later, and give work that may take longer an event and a handler of its own."
+            "for later, and give longer work an event and a handler of its own."
         )
 
 
 class TransactionMisuse(HandlerError):
-    """A handler, or a request, tried to commit, roll back or begin on its session; Tidings does that at the end."""
+    """A handler or a request called commit, rollback or begin on its session. Tidings ends the transaction itself."""
 
     def __init__(self, operation: str) -> None:
         self.operation = operation
         super().__init__(
-            f"{operation}() on this session is not for handlers, nor for requests: effects, and what belongs to them, "
-            "are committed together, when the handler has returned or the block has ended. Use session.begin_nested() "
-            "for a part that may fail; raise to undo everything."
+            f"{operation}() must not be called on this session: Tidings commits the effects together with the "
+            "watermark or the staged events, when the handler has returned or the block has ended. Use "
+            "session.begin_nested() for a part that may fail; raise to undo everything."
         )
 
 
 class StatementFailed(HandlerError):
-    """A handler went on after a statement of its had failed; PostgreSQL keeps nothing of what was done around it."""
+    """A handler went on after one of its statements had failed; PostgreSQL undoes everything around it."""
 
     def __init__(self) -> None:
         super().__init__(
-            "a statement failed, and the handler went on. SQLite undoes such a statement alone; PostgreSQL undoes all "
-            "that the handler did, and does nothing more. Raise, or put what may fail into: "
-            "async with session.begin_nested()"
+            "a statement failed, and the handler went on. SQLite undoes only that statement; PostgreSQL undoes "
+            "everything that the handler did, and accepts no further statement. Raise, or put the part that may "
+            "fail into: async with session.begin_nested()"
         )
 
 
 class WriterHeld(HandlerError):
-    """A handler with a session wrote to the same SQLite database through another connection, and waited for itself."""
+    """A handler with a session wrote to the same SQLite database through another connection, and blocked itself."""
 
     def __init__(self, handler: str) -> None:
         self.handler = handler

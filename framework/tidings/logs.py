@@ -1,6 +1,6 @@
-"""One stream of structured lines for the process: where it goes, as text or JSON, and what is masked in it.
+"""The process's log: structured lines, as text or JSON, with passwords masked.
 
-Importing this configures nothing: `configure_logging` is for whoever owns the process.
+Importing this configures nothing. A program that owns its process calls `configure_logging`.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ __all__ = ["configure_by_default", "configure_logging", "masked"]
 
 _LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 _THEIR_OWN: Final = ("uvicorn", "uvicorn.error", "uvicorn.access")
-"""Loggers that come with handlers of their own, and keep what they log from the root."""
+"""Loggers with handlers of their own, whose lines do not reach the root logger."""
 _TALKATIVE: Final = ("hpack",)
-"""Below INFO they say, and show, every header of every call."""
+"""Loggers that write every header of every call below INFO."""
 
 
 def configure_logging(*, json: bool | None = None, level: str = "info", stream: TextIO | None = None) -> None:
-    """Send what structlog and the standard library log to `stream` (standard error), one line per entry.
+    """Send the lines of structlog and of the standard library's logging to `stream` (standard error by default).
 
-    JSON where the stream is no terminal, aligned columns where it is one, unless `json` says. Times are UTC, ISO 8601.
-    Passwords in URLs are masked, and tracebacks never show local variables. `level` is the lowest that is shown.
-    It replaces what was configured before; call it once, at the start of a process. Raises `ConfigurationError` for an
-    unknown level.
+    A terminal gets aligned columns, anything else JSON, one line per entry, unless `json` is given. Times are UTC in
+    ISO 8601. Passwords in URLs are masked, and tracebacks never show local variables. `level` is the lowest level that
+    is shown. This replaces the earlier configuration: call it once, at the start of a process. Raises
+    `ConfigurationError` for an unknown level.
     """
     if level.lower() not in _LEVELS:
-        raise ConfigurationError(f"{level!r} is no log level: use one of {', '.join(_LEVELS)}")
+        raise ConfigurationError(f"{level!r} is not a log level: use one of {', '.join(_LEVELS)}")
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -92,17 +92,17 @@ def configure_logging(*, json: bool | None = None, level: str = "info", stream: 
 
 def _rendering(json: bool, *, colors: bool) -> list[Processor]:
     if json:
-        # Local variables of a frame would show what is secret: they are off by name, because they are on by default.
+        # Local variables of a frame may be secret. structlog shows them by default, so they are switched off here.
         return [ExceptionRenderer(ExceptionDictTransformer(show_locals=False)), _mask, JSONRenderer()]
     columns = ConsoleRenderer(colors=colors and not os.environ.get("NO_COLOR"), exception_formatter=plain_traceback)
     return [format_exc_info, _mask, _escape, columns]
 
 
 def configure_by_default() -> None:
-    """Where nobody has configured structlog, send its lines, from info on, to standard error; or to the standard
-    library's logging, where that is configured. structlog's own default is standard output, and every level.
+    """Configure structlog unless that was done: lines from info on go to standard error, or to the standard library's
+    logging if that is configured. (structlog's own default is standard output, with every level.)
 
-    It is for whoever does not own the process (a script, a web server): nothing else is touched.
+    For code that does not own the process (in a script, a web server): nothing else is changed.
     """
     if structlog.is_configured():
         return
@@ -128,8 +128,8 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}\Z")
 
 
 def masked(value: Any) -> Any:
-    """The value with every password of a URL in it masked: a text, or lists and dictionaries of them. What is no text
-    and no number becomes its `repr`."""
+    """Return the value with the passwords of all URLs in it masked: in texts, lists and dictionaries. Anything else
+    that is not a number becomes its `repr`."""
     if isinstance(value, str):
         return "".join(map(_redacted, _SPACE.split(value))) if "://" in value and "@" in value else value
     if isinstance(value, dict):
@@ -145,13 +145,13 @@ _SPACE: Final = re.compile(r"(\s+)")
 
 
 def _redacted(word: str) -> str:
-    """By looking once for each sign: what is logged may come from strangers, and a pattern over all of it would take
-    minutes for a megabyte made on purpose."""
+    """Mask the password of a URL, with one search for each sign: the text may come from a stranger, and a regular
+    expression over all of it could take minutes for a malicious megabyte."""
     colon = word.find("://", 0, max(word.rfind("@"), 0))
     if colon < 0:
         return word
     scheme = _SCHEME.search(word[max(colon - 31, 0) : colon])
-    if scheme is None:  # what it is does not matter: a password may follow
+    if scheme is None:  # not a valid scheme, but a password may follow
         return word[:colon] + redact(f"x{word[colon:]}")[1:]
     begins = colon - len(scheme[0])
     return word[:begins] + redact(word[begins:])
@@ -162,8 +162,8 @@ def _mask(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:
 
 
 def _escape(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:
-    """What an event or a peer wrote must neither steer the terminal nor look like an entry of its own. Only texts: of
-    anything else the renderer shows the `repr`."""
+    """Escape texts, so that an event or a peer can neither steer the terminal nor forge an entry. Of anything else the
+    renderer shows the `repr`."""
     return {
         plain(key): (plain_lines if key in _IN_LINES else plain)(value) if isinstance(value, str) else value
         for key, value in entry.items()

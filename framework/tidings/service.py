@@ -1,4 +1,4 @@
-"""A microservice as its user sees it: declared, run, appended to. No I/O at import, no global registry.
+"""A microservice as its user sees it: declare handlers, run it, append events. No I/O at import, no global registry.
 
 Internal: its public name is `tidings.Service`.
 """
@@ -43,10 +43,12 @@ class Service(Declaration):
     """One service: one queue, one database, any number of handlers per event type.
 
     `tables` are created in the service's database when it starts. `lifespan(service)` is an async context manager
-    around the running service; what it yields (one object, or a tuple of them) is injected into handlers by type.
-    `concurrency` bounds the handlers without a session that run at once; `prefetch` the messages taken but not settled:
-    both in each partition. `partitions`, 1 to 256, is into how many the service is divided, so that as many processes
-    can work at once: what its database says must agree. Without it, the database says (a new one: 1).
+    around the running service; the object that it yields, or each one of a tuple, is injected into handlers by type.
+
+    `concurrency` limits the handlers without a session that run at once, and `prefetch` the messages that are taken and
+    not settled, both per partition. `partitions`, from 1 to 256, divides the service, so that as many processes can
+    work at once. It must agree with the number in the service's database; by default that number is used (1 in a new
+    database).
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Service(Declaration):
         self._died: Exception | None = None
 
     def repository(self, aggregate: type[A], *, within: float = CHANGE_SECONDS) -> Repository[A]:
-        """Aggregates of one kind; usable while the service runs. `within`: seconds that a change may take under
-        contention."""
+        """Return a repository of one kind of aggregates. It works while the service runs.
+
+        `within` is the number of seconds that a change may take when others change the same aggregate.
+        """
         return Repository(aggregate, lambda: self.running_now.store, within=within)
 
     async def append(
@@ -84,7 +88,8 @@ class Service(Declaration):
         metadata: Mapping[str, Any] | None = None,
         correlation_id: str | None = None,
     ) -> Appended:
-        """Append events outside any handler (inside one, use `Context.emit`). Errors are the store's."""
+        """Append events outside any handler (inside one, use `Context.emit`). Raises what `EventStore.append`
+        raises."""
         store = self.running_now.store
         return await append(store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id)
 
@@ -95,17 +100,19 @@ class Service(Declaration):
         """Commit rows of the service's database and events together, outside any handler:
         `async with service.transaction() as (session, emit):`.
 
-        Leaving the block commits; an exception undoes everything. What `emit(stream, event)` was given is appended to
-        the log exactly once, by the process of the service that is at work. If it is this one, leaving the block waits
-        for that, at most `appended_within` seconds and not while the store is away; 0 does not wait. Else it happens
-        within some 2 s, and after a crash by the next process: `await emit.appended()` after the block waits for any.
+        The end of the block commits; an exception undoes everything. The process that is at work for the service
+        appends each event of `emit(stream, event)` to the log exactly once. If it is this process, the end of the block
+        waits for that, for at most `appended_within` seconds (0 does not wait) and not while the store is down.
+        Otherwise it happens within about 2 s, or after a crash by the next process. `await emit.appended()` after the
+        block waits for whichever process does it.
 
-        With `idempotency_key` the events' ids are made from it, so that a request that is repeated, however late,
-        appends nothing twice; to find what it was, each target stream is read to its beginning. The rows are yours to
-        keep unique. An event with other data under the same key raises `RepetitionDiffers`, and nothing is committed.
+        With `idempotency_key` the ids of the events are computed from the key, so a repeated request appends nothing
+        twice, however late it comes; to find earlier events, each target stream is read back to its beginning. Keep
+        your rows unique yourself. An event with other data under the same key raises `RepetitionDiffers`, and nothing
+        is committed.
 
-        On SQLite nobody else writes during the block. Raises `DatabaseUnavailable` (when it comes from the commit
-        itself, the outcome is unknown: repeat with a key), `ConfigurationError` in a handler.
+        On SQLite nothing else can write during the block. Raises `ConfigurationError` inside a handler, and
+        `DatabaseUnavailable`. If the latter comes from the commit itself, the outcome is unknown: repeat with a key.
         """
         from tidings.producing.outbox import transaction
 
@@ -126,22 +133,22 @@ class Service(Declaration):
 
     @property
     def stands_by(self) -> bool:
-        """The service runs here, but another process has its place at work: only on a bus within the process."""
+        """Whether the service runs here while another process is at work. Only possible on a bus within the process."""
         return self._running is not None and self._running.standing_by is not None
 
     @property
     def engine(self) -> AsyncEngine:
-        """The engine of the service's database, while it runs: for reading outside handlers."""
+        """The engine of the service's database, for reading outside handlers while the service runs."""
         return self.running_now.engine
 
     @asynccontextmanager
     async def running(
         self, settings: Settings | None = None, *, store: EventStore | None = None, bus: EventBus | None = None
     ) -> AsyncIterator[RunningService]:
-        """Run the service around a block: consume, handle, settle. Leaving the block drains and stops it.
+        """Run the service around a block: consume, handle, settle. The end of the block drains and stops it.
 
-        `store` and `bus` may be given where several services of one process share them; else they are opened from
-        `settings` (by default the environment). Raises `ConfigurationError`, `LogChanged`, `LogBehind`, or what ended
+        Pass `store` and `bus` if several services of a process share them. Otherwise they are opened from `settings`,
+        by default from the environment. Raises `ConfigurationError`, `LogChanged`, `LogBehind`, or the error that ended
         the service while the block ran.
         """
         from tidings.hosting.running import run_service
@@ -163,7 +170,8 @@ class Service(Declaration):
 
     @asynccontextmanager
     async def _hosted(self, running: RunningService) -> AsyncIterator[Any]:
-        """Within the block, this service is the running one, and its lifespan is entered; yields what that yields."""
+        """Make this service the running one and enter its lifespan within the block. Yields what the lifespan
+        yields."""
         self._running = running
         try:
             if self.resources is None:
@@ -176,10 +184,10 @@ class Service(Declaration):
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[None]:
-        """For `FastAPI(lifespan=service.lifespan)`: the service runs in the web application's process and loop.
+        """Run the service in a web application's process and loop, with `FastAPI(lifespan=service.lifespan)`.
 
-        When the service dies, so does the process, by SIGTERM to itself: a web server that goes on answering for a
-        service that handles nothing would be noticed by nobody.
+        If the service dies, the process sends itself SIGTERM. Otherwise nobody would notice that the web server goes on
+        answering while the service handles nothing.
         """
         serving = False
         try:
@@ -194,9 +202,9 @@ class Service(Declaration):
             raise
 
     def run(self, settings: Settings | None = None, *, health: int | str | None = None) -> None:
-        """Run until SIGINT or SIGTERM, then drain; with an in-process bus the relay runs here too.
+        """Run until SIGINT or SIGTERM, then drain. With an in-process bus, the relay runs here, too.
 
-        `health`: a port of this machine, or `host:port`, that answers `/live` and `/ready`.
+        `health` is a port of this machine, or `host:port`, that answers `/live` and `/ready`.
         """
         from tidings.hosting.serve import serve
 
