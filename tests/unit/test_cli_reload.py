@@ -1,40 +1,48 @@
-"""Which files a restart is for."""
+"""Which changes a restart is for."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from tidings.cli._reload import python_files
+import pytest
+from watchfiles import Change
+
+from tidings.cli._reload import is_code
 
 
-def names(folder: Path) -> set[str]:
-    return {os.path.relpath(path, folder) for path, _, _ in python_files(folder)}
+def made(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
 
 
-def test_python_files_below_are_watched_without_hidden_folders_and_environments(tmp_path: Path) -> None:
-    for name in ("a.py", "sub/deep/b.py", ".git/c.py", "env/pyvenv.cfg", "env/lib/d.py", "node_modules/e.py", "f.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    assert names(tmp_path) == {"a.py", "sub/deep/b.py"}
+@pytest.mark.parametrize("change", Change)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.py", True),
+        ("sub/deep/b.py", True),
+        ("f.txt", False),
+        ("tidings.db-wal", False),
+        (".git/c.py", False),
+        ("sub/__pycache__/c.py", False),
+        ("env/lib/d.py", False),
+        ("node_modules/e.py", False),
+    ],
+)
+def test_python_files_are_code_outside_hidden_directories_and_environments(
+    tmp_path: Path, name: str, expected: bool, change: Change
+) -> None:
+    folder = tmp_path / ".hidden" / "project"  # what is above is nobody's choice
+    made(folder, "env/pyvenv.cfg", name)
+    if change is Change.deleted:
+        (folder / name).unlink()
+    assert is_code(folder, change, str(folder / name)) is expected
 
 
-def test_a_change_a_new_file_and_a_removed_one_are_seen(tmp_path: Path) -> None:
-    file = tmp_path / "a.py"
-    file.write_text("1")
-    before = set(python_files(tmp_path))
-    file.write_text("22")
-    changed = set(python_files(tmp_path))
-    assert changed != before
-    os.utime(file, ns=(1, 1))
-    assert set(python_files(tmp_path)) != changed
-    (tmp_path / "b.py").write_text("")
-    assert names(tmp_path) == {"a.py", "b.py"}
-    file.unlink()
-    assert names(tmp_path) == {"b.py"}
-
-
-def test_a_link_in_a_circle_is_not_followed_for_ever(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("")
-    (tmp_path / "again").symlink_to(tmp_path)
-    assert names(tmp_path) == {"a.py"}
+def test_a_directory_that_was_moved_here_is_code_when_python_files_are_in_it(tmp_path: Path) -> None:
+    made(tmp_path, "package/deep/a.py", "pictures/b.png", "env/pyvenv.cfg", "env/c.py", "tools/.cache/d.py")
+    came = {name: is_code(tmp_path, Change.added, str(tmp_path / name)) for name in ("package", "pictures", "env")}
+    assert came == {"package": True, "pictures": False, "env": False}
+    assert not is_code(tmp_path, Change.added, str(tmp_path / "tools"))
+    assert not is_code(tmp_path, Change.modified, str(tmp_path / "package"))

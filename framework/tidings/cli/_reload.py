@@ -1,7 +1,7 @@
 """Serve in a child process, and start it again when a .py file changes. The parent imports nothing of the user's.
 
-A child that ends with an error waits for the next change. Watching compares modification times twice a second: a few
-milliseconds for a thousand files, on every platform, without a dependency.
+A child that ends with an error waits for the next change. watchfiles says what changes: where the system has no
+notifications, as in some containers, set WATCHFILES_FORCE_POLLING=true.
 """
 
 from __future__ import annotations
@@ -11,43 +11,45 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
-from tidings.cli._exits import INTERRUPTED, OK
+from watchfiles import Change, watch
 
-__all__ = ["python_files", "serve_with_reload"]
+from tidings.cli._exits import INTERRUPTED, NO, OK
 
-POLL_SECONDS: Final = 0.5
+__all__ = ["is_code", "serve_with_reload"]
+
+LOOK_SECONDS: Final = 0.1
+"""Seconds after which a child that has ended by itself is noticed while nothing changes."""
+GATHER_SECONDS: Final = 0.5
+"""Seconds within which changes that go on, as while a branch is checked out, count as one."""
 AT_ONCE_SECONDS: Final = 1.0
-"""So long a child has after a second signal to say what it leaves."""
+"""Seconds that a child has after a second signal to say what it leaves."""
 DRAIN_SECONDS: Final = 10.0
-"""A child that takes longer to drain is killed: what it had not committed is done again."""
+"""Seconds after which a child that drains is killed: what it had not committed is done again."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-def python_files(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Path, time of modification and size of each .py file below; not in hidden folders and virtual environments."""
-    waiting = [str(folder)]
-    while waiting:
-        try:
-            entries = list(os.scandir(waiting.pop()))
-        except OSError:  # removed meanwhile, or not ours to read
-            continue
-        if any(entry.name == "pyvenv.cfg" for entry in entries):
-            continue
-        for entry in entries:
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    if not entry.name.startswith((".", "__pycache__", "node_modules")):
-                        waiting.append(entry.path)
-                elif entry.name.endswith(".py"):
-                    found = entry.stat()
-                    yield entry.path, found.st_mtime_ns, found.st_size
-            except OSError:
-                continue
+def is_code(folder: Path, change: Change, path: str) -> bool:
+    """Say whether a change below the folder is one of code: of a .py file, or a new directory with such files.
+
+    What is in hidden directories, caches and virtual environments is no code of the user's.
+    """
+    changed = Path(path)
+    above = [folder / part for part in reversed(changed.relative_to(folder).parents)]
+    for directory in above:
+        if directory.name.startswith((".", "__pycache__", "node_modules")) and directory != folder:
+            return False
+        if (directory / "pyvenv.cfg").exists():
+            return False
+    if changed.suffix == ".py":
+        return True
+    if change is not Change.added or not changed.is_dir():  # moved to here as a whole: only it is named
+        return False
+    return any(is_code(folder, change, str(file)) for file in changed.rglob("*.py"))
 
 
 def serve_with_reload(command: Sequence[str], folder: Path | None = None) -> int:
@@ -75,34 +77,52 @@ def _heard(number: int, frame: object) -> None:
 class _Reloader:
     def __init__(self, command: Sequence[str], folder: Path, heard: int) -> None:
         self._command = command
-        self._folder = folder
+        self._folder = folder.resolve()
         self._heard = heard
         self._child: subprocess.Popen[bytes] | None = None
-        self._files: set[tuple[str, int, int]] = set()
 
     def run(self) -> int:
-        self._start()
+        changes = watch(
+            self._folder,
+            watch_filter=None,  # with one, nothing is told while other files change, not even that time passes
+            debounce=int(GATHER_SECONDS * 1000),
+            rust_timeout=int(LOOK_SECONDS * 1000),
+            yield_on_timeout=True,
+            stop_event=cast("Any", self),
+            raise_interrupt=False,
+            ignore_permission_denied=True,
+        )
         try:
-            while True:
-                if number := self._signal(POLL_SECONDS):
-                    return self._end(number)
+            try:
+                next(changes, None)  # it watches before the child reads its code
+            except OSError as error:  # such as the system's limit of watched directories
+                self._say(
+                    f"changes below {self._folder} cannot be watched: {error}. Set WATCHFILES_FORCE_POLLING=true to "
+                    "look for them instead, or run without reloading"
+                )
+                return NO
+            if not self.is_set():
+                self._start()
+            for found in changes:
                 if self._child is not None and self._child.poll() is not None:
                     code, self._child = self._child.returncode, None
                     if code == OK:
                         return OK
                     self._say(f"ended with {code}; waiting for a change in a .py file below {self._folder}")
-                if changed := self._changed():
-                    self._say(f"{changed} changed, starting again")
+                files = sorted(path for change, path in found if is_code(self._folder, change, path))
+                if files:
+                    self._say(f"{os.path.relpath(files[0], self._folder)} changed, starting again")
                     if self._stop() is None:
                         return INTERRUPTED
                     self._start()
+            return self._end(self._signal(0))
         finally:
+            changes.close()
             if self._child is not None:
                 self._child.kill()
                 self._child.wait()
 
     def _start(self) -> None:
-        self._files = set(python_files(self._folder))
         # A group of its own: a terminal's Ctrl-C then reaches only us, and the child hears of it once, from us. Its
         # standard input, on which nothing is ever written, ends with us, and so does it.
         self._child = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
@@ -135,14 +155,9 @@ class _Reloader:
             return OK  # ended by the signal itself, which came before there was anything to drain
         return code if code >= 0 else 128 - code
 
-    def _changed(self) -> str | None:
-        """The name of a file that changed, came or went."""
-        found = set(python_files(self._folder))
-        if found == self._files:
-            return None
-        path = min(found ^ self._files)[0]
-        self._files = found
-        return os.path.relpath(path, self._folder)
+    def is_set(self) -> bool:
+        """Say whether a signal has come; watchfiles asks, and ends then."""
+        return bool(select.select([self._heard], [], [], 0)[0])
 
     def _signal(self, seconds: float) -> int:
         """Wait for a signal, but no longer; 0 when none came."""
