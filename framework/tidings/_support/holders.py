@@ -8,11 +8,13 @@ import struct
 import sys
 from typing import Final
 
-__all__ = ["lock_holder", "open_elsewhere"]
+__all__ = ["lock_holder", "open_elsewhere", "writer_elsewhere"]
 
 # While a database in WAL mode is open, each of its connections holds a shared lock on this byte of the -shm file
 # (UNIX_SHM_DMS in SQLite's os_unix.c); the last one to close it deletes the file.
-_BYTE: Final = 128
+_OPEN: Final = 128
+# Whoever writes holds this one (WAL_WRITE_LOCK in SQLite's wal.c, at WALINDEX_LOCK_OFFSET).
+_WRITER: Final = 120
 _DARWIN: Final = sys.platform == "darwin"
 _FLOCK: Final = "qqihh" if _DARWIN else "hhqqi"
 """The kernel's struct flock: fcntl(2)."""
@@ -24,12 +26,21 @@ def open_elsewhere(file: str) -> int | None:
     For a database that this process has closed: POSIX drops all its own locks on a file of which it closes any
     descriptor. Raises `OSError` where this user may not look.
     """
+    return _holder_of(file, _OPEN)
+
+
+def writer_elsewhere(file: str) -> int | None:
+    """Return the id of a process that has the one writer of a SQLite database in WAL mode; else as `open_elsewhere`."""
+    return _holder_of(file, _WRITER)
+
+
+def _holder_of(file: str, byte: int) -> int | None:
     try:
         descriptor = os.open(f"{file}-shm", os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        return lock_holder(descriptor, _BYTE, 1)
+        return lock_holder(descriptor, byte, 1)
     finally:
         os.close(descriptor)
 

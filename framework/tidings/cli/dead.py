@@ -236,8 +236,13 @@ def chosen(target: str | None, settings: Settings) -> Service:
 async def _letters(settings: Settings, service: Service) -> AsyncIterator[DeadLetters | None]:
     """None for a service that has never run."""
     from tidings.operations.dead import DeadLetters
+    from tidings.operations.writer import naming_the_writer
 
-    async with existing_store(settings) as store, existing_database(settings, service.name) as database:
+    async with (
+        existing_store(settings) as store,
+        naming_the_writer(store, settings, service),
+        existing_database(settings, service.name) as database,
+    ):
         yield None if database is None else DeadLetters(database, service.name, await store.log_id())
 
 

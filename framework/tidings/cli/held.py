@@ -261,8 +261,13 @@ async def _position(held: HeldOperations, event: str) -> int:
 async def _opened(settings: Settings, service: Service) -> AsyncIterator[HeldOperations | None]:
     """None for a service that has never run."""
     from tidings.operations.held import HeldOperations
+    from tidings.operations.writer import naming_the_writer
 
-    async with existing_store(settings) as store, existing_database(settings, service.name) as database:
+    async with (
+        existing_store(settings) as store,
+        naming_the_writer(store, settings, service),
+        existing_database(settings, service.name) as database,
+    ):
         yield None if database is None else HeldOperations(database, service.name, await store.log_id())
 
 

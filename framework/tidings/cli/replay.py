@@ -205,7 +205,13 @@ def _wanted(given: str) -> int | datetime:
 
 @asynccontextmanager
 async def _opened(settings: Settings, service: Service) -> AsyncIterator[tuple[EventStore, Database]]:
-    async with existing_store(settings) as store, existing_database(settings, service.name) as database:
+    from tidings.operations.writer import naming_the_writer
+
+    async with (
+        existing_store(settings) as store,
+        naming_the_writer(store, settings, service),
+        existing_database(settings, service.name) as database,
+    ):
         if database is None:
             raise Refused(NO, f"service {service.name!r} has never run here: it will run every event in any case")
         yield store, database

@@ -36,10 +36,15 @@ async def skip(
     from tidings.operations.lookup import Lookup, Waiting
     from tidings.operations.skip import Skip, standing
     from tidings.operations.skip import skip as do
+    from tidings.operations.writer import naming_the_writer
 
     settings, named = Settings(), event_named(event)
     of = chosen(service, settings)
-    async with existing_store(settings) as store, existing_database(settings, of.name) as database:
+    async with (
+        existing_store(settings) as store,
+        naming_the_writer(store, settings, of),
+        existing_database(settings, of.name) as database,
+    ):
         if database is None:
             raise Refused(NO, f"service {of.name!r} has never run here: start it once, then skip the event")
         log = await store.log_id()
