@@ -95,7 +95,7 @@ $(LOWEST_INSTALLED): pyproject.toml deploy/local/lowest $(INSTALLED)
 	@$(BIN)/python deploy/local/lowest cli fastapi rabbitmq postgresql eventstoredb testing > $(LOWEST)/constraints.txt
 	@echo "click<8.2" >> $(LOWEST)/constraints.txt  # the first typers do not know later ones
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt \
-		--editable ".[cli,fastapi,rabbitmq,postgresql,eventstoredb,testing]" httpx hypothesis pytest-timeout aiosqlite
+		--editable ".[cli,fastapi,rabbitmq,postgresql,eventstoredb,testing]" httpx hypothesis import-linter pytest-timeout aiosqlite
 	@touch $@
 
 # pip-audit asks PyPI about each package, so it says nothing without the network. In an environment of its own, because

@@ -64,7 +64,7 @@ __all__ = [
     "wire_name",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "modelling.aggregate": ("Aggregate", "evolves", "stream_version"),

@@ -43,7 +43,17 @@ def test_nothing_is_lost_doubled_or_reordered_in_any_world(part: int) -> None:
     assert not broken, "tidings simulate --seed SEED --runs 1 tells the story"
 
 
-@pytest.mark.parametrize("rule", RULES)
+RARELY_MISSED = {"watermark_cas", "previous_never_low", "pass_reaches"}
+"""Rules without which only one world in a hundred breaks a promise."""
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(rule, marks=pytest.mark.slow("many worlds until it is missed")) if rule in RARELY_MISSED else rule
+        for rule in RULES
+    ],
+)
 @pytest.mark.timeout(600)
 def test_without_the_rule_a_promise_breaks(rule: str) -> None:
     found = simulate(range(ENOUGH), workers=WORKERS, rule=rule)
