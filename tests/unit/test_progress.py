@@ -92,6 +92,14 @@ async def test_an_event_that_failed_and_ended_before_the_same_commit_is_written(
     assert await settled(database, "shop", LOG, BUCKET) == 6
 
 
+async def test_a_watermark_that_another_process_has_moved_is_not_moved_again(database: Database) -> None:
+    ours, other = await Process(database).join(), await Process(database).join()
+    await other.commit(Batch(moves={BUCKET: 5}))
+    with pytest.raises(Fenced):
+        await ours.commit(Batch(moves={BUCKET: 5}))
+    assert await settled(database, "shop", LOG, BUCKET) == 5
+
+
 async def test_a_failure_after_a_replay_was_asked_for_is_a_reason_to_join_again(database: Database) -> None:
     ours = await Process(database).join()
     async with database.transaction() as connection:
