@@ -85,7 +85,7 @@ class Occupancy:
     async def leave(self) -> None:
         """This was a clean end, also of what was cut off in the middle. Raises `DatabaseUnavailable`."""
         async with self._database.turn, self._database.transaction() as connection:
-            await self._joined.inbox.occupancy.leave(connection, self._memory.process)
+            await self._joined.inbox.leave(connection, self._memory.process)
 
     def _notebook_of(self, process: str) -> str | None:
         return notebook_of(self._database.file, process, self._joined.inbox.buckets.start)
