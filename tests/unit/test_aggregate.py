@@ -203,7 +203,7 @@ async def test_an_aggregate_may_have_attributes_with_the_names_that_tidings_uses
 
 
 def test_the_one_name_that_tidings_keeps_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="the name __tidings__ is Tidings' own"):
+    with pytest.raises(ConfigurationError, match="the name __tidings__ belongs to Tidings"):
 
         class Taken(Aggregate):
             __tidings__ = "mine"  # type: ignore[assignment]

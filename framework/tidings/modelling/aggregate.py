@@ -1,7 +1,7 @@
 """Aggregates: state that is the sum of a stream's events, and decisions that record new ones. Pure, no I/O.
 
-All that Tidings keeps of an aggregate is the attribute `__tidings__`: of the class a `Declaration`, of an instance a
-`State`. `id`, `version`, `record` and the others are there for users, who may have attributes of these names instead.
+Tidings adds only the attribute `__tidings__`: to a class a `Declaration`, to an instance a `State`. `id`, `version`,
+`record` and the others are a convenience for users, who may have their own attributes with these names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., None])
 def evolves(*events: type[Event]) -> Callable[[F], F]:
     """Mark the method that applies these events to the state. It must not decide, fail or do I/O.
 
-    A subclass that overrides the method replaces it. Raises `ConfigurationError` for what is no event class.
+    A method that overrides it in a subclass replaces it. Raises `ConfigurationError` if `events` are not event classes.
     """
     strangers = [event for event in events if not (isinstance(event, type) and issubclass(event, Event))]
     if strangers or not events:
@@ -40,18 +40,18 @@ def evolves(*events: type[Event]) -> Callable[[F], F]:
 
 
 class Declaration:
-    """What Tidings knows of one aggregate class."""
+    """What Tidings knows about an aggregate class."""
 
     __slots__ = ("category", "evolutions")
 
     def __init__(self, category: str, evolutions: dict[type[Event], Callable[[Any, Any], None]]) -> None:
         self.category: Final = category
         self.evolutions: Final = evolutions
-        """The method for each event class."""
+        """Event class to the method that applies it."""
 
 
 class State:
-    """What Tidings knows of one aggregate."""
+    """What Tidings knows about one aggregate."""
 
     __slots__ = ("id", "recorded", "version")
 
@@ -64,7 +64,8 @@ class State:
 
 
 class _OfState:
-    """An attribute that shows one of `State`; a subclass or an instance that has its own of that name hides it."""
+    """An attribute of `State`, shown on the aggregate. An attribute with the same name in a subclass or instance hides
+    it."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -74,7 +75,7 @@ class _OfState:
 
 
 class _OfClass:
-    """The same for `Declaration`."""
+    """An attribute of `Declaration`, shown on the aggregate, as `_OfState` does."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -84,7 +85,7 @@ class _OfClass:
 
 
 class Aggregate:
-    """Subclass with a category; the stream of one aggregate is `<category>-<id>`.
+    """Base class of aggregates. The stream of an aggregate is `<category>-<id>`.
 
         class Order(Aggregate, category="order"):
             def __init__(self):
@@ -97,8 +98,8 @@ class Aggregate:
             def _placed(self, event):
                 self.status = "placed"
 
-    `__init__` takes no arguments: it is the state before the first event. A subclass may have attributes `id`,
-    `version`, `category` and so on of its own: `stream_version(order)` is the stream's version in any case.
+    `__init__` takes no arguments and sets the state before the first event. A subclass may have its own attributes
+    `id`, `version`, `category` and so on; `stream_version(order)` always returns the version of the stream.
     """
 
     __tidings__: ClassVar[Declaration] = Declaration("", {})
@@ -119,10 +120,10 @@ class Aggregate:
         super().__init_subclass__(**options)
         where = f"aggregate {cls.__module__}.{cls.__qualname__}"
         copied = vars(cls).get("__tidings__")
-        if isinstance(copied, Declaration):  # what `@dataclass(slots=True)` does: it makes the class anew
+        if isinstance(copied, Declaration):  # `@dataclass(slots=True)` creates the class a second time
             category = copied.category if category is None else category
         elif copied is not None or "__tidings__" in inspect.get_annotations(cls):
-            raise ConfigurationError(f"{where}: the name __tidings__ is Tidings' own; every other name is free")
+            raise ConfigurationError(f"{where}: the name __tidings__ belongs to Tidings; use any other name")
         category = cls.__name__.lower() if category is None else category
         check_stream_name(category)
         if category.startswith(RESERVED) or "-" in category:
@@ -145,7 +146,7 @@ class Aggregate:
 
     @classmethod
     def empty(cls, id: str) -> Any:
-        """A new aggregate without events."""
+        """Return a new aggregate without events."""
         return begin(cls, id)
 
     @classmethod
@@ -153,13 +154,13 @@ class Aggregate:
         return stream_of(cls, id)
 
     def record(self, event: Event) -> None:
-        """Decide: apply the event to the state now; it is appended when the decision has returned."""
+        """Record an event: apply it to the state now, and append it when the decision has returned."""
         state = state_of(self)
         apply(self, event)
         state.recorded.append(event)
 
     def apply(self, event: Event) -> None:
-        """Raises `UnknownEventType` when no method `@evolves` the event's class."""
+        """Apply an event to the state. Raises `UnknownEventType` if no method `@evolves` its class."""
         apply(self, event)
 
 
@@ -199,7 +200,7 @@ def stream_of(kind: type[Aggregate], id: str) -> str:
 
 
 def apply(aggregate: Aggregate, event: Event) -> None:
-    """Evolve the state. Raises `UnknownEventType` when no method `@evolves` the event's class."""
+    """Apply an event to the state. Raises `UnknownEventType` if no method `@evolves` its class."""
     evolutions = declared(type(aggregate)).evolutions
     method = evolutions.get(type(event))
     if method is None:

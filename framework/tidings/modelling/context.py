@@ -1,4 +1,4 @@
-"""What a handler knows about the event it handles, and how it answers: staged events and idempotent changes."""
+"""What a handler knows about its event, and how it answers: staged events and idempotent changes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ A = TypeVar("A", bound="Aggregate")
 
 _NAMESPACE: Final = UUID("6f0a3f0e-6b0d-5d7e-9d0c-7a1d1b6e5c11")
 _NO_ID: Final = UUID(int=0)
-"""Of an event whose place among those of its kind is not known yet."""
+"""Id of an event whose number among those of its kind is not known yet."""
 
 
 _ENDING: Final = Lock()
-"""Held while an emission is added and while an attempt ends: what a thread emits is part of the attempt, or refused."""
+"""Lock for adding an emission and for ending an attempt: an event from a thread is part of the attempt, or refused."""
 
 
 class Emission(NamedTuple):
@@ -44,8 +44,10 @@ class Emission(NamedTuple):
 
 
 class Context:
-    """Injected by annotation. One per event and attempt, with which it ends: `emit` and `change` raise `AttemptEnded`
-    from then on; what is known of the event can still be read."""
+    """The event and the attempt of a handler, injected by annotation.
+
+    It ends with the attempt: then `emit` and `change` raise `AttemptEnded`, but the facts about the event can be read.
+    """
 
     __slots__ = (
         "_counts",
@@ -75,24 +77,24 @@ class Context:
         replayed: bool = False,
         was: tuple[str, ...] = (),
     ) -> None:
-        """`was`: former names of the handler, the oldest first."""
+        """Begin an attempt. `was` are former names of the handler, oldest first."""
         self.service = service
         self.handler = handler
         self.log = log
         self.event = event
         """The event as the log holds it."""
         self.metadata = metadata
-        """The event's whole metadata document, the user's keys among them."""
+        """The event's metadata, including the producer's own keys."""
         self.attempt = attempt
-        """1 for the first attempt; counted since the process joined."""
+        """Number of this attempt, from 1; starts again when the process rejoins."""
         self.replayed = replayed
-        """The service had settled this event before a replay sent it back. False for one that had been held or dead
-        until then, because it was never done."""
+        """Whether the event was settled before and a replay runs it again. False for one that was held or dead until
+        then, because it was never handled."""
         self.emissions: list[Emission] = []
         self.aliases: dict[UUID, tuple[UUID, ...]] = {}
-        """Ids that an emitted event would have under the handler's other names. Filled only where it has some."""
+        """Id of an emitted event to the ids that it would have under the handler's other names, if there are any."""
         self._names = (*was, handler)
-        """The first one counts; what was emitted under any of them is not emitted again."""
+        """The handler's names. The first one makes new ids; events emitted under any of them are not emitted again."""
         self._counts: Counter[tuple[str, ...]] = Counter()
         self._ended = ""
         """How the attempt ended; empty while it is under way."""
@@ -100,8 +102,7 @@ class Context:
         self._works_on: ref[object] | None = None
 
     def end(self, how: str) -> None:
-        """The attempt is over, and so is what was injected for it; `how` continues "the handler ...". Once is enough:
-        what is said later changes nothing."""
+        """End the attempt and what was injected for it. `how` continues "the handler ...". Later calls do nothing."""
         with _ENDING:
             if self._ended:
                 return
@@ -114,16 +115,17 @@ class Context:
         self._mortal = (*self._mortal, end)
 
     def works_on(self, connection: object) -> None:
-        """What it writes goes through this connection, which it shares with the rest of its group."""
+        """Note the connection through which the attempt writes, and which it shares with the rest of its group."""
         self._works_on = ref(connection)
 
     def check_statement(self, connection: object) -> None:
-        """Raises `AttemptEnded` for a statement on the group's connection after the end, however it got hold of it."""
+        """Raise `AttemptEnded` for a statement on the group's connection after the end, however the handler got hold of
+        it."""
         if self._ended and self._works_on is not None and self._works_on() is connection:
             self.check_alive("a connection of its group")
 
     def check_alive(self, used: str) -> None:
-        """Raises `AttemptEnded` when the attempt is over; `used` is what somebody tried to use."""
+        """Raise `AttemptEnded` if the attempt is over; `used` names what was used."""
         if self._ended:
             raise AttemptEnded(used, self.handler, self.event.position, self.event.id, self._ended)
 
@@ -142,7 +144,7 @@ class Context:
 
     @property
     def causation_id(self) -> UUID:
-        """Of what this handler does: the id of the event it handles."""
+        """The causation id of everything that this handler does: the id of its event."""
         return self.event.id
 
     @property
@@ -157,18 +159,21 @@ class Context:
 
     def idempotency_key(self, suffix: str = "") -> str:
         """Return a key that is the same for every attempt of this handler at this event, also after a rename with
-        `was`: give it to anything outside the database."""
+        `was`.
+
+        Pass it to systems outside the database. `suffix` distinguishes several calls of one handler.
+        """
         name = self._names[0]
         return str(uuid5(_NAMESPACE, f"{self.service}/{name}/{self.log}/{self.event.position}/key/{suffix}"))
 
     def emit(self, stream: str, event: Event, *, metadata: Mapping[str, Any] | None = None) -> UUID:
         """Append `event` to `stream` exactly once, after this handler's transaction has been committed.
 
-        It is staged in that transaction, and leaves in order per bucket of the cause. Returns the id that the event
-        will have: the n-th event of its type that the handler emits to the stream has the same one at every attempt and
-        in every replay, whatever else is emitted, and in whatever order. Raises at once what could never be appended:
-        `InvalidStreamName`, `EventTooLarge`, `SchemaError`; and `AttemptEnded` after the handler has ended, as in a
-        task that it left behind.
+        It is staged in that transaction, and events leave in order per bucket of their cause. Returns the event's id:
+        the n-th event of a type that the handler emits to a stream has the same id at every attempt and in every
+        replay, whatever else is emitted, in whatever order. Raises `InvalidStreamName`, `EventTooLarge`, `SchemaError`
+        or `ConfigurationError` at once for an event that could never be appended, and `AttemptEnded` after the handler
+        has ended, as in a task that it left behind.
         """
         self.check_alive("context.emit()")
         check_stream_name(stream)
@@ -197,12 +202,12 @@ class Context:
         metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Changed[A]:
-        """Decide on an aggregate as a consequence of this event, once however often the handler runs.
+        """Change an aggregate as a consequence of this event, once, however often the handler runs.
 
-        It appends at once, not with the handler's transaction; the ids are the same at every attempt, and what is
-        found in the stream since this event is not decided again. Conflicts are decided anew. Several changes of one
-        aggregate by one decision are told apart by their order alone: make them in the same order each time. Raises
-        `StreamNotFound`, and `AttemptEnded` as `emit` does.
+        The events are appended immediately, not with the handler's transaction. Their ids are the same at every
+        attempt, and a decision whose events are in the stream already is not made again. After a conflict the decision
+        runs again. Several changes of one aggregate by one decision are told apart by their order alone: make them in
+        the same order each time. Raises `StreamNotFound`, `Contention`, and `AttemptEnded` as `emit` does.
         """
         self.check_alive("context.change()")
         bases = self._next("change", repository.stream_of(id), name_of(decide))
@@ -211,7 +216,7 @@ class Context:
         )
 
     def _next(self, *what: str) -> tuple[UUID, ...]:
-        """Return the ids of the next one of its kind, one for each of the handler's names."""
+        """Return the ids of the next event or change of a kind, one for each of the handler's names."""
         nth = self._counts[what]
         self._counts[what] += 1
         cause = (str(self.log), str(self.event.position), *what, str(nth))
@@ -226,4 +231,4 @@ def name_of(decide: Callable[..., Any]) -> str:
 
 
 ATTEMPT: Final[ContextVar[Context | None]] = ContextVar("attempt of a handler", default=None)
-"""The attempt that the running code belongs to, also in tasks and threads that its handler started."""
+"""The attempt to which the running code belongs, also in tasks and threads that the handler started."""

@@ -1,4 +1,4 @@
-"""What a service is, as its user declares it: a name, tables, limits, decorated handlers. It runs nothing."""
+"""The declaration of a service: a name, tables, limits, decorated handlers. It runs nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Declaration", "Lifespan"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
-"""Given the service, returns a context manager around its run, which yields the resources of its handlers."""
+"""A function that takes the service and returns a context manager around its run, which yields handlers' resources."""
 
 
 class Declaration:
-    """The part of `tidings.Service` that everything below it reads: it has no state of a run.
+    """The part of `tidings.Service` that the rooms below read. It has no state of a run.
 
     The parameters are those of `tidings.Service`.
     """
@@ -59,11 +59,11 @@ class Declaration:
         self.prefetch = prefetch
         self.partitions = partitions if partitions is None else check_partitions(partitions)
         self.handlers: dict[str, tuple[Handler, ...]] = {}
-        """By wire name, in the order of their declaration; those of `on_any` are among them."""
+        """Wire name to handlers, including those of `on_any`, in the order of their declaration."""
         self.handlers_of_any: tuple[Handler, ...] = ()
-        """Those of `on_any`: of types that are not declared, they alone are given the events."""
+        """Handlers of `on_any`. Only they are given events of undeclared types."""
         self.named: dict[str, Handler] = {}
-        """All handlers by name."""
+        """Name to handler."""
         self._types = Registry(f"service {name!r}")
 
     def on(
@@ -76,25 +76,29 @@ class Declaration:
         was: tuple[str, ...] = (),
         since: Since = None,
     ) -> Callable[[F], F]:
-        """Handle these events; returns the function unchanged.
-
-        Several handlers of one event run one after the other, in the order of their declaration; each is retried, held
-        and given up on its own. While the first handler of an event holds one, later events of the same partition key
-        wait for it in their own first handlers. A further handler of an event neither holds up others nor waits for
-        them. A handler of several events may be the first for some of them, and a further one for others.
+        """Decorate a handler of these events. Returns the function unchanged.
 
         Parameters are injected by annotation: the event, `Context`, SQLAlchemy's `AsyncSession` or `AsyncConnection`,
-        or a resource of the service's lifespan. `timeout` is seconds per attempt. Effects through the session happen
-        exactly once, in order per partition key; others at least once: give them `context.idempotency_key()`.
-        `replay=False` is for handlers with such other effects: `tidings replay` does not run them again.
-        `name`, by default the function's, is part of the ids of what the handler emits. When a handler is renamed, keep
-        its `name`, or list the former ones in `was`, the oldest first: what it emitted under them is then recognised.
-        `since` says where a handler begins that is new in a service which has settled events before: "now" (the
-        default) after them, "start" with the first event of the log, or at a position. Its past is then done beside
-        the other handlers' present, in order per partition key, before it is given new events. Without `since`, the
-        service says in its log what the handler was not given. It counts until the handler has begun; a lower one
-        later adds the past that is missing.
-        Raises `ConfigurationError` for a name used twice, or a signature that cannot be served.
+        or a resource of the service's lifespan. `timeout` is the number of seconds that an attempt may take. Effects
+        through the session happen exactly once, in order per partition key. Other effects happen at least once: pass
+        `context.idempotency_key()` to them, and declare the handler with `replay=False`, so that `tidings replay` does
+        not run it again.
+
+        Several handlers of one event run one after the other, in the order of their declaration. Each is retried, held
+        and given up on its own. While the first handler of an event holds it, later events of the same partition key
+        wait in their own first handlers. A further handler of an event neither holds up others nor waits for them. A
+        handler of several events may be the first one for some of them and a further one for others.
+
+        `name`, by default the function's, is part of the ids of emitted events. When you rename a handler, keep its
+        `name`, or list the former ones in `was`, oldest first, so that earlier emitted events are recognised.
+
+        `since` says where a handler begins that is added to a service which has settled events before: "now" (the
+        default) after those events, "start" with the first event of the log, or at a position. The handler is given
+        its past while the other handlers go on, in order per partition key, before it is given new events. Without
+        `since`, the service's log says what the handler was not given. Once the handler has begun, only a lower
+        `since` has an effect: it adds the missing past.
+
+        Raises `ConfigurationError` for a name that is used twice, or a signature that cannot be injected.
         """
 
         def register(function: F) -> F:
@@ -123,10 +127,10 @@ class Declaration:
         was: tuple[str, ...] = (),
         since: Since = None,
     ) -> Callable[[F], F]:
-        """Handle every event that the log carries to services, of whatever type, declared or not, as a
-        `RecordedEvent`; everything else is as with `on`.
+        """Decorate a handler of every event that reaches services, declared or not. The event is a `RecordedEvent`.
 
-        Events that a handler of `on` takes are given to both. What the handler itself emits comes back to it.
+        Everything else is as for `on`. An event that has handlers of `on` is given to all of them. The handler is given
+        its own emitted events, too.
         """
 
         def register(function: F) -> F:
@@ -150,7 +154,7 @@ class Declaration:
         return register
 
     def _is_first(self, event: type[Event]) -> bool:
-        """No other handler but those of `on_any` takes the event."""
+        """Return whether only handlers of `on_any` take the event so far."""
         return all(not handler.events for handler in self.handlers.get(wire_name(event), ()))
 
     def _add(self, handler: Handler) -> None:
@@ -170,13 +174,13 @@ class Declaration:
 
     @property
     def names(self) -> frozenset[str]:
-        """All that its handlers have, or had."""
+        """All present and former names of its handlers."""
         return frozenset().union(*(handler.names for handler in self.named.values()))
 
     def handlers_of(self, wire_name: str) -> tuple[Handler, ...]:
-        """The handlers that are given an event of this type, in the order in which they run."""
+        """Return the handlers of an event type, in the order in which they run."""
         return self.handlers.get(wire_name, self.handlers_of_any)
 
     def view(self, wire_name: str) -> type[Event] | None:
-        """This service's declaration of an event type, None for one it does not declare."""
+        """Return the service's class for an event type, or None if it declares none."""
         return self._types.get(wire_name)

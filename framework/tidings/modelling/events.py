@@ -1,7 +1,7 @@
 """Domain events as a user declares them: frozen pydantic models with a wire name, a schema version and upcasters.
 
-No registry is global: a `Registry` belongs to one service, which declares its own view of the events it uses. All that
-Tidings keeps of an event class is its attribute `__tidings__`, so that fields may have any other name.
+There is no global registry: a `Registry` belongs to one service, which declares its own view of the events it uses.
+Tidings adds only the attribute `__tidings__` to an event class, so fields may have any other name.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tidings.modelling.readback import fields_of, prove
 __all__ = ["Declaration", "Event", "Registry", "Upcaster", "partition_key", "schema_version", "upcaster", "wire_name"]
 
 Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
-"""Turns the JSON object of one schema version into that of the next; it may change the dict it is given."""
+"""A function that turns the JSON object of one schema version into that of the next. It may change its argument."""
 
 U = TypeVar("U", bound=Callable[..., Any])
 
 OWN: Final = "__tidings__"
 RESERVED: Final = ("$", "tidings_", "tidings.")
 NO_KEYS: Final = frozenset({"float", "list", "tuple", "set", "frozenset", "dict", "model", "dataclass", "typed-dict"})
-"""Kinds of pydantic schemas whose values make no partition key: each service would have to write them alike as text."""
+"""Kinds of pydantic schemas whose values cannot be partition keys: services might write them as different texts."""
 
 
 def upcaster(from_version: int) -> Callable[[U], U]:
@@ -42,8 +42,8 @@ def upcaster(from_version: int) -> Callable[[U], U]:
         def currency_was_always_pounds(data):
             return data | {"currency": "GBP"}
 
-    The method may stand in the event, in one of its base classes, or in a plain class beside it, which services that
-    do not import each other can share.
+    The method may be in the event, in one of its base classes, or in a mixin. Services that do not import each other
+    can share a mixin.
     """
 
     def mark(function: U) -> U:
@@ -55,7 +55,7 @@ def upcaster(from_version: int) -> Callable[[U], U]:
 
 
 class Declaration:
-    """What Tidings knows of one event class."""
+    """What Tidings knows about an event class."""
 
     __slots__ = ("exact", "key", "name", "oldest", "upcasters", "version")
 
@@ -65,33 +65,34 @@ class Declaration:
         self.name: Final = name
         """Wire name."""
         self.version: Final = version
-        """Schema version that is written, and read without upcasters."""
+        """Schema version that is written, and that is read without upcasters."""
         self.oldest: Final = oldest
         """Oldest schema version that can be read."""
         self.key: Final = key
         """Field whose value is the partition key."""
         self.upcasters: Final = upcasters
-        """By the version that each starts from; complete from `oldest` on."""
+        """Version to the step from it to the next, complete from `oldest` on."""
         self.exact: bool | None = None
-        """Its equal events have equal types throughout; None while a type that it names is not yet defined."""
+        """Whether equal events have equal types throughout; None while a type that the class names is not yet
+        defined."""
 
 
 class Event(BaseModel):
-    """Base of all domain events. Fields that a view does not declare are ignored, so producers may add some.
+    """Base class of all events. Fields that a view does not declare are ignored, so producers may add some.
 
         class OrderCreated(Event, name="OrderCreated", version=1, key="order_id"):
             order_id: str
 
     `name` is the wire name, by default the class name. `version` is the schema version, from 1. `key` names the field
-    whose value is the partition key: events with the same key reach a service in log order, whatever their streams
-    (without it, the stream's name is the key). `upcasters` maps a version to the step from it to the next, beside those
-    marked with `@upcaster`; they must lead from version 1, or from `oldest`, to `version` without a gap.
+    whose value is the partition key: events with the same key reach a service in log order, whatever their streams.
+    Without it, the stream's name is the key. `upcasters` maps a version to the step from it to the next, in addition to
+    methods marked with `@upcaster`. The steps must lead from version 1, or from `oldest`, to `version` without a gap.
 
-    What is appended reads back equal. A field that cannot (a secret, `exclude=True`, aliases that disagree, `Json`) is
-    refused here; a value that does not (NaN, an instance of a subclass) when its event is appended.
+    An event reads back equal. A field that cannot (a secret, `exclude=True`, aliases that differ, `Json`) is refused
+    when the class is declared, and a value that does not (NaN, an instance of a subclass) when the event is appended.
 
     Raises `ConfigurationError` for a field that cannot be read back, a reserved or empty name, an unknown key field, or
-    upcasters that have a gap or cannot be reached.
+    upcasters with a gap or out of reach.
     """
 
     # JSON has no NaN and no infinity: an event with one could be written, but never read.
@@ -125,7 +126,7 @@ class Event(BaseModel):
         super().__pydantic_init_subclass__(**config)
         where = _where(cls)
         if OWN in vars(cls) or OWN in inspect.get_annotations(cls):
-            raise ConfigurationError(f"{where}: the name {OWN} is Tidings' own; every other name is free")
+            raise ConfigurationError(f"{where}: the name {OWN} belongs to Tidings; use any other name")
         origin: Any = cls.__pydantic_generic_metadata__["origin"]
         if origin is not None:  # OrderEvent[int] is the event OrderEvent
             whole: Declaration = origin.__tidings__
@@ -145,8 +146,8 @@ class Event(BaseModel):
             own.exact = prove(cls, where)
 
 
-# This class has no fields and no instances: building its validator would be much of what importing Tidings costs.
-# Its subclasses are built when they are declared, so that what is wrong with them is said there.
+# This class has no fields and no instances, and building its validator would make importing Tidings slower. Subclasses
+# are built when they are declared, so that their mistakes are reported there.
 Event.model_config["defer_build"] = False
 
 
@@ -161,9 +162,9 @@ def schema_version(event: Event | type[Event]) -> int:
 
 
 def partition_key(event: Event) -> str | None:
-    """Return the partition key that the event's class asks for; None (also where the field is) for the stream's name.
+    """Return the partition key that the event's class declares. None stands for the stream's name.
 
-    An enum's key is its value, as it is on the wire.
+    The result is None without `key=`, or if the field is None. An enum counts as its value, as it does on the wire.
     """
     field = event.__tidings__.key
     value = None if field is None else event.__dict__.get(field)
@@ -173,18 +174,18 @@ def partition_key(event: Event) -> str | None:
 
 
 def comparable_key(event: Event) -> str | None:
-    """Return `partition_key` where the same field makes the same text in every view of the event, else None."""
+    """Return `partition_key` if the field gives the same text in every view of the event, else None."""
     field = event.__tidings__.key
     value = None if field is None else event.__dict__.get(field)
-    # A view may declare a moment as a text, whose JSON differs from what `str` makes of a datetime.
+    # A view may declare a moment as text, and its JSON differs from `str` of a datetime.
     return None if isinstance(value, datetime | bytes) else partition_key(event)
 
 
 def is_exact(event: type[Event]) -> bool:
     """Return whether equal events of the class have equal types throughout.
 
-    Raises `ConfigurationError` for a class that names a type which is still not defined, or has a field that cannot be
-    read back.
+    Raises `ConfigurationError` if the class names a type that is still not defined, or has a field that cannot be read
+    back.
     """
     own = event.__tidings__
     if own.exact is None:
@@ -203,18 +204,20 @@ def _where(cls: type[Event]) -> str:
 
 def _checked_name(where: str, wire: object) -> str:
     if not isinstance(wire, str) or not wire or wire.startswith(RESERVED):
-        raise ConfigurationError(f"{where}: {wire!r} is no wire name; '$', 'tidings_' and 'tidings.' are reserved")
+        raise ConfigurationError(
+            f"{where}: {wire!r} cannot be a wire name: '$', 'tidings_' and 'tidings.' are reserved"
+        )
     try:
         wire.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"{where}: {wire!r} is no wire name: it cannot be written as UTF-8") from None
+        raise ConfigurationError(f"{where}: {wire!r} cannot be a wire name: it cannot be written as UTF-8") from None
     return wire
 
 
 def _check_key(cls: type[Event], where: str, key: str) -> None:
     fields = fields_of(cls)
     if key not in fields:
-        raise ConfigurationError(f"{where}: key={key!r} is none of its fields ({', '.join(fields)})")
+        raise ConfigurationError(f"{where}: key={key!r} is not one of its fields ({', '.join(fields)})")
     if not cls.__pydantic_complete__:
         return
     node: Any = cls.__pydantic_core_schema__
@@ -230,7 +233,7 @@ def _check_key(cls: type[Event], where: str, key: str) -> None:
 
 
 def _upcasters(cls: type[Event], where: str, version: int, given: Mapping[int, Upcaster]) -> dict[int, Upcaster]:
-    """By the version they start from: the class's own, then those given, then what base classes and mixins bring."""
+    """Collect upcasters by the version that they start from: the class's own, those given, then those of its bases."""
     found: dict[int, Upcaster] = {}
     for base in cls.__mro__:
         here: dict[int, Upcaster] = {}
@@ -255,7 +258,7 @@ def _upcasters(cls: type[Event], where: str, version: int, given: Mapping[int, U
         elif OWN in vars(base):
             here = {**vars(base)[OWN].upcasters, **here}  # also those that were given as a mapping
         for start, step in here.items():
-            if start < version:  # what is shared may lead further than this class goes
+            if start < version:  # shared upcasters may lead further than this class does
                 found.setdefault(start, step)
     return found
 
@@ -277,26 +280,26 @@ def _complete(where: str, steps: Mapping[int, Upcaster], oldest: int, version: i
     if missing:
         raise ConfigurationError(
             f"{where}: version {version} has no @upcaster({missing[0]}), so events of schema version {missing[0]} "
-            f"could not be read. Write it, or share the producer's (a mixin, or upcasters=); where the log holds no "
+            f"could not be read. Write it, or share the producer's (a mixin, or upcasters=). If the log holds no "
             f"event that old, say so with oldest={missing[-1] + 1}"
         )
 
 
 class Registry:
-    """The event types that one service declares, by wire name."""
+    """The event classes that one service declares, by wire name."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
         self._types: dict[str, type[Event]] = {}
 
     def add(self, event: type[Event]) -> None:
-        """Raises `ConfigurationError` when another class already has the wire name, or the class cannot be read."""
+        """Add a class. Raises `ConfigurationError` if another class has its wire name, or it cannot be read."""
         is_exact(event)
         known = self._types.setdefault(wire_name(event), event)
         if known is not event:
             raise ConfigurationError(
                 f"{self._owner}: wire name {wire_name(event)!r} is declared twice, by {_named(known)} and "
-                f"{_named(event)}. One service has one view of an event: use one class, or give name= to the other"
+                f"{_named(event)}. A service has one view of an event: use one class, or give one of them another name="
             )
 
     def get(self, wire_name: str) -> type[Event] | None:

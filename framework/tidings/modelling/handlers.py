@@ -1,4 +1,4 @@
-"""Handlers as a service knows them: which events, what to inject, how to retry. Checked when they are declared."""
+"""Handlers as a service knows them: their events, injected parameters and retries. Checked when they are declared."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tidings.stores import MAX_POSITION, RecordedEvent
 __all__ = ["NAME_LENGTH", "Handler", "Hold", "Inject", "Retry", "Since", "declare"]
 
 NAME_LENGTH: Final = 150
-"""Characters of a handler's name at most: it is a part of keys, whose length PostgreSQL limits."""
+"""Characters of a handler's name, at most: it is part of keys, whose length PostgreSQL limits."""
 
 
 FOREVER: Final = 1e9
-"""Seconds, some 30 years, that no pause reaches; it also bounds the factor between pauses."""
+"""Seconds (about 30 years) that no pause may exceed. Also the limit of the factor between pauses."""
 JITTER: Final = 0.25
 """Share of a pause by which it is shortened at random, so that events that failed together do not retry together."""
 
 
 def _check_times(policy: Retry | Hold) -> None:
-    """Raises `ConfigurationError` for what would end the service, or never end, at the first failure."""
+    """Raise `ConfigurationError` for values that would crash or block the service at the first failure."""
     if type(policy.attempts) is not int:
         raise ConfigurationError(f"{policy}: attempts must be a whole number")
     for name in ("delay", "factor", "maximum"):
@@ -47,10 +47,10 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What follows quick retries: the event is held, and only later events of its own partition key wait for it.
+    """What happens after the quick retries: the event is held, and only later events of its partition key wait for it.
 
-    It is tried `attempts` times more, the n-th time `delay * factor**(n-1)` seconds after the failure before,
-    `maximum` at most, each shortened by up to a quarter at random; then it is dead.
+    It is tried `attempts` more times, the n-th time `delay * factor**(n-1)` seconds after the previous failure, but
+    after `maximum` seconds at most. Each pause is shortened by up to a quarter at random. Then the event is dead.
     """
 
     attempts: int = 8
@@ -62,18 +62,19 @@ class Hold:
         _check_times(self)
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
-        """Seconds until held attempt number `attempt` (from 1)."""
+        """Return the seconds until held attempt number `attempt` (from 1)."""
         return nth_pause(attempt, self.delay, self.maximum, factor=self.factor, jitter=JITTER, random=random)
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """What to do when a handler fails. Quick retries come first: later events of the same bucket wait meanwhile.
+    """What to do when a handler fails. First come quick retries, for which later events of the same bucket wait.
 
-    `attempts` counts the first one. Before attempt n+1 the lane waits `delay * factor**(n-1)` seconds, `maximum` at
-    most, each shortened by up to a quarter at random. `permanent` lists further exceptions that skip retries. `hold`
-    says how it goes on after them; with None the event is dead at once. `hold_key`: while an event is dead, later
-    events of its partition key wait until somebody retries or drops it; with False they go on, which gives up order.
+    `attempts` includes the first one. Before attempt n+1 the lane waits `delay * factor**(n-1)` seconds, but `maximum`
+    seconds at most. Each pause is shortened by up to a quarter at random. Exceptions listed in `permanent` skip
+    further attempts: the event is dead at once. After the quick attempts, `hold` says how the event is held; with None
+    it is dead at once. While an event is dead, later events of its partition key wait until an operator retries or
+    drops it; with `hold_key=False` they go on, which gives up their order.
     """
 
     attempts: int = 5
@@ -96,7 +97,7 @@ class Retry:
         _check_times(self)
 
     def wait(self, attempt: int, random: Callable[[], float] = random.random) -> float:
-        """Seconds to wait after failed attempt number `attempt` (from 1)."""
+        """Return the seconds to wait after failed attempt number `attempt` (from 1)."""
         return nth_pause(attempt, self.delay, self.maximum, factor=self.factor, jitter=JITTER, random=random)
 
 
@@ -115,40 +116,40 @@ class Inject(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """One decorated function. `name` is part of the ids of what it emits: keep it when the function is renamed, or
-    say what it `was`."""
+    """One decorated function. `name` is part of the ids of its emitted events: keep it when the function is renamed, or
+    list the former names in `was`."""
 
     name: str
     function: Callable[..., Awaitable[None] | None]
     events: tuple[type[Event], ...]
     parameters: tuple[tuple[str, Inject | type], ...]
-    """Parameter name to what is injected; a type stands for a resource of the service's lifespan."""
+    """Pairs of parameter name and what is injected. A type stands for a resource of the service's lifespan."""
     retry: Retry
     timeout: float
-    """Seconds per attempt."""
+    """Seconds that an attempt may take."""
     threaded: bool
-    """A plain function: it runs in a thread."""
+    """Whether it is a plain function, which runs in a thread."""
     transactional: bool = False
-    """It works on the service's database: inside the transaction that moves the watermark."""
+    """Whether it writes to the service's database, inside the transaction that moves the watermark."""
     replay: bool = True
-    """A replay runs it again; False for one with effects outside of the service's database."""
+    """Whether a replay runs it again. False is for effects outside the service's database."""
     was: tuple[str, ...] = ()
-    """Its former names, the oldest first: what was emitted under any of them is not emitted again."""
+    """Its former names, oldest first. Events emitted under any of them are not emitted again."""
     since: Since = None
-    """Where it begins when it is new in a service that has settled events before."""
+    """Where it begins if it is added to a service that has settled events before."""
     line: str = ""
-    """Its own line, by its name: in it, later events of a key wait for those that it holds."""
+    """Name of its own line, in which later events of a key wait for those that it holds."""
     first_of: frozenset[str] = frozenset()
-    """Wire names of the events whose first handler it is."""
+    """Wire names of the events for which it is the first handler."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Those that it has, or had."""
+        """Its present and former names."""
         return frozenset((self.name, *self.was))
 
     def line_of(self, kind: str) -> str:
-        """Return the line in which events of this wire name wait for each other: "", which the first handlers of all
-        events share, or its own."""
+        """Return the line in which events of this wire name wait for each other: its own, or "", which the first
+        handlers of all events share."""
         return "" if kind in self.first_of else self.line
 
 
@@ -167,9 +168,9 @@ def declare(
     since: Since = None,
     every: bool = False,
 ) -> Handler:
-    """Read the signature. Raises `ConfigurationError` that names handler and parameter.
+    """Make a handler of a function, from its signature. Raises `ConfigurationError`, which names handler and parameter.
 
-    `every`: the handler takes every event of the log, declared or not, as a `RecordedEvent`.
+    With `every`, the handler takes every event of the log, declared or not, as a `RecordedEvent`.
     """
     body = _body(function)
     if name is not None and not isinstance(name, str):
@@ -208,7 +209,7 @@ def declare(
             f"{where}: an annotation cannot be resolved ({error}); import what it names outside 'if TYPE_CHECKING'"
         ) from error
     parameters = tuple(_parameters(where, function, events, hints))
-    # A plain wrapper around an async function returns its coroutine, which is awaited all the same.
+    # A plain wrapper around an async function returns its coroutine, which is awaited, too.
     threaded = not inspect.iscoroutinefunction(inspect.unwrap(body))
     wanted = {want for _, want in parameters}
     transactional = not wanted.isdisjoint((Inject.SESSION, Inject.CONNECTION))
@@ -222,7 +223,7 @@ def declare(
 
 
 def _body(function: Any) -> Callable[..., Any]:
-    """What runs when the handler is called: of an object with `__call__` that method, of a `partial` its function."""
+    """Return what a call of the handler runs: an object's method `__call__`, a `partial`'s function."""
     if isinstance(function, partial):
         return _body(function.func)
     if isinstance(function, type):

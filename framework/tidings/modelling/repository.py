@@ -27,11 +27,11 @@ __all__ = ["Changed", "HistoryEntry", "Repository"]
 A = TypeVar("A", bound=Aggregate)
 
 BEGINS: Final = "tidingsBegins"
-"""Key of a stream's metadata: the version with which its aggregate begins, where that is not 0."""
+"""Metadata key of a stream: the version with which its aggregate begins, if that is not 0."""
 CREATION: Final = 8
 """UUID version of the id of the first event that `create` appends."""
 HIDING: Final = ("$maxCount", "$maxAge", "$tb")
-"""Keys of a stream's metadata that hide events."""
+"""Metadata keys of a stream that hide events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class Changed(Generic[A]):
     version: int
     """The stream's version now."""
     position: int
-    """Global position of the last event appended; -1 when nothing was."""
+    """Global position of the last event that was appended; -1 if there was none."""
     events: tuple[Event, ...]
-    """What was appended: empty when nothing was recorded, or it had been appended before."""
+    """The appended events; empty if nothing was recorded, or an earlier attempt had appended them."""
     result: Any = None
-    """What the decision returned; None when it was not taken, because a handler's earlier attempt had taken it."""
+    """The result of the decision; None if it was skipped because a handler's earlier attempt had made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,13 @@ class HistoryEntry:
 
 
 class Repository(Generic[A]):
-    """Obtain one with `service.repository(Order)`; it works while the service runs.
+    """Aggregates of one kind. Get one from `service.repository(Order)`; it works while the service runs.
 
-    A decision is a method of the aggregate, called with the loaded aggregate and the further arguments; the events it
-    records are appended together. An exception that it raises passes through, and nothing is appended.
+    A decision is a method of the aggregate. It is called with the loaded aggregate and the further arguments, and the
+    events that it records are appended together. If it raises, the exception passes through and nothing is appended.
 
-    `within` is how many seconds a change without `expected` may take: changes of one aggregate queue within this
-    process, and are decided anew when another process was faster.
+    `within` is the number of seconds that a change without `expected` may take. Changes of one aggregate wait for each
+    other within a process, and are decided again if another process was faster.
     """
 
     def __init__(self, aggregate: type[A], store: Callable[[], EventStore], *, within: float = CHANGE_SECONDS) -> None:
@@ -100,7 +100,10 @@ class Repository(Generic[A]):
         correlation_id: str | None = None,
         **kwargs: Any,
     ) -> Changed[A]:
-        """Decide on a new aggregate; raises `WrongExpectedVersion` when its stream has events."""
+        """Create an aggregate with a decision.
+
+        Raises `WrongExpectedVersion` if its stream has events, and `ConfigurationError` if nothing was recorded.
+        """
         aggregate: A = begin(self._aggregate, id)
         result = _decided(decide, aggregate, args, kwargs)
         if not state_of(aggregate).recorded:
@@ -117,11 +120,11 @@ class Repository(Generic[A]):
         correlation_id: str | None = None,
         **kwargs: Any,
     ) -> Changed[A]:
-        """Decide on an existing aggregate.
+        """Change an existing aggregate with a decision.
 
-        With `expected`, the stream must stand at that version, else `WrongExpectedVersion`. Without it, a decision that
-        lost to another is taken again on the new state; `Contention` when that took too long (see `within`). Raises
-        `StreamNotFound`, and `StreamTruncated` where the aggregate's first events are hidden.
+        With `expected`, raises `WrongExpectedVersion` unless the stream has that version. Without it, the decision runs
+        again on the new state if another change was faster, and `Contention` is raised when that takes too long (see
+        `within`). Raises `StreamNotFound`, and `StreamTruncated` if the aggregate's first events are hidden.
         """
 
         async def attempt() -> Changed[A]:
@@ -147,9 +150,10 @@ class Repository(Generic[A]):
         metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Changed[A]:
-        """Do what `Context.change` does: like `change`, but skipped when the stream holds it since position `since`.
+        """Do the work of `Context.change`: like `change`, but skipped if the stream has its events after position
+        `since`.
 
-        The first `base` makes the ids of new events; those of any other one are looked for, too.
+        The first `base` gives the ids of new events; events with ids from the other ones count, too.
         """
         bases = base if isinstance(base, tuple) else (base,)
         known = {_nth(one, 0).bytes for one in bases}
@@ -171,10 +175,10 @@ class Repository(Generic[A]):
         return await self._turns.until_won(self.stream_of(id), attempt)
 
     async def load(self, id: str, *, at_version: int | None = None, as_of: datetime | None = None) -> A:
-        """The aggregate now, at a version (that event included), or as of a moment (stops at the first later event).
+        """Load the aggregate: now, at a version (that event included), or as of a moment (up to the first later event).
 
-        Raises `StreamNotFound`; `VersionNotFound` for a version or moment that the stream does not reach;
-        `StreamTruncated` where the first events are hidden.
+        Raises `StreamNotFound`, `VersionNotFound` if the stream does not have that version or moment, and
+        `StreamTruncated` if the first events are hidden.
         """
         if as_of is not None and as_of.tzinfo is None:
             raise ConfigurationError("as_of needs a time zone: datetime.now(UTC), not datetime.now()")
@@ -185,7 +189,7 @@ class Repository(Generic[A]):
             raise VersionNotFound(stream, f"version {at_version}", "versions count from 0")
         async for event in self._store().read_stream(stream, limit=limit):
             if at_version is not None and event.version > at_version:
-                break  # a stream that was truncated, or begun anew after a deletion, does not begin at version 0
+                break  # a stream that was truncated, or begun again after a deletion, does not begin at version 0
             if as_of is not None and event.recorded_at > as_of:
                 if stream_version(aggregate) < 0:
                     if event.version > 0 and event.id.version != CREATION:
@@ -202,7 +206,7 @@ class Repository(Generic[A]):
         return aggregate
 
     async def history(self, id: str) -> AsyncIterator[HistoryEntry]:
-        """Every event of the aggregate that can be read, oldest first. Raises `StreamNotFound`."""
+        """Yield every readable event of the aggregate, oldest first. Raises `StreamNotFound`."""
         async for recorded in self._store().read_stream(self.stream_of(id)):
             metadata = read_metadata(recorded)
             event = decode(recorded, self._view(recorded), metadata, reader=self._reader)
@@ -227,13 +231,13 @@ class Repository(Generic[A]):
     async def _check_begins(self, id: str, first: int) -> None:
         """Raise `StreamTruncated` unless the aggregate begins with `first`, the first version that can be read.
 
-        It is -1 where none can be read.
+        `first` is -1 if none can be read.
         """
         stream = self.stream_of(id)
         values = (await self._store().get_metadata(stream)).values
         if first < 0 or values.get(BEGINS) != first:
             hiding = ", ".join(f"{key}: {values[key]}" for key in HIDING if key in values)
-            raise StreamTruncated(stream, first, hiding or "it has changed meanwhile")
+            raise StreamTruncated(stream, first, hiding or "it has changed in the meantime")
 
     async def _append(
         self,
@@ -266,7 +270,7 @@ class Repository(Generic[A]):
 def _decided(decide: Callable[..., Any], aggregate: Aggregate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if inspect.iscoroutinefunction(decide):
         raise ConfigurationError(
-            f"{_named(decide)} is async, but a decision is pure: look things up before, and pass them as arguments"
+            f"{_named(decide)} is async, but a decision must be pure: look things up before, and pass them as arguments"
         )
     return decide(aggregate, *args, **kwargs)
 
@@ -276,10 +280,10 @@ def _nth(base: UUID, n: int) -> UUID:
 
 
 def _creating(id: UUID) -> UUID:
-    """Return the id as that of an event that begins an aggregate, whatever its version: UUID version 8 (RFC 9562).
+    """Return the id of an event that begins an aggregate, whatever its stream version: UUID version 8 (RFC 9562).
 
-    A stream that was deleted and begun anew begins above version 0, as one does of which the first events are hidden:
-    by this the two can be told apart.
+    A stream that was deleted and begun again begins above version 0, just like one whose first events are hidden. This
+    id tells them apart.
     """
     return UUID(int=id.int & ~(0xF << 76) | CREATION << 76)
 
