@@ -60,13 +60,13 @@ async def test_events_are_linked_by_category_and_by_type() -> None:
     await asked(question)
 
 
-async def test_what_is_no_json_and_what_is_the_stores_own_is_not_linked() -> None:
+async def test_a_category_has_what_is_no_json_and_nothing_of_the_stores_own() -> None:
     def question(client: EventStoreDBClient) -> None:
         put(client, "a-1", NewEvent("Octets", b"{}", content_type="application/octet-stream"))
         put(client, "a-1", NewEvent("Broken", b"{nope"))
         client.set_stream_metadata("a-1", metadata={"k": 1})
         put(client, "a-1", NewEvent("Good", b"[]"))
-        assert linked(client, "$ce-a") == [("a-1", 2)]
+        assert linked(client, "$ce-a") == [("a-1", 0), ("a-1", 1), ("a-1", 2)]
         for kind in ("Octets", "Broken", "$metadata", "$>"):
             with pytest.raises(NotFound):
                 client.get_stream(f"$et-{kind}")

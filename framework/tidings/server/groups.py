@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 TICK: Final = 1.0
 """Seconds between looks at what is late: EventStoreDB's own."""
+_LIVE: Final = View(0, MAX_VERSION - 1, 0)
+"""Every event of a stream but its tombstone."""
 BUFFERED_BYTES: Final = 8 * 1024 * 1024
 """Of events that no consumer has yet; the source is not read on then."""
 
@@ -148,7 +150,8 @@ class Group:
             return items, reached, batch.reached if batch.end else -1
         head = await self._log.head()
         try:
-            view, _ = await self._log.view(self.settings.stream)
+            # A group at the end is given what is appended, whatever retention says of it a moment later.
+            view = _LIVE if self._live else (await self._log.view(self.settings.stream))[0]
         except (StreamNotFound, StreamDeleted):
             return [], self._delivery.reached, head
         view = view._replace(first=max(view.first, at + 1))

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from tidings.errors import StoreError, StreamDeleted, StreamNotFound
-from tidings.server.log import LINK, ServedLog
+from tidings.server.log import LINK, ServedLog, is_system
 from tidings.stores import ANY, JSON, OCTETS, EventData, RecordedEvent
 from tidings.stores.rules import MAX_VERSION, document_of
 from tidings.stores.sqlite.store import SqliteStore
@@ -118,11 +118,15 @@ class Linker:
             self._ends.clear()
 
     def _targets(self, event: RecordedEvent) -> list[str]:
-        """Streams that get a link to this event. Only events with JSON are projected, and none of the store's own."""
-        if not event.is_json or event.stream.startswith("$") or event.type.startswith("$") or not _is_json(event.data):
+        """Return the streams that get a link to this event; none for the store's own.
+
+        A category has all its events, whatever they hold; by type only events with JSON are linked.
+        """
+        if is_system(event):
             return []
         category = category_of(event.stream) if self.by_category else ""
-        return ([f"$ce-{category}"] if category else []) + ([f"$et-{event.type}"] if self.by_type else [])
+        by_type = self.by_type and event.is_json and not event.type.startswith("$") and _is_json(event.data)
+        return ([f"$ce-{category}"] if category else []) + ([f"$et-{event.type}"] if by_type else [])
 
     async def _end(self, stream: str) -> int:
         """The position for which the stream's last link was made."""

@@ -67,8 +67,11 @@ async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send) -> 
     start = wanted.WhichOneof("all_option")
     if start == "position":
         position = wanted.position.commit_position
-        if 0 < position <= await log.head() and not await log.is_record(position):
-            raise unknown("FilteredReadAllResult" if filtered else "ReadAllResult", "InvalidPosition")
+        result, head = "FilteredReadAllResult" if filtered else "ReadAllResult", await log.head()
+        if 0 < position <= head and not await log.is_record(position):
+            raise unknown(result, "InvalidPosition")
+        if backwards and position > head:
+            raise unknown(result, "Error")
         if backwards:
             before = min(position, MAX_VERSION)
         else:

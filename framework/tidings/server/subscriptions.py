@@ -14,7 +14,7 @@ from tidings.server.calls import Send
 from tidings.server.filters import choice_of
 from tidings.server.log import Batch, ServedLog
 from tidings.server.protocol import packed, streams
-from tidings.server.refusals import stream_deleted
+from tidings.server.refusals import invalid_argument, stream_deleted
 from tidings.server.wire import Encode, Malformed, stream_name
 from tidings.stores.rules import MAX_VERSION
 
@@ -80,8 +80,8 @@ async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send
 async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
     """The whole log behind a position, exclusive.
 
-    With a filter, checkpoints say how far it was looked: after every window times the multiplier, and where history
-    ends. A checkpoint never goes back.
+    A position between two events is confirmed and then refused. With a filter, checkpoints say how far it was looked:
+    after every window times the multiplier, and where history ends. A checkpoint never goes back.
     """
     wanted = options.all
     choice, window, interval = None, 0, 0
@@ -96,8 +96,11 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
     log.store.watch(+1)
     try:
         head = await log.head()
-        after = {"end": head, "position": min(wanted.position.commit_position, MAX_VERSION)}.get(start or "", -1)
+        position = min(wanted.position.commit_position, MAX_VERSION)
+        after = {"end": head, "position": position}.get(start or "", -1)
         await send([_confirmation()])
+        if start == "position" and 0 < position <= head and not await log.is_record(position):
+            raise invalid_argument(f"Position {position} is not that of an event.")
         counted, told = 0, NOTHING_TOLD
         looked = _Looked(after, window)
         async with aclosing(log.history(choice, options.resolve_links, after=after, count=PAGE)) as history:

@@ -220,6 +220,9 @@ class EventStore(Protocol):
         Raises `WrongExpectedVersion`, `StreamDeleted`, `EventTooLarge`, `InvalidStreamName`, and for a metadata stream
         (`$$...`) `InvalidMetadata`; `StoreUnavailable` leaves the outcome unknown. An append that its caller cancels
         while it waits may still happen.
+
+        Give an id to one event of one stream. EventStoreDB remembers of an id the first stream only, whatever stream it
+        comes in later: repeated with `ANY` in a second one, the event is written again (measured on 24.2).
         """
         ...
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, cast
 
-from tests.conformance.server_cases.probe import Probe, case, three
+from tests.conformance.server_cases.probe import ANY, Probe, case, three
 
 
 def group(p: Probe, s: str, **kw: Any) -> Any:
@@ -154,3 +154,21 @@ def group_info(p: Probe) -> Any:
         "extra_statistics",
     )
     return {k: p.normalise(str(getattr(info, k))) for k in keep if hasattr(info, k)}
+
+
+@case
+def group_that_listens_is_given_what_max_count_hides(p: Probe) -> Any:
+    s = three(p, n=1)
+    p.client.set_stream_metadata(s, metadata={"$maxCount": 2}, current_version=ANY)
+    group(p, s)
+    subscription = p.client.read_subscription_to_stream(group_name="g", stream_name=s)
+    got = [next(subscription)]
+    subscription.ack(got[0])
+    p.append(s, [p.event(n) for n in (1, 2, 3)], ANY)
+    for event in subscription:
+        got.append(event)
+        subscription.ack(event)
+        if event.stream_position == 3:
+            break
+    subscription.stop()
+    return [p.show(event) for event in got]

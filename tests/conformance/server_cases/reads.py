@@ -234,3 +234,18 @@ def all_shows_soft_delete(p: Probe) -> Any:
             filter_include=(r"\$?\$?" + p.prefix + ".*",), filter_exclude=(), filter_by_stream_name=True
         )
     ]
+
+
+@case
+def all_backwards_from_beyond_the_end(p: Probe) -> Any:
+    end = p.client.append_to_stream(p.stream(), current_version=NO, events=[p.event()])
+    return p.do(lambda: list(p.client.read_all(commit_position=end + 1_000_000, backwards=True, limit=1)))
+
+
+@case
+def category_has_what_is_no_json(p: Probe) -> Any:
+    stream, category = f"{p.prefix}raw-1", f"$ce-{p.prefix}raw"
+    p.append(stream, p.event(data=b"\x00", content_type="application/octet-stream"), NO)
+    p.append(stream, p.event(1, type="$mine"), ANY)
+    p.until(lambda: len(p.read(category).get("ok", ())) == 2)
+    return p.read(category, resolve_links=True)

@@ -98,3 +98,9 @@ def subscribe_all_checkpoints_when_nothing_matches(p: Probe) -> Any:
     )
     got = p.take(sub, 2, 2)
     return [got, at > (first or 0)]
+
+
+@case
+def subscribe_all_from_between_two_events(p: Probe) -> Any:
+    at = p.client.append_to_stream(p.stream(), current_version=NO, events=[p.event()])
+    return p.take(p.client.subscribe_to_all(commit_position=at - 1), 1)
