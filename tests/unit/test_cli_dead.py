@@ -96,7 +96,9 @@ def test_what_is_dropped_is_gone_and_the_rest_is_not() -> None:
     ended = invoke("dead", "drop", first, first, "--yes")
     assert (ended.code, ended.out) == (0, "1 dropped.\n")
     assert ids() == [second]
-    assert invoke("dead", "drop", "--all", "--yes", "--json").out == '{"service": "shop", "dropped": 1, "left": 0}\n'
+    assert invoke("dead", "drop", "--all", "--yes", "--json").out == (
+        '{"service": "shop", "command": "drop", "events": 1, "dry_run": false}\n'
+    )
     assert invoke("dead", "list").err == "No dead letters.\n"
     assert invoke("dead", "drop", "--all", "--yes").out == "0 dropped.\n"
 

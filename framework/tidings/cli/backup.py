@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tidings.cli._asking import Yes, confirmed
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import Json, facts, plain, say
-from tidings.cli.dead import Yes, confirmed
 from tidings.cli.verify import Targets
 from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
@@ -90,7 +89,6 @@ async def restore(
     chosen = {name: path for name, path in files.items() if name in wanted}
     where = ", ".join(f"{name} to {path}" for name, path in chosen.items())
     if not confirmed(f"Restore {where}, as they were at {kept.taken_at}?", yes):
-        print("Nothing was changed.", file=sys.stderr)
         return NO
     put_back(kept, chosen, overwrite=overwrite)
     renewed = None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
+from tidings.cli._asking import Yes, confirmed
 from tidings.cli._exits import NO, OK, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import Json, facts, plain, say
-from tidings.cli.dead import Yes, confirmed
 from tidings.cli.verify import Targets
 from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
@@ -56,7 +54,6 @@ async def renew_identity(yes: Yes = False, json: Json = False) -> int:
         raise BackupRefused(f"the log {path} is open in process {holder}: stop it. Nothing was changed.")
     async with existing_store(settings) as store:
         if not confirmed(f"Give log {await store.log_id()} a new identity? Nothing else may run on it now.", yes):
-            print("Nothing was changed.", file=sys.stderr)
             return NO
         done = await renew(store)
     if json:
@@ -82,7 +79,6 @@ async def adopt(services: Targets = None, yes: Yes = False, json: Json = False) 
     found = list(find_services(services or (), settings).values())
     names = ", ".join(service.name for service in found)
     if not confirmed(f"Let {names} follow the log of TIDINGS_STORE?", yes):
-        print("Nothing was changed.", file=sys.stderr)
         return NO
     code = OK
     async with existing_store(settings) as store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tidings.cli._asking import Yes, confirmed
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import named
 from tidings.cli._output import Json, columns, facts, moment, plain, say
-from tidings.cli.dead import confirmed
+from tidings.cli._selecting import DryRun, HandlerName, Key, Stream
 from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
@@ -29,36 +29,39 @@ if TYPE_CHECKING:
 __all__ = ["replay"]
 
 
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="POSITION|TIME",
+        help="Events at or above this position of the log; or after the last one recorded before this time, ISO 8601, "
+        "UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00). With --key, --stream or --handler it may "
+        "be left out.",
+    ),
+]
+Cancel = Annotated[bool, typer.Option("--cancel", help="Take back what replays of the service have not begun.")]
+Gone = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gone",
+        metavar="HANDLER",
+        help="The handler of this name, whose emitted events the log holds, is no handler of today under another name: "
+        "let today's emit beside them.",
+    ),
+]
+
+
 @answering
 async def replay(
     service: Annotated[str, typer.Argument(metavar="MODULE:SERVICE", help="Or a name of one in TIDINGS_SERVICES.")],
-    since: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="POSITION|TIME",
-            help="Events at or above this position of the log; or after the last one recorded before this time, ISO "
-            "8601, UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00). With --key, --stream or "
-            "--handler it may be left out.",
-        ),
-    ] = None,
-    key: Annotated[str | None, typer.Option(metavar="KEY", help="Only events of this partition key.")] = None,
-    stream: Annotated[str | None, typer.Option(metavar="STREAM", help="Only events of this stream.")] = None,
-    handler: Annotated[str | None, typer.Option(metavar="NAME", help="Only this handler.")] = None,
-    cancel: Annotated[
-        bool, typer.Option("--cancel", help="Take back what replays of the service have not begun.")
-    ] = False,
-    gone: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gone",
-            metavar="HANDLER",
-            help="The handler of this name, whose emitted events the log holds, is no handler of today under another "
-            "name: let today's emit beside them.",
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; change nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")] = False,
+    since: From = None,
+    key: Key = None,
+    stream: Stream = None,
+    handler: HandlerName = None,
+    cancel: Cancel = False,
+    gone: Gone = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = False,
 ) -> int:
     """Run a service's handlers again, for events that it has settled before.
@@ -71,7 +74,7 @@ async def replay(
     With --key, --stream or --handler only those events run again, each in its key's order; nothing else of the service
     is sent back. 'tidings held list' shows what is left of them.
     """
-    from tidings.operations.replay import find_start, plan, send_back
+    from tidings.operations.replay import find_start
     from tidings.operations.selective_replay import Chosen
 
     chooses = any(choice is not None for choice in (key, stream, handler))
@@ -91,28 +94,47 @@ async def replay(
         start = await find_start(store, wanted)
         if start is None:
             raise Refused(NO, f"the log has no event from {since} on that services receive: there is nothing to replay")
-        if chooses:
-            chosen = Chosen(key, stream, handler)
-            return await _some(store, database, of, start, chosen, gone or (), dry_run=dry_run, yes=yes, json=json)
-        found = await plan(store, database, of, start)
-        doubling = [stranger for stranger in found.strangers if stranger.name not in (gone or ())]
-        if json:
-            doubled = {"strangers": [asdict(stranger) | {"line": stranger.line} for stranger in found.strangers]}
-            say(facts(asdict(found) | doubled | {"start": start._asdict(), "dry_run": dry_run}))
-        else:
-            _show(found, doubling)
-        if dry_run:
-            return OK
-        if doubling:
-            raise Refused(NO, _refusal(doubling))
-        if not confirmed(f"Run {found.run} events again in service {of.name}?", yes):
-            print("Nothing was changed.", file=sys.stderr)
-            return NO
-        await send_back(database, of, found.log, start)
+        if not chooses:
+            return await _everything(
+                store, database, of, target, start, gone or (), dry_run=dry_run, yes=yes, json=json
+            )
+        chosen = Chosen(key, stream, handler)
+        return await _some(store, database, of, start, chosen, gone or (), dry_run=dry_run, yes=yes, json=json)
+
+
+async def _everything(
+    store: EventStore,
+    database: Database,
+    service: Service,
+    target: str,
+    start: Start,
+    gone: Sequence[str],
+    *,
+    dry_run: bool,
+    yes: bool,
+    json: bool,
+) -> int:
+    """Send the whole service back."""
+    from tidings.operations.replay import plan, send_back
+
+    found = await plan(store, database, service, start)
+    doubling = [stranger for stranger in found.strangers if stranger.name not in gone]
+    if json:
+        doubled = {"strangers": [asdict(stranger) | {"line": stranger.line} for stranger in found.strangers]}
+        say(facts(asdict(found) | doubled | {"start": start._asdict(), "dry_run": dry_run}))
+    else:
+        _show(found, doubling)
+    if dry_run:
+        return OK
+    if doubling:
+        raise Refused(NO, _refusal(doubling))
+    if not confirmed(f"Run {found.run} events again in service {service.name}?", yes):
+        return NO
+    await send_back(database, service, found.log, start)
     if not json:
         say(
-            f"{of.name} is sent back to position {start.position}. If it runs, it begins within seconds; else start "
-            f"it: tidings run {plain(target)}. tidings verify {plain(target)} says how far it is."
+            f"{service.name} is sent back to position {start.position}. If it runs, it begins within seconds; else "
+            f"start it: tidings run {plain(target)}. tidings verify {plain(target)} says how far it is."
         )
     return OK
 
@@ -153,7 +175,6 @@ async def _some(
             say(f"NOT now: {_refusal(doubling)}")
         return OK if count or dry_run else NO
     if not confirmed(f"Run {count} events again in service {service.name}{stays}?", yes):
-        print("Nothing was changed.", file=sys.stderr)
         return NO
     count = await run_again(database, service.name, await store.log_id(), picked)
     if json:
@@ -172,7 +193,6 @@ async def _cancel(settings: Settings, service: Service, dry_run: bool, yes: bool
         )
     async with _opened(settings, service) as (store, database):
         if not confirmed(f"Take back what replays of {service.name} have not begun?", yes):
-            print("Nothing was changed.", file=sys.stderr)
             return NO
         done = await cancel(database, service.name, await store.log_id())
     if json:

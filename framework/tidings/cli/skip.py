@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
+from tidings.cli._asking import Of, Yes, chosen, confirmed
 from tidings.cli._exits import NO, OK, Refused, answering
 from tidings.cli._find import event_named
 from tidings.cli._output import Json, facts, plain, say
 from tidings.cli._reading import Reading
 from tidings.cli._selecting import DryRun
-from tidings.cli.dead import Of, Yes, chosen, confirmed
 from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
@@ -59,7 +58,6 @@ async def skip(
         changes = state in (Skip.HELD, Skip.DEAD, Skip.PENDING)
         if changes and not dry_run:
             if not confirmed(f"Skip {where} in service {of.name} ({state.value})?", yes):
-                print("Nothing was changed.", file=sys.stderr)
                 return NO
             state = await do(database, of, log, found)
     if json:
