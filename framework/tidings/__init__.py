@@ -1,9 +1,9 @@
-"""Tidings: event-driven microservices in which nothing is lost, each effect happens once, in order, and provably.
+"""Tidings: event-driven microservices. Nothing is lost, each effect happens once and in order, and that can be proved.
 
-Importing this is light: each name is imported when it is used, and so are adapters, SQLAlchemy and web frameworks.
+Importing it is cheap: each name is imported when it is used, and so are adapters, SQLAlchemy and web frameworks.
 
-Public are the names here, and those of `tidings.errors`, `.settings`, `.stores`, `.buses`, `.logs`, `.server`,
-`.alembic` and `.testing`. Everything else is internal, and may change with any version.
+The public names are those in this module and in `tidings.errors`, `.settings`, `.stores`, `.buses`, `.logs`, `.server`,
+`.alembic` and `.testing`. Everything else is internal and may change with any version.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ _MODULES = {name: f"tidings.{module}" for module, names in _PLACES.items() for n
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: the command line is to hear signals before it has imported everything."""
+    """Import a name when it is first used, so that the command line can handle signals before everything is
+    imported."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,19 +1,20 @@
 """The event bus's port: messages from a relay to one durable queue per service and partition.
 
-The bus may lose, repeat and reorder: the log is the truth, and duplicates and gaps are found out by position. So an
+The bus may lose, repeat and reorder: the log is the truth, and services detect duplicates and gaps by position. So an
 adapter stays thin. Rules that every adapter keeps, each proved by a test of `tidings.testing.bus_conformance`:
 
 * A message is confirmed only after every bound queue has it; a message that reaches no queue raises `Unroutable`.
-* A marker (no bucket) reaches every queue; an event each service's queue of its bucket.
-* Deliveries come in the queue's order; those not settled come again to the next consumer.
+* A marker (without a bucket) reaches every queue; an event reaches each service's queue of its bucket.
+* Deliveries come in the queue's order; those that are not settled come again to the next consumer.
 * At most `prefetch` deliveries are unsettled at a time.
-* `settle_through` settles everything up to its tag, and is harmless on a consumer that is gone.
+* `settle_through` settles everything up to its tag, and is harmless on a consumer that was lost.
 * A lost connection, channel or queue ends the iteration with `BusUnavailable`, never silently.
-* Of several consumers of a queue one is active; when it closes, another takes over.
+* Of several consumers of a queue, one is active; when it closes, another takes over.
 * A lock has one holder; losing the connection loses it.
-* Provisioning twice changes nothing; what exists with other properties raises `TopologyMismatch` that names them.
-* Inspecting makes nothing and changes nothing, and finds out what provisioning would make or refuse.
-* Deleting takes away the queues that it is given, and leaves every other one alone; none is no error.
+* Provisioning twice changes nothing; a queue or exchange with other properties raises `TopologyMismatch`, which names
+  them.
+* Inspecting creates and changes nothing, and shows what provisioning would create or refuse.
+* Deleting removes the given queues and no other; a queue that does not exist is no error.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 
 
 def check_service_name(name: str) -> str:
-    """A service's name becomes part of queue names and permissions: lower case, digits, `-` and `_`, 100 at most."""
+    """Return the name of a service if it is valid. Raises `ConfigurationError`.
+
+    The name becomes part of queue names and permissions: 1 to 100 of a-z, 0-9, `-` and `_`.
+    """
     if not _NAME.fullmatch(name) or name in ("events", "partitions", "relay"):
         raise ConfigurationError(
             f"{name!r} cannot name a service: use 1 to 100 of a-z, 0-9, '-' and '_', beginning with a letter or digit, "
@@ -57,7 +61,8 @@ def check_service_name(name: str) -> str:
 
 
 def check_partitions(count: int) -> int:
-    """Raises `ConfigurationError` for a number of partitions that no service can have: a bucket cannot be divided."""
+    """Return the number of partitions if it is possible: 1 to 256, as a bucket cannot be divided. Raises
+    `ConfigurationError`."""
     if type(count) is not int or not 1 <= count <= BUCKETS:
         raise ConfigurationError(f"a service has 1 to {BUCKETS} partitions, not {count!r}")
     return count
@@ -65,15 +70,15 @@ def check_partitions(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """What one partition of a service needs from the bus: a queue, bound to the events of its buckets, and to markers.
+    """What one partition of a service needs from the bus: a queue bound to the events of its buckets and to markers.
 
-    A service that is not divided is one partition with all buckets.
+    An undivided service is one partition with all buckets.
     """
 
     service: str
     index: int = 0
     count: int = 1
-    """Of partitions, 1 to `BUCKETS`."""
+    """Number of the service's partitions, 1 to `BUCKETS`."""
 
     @property
     def queue(self) -> str:
@@ -81,94 +86,99 @@ class Subscription:
 
     @property
     def buckets(self) -> range:
-        """The ranges of a service's partitions cover all buckets, each once."""
+        """The partition's range. The ranges of a service's partitions cover each bucket once."""
         return range(BUCKETS * self.index // self.count, BUCKETS * (self.index + 1) // self.count)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One thing that Tidings needs on the bus, and what is there in its place."""
+    """A queue or exchange that Tidings needs on the bus, and what exists in its place."""
 
     kind: Literal["exchange", "queue"]
     name: str
     state: Literal["missing", "fits", "differs"]
     detail: str = ""
-    """Of what differs: in what, and the remedy. Of what fits: what is worth knowing, if anything."""
+    """If it differs: in what, and the remedy. If it fits: anything worth knowing."""
     messages: int | None = None
-    """Of a queue that is there: how many wait in it, without those delivered and unsettled."""
+    """Messages that wait in an existing queue, without those that are delivered and unsettled."""
     consumers: int | None = None
 
 
 class Delivery(NamedTuple):
-    """A message with the tag that settles it; tags rise by one per consumer."""
+    """A message with the tag that settles it. Tags rise by one per consumer."""
 
     tag: int
     message: Message
 
 
 class Publisher(Protocol):
-    """Sends within the lifetime of one connection; after an error it is of no more use: close it, open another."""
+    """Sends messages over one connection. After an error, close it and open another one."""
 
     async def send(self, message: Message) -> None:
-        """Return when the broker has confirmed. Run several at once: they go out in the order in which they began.
+        """Send a message, and return when the broker has confirmed it. Concurrent sends go out in the order of their
+        calls.
 
-        Raises `Unroutable` (no queue took it), `PublishRejected` (this message is refused for what it is, and would be
-        again), `BusUnavailable` (the outcome is unknown, or a queue could not take it now: send again).
+        Raises `Unroutable` (no queue took it), `PublishRejected` (the broker refuses this message, and would again) and
+        `BusUnavailable` (the outcome is unknown, or a queue cannot take it now: send again).
         """
         ...
 
     async def begin(self, message: Message) -> asyncio.Future[Any]:
-        """As `send`, without a task for each message in flight: return when the message went out, which waits only for
-        a broker that reads too slowly. The future is done when the broker has confirmed; its result means nothing.
+        """Send a message without waiting for the confirm, so that no task per message is needed.
 
-        Both this and the future raise what `send` does. Whoever begins looks at the future's exception.
+        Returns when the message has gone out, which waits only for a broker that reads too slowly. The future is done
+        when the broker has confirmed; its result means nothing. Both this method and the future raise what `send`
+        raises. The caller must look at the future's exception.
         """
         ...
 
 
 class Consumer(Protocol):
-    """Deliveries of one queue within the lifetime of one connection."""
+    """Deliveries of one queue over one connection."""
 
     def __aiter__(self) -> AsyncIterator[Delivery]: ...
 
     def settle_through(self, tag: int) -> None:
-        """Settle every delivery up to and including `tag`; does not wait. Harmless when repeated, or after a loss."""
+        """Settle every delivery up to and including `tag`, without waiting. Harmless when repeated, or after a loss."""
         ...
 
 
 @runtime_checkable
 class EventBus(Protocol):
-    """Obtain one with `async with tidings.open_bus(url) as bus`. What a bus may do beyond this is `ExportsUsers` and
-    `ListsQueues`, which operators' commands ask for, and no delivery needs."""
+    """A message bus. Open one with `async with tidings.open_bus(url) as bus`.
+
+    A bus may also be `ExportsUsers` and `ListsQueues`, which only operators' commands need.
+    """
 
     async def provision(self, subscription: Subscription | None = None) -> None:
-        """Make the exchange and, if given, the partition's queue and its bindings; change nothing that exists."""
+        """Create the exchange and, if given, the partition's queue and its bindings. Changes nothing that exists."""
         ...
 
     async def delete(self, subscriptions: Sequence[Subscription]) -> None:
-        """Delete the queues of these, with what waits in them. Raises `BusUnavailable`."""
+        """Delete the queues of these partitions with their messages. Raises `BusUnavailable`."""
         ...
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
-        """What is there of what these need: exchanges, then the queues in their order. Raises `BusUnavailable`."""
+        """Return what exists of what these partitions need: exchanges, then queues in order. Raises
+        `BusUnavailable`."""
         ...
 
     def publisher(self, *, lock: str | None = None) -> AbstractAsyncContextManager[Publisher]:
-        """A connection for publishing. With `lock`, entering waits until this process alone holds that name."""
+        """Open a connection for publishing. With `lock`, entering waits until this process alone holds that lock."""
         ...
 
     def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AbstractAsyncContextManager[Consumer]:
-        """A connection for consuming; entering waits for nothing but the connection. Raises `BusUnavailable`."""
+        """Open a connection for consuming. Entering waits only for the connection. Raises `BusUnavailable`."""
         ...
 
     async def close(self) -> None:
-        """Close every connection; harmless when repeated."""
+        """Close every connection. Harmless when repeated."""
         ...
 
 
 @runtime_checkable
 class ExportsUsers(Protocol):
-    """A bus whose broker has users and permissions, and takes them as a document. Optional; it connects to nothing."""
+    """A bus whose broker accepts users and permissions as a document. Optional; it does not connect."""
 
     def users(self, services: Sequence[str], relays: Sequence[str]) -> list[str]:
         """Return the names of the users that these relays and services log in as, each with one of its own."""

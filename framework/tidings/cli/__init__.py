@@ -1,4 +1,4 @@
-"""The command line `tidings`. Importing it imports no command; what only one command needs is imported by that one.
+"""The command line `tidings`. Importing it imports no command; each command imports what it needs.
 
 Internal: its public face is the command. Nothing imports it.
 """

@@ -1,5 +1,5 @@
-"""A service's own database: its engine, and the tables in which a service remembers what it has done.
+"""A service's own database: its engine, and the tables that say what the service has done.
 
-Internal: delivery, operations and hosting import it. It says how rows are read and written; it decides nothing about
+Internal: delivery, operations and hosting import it. It reads and writes rows; it does not decide
 which event runs.
 """

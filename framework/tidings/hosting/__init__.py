@@ -1,5 +1,5 @@
 """What runs services in a process: partitions, standing by, signals, health.
 
 Internal: `tidings.Service.running`, `tidings.Runtime` and the command line use it. It opens and closes stores, buses
-and databases; what becomes of an event is not its business.
+and databases, and leaves events to delivery.
 """

@@ -1,4 +1,4 @@
-"""Events on their way into the log from outside any handler: a program of its own, or a request with its rows.
+"""Events that enter the log from outside a handler: from a script, or from a request together with its rows.
 
 Internal: `tidings.connect` and `Service.transaction` are its public names. It runs no handler.
 """

@@ -6,13 +6,13 @@ Rules that every adapter keeps, each proved by a test of `tidings.testing.store_
 * What `append` returned survives the death of the process and of the machine.
 * Expected versions and idempotency by event id are EventStoreDB's, exactly (see `Expected`).
 * A global position is used once, is greater than 0, and is never seen before a lower one.
-* A position that a store tells is at most 2^63 - 1 and in the log: no checkpoint is above `head`. Before everything,
-  also of an empty log, it is -1.
-* Appends that one task starts one after the other, without waiting, to one stream are applied in that order.
+* Every position that a store returns is at most 2^63 - 1 and in the log: no checkpoint is above `head`. The position
+  before everything, also in an empty log, is -1.
+* Appends to one stream that a task starts one after the other, without waiting, are applied in that order.
 * A catch-up subscription has no gap and no repetition where history meets live events.
 * Truncation, soft delete and tombstone hide events of a stream, never of `$all`.
-* What would end the process of an EventStoreDB 24.2 server is refused before anything is sent, by every store: any use
-  of a stream `$$`, `$maxAge` over 60,000,000,000 s, metadata for a tombstoned stream, deletion of a metadata stream.
+* Every store refuses, before anything is sent, what would crash an EventStoreDB 24.2 server: any use of a stream `$$`,
+  `$maxAge` over 60,000,000,000 s, metadata for a tombstoned stream, deletion of a metadata stream.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ JSON: Final = "application/json"
 OCTETS: Final = "application/octet-stream"
 
 MAX_POSITION: Final = 2**63 - 1
-"""The highest number that a position or version can be."""
+"""The highest possible position or version."""
 
 APPEND_LIMIT: Final = 1024 * 1024
-"""Bytes of one append, by `EventData.size`; EventStoreDB's default."""
+"""Bytes of one append, at most, by `EventData.size`: EventStoreDB's default."""
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class StreamState(Enum):
-    """Expected states of a stream that are no version."""
+    """Expected states of a stream that are not versions."""
 
     ANY = "any version"
     NO_STREAM = "no stream"
@@ -77,20 +77,20 @@ STREAM_EXISTS: Final = StreamState.STREAM_EXISTS
 Expected = int | StreamState
 """A stream version (0-based: the version of the stream's last event) or a `StreamState`.
 
-`NO_STREAM` and explicit versions are idempotent for ever: the same events again answer as before and write nothing.
-`ANY` and `STREAM_EXISTS` may write again after the store was restarted (measured on EventStoreDB 24.2): never repeat
+`NO_STREAM` and explicit versions stay idempotent: appending the same events again returns the same and writes nothing.
+`ANY` and `STREAM_EXISTS` may write again after a restart of the store (measured on EventStoreDB 24.2): never repeat
 them blindly.
 """
 
 
 def describe(expected: Expected) -> str:
-    """An expected version in words, for errors."""
+    """Return an expected version in words, for errors."""
     return f"version {expected}" if isinstance(expected, int) else expected.value
 
 
 @dataclass(frozen=True, slots=True)
 class EventData:
-    """An event to append. `content_type` other than JSON is stored, and read back, as octets."""
+    """An event to append. Any `content_type` other than JSON is stored and read back as octets."""
 
     type: str
     data: bytes
@@ -100,18 +100,19 @@ class EventData:
 
     @property
     def size(self) -> int:
-        """Bytes that count towards the append limit; EventStoreDB's formula."""
+        """Bytes that count towards the limit of an append, by EventStoreDB's formula."""
         return len(self.data) + len(self.metadata) + 2 * len(self.type)
 
 
 class RecordedEvent(NamedTuple):
-    """An event as the log holds it. A tuple, because reading is hot; `id` and `recorded_at` are made when asked for."""
+    """An event as the log holds it. A tuple, for fast reading; `id` and `recorded_at` are computed when they are
+    used."""
 
     position: int
     """Global position: greater than 0, never used twice."""
     stream: str
     version: int
-    """0-based within the stream."""
+    """Place in the stream, from 0."""
     type: str
     data: bytes
     metadata: bytes
@@ -119,7 +120,7 @@ class RecordedEvent(NamedTuple):
     id_bytes: bytes
     """The event id's 16 bytes, big-endian."""
     ticks: int
-    """When the store recorded it: units of 100 ns since 1970 (EventStoreDB's unit), UTC."""
+    """Time of recording in units of 100 ns since 1970, UTC (EventStoreDB's unit)."""
 
     @property
     def id(self) -> UUID:
@@ -135,9 +136,9 @@ class RecordedEvent(NamedTuple):
 
 
 class Appended(NamedTuple):
-    """What an append did: the version of its last event (-1: the stream has none) and that event's position.
+    """The result of an append: version and position of its last event (version -1 if the stream has no events).
 
-    After an idempotent repetition they are those of the first time. An empty append answers with the stream's version.
+    A repeated append returns the result of the first one. An empty append returns the stream's version.
     """
 
     version: int
@@ -145,16 +146,16 @@ class Appended(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Everything up to `position` was looked at, whether it matched the filter or not. Never above the log's head."""
+    """A subscription has read everything up to `position`, whether it matched or not. Never above the log's head."""
 
     position: int
 
 
 class CaughtUp(NamedTuple):
-    """The subscription reached the end of the log; what follows is live. It may come again after falling behind.
+    """A subscription has reached the end of the log and continues live. May come again after it has fallen behind.
 
-    `position` is the last position that was looked at; -1 when nothing was. It may lag behind the log's head, where no
-    event of the filter is.
+    `position` is the last position that was read, or -1. It may be below the log's head if no event in between matches
+    the filter.
     """
 
     position: int
@@ -162,17 +163,17 @@ class CaughtUp(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which events of `$all` to deliver. All given conditions must hold; without any, everything passes.
+    """Conditions for events of `$all`. All of them must hold; without any, every event passes.
 
-    Prefixes are alternatives of each other. A store evaluates the filter where the data is.
+    One of several prefixes is enough. A store evaluates the filter where the data is.
     """
 
     types: tuple[str, ...] = ()
-    """Wire names to include, whole; empty: all."""
+    """Complete wire names to include; empty for all."""
     stream_prefixes: tuple[str, ...] = ()
-    """Include streams that begin with one of these; empty: all."""
+    """Prefixes of streams to include; empty for all."""
     exclude_stream_prefixes: tuple[str, ...] = ()
-    """Leave out streams that begin with one of these."""
+    """Prefixes of streams to leave out."""
 
     def matches(self, event: RecordedEvent) -> bool:
         return (
@@ -186,9 +187,9 @@ EVERYTHING: Final = Filter()
 
 
 class StreamMetadata(NamedTuple):
-    """A stream's metadata document and the version of its metadata stream (-1: none was ever set).
+    """A stream's metadata and the version of its metadata stream (-1 if none was ever set).
 
-    Keys that the store obeys: `$maxCount` (events), `$maxAge` (seconds), `$tb` (truncate before this version).
+    The store obeys the keys `$maxCount` (events), `$maxAge` (seconds) and `$tb` (truncate before this version).
     """
 
     values: Mapping[str, Any]
@@ -196,9 +197,9 @@ class StreamMetadata(NamedTuple):
 
 
 def check_stream_name(stream: str) -> None:
-    """Raise `InvalidStreamName` for a name that EventStoreDB refuses, or ends over: empty, or `$$` of nothing."""
+    """Raise `InvalidStreamName` for a name that EventStoreDB refuses or crashes on: empty, or `$$` without a name."""
     if not stream or (stream[:2] == "$$" and len(stream) % 2 == 0 and not stream.strip("$")):
-        raise InvalidStreamName(f"{stream!r} is not a stream name: give at least one character (behind '$$', too)")
+        raise InvalidStreamName(f"{stream!r} is not a stream name: give at least one character (also after '$$')")
 
 
 def check_text(text: str) -> None:
@@ -212,24 +213,24 @@ def check_text(text: str) -> None:
 
 @runtime_checkable
 class EventStore(Protocol):
-    """A log of events in streams. Obtain one with `async with tidings.settings.open_store(url) as store`."""
+    """A log of events in streams. Open one with `async with tidings.open_store(url) as store`."""
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         """Append all events or none, durably.
 
         Raises `WrongExpectedVersion`, `StreamDeleted`, `EventTooLarge`, `InvalidStreamName`, and for a metadata stream
-        (`$$...`) `InvalidMetadata`; `StoreUnavailable` leaves the outcome unknown. An append that its caller cancels
-        while it waits may still happen.
+        (`$$...`) `InvalidMetadata`. After `StoreUnavailable` the outcome is unknown. A cancelled append may still
+        happen.
 
-        Give an id to one event of one stream. EventStoreDB remembers of an id the first stream only, whatever stream it
-        comes in later: repeated with `ANY` in a second one, the event is written again (measured on 24.2).
+        Use an event's id in one stream only. EventStoreDB remembers only the first stream of an id: in a second stream,
+        an event that is repeated with `ANY` is written again (measured on 24.2).
         """
         ...
 
     def read_stream(
         self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
     ) -> AsyncIterator[RecordedEvent]:
-        """The stream's readable events from version `start` inclusive, by default from its beginning (or its end).
+        """Yield the stream's readable events from version `start` inclusive, by default from its beginning (or end).
 
         Raises `StreamNotFound` and `StreamDeleted` at the first step.
         """
@@ -238,50 +239,52 @@ class EventStore(Protocol):
     def read_all(
         self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent]:
-        """Events of the whole log in position order: positions above `after`; backwards, the log's end downwards to it.
+        """Yield events of the whole log above position `after` in order; backwards, from the end of the log down to it.
 
-        Ends at the end of the log as it was when the reading came there. `limit` counts matching events.
+        Ends at the end of the log as it is when the reader gets there. `limit` counts matching events.
         """
         ...
 
     def subscribe_all(
         self, *, after: int = -1, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
-        """Read on from `after` for ever. `Checkpoint` moves across stretches that do not match the filter."""
+        """Follow the log from position `after` without end. `Checkpoint` reports progress where no event matches."""
         ...
 
     def subscribe_stream(self, stream: str, *, after_version: int = -1) -> AsyncIterator[RecordedEvent | CaughtUp]:
-        """Follow one stream for ever; a missing or softly deleted one is waited for, a tombstoned one raises."""
+        """Follow one stream without end. Waits for a missing or softly deleted one; a tombstoned one raises."""
         ...
 
     async def head(self) -> int:
-        """Position of the last event in the log, -1 for an empty one."""
+        """Return the position of the last event in the log, -1 for an empty one."""
         ...
 
     async def log_id(self) -> UUID:
-        """Identity of the log: made with it, stored as the first event of stream `tidings_log`."""
+        """Return the log's identity, which is created with the log as the first event of the stream `tidings_log`."""
         ...
 
     async def get_metadata(self, stream: str) -> StreamMetadata:
-        """The stream's metadata; empty with version -1 where none was set. Raises `StreamDeleted` when tombstoned."""
+        """Return the stream's metadata; empty with version -1 if none was set. Raises `StreamDeleted` if tombstoned."""
         ...
 
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
-        """Replace the stream's metadata document; `expected` is about the metadata stream's own version.
+        """Replace the stream's metadata. `expected` is the version of the metadata stream.
 
-        Raises what `append` does; `StreamDeleted` for a tombstoned stream.
+        Raises what `append` raises, and `StreamDeleted` for a tombstoned stream.
         """
         ...
 
     async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
-        """Hide the stream's events; a later append begins after them. `WrongExpectedVersion` for a missing stream,
-        `InvalidStreamName` for a metadata stream."""
+        """Hide the stream's events; a later append begins after them.
+
+        Raises `WrongExpectedVersion` for a missing stream, `InvalidStreamName` for a metadata stream.
+        """
         ...
 
     async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
-        """Close the stream for ever: every later use raises `StreamDeleted`. `InvalidStreamName` as for `delete`."""
+        """Close the stream for good: every later use raises `StreamDeleted`. Raises `InvalidStreamName` as `delete`."""
         ...
 
     async def close(self) -> None:
-        """End subscriptions and release files and connections; harmless when repeated."""
+        """End subscriptions and release files and connections. Harmless when repeated."""
         ...
