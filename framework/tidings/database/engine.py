@@ -34,7 +34,7 @@ _MADE_AT: Final = "tidings_made_at"
 
 
 class Database:
-    """An engine and what to know about it."""
+    """The engine of a service's own database, with its transactions."""
 
     def __init__(self, engine: AsyncEngine, shown: str) -> None:
         self.engine = engine
@@ -42,20 +42,20 @@ class Database:
         """The URL without its password."""
         file = engine.url.database if engine.dialect.name == "sqlite" else None
         self.file = None if file in (None, "", ":memory:") or file.startswith("file:") else file
-        """Where it is a file of this machine."""
+        """The path of a SQLite file; None for a database on a server or in memory."""
         self._open_file = None if self.file is None else OpenFile(self.file)
         self.one_writer = engine.dialect.name == "sqlite"
-        """All transactions that write share one writer; elsewhere every lane may have its own."""
+        """Whether all transactions that write share one writer, as in SQLite."""
         self.writes = Writes()
         self.turn: AbstractAsyncContextManager[object] = asyncio.Lock() if self.one_writer else nullcontext()
-        """Around the transactions of dispatchers: a handler may hold the one writer for longer than those that wait
-        for it would bear."""
+        """To be held around transactions where there is one writer: a handler may have it for longer than SQLite lets
+        others wait."""
         level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
         self._writing = engine.execution_options(tidings_writing=True, **level)
         sa.event.listen(engine.sync_engine, "handle_error", marked)
         sa.event.listen(engine.sync_engine, "connect", self._learn)
         self._distrusted = 0.0
-        """Connections that were made before this moment (of the monotonic clock) are not used again."""
+        """The time, by the monotonic clock, before which connections were made that are not used again."""
         if self.file is not None or not self.one_writer:  # a database in memory ends with its connection
             sa.event.listen(engine.sync_engine, "handle_error", self._distrust)
             sa.event.listen(engine.sync_engine, "connect", _note_time)
@@ -107,8 +107,10 @@ class Database:
         self.writes.succeeded()
 
     async def probe_writes(self) -> None:
-        """Write a row as it is: `writes` knows then whether the database takes it. It waits for nobody's turn: while
-        another transaction writes, there is nothing to find out."""
+        """Write a row as it is, to let `writes` know whether the database accepts writes.
+
+        While another transaction of this process writes, it does nothing: that one will tell.
+        """
         if isinstance(self.turn, asyncio.Lock) and self.turn.locked():
             return
         with suppress(DatabaseUnavailable):
@@ -151,7 +153,7 @@ def _note_time(connection: object, record: sa.pool.ConnectionPoolEntry) -> None:
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Database]:
-    """The engine for any SQLAlchemy URL; it connects on use, and makes nothing.
+    """Make the engine for a SQLAlchemy URL. It connects when it is used, and makes no tables.
 
     `sqlite:///path` runs on Tidings' own dialect. Raises `ConfigurationError` for a URL or driver that cannot work.
     """
@@ -184,7 +186,7 @@ async def connected(url: str) -> AsyncIterator[Database]:
 
 
 def file_of(url: str) -> str | None:
-    """The file of an SQLite URL, "" for a database in memory; None for a server's, and for what is no URL."""
+    """Return the file of a SQLite URL, "" for a database in memory, None for one on a server and for an invalid URL."""
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() != "sqlite":
@@ -196,7 +198,7 @@ def file_of(url: str) -> str | None:
 
 @asynccontextmanager
 async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIterator[Database]:
-    """As `connected`, with Tidings' and the service's tables made where they are missing.
+    """Open a database as `connected` does, and make the tables of Tidings and of the service where they are missing.
 
     Raises `ConfigurationError` also for tables of a newer Tidings; `DatabaseUnavailable`.
     """
@@ -209,7 +211,7 @@ async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIte
 
 
 async def prepared(database: Database) -> bool:
-    """Whether a service has run on this database. It only reads.
+    """Return whether a service has run on this database. It only reads.
 
     Raises `ConfigurationError` for tables of another version, `DatabaseUnavailable`.
     """

@@ -1,4 +1,4 @@
-"""Which handlers a bucket range gives its events to, in the service's database: who is new, who left, who is behind.
+"""The handlers that a bucket range gives its events to: which are new, which have left, and which are behind.
 
 Each range remembers the handlers of the process that was at work on it last. A process that takes over compares them
 with its own, bucket by bucket: a handler that left is behind from there on; one that comes back goes on from there; a
@@ -19,6 +19,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.scope import Scope
 from tidings.database.tables import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
 from tidings.modelling.events import wire_name
@@ -45,14 +46,14 @@ log = structlog.get_logger("tidings.enrolment")
 
 
 class Begun(NamedTuple):
-    """How a handler began in a range."""
+    """Where a handler began in a range."""
 
     since: int | None
-    """The position after which it was to begin; None for one that began with what came next."""
+    """The position after which it was declared to begin; None where nothing was declared."""
     after: int = -1
-    """It is given the events above this position, when they come."""
+    """The handler gets the events above this position as they come."""
     first_of: Sequence[str] = ()
-    """Wire names of the events whose first handler it was, sorted."""
+    """Wire names of the event types whose first handler it is, sorted."""
     was: Sequence[str] = ()
 
 
@@ -61,22 +62,22 @@ Since = Mapping[str, Begun]
 
 @dataclass(slots=True)
 class Enrolled:
-    """What a process that has taken over a range knows of its handlers."""
+    """What a process that has taken over a range knows about its handlers."""
 
     after: dict[str, int] = field(default_factory=dict)
-    """Handlers that are given events above a position only."""
+    """Handlers that get events above a position only, with this position."""
     spans: list[Span] = field(default_factory=list)
-    """What its handlers are behind, or were not given."""
+    """What its handlers are behind with, or were never given."""
     changed: bool = False
-    """Another version of the service was at work before: whatever it still has under way can be committed no more."""
+    """Whether another version of the service was at work before. It has been fenced: it can commit nothing any more."""
 
 
 class Record(NamedTuple):
-    """A handler that has been at work in a service."""
+    """The record of a handler that has run in a service."""
 
     handler: str
     since: int
-    """What the service had settled up to this position was not given to it; -1 for one that has been there always."""
+    """The handler was not given what the service had settled up to here; -1 for a handler from the beginning."""
     seen_at: datetime
 
 
@@ -94,14 +95,14 @@ def names_of(handler: Handler, noted: Mapping[str, Begun], handlers: Iterable[Ha
 
 
 def wanted(handler: Handler) -> int | None:
-    """The position after which it wants events; None for whatever comes next."""
+    """Return the position after which the handler wants events; None for those that come next."""
     if handler.since == "start":
         return -1
     return int(handler.since) - 1 if isinstance(handler.since, int) else None
 
 
 async def read_records(connection: AsyncConnection, service: str, log_id: UUID) -> dict[str, Record]:
-    """Every handler that has been at work in the service, by name."""
+    """Return every handler that has ever run in the service, by name."""
     columns = (handlers.c.handler, handlers.c.since, handlers.c.seen_at)
     of_log = (handlers.c.service == service, handlers.c.log == str(log_id))
     rows = await connection.execute(sa.select(*columns).where(*of_log))
@@ -109,23 +110,21 @@ async def read_records(connection: AsyncConnection, service: str, log_id: UUID) 
 
 
 async def enrol(connection: AsyncConnection, service: Declaration, log_id: UUID, buckets: range) -> Enrolled:
-    """Have the service's handlers be those of the range from now on; the process has taken it over."""
+    """Let the range give its events to the service's handlers from now on, after the process has taken it over."""
     return await Enrolment(connection, service, log_id, buckets).run()
 
 
 class Enrolment:
-    """One range, in the transaction of one process that takes it over."""
+    """The comparison of one range's handlers with those of the process that takes it over, in one transaction."""
 
     def __init__(self, connection: AsyncConnection, service: Declaration, log_id: UUID, buckets: range) -> None:
         self._connection = connection
         self._service = service
-        self._buckets = buckets
-        self._log_id = log_id
-        self._own: dict[str, Any] = {"service": service.name, "log": str(log_id)}
+        self._scope = Scope(service.name, log_id, buckets)
 
     async def run(self) -> Enrolled:
-        of_range = (floors.c.first_bucket == self._buckets.start, floors.c.last_bucket == self._buckets.stop - 1)
-        this = (*self._of(floors), *of_range)
+        """Compare, write what has changed, and fence the version that was at work before."""
+        this = self._scope.of_floor()
         found = sa.select(floors.c.handlers).where(*this)
         row = (await self._connection.execute(found)).one_or_none()
         if row is None:
@@ -154,14 +153,16 @@ class Enrolment:
         return Enrolled(_positions(since), await self._spans(), changed)
 
     async def fence(self) -> None:
-        """Whoever was at work before, with another version of the service, can commit nothing any more."""
-        marks = watermarks.update().where(*self._of(watermarks), self._in_range(watermarks))
+        """Fence every process that has joined before: it can commit nothing any more."""
+        marks = watermarks.update().where(*self._scope.in_range(watermarks))
         await self._connection.execute(marks.values(replays=watermarks.c.replays + 1))
 
     async def leave(self, name: str, settled: Mapping[int, int]) -> None:
-        """The code does not have the handler any more: it is behind from here on, should it come back. In a bucket
-        whose next event waits for other handlers only, this one is done with that event already."""
-        part = (*self._of(partials), self._in_range(partials), partials.c.handler == name, ~partials.c.again)
+        """Note that the code has lost the handler, and that it is behind from here on if it comes back.
+
+        In a bucket whose next event waits for other handlers only, it is done with that event already.
+        """
+        part = (*self._scope.in_range(partials), partials.c.handler == name, ~partials.c.again)
         columns = (partials.c.bucket, sa.func.max(partials.c.position).label("position"))
         done = await self._connection.execute(sa.select(*columns).where(*part).group_by(partials.c.bucket))
         further = {row.bucket: row.position for row in done}
@@ -169,7 +170,7 @@ class Enrolment:
         log.warning("handler.left", service=self._service.name, handler=name, advice="if it comes back, it goes on")
 
     def _is_unchanged(self, before: Since) -> bool:
-        """The range gives to exactly these handlers, and none of them wants more of its past."""
+        """Return whether the range gives its events to exactly these handlers and none wants more of its past."""
         named = self._service.named
         return before.keys() == named.keys() and all(
             (frozenset(before[name].first_of), tuple(before[name].was)) == (handler.first_of, handler.was)
@@ -178,18 +179,18 @@ class Enrolment:
         )
 
     async def _set_lines(self, handler: Handler) -> None:
-        """What it held or gave up is in the line in which the code keeps the order now. Events of types that it does
-        not handle any more stay where they are."""
+        """Move what the handler holds or gave up to the line in which the code keeps its order now. Events of types
+        that it does not handle any more stay where they are."""
         kinds = {wire_name(event) for event in handler.events}
         for table in (held, dead):
-            its = (*self._of(table), self._in_range(table), table.c.handler == handler.name)
+            its = (*self._scope.in_range(table), table.c.handler == handler.name)
             further = table.c.type.in_(kinds - handler.first_of) if kinds else sa.true()
             for line, these in (("", table.c.type.in_(handler.first_of)), (handler.line, further)):
                 moved = table.update().where(*its, these, table.c.line != line)
                 await self._connection.execute(moved.values(line=line))
 
     async def _begin(self, settled: Mapping[int, int]) -> Since:
-        """Nobody noted the range's handlers: it is new, or Tidings was older. No handler is known to be new."""
+        """Note the handlers of a range without a note: it is new, or of an older Tidings. No handler counts as new."""
         since: dict[str, Begun] = {}
         for name, handler in self._service.named.items():
             after = wanted(handler)
@@ -203,7 +204,7 @@ class Enrolment:
             await self._add(name, SKIPPED, dict.fromkeys(buckets, -1), dict.fromkeys(buckets, upto))
 
     async def _compare(self, before: Since, settled: Mapping[int, int]) -> Since:
-        known = await read_records(self._connection, self._service.name, self._log_id)
+        known = await read_records(self._connection, self._service.name, self._scope.log)
         before = await self._rename(before, known)
         named = self._service.named
         for name in before.keys() - named.keys():
@@ -219,7 +220,7 @@ class Enrolment:
         return since
 
     async def _join(self, handler: Handler, settled: Mapping[int, int]) -> Begun:
-        """The handler is not one of those that the range gave its events to. Where it is behind already, it goes on."""
+        """Add a handler that the range did not give its events to. Where it is behind already, it goes on there."""
         name, after = handler.name, wanted(handler)
         there = {row.bucket for row in await self._spans(name) if row.kind == BEHIND}
         fresh = {bucket: position for bucket, position in settled.items() if bucket not in there}
@@ -255,7 +256,7 @@ class Enrolment:
         log.warning("handler.begins", **told, advice=advice)
 
     async def _add_past(self, handler: Handler, old: Begun) -> Begun:
-        """What the handler was not given, and now wants, is its past. One past after the other."""
+        """Give the handler, as its past, what it was not given before and wants now. There is one past at a time."""
         after, rows = wanted(handler), await self._spans(handler.name)
         assert after is not None
         if any(row.kind == PAST for row in rows):
@@ -267,10 +268,10 @@ class Enrolment:
             {row.bucket: after for row in missing},
             {row.bucket: row.upto for row in missing},
         )
-        this = (*self._of(spans), self._in_range(spans), spans.c.handler == handler.name, spans.c.kind == SKIPPED)
+        this = (*self._scope.in_range(spans), spans.c.handler == handler.name, spans.c.kind == SKIPPED)
         await self._connection.execute(spans.delete().where(*this, spans.c.upto > after))
         await self._skip(handler.name, [row.bucket for row in missing], after)
-        record = (*self._of(handlers), handlers.c.handler == handler.name, handlers.c.since > after)
+        record = (*self._scope.of_log(handlers), handlers.c.handler == handler.name, handlers.c.since > after)
         await self._connection.execute(handlers.update().where(*record).values(since=after))
         log.warning(
             "handler.past_added",
@@ -283,8 +284,8 @@ class Enrolment:
         return old._replace(since=after)
 
     async def _rename(self, before: Since, known: Mapping[str, Record]) -> Since:
-        """Whatever was noted under another name of a handler is noted under its present one. That is a former name, or
-        when a deploy is rolled back, the one that the deploy gave it."""
+        """Note under the present name of a handler what was noted under another: a former name or, when a deploy is
+        rolled back, the name that the deploy gave it."""
         handlers = self._service.named.values()
         renames: dict[str, str] = {}
         for handler in handlers:
@@ -294,7 +295,7 @@ class Enrolment:
                 await self._unite(handler.name, names, before)
         for former, name in renames.items():
             for table in (held, partials, dead):
-                this = (*self._of(table), self._in_range(table), table.c.handler == former)
+                this = (*self._scope.in_range(table), table.c.handler == former)
                 other = table.alias()
                 # It may have the event under both names; an event is held, or done in part, once for a handler.
                 twice = sa.exists().where(
@@ -310,27 +311,27 @@ class Enrolment:
         return by_present_name(before, handlers)
 
     async def _unite(self, name: str, names: Collection[str], before: Since) -> None:
-        """What was noted of the handler under several names is noted under one."""
+        """Note under one name what was noted of the handler under several."""
         rows = [row for each in sorted(names) for row in await self._spans(each)]
         united = under_one_name(rows, name, [each for each in before if each in names])
         if sorted(rows) == sorted(united):
             return
-        theirs = (*self._of(spans), self._in_range(spans), spans.c.handler.in_(names))
+        theirs = (*self._scope.in_range(spans), spans.c.handler.in_(names))
         await self._connection.execute(spans.delete().where(*theirs))
         if united:
-            await self._connection.execute(spans.insert(), [self._own | row._asdict() for row in united])
+            await self._connection.execute(spans.insert(), [self._scope.own | row._asdict() for row in united])
 
     async def _record(self, name: str, since: int) -> None:
-        known = (*self._of(handlers), handlers.c.handler == name)
+        known = (*self._scope.of_log(handlers), handlers.c.handler == name)
         if await self._connection.scalar(sa.select(handlers.c.since).where(*known)) is None:
-            row = self._own | {"handler": name, "since": since, "seen_at": datetime.now(UTC)}
+            row = self._scope.own | {"handler": name, "since": since, "seen_at": datetime.now(UTC)}
             await self._connection.execute(handlers.insert().values(row))
 
     async def _add(self, name: str, kind: str, done: Mapping[int, int], upto: Mapping[int, int] | None = None) -> None:
-        """Rows by bucket; where there is one of that kind already, it stays."""
+        """Add spans by bucket. Where there is one of that kind already, it stays."""
         there = {row.bucket for row in await self._spans(name) if row.kind == kind}
         rows = [
-            self._own
+            self._scope.own
             | {"bucket": at, "handler": name, "kind": kind, "done": position, "upto": (upto or {}).get(at, -1)}
             for at, position in done.items()
             if at not in there
@@ -342,25 +343,18 @@ class Enrolment:
         """Return how far each bucket of the range is. It stays so until the end of the transaction: what the version
         before has under way is waited for, and counts. What it begins afterwards is fenced."""
         columns = (watermarks.c.bucket, watermarks.c.position)
-        of_range = sa.select(*columns).where(*self._of(watermarks), self._in_range(watermarks))
+        of_range = sa.select(*columns).where(*self._scope.in_range(watermarks))
         # In the order in which groups move them. Whoever raises the floor has a lock on one of them, too.
         rows = (await self._connection.execute(of_range.order_by(watermarks.c.bucket).with_for_update())).all()
-        first, last = floors.c.first_bucket == self._buckets.start, floors.c.last_bucket == self._buckets.stop - 1
-        of_floor = sa.select(floors.c.position).where(*self._of(floors), first, last)
+        of_floor = sa.select(floors.c.position).where(*self._scope.of_floor())
         floor = (await self._connection.execute(of_floor)).scalar_one()
-        return dict.fromkeys(self._buckets, floor) | {row.bucket: max(row.position, floor) for row in rows}
+        return dict.fromkeys(self._scope.buckets, floor) | {row.bucket: max(row.position, floor) for row in rows}
 
     async def _spans(self, name: str | None = None) -> list[Span]:
         names = list(self._service.named) if name is None else [name]
         columns = [spans.c[column] for column in Span._fields]
-        of_range = (*self._of(spans), self._in_range(spans), spans.c.handler.in_(names))
+        of_range = (*self._scope.in_range(spans), spans.c.handler.in_(names))
         return [Span(*row) for row in await self._connection.execute(sa.select(*columns).where(*of_range))]
-
-    def _of(self, table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
-        return table.c.service == self._own["service"], table.c.log == self._own["log"]
-
-    def _in_range(self, table: sa.Table) -> sa.ColumnElement[bool]:
-        return table.c.bucket.between(self._buckets.start, self._buckets.stop - 1)
 
 
 def _wants_more(handler: Handler, before: Since) -> bool:
@@ -375,8 +369,8 @@ def _positions(since: Since) -> dict[str, int]:
 async def sent_back(
     connection: AsyncConnection, service: Declaration, log_id: UUID, before: int, names: Sequence[str]
 ) -> None:
-    """A replay sends the service back to after `before`: these handlers are given everything from there on again, and
-    what they had not been given for the first time."""
+    """Set spans back for a replay of everything after `before`: these handlers get all of it again, and for the first
+    time what they had never been given."""
     of_log = (spans.c.service == service.name, spans.c.log == str(log_id), spans.c.handler.in_(names))
     await connection.execute(spans.delete().where(*of_log, spans.c.kind == PAST, spans.c.done >= before))
     await connection.execute(

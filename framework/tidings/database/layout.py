@@ -1,9 +1,9 @@
-"""Into how many partitions a service is divided, and how that is changed, while it runs or not. It touches no queue.
+"""How many partitions a service has, and how that number is changed while the service runs. It touches no queue.
 
 Count and epoch live in the service's database. Resizing is one transaction there: the epoch rises, and each new range
-of buckets begins at the lowest floor of those that it overlaps; watermarks belong to buckets, so they stay. Queues
-follow: whoever joins and finds that they are of an older epoch makes them anew, and passes over the log heal what they
-held. So a resizing that is interrupted anywhere is done by the next who joins.
+of buckets begins at the lowest floor of those that it overlaps. Watermarks belong to buckets, so they stay. Queues
+follow: a process that joins and finds queues of an older epoch makes new ones, and passes over the log bring what the
+old ones held. So a resizing that is interrupted anywhere is finished by the next process that joins.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a service is divided, as its database says."""
+    """The partitions of a service, as its database says."""
 
     service: str
     count: int
     epoch: int
     rebound: int
-    """The epoch whose queues were made."""
+    """The epoch for which the queues were last made."""
     former: int
-    """The largest count that there was: queues of it may still be there."""
+    """The largest count so far: queues of that layout may still exist."""
 
     @property
     def subscriptions(self) -> list[Subscription]:
-        """One for each partition."""
+        """One subscription for each partition."""
         return [Subscription(self.service, index, self.count) for index in range(self.count)]
 
     @property
     def queues_are_old(self) -> bool:
-        """The queues of this layout are to be made anew: they hold, or are bound to, what belonged to another one."""
+        """Whether the queues must be made anew, because they hold or are bound to what belonged to an older layout."""
         return self.rebound < self.epoch
 
     @property
     def strays(self) -> list[Subscription]:
-        """What another layout left, or a process that had not heard of this one made again."""
+        """Queues that an older layout left, or that a process made which does not know of this one yet."""
         if not self.epoch:
             return []
         first = 0 if self.count == 1 else self.count
@@ -71,30 +71,31 @@ class Layout:
 
 
 class Range(NamedTuple):
-    """One partition's row."""
+    """The row of one partition."""
 
     first: int
+    """The first bucket."""
     last: int
-    """Buckets."""
+    """The last bucket."""
     floor: int
     active: str | None
-    """The process at work on it; None after a clean end."""
+    """Id of the process at work on the range; None after a clean stop."""
     asked: str | None
-    """The process that asks for it."""
+    """Id of a process that asks for the range."""
     handlers: str | None = None
-    """Whom its events are given to (`tidings.database.enrolment`); None where nobody has noted it."""
+    """The handlers that get its events, as `tidings.database.enrolment` writes them; None where nothing was noted."""
 
 
 async def layout_of(connection: AsyncConnection, service: str, *, locked: bool = False) -> Layout | None:
-    """None for a service whose database says nothing: it has never run, or was never divided. With `locked`, nobody
-    changes it before the end of the transaction."""
+    """Return the layout; None for a service that has never run or was never divided. With `locked`, it cannot change
+    before the end of the transaction."""
     wanted = sa.select(*(partitions.c[field.name] for field in fields(Layout))).where(partitions.c.service == service)
     row = (await connection.execute(wanted.with_for_update() if locked else wanted)).one_or_none()
     return None if row is None else Layout(*row)
 
 
 async def lay_out(database: Database, service: str, wanted: int | None) -> Layout:
-    """The layout, made where there is none: `wanted` partitions, or one.
+    """Return the layout. Where there is none, make one of `wanted` partitions, or of one.
 
     Raises `ConfigurationError` when the database says another number than `wanted`, `DatabaseUnavailable`, and `Fenced`
     when another process made it at the same moment.
@@ -114,7 +115,7 @@ async def lay_out(database: Database, service: str, wanted: int | None) -> Layou
 
 
 async def _begin(connection: AsyncConnection, service: str, wanted: int | None) -> Layout:
-    """A database of an older Tidings has floors, but no layout: that service is one partition."""
+    """Make the layout. A database of an older Tidings has floors but no layout: that service has one partition."""
     ran = await connection.scalar(sa.select(floors.c.service).where(floors.c.service == service).limit(1))
     count = 1 if ran else wanted or 1
     made = Layout(service, count, epoch=0, rebound=0, former=count)
@@ -123,10 +124,11 @@ async def _begin(connection: AsyncConnection, service: str, wanted: int | None) 
 
 
 async def resize(database: Database, service: str, to: int) -> tuple[Layout, Layout]:
-    """Divide the service into `to` partitions; the layout before, and the one from now on (the same when there is
-    nothing to change). Processes that run notice within seconds.
+    """Divide the service into `to` partitions. Returns the layout before and after (the same one when nothing changes).
+    Running processes notice within seconds.
 
-    Raises `ConfigurationError`, `DatabaseUnavailable`; interrupted, it was done or it was not.
+    Raises `ConfigurationError`, `DatabaseUnavailable`. If it is interrupted, the service was resized, or nothing was
+    changed.
     """
     check_partitions(to)
     begun: list[tuple[str, int]] = []
@@ -154,35 +156,35 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
             divided = [own | _covering(rows, subscription.buckets) for subscription in after.subscriptions]
             await connection.execute(floors.insert(), divided)
             begun += [(row.active, row.first) for row in rows if row.active is not None]
-    for process, first in begun:  # nobody will look for them
+    for process, first in begun:  # no later process looks for these notebooks
         Notebook.discard(notebook_of(database.file, process, first))
     return before, after
 
 
 def _common(ranges: Iterable[str | None]) -> tuple[bool, str | None]:
-    """Whether these ranges, as far as anything is noted of them, give to the same handlers; and those."""
+    """Return whether all ranges with a note give their events to the same handlers, and these handlers."""
     noted = [handlers for handlers in ranges if handlers is not None]
     return all(each == noted[0] for each in noted), noted[0] if noted else None
 
 
 def _covering(rows: Iterable[Range], buckets: range) -> dict[str, object]:
-    """The row of a new range. What nobody has a floor for was never settled.
+    """Return the row of a new range. Buckets without a floor were never settled.
 
-    Nobody is at work on it: who was at work on the old one may still end cleanly, and has no row to say so.
+    No process is at work on it. The one that was at work on the old range may still stop cleanly, and finds no row.
     """
     below = [row for row in rows if row.first < buckets.stop and row.last >= buckets.start]
     return {"first_bucket": buckets.start, "last_bucket": buckets.stop - 1, "position": lowest(below, buckets)}
 
 
 async def was_rebound(database: Database, layout: Layout) -> None:
-    """Its queues were made; nothing is said of a layout that is not the present one any more."""
+    """Note that the queues of this layout were made, unless the service was resized again meanwhile."""
     this = (partitions.c.service == layout.service, partitions.c.epoch == layout.epoch)
     async with database.turn, database.transaction() as connection:
         await connection.execute(partitions.update().where(*this).values(rebound=layout.epoch))
 
 
 async def ranges_of(connection: AsyncConnection, service: str, log: UUID) -> list[Range]:
-    """The rows of a service's partitions, as far as they have joined this log, in their order."""
+    """Return the rows of the partitions that have joined this log, in the order of their buckets."""
     columns = (
         floors.c.first_bucket,
         floors.c.last_bucket,
@@ -197,7 +199,7 @@ async def ranges_of(connection: AsyncConnection, service: str, log: UUID) -> lis
 
 
 async def ask_for(database: Database, service: str, firsts: Mapping[int, str], process: str) -> None:
-    """Ask, for `process`, for the partitions that begin at these buckets, each of the process named with it."""
+    """Ask the processes in `firsts` to give `process` the partitions that begin at these buckets."""
     rows = [{"at": first, "owner": owner} for first, owner in firsts.items()]
     note = (
         floors.update()
@@ -214,7 +216,7 @@ async def ask_for(database: Database, service: str, firsts: Mapping[int, str], p
 
 
 def lowest(rows: Iterable[Range], buckets: range = range(BUCKETS)) -> int:
-    """Everything up to here is settled in all these buckets; -1 while there is one that nobody has joined with."""
+    """Return the position up to which all these buckets are settled; -1 while any of them belongs to no row."""
     floor, following = None, buckets.start
     for row in rows:
         if row.first > following:
@@ -225,8 +227,10 @@ def lowest(rows: Iterable[Range], buckets: range = range(BUCKETS)) -> int:
 
 
 async def settled(database: Database, service: str, log: UUID, bucket: int | None = None) -> int:
-    """As committed by whichever process, however the service is divided: everything up to here, or without a bucket
-    everything up to here in all of them; -1 for nothing. Raises `DatabaseUnavailable`."""
+    """Return the position up to which the bucket, or without one every bucket, is settled; -1 for none.
+
+    This is what any process of the service has committed, however it is divided. Raises `DatabaseUnavailable`.
+    """
     async with database.reading() as connection:
         rows = await ranges_of(connection, service, log)
         if bucket is None:

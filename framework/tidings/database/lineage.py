@@ -1,8 +1,8 @@
 """The identity of a log through restored backups: which log an event belongs to, and how a log gets a new identity.
 
 A log that was restored from a backup goes on with other events than before, at the same positions. So it gets a new
-identity, and what still knows the old one is refused instead of taking one event for another. Up to where it was
-restored its events are the old ones: they keep the identity they had, and with it the ids of what they cause.
+identity, and whoever still knows the old one is refused, instead of mistaking one event for another. Its events up to
+the restored position are the old ones: they keep their identity, and with it the ids of the events that they cause.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _FOLLOWING: Final = (
     held,
     dead,
 )
-"""Tables whose rows are about one log."""
+"""The tables whose rows are about one log."""
 
 
 class NothingToAdopt(TidingsError):
@@ -59,7 +59,7 @@ class NothingToAdopt(TidingsError):
 
 
 class Lineage:
-    """A log's identities: `former` says up to which position, inclusive, each earlier one goes, the oldest first."""
+    """The identities of a log. `former` has the last position of each earlier identity, the oldest first."""
 
     __slots__ = ("former", "log")
 
@@ -68,14 +68,14 @@ class Lineage:
         self.former = tuple(former)
 
     def at(self, position: int) -> UUID:
-        """The log that the event at the position belongs to."""
+        """Return the identity that the log had at the position."""
         for upto, log in self.former:
             if position <= upto:
                 return log
         return self.log
 
     def common(self, log: UUID) -> int | None:
-        """The position up to which this log and an earlier one are the same; None for a log that is none of these."""
+        """Return the position up to which this log and an earlier one are the same; None for an unrelated log."""
         return next((upto for upto, former in self.former if former == log), None)
 
 
@@ -85,7 +85,7 @@ class Renewal(NamedTuple):
     before: UUID
     log: UUID
     position: int
-    """Up to here, the log is the old one."""
+    """The last position at which the log is still the old one."""
 
 
 class Adopted(NamedTuple):
@@ -93,16 +93,15 @@ class Adopted(NamedTuple):
 
     before: UUID
     position: int
-    """Up to here, what the service had done stands."""
+    """The position up to which the service's work still counts."""
     lost: int
-    """Events that were held or dead, and are not in the log any more: they are dead letters of kind `message` now."""
+    """The number of held or dead events that the log has lost. They are dead letters of kind `message` now."""
     beyond: int
-    """Buckets in which the service had done events that are not in the log any more. Their effects are in its tables.
-    """
+    """The number of buckets in which the service handled events that the log has lost. Their effects stay."""
 
 
 async def lineage_of(store: EventStore) -> Lineage:
-    """Read it from the log. Raises `StoreUnavailable`."""
+    """Read the lineage from the log. Raises `StoreUnavailable`."""
     log, former = await store.log_id(), list[tuple[int, UUID]]()
     try:
         async for event in store.read_stream(LOG_STREAM):
@@ -128,8 +127,9 @@ async def renew(store: EventStore) -> Renewal:
 async def adopt(database: Database, service: str, lineage: Lineage) -> Adopted:
     """Let a service's database follow the log as it is now, in one transaction.
 
-    What the service did up to where both are the same stands. What it did beyond that is forgotten, but for its
-    effects. Raises `LogChanged` for a database of another log, `NothingToAdopt`, `DatabaseUnavailable`.
+    What the service has done still counts up to the position where both logs are the same. What it did after that is
+    forgotten, except for its effects. Raises `LogChanged` for a database of another log, `NothingToAdopt`,
+    `DatabaseUnavailable`.
     """
     async with database.turn, database.transaction() as connection:
         logs = set(await connection.scalars(sa.select(floors.c.log).where(floors.c.service == service).distinct()))
@@ -152,7 +152,7 @@ def _of(table: sa.Table, service: str, log: UUID) -> tuple[sa.ColumnElement[bool
 
 
 async def _cap(connection: AsyncConnection, service: str, log: UUID, upto: int) -> int:
-    """Lower what stands above the position. Returns in how many buckets."""
+    """Lower to the position whatever is above it. Returns the number of buckets concerned."""
     columns: list[tuple[sa.Table, Any]] = [
         (watermarks, watermarks.c.position),
         (floors, floors.c.position),

@@ -1,7 +1,7 @@
-"""What a process has begun and not ended, in a small file beside its database that outlives the process.
+"""The events that a process is handling, in a small file beside its database that outlives the process.
 
-The file is mapped into memory, so that a note costs no call into the system; it is not made durable, for it speaks of
-the end of a process, not of the machine's. Without a file (a database on a server, or in memory) nothing is noted here.
+The file is mapped into memory, so a note needs no system call. It is not flushed to disk: it must survive the end of
+the process, not of the machine. Without a file (a database on a server, or in memory) nothing is noted here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SLOT: Final = Struct("<qq")
 
 
 def notebook_of(file: str | None, process: str, first: int) -> str | None:
-    """The notebook of a process at work on the range that begins at bucket `first`, beside the database's file."""
+    """Return the path of the notebook of a process at work on the range that begins at bucket `first`."""
     return None if file is None else f"{file}-begun-{process}-{first}"
 
 
 class Notebook:
-    """`slots` events at most are under way at once; what does not fit is not noted."""
+    """The notes of one process on one range. It has room for `slots` events at once; further ones are not noted."""
 
     def __init__(self, path: str | None, slots: int) -> None:
         self._path = path
@@ -47,11 +47,11 @@ class Notebook:
 
     @property
     def open(self) -> bool:
-        """It has a file."""
+        """Whether it has a file."""
         return self._file is not None
 
     def keep(self) -> None:
-        """Make the file again if it is gone: a process that took over in between has read and removed it."""
+        """Make the file again if it is gone: another process has taken over meanwhile, read it and deleted it."""
         if self._file is not None and self._path is not None and not os.path.exists(self._path):
             noted = bytes(self._file)
             self._file.close()
@@ -61,19 +61,19 @@ class Notebook:
                 self._file[:] = noted
 
     def begin(self, position: int, bucket: int) -> None:
-        """An attempt at an event begins."""
+        """Note that an attempt at an event begins."""
         if self._file is not None and self._free:
             slot = self._used[position] = self._free.pop()
             _SLOT.pack_into(self._file, slot * _SLOT.size, position + 1, bucket)
 
     def end(self, position: int) -> None:
-        """The attempt ended, and the process did not."""
+        """Delete the note: the attempt has ended, and the process has not."""
         if self._file is not None and (slot := self._used.pop(position, None)) is not None:
             _SLOT.pack_into(self._file, slot * _SLOT.size, 0, 0)
             self._free.append(slot)
 
     def close(self) -> None:
-        """Nothing is under way any more: the file goes."""
+        """Delete the file: no attempt is under way any more."""
         if self._file is not None and self._path is not None:
             self._file.close()
             self._file = None
@@ -81,7 +81,7 @@ class Notebook:
 
     @staticmethod
     def read(path: str | None) -> dict[int, int] | None:
-        """What was under way when the process that wrote it ended, position to bucket. None where nobody noted it."""
+        """Return what was under way when its process ended, position to bucket; None where there is no whole file."""
         try:
             with open(path or os.devnull, "rb") as file:
                 content = file.read()
@@ -94,6 +94,7 @@ class Notebook:
 
     @staticmethod
     def discard(path: str | None) -> None:
+        """Delete a notebook's file, if there is one."""
         with suppress(OSError):
             if path is not None:
                 os.unlink(path)

@@ -1,4 +1,4 @@
-"""Which errors of a service's database are the database's own fault, and what to do about each. It asks it nothing."""
+"""Which errors mean that a service's database is in trouble, and what to do about each. It runs no statement."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FU
 
 
 def is_outage(error: BaseException, dialect: Dialect | None = None) -> bool:
-    """Is a service's database down, locked or full? Then the error is no attempt of a handler.
+    """Return whether the error means that a service's database is down, locked or full, so that no handler is to blame.
 
     With `dialect`, only the database whose engine has this dialect object counts; else any service's. An error of any
     other engine, which a handler may use for something else, is the handler's.
@@ -79,23 +79,24 @@ def _is_of(error: BaseException, dialect: Dialect | None) -> bool:
 
 
 def _state(error: BaseException) -> str:
-    """PostgreSQL's code, or ""; older versions of SQLAlchemy pass a driver's own errors on while it connects."""
+    """Return PostgreSQL's error code, or "". Older versions of SQLAlchemy let a driver's own errors pass while it
+    connects."""
     return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Only a person can mend it, but may do so at any time: the user is not let in, or there is no such database."""
+    """Return whether the user is not let in, or there is no such database: only a person can mend that, at any time."""
     return _state(error).startswith(_REFUSED)
 
 
 def is_unusable(error: DBAPIError) -> bool:
-    """A statement failed before this one, and PostgreSQL does nothing more until the savepoint around both."""
+    """Return whether PostgreSQL refuses the statement only because one before it failed in the same savepoint."""
     return _state(error) == "25P02"
 
 
 _OF_CONNECTIONS: Final = ("08", "25006", "57P")
-"""What PostgreSQL says on connections that may never be of use again: to a server that is a standby now, is going, or
-let them in as read-only (`default_transaction_read_only` is read when a connection begins)."""
+"""Codes after which PostgreSQL connections may be useless for good: the server is a standby now, is shutting down, or
+was read-only when they began (`default_transaction_read_only` is read only then)."""
 _OF_FILES: Final = frozenset(
     {
         sqlite3.SQLITE_READONLY,
@@ -105,11 +106,11 @@ _OF_FILES: Final = frozenset(
         sqlite3.SQLITE_NOTADB,
     }
 )
-"""What SQLite says of a file that may have been replaced by another one of the same name."""
+"""Codes of SQLite after which the file may be another one of the same name."""
 
 
 def stays_with_connections(error: BaseException) -> bool:
-    """Is it perhaps not the database's state, but that of the connections to it? Then only fresh ones can tell."""
+    """Return whether the connections may be at fault rather than the database, so that only fresh ones can tell."""
     if not isinstance(error, DBAPIError):
         return False
     if isinstance(error.orig, sqlite3.Error):
@@ -118,8 +119,8 @@ def stays_with_connections(error: BaseException) -> bool:
 
 
 def waits_for_itself(error: BaseException, dialect: Dialect) -> bool:
-    """Told of an error that came out of a handler with a session: it wrote through another connection to the SQLite
-    database whose one writer it holds itself, so that no waiting helps."""
+    """Return whether a handler with a session has failed because it wrote to its SQLite database through another
+    connection, and so waited for the one writer that it holds itself."""
     if not isinstance(error, DBAPIError) or not _is_of(error, dialect):
         return False
     code = getattr(error.orig, "sqlite_errorcode", 0)
@@ -127,8 +128,10 @@ def waits_for_itself(error: BaseException, dialect: Dialect) -> bool:
 
 
 def marked(context: ExceptionContext) -> None:
-    """A listener: an error of a service's engine is told from those of any other by the engine's dialect object, which
-    all engines that were made of it share."""
+    """Mark an error with the dialect object of its engine, so that the service's own can be told from any other's.
+
+    It is a listener. Engines that are made from one engine share the dialect object.
+    """
     if context.sqlalchemy_exception is not None:
         context.sqlalchemy_exception._tidings = context.dialect  # type: ignore[attr-defined]
 
@@ -156,11 +159,11 @@ _ADVICE: Final = {
     ("53300",): "; raise its max_connections, or look for who holds so many",
     _TIMEOUTS: "; its lock_timeout or statement_timeout is too short, or somebody holds a lock for long",
 }
-"""By PostgreSQL's code."""
+"""What to do, by the beginning of PostgreSQL's code."""
 
 
 def advice_for(error: BaseException) -> str:
-    """What to do about an error of PostgreSQL's, begun with a semicolon; "" where nothing is known."""
+    """Return what to do about an error of PostgreSQL, beginning with a semicolon; "" where nothing is known."""
     state = _state(error)
     return next((advice for states, advice in _ADVICE.items() if state.startswith(states)), "")
 

@@ -1,6 +1,6 @@
-"""Which processes of a service there are, and what code each runs: a row each, for operators to look at.
+"""The processes of a service and the code that each runs, one row each, for display to operators.
 
-Nothing is decided by it: which process is at work is the bus's choice.
+No decision rests on it: the bus chooses which process is at work.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["PRESENT_SECONDS", "Process", "present", "present_as"]
 
 AGAIN_SECONDS: Final = 10.0
-"""Seconds after which a process says again that it is there."""
+"""Seconds between two updates of a process's row."""
 PARTING_SECONDS: Final = 0.3
-"""Seconds for saying that it is there no more; if that fails, it counts as there for a while."""
+"""Seconds that a process takes at most to delete its row. If that fails, it is displayed for a while longer."""
 PRESENT_SECONDS: Final = 60.0
 """Seconds since a process was last seen, after which it counts as gone."""
 FORGOTTEN_SECONDS: Final = 86400.0
@@ -46,7 +46,7 @@ class Process:
     host: str
     pid: int
     version: str
-    """Of the package that the handlers are in; "" where it has none."""
+    """Version of the package that contains the handlers; "" where there is none."""
     code: str
     """Fingerprint of all handlers."""
     started: float
@@ -57,7 +57,7 @@ class Process:
 
 
 def code_of(service: Declaration) -> tuple[str, str]:
-    """Version, and fingerprint of all handlers, of this process's code."""
+    """Return the version of this process's code, and the fingerprint of all its handlers."""
     functions = {name: handler.function for name, handler in service.named.items()}
     digest = sha256("".join(f"{name} {fingerprint(functions[name])} " for name in sorted(functions)).encode())
     version = next((found for name in sorted(functions) if (found := version_of(functions[name]))), "")
@@ -66,7 +66,7 @@ def code_of(service: Declaration) -> tuple[str, str]:
 
 @asynccontextmanager
 async def present_as(database: Database, service: Declaration, process: str) -> AsyncIterator[None]:
-    """Within the block, operators see this process and its code. A database that does not answer changes nothing."""
+    """Show operators this process and its code while the block runs. A database that does not answer is no error."""
     async with supervised(_stay(database, service, process)):
         yield
     with suppress(DatabaseUnavailable, TimeoutError):
@@ -83,7 +83,7 @@ async def _stay(database: Database, service: Declaration, process: str) -> None:
 
 
 async def _announce(database: Database, service: Declaration, process: str, started: float) -> None:
-    """This process is there, now. Raises `DatabaseUnavailable`."""
+    """Update this process's row. Raises `DatabaseUnavailable`."""
     now = time.time()
     version, code = code_of(service)
     mine = (processes.c.service == service.name, processes.c.process == process)
@@ -107,14 +107,14 @@ async def _announce(database: Database, service: Declaration, process: str, star
 
 
 async def _leave(database: Database, service: str, process: str) -> None:
-    """This process ends. Raises `DatabaseUnavailable`."""
+    """Delete this process's row. Raises `DatabaseUnavailable`."""
     mine = (processes.c.service == service, processes.c.process == process)
     async with database.turn, database.transaction() as connection:
         await connection.execute(processes.delete().where(*mine))
 
 
 async def present(database: Database, service: str, now: float) -> list[Process]:
-    """The processes that were seen lately, the oldest first. Raises `DatabaseUnavailable`."""
+    """Return the processes that have updated their rows lately, the oldest first. Raises `DatabaseUnavailable`."""
     names = [processes.c[name] for name in Process.__slots__]
     lately = (processes.c.service == service, processes.c.seen > now - PRESENT_SECONDS)
     async with database.reading() as connection:

@@ -25,17 +25,17 @@ from tidings._support.backoff import Backoff
 __all__ = ["BUSY_TIMEOUT", "TidingsSQLite", "register"]
 
 BUSY_TIMEOUT: Final = 5.0
-"""Seconds that a transaction waits for another process's writer before the database counts as locked."""
+"""Seconds that a transaction waits for the writer of another process before the database counts as locked."""
 BUSY_PAUSES: Final = (0.001, 0.05)
 """First and longest pause, in seconds, between attempts while another process writes."""
 
 
 _COMMITTERS: Final = ThreadPoolExecutor(8, thread_name_prefix="tidings-commit")
-"""Not the loop's default executor: handlers may fill that with calls that block."""
+"""The threads for commits. Handlers may fill the loop's default executor with calls that block."""
 
 
 class _Nothing:
-    """Awaited once per statement: SQLAlchemy insists that an async driver awaits, and this is the cheapest way."""
+    """Something to await for each statement: SQLAlchemy insists that an async driver awaits, and this is cheapest."""
 
     def __await__(self) -> Generator[Any, None, None]:
         return
@@ -46,14 +46,14 @@ _NOTHING: Final = _Nothing()
 
 
 class _Cursor(sqlite3.Cursor):
-    """Rows come from the file directly, so there is nothing to fetch ahead."""
+    """A cursor that reads rows from the file as they are asked for."""
 
     async def _async_soft_close(self) -> None:
         """Called by SQLAlchemy's async results (2.1) on every cursor of an async driver."""
 
 
 class _Connection(sqlite3.Connection):
-    """Knows how the next transaction begins."""
+    """A connection that knows how its next transaction begins."""
 
     begin = "BEGIN"
 
@@ -126,7 +126,7 @@ class TidingsSQLite(SQLiteDialect_pysqlite):
 
 
 async def _commit(connection: sqlite3.Connection) -> None:
-    """In a thread, and to its end even when the caller is cancelled: nobody may touch the connection meanwhile."""
+    """Commit in a thread, and wait for the end even when cancelled: nothing may use the connection meanwhile."""
     work = asyncio.get_running_loop().run_in_executor(_COMMITTERS, connection.commit)
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
@@ -142,7 +142,7 @@ async def _commit(connection: sqlite3.Connection) -> None:
 
 
 def _patiently(call: Callable[..., Any], *arguments: Any) -> None:
-    """Wait for another writer. A snapshot that another has overtaken stays so: that is no use to wait for."""
+    """Call, waiting while another process writes. A snapshot that is out of date stays so: that is not waited for."""
     loop, deadline, backoff = None, 0.0, None
     while True:
         try:

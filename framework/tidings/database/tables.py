@@ -31,7 +31,7 @@ metadata = sa.MetaData()
 
 
 class _Moment(sa.TypeDecorator[datetime]):
-    """SQLite forgets that it was given UTC."""
+    """A time in UTC. SQLite does not store the time zone, so values that come back without one get UTC."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -50,8 +50,14 @@ watermarks = sa.Table(
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("position", sa.BigInteger, nullable=False),
-    sa.Column("replays", sa.Integer, nullable=False, server_default="0", comment="how often it was sent back"),
-    comment="Per bucket: position of the last event whose effects are committed",
+    sa.Column(
+        "replays",
+        sa.Integer,
+        nullable=False,
+        server_default="0",
+        comment="how many times replays have set the bucket back",
+    ),
+    comment="Position of the last event in each bucket whose effects are committed",
 )
 
 replays = sa.Table(
@@ -60,8 +66,8 @@ replays = sa.Table(
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("upto", sa.BigInteger, nullable=False),
-    comment="Per bucket: how far it had been settled when a replay sent it back; no replay lowers it",
+    sa.Column("upto", sa.BigInteger, nullable=False, comment="position; later replays never lower it"),
+    comment="How far each bucket was settled when a replay set it back",
 )
 
 floors = sa.Table(
@@ -72,10 +78,12 @@ floors = sa.Table(
     sa.Column("first_bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("last_bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("position", sa.BigInteger, nullable=False),
-    sa.Column("active", sa.String(36), comment="process at work on the range; null after a clean end"),
-    sa.Column("asked", sa.String(36), comment="process that asks the one at work to give the range up"),
-    sa.Column("handlers", Text, comment="JSON: each handler that its events are given to, and after which position"),
-    comment="Per bucket range: everything up to here is settled",
+    sa.Column("active", sa.String(36), comment="id of the process at work on the range; null after a clean stop"),
+    sa.Column("asked", sa.String(36), comment="id of a process that asks for the range"),
+    sa.Column(
+        "handlers", Text, comment="JSON: the handlers of the range, and the position after which each gets events"
+    ),
+    comment="Position up to which everything is settled, for each range of buckets",
 )
 
 partials = sa.Table(
@@ -86,8 +94,10 @@ partials = sa.Table(
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("handler", Text, primary_key=True),
     sa.Column("bucket", sa.Integer, nullable=False),
-    sa.Column("again", sa.Boolean, nullable=False, server_default=sa.false(), comment="a replay has it run again"),
-    comment="Handlers that are done with an event which waits for others; gone when the watermark has passed it",
+    sa.Column(
+        "again", sa.Boolean, nullable=False, server_default=sa.false(), comment="a replay runs the handler again"
+    ),
+    comment="Handlers that are done with an event while other handlers of it are not; deleted when all are done",
 )
 
 handlers = sa.Table(
@@ -96,9 +106,9 @@ handlers = sa.Table(
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("handler", Text, primary_key=True),
-    sa.Column("since", sa.BigInteger, nullable=False, comment="it is given events after this position"),
-    sa.Column("seen_at", _Moment, nullable=False, comment="when it was first at work"),
-    comment="Handlers that have been at work in a service",
+    sa.Column("since", sa.BigInteger, nullable=False, comment="the handler gets events after this position"),
+    sa.Column("seen_at", _Moment, nullable=False, comment="when the handler first ran in this service"),
+    comment="Every handler that the service has ever had",
 )
 
 spans = sa.Table(
@@ -108,10 +118,10 @@ spans = sa.Table(
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("handler", Text, primary_key=True),
-    sa.Column("kind", sa.String(10), primary_key=True, comment="behind, past or skipped"),
-    sa.Column("done", sa.BigInteger, nullable=False, comment="its first event is above this position"),
-    sa.Column("upto", sa.BigInteger, nullable=False, comment="its last position; -1 for kind behind, which has none"),
-    comment="What a handler that was added late, or was away, is still given on its own, or was not given",
+    sa.Column("kind", sa.String(10), primary_key=True, comment="behind, past (both still to be handled) or skipped"),
+    sa.Column("done", sa.BigInteger, nullable=False, comment="the handler is done up to this position"),
+    sa.Column("upto", sa.BigInteger, nullable=False, comment="last position; -1 for kind behind, which has no end yet"),
+    comment="Positions that a handler added later has still to handle, or was never given",
 )
 
 begun = sa.Table(
@@ -121,8 +131,8 @@ begun = sa.Table(
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("bucket", sa.Integer, nullable=False),
-    sa.Column("times", sa.Integer, nullable=False),
-    comment="Events that are being handled, noted only after an unclean end",
+    sa.Column("times", sa.Integer, nullable=False, comment="how many times a process has died while handling it"),
+    comment="Events being handled, noted only after a process has died; used to find the event that kills it",
 )
 
 processes = sa.Table(
@@ -132,11 +142,11 @@ processes = sa.Table(
     sa.Column("process", sa.String(36), primary_key=True),
     sa.Column("host", Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("version", Text, nullable=False, comment="of the package that the handlers are in"),
-    sa.Column("code", sa.String(32), nullable=False, comment="fingerprint of the handlers"),
+    sa.Column("version", Text, nullable=False, comment="version of the package that contains the handlers"),
+    sa.Column("code", sa.String(32), nullable=False, comment="fingerprint of the code of all handlers"),
     sa.Column("started", sa.Double, nullable=False, comment="seconds since 1970"),
     sa.Column("seen", sa.Double, nullable=False, comment="seconds since 1970"),
-    comment="Processes of the service, for operators to look at",
+    comment="Processes of the service, for display only; a row is updated every 10 seconds",
 )
 
 skips = sa.Table(
@@ -146,7 +156,7 @@ skips = sa.Table(
     sa.Column("log", _LOG, primary_key=True),
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("bucket", sa.Integer, nullable=False),
-    comment="Events that an operator wants dead without being run, until the service comes to them",
+    comment="Events that an operator has skipped and that the service has not reached yet",
 )
 
 partitions = sa.Table(
@@ -154,10 +164,10 @@ partitions = sa.Table(
     metadata,
     sa.Column("service", _NAME, primary_key=True),
     sa.Column("count", sa.Integer, nullable=False),
-    sa.Column("epoch", sa.Integer, nullable=False, comment="rises by one with each resizing"),
-    sa.Column("rebound", sa.Integer, nullable=False, comment="epoch whose queues were made"),
-    sa.Column("former", sa.Integer, nullable=False, comment="largest count that there was"),
-    comment="Into how many partitions a service is divided; without a row, into one that was never resized",
+    sa.Column("epoch", sa.Integer, nullable=False, comment="increases by one with each resizing"),
+    sa.Column("rebound", sa.Integer, nullable=False, comment="epoch for which the queues were last made"),
+    sa.Column("former", sa.Integer, nullable=False, comment="largest count so far"),
+    comment="Number of partitions of the service; no row means one partition, never resized",
 )
 
 _event_columns = (
@@ -180,13 +190,25 @@ staged = sa.Table(
         "cause",
         sa.BigInteger,
         nullable=False,
-        comment="position of the event whose handler emitted this; of a request, one below it",
+        comment="position of the event whose handler emitted this; for a request, a position before this event",
     ),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
-    sa.Column("aliases", Text, nullable=False, server_default="", comment="ids under former names of the handler"),
-    sa.Column("requested", sa.Boolean, nullable=False, server_default=sa.false(), comment="emitted by a request"),
+    sa.Column(
+        "aliases",
+        Text,
+        nullable=False,
+        server_default="",
+        comment="ids the event would have under former names of its handler, separated by spaces",
+    ),
+    sa.Column(
+        "requested",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="emitted by a request, not by a handler",
+    ),
     sa.UniqueConstraint("service", "log", "event_id"),
-    comment="Events that handlers and requests emitted, until they are appended to the store",
+    comment="Events that handlers and requests have emitted and that are not in the log yet",
 )
 
 sa.Index(
@@ -208,22 +230,38 @@ held = sa.Table(
     sa.Column("ticks", sa.BigInteger, nullable=False),
     *(sa.Column(name, kind, nullable=False) for name, kind in _event_columns),
     sa.Column("handler", Text, primary_key=True),
-    sa.Column("attempts", sa.Integer, nullable=False, comment="all of them; 0 for one that waits behind another"),
-    sa.Column("tries", sa.Integer, nullable=False, comment="attempts since it was held"),
+    sa.Column(
+        "attempts", sa.Integer, nullable=False, comment="all attempts; 0 for an event that only waits behind another"
+    ),
+    sa.Column("tries", sa.Integer, nullable=False, comment="attempts since the event was held"),
     sa.Column("due", sa.Double, nullable=False, comment="seconds since 1970"),
-    sa.Column("reason", Text, nullable=False, comment="one line: error type and message, or whom it waits for"),
+    sa.Column(
+        "reason", Text, nullable=False, comment="one line: error type and message, or the event that it waits for"
+    ),
     sa.Column("detail", Text, comment="traceback of the last attempt"),
-    sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
-    sa.Column("since", sa.Double, comment="when it was held first, seconds since 1970"),
-    sa.Column("code", sa.String(32), comment="fingerprint of the handler's code that failed"),
-    sa.Column("line", Text, nullable=False, server_default="", comment="of the handler; others do not wait for it"),
+    sa.Column(
+        "replayed",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="a replay was running the event again",
+    ),
+    sa.Column("since", sa.Double, comment="when the event was first held, seconds since 1970"),
+    sa.Column("code", sa.String(32), comment="fingerprint of the handler code that failed"),
+    sa.Column(
+        "line",
+        Text,
+        nullable=False,
+        server_default="",
+        comment="handler with an order of its own; empty for the first handlers of all types, which share one",
+    ),
     sa.Index("tidings_held_order", "service", "log", "key", "line", "position", "bucket", "attempts"),
-    comment="Events that failed for now, and later events of their keys; they run again when they are due",
+    comment="Events that failed and will be retried when due, and later events of their keys, which wait",
 )
 
 _failed: Final = held.c.attempts > sa.literal_column("0")
-# Without those that wait behind another: they are due as soon as it is gone, and may be many. What comes after `due`
-# lets them be counted by handler without a look at the rows.
+# Events that only wait behind another are left out: they are due as soon as it is gone, and there may be many. The
+# columns after `due` let the events be counted by handler from the index alone.
 sa.Index(
     "tidings_held_tried",
     *(
@@ -247,7 +285,7 @@ dead = sa.Table(
     sa.Column("service", _NAME, nullable=False, index=True),
     sa.Column("log", _LOG, nullable=False),
     sa.Column("kind", sa.String(20), nullable=False, comment="handler, message or staged"),
-    sa.Column("position", sa.BigInteger, comment="of the event; of the cause for kind staged; null for kind message"),
+    sa.Column("position", sa.BigInteger, comment="of the event; for kind staged, of its cause; null for kind message"),
     sa.Column("bucket", sa.Integer),
     sa.Column("version", sa.BigInteger),
     sa.Column("ticks", sa.BigInteger),
@@ -258,11 +296,29 @@ dead = sa.Table(
     sa.Column("detail", Text, comment="traceback, or the headers of a message that could not be read"),
     sa.Column("died_at", _Moment, nullable=False),
     sa.Column("partition_key", Text, key="key"),
-    sa.Column("holds_key", sa.Boolean, nullable=False, server_default=sa.false(), comment="later events wait for it"),
-    sa.Column("replayed", sa.Boolean, nullable=False, server_default=sa.false(), comment="it failed in a replay"),
-    sa.Column("line", Text, nullable=False, server_default="", comment="of the handler; others do not wait for it"),
-    comment="Events and messages that this service gave up, whole, with the reason",
-    sqlite_autoincrement=True,  # an id from an older listing must never name another letter
+    sa.Column(
+        "holds_key",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="later events of the key wait until this is retried or dropped",
+    ),
+    sa.Column(
+        "replayed",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="a replay was running the event again",
+    ),
+    sa.Column(
+        "line",
+        Text,
+        nullable=False,
+        server_default="",
+        comment="handler with an order of its own; empty for the first handlers of all types, which share one",
+    ),
+    comment="Events and messages that the service has given up, complete, with the reason",
+    sqlite_autoincrement=True,  # an id in an older listing must never name another letter
 )
 
 sa.Index(

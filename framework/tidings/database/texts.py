@@ -1,4 +1,4 @@
-"""Texts on their way into a service's database, which cannot hold every text, and back: they read back equal.
+"""Texts in a service's database, which cannot hold every text: what is written reads back equal.
 
 PostgreSQL refuses NUL and lone surrogates, one whose encoding is not UTF8 also every character that it lacks. Names of
 streams, wire names, partition keys and errors come from anywhere, so what cannot be written as it is, is written in
@@ -17,21 +17,21 @@ import sqlalchemy as sa
 __all__ = ["Text", "decoded", "encoded", "learn_encoding"]
 
 ESCAPED: Final = "tidings-escaped:"
-"""Begins a text in which a backslash is `\\\\`, and a character that could not be written `\\u{hexadecimal}`."""
+"""Prefix of a text in which a backslash is `\\\\`, and a character that could not be written `\\u{hexadecimal}`."""
 BASE64: Final = "tidings-base64:"
-"""Begins a long text with so much of that that escaping would multiply its length (indexes have limits)."""
+"""Prefix of a long text in base64. Escaping would multiply its length, and indexes have limits."""
 _MARKED: Final = (ESCAPED, BASE64)
 LONG: Final = 1000
-"""Characters from which on the shorter of both is written."""
+"""Characters of an escaped text from which on base64 is written if it is shorter."""
 
 _CODECS: Final = {"UTF8": "utf-8", "SQL_ASCII": "utf-8", "LATIN1": "latin-1"}
-"""By PostgreSQL's name; of any other encoding, ASCII alone is certain to be a part."""
+"""Python's codecs by PostgreSQL's names of encodings. Any other encoding is only certain to contain ASCII."""
 _CODEC: Final = "_tidings_codec"
 _ESCAPE: Final = re.compile(r"\\(?:\\|u\{([0-9a-f]{1,6})\})")
 
 
 def encoded(text: str, codec: str = "utf-8") -> str:
-    """As a database of this encoding can hold it."""
+    """Return the text in a form that a database of this encoding can hold."""
     if not text.startswith(_MARKED) and _fits(text, codec):
         return text
     escaped = ESCAPED + "".join(
@@ -43,7 +43,7 @@ def encoded(text: str, codec: str = "utf-8") -> str:
 
 
 def decoded(text: str) -> str:
-    """What `encoded` made of it, undone; somebody else's text that only begins so is returned as it is."""
+    """Undo `encoded`. A text of somebody else that only begins with a prefix is returned as it is."""
     if text.startswith(ESCAPED):
         body = text[len(ESCAPED) :]
         if "\\" not in _ESCAPE.sub("", body):
@@ -69,7 +69,7 @@ def _fits(text: str, codec: str) -> bool:
 
 
 class Text(sa.TypeDecorator[str]):
-    """The type of every column of ours whose text comes from elsewhere."""
+    """The type of Tidings' columns that hold text from elsewhere."""
 
     impl = sa.Text
     cache_ok = True
@@ -84,7 +84,7 @@ class Text(sa.TypeDecorator[str]):
 
 
 def learn_encoding(dialect: sa.Dialect, connection: Any) -> None:
-    """Ask a fresh DBAPI connection, once, in which encoding the server keeps texts."""
+    """Ask a fresh DBAPI connection, once for each dialect object, for the server's encoding."""
     if dialect.name != "postgresql" or hasattr(dialect, _CODEC):
         return
     cursor = connection.cursor()

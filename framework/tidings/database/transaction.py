@@ -31,7 +31,7 @@ _ENDS_TRANSACTION: Final = re.compile(
 
 
 class GuardedConnection(AsyncConnection):
-    """Works inside the savepoint of one handler."""
+    """The connection of one handler, inside its savepoint."""
 
     def __init__(self, connection: AsyncConnection, context: Context) -> None:
         super().__init__(connection.engine, connection.sync_connection)
@@ -63,7 +63,7 @@ class _EndedConnection(GuardedConnection):
 
 
 class _HandlerSession(Session):
-    """Behind a handler's session; `run_sync` hands it out."""
+    """The synchronous session behind a handler's session; `run_sync` passes it on."""
 
     context: Context
 
@@ -74,7 +74,7 @@ class _EndedHandlerSession(_HandlerSession):
 
 
 class GuardedSession(AsyncSession):
-    """A session on a connection that is in a savepoint: a failed flush rolls back so far, no further."""
+    """The session of one handler. A failed flush rolls back to the handler's savepoint, no further."""
 
     sync_session_class = _HandlerSession
 
@@ -123,14 +123,14 @@ class _EndedSession(GuardedSession):
 
 
 def _of_the_dead(dead: Any, name: str, used: str, context: str = "_context") -> Any:
-    """Only what Python itself asks for; anything else raises `AttemptEnded`."""
+    """Return attributes that Python itself needs, `__class__` for one; raise `AttemptEnded` for any other."""
     if not name.startswith("__"):
         object.__getattribute__(dead, context).check_alive(used)
     return object.__getattribute__(dead, name)
 
 
 def keep(connection: Connection, session: Session) -> None:
-    """The handler returned: flush what is pending. The transaction around it goes on."""
+    """Flush what is pending, after the handler has returned. The transaction around it goes on."""
     if session.in_transaction():
         session.commit()
     session.close()
@@ -138,7 +138,7 @@ def keep(connection: Connection, session: Session) -> None:
 
 
 def drop(connection: Connection, session: Session) -> None:
-    """The handler failed: forget what is pending. The savepoint around it is rolled back by who made it."""
+    """Forget what is pending, after the handler has failed. Whoever made the savepoint around it rolls that back."""
     if not isinstance(session, _EndedHandlerSession):
         session.close()
         _bury(session)
@@ -150,7 +150,8 @@ def _bury(session: Session) -> None:
 
 @contextmanager
 def guarded(connection: AsyncConnection) -> Iterator[None]:
-    """Within the block, what would end the transaction raises `TransactionMisuse` before it reaches the database."""
+    """Refuse, within the block, whatever would end the transaction: it raises `TransactionMisuse` before it reaches the
+    database."""
     info = connection.sync_connection.info if connection.sync_connection is not None else {}
     info[_GUARDED] = True
     try:
