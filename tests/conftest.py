@@ -9,6 +9,7 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+from tests.clients import CLIENTS, through
 from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
 from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_for_tests, server_for_tests
 
@@ -40,6 +41,18 @@ async def amqp_url(rabbitmq: RabbitMQ) -> AsyncIterator[str]:
         yield url
 
 
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> str:
+    """The AMQP client that a test's services use: the test runs once with each."""
+    return str(request.param)
+
+
+@pytest.fixture
+def bus_url(amqp_url: str, client: str) -> str:
+    """As `amqp_url`, once for each client."""
+    return through(amqp_url, client)
+
+
 @pytest.fixture(scope="module")
 def rabbitmq_node() -> Iterator[RabbitMQNode]:
     """A node for one test module, to stop, kill, pause and starve. Leave it running and without alarms."""
@@ -52,6 +65,12 @@ async def harmed_url(rabbitmq_node: RabbitMQNode) -> AsyncIterator[str]:
     """The URL of a vhost for one test on `rabbitmq_node`."""
     async with rabbitmq_node.isolated() as url:
         yield url
+
+
+@pytest.fixture
+def harmed_bus(harmed_url: str, client: str) -> str:
+    """As `harmed_url`, once for each client."""
+    return through(harmed_url, client)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ async def open_bus(url: str) -> AsyncIterator[EventBus]:
 
 @asynccontextmanager
 async def _opened(what: str, url: str) -> AsyncIterator[Any]:
-    adapter = await _loaded(what, url)(url)
+    adapter = await _open(what, url)
     try:
         yield adapter
     finally:
@@ -102,12 +102,12 @@ def _adapter(what: str, url: str) -> EntryPoint:
     return found[0]
 
 
-def _loaded(what: str, url: str) -> Any:
-    """The function that opens the adapter."""
+async def _open(what: str, url: str) -> Any:
+    """Import the adapter, and have it open the URL."""
     entry = _adapter(what, url)
     package = _package(entry)
     try:
-        return entry.load()
+        return await _function(what, entry)(url)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing == entry.module.partition(".")[0]:
@@ -116,10 +116,15 @@ def _loaded(what: str, url: str) -> Any:
         raise ConfigurationError(
             f"{redact(url)} needs the package {error.name!r}: install it with  pip install '{needed}'"
         ) from error
+
+
+def _function(what: str, entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
     except AttributeError as error:
         raise ConfigurationError(
-            f"package {package!r} announces {entry.value!r} as its {what} adapter for {entry.name}://, but there is no "
-            "such function: install a version of it that fits"
+            f"package {_package(entry)!r} announces {entry.value!r} as its {what} adapter for {entry.name}://, but "
+            "there is no such function: install a version of it that fits"
         ) from error
 
 

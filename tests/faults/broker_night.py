@@ -16,8 +16,9 @@ from tests.faults.auditing import query
 from tests.faults.stage import PATIENCE, Stage, now, until
 from tidings import open_bus
 from tidings.buses import Subscription
-from tidings.buses.rabbitmq.bus import address_of
-from tidings.buses.rabbitmq.connection import Channel, Connection
+from tidings.buses.rabbitmq.address import address_of
+from tidings.buses.rabbitmq.channel import Channel
+from tidings.buses.rabbitmq.connection import Connection
 from tidings.buses.rabbitmq.topology import EXCHANGE
 from tidings.testing.brokers import RabbitMQNode
 

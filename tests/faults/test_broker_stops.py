@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,13 @@ STANDSTILL = 40.0
 
 
 async def test_broker_killed_in_the_middle_of_publishing(
-    rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered
+    rabbitmq_node: RabbitMQNode, tmp_path: Path, harmed_bus: str, recovered: Recovered
 ) -> None:
+    with Stage(tmp_path, harmed_bus) as harmed:
+        await killed_in_the_middle(rabbitmq_node, harmed, recovered)
+
+
+async def killed_in_the_middle(rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered) -> None:
     relay, service = harmed.relay(), harmed.service()
     async with harmed.traffic(pause=0.01) as traffic:
         await harmed.handles(SOME)

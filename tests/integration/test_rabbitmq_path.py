@@ -1,4 +1,6 @@
-"""The path over a real RabbitMQ, between real processes that nobody harms (see `tests/faults`). Audited on effects."""
+"""The path over a real RabbitMQ, with each client, between real processes that nobody harms (see `tests/faults`).
+
+Audited on effects."""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ HALF = EVENTS // 2
 
 
 @pytest.fixture
-async def workers(tmp_path: Path, amqp_url: str) -> AsyncIterator[Workers]:
-    with Workers(tmp_path, amqp_url) as found:
+async def workers(tmp_path: Path, bus_url: str) -> AsyncIterator[Workers]:
+    with Workers(tmp_path, bus_url) as found:
         yield found
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pamqp import commands, frame
 
 from tidings.adapters import open_bus, open_store
-from tidings.buses.rabbitmq.bus import address_of
+from tidings.buses.rabbitmq.address import address_of
 from tidings.database.engine import connected
 from tidings.errors import ConfigurationError, StoreUnavailable
 from tidings.settings import Settings

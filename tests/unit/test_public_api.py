@@ -40,6 +40,7 @@ PUBLIC = {
     "tidings.buses": """
         Consumer Delivery EventBus ExportsUsers Found ListsQueues Message Publisher Subscription check_partitions
         check_service_name""",
+    "tidings.buses.rabbitmq": "RabbitMQBus",
     "tidings.errors": """
         AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseMoved DatabaseUnavailable
         DeployNeeded EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind

@@ -11,16 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp import body, commands, frame, header
 
+from tidings.buses.rabbitmq.address import Address
 from tidings.buses.rabbitmq.bus import RabbitMQBus, _Publisher
-from tidings.buses.rabbitmq.connection import (
-    Address,
-    AmqpError,
-    Channel,
-    ChannelClosed,
-    Connection,
-    ConnectionLost,
-    Outcome,
-)
+from tidings.buses.rabbitmq.channel import Channel
+from tidings.buses.rabbitmq.client import AmqpError, ChannelClosed, ConnectionLost, Outcome
+from tidings.buses.rabbitmq.connection import Connection
 from tidings.buses.rabbitmq.content import Properties
 from tidings.errors import BusUnavailable
 from tidings.protocol.message import Message

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
+from tidings.adapters import open_bus
+from tidings.buses.rabbitmq import address
+from tidings.buses.rabbitmq.address import address_of
 from tidings.buses.rabbitmq.bus import RabbitMQBus, open_rabbitmq
 from tidings.errors import BusUnavailable, ConfigurationError
 
@@ -43,6 +48,7 @@ async def test_a_url_says_where_and_as_whom(url: str, shown: str) -> None:
         ("amqp://me:secret@broker/?hartbeat=5", "'hartbeat'"),
         ("amqp://me:secret@broker/?heartbeat=0", "1 to 60"),
         ("amqp://me:secret@broker/?heartbeat=soon", "1 to 60"),
+        ("amqp://me:secret@broker/?client=pika", "'pika': it must be pamqp or aio-pika"),
         ("amqp://me:secret@broker/?cafile=/ca.pem", "amqps://"),
         ("amqps://me:secret@broker/?cafile=/no/such/file.pem", "certificates"),
     ],
@@ -72,3 +78,29 @@ async def test_when_no_node_of_a_cluster_lets_us_in_each_is_named_with_its_reaso
     assert "127.0.0.1:1: [Errno" in said
     assert "127.0.0.1:2: [Errno" in said
     assert "secret" not in said
+
+
+@pytest.mark.parametrize(("url", "client"), [("amqp://a", "pamqp"), ("amqp://a/?client=aio-pika", "aio-pika")])
+async def test_the_client_is_an_option(url: str, client: str) -> None:
+    assert address_of(url).client == client
+    assert "pika" not in repr(await open_rabbitmq(url))
+
+
+async def test_an_aio_pika_that_is_too_old_or_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "version", lambda package: "6.9.4")
+    with pytest.raises(ConfigurationError, match=r"aiormq 6\.9\.4 .*pip install 'aio-pika>=10' 'aiormq>=7\.1'"):
+        async with open_bus("amqp://me:secret@broker/?client=aio-pika"):
+            pass
+    monkeypatch.setattr(address, "version", _missing)
+    with pytest.raises(ConfigurationError, match=r"needs the package 'aiormq'.*pip install 'tidings\[rabbitmq\]'"):
+        async with open_bus("amqp://me:secret@broker/?client=aio-pika"):
+            pass
+
+
+def _missing(name: str) -> str:
+    raise metadata.PackageNotFoundError(name)
+
+
+async def test_a_bus_needs_a_connection() -> None:
+    with pytest.raises(ConfigurationError, match=r"needs a connection of aio-pika; for a URL .*open_bus"):
+        RabbitMQBus()

@@ -159,7 +159,7 @@ class _Named:
         """Delete the exchanges. Queues of earlier tests stay, but nothing is bound to them any more."""
         from pamqp import commands  # here, because only the extra `rabbitmq` installs it
 
-        from tidings.buses.rabbitmq.bus import address_of
+        from tidings.buses.rabbitmq.address import address_of
         from tidings.buses.rabbitmq.connection import Connection
         from tidings.buses.rabbitmq.topology import EXCHANGE
 
@@ -189,7 +189,7 @@ async def _has(connection: Any, exchange: str) -> bool:
     """Return whether the exchange exists. It creates none."""
     from pamqp import commands
 
-    from tidings.buses.rabbitmq.channel import ChannelClosed
+    from tidings.buses.rabbitmq.client import ChannelClosed
 
     asked = commands.Exchange.Declare(exchange=exchange, passive=True)
     try:

@@ -30,7 +30,7 @@ __all__ = ["LOG", "BusConformance", "BusEnvironment", "event", "events", "send_a
 
 LOG: Final = UUID("6f9d2c5e-0000-4000-8000-000000000001")
 WINDOW: Final = 256
-PATIENCE: Final = 20.0
+PATIENCE: Final = 60.0
 """Seconds after which a wait counts as a hang."""
 QUIET: Final = 0.25
 """Seconds during which no message may arrive when none is due."""

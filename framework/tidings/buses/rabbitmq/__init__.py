@@ -1,5 +1,5 @@
-"""The event bus on RabbitMQ, over AMQP 0-9-1.
+"""The event bus on RabbitMQ, with a client on pamqp or aio-pika's; `RabbitMQBus` is its public name."""
 
-Internal: `tidings.settings` opens it by URL. It moves messages and knows their headers; it decodes no event, and
-decides nothing about delivery.
-"""
+from tidings.buses.rabbitmq.bus import RabbitMQBus
+
+__all__ = ["RabbitMQBus"]

@@ -16,33 +16,35 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from pamqp import commands, frame
+from pamqp import commands
 
 from tidings.buses import Delivery, Found, Subscription
-from tidings.buses.rabbitmq.connection import (
-    Address,
+from tidings.buses.rabbitmq.address import Address, address_of, address_of_connection, check_aiormq
+from tidings.buses.rabbitmq.client import (
+    AmqpChannel,
+    AmqpConnection,
     AmqpError,
-    Channel,
     ChannelClosed,
-    Connection,
     ConnectionLost,
     Outcome,
 )
+from tidings.buses.rabbitmq.connection import Connection
 from tidings.buses.rabbitmq.content import Properties
 from tidings.buses.rabbitmq.management import listed_queues
 from tidings.buses.rabbitmq.permissions import definitions, relay_user, service_user
-from tidings.buses.rabbitmq.tls import FILES, context_of, refuse_blindness, remedy_of
+from tidings.buses.rabbitmq.tls import remedy_of
 from tidings.buses.rabbitmq.topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
 from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
 from tidings.protocol.message import BODY_LIMIT, Message
 
-__all__ = ["RabbitMQBus", "address_of", "open_rabbitmq"]
+if TYPE_CHECKING:
+    from aio_pika.abc import AbstractConnection
 
-_OPTIONS: Final = ("heartbeat", *FILES)
+__all__ = ["RabbitMQBus", "open_rabbitmq"]
+
 _TOO_LARGE: Final = re.compile(r"message size (\d+) (?:is )?larger than (?:configured )?max size (\d+)")
 _LOCK_POLL: Final = 1.0  # seconds, give or take a quarter
 _LOCK_HEARTBEAT: Final = 3
@@ -55,7 +57,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Publisher:
-    def __init__(self, bus: RabbitMQBus, channel: Channel) -> None:
+    def __init__(self, bus: RabbitMQBus, channel: AmqpChannel) -> None:
         self._bus = bus
         self._channel = channel
 
@@ -106,12 +108,12 @@ class _Consumer:
         self._bus = bus
         self._arrived: deque[Delivery] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._channel: Channel | None = None
+        self._channel: AmqpChannel | None = None
         self._given = 0
         self._settled = 0
         self._lost: BusUnavailable | None = None
 
-    async def begin(self, channel: Channel, queue: str, prefetch: int) -> None:
+    async def begin(self, channel: AmqpChannel, queue: str, prefetch: int) -> None:
         self._channel = channel
         await channel.consume(queue, prefetch, self._on_delivery, self.end, body_limit=BODY_LIMIT)
 
@@ -151,13 +153,24 @@ class _Consumer:
 
 
 class RabbitMQBus:
-    """An `EventBus` on one RabbitMQ node or a cluster's; opens its connections on use."""
+    """An `EventBus` on one RabbitMQ node or a cluster's. `tidings.open_bus("amqp://...")` opens one by URL."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address | None = None, *, connection: AbstractConnection | None = None) -> None:
+        """Take part in an open `connection` of aio-pika, robust or not, which stays its owner's: the bus opens channels
+        on it, and closes those alone. Without one, the bus connects to `address` on use.
+
+        Relay and services that share a connection share its fate: a broker that blocks publishers (memory or disk
+        alarm) then reads no acknowledgements either.
+        """
+        if connection is not None:
+            address = address_of_connection(connection)
+        if address is None:
+            raise ConfigurationError("RabbitMQBus needs a connection of aio-pika; for a URL there is tidings.open_bus")
+        self._shared = connection
         self._address = address
         self._nodes = address.each()
         self._node = 0  # of `_nodes`: the one that let us in last
-        self.connections: set[Connection] = set()
+        self.connections: set[AmqpConnection] = set()
         """Those open now, for tests that cut them."""
         self._closed = False
 
@@ -269,11 +282,11 @@ class RabbitMQBus:
         return BusUnavailable(f"{known}. {remedy}.")
 
     @asynccontextmanager
-    async def _connected(self, name: str, heartbeat: int | None = None) -> AsyncIterator[Connection]:
+    async def _connected(self, name: str, heartbeat: int | None = None) -> AsyncIterator[AmqpConnection]:
         if self._closed:
             raise BusUnavailable(f"{self!r} is closed")
         try:
-            connection = await self._open(name, heartbeat or self._address.heartbeat)
+            connection = await self._link(name, heartbeat or self._address.heartbeat)
         except AmqpError as error:
             raise self.unavailable(error) from error
         self.connections.add(connection)
@@ -283,15 +296,30 @@ class RabbitMQBus:
             self.connections.discard(connection)
             await connection.close()
 
-    async def _open(self, name: str, heartbeat: int) -> Connection:
-        """To the node that let us in last, or else to the next: each has one try."""
+    async def _link(self, name: str, heartbeat: int) -> AmqpConnection:
+        """A part in the connection that was handed over, or a connection of its own."""
+        if self._shared is None:
+            return await self._open(name, heartbeat)
+        from tidings.buses.rabbitmq.aiopika import AioPikaConnection
+
+        return await AioPikaConnection.shared(self._shared)
+
+    async def _connect(self, node: Address, name: str) -> AmqpConnection:
+        if self._address.client == "aio-pika":
+            from tidings.buses.rabbitmq.aiopika import AioPikaConnection
+
+            return await AioPikaConnection.open(node, name)
+        return await Connection.open(node, name, on_blocked=self._on_blocked)
+
+    async def _open(self, name: str, heartbeat: int) -> AmqpConnection:
+        """Connect to the node that let us in last, or else to the next: each has one try."""
         began, complaints = self._node, []
         last: AmqpError | None = None
         for turn in range(len(self._nodes)):
             number = (began + turn) % len(self._nodes)
             node = replace(self._nodes[number], heartbeat=heartbeat)
             try:
-                connection = await Connection.open(node, name, on_blocked=self._on_blocked)
+                connection = await self._connect(node, name)
             except AmqpError as error:
                 if len(self._nodes) == 1 or error.code in _ABOUT_US:
                     raise
@@ -303,13 +331,14 @@ class RabbitMQBus:
                 return connection
         raise ConnectionLost("; ".join(complaints)) from last
 
-    async def _hold(self, connection: Connection, name: str) -> None:
+    async def _hold(self, connection: AmqpConnection, name: str) -> None:
         """Wait until this connection alone has the lock's queue. A refused declare (405) costs a channel each time."""
         queue = LOCK + name
         try:
             declare = commands.Queue.Declare(queue=queue, exclusive=True)
         except ValueError as error:
             raise ConfigurationError(f"{name!r} cannot name a lock: {error}") from error
+        await connection.reserve(queue)
         waiting = False
         while not await self._declared(connection, declare):
             if not waiting:
@@ -322,7 +351,7 @@ class RabbitMQBus:
                 waiting = True
             await asyncio.sleep(_LOCK_POLL * random.uniform(0.75, 1.25))  # no secret  # nosec B311
 
-    async def _declared(self, connection: Connection, declare: commands.Queue.Declare) -> bool:
+    async def _declared(self, connection: AmqpConnection, declare: commands.Queue.Declare) -> bool:
         """False when somebody else holds the queue as exclusive, or, asked passively, when there is none."""
         try:
             await (await connection.channel()).call(declare, commands.Queue.DeclareOk)
@@ -369,71 +398,16 @@ def _message(properties: Properties | None, body: bytes) -> Message:
     )
 
 
-def address_of(url: str) -> Address:
-    """Where an AMQP URL leads. The `ConfigurationError` of one that cannot be read never shows it: a password may stand
-    anywhere in it."""
-    try:
-        url.encode()  # what no text is, the environment may hold all the same
-        parts = urlsplit(url)
-        login, _, places = parts.netloc.rpartition("@")
-        nodes = [(place.hostname, place.port) for place in map(urlsplit, (f"//{at}" for at in places.split(",")))]
-        for host, _ in nodes:
-            (host or "").encode("idna")  # as the resolver does
-    except ValueError:
-        parts, login, nodes = urlsplit(""), "", [(None, None)]
-    user, _, password = login.partition(":")
-    if (
-        not all(host for host, _ in nodes)
-        or parts.fragment
-        or "/" in parts.path[1:]
-        or "@" in parts.path + parts.query
-        or ("@" in login and "," in login)  # a user and password for each host
-    ):
-        raise ConfigurationError(
-            "the RabbitMQ URL cannot be read: write amqp://user:password@host:5672/vhost, or for a cluster "
-            "amqp://user:password@host1:5672,host2:5672/vhost, and in user, password and vhost '/' as %2F, '@' as %40, "
-            "'#' as %23, '?' as %3F, '%' as %25"
-        )
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if unknown := sorted(options.keys() - set(_OPTIONS)):
-        refuse_blindness(unknown[0])
-        raise ConfigurationError(
-            f"the RabbitMQ URL has the unknown option {unknown[0]!r}; known: {', '.join(_OPTIONS)}"
-        )
-    heartbeat = options.get("heartbeat", "10")
-    if not heartbeat.isdecimal() or not 1 <= int(heartbeat) <= 60:
-        raise ConfigurationError(f"the RabbitMQ URL says heartbeat={heartbeat!r}: it must be 1 to 60 seconds")
-    tls = None
-    if parts.scheme.lower() == "amqps":
-        tls = context_of(options)
-    elif options.keys() & set(FILES):
-        raise ConfigurationError("the RabbitMQ URL names certificates, but begins with amqp://: write amqps://")
-    default = 5672 if tls is None else 5671
-    (host, port), *others = [(host or "", port or default) for host, port in nodes]
-    vhost = unquote(parts.path[1:]) or "/"
-    try:
-        frame.marshal(commands.Connection.Open(virtual_host=vhost), 0)
-    except ValueError as error:
-        raise ConfigurationError(f"the RabbitMQ URL names a vhost of {len(vhost)} characters: {error}") from None
-    return Address(
-        host=host,
-        port=port,
-        others=tuple(others),
-        user=unquote(user or "guest"),
-        password=unquote(password or "guest"),
-        vhost=vhost,
-        tls=tls,
-        heartbeat=int(heartbeat),
-    )
-
-
 async def open_rabbitmq(url: str) -> RabbitMQBus:
     """The bus at `amqp(s)://user:password@host:port/vhost`; connects on use. Raises `ConfigurationError`.
 
     Of a cluster any number of nodes may be named, `host1:port,host2:port`: each connection goes to the first that lets
     it in, beginning with the one that did so last.
     Options: `heartbeat` (seconds, default 10: a dead broker is noticed after twice that; a relay's is 3 at most, so
-    that a standby need not wait for long), and for `amqps://` `cafile`,
-    `certfile`, `keyfile` (paths of PEM files).
+    that a standby need not wait for long), `client` (`pamqp`, the default, or `aio-pika`; see docs/rabbitmq.md), and
+    for `amqps://` `cafile`, `certfile`, `keyfile` (paths of PEM files).
     """
-    return RabbitMQBus(address_of(url))
+    address = address_of(url)
+    if address.client == "aio-pika":
+        check_aiormq()
+    return RabbitMQBus(address)

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final, Protocol, TypeVar, cast
 
 from pamqp import commands, frame
 from pamqp.base import Frame
 
+from tidings.buses.rabbitmq.client import (
+    AmqpError,
+    Blame,
+    ChannelClosed,
+    ConnectionLost,
+    OnClosed,
+    OnDelivery,
+    Outcome,
+    conclude,
+)
 from tidings.buses.rabbitmq.content import Properties, body_size, pack, unpack
 
-__all__ = ["AmqpError", "Channel", "ChannelClosed", "ConnectionLost", "Outcome"]
-
-OnDelivery = Callable[[int, Properties | None, bytes], None]
-"""Called with delivery tag, properties (None if they cannot be decoded) and body."""
-
-Blame = Callable[["Outcome | AmqpError"], Exception]
-"""Given why a message was not confirmed, what its future raises."""
+__all__ = ["Channel"]
 
 FRAME: Final = struct.Struct(">BHI")
 METHOD, CONTENT, BODY, HEARTBEAT = 1, 2, 3, 8
@@ -34,30 +36,6 @@ _DELIVER, _RETURN, _ACKED, _NACKED = (60 << 16) + 60, (60 << 16) + 50, (60 << 16
 F = TypeVar("F", bound=Frame)
 
 
-class AmqpError(Exception):
-    """What the broker said, or why it can say no more; `code` is AMQP's reply code, 0 where there is none."""
-
-    def __init__(self, text: str, code: int = 0) -> None:
-        self.text, self.code = text, code
-        super().__init__(f"{code} {text}" if code else text)
-
-
-class ConnectionLost(AmqpError):
-    """The connection could not be made, or is gone."""
-
-
-class ChannelClosed(AmqpError):
-    """The broker closed one channel, or cancelled its consumer; the connection lives on."""
-
-
-class Outcome(Enum):
-    """What became of a publish: confirmed in every queue, refused, or no queue to go to."""
-
-    CONFIRMED = "confirmed"
-    REFUSED = "refused"
-    RETURNED = "returned"
-
-
 @dataclass(slots=True)
 class _Publish:
     future: asyncio.Future[Outcome]
@@ -66,14 +44,7 @@ class _Publish:
     returned: bool = False
 
     def end(self, outcome: Outcome | AmqpError) -> None:
-        if self.future.done():  # its user gave it up
-            return
-        if outcome is not Outcome.CONFIRMED and self.blame is not None:
-            self.future.set_exception(self.blame(outcome))
-        elif isinstance(outcome, AmqpError):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
+        conclude(self.future, outcome, self.blame)
 
 
 class _Content:
@@ -124,7 +95,7 @@ class Channel:
         """Exchange and routing key to the method frame that begins every message to them."""
         self._on_delivery: OnDelivery | None = None
         self._body_limit = 0
-        self._on_closed: Callable[[AmqpError], None] | None = None
+        self._on_closed: OnClosed | None = None
         self.closed: AmqpError | None = None
         """Why this channel is of no more use; None while it lives."""
         self.abandoned = 0
@@ -195,13 +166,7 @@ class Channel:
         return future
 
     async def consume(
-        self,
-        queue: str,
-        prefetch: int,
-        on_delivery: OnDelivery,
-        on_closed: Callable[[AmqpError], None],
-        *,
-        body_limit: int,
+        self, queue: str, prefetch: int, on_delivery: OnDelivery, on_closed: OnClosed, *, body_limit: int
     ) -> None:
         """Begin to consume: `on_delivery` for each message, `on_closed` once when no more can come.
 

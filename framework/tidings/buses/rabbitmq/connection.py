@@ -10,31 +10,19 @@ where it is hot, and what one message holds can hurt that message only.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar, cast
 
 from pamqp import commands, frame
 from pamqp.base import Frame
 from pamqp.heartbeat import Heartbeat
 
-from tidings.buses.rabbitmq.channel import (
-    BODY,
-    CONTENT,
-    FRAME,
-    HEARTBEAT,
-    METHOD,
-    AmqpError,
-    Channel,
-    ChannelClosed,
-    ConnectionLost,
-    Outcome,
-    read_method,
-)
+from tidings.buses.rabbitmq.address import Address
+from tidings.buses.rabbitmq.channel import BODY, CONTENT, FRAME, HEARTBEAT, METHOD, Channel, read_method
+from tidings.buses.rabbitmq.client import ConnectionLost
 
-__all__ = ["Address", "AmqpError", "Channel", "ChannelClosed", "Connection", "ConnectionLost", "Outcome"]
+__all__ = ["Connection"]
 
 _ALIVE: Final = Heartbeat().marshal()
 _SMALLEST_FRAME, _BIGGEST_FRAME = 4096, 1 << 20
@@ -43,30 +31,6 @@ _UNREAD: Final = 16
 """Methods on channel 0 that nobody has asked for: a broker that sends more is none."""
 
 F = TypeVar("F", bound=Frame)
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where and as whom to connect; its text never shows the password. `heartbeat` in seconds."""
-
-    host: str
-    port: int
-    user: str
-    password: str = field(repr=False)
-    vhost: str
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
-    heartbeat: int = 10
-    others: tuple[tuple[str, int], ...] = ()
-    """Hosts and ports of further nodes of the same cluster."""
-
-    def each(self) -> list[Address]:
-        """One address per node, in the order given."""
-        nodes = ((self.host, self.port), *self.others)
-        return [replace(self, host=host, port=port, others=()) for host, port in nodes]
-
-    def __str__(self) -> str:
-        nodes = ",".join(f"{host}:{port}" for host, port in ((self.host, self.port), *self.others))
-        return f"{nodes}, vhost {self.vhost!r}, user {self.user!r}"
 
 
 class Connection(asyncio.Protocol):
@@ -141,6 +105,9 @@ class Connection(asyncio.Protocol):
             self._flush()
             await asyncio.wait([self._gone], timeout=timeout)
         await self._abort()
+
+    async def reserve(self, queue: str) -> None:
+        """Return at once: nobody else uses this connection."""
 
     def cut(self) -> None:
         """Break the connection as a network does, for tests."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
-from pamqp import header
+from pamqp import commands, header
 
-__all__ = ["Properties", "body_size", "pack", "unpack"]
+__all__ = ["Properties", "body_size", "pack", "read", "unpack", "written"]
 
 _START: Final = struct.Struct(">HHQH")
 _LONG: Final = struct.Struct(">I")
@@ -169,18 +169,40 @@ def _by_pamqp(payload: bytes) -> Properties | None:
     parsed = header.ContentHeader()
     try:
         parsed.unmarshal(payload)
-        found = parsed.properties
-        headers = _plain(cast("Mapping[str, object] | None", found.headers) or {})
-        return Properties(
-            headers, found.content_type, found.correlation_id, found.message_id, found.message_type, found.app_id
-        )
+        return read(parsed.properties)
     except Exception:  # whatever a foreign publisher put there must stay a matter of that message
         return None
 
 
+def written(properties: Properties) -> commands.Basic.Properties:
+    """Return them for pamqp to write; as `pack`, without a text that no short string can hold."""
+    headers, *texts = properties
+    content_type, correlation_id, message_id, kind, app_id = (
+        text if text and len(text.encode()) <= _SHORT else None for text in texts
+    )
+    table = {name: bytearray(value) if type(value) is bytes else value for name, value in headers.items()}
+    return commands.Basic.Properties(
+        content_type=content_type,
+        headers=cast("Any", table),
+        delivery_mode=2,
+        correlation_id=correlation_id,
+        message_id=message_id,
+        message_type=kind,
+        app_id=app_id,
+    )
+
+
+def read(found: Any) -> Properties:
+    """Return what Tidings uses of pamqp's `Basic.Properties`."""
+    headers = _plain(found.headers or {})
+    return Properties(
+        headers, found.content_type, found.correlation_id, found.message_id, found.message_type, found.app_id
+    )
+
+
 def _plain(found: Mapping[str, Any]) -> dict[str, str | int | bytes]:
-    """Strings, integers and bytes as they are; anything else as the bytes of its text, which no reader of ours takes
-    for a string or a number."""
+    """Return the headers with strings, integers and bytes as they are; anything else as the bytes of its text, which no
+    reader of ours takes for a string or a number."""
     headers: dict[str, str | int | bytes] = {}
     for name, value in found.items():
         kind = type(value)

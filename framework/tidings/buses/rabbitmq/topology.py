@@ -21,7 +21,7 @@ from pamqp import commands
 from pamqp.base import Frame
 
 from tidings.buses import Found, Subscription
-from tidings.buses.rabbitmq.connection import ChannelClosed, Connection
+from tidings.buses.rabbitmq.client import AmqpConnection, ChannelClosed
 from tidings.errors import TopologyMismatch
 from tidings.protocol.position import ALL_BUCKETS
 
@@ -61,7 +61,7 @@ def routing_key(bucket: int | None) -> str:
     return _MARKER if bucket is None else _KEYS[bucket]
 
 
-async def provision(connection: Connection, vhost: str, subscription: Subscription | None) -> None:
+async def provision(connection: AmqpConnection, vhost: str, subscription: Subscription | None) -> None:
     """Make exchanges and the partition's queue, or see that they fit. Raises `TopologyMismatch`, `AmqpError`."""
     await _exchange(connection, vhost, EXCHANGE)
     if subscription is None:
@@ -87,14 +87,14 @@ async def provision(connection: Connection, vhost: str, subscription: Subscripti
     await channel.call(bind, commands.Queue.BindOk)
 
 
-async def delete(connection: Connection, subscriptions: Sequence[Subscription]) -> None:
+async def delete(connection: AmqpConnection, subscriptions: Sequence[Subscription]) -> None:
     """Delete their queues, with what waits in them. Raises `AmqpError`."""
     channel = await connection.channel()
     for subscription in subscriptions:
         await channel.call(commands.Queue.Delete(queue=subscription.queue), commands.Queue.DeleteOk)
 
 
-async def inspect(connection: Connection, vhost: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+async def inspect(connection: AmqpConnection, vhost: str, subscriptions: Sequence[Subscription]) -> list[Found]:
     """What is there of what these services need. Raises `AmqpError`."""
     divided = any(subscription.count > 1 for subscription in subscriptions)
     found = [await _inspect_exchange(connection, vhost, name) for name in _EXCHANGES if name == EXCHANGE or divided]
@@ -105,14 +105,14 @@ def _declared(name: str) -> commands.Exchange.Declare:
     return commands.Exchange.Declare(exchange=name, exchange_type=_EXCHANGES[name], durable=True)
 
 
-async def _exchange(connection: Connection, vhost: str, name: str) -> None:
+async def _exchange(connection: AmqpConnection, vhost: str, name: str) -> None:
     """Make it, or see that it fits."""
     wanted = _declared(name)
     there = await _there(connection, vhost, wanted, commands.Exchange.DeclareOk)
     await _compare(connection, vhost, wanted, commands.Exchange.DeclareOk, exists=there is not None)
 
 
-async def _inspect_exchange(connection: Connection, vhost: str, name: str) -> Found:
+async def _inspect_exchange(connection: AmqpConnection, vhost: str, name: str) -> Found:
     wanted = _declared(name)
     try:
         if await _there(connection, vhost, wanted, commands.Exchange.DeclareOk) is None:
@@ -123,7 +123,7 @@ async def _inspect_exchange(connection: Connection, vhost: str, name: str) -> Fo
     return Found("exchange", name, "fits")
 
 
-async def _inspect_queue(connection: Connection, vhost: str, queue: str) -> Found:
+async def _inspect_queue(connection: AmqpConnection, vhost: str, queue: str) -> Found:
     messages = consumers = None
     try:
         there = await _waiting(connection, vhost, queue)
@@ -137,11 +137,11 @@ async def _inspect_queue(connection: Connection, vhost: str, queue: str) -> Foun
     return Found("queue", queue, "fits", detail, messages, consumers)
 
 
-async def _waiting(connection: Connection, vhost: str, queue: str) -> commands.Queue.DeclareOk | None:
+async def _waiting(connection: AmqpConnection, vhost: str, queue: str) -> commands.Queue.DeclareOk | None:
     return await _there(connection, vhost, commands.Queue.Declare(queue=queue), commands.Queue.DeclareOk)
 
 
-async def _queue(connection: Connection, vhost: str, queue: str, *, exists: bool) -> str | None:
+async def _queue(connection: AmqpConnection, vhost: str, queue: str, *, exists: bool) -> str | None:
     """Make or compare a service's queue; its limit in bytes where that is another one, which is accepted."""
     arguments: dict[str, Any] = {
         "x-queue-type": "quorum",
@@ -163,7 +163,7 @@ async def _queue(connection: Connection, vhost: str, queue: str, *, exists: bool
     return limit
 
 
-async def _there(connection: Connection, vhost: str, wanted: _Declare, reply: type[F]) -> F | None:
+async def _there(connection: AmqpConnection, vhost: str, wanted: _Declare, reply: type[F]) -> F | None:
     """The broker's answer to a passive declare; None when there is nothing of that name."""
     if isinstance(wanted, commands.Queue.Declare):
         passive: Frame = commands.Queue.Declare(queue=wanted.queue, passive=True)
@@ -180,7 +180,7 @@ async def _there(connection: Connection, vhost: str, wanted: _Declare, reply: ty
 
 
 async def _compare(
-    connection: Connection, vhost: str, wanted: _Declare, reply: type[Frame], *, exists: bool, tolerated: str = ""
+    connection: AmqpConnection, vhost: str, wanted: _Declare, reply: type[Frame], *, exists: bool, tolerated: str = ""
 ) -> str | None:
     """None when it is as wanted; what was found of the argument `tolerated` when that alone is known to differ."""
     try:
