@@ -112,12 +112,36 @@ async def test_a_host_that_the_certificate_does_not_name_is_named(server: EventS
 
 
 async def test_tls_on_one_side_only_is_named(server: EventStoreServer) -> None:
-    async with opened(f"esdb://localhost:{server.port}?Tls=false&DefaultDeadline=1") as store:
-        with pytest.raises(StoreUnavailable, match="does it want TLS"):
+    async with opened(f"esdb://localhost:{server.port}?Tls=false&DefaultDeadline=60") as store, asyncio.timeout(20):
+        with pytest.raises(StoreUnavailable, match=r"wants TLS .* leave tls=false out of TIDINGS_STORE"):
             await store.head()
     async with EventStoreServer() as plain, opened(f"esdb://a:b@localhost:{plain.port}?DefaultDeadline=1") as store:
         with pytest.raises(StoreUnavailable, match=f"localhost:{plain.port}"):
             await store.head()
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["it hangs up", "it says nothing"])
+async def test_a_server_that_says_nothing_of_tls_is_asked_whether_it_wants_it(
+    server: EventStoreServer, answers: bool
+) -> None:
+    handshake = b"\x16"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = await reader.read(1)
+        if first == handshake:
+            inner, outer = await asyncio.open_connection("localhost", server.port)
+            outer.write(first + await reader.read(1 << 16))
+            writer.write(await inner.read(1 << 16))
+            outer.close()
+        elif not answers:
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as front:
+        port = front.sockets[0].getsockname()[1]
+        async with opened(f"esdb://127.0.0.1:{port}?Tls=false&DefaultDeadline=3") as store, asyncio.timeout(20):
+            with pytest.raises(StoreUnavailable, match="wants TLS"):
+                await store.head()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple, cast
 
 from h2.config import H2Configuration
@@ -31,14 +32,23 @@ from h2.exceptions import H2Error, NoAvailableStreamIDError
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import Frame, GoAwayFrame
 
-from tidings.stores.eventstoredb.grpc_call import WINDOW, Call, CallFailed, CertificateRefused, ConnectionLost, Status
+from tidings.stores.eventstoredb.grpc_call import (
+    WINDOW,
+    Call,
+    CallFailed,
+    CertificateRefused,
+    ConnectionLost,
+    Status,
+)
 
-__all__ = ["Address", "Connection"]
+__all__ = ["Address", "Connection", "speaks_tls"]
 
 _FRAME: Final = 1 << 18
 _CONNECTION_WINDOW: Final = (1 << 31) - 1
 """Calls limit themselves; a limit for all of them would let one that is not read stop the others."""
 _REPLENISH: Final = 1 << 24
+TLS_SECONDS: Final = 2.0
+"""Seconds that a server which ended a connection without TLS may take to answer a TLS handshake."""
 _SETTINGS: Final = 4
 """The type of the frame that a server begins with (RFC 9113, section 3.4)."""
 
@@ -54,6 +64,22 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+async def speaks_tls(address: Address) -> bool:
+    """Say whether a TLS handshake is answered there within `TLS_SECONDS`. Nothing else is sent."""
+    try:
+        async with asyncio.timeout(TLS_SECONDS):
+            _, writer = await asyncio.open_connection(address.host, address.port, ssl=ssl.create_default_context())
+    except ssl.SSLCertVerificationError:  # a certificate of its own: only TLS has one
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(TLS_SECONDS):
+            await writer.wait_closed()
+    return True
 
 
 class _Http2(H2Connection):

@@ -11,7 +11,16 @@ from urllib.parse import unquote
 
 from h2.errors import ErrorCodes
 
-__all__ = ["MESSAGE_LIMIT", "WINDOW", "Call", "CallFailed", "CertificateRefused", "ConnectionLost", "Status"]
+__all__ = [
+    "MESSAGE_LIMIT",
+    "WINDOW",
+    "Call",
+    "CallFailed",
+    "CertificateRefused",
+    "ConnectionLost",
+    "Status",
+    "TlsWanted",
+]
 
 WINDOW: Final = 1 << 20
 """Bytes of one call that may have come and not been read."""
@@ -76,6 +85,10 @@ class ConnectionLost(Exception):
 
 class CertificateRefused(ConnectionLost):
     """The server's certificate is not one that this side trusts for that name."""
+
+
+class TlsWanted(ConnectionLost):
+    """The other side speaks TLS, and this one was told not to."""
 
 
 class Carrier(Protocol):

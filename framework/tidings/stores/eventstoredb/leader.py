@@ -20,8 +20,15 @@ import tidings.stores.eventstoredb.wire as wire
 from tidings._support.backoff import Backoff
 from tidings.errors import ConfigurationError, StoreError, StoreUnavailable
 from tidings.stores import EVERYTHING, RecordedEvent
-from tidings.stores.eventstoredb.grpc import Address, Connection
-from tidings.stores.eventstoredb.grpc_call import Call, CallFailed, CertificateRefused, ConnectionLost, Status
+from tidings.stores.eventstoredb.grpc import Address, Connection, speaks_tls
+from tidings.stores.eventstoredb.grpc_call import (
+    Call,
+    CallFailed,
+    CertificateRefused,
+    ConnectionLost,
+    Status,
+    TlsWanted,
+)
 from tidings.stores.eventstoredb.protos import AsyncClient
 from tidings.stores.rules import document_of
 
@@ -123,9 +130,15 @@ class Leader:
         target = await self._target()
         host, _, port = target.rpartition(":")
         address = Address(host.strip("[]"), int(port), self._tls)
-        connection = await Connection.open(
-            address, timeout=self.seconds / 3, interval=self._interval, patience=self._patience
-        )
+        try:
+            connection = await Connection.open(
+                address, timeout=self.seconds / 3, interval=self._interval, patience=self._patience
+            )
+        except ConnectionLost as error:
+            # A server that was reached before is away for another reason.
+            if self._tls is None and not self.connections and await speaks_tls(address):
+                raise TlsWanted(f"{address} speaks TLS, and was asked without it") from error
+            raise
         self.connections = {other for other in self.connections if other.lost is None} | {connection}
         try:
             await self._compare(connection)
@@ -246,6 +259,11 @@ class Leader:
                     f"EventStoreDB at {self.place}: {error}. Name the certificate of its authority: tlsCaFile=... in "
                     "TIDINGS_STORE; its host must be one that the certificate is for"
                 )
+            case TlsWanted():
+                return StoreUnavailable(
+                    f"EventStoreDB at {self.place} wants TLS ({error}): leave tls=false out of TIDINGS_STORE, and name "
+                    "the certificate of its authority with tlsCaFile=... if the system does not know it"
+                )
             case ConnectionLost() | wire.Undecided():
                 return None
             case CallFailed(status=Status.UNAUTHENTICATED):
@@ -278,11 +296,8 @@ class Leader:
 
     def unavailable(self, error: BaseException) -> StoreUnavailable:
         """What to tell callers when trying again has not helped."""
-        hint = ""
-        if self._tls is None and ("HTTP/2" in str(error) or "closed it" in str(error)):
-            hint = " (does it want TLS? Then leave tls=false out of TIDINGS_STORE)"
         return StoreUnavailable(
-            f"EventStoreDB at {self.place} was not there for {self.seconds:g} s: {error}{hint}. Is it running, and the "
+            f"EventStoreDB at {self.place} was not there for {self.seconds:g} s: {error}. Is it running, and the "
             "address in TIDINGS_STORE right?"
         )
 
