@@ -10,7 +10,7 @@ from typing import Final, Self
 __all__ = ["Reading"]
 
 SECONDS: Final = 0.5
-"""Between two notes; before the first, so that what is quick says nothing."""
+"""Seconds between two notes, and before the first: what is quick says nothing."""
 
 
 class Reading:

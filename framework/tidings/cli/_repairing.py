@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["Repair"]
 
 LOOK_SECONDS: Final = 0.25
-"""Between two looks at how far the healing is; more where a look takes long."""
+"""Seconds between two looks at how far the healing is; more where a look takes long."""
 
 
 class Repair:
-    """Of these services; `say` is told each thing that was done, or that somebody has to do."""
+    """Repairs these services; `say` is told each thing that was done, or that somebody has to do."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class Repair:
 
 
 async def _subscriptions(service: str, database: Database | None) -> list[Subscription]:
-    """Those of all its partitions."""
+    """Return the subscriptions of all partitions of a service."""
     from tidings.database.layout import layout_of
 
     if database is None:

@@ -49,7 +49,7 @@ Key = Annotated[str | None, typer.Option("--key", metavar="KEY", help="Only of t
 Stream = Annotated[str | None, typer.Option("--stream", metavar="STREAM", help="Only events of this stream.")]
 Since = Annotated[str | None, typer.Option("--since", metavar="TIME", help=f"Only since then. {_TIME}")]
 Until = Annotated[str | None, typer.Option("--until", metavar="TIME", help="Only since before then.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, max=BIGGEST, help="The oldest, at most so many.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, max=BIGGEST, help="At most this many, the oldest.")]
 All = Annotated[bool, typer.Option("--all", help="Every one of the service.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 

@@ -99,6 +99,7 @@ async def adopt(services: Targets = None, yes: Yes = False, json: Json = False) 
             if done.beyond or done.lost:
                 say(
                     f"  it had done events beyond that in {done.beyond} buckets, which the log has lost: their effects "
-                    f"are still in its tables. {done.lost} held or dead events of them are kept as dead letters"
+                    f"are still in its tables. {done.lost} held or dead events of them are kept as dead letters. Read "
+                    f"models that keep positions are wrong above {done.position}: docs/restoring.md says what to do"
                 )
     return code

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["status"]
 
 SECONDS: Final = 1.0
-"""Between two looks of --watch."""
+"""Seconds between two looks of --watch."""
 
 
 @answering

@@ -60,7 +60,7 @@ System = Annotated[
 async def list_(
     category: Category = None,
     system: System = False,
-    limit: Annotated[int, typer.Option(min=1, help="Read so many of the newest events at most.")] = 10_000,
+    limit: Annotated[int, typer.Option(min=1, help="Read at most this many of the newest events.")] = 10_000,
     json: Json = False,
 ) -> None:
     """List streams, the one that was written last first.
@@ -100,7 +100,7 @@ async def show(
     stream: Annotated[str, typer.Argument(metavar="STREAM")],
     start: Annotated[int | None, typer.Option("--from", min=0, metavar="VERSION", help="Begin there.")] = None,
     backwards: Annotated[bool, typer.Option("--backwards", "-b", help="From the end, or --from, downwards.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most so many events.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most this many events.")] = None,
     json: Json = False,
 ) -> None:
     """Show a stream's events whole, with data and metadata."""
@@ -118,7 +118,7 @@ async def show(
 async def tail(
     stream: Annotated[str | None, typer.Argument(metavar="STREAM", help="By default all streams.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new events, until Ctrl-C.")] = False,
-    count: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last events.")] = 10,
+    count: Annotated[int, typer.Option("--lines", "-n", min=0, help="Begin with this many of the last events.")] = 10,
     category: Category = None,
     system: System = False,
     json: Json = False,

@@ -2,8 +2,8 @@
 
 The bus gives a queue to whoever came first, so the first process has them all, and later ones stand by. A process that
 has two fewer than another asks for one by a note in that partition's row; the other one finds it, drains, and goes to
-the end of the line. Nobody counts processes: one that is gone has asked for nothing, and what it had, another has got.
-Each asks only while that evens things out, so it comes to rest.
+the end of the line. Nobody counts processes: one that is gone has asked for nothing, and its partitions have been taken
+over by another process. Each asks only while that evens things out, so it comes to rest.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class ServiceFacts:
     marker: int = -1
     floor: int = -1
     stalled: float = 0.0
-    """For so long the floor has stood still below the marker."""
+    """Seconds for which the floor has stood still below the marker."""
     paused: str | None = None
     """Which handlers are paused, because every attempt of theirs fails."""
     all_paused: bool = False
@@ -79,7 +79,7 @@ class ServiceFacts:
     others_idle: float | None = None
     """Since `settled` was seen to move; None if it never was."""
     others_still: float = 0.0
-    """For so long `settled` has stood still."""
+    """Seconds for which `settled` has stood still."""
     waiting_event: str | None = None
     """The first event above `settled`, where it was looked for."""
     database: str | None = None
@@ -114,7 +114,7 @@ class ServiceFacts:
     elsewhere: str | None = None
     """Another process that is at work on it."""
     still: float = 0.0
-    """For so long nothing at all has moved though there is something to do."""
+    """Seconds for which nothing at all has moved though there is something to do."""
     partitions: tuple[ServiceFacts, ...] = ()
     """Where the service is divided: of each partition what can differ among them."""
 
@@ -134,7 +134,7 @@ class RelayFacts:
     """Since the bus confirmed a marker, in seconds."""
     confirmed: int = -1
     stalled: float = 0.0
-    """For so long nothing was confirmed though an event waits, in seconds."""
+    """Seconds for which nothing was confirmed though an event waits."""
     waiting_event: str | None = None
     trouble: str | None = None
     trouble_is_the_stores: bool = False

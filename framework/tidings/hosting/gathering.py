@@ -36,7 +36,7 @@ __all__ = ["Probe"]
 T = TypeVar("T")
 
 ANSWER_SECONDS: Final = 2.0
-"""So long a database or store may take; give probes that ask a timeout of 5 s."""
+"""Seconds that a database or store may take to answer; give probes that ask a timeout of 5 s."""
 IDLE_SECONDS: Final = 10.0
 """Seconds without a write after which a probe writes, to learn whether that is possible."""
 FRESH_SECONDS: Final = 0.5
@@ -139,7 +139,7 @@ class Probe:
         )
 
     async def _standby(self, name: str, running: RunningService, for_: str) -> ServiceFacts:
-        """Of a service whose place at work another process has."""
+        """What is known of a service that stands by for another process."""
         (settled, database), (head, store) = await asyncio.gather(
             _answer(running.settled()), _answer(running.store.head())
         )

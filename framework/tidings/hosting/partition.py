@@ -35,13 +35,13 @@ __all__ = ["DRAIN_SECONDS", "Partition", "persistently"]
 log = structlog.get_logger("tidings.running")
 
 DRAIN_SECONDS: Final = 3.5
-"""So long a process that stops may take."""
+"""Seconds that a process may take to stop."""
 REJOIN_SECONDS: Final = (0.1, 5.0)
 """First and longest pause before joining again."""
 
 
 class Partition:
-    """Of one process. What is known of it is of the session under way, or of the last one."""
+    """One partition in one process. What it says of itself is about the session under way, or the last one."""
 
     def __init__(self, site: Site, subscription: Subscription, epoch: int, ready: asyncio.Event) -> None:
         """`ready` is set when its queue may be made and consumed."""
@@ -119,7 +119,7 @@ class Partition:
         return self.pipeline.working if self.pipeline else []
 
     def leave(self, seconds: float) -> None:
-        """Begin nothing new; `serve` returns when what runs has ended, or after so many seconds."""
+        """Begin nothing new; `serve` returns when what runs has ended, or after `seconds` seconds."""
         self._left.set()
         self._patience = seconds
         self._leave.set()
@@ -132,7 +132,7 @@ class Partition:
             self._leave.set()
 
     async def serve(self) -> None:
-        """Until it is to leave. Raises what no waiting heals: configuration, another log, a log that went back."""
+        """Run until it is to leave. Raises what no waiting mends: another log, a log that went back, settings."""
         await persistently(self._session, self._left, self._clock, self._lost, **self._told)
 
     def _lost(self, error: BaseException) -> None:

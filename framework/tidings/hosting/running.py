@@ -54,9 +54,9 @@ __all__ = ["RunningService", "run_service"]
 log = structlog.get_logger("tidings.running")
 
 LOOK_SECONDS: Final = 1.0
-"""So often a process looks whether the service was resized, and whether another process asks for a partition."""
+"""Seconds between two looks at whether the service was resized, or another process asks for a partition."""
 BALANCE_LOOKS: Final = 3
-"""Every so many looks it asks for one itself: what was asked before has mostly come by then."""
+"""Looks between two requests for a partition: what was asked for before has mostly come by then."""
 STANDBY_SECONDS: Final = 1.0
 """Seconds between two attempts of a standby to take over, and between two looks of the process at work at its lock."""
 REQUESTED: Final = 1000
@@ -191,7 +191,7 @@ class RunningService:
         return lowest(await self.ranges())
 
     async def ranges(self) -> list[Range]:
-        """Of each partition what is committed, by whichever process; else as `settled`."""
+        """Return what is committed of each partition, by whichever process; else as `settled`."""
         log_id = await self.log_id()
         async with self.database.reading() as connection:
             return await ranges_of(connection, self.service.name, log_id)
@@ -233,7 +233,7 @@ class RunningService:
         return found
 
     async def serve(self) -> None:
-        """Until `stopping` is set. Raises what no waiting heals: configuration, another log, a log that went back."""
+        """Run until `stopping` is set. Raises what no waiting mends: another log, a log that went back, settings."""
         session = self._as_laid_out if self._post is None else partial(self._at_post, self._post)
         await persistently(session, self.stopping, self._clock, service=self.service.name)
 
@@ -358,7 +358,7 @@ class RunningService:
     # ---- what other processes and operators want ---------------------------------------
 
     async def _watch(self, layout: Layout) -> None:
-        """Until the service stops, or is laid out in another way."""
+        """Wait until the service stops, or is laid out in another way."""
         looks = 0
         while not self.stopping.is_set():
             try:

@@ -41,9 +41,10 @@ class Runtime:
     """An async context manager; by default everything is embedded and nothing needs to be installed.
 
     The relay runs here when the bus lives in this process; over a network it is a process of its own, unless `relay`
-    says otherwise; a text is its name. Enter and leave in one task. Leaving drains all services, side by side. It takes
-    no notice of signals: under `asyncio.run` Ctrl-C cancels what runs, which then comes again at the next start, and
-    ends the program with `KeyboardInterrupt`; SIGTERM kills it. Use `serve` for a process that shall end cleanly.
+    says otherwise; a string names the relay. Enter and leave in one task. Leaving drains all services, side by side.
+    It takes no notice of signals: under `asyncio.run` Ctrl-C cancels what runs, which then comes again at the next
+    start, and ends the program with `KeyboardInterrupt`; SIGTERM kills it. Use `serve` for a process that shall end
+    cleanly.
     """
 
     def __init__(self, *services: Hosted, settings: Settings | None = None, relay: bool | str | None = None) -> None:

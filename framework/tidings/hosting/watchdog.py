@@ -48,7 +48,7 @@ class _Moment(NamedTuple):
 
     @property
     def busy(self) -> bool:
-        """Of the difference of two moments: the process ran in between."""
+        """Whether the process ran in the time that this difference of two moments covers."""
         return self.worked >= BUSY_SHARE * self.passed
 
 

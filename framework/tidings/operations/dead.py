@@ -77,7 +77,7 @@ _COLUMNS: Final = [dead.c[name] for name in DeadLetter.__slots__]
 
 
 class DeadLetters:
-    """Those of one service and one log. Every method raises `DatabaseUnavailable`."""
+    """The dead letters of one service and one log. Every method raises `DatabaseUnavailable`."""
 
     def __init__(self, database: Database, service: str, log: UUID) -> None:
         self._database = database

@@ -67,7 +67,7 @@ _BRIEF: Final = [column if column.key not in ("data", "metadata") else sa.litera
 
 
 class HeldOperations:
-    """Those of one service and one log. Every method raises `DatabaseUnavailable`."""
+    """The held events of one service and one log. Every method raises `DatabaseUnavailable`."""
 
     def __init__(self, database: Database, service: str, log: UUID) -> None:
         self._database = database

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["Recount", "Tally", "recount"]
 
 NAMED: Final = 50
-"""So many contradictions, and notes, are told; all are counted."""
+"""Contradictions and notes that are named; all are counted."""
 STEP: Final = 1000
 """Events between two reports of progress."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Of the carried events whose types a service handles: where each one stands. Their sum is `events`."""
+    """Where the carried events stand whose types a service handles. The counts add up to `events`."""
 
     service: str
     events: int = 0

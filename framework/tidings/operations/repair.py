@@ -53,7 +53,9 @@ async def publish_marker(bus: EventBus, log: UUID, position: int) -> None:
 async def append_staged(
     store: EventStore, database: Database, service: str, log: UUID, *, seconds: float
 ) -> tuple[int, list[str]]:
-    """Append what handlers emitted long enough ago, for at most so many seconds: how many, and why others cannot be.
+    """Append what handlers emitted long enough ago, for at most `seconds` seconds.
+
+    Returns how many were appended, and why others cannot be.
 
     Safe beside the service's own process: both look for the id in the stream first, and append at the version that
     they have just read; of two at once one is refused, or told the first one's answer. What is too fresh to be left

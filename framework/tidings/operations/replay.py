@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["NothingToReplay", "Plan", "Share", "Start", "find_start", "plan", "send_back"]
 
 NAMED: Final = 20
-"""So many streams that lack events are named; all are counted."""
+"""Streams with missing events that are named; all are counted."""
 
 
 class NothingToReplay(TidingsError):
@@ -94,7 +94,7 @@ class Plan:
     staged: int = 0
     """Emitted events that are still to be appended: they stay."""
     missing: int = 0
-    """Events from the start on that are known to have been in the log once, and are not any more; at least so many."""
+    """The least number of events, from the start on, that were in the log once and are not any more."""
     missing_streams: list[str] = field(default_factory=list)
     """The first of the streams that lack some."""
     strangers: list[Stranger] = field(default_factory=list)

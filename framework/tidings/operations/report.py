@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 NAMED: Final = 20
-"""So many of each kind are named; all are counted."""
+"""Entries of each kind that are named; all are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +141,11 @@ class HandlerReport:
     skipped_upto: int = -1
     """What was settled before it began was not given to it, up to this position; -1 for nothing."""
     done_upto: int = -1
-    """Of one that catches up, or is gone: it has done everything up to here."""
+    """Position up to which a handler that catches up, or is gone, has done everything."""
     needs_past: bool = False
-    """Of one that is to begin: what the service has settled is to be given to it."""
+    """A handler that is to begin will be given what the service has settled."""
     pending_count: int | None = None
-    """Of one that catches up: events that others have done, and it has not; None where nobody counted them."""
+    """Events that a handler which catches up still has to do; None where nobody counted them."""
 
     @property
     def ok(self) -> bool:

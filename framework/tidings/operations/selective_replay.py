@@ -39,7 +39,7 @@ CHUNK: Final = 500
 
 
 class TooMany(TidingsError):
-    """So many events are replayed by sending the service back."""
+    """Events that are replayed by sending the service back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,10 +87,10 @@ class ServiceState:
     ready: int | None = None
     """In all of its queues."""
     consumers: int | None = None
-    """Of the queue that has the fewest; of several processes of a service RabbitMQ counts only the one at work."""
+    """Consumers of the queue that has the fewest. Of a service's processes, RabbitMQ counts the one at work."""
     partitions: int = 1
     processes: list[Process] = field(default_factory=list)
-    """Those that were seen within a minute, with the code that each runs."""
+    """Processes that were seen within a minute, with the code that each runs."""
 
 
 @dataclass(slots=True)

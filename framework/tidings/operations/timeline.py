@@ -51,9 +51,9 @@ class Standing:
     attempts: int = 0
     reason: str = ""
     due: float | None = None
-    """Of a held event, seconds since 1970."""
+    """When a held event is tried next, in seconds since 1970."""
     letter: int | None = None
-    """Of a dead one: the id for `tidings dead`."""
+    """The id of a dead letter, for `tidings dead`."""
     died_at: datetime | None = None
 
 

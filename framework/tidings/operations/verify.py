@@ -77,7 +77,7 @@ class Baseline(NamedTuple):
     """What there was at one moment, for a later look that asks for nothing beyond it."""
 
     position: int
-    """Of the last carried event."""
+    """Position of the last carried event."""
     staged: Mapping[str, frozenset[str]]
     """Service to the ids of its staged events."""
 
@@ -176,7 +176,7 @@ class Settled:
             for bucket in ALL_BUCKETS[max(part.first, 0) : part.last + 1]:
                 self._upto[bucket] = max(self._upto[bucket], part.floor)
         self.floor = min(self._upto)
-        """Of all buckets."""
+        """The lowest position of all buckets."""
         for bucket, position in watermarks.items():
             self._upto[bucket] = max(self._upto[bucket], position)
         self.highest = max(self._upto)
@@ -310,7 +310,7 @@ async def _look_at_staged(
 
 
 async def _first_due(connection: AsyncConnection, of: Own, service: Declaration) -> float | None:
-    """Of the oldest held event of each key and line, where no dead letter holds them, and the code has its handler."""
+    """Return when the first held event is due that waits for nothing but its time and has a handler in this code."""
 
     def before(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
         same_line = (table.c.key == held.c.key, table.c.line == held.c.line)
