@@ -212,11 +212,13 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     # ---- the methods that asyncio needs ---------------------------------------------------
 
     def time(self) -> float:
+        """Return the virtual time, in seconds."""
         return self._now
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
+        """Schedule a callback for the next turn."""
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append((_owner(context), handle))
         return handle
@@ -224,11 +226,13 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
+        """Schedule a callback after some virtual seconds."""
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
+        """Schedule a callback at a virtual time."""
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._numbers), timer, _owner(context)))
         return timer
@@ -237,9 +241,11 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         """Do nothing: a cancelled timer is dropped when its time comes."""
 
     def create_future(self) -> asyncio.Future[Any]:
+        """Return a new future of this loop."""
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Any, *, name: object = None, context: Context | None = None) -> asyncio.Task[Any]:
+        """Start a task, which belongs to the process of its context."""
         return _Task(coro, loop=self, name=None if name is None else str(name), context=context)
 
     def run_in_executor(  # type: ignore[override]
@@ -276,16 +282,20 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return work
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Keep an exception that nobody looked at."""
         error = context.get("exception")
         self.complaints.append(f"{context['message']}: {error!r}")
 
     def get_debug(self) -> bool:
+        """Return False."""
         return False
 
     def is_running(self) -> bool:
+        """Return whether it runs."""
         return self._running
 
     def is_closed(self) -> bool:
+        """Return False: it holds no resources."""
         return False
 
 
