@@ -22,11 +22,13 @@ from tests.benchmarks.path import (
     verdict,
     with_broker,
 )
+from tests.clients import through
 from tidings import EventStore, Relay, open_bus, open_store
 from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQ
 
 EVENTS, ROUNDS, FLOOR = 16_000, 5, 2.0
+CLIENTS_EVENTS, CLIENTS_ROUNDS, CLIENTS_FLOOR = 8_000, 3, 2.0
 
 
 async def relay(store: EventStore, url: str, name: str) -> None:
@@ -67,8 +69,24 @@ async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
                 work = relay(store, url, f"round-{number}") if way is ours else aio_pika_publisher(messages, url)
                 way.append(await seconds(work))
                 await drop_queue(url, "sink")
+        clients = await measure_clients(url, folder)
     row = f"relay to a quorum queue / aio-pika publisher, {WINDOW} confirms in flight"
-    return verdict(row, ours[1:], peer[1:], FLOOR, EVENTS)  # the first round warms up
+    return max(verdict(row, ours[1:], peer[1:], FLOOR, EVENTS), clients)  # the first round warms up
+
+
+async def measure_clients(url: str, folder: Path) -> int:
+    """The same relay through Tidings' own AMQP client, and through aio-pika (`?client=aio-pika`)."""
+    default: list[float] = []
+    aio_pika: list[float] = []
+    async with open_store(f"sqlite:///{folder}/clients.db") as store:
+        await fill(store, CLIENTS_EVENTS)
+        for number in range(CLIENTS_ROUNDS + 1):
+            for way in (default, aio_pika) if number % 2 else (aio_pika, default):
+                await make_queue(url, "sink")
+                bus = url if way is default else through(url, "aio-pika")
+                way.append(await seconds(relay(store, bus, f"{len(default)}-{len(aio_pika)}-{number}")))
+                await drop_queue(url, "sink")
+    return verdict("relay, default client / client=aio-pika", default[1:], aio_pika[1:], CLIENTS_FLOOR, CLIENTS_EVENTS)
 
 
 def main() -> int:
