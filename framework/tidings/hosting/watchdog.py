@@ -60,6 +60,8 @@ class Watchdog:
         self._working = working
         self._seconds = seconds
         self._turned = time.monotonic()
+        self._told = False
+        """This block of the loop was told already."""
         self._stop = threading.Event()
 
     def __enter__(self) -> None:
@@ -76,9 +78,10 @@ class Watchdog:
 
     def _turn(self) -> None:
         self._turned = time.monotonic()
+        self._told = False
 
     def _watch(self) -> None:
-        told, pause, before = 0.0, self._seconds / 4, _Moment.now()
+        pause, before = self._seconds / 4, _Moment.now()
         while not self._stop.wait(pause):
             now = _Moment.now()
             elapsed, before = now.since(before), now
@@ -87,8 +90,8 @@ class Watchdog:
                 if elapsed.passed - pause > self._seconds:
                     self._tell_of_stop(elapsed.passed)
             still = now.running - self._turned
-            if still > self._seconds and self._turned != told:
-                told = self._turned
+            if still > self._seconds and not self._told:
+                self._told = True
                 self._tell_of_block(still)
             try:
                 self._loop.call_soon_threadsafe(self._turn)
