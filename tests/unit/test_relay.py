@@ -191,7 +191,7 @@ async def test_a_relay_that_stops_waits_for_no_broker_that_confirms_nothing(
 
         monkeypatch.setattr(bus, "send", swallow)
         await fill(store, 3)
-        await until(lambda: bool(bus.sent) and bus.sent[-1].type != MARKER)
+        await until(lambda: any(message.type != MARKER for message in bus.sent))
         await asyncio.wait_for(relay.part(), 10)
         assert await relay.checkpoint() == before
 
