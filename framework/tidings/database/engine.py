@@ -46,6 +46,9 @@ class Database:
         self._open_file = None if self.file is None else OpenFile(self.file)
         self.one_writer = engine.dialect.name == "sqlite"
         """Whether all transactions that write share one writer, as in SQLite."""
+        self.width = 0
+        """Transactions of handlers with a session that one bucket range has under way at once, beside the one that
+        commits everything else. 0: that one runs them too. Set it before a service joins."""
         self.writes = Writes()
         self.turn: AbstractAsyncContextManager[object] = asyncio.Lock() if self.one_writer else nullcontext()
         """To be held around transactions where there is one writer: a handler may have it for longer than SQLite lets

@@ -11,10 +11,12 @@ from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from tidings._support.ownership import related
 from tidings.errors import DatabaseMoved, DatabaseUnavailable
 
 __all__ = [
     "advice_for",
+    "is_contention",
     "is_outage",
     "is_refusal",
     "is_unusable",
@@ -82,6 +84,14 @@ def _state(error: BaseException) -> str:
     """Return PostgreSQL's error code, or "". Older versions of SQLAlchemy let a driver's own errors pass while it
     connects."""
     return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
+
+
+def is_contention(error: BaseException, dialect: Dialect) -> bool:
+    """Was another transaction of the same database in its way, by a deadlock or because it could not be serialized?"""
+    return any(
+        isinstance(each, DBAPIError) and _is_of(each, dialect) and _state(each).startswith("40")
+        for each in related(error)
+    )
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -6,8 +6,10 @@ Every write takes the connection of the transaction that it belongs to; nothing 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import tables
@@ -38,6 +40,7 @@ class Watermarks:
             )
             .values(position=sa.bindparam("to_position"))
         )
+        self._move_all = _move_all(scope)
         first = sa.select(rows.c.replays).where(*ours, rows.c.bucket == scope.buckets.start)
         self._replays_of_first = first.with_for_update(read=True)
 
@@ -63,7 +66,11 @@ class Watermarks:
             {"of_bucket": bucket, "from_position": old, "to_position": new, "at_replays": self._replays[bucket]}
             for bucket, (old, new) in sorted(moves.items())  # one order for all, so that no two wait for each other
         ]
-        self._check(moves, await self._move.run(connection, rows))
+        if connection.dialect.name == "postgresql":
+            columns = {name: [row[name] for row in rows] for name in _MOVES}
+            self._check(moves, (await connection.execute(self._move_all, columns)).rowcount)
+        else:
+            self._check(moves, await self._move.run(connection, rows))
 
     async def assert_unmoved(self, connection: AsyncConnection, marks: Mapping[int, int]) -> None:
         """Raise `Fenced` when any watermark stands elsewhere than `marks` says, bucket to position."""
@@ -99,3 +106,31 @@ class Watermarks:
                 "back. Are two processes of the service active at once? Stop one: on a bus in memory a service is one "
                 "process"
             )
+
+
+_MOVES: Final = {
+    "of_bucket": sa.Integer,
+    "from_position": sa.BigInteger,
+    "to_position": sa.BigInteger,
+    "at_replays": sa.Integer,
+}
+
+
+def _move_all(scope: Scope) -> sa.Update:
+    """Return the statement that moves many watermarks of PostgreSQL at once: each bound parameter is a list. It locks
+    their rows in one order, so that no two processes wait for each other."""
+    rows = tables.watermarks
+    lists = [sa.bindparam(name, type_=ARRAY(kind)) for name, kind in _MOVES.items()]
+    moves = (
+        sa.func.unnest(*lists).table_valued(*(sa.column(name, kind) for name, kind in _MOVES.items())).render_derived()
+    )
+    ours = scope.of_log(rows)
+    stand = (rows.c.bucket == moves.c.of_bucket, rows.c.position == moves.c.from_position)
+    locked = (
+        sa.select(rows.c.bucket, moves.c.to_position)
+        .where(*ours, *stand, rows.c.replays == moves.c.at_replays)
+        .order_by(rows.c.bucket)
+        .with_for_update(of=rows)
+        .cte("locked")
+    )
+    return rows.update().where(*ours, rows.c.bucket == locked.c.bucket).values(position=locked.c.to_position)

@@ -80,16 +80,39 @@ class Pending:
         """Set when there is something to commit, or to settle."""
         self.unseen: set[int] = set()
         """Buckets with effects in the group under way: a handler without a session would not see them, so it waits."""
+        self.buckets: set[int] = set()
+        """Buckets with something in the batch ..."""
+        self.committing: set[int] = set()
+        """... and in the one whose commit is under way."""
+        self.parked: set[int] = set()
+        """Buckets of which the next event waits in its lane until that is committed."""
 
     def take(self) -> Batch:
         """Take what was collected; from now on another batch is collected."""
         batch, self.batch = self.batch, Batch()
+        self.committing, self.buckets = self.buckets, set()
         return batch
+
+    def claims(self, bucket: int) -> bool:
+        """Something of the bucket is in this batch, or in the one whose commit is under way."""
+        return bucket in self.buckets or bucket in self.committing
+
+    def freed(self) -> set[int]:
+        """Return the parked buckets of which everything is committed now; they are parked no more."""
+        freed = {bucket for bucket in self.parked if not self.claims(bucket)}
+        self.parked -= freed
+        return freed
+
+    def committed(self) -> None:
+        """What was taken last is durable."""
+        self.unseen.clear()
+        self.committing.clear()
 
     def finish(self, item: InFlight) -> bool:
         """True when it leaves more behind than the watermark."""
         if item.handler.transactional:
             self.unseen.add(item.bucket)
+        self.buckets.add(item.bucket)
         self.wake.set()
         return self.batch.finish(item)
 

@@ -14,9 +14,9 @@ from tidings._support.timers import counting_sleep
 from tidings.delivery.acknowledgement import Acknowledgement
 from tidings.delivery.batch import Pending
 from tidings.delivery.groups import Groups
-from tidings.delivery.inflight import InFlight, State
+from tidings.delivery.inflight import InFlight
+from tidings.delivery.ledger import Ledger
 from tidings.delivery.progress import Progress
-from tidings.delivery.release import Release
 from tidings.delivery.site import Joined
 
 __all__ = ["Commits"]
@@ -40,7 +40,7 @@ class Commits:
         pending: Pending,
         groups: Groups,
         progress: Progress,
-        release: Release,
+        ledger: Ledger,
         acknowledgement: Acknowledgement,
     ) -> None:
         self._database = joined.site.database
@@ -49,14 +49,17 @@ class Commits:
         self._pending = pending
         self._groups = groups
         self._progress = progress
-        self._release = release
+        self._ledger = ledger
         self._acknowledgement = acknowledgement
         self._rest = asyncio.Event()
         self._took = 0.0
         """Seconds, the last commit."""
         self._hurried = False
-        self.commits = 0
+
+    @property
+    def commits(self) -> int:
         """Transactions that were committed."""
+        return self._ledger.commits
 
     async def run(self) -> None:
         """Until cancelled. Whatever goes wrong in a transaction is raised: its outcome may be unknown."""
@@ -70,7 +73,6 @@ class Commits:
                 began = self._clock()
                 await self._commit()
                 self._took = self._clock() - began
-                self._acknowledgement.acknowledge()
                 if len(self._pending.batch) >= MANY:
                     await self._linger()
             self._rest.set()
@@ -113,20 +115,11 @@ class Commits:
             async with self._database.turn, self._database.transaction() as connection:
                 await self._groups.run(connection, ran)
                 batch = self._pending.take()
-                await self._progress.write(connection, batch, floor_now=self._hurried)
+                await self._ledger.write(connection, batch, floor_now=self._hurried)
                 complete = True
         except DBAPIError as error:
             if complete and ran:
                 raise self._memory.suspect(ran, error) from error
             raise
-        if len(batch):
-            self._database.writes.proven()
-        self._progress.written(batch)
-        self.commits += 1
-        for item in batch.finished:
-            item.to(State.COMMITTED)
-            item.done = True
-        for _, ticket in batch.foreign:
-            ticket.done = True
-        self._memory.forget(batch.finished)
-        self._release.committed(batch, began)
+        self._pending.committed()
+        self._ledger.committed(batch, began)

@@ -49,6 +49,8 @@ class FailureMemory:
         """How often in a row the connection to the database was lost while the event's handler was at work."""
         self.suspected: set[Turn] = set()
         """Each gets a transaction of its own: the commit of a group that it was part of failed."""
+        self.undone: set[Turn] = set()
+        """Each gets a savepoint of its own: it was undone with a group in which something failed."""
 
     def skip(self, positions: Iterable[int]) -> None:
         """An operator wants the events at these positions dead without being run."""
@@ -106,11 +108,12 @@ class FailureMemory:
 
     def forget(self, items: Iterable[InFlight]) -> None:
         """They are settled."""
-        if self.condemned or self.suspected or self.losses or self.crashed:
+        if self.condemned or self.suspected or self.losses or self.crashed or self.undone:
             for item in items:
                 self.condemned.pop(item.turn, None)
                 self.losses.pop(item.turn, None)
                 self.suspected.discard(item.turn)
+                self.undone.discard(item.turn)
                 if item.role is Role.PLAIN:
                     self.crashed.pop(item.event.position, None)
                 elif item.event.position in self.crashed:

@@ -34,7 +34,9 @@ class Gate:
 
     def take(self, item: InFlight) -> None:
         """One event out of its lane."""
-        memory, caution = self._memory, self._caution
+        memory, caution, concurrent = self._memory, self._caution, self._runners.concurrent
+        if concurrent is not None and concurrent.take(item):
+            return
         if item.replayed and self._is_passed_over(item):
             self._verdicts.passed_over(item)
         elif memory.condemned and item.turn in memory.condemned:

@@ -32,6 +32,9 @@ GROUP_SECONDS: Final = 0.025
 SLOW_SECONDS: Final = 0.25
 """A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
 
+ENDED_TRANSACTION: Final = "TransactionMisuse: it ended the transaction it was part of"
+"""The reason of a failure, before what was noticed."""
+
 
 class Groups:
     """Of one bucket range."""
@@ -100,7 +103,7 @@ class Groups:
             cause = broken.__cause__
             assert isinstance(cause, Exception)
             failure = broken.failure or Failure(
-                f"TransactionMisuse: it ended the transaction it was part of: {cause}",
+                f"{ENDED_TRANSACTION}: {cause}",
                 "".join(traceback.format_exception(cause)),
                 permanent=True,
             )

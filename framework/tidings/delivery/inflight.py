@@ -62,16 +62,22 @@ class State(IntEnum):
 
 TRANSITIONS: Final[dict[State, frozenset[State]]] = {
     State.WAITING: frozenset({State.TAKEN}),
-    State.TAKEN: frozenset({State.RUNNING, State.RESTING, State.DONE, State.HELD, State.DEAD, State.LEFT}),
-    State.RUNNING: frozenset({State.RESTING, State.DONE, State.HELD, State.DEAD}),
+    State.TAKEN: frozenset(
+        {State.WAITING, State.RUNNING, State.RESTING, State.DONE, State.HELD, State.DEAD, State.LEFT}
+    ),
+    State.RUNNING: frozenset({State.WAITING, State.RESTING, State.DONE, State.HELD, State.DEAD}),
     State.RESTING: frozenset({State.WAITING}),
-    State.DONE: frozenset({State.COMMITTED}),
+    State.DONE: frozenset({State.COMMITTED, State.WAITING}),
     State.HELD: frozenset({State.COMMITTED}),
     State.DEAD: frozenset({State.COMMITTED}),
     State.LEFT: frozenset(),
     State.COMMITTED: frozenset(),
 }
-"""From each state to those that may follow. What was condemned, skipped or replayed ends without having run."""
+"""From each state to those that may follow.
+
+What was condemned, skipped or replayed ends without having run. Back in its lane goes what has rested, what has to wait
+for another transaction with its bucket, and what was undone with its group.
+"""
 
 _AFTER: Final = tuple(TRANSITIONS[state] for state in State)
 

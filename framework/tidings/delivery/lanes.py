@@ -6,6 +6,7 @@ It gives events to the gate while the gate is open. It knows no handler, and doe
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Protocol
 
 from tidings._support.timers import Timers
@@ -83,6 +84,31 @@ class EventLanes:
         """It is left as it was, and leaves its lane without a commit."""
         self.under_way -= 1
         self.finish(item)
+
+    def park(self, item: InFlight) -> None:
+        """It cannot begin before something else of its bucket is committed: it waits in its lane until `unpark`."""
+        item.to(State.WAITING)
+        self.under_way -= 1
+
+    def unpark(self, buckets: Iterable[int]) -> None:
+        """What these buckets wait for is committed."""
+        for bucket in buckets:
+            self._lanes.again(bucket)
+        self.pump()
+
+    def undo(self, finished: Iterable[InFlight], begun: Iterable[InFlight], parked: Iterable[int]) -> None:
+        """A transaction was undone: what was `finished` in it, and what it had only `begun` or taken, is given out
+        again in the order of its lane. `parked` are buckets that waited for it."""
+        again: dict[int, list[InFlight]] = {bucket: [] for bucket in parked}
+        for item in finished:
+            again.setdefault(item.bucket, []).append(item)
+            self.park(item)
+        for item in begun:
+            again.setdefault(item.bucket, [])
+            self.park(item)
+        for bucket, items in again.items():
+            self._lanes.put_back(bucket, items)
+        self.pump()
 
     def rest(self, item: InFlight, seconds: float) -> None:
         """It was not done: after so many seconds it is given out again, before anything behind it."""

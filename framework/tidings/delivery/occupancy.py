@@ -40,7 +40,9 @@ class Occupancy:
         if self.notebook.open:
             self.notebook.keep()
         else:
-            self.notebook = Notebook(self._notebook_of(self._memory.process), service.concurrency + 1)
+            self.notebook = Notebook(
+                self._notebook_of(self._memory.process), service.concurrency + 1 + self._database.width
+            )
         caution, inbox, me = self.caution, self._joined.inbox, self._memory.process
         async with self.turn:
             besides = caution.notes.own

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.protocol.message import Message
 
-__all__ = ["Ours", "OwnBus", "OwnStore"]
+__all__ = ["Ours", "OwnBus", "OwnStore", "inner", "marking"]
 
 T = TypeVar("T")
 
@@ -35,7 +35,8 @@ PROBED: Final = "tidings_probe"
 
 
 @contextmanager
-def _marking(owner: object) -> Iterator[None]:
+def marking(owner: object) -> Iterator[None]:
+    """Mark what is raised within the block because a store or a bus is away as the error of `owner`, an adapter."""
     try:
         yield
     except (StoreUnavailable, BusUnavailable) as error:
@@ -108,11 +109,11 @@ class _Marked:
         return done
 
     async def _ask(self, asking: Awaitable[T]) -> T:
-        with _marking(self.inner):
+        with marking(self.inner):
             return await asking
 
     async def _read(self, reading: AsyncIterator[T]) -> AsyncIterator[T]:
-        with _marking(self.inner):
+        with marking(self.inner):
             async with aclosing(cast("Any", reading)) as source:
                 async for item in source:
                     yield item
@@ -188,15 +189,15 @@ class OwnBus:
         return repr(self.inner)
 
     async def provision(self, subscription: Subscription | None = None) -> None:
-        with _marking(self.inner):
+        with marking(self.inner):
             await self.inner.provision(subscription)
 
     async def delete(self, subscriptions: Sequence[Subscription]) -> None:
-        with _marking(self.inner):
+        with marking(self.inner):
             await self.inner.delete(subscriptions)
 
     async def inspect(self, subscriptions: Sequence[Subscription]) -> Any:
-        with _marking(self.inner):
+        with marking(self.inner):
             return await self.inner.inspect(subscriptions)
 
     @asynccontextmanager
@@ -207,7 +208,7 @@ class OwnBus:
     @asynccontextmanager
     async def _entered(self, entering: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
         """Only what entering raises is the bus's: what is raised within the block may come from anywhere."""
-        with _marking(self.inner):
+        with marking(self.inner):
             entered = await entering.__aenter__()
         try:
             yield entered
@@ -227,5 +228,5 @@ class _OwnPublisher:
         return getattr(self._publisher, name)
 
     async def send(self, message: Message) -> None:
-        with _marking(self._bus):
+        with marking(self._bus):
             await self._publisher.send(message)

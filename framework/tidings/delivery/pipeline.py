@@ -115,6 +115,8 @@ class Pipeline:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(stages.runners.side_by_side.run())
                 tasks.create_task(stages.commits.run())
+                if stages.runners.concurrent is not None:
+                    tasks.create_task(stages.runners.concurrent.run())
                 tasks.create_task(stages.guard.run())
                 tasks.create_task(stages.revival.run())
                 tasks.create_task(stages.stager.run())

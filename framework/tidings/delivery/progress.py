@@ -56,14 +56,15 @@ class Progress:
     def floor_is_due(self, now: bool) -> bool:
         return not self.floor_is_stored and (now or self._clock() - self._stored_at >= FLOOR_SECONDS)
 
-    async def write(self, connection: AsyncConnection, batch: Batch, *, floor_now: bool) -> None:
-        """Raises `Fenced` when another process was here: roll back."""
+    async def write(self, connection: AsyncConnection, batch: Batch, *, floor_now: bool | None) -> None:
+        """Write the batch, and the floor where it is due or `floor_now` (None: never). Raises `Fenced` when another
+        process was here: roll back."""
         inbox, held = self._inbox, self._held
         fresh = [item for item in batch.notable if item.role < Role.AGAIN]
         again = [item for item in batch.notable if item.role >= Role.AGAIN]
         letters = [item.letter for item in batch.notable if item.letter is not None]
         # First what fences a process that is not alone: it would stumble over rows that the other has written.
-        floor_is_due = self.floor_is_due(floor_now)
+        floor_is_due = floor_now is not None and self.floor_is_due(floor_now)
         if floor_is_due or again:
             await inbox.watermarks.fence(connection)
         doubted = batch.doubted

@@ -40,7 +40,9 @@ class Release:
         for position in batch.noted:
             self._caution.notes.cleared(position)
         self._lanes.committed(len(batch.finished))
-        self._pending.unseen.clear()
-        self._side_by_side.committed()
+        if not self._pending.unseen:
+            self._side_by_side.committed()
+        if self._pending.parked:
+            self._lanes.unpark(self._pending.freed())
         if batch.noted:
             self._lanes.pump()

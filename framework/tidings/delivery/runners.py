@@ -1,7 +1,8 @@
-"""To the handlers of its kind: those with a session share a transaction, the others run side by side."""
+"""To the handlers of its kind: those with a session share transactions, the others run side by side."""
 
 from __future__ import annotations
 
+from tidings.delivery.concurrent_groups import ConcurrentGroups
 from tidings.delivery.groups import Groups
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.side_by_side import SideBySide
@@ -12,9 +13,11 @@ __all__ = ["Runners"]
 class Runners:
     """Of one bucket range."""
 
-    def __init__(self, side_by_side: SideBySide, groups: Groups) -> None:
+    def __init__(self, side_by_side: SideBySide, groups: Groups, concurrent: ConcurrentGroups | None) -> None:
         self.side_by_side = side_by_side
         self.groups = groups
+        self.concurrent = concurrent
+        """None on a database with one writer."""
 
     def give(self, item: InFlight) -> None:
         """Run it as soon as there is room."""
@@ -25,4 +28,5 @@ class Runners:
 
     def take_back(self) -> int:
         """Forget what nobody has begun, and say how many that were."""
-        return self.side_by_side.take_back() + self.groups.take_back()
+        others = self.concurrent.take_back() if self.concurrent is not None else 0
+        return self.side_by_side.take_back() + self.groups.take_back() + others

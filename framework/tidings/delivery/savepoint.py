@@ -21,7 +21,7 @@ from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Handler, Inject
 
-__all__ = ["ConnectionLost", "GroupBroken", "in_savepoint"]
+__all__ = ["ConnectionLost", "GroupBroken", "in_group", "in_savepoint", "roll_back"]
 
 Provide = Callable[[Inject], Any]
 
@@ -65,12 +65,38 @@ async def in_savepoint(
             raise ConnectionLost(failure) from error
         if is_outage(error, connection.dialect):
             raise
-        # Without its savepoint its effects cannot be told from the group's: the whole group is undone. SQLAlchemy may
-        # believe that the transaction is over, and would hand the connection back as it is.
-        with suppress(InvalidRequestError):
-            await connection.run_sync(_roll_back)
+        # Without its savepoint its effects cannot be told from the group's: the whole group is undone.
+        await roll_back(connection)
         raise GroupBroken(failure) from error
     return failure
+
+
+async def in_group(
+    connection: AsyncConnection, context: Context, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
+) -> Failure | None:
+    """Run one handler without a savepoint: when it fails, whatever its group did must be undone. Raises
+    `ConnectionLost`; and `TransactionMisuse` where it ended the transaction."""
+    scope = _Scope(connection, context, None)
+    with guarded(connection):
+        failure = await run(scope.provide)
+        if failure is None:
+            failure = await scope.flush(handler)
+    if connection.invalidated:
+        raise ConnectionLost(failure)
+    if failure is None:
+        scope.check_whole()
+    if not is_in_transaction(connection):  # it went behind SQLAlchemy's back
+        raise TransactionMisuse("commit or rollback")
+    return failure
+
+
+def is_in_transaction(connection: AsyncConnection) -> bool:
+    """What the driver says, without asking the server; True for drivers that do not know."""
+    sync = connection.sync_connection
+    assert sync is not None
+    driver = sync.connection.driver_connection
+    known = getattr(driver, "is_in_transaction", None)  # asyncpg's
+    return known is None or bool(known())
 
 
 async def _kept(scope: _Scope, handler: Handler) -> Failure | None:
@@ -84,7 +110,7 @@ async def _kept(scope: _Scope, handler: Handler) -> Failure | None:
 class _Scope:
     """What one handler is given of the group's transaction."""
 
-    def __init__(self, connection: AsyncConnection, context: Context, savepoint: AsyncTransaction) -> None:
+    def __init__(self, connection: AsyncConnection, context: Context, savepoint: AsyncTransaction | None) -> None:
         self._connection = connection
         self._context = context
         self._savepoint = savepoint
@@ -114,7 +140,8 @@ class _Scope:
         return None
 
     async def keep(self) -> None:
-        self._check_whole()
+        self.check_whole()
+        assert self._savepoint is not None
         if not self._savepoint.is_active:
             raise TransactionMisuse("rollback")
         try:
@@ -126,7 +153,8 @@ class _Scope:
             raise StatementFailed from error
 
     async def undo(self) -> None:
-        self._check_whole()
+        self.check_whole()
+        assert self._savepoint is not None
         if self._objects is not None:
             await self._connection.run_sync(drop, self._objects)
         if self._savepoint.is_active:
@@ -135,13 +163,21 @@ class _Scope:
             # A failed flush has rolled back to it already; what the handler did afterwards goes too.
             await self._connection.run_sync(_rollback_to, self._savepoint.sync_transaction)
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raises `TransactionMisuse` when the handler ended the group's transaction."""
         if self._whole is None or not self._whole.is_active or self._connection.get_transaction() is not self._whole:
             raise TransactionMisuse("commit or rollback")
 
 
 def _rollback_to(connection: Connection, savepoint: Any) -> None:
     connection.dialect.do_rollback_to_savepoint(connection, savepoint._savepoint)
+
+
+async def roll_back(connection: AsyncConnection) -> None:
+    """Undo the group's transaction. SQLAlchemy may believe that it is over, and would hand the connection back as it
+    is."""
+    with suppress(InvalidRequestError):
+        await connection.run_sync(_roll_back)
 
 
 def _roll_back(connection: Connection) -> None:

@@ -16,13 +16,16 @@ from tidings.delivery.attempt import Attempts
 from tidings.delivery.batch import Pending
 from tidings.delivery.breaker import Breakers
 from tidings.delivery.commits import Commits
+from tidings.delivery.concurrent_groups import ConcurrentGroups
 from tidings.delivery.due import Due
+from tidings.delivery.fitness import Fitness
 from tidings.delivery.gate import Gate
 from tidings.delivery.groups import Groups
 from tidings.delivery.guard import Guard, Survivors
 from tidings.delivery.hindrances import Hindrances
 from tidings.delivery.keys import Keys
 from tidings.delivery.lanes import EventLanes
+from tidings.delivery.ledger import Ledger
 from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.progress import Progress
 from tidings.delivery.release import Release
@@ -77,8 +80,13 @@ def staged_for(
     side_by_side = SideBySide(service.concurrency, runner, hindrances, verdicts, pending)
     groups = Groups(joined, runner, hindrances, verdicts, pending)
     release = Release(lanes, due, stager, joined.caution, pending, side_by_side)
-    commits = Commits(joined, pending, groups, progress, release, acknowledgement)
-    runners = Runners(side_by_side, groups)
+    ledger = Ledger(joined, progress, release, acknowledgement)
+    commits = Commits(joined, pending, groups, progress, ledger, acknowledgement)
+    concurrent: ConcurrentGroups | None = None
+    if site.database.width:
+        fitness = Fitness(joined, hindrances, pending, progress)
+        concurrent = ConcurrentGroups(joined, fitness, lanes, runner, verdicts, ledger)
+    runners = Runners(side_by_side, groups, concurrent)
     guard = Guard(joined, occupancy, lanes, runners)
     gate = Gate(joined, guard, runners, verdicts, remembered.replay)
     revival = Revival(joined, keys, breakers, due, lanes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from tidings.delivery.batch import Pending
+from tidings.delivery.batch import Batch, Pending
 from tidings.delivery.breaker import Breakers
 from tidings.delivery.due import HELD_SECONDS, Due
 from tidings.delivery.failure import Failure
@@ -52,12 +52,22 @@ class Verdicts:
             self.failed(item, failure)
             return
         self._memory.attempts.pop(item.turn, None)
+        self._succeed(item, context)
+        self._finish(item, State.DONE)
+
+    def keep(self, item: InFlight, context: Context, batch: Batch) -> None:
+        """An attempt has succeeded in one of several transactions under way, which commits `batch`."""
+        self._succeed(item, context)
+        item.to(State.DONE)
+        batch.finish(item)
+        self._lanes.finish(item)
+
+    def _succeed(self, item: InFlight, context: Context) -> None:
         if context.emissions:
             succeed(item, context)
         if self._breakers.any and self._breakers.succeeded(item.handler.name):
             log.info("handler.resumed", service=self._service, handler=item.handler.name)
             self._due.resume()
-        self._finish(item, State.DONE)
 
     def failed(self, item: InFlight, failure: Failure) -> None:
         """Again in its lane, or held, or dead."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from binascii import crc32
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, Generic, TypeVar
@@ -245,6 +245,14 @@ class Lanes(Generic[T]):
     def again(self, bucket: int) -> None:
         """The item given out was not done: it will be given out once more, before anything behind it."""
         self.ready.appendleft(bucket)
+
+    def put_back(self, bucket: int, items: Sequence[T]) -> None:
+        """These were finished too early, in this order; what the bucket has given out since is not done either. All of
+        it is given out once more, before anything behind it."""
+        self._items.setdefault(bucket, deque()).extendleft(reversed(items))
+        self._size += len(items)
+        if bucket not in self.ready:
+            self.ready.appendleft(bucket)
 
     def later(self, bucket: int) -> None:
         """As `again`, but the other buckets come first."""

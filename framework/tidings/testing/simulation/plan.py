@@ -46,6 +46,8 @@ class Plan:
     steps: tuple[Step, ...]
     slow_notes: float | None = None
     """Seconds that noting begun events takes if the service's database behaves like a server; else None."""
+    width: int = 0
+    """Groups of handlers with a session that are under way at once, each in a transaction of its own."""
 
 
 _FAULTS: Final = (
@@ -101,6 +103,7 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
         seconds=seconds,
         steps=tuple(step for step in sorted(steps, key=lambda step: step.at) if step.name not in muted),
         slow_notes=slow_notes,
+        width=dice.random("width").choice((0, 1, 3)),
     )
 
 

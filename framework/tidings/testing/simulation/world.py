@@ -131,6 +131,7 @@ class World:
 
     async def _service(self, slot: Slot, process: Process) -> None:
         slot.seat = self.databases.seat(process, slow_notes=self.plan.slow_notes)
+        slot.seat.database.width = self.plan.width
         late = self.dice.chance(f"code of {slot}/{slot.starts}") * self.plan.seconds < self.loop.time()
         slot.former = self._deploys and not self.calm and not late
         if slot.former:

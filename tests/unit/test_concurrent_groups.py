@@ -1,0 +1,148 @@
+"""Lanes that take back what was finished too early, and events that may share a transaction without a savepoint."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tidings._support.timers import Timers
+from tidings.delivery.batch import Pending
+from tidings.delivery.failure_memory import FailureMemory
+from tidings.delivery.fitness import CONTENDED_SECONDS, Fitness
+from tidings.delivery.inflight import InFlight, Role, State
+from tidings.delivery.lanes import EventLanes
+from tidings.modelling.handlers import Handler, Retry
+from tidings.stores import RecordedEvent
+
+HANDLER = Handler("handle", lambda: None, (), (), Retry(), 1.0, threaded=False, transactional=True)
+
+
+def event(position: int, bucket: int = 1, role: Role = Role.PLAIN) -> InFlight:
+    recorded = RecordedEvent(position, "s", position, "T", b"{}", b"", True, bytes(16), 0)
+    return InFlight(recorded, bucket, HANDLER, role)
+
+
+class Gate:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.taken: list[InFlight] = []
+
+    def shut(self) -> float:
+        return 0.0
+
+    def take(self, item: InFlight) -> None:
+        self.taken.append(item)
+
+    def positions(self) -> list[int]:
+        taken, self.taken = self.taken, []
+        return [item.event.position for item in taken]
+
+
+@pytest.fixture
+def lanes() -> tuple[EventLanes, Gate]:
+    made, gate = EventLanes(Timers()), Gate()
+    for item in (event(1), event(2), event(3), event(4), event(10, 7)):
+        made.add(item)
+    made.open(gate)
+    return made, gate
+
+
+def finish(lanes: EventLanes, item: InFlight) -> None:
+    item.to(State.RUNNING)
+    item.to(State.DONE)
+    lanes.finish(item)
+
+
+def test_what_was_undone_comes_again_in_its_order_and_before_what_is_behind_it(lanes: tuple[EventLanes, Gate]) -> None:
+    made, gate = lanes
+    one, other = gate.taken
+    finish(made, one)
+    two = gate.taken[-1]
+    finish(made, two)
+    three = gate.taken[-1]
+    assert gate.positions() == [1, 10, 2, 3]
+    made.undo([one, two], [three], ())
+    assert gate.positions() == [1], "three was given out, and waits behind the others again"
+    for expected in (2, 3, 4):
+        finish(made, one)
+        assert gate.positions() == [expected]
+        one = {2: two, 3: three}.get(expected, one)
+    assert made.under_way == 5 - 1 + 1, "four of this bucket, whose commits nobody has said, and the other one"
+    assert other.state is State.TAKEN
+
+
+def test_a_parked_bucket_gives_nothing_before_it_is_free_and_holds_up_no_other(lanes: tuple[EventLanes, Gate]) -> None:
+    made, gate = lanes
+    one, other = gate.taken
+    gate.taken.clear()
+    made.park(one)
+    assert (one.state, made.under_way) == (State.WAITING, 1)
+    made.pump()
+    finish(made, other)
+    assert gate.positions() == []
+    made.unpark([1])
+    assert gate.positions() == [1]
+
+
+class Stage:
+    def __init__(self) -> None:
+        self.now, self.why = 100.0, None
+        self.memory, self.pending = FailureMemory(), Pending()
+        self.caution, self.progress = SimpleNamespace(alert=False), SimpleNamespace(spans={})
+        site = SimpleNamespace(memory=self.memory, clock=lambda: self.now)
+        joined: Any = SimpleNamespace(site=site, caution=self.caution)
+        hindrances: Any = SimpleNamespace(of=lambda item: self.why)
+        progress: Any = self.progress
+        self.fitness = Fitness(joined, hindrances, self.pending, progress)
+
+
+@pytest.mark.parametrize(
+    "against",
+    ["nothing", "attempts", "undone", "suspected", "condemned", "crashed", "alert", "spans", "hindered", "replayed"],
+)
+def test_an_event_against_which_anything_is_known_shares_no_transaction_without_savepoints(against: str) -> None:
+    stage, item = Stage(), event(5)
+    marks: dict[str, Any] = {
+        "nothing": lambda: None,
+        "attempts": lambda: stage.memory.attempts.update({item.turn: 1}),
+        "undone": lambda: stage.memory.undone.add(item.turn),
+        "suspected": lambda: stage.memory.suspected.add(item.turn),
+        "condemned": lambda: stage.memory.condemned.update({item.turn: None}),  # type: ignore[dict-item]
+        "crashed": lambda: stage.memory.skip([5]),
+        "alert": lambda: vars(stage.caution).update(alert=True),
+        "spans": lambda: stage.progress.spans.update(late=1),
+        "hindered": lambda: vars(stage).update(why="waits behind an earlier event"),
+        "replayed": lambda: setattr(item, "replayed", True),
+    }
+    marks[against]()
+    assert stage.fitness.of(item) is (against == "nothing")
+
+
+@pytest.mark.parametrize("role", Role)
+def test_only_new_events_that_move_the_watermark_do(role: Role) -> None:
+    assert Stage().fitness.of(event(5, role=role)) is (role in (Role.PLAIN, Role.SHARED))
+
+
+def test_after_a_deadlock_one_transaction_is_under_way_at_a_time_for_a_while() -> None:
+    stage = Stage()
+    stage.fitness.contended()
+    assert not stage.fitness.of(event(5))
+    stage.now += CONTENDED_SECONDS
+    assert stage.fitness.of(event(5))
+
+
+def test_a_bucket_is_claimed_until_the_commit_that_has_it_is_done() -> None:
+    pending, item = Pending(), event(5)
+    pending.finish(item)
+    pending.parked.add(1)
+    assert pending.claims(1)
+    pending.take()
+    assert pending.claims(1)
+    assert pending.freed() == set()
+    pending.committed()
+    assert not pending.claims(1)
+    assert pending.freed() == {1}
+    assert pending.freed() == set()
