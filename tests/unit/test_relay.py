@@ -169,7 +169,9 @@ async def test_a_relay_that_stops_records_and_tells_what_it_has_published(store:
         await until(lambda: len(bus.sent) > len(bus.confirmed) or len(bus.positions) >= 25)
         await until(lambda: relay.confirmed >= more[0])
         assert await relay.checkpoint() < more[0], "the next one is due in an hour"
-        await until(lambda: bus.sent[-1].type != MARKER and decode(bus.sent[-1]).event.position == more[-1])
+        await until(
+            lambda: more[-1] in [decode(message).event.position for message in bus.sent if message.type != MARKER]
+        )
         await relay.part()
         assert await relay.checkpoint() == bus.markers[-1].position == more[-1]
         told = len(bus.markers)
