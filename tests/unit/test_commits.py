@@ -20,6 +20,7 @@ from tidings.delivery.batch import Batch, Pending
 from tidings.delivery.commits import LOOK_SECONDS, MANY, Commits
 from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.inflight import InFlight, State, Step
+from tidings.delivery.ledger import Ledger
 from tidings.modelling.handlers import Handler, Retry
 from tidings.stores import RecordedEvent
 
@@ -76,7 +77,8 @@ class Stage:
         )
         release: Any = SimpleNamespace(committed=lambda batch, began: None)
         self.taken = Acknowledgement(progress, self.pending, self.timers, prefetch)
-        self.commits = Commits(joined, self.pending, groups, progress, release, self.taken)
+        ledger = Ledger(joined, progress, release, self.taken)
+        self.commits = Commits(joined, self.pending, groups, progress, ledger, self.taken)
 
 
 @asynccontextmanager
