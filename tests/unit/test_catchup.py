@@ -35,7 +35,7 @@ class Lanes:
         self.given: list[int] = []
         self.caught: list[int] = []
 
-    def is_done(self, generation: int) -> bool:
+    def knows_newer_than(self, generation: int) -> bool:
         return True
 
     def submit_late(self, event: RecordedEvent, *rest: Any) -> None:

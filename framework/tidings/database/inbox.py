@@ -1,4 +1,4 @@
-"""What a service remembers of the log, in its own database: one object for each table, and their state when joining.
+"""What a service remembers of the log, in its own database: its parts, and their state when a process joins.
 
 Nothing but `join`, and what reads on its own, begins a transaction.
 """

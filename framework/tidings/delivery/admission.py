@@ -22,7 +22,7 @@ from tidings.stores import RecordedEvent
 
 __all__ = ["Admission"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 _NOTHING: Final = RecordedEvent(-1, "", -1, "", b"", b"", False, bytes(16), 0)
 """Stands for an event where a span ends."""

@@ -55,7 +55,7 @@ class CatchUp:
     async def run(self) -> None:
         """Until cancelled. Raises `StoreUnavailable`."""
         while True:
-            await self._takeover.done(self._generation)
+            await self._takeover.newer_than(self._generation)
             self._generation = self._roster.generation
             if self._roster.spans:
                 await self._catch_up()
@@ -109,12 +109,12 @@ class CatchUp:
 
     @property
     def waits(self) -> bool:
-        return self._admission.full or not self._takeover.is_done(-1)
+        return self._admission.full or not self._takeover.knows_newer_than(-1)
 
     async def ready(self) -> None:
         if self._admission.full:
             await self._admission.room()
-        await self._takeover.done(-1)
+        await self._takeover.newer_than(-1)
 
     def take(self, event: RecordedEvent, bucket: int, metadata: dict[str, Any] | None) -> bool:
         # No await in here: what is accepted, and what is given, must not change in between.

@@ -34,7 +34,7 @@ from tidings.modelling.context import Context
 
 __all__ = ["ConcurrentGroups"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 
 class _Undone(Exception):

@@ -23,7 +23,7 @@ from tidings.delivery.verdicts import Verdicts
 
 __all__ = ["Groups"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 GROUP: Final = 64
 """Events with a session that share one transaction at most."""

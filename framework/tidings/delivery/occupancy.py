@@ -16,7 +16,7 @@ from tidings.delivery.site import Joined
 
 __all__ = ["Occupancy"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 
 class Occupancy:

@@ -1,5 +1,5 @@
-"""What an event in flight leaves behind: emitted events, a held event, or a dead letter. It moves nothing, and does no
-I/O but to write the log line that belongs to a failure.
+"""What an event in flight leaves behind: emitted events, a held event, or a dead letter. `fail` decides whether a
+handler that failed is tried again, its event held, or given up. It moves nothing, and does no I/O but to log the failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tidings.modelling.fingerprints import fingerprint
 
 __all__ = ["fail", "hold", "succeed"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 BEHIND: str = "waits behind an earlier event of its partition key"
 

@@ -28,7 +28,7 @@ from tidings.modelling.roster import Roster
 
 __all__ = ["Pipeline"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 PARTING_SECONDS: Final = 0.2
 """Seconds to record a clean exit. If that fails, the next process treats this one as crashed."""

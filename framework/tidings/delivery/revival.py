@@ -28,7 +28,7 @@ from tidings.modelling.fingerprints import fingerprint
 
 __all__ = ["Revival"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 FLYING: Final = 1024
 """Lines whose held events are in lanes at once; while handlers hang, or the breaker is open, no more come."""

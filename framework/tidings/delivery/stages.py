@@ -1,8 +1,10 @@
 """The stages of a delivery, made and put together in the order in which an event passes them.
 
-`intake -> admission -> lanes -> gate -> runners -> verdicts -> pending -> commits -> acknowledgement`: each is given
-the ones behind it when it is made, and hands events on to them. An event comes back to an earlier stage through the
-lanes alone.
+`intake -> admission -> lanes -> gate -> runners -> verdicts -> pending -> commits -> acknowledgement`. An event
+comes back to an earlier stage through the lanes alone. Handlers without a session: the runner hands what came of an
+event to verdicts, these to `Pending` (`batch`), and the next commit takes that. Handlers with a session: the commit
+calls `groups`, which run and judge them inside its transaction. Intake is made in `hosting.partition`, admission in
+`pipeline`.
 """
 
 from __future__ import annotations

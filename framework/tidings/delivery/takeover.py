@@ -48,7 +48,7 @@ class Takeover:
     async def take_over(self) -> None:
         """The bus has begun to give this process messages; before that, it runs nothing. After another process that
         ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
-        # Where there is work of an earlier connection at hand, it is of the handlers that were known then.
+        # Work left from an earlier connection was taken for the handlers known then, so keep them.
         stages, fresh = self._stages, self._stages.idle or not self._roster.known
         for position in await self._occupancy.take_over():
             stages.pending.noted(position, self._joined.caution.times(position))
@@ -93,13 +93,13 @@ class Takeover:
         """The bus gives this process nothing any more: held events are left to the one at work."""
         self.active.clear()
 
-    def is_done(self, generation: int) -> bool:
-        """The bus gives this process messages, and what it knows of handlers is of another generation."""
+    def knows_newer_than(self, generation: int) -> bool:
+        """Whether this process is at work, and knows handlers of another generation than this; -1 is before all."""
         return self.active.is_set() and self._roster.known and self._roster.generation != generation
 
-    async def done(self, generation: int) -> None:
-        """Wait until `is_done`."""
-        while not self.is_done(generation):
+    async def newer_than(self, generation: int) -> None:
+        """Wait until `knows_newer_than`."""
+        while not self.knows_newer_than(generation):
             self._again.clear()
             await self._again.wait()
 

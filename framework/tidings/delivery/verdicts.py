@@ -24,7 +24,7 @@ from tidings.modelling.context import Context
 
 __all__ = ["Verdicts"]
 
-log = structlog.get_logger("tidings.dispatch")
+log = structlog.get_logger("tidings.delivery")
 
 
 class Verdicts:

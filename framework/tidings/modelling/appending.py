@@ -1,4 +1,4 @@
-"""Events on their way into the log from outside any handler: checked, and made into what a store keeps. No I/O."""
+"""Events on their way into the log from outside any handler: checked, made into what a store keeps, appended."""
 
 from __future__ import annotations
 

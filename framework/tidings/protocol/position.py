@@ -254,10 +254,6 @@ class Lanes(Generic[T]):
         if bucket not in self.ready:
             self.ready.appendleft(bucket)
 
-    def later(self, bucket: int) -> None:
-        """As `again`, but the other buckets come first."""
-        self.ready.append(bucket)
-
 
 class Ticket(Generic[T]):
     """One entry of `Settled`. Whoever knows that it has ended says so: `done`."""
