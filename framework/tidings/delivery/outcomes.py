@@ -1,5 +1,5 @@
 """What an event in flight leaves behind: emitted events, a held event, or a dead letter. `fail` decides whether a
-handler that failed is tried again, its event held, or given up. It moves nothing, and does no I/O but to log the failure.
+handler that failed is tried again, its event held, or given up. It moves nothing, and does no I/O but to log a failure.
 """
 
 from __future__ import annotations
