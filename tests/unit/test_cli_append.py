@@ -105,6 +105,12 @@ def test_the_class_says_partition_key_and_schema_version() -> None:
     assert metadata() == {"schemaVersion": 2, "partitionKey": "7"}
 
 
+def test_a_type_that_no_named_service_declares_is_said() -> None:
+    ended = append("Orderde", "{}")
+    assert ended.code == 0
+    assert "no service of TIDINGS_SERVICES declares 'Orderde': is the name right?" in ended.err
+
+
 def test_what_an_aggregate_evolves_counts_too() -> None:
     assert append("Cancelled", '{"order_id": "8"}').code == 0
     assert metadata() == {"schemaVersion": 1, "partitionKey": "8"}

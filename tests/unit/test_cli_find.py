@@ -24,6 +24,8 @@ MODULES = {
     "nothing": "number = 5\n",
     "broken": "def (:\n",
     "raising": "raise RuntimeError('no luck today')\n",
+    "running": "import asyncio\nasync def main(): ...\ncoroutine = main()\ntry:\n    asyncio.run(coroutine)\n"
+    "finally:\n    coroutine.close()\n",
     "importing": "import surely_not_installed_xyz\n",
     "refusing": "from tidings import Service\nService('NOT A NAME')\n",
     "namesake": "from tidings import Service\nstock = Service('stock')\n",
@@ -91,6 +93,11 @@ def test_a_module_that_cannot_be_imported_says_why_and_where(name: str, said: st
     text = refused(f"{name}:stock")
     assert said in text
     assert f"{name}.py:1" in text
+
+
+async def test_a_module_that_runs_its_program_on_import_is_told_to_guard_it() -> None:
+    """Most commands import it within their event loop."""
+    assert "put that under  if __name__ == '__main__':" in refused("running:stock")
 
 
 def test_an_error_of_tidings_in_the_module_passes_as_it_is() -> None:

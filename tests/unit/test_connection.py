@@ -114,6 +114,11 @@ async def test_a_view_that_does_not_fit_is_an_error(settings: Settings) -> None:
             _ = [entry async for entry in log.read("account-a", View)]
 
 
+def test_a_log_that_is_not_entered_says_how_to_enter_it() -> None:
+    with pytest.raises(AttributeError, match="write  with tidings"):
+        tidings.connect().append  # noqa: B018
+
+
 async def test_the_environment_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDINGS_STORE", f"sqlite:///{tmp_path}/other.db")
     async with tidings.connect() as log:

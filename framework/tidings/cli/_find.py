@@ -121,8 +121,11 @@ def _imported(name: str) -> ModuleType:
     except TidingsError:
         raise
     except Exception as error:
+        hint = ""
+        if isinstance(error, RuntimeError) and "running event loop" in str(error):
+            hint = " It runs its program when it is imported: put that under  if __name__ == '__main__':"
         raise Refused(
-            USAGE, f"module {name!r} cannot be imported: {type(error).__name__}: {error}. {_place(error)}"
+            USAGE, f"module {name!r} cannot be imported: {type(error).__name__}: {error}. {_place(error)}{hint}"
         ) from error
 
 

@@ -127,14 +127,14 @@ def _keyed(metadata: dict[str, Any], keys: Mapping[str, str | None]) -> dict[str
     return metadata if key is None else metadata | {"partitionKey": key}
 
 
-async def check_against(event: Handmade, store: EventStore) -> None:
-    """Look at the newest event of an undeclared type: what it has, this one must be given.
+async def check_against(event: Handmade, store: EventStore) -> bool:
+    """Look at the newest event of an undeclared type: what it has, this one must be given. Return whether there is one.
 
     It is looked for at the end of the event's own stream, and among the newest of the log. Raises `Refused`.
     """
     found = await _newest(event, store)
     if found is None:
-        return
+        return False
     metadata, wanted = read_metadata(found), []
     if "partitionKey" in metadata and "partitionKey" not in event.metadata:
         wanted.append(f"--key KEY (that one has {metadata['partitionKey']!r}; --key '' for none)")
@@ -147,6 +147,7 @@ async def check_against(event: Handmade, store: EventStore) -> None:
             f"lacks. Give {' and '.join(wanted)}; or set TIDINGS_SERVICES=MODULE:SERVICE,... to services that declare "
             "the type. --unchecked appends it as it is",
         )
+    return True
 
 
 async def _newest(event: Handmade, store: EventStore) -> RecordedEvent | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import suppress
 from typing import Annotated, Final
 from uuid import UUID, uuid4
@@ -206,7 +206,8 @@ async def append(
     wanted, settings = _expected(expected), Settings()
     given = Handmade(stream, type, content, given_metadata(metadata, key, schema_version))
     looked = not octets and not unchecked
-    known = checked(given, classes_of(type, find_services((), settings, needed=False) if looked else {}))
+    services = find_services((), settings, needed=False) if looked else {}
+    known = checked(given, classes_of(type, services))
     event = made(given, known, id or uuid4(), JSON if not octets else OCTETS)
     for note in known.notes:
         print(f"Note: {plain(note)}", file=sys.stderr)
@@ -214,13 +215,13 @@ async def append(
         if looked and not known.by:
             with suppress(StoreUnavailable):  # there is no log yet, or none to be asked
                 async with existing_store(settings) as store:
-                    await check_against(given, store)
+                    _ask_about(type, services, await check_against(given, store))
         for line in dry_lines(stream, event, expected, known, json):
             say(line)
         return
     async with writable_store(settings) as store:
         if looked and not known.by:
-            await check_against(given, store)
+            _ask_about(type, services, await check_against(given, store))
         done = await store.append(stream, [event], expected=wanted)
     if json:
         say(facts({"stream": stream, "version": done.version, "position": done.position, "id": event.id}))
@@ -229,6 +230,12 @@ async def append(
             ("STREAM", "VERSION", "POSITION", "ID"), [(stream, done.version, done.position, event.id)], right=(1, 2)
         ):
             say(line)
+
+
+def _ask_about(type: str, services: Collection[str], known: bool) -> None:
+    """Of a type that none of the services declares: it may be misspelt, unless the log knows it."""
+    if services and not known:
+        print(f"Note: no service of TIDINGS_SERVICES declares {plain(repr(type))}: is the name right?", file=sys.stderr)
 
 
 def _expected(text: str) -> Expected:

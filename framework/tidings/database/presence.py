@@ -48,7 +48,7 @@ class Process:
     version: str
     """Version of the package that contains the handlers; "" where there is none."""
     code: str
-    """Fingerprint of all handlers."""
+    """Fingerprint of all handlers; "-" where the service has none."""
     started: float
     seen: float
 
@@ -57,8 +57,11 @@ class Process:
 
 
 def code_of(service: Declaration) -> tuple[str, str]:
-    """Return the version of this process's code, and the fingerprint of all its handlers."""
+    """Return the version of this process's code, and the fingerprint of all its handlers; "-" where it has none: other
+    code is not looked at."""
     functions = {name: handler.function for name, handler in service.named.items()}
+    if not functions:
+        return "", "-"
     digest = sha256("".join(f"{name} {fingerprint(functions[name])} " for name in sorted(functions)).encode())
     version = next((found for name in sorted(functions) if (found := version_of(functions[name]))), "")
     return version[:50], digest.hexdigest()[:8]

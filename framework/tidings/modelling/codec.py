@@ -206,7 +206,10 @@ def decode(
                 f"{known}, which it does not fit: {problems}. Deploy {reader} with {view.__qualname__} at version "
                 f"{written}{until}"
             ) from None
-        raise SchemaError(f"{_where(event)} does not fit {view.__qualname__}: {problems}") from None
+        raise SchemaError(
+            f"{_where(event)} does not fit {view.__qualname__}: {problems}. If the class has changed since: give a new "
+            "field a default, or raise the schema version and write an upcaster"
+        ) from None
     except SchemaError:
         raise
     except Exception as error:  # pydantic lets through what a validator raises beside ValueError and AssertionError

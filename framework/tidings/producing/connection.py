@@ -158,6 +158,12 @@ class Connecting:
         self._thread: threading.Thread | None = None
         self._closing: Callable[[], object] = lambda: None
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"tidings.connect() is not entered, so it has no {name!r}: write  with tidings.connect() as log:  or, in "
+            "an event loop,  async with tidings.connect() as log:"
+        )
+
     async def __aenter__(self) -> Log:
         configure_by_default()
         settings = self._settings or Settings()
