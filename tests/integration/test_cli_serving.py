@@ -129,7 +129,7 @@ async def test_logs_into_a_pipe_are_json_and_standard_output_is_the_users(comman
         (["run", "absent:shop"], 2, "no module 'absent' can be found"),
         (["run", "shop:stock"], 2, "Its services: shop:shop."),
         (["run", "shop:VERSION"], 2, "is a int, not a tidings.Service"),
-        (["run", "shop", "--log-level", "loud"], 2, "no log level"),
+        (["run", "shop", "--log-level", "loud"], 2, "is not a log level"),
         (["dev", "--no-reload"], 2, "TIDINGS_SERVICES"),
     ],
 )

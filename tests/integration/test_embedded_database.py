@@ -159,7 +159,7 @@ def _remove_log(folder: Path) -> None:
 async def test_what_is_locked_at_the_start_is_waited_for(
     tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.hosting.opening.PAUSES", (0.02, 0.1))
+    monkeypatch.setattr("tidings.hosting.waiting.PAUSES", (0.02, 0.1))
     service = auditing()
     async with embedded(tmp_path, service) as world:
         await world.append(*EVENTS[:3])

@@ -401,7 +401,7 @@ async def test_session_connection_context_and_resources_are_injected_by_type(tmp
     ) -> None:
         await connection.execute(sa.insert(audit).values(key=event.key, n=prices.of(event.key)))
         seen.extend((await session.scalars(sa.select(audit.c.key))).all())
-        with pytest.raises(Exception, match="not for handlers"):
+        with pytest.raises(Exception, match="must not be called on this session"):
             await connection.commit()
         if context.attempt == 1:
             raise ValueError

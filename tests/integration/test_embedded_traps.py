@@ -151,7 +151,7 @@ class Thing(Aggregate, category="thing"):
 async def test_an_async_decision_is_refused_instead_of_doing_nothing(settings: Settings) -> None:
     service = Service("audit")
     async with Runtime(service, settings=settings):
-        with pytest.raises(ConfigurationError, match="a decision is pure"):
+        with pytest.raises(ConfigurationError, match="a decision must be pure"):
             await service.repository(Thing).create("1", Thing.begin)
 
 

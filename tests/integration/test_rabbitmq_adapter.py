@@ -123,8 +123,8 @@ async def test_a_hundred_reconnects_leave_nothing_behind(bus_url: str) -> None:
                 delivery = (await take(consumer, 1))[0]
                 assert delivery.message == message
                 consumer.settle_through(delivery.tag)
-        assert len(asyncio.all_tasks()) == tasks
-        assert len(os.listdir("/proc/self/fd")) == files
+        assert len(asyncio.all_tasks()) <= tasks  # fewer, where a test before this one left some that ended meanwhile
+        assert len(os.listdir("/proc/self/fd")) <= files
         async with another_client(bus_url) as channel:
             declared = await channel.queue_declare(SERVICE.queue, passive=True)
         assert (declared.consumer_count, declared.message_count) == (0, 0)

@@ -171,9 +171,11 @@ async def test_the_largest_order_is_taken_and_listed(open_counter: OpenCounter) 
 )
 async def test_moments_at_the_ends_of_time_are_kept_as_they_are(open_counter: OpenCounter, moment: str) -> None:
     async with open_counter() as at:
-        order_id = await at.placed(placed_at=moment)
+        placed = await at.place(placed_at=moment)
+        assert placed.status_code == 201, placed.text
+        order_id, waiting = placed.json()["id"], {"Tidings-Position": placed.headers["Tidings-Position"]}
         assert (await at.http.get(f"/orders/{order_id}")).json()["placed_at"].lower() == moment.lower()
-        assert (await at.http.get("/orders")).json()["orders"][0]["id"] == order_id
+        assert (await at.http.get("/orders", headers=waiting)).json()["orders"][0]["id"] == order_id
         early = moment.startswith("0001")
         answer = await at.http.get(f"/orders/{order_id}", params={"as_of": moment})
         assert answer.status_code == (404 if early or moment.startswith("2010") else 200)
