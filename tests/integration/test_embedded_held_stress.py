@@ -260,8 +260,8 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
         assert_once_in_order("rows", [(row.key, row.n) for row in rows], [pair for pair in done if pair in writing])
         passed, telling = await emitted(store), [pair for pair in done if pair not in writing]
         if rival:
-            # A gap that the README names: of two processes at work on one bucket, one may run a later event of the key as
-            # soon as the other has committed the held one, and append what it emits first.
+            # A gap that the README names: of two processes at work on one bucket, one may run a later event of the key
+            # as soon as the other has committed the held one, and append what it emits first.
             assert sorted(passed) == sorted(telling)
         else:
             assert_once_in_order("emitted events", passed, telling)
