@@ -136,6 +136,25 @@ async def test_a_failure_at_a_held_event_that_another_process_has_settled_is_a_r
         await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))
 
 
+async def test_who_does_not_know_what_a_held_event_has_emitted_emits_nothing_behind_it(database: Database) -> None:
+    """The held event moves no watermark, and its key is free for whoever looks."""
+    ours, other = await Process(database).join(), await Process(database).join()
+    row = HeldEvent(event(5), BUCKET, "key", "handle", 1, 0, 0.0, "because", None)
+    async with database.transaction() as connection:
+        await ours.held.hold(connection, [row])
+    again = item(5, row)
+    again.leaves = [StagedEvent(BUCKET, 5, "answers", EventData("Answered", b"{}"))]
+    batch = Batch()
+    batch.finish(again)
+    await ours.commit(batch)
+    with pytest.raises(Fenced):
+        await other.commit(Batch(moves={BUCKET: 6}))
+    await ours.commit(Batch(moves={BUCKET: 6}))
+    joined = await Process(database).join()
+    assert [found.cause for found in await joined.inbox.read_staged()] == [5]
+    await joined.commit(Batch(moves={BUCKET: 7}))
+
+
 async def test_a_staged_event_that_two_processes_give_up_is_one_dead_letter(database: Database) -> None:
     one, two = await Process(database).join(), await Process(database).join()
     waiting = StagedEvent(BUCKET, 5, "orders", EventData("Placed", b"{}"))

@@ -93,6 +93,25 @@ class Watermarks:
                 "service has taken over; joining again"
             )
 
+    async def fence_rivals(self, connection: AsyncConnection, buckets: Collection[int]) -> None:
+        """Count up the watermarks of these buckets without moving them.
+
+        A process beside this one knows nothing of what this transaction stages. It can then commit nothing there, and
+        joins again. Raises `Fenced` when another process was first. Call `fenced_rivals` once it is committed.
+        """
+        rows = tables.watermarks
+        for bucket in sorted(buckets):
+            counted = rows.update().where(
+                *self._scope.of_log(rows), rows.c.bucket == bucket, rows.c.replays == self._replays[bucket]
+            )
+            done = await connection.execute(counted.values(replays=rows.c.replays + 1))
+            self._check((bucket,), done.rowcount)
+
+    def fenced_rivals(self, buckets: Collection[int]) -> None:
+        """Know that `fence_rivals` was committed."""
+        for bucket in buckets:
+            self._replays[bucket] += 1
+
     def fenced_others(self) -> None:
         """Know that this process itself has counted the watermarks up, as a replay does, so that code that was at work
         before it can commit nothing any more."""

@@ -100,6 +100,8 @@ class Progress:
             for item in (item for item in batch.notable if item.emissions):
                 item.leaves = [row for row in item.emissions if str(row.event.id) not in before]
             emissions = [row for item in batch.notable for row in item.emissions]
+        # A held event moves no watermark. Who is at work beside this process would see its key free, and emit first.
+        await inbox.watermarks.fence_rivals(connection, _emitting_again(batch))
         await inbox.staged.add(connection, emissions)
         never = [letter for event_id, letter in batch.never if await inbox.staged.give_up(connection, event_id)]
         await inbox.dead.add(connection, [*letters, *never, *(letter for letter, _ in batch.foreign)])
@@ -124,6 +126,7 @@ class Progress:
             self.spans = {late: max(at, self._raised) for late, at in self.spans.items()}
             self._raised = -1
         self._watermarks.update(batch.moves)
+        self._inbox.watermarks.fenced_rivals(_emitting_again(batch))
         if self._parts:
             for bucket in batch.moves:
                 self._parts.pop(bucket, None)
@@ -132,6 +135,11 @@ class Progress:
             before, handlers = self._parts.get(bucket, (-1, frozenset()))
             done = frozenset(item.handler.name for item in items if item.event.position == at)
             self._parts[bucket] = (at, handlers | done if before == at else done)
+
+
+def _emitting_again(batch: Batch) -> set[int]:
+    """Return the buckets in which a held event emits something."""
+    return {item.bucket for item in batch.notable if item.role >= Role.AGAIN and item.emissions}
 
 
 def _postponed(items: Iterable[InFlight]) -> list[HeldEvent]:
