@@ -21,6 +21,7 @@ from tests.integration.embedded import (
 )
 from tidings.database.engine import Database, connected
 from tidings.database.tables import begun, floors
+from tidings.protocol.position import carried
 
 pytestmark = pytest.mark.usefixtures("on_postgresql")
 
@@ -57,9 +58,11 @@ async def test_a_queue_that_goes_and_comes_back_while_notes_are_written_stops_no
         await slow_notes(running.database)
         await world.append(*EVENTS)
         (partition,) = running.partitions
-        taken = {event.position async for event in world.store.read_all() if event.type == "Happened"}
-        for suspect in sorted(taken)[-4:]:
-            await another_was_here(tool, suspect, 3)
+        buckets = {event.position: carried(event) async for event in world.store.read_all() if event.type == "Happened"}
+        for suspect in sorted(buckets)[-4:]:
+            bucket = buckets[suspect]
+            assert bucket is not None
+            await another_was_here(tool, suspect, bucket)
             await world.bus.delete([partition.subscription])
 
             def writes_notes() -> bool:

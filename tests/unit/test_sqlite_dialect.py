@@ -154,6 +154,27 @@ async def test_a_commit_that_is_cancelled_again_and_again_is_finished_and_the_co
     await slow.dispose()
 
 
+async def test_a_cancelled_commit_loses_no_database_in_memory() -> None:
+    engine = create_async_engine("sqlite+tidings://", pool_size=1, max_overflow=0)
+    sqlite_dialect.register(engine.sync_engine)
+
+    async def write(number: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        async with engine.connect() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+            await connection.execute(sa.insert(Thing).values(id=number, name="kept"))
+            task.cancel()  # it takes effect where the commit waits, or after it
+            await connection.commit()
+            await asyncio.sleep(0)
+
+    for number in range(3):
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(write(number))
+    assert await names(engine) == ["kept"] * 3
+    await engine.dispose()
+
+
 async def test_a_commit_is_durable_and_the_log_is_written_ahead(engine: AsyncEngine) -> None:
     async with engine.connect() as connection:
         found: list[Any] = [

@@ -80,7 +80,11 @@ class TidingsSQLite(SQLiteDialect_pysqlite):
     def get_pool_class(cls, url: URL) -> type[Pool]:
         return AsyncAdaptedQueuePool
 
+    in_memory = False
+    """The database lives in its connection."""
+
     def create_connect_args(self, url: URL) -> Any:
+        self.in_memory = not self._is_url_file_db(url)
         arguments, options = super().create_connect_args(url)
         options.update(isolation_level=None, check_same_thread=False, timeout=0, factory=_Connection)
         return arguments, options
@@ -101,7 +105,11 @@ class TidingsSQLite(SQLiteDialect_pysqlite):
         _patiently(dbapi_connection.execute, dbapi_connection.begin)
 
     def do_commit(self, dbapi_connection: Any) -> None:
-        if dbapi_connection.in_transaction:
+        if not dbapi_connection.in_transaction:
+            return
+        if self.in_memory:  # nothing is flushed; and a wait that is cancelled would end the connection, and all with it
+            dbapi_connection.commit()
+        else:
             await_only(_commit(dbapi_connection))
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
