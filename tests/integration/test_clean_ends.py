@@ -10,19 +10,19 @@ from structlog.testing import capture_logs
 
 from tests.integration.embedded import Happened, auditing, many, until
 from tests.integration.test_partitions_embedded import site
-from tidings.delivery.occupancy import Occupancy
+from tidings.delivery.succession import Succession
 
 
 async def test_a_process_that_stops_is_not_taken_for_one_that_crashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave = Occupancy.leave
+    leave = Succession.leave
 
-    async def slowly(occupancy: Occupancy) -> None:
+    async def slowly(succession: Succession) -> None:
         await asyncio.sleep(0.15)
-        await leave(occupancy)
+        await leave(succession)
 
-    monkeypatch.setattr(Occupancy, "leave", slowly)
+    monkeypatch.setattr(Succession, "leave", slowly)
     one, two = auditing(), auditing()
     with capture_logs() as logs:
         async with site(tmp_path) as here, here.process(one) as first:

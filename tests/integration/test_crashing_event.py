@@ -20,9 +20,9 @@ from tidings.database.layout import resize
 from tidings.database.lineage import Lineage
 from tidings.database.notebook import Notebook
 from tidings.delivery.failure_memory import FailureMemory
-from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.resources import Resources
 from tidings.delivery.site import Joined, Site
+from tidings.delivery.succession import Succession
 
 pytestmark = pytest.mark.postgresql
 
@@ -184,10 +184,13 @@ async def test_what_has_ended_is_in_no_notebook(tmp_path: Path) -> None:
         assert Notebook.read(str(notebook)) == {}
 
 
-def occupancy(service: Service, database: Database, inbox: Inbox, log: UUID, memory: FailureMemory) -> Occupancy:
+PROCESS = "this one"
+
+
+def succession(service: Service, database: Database, inbox: Inbox, log: UUID, memory: FailureMemory) -> Succession:
     store: Any = None
-    site = Site(service, store, None, database, Resources("audit", None), memory)
-    return Occupancy(Joined.of(site, inbox, Lineage(log)))
+    site = Site(service, store, None, database, Resources("audit", None), PROCESS, memory)
+    return Succession(Joined.of(site, inbox, Lineage(log)))
 
 
 async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_anew(tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_
     async with open_database(f"sqlite:///{tmp_path}/audit.db") as database:
         inbox = Inbox(database, "audit", log, buckets)
         await inbox.join()
-        found = occupancy(service, database, inbox, log, memory)
+        found = succession(service, database, inbox, log, memory)
         await found.take_over()
         found.notebook.begin(7, 1)
         (notebook,) = notebooks(tmp_path)
@@ -221,8 +224,8 @@ async def test_joining_again_keeps_suspects_and_notes_and_corrects_the_count_of_
             assert await inbox.occupancy.take(connection, "other") is None
             await inbox.notes.add(connection, {3: (1, 1), 5: (1, 1)})
 
-        def joins() -> Occupancy:
-            return occupancy(service, database, inbox, log, memory)
+        def joins() -> Succession:
+            return succession(service, database, inbox, log, memory)
 
         first = joins()
         await first.take_over()
@@ -249,8 +252,8 @@ async def test_a_takeover_that_was_cut_off_after_its_commit_is_done_again(tmp_pa
         async with database.transaction() as connection:
             await inbox.occupancy.take(connection, "other")
             await inbox.notes.add(connection, {3: (1, 1)})
-            await inbox.occupancy.take(connection, memory.process)
-        found = occupancy(service, database, inbox, log, memory)
+            await inbox.occupancy.take(connection, PROCESS)
+        found = succession(service, database, inbox, log, memory)
         await found.take_over()
         assert found.caution.suspects == {3}
         assert found.caution.wants(7)

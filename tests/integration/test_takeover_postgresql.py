@@ -66,7 +66,7 @@ async def test_a_queue_that_goes_and_comes_back_while_notes_are_written_stops_no
             await world.bus.delete([partition.subscription])
 
             def writes_notes() -> bool:
-                guard = partition.pipeline.occupancy if partition.pipeline else None
+                guard = partition.pipeline.succession if partition.pipeline else None
                 return guard is not None and bool(guard.caution.notes.own)
 
             async def goes_on() -> bool:

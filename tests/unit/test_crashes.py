@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tidings.delivery.crashes import ALONE_SECONDS, CRASHES, QUIET_SECONDS, ROOM, Caution, verdicts
+from tidings.delivery.crashes import ALONE_SECONDS, CRASHES, QUIET_SECONDS, ROOM, Caution, condemned_and_suspected
 
 
 class Clock:
@@ -27,7 +27,7 @@ def note(caution: Caution, position: int) -> int:
 
 
 def test_two_unclean_ends_in_a_row_condemn_and_one_only_makes_suspect() -> None:
-    condemned, suspected = verdicts({7: 2, 9: 1})
+    condemned, suspected = condemned_and_suspected({7: 2, 9: 1})
     assert list(condemned) == [7]
     assert "ProcessCrashed: 2 times" in condemned[7].reason
     assert condemned[7].permanent

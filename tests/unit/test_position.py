@@ -18,11 +18,11 @@ from tidings.protocol.position import (
     NESTING,
     RESERVED,
     Accepted,
+    Arrival,
     Chain,
     Lanes,
-    Settled,
     Ticket,
-    Verdict,
+    Window,
     bucket_of,
     carried,
     partition_key,
@@ -156,10 +156,10 @@ def test_over_a_bus_without_faults_every_event_is_next_and_again_a_duplicate(log
     for position, bucket in log:
         previous = chain.stamp(bucket, position)
         chain.confirm(bucket, position)
-        assert accepted.offer(bucket, position, previous) is Verdict.NEXT
-        assert accepted.offer(bucket, position, previous) is Verdict.DUPLICATE
+        assert accepted.offer(bucket, position, previous) is Arrival.NEXT
+        assert accepted.offer(bucket, position, previous) is Arrival.DUPLICATE
     head = log[-1][0] if log else 1
-    assert accepted.hear(head, *chain.mark(head)) is Verdict.NEXT
+    assert accepted.hear(head, *chain.mark(head)) is Arrival.NEXT
     assert accepted.reached == head
 
 
@@ -180,15 +180,15 @@ def test_over_any_bus_passes_make_up_for_every_loss_and_nothing_comes_twice(
         accepted.reach(upto)
 
     for position, bucket, previous in arriving:
-        verdict = accepted.offer(bucket, position, previous)
-        if verdict is Verdict.NEXT:
+        arrival = accepted.offer(bucket, position, previous)
+        if arrival is Arrival.NEXT:
             got.append((position, bucket))
-        elif verdict is Verdict.GAP:
+        elif arrival is Arrival.GAP:
             heal(position)
     for position, bucket in log:
         chain.confirm(bucket, position)
     head = log[-1][0] if log else 1
-    if accepted.hear(head, *chain.mark(head)) is Verdict.GAP:
+    if accepted.hear(head, *chain.mark(head)) is Arrival.GAP:
         heal(head)
     assert sorted(got) == log
     for bucket in FEW:
@@ -205,33 +205,33 @@ def test_accepted_made_anew_from_floor_and_watermarks_knows_what_was_handled(
     for bucket in FEW:
         assert accepted.tail(bucket) == max(watermarks.get(bucket, -1), floor)
     for position, bucket in handled:
-        assert accepted.offer(bucket, position, -1) is Verdict.DUPLICATE
+        assert accepted.offer(bucket, position, -1) is Arrival.DUPLICATE
         assert not accepted.read(bucket, position)
 
 
 def test_a_previous_above_the_tail_is_a_gap_and_accepts_nothing() -> None:
     accepted = Accepted(FEW, 10, {})
-    assert accepted.offer(0, 20, 11) is Verdict.GAP
+    assert accepted.offer(0, 20, 11) is Arrival.GAP
     assert accepted.tail(0) == 10
-    assert accepted.offer(0, 20, 10) is Verdict.NEXT
+    assert accepted.offer(0, 20, 10) is Arrival.NEXT
     assert accepted.tail(0) == 20
 
 
 def test_events_of_other_ranges_buckets_are_dropped_whoever_brings_them() -> None:
     accepted = Accepted(range(2), -1, {})
-    assert accepted.offer(2, 5, -1) is Verdict.DUPLICATE
+    assert accepted.offer(2, 5, -1) is Arrival.DUPLICATE
     assert not accepted.read(2, 5)
-    assert accepted.hear(6, -1, {2: 6}) is Verdict.NEXT
+    assert accepted.hear(6, -1, {2: 6}) is Arrival.NEXT
 
 
 def test_a_marker_is_heard_once_and_needs_its_base_and_every_touched_bucket() -> None:
     accepted = Accepted(FEW, 10, {})
-    assert accepted.hear(20, 11, {}) is Verdict.GAP
-    assert accepted.hear(20, 10, {1: 15}) is Verdict.GAP
+    assert accepted.hear(20, 11, {}) is Arrival.GAP
+    assert accepted.hear(20, 10, {1: 15}) is Arrival.GAP
     assert accepted.reached == 10
-    assert accepted.offer(1, 15, 10) is Verdict.NEXT
-    assert accepted.hear(20, 10, {1: 15}) is Verdict.NEXT
-    assert accepted.hear(20, 10, {1: 15}) is Verdict.DUPLICATE
+    assert accepted.offer(1, 15, 10) is Arrival.NEXT
+    assert accepted.hear(20, 10, {1: 15}) is Arrival.NEXT
+    assert accepted.hear(20, 10, {1: 15}) is Arrival.DUPLICATE
     assert [accepted.tail(bucket) for bucket in FEW] == [20] * 4
 
 
@@ -318,7 +318,7 @@ def test_the_bucket_that_has_waited_longest_is_next_and_a_repetition_goes_first(
 def test_values_come_in_order_each_once_and_never_past_the_first_that_has_not_ended(
     steps: list[str], random: Random
 ) -> None:
-    settled: Settled[int] = Settled()
+    settled: Window[int] = Window()
     begun, popped, open_ = list[int](), list[int](), dict[int, Ticket[int]]()
     for n, step in enumerate(steps):
         if step in ("begin", "done"):

@@ -16,7 +16,7 @@ from tidings import EventData, EventStore, Relay, open_store
 from tidings.buses import Consumer, Found, Subscription
 from tidings.errors import BusUnavailable, PublishRejected, StoreUnavailable, TopologyMismatch, Unroutable
 from tidings.protocol.message import MARKER, Marker, Message, decode
-from tidings.protocol.position import Accepted, Verdict
+from tidings.protocol.position import Accepted, Arrival
 from tidings.stores import ANY, EVERYTHING, CaughtUp, Checkpoint, Filter, RecordedEvent
 
 
@@ -140,10 +140,10 @@ async def test_a_service_that_hears_everything_in_order_sees_no_gap(store: Event
     for message in bus.confirmed:
         if message.type == MARKER:
             marker = Marker.decode(message)
-            assert accepted.hear(marker.position, marker.base, marker.touched) is not Verdict.GAP
+            assert accepted.hear(marker.position, marker.base, marker.touched) is not Arrival.GAP
         else:
             stamped = decode(message)
-            assert accepted.offer(stamped.bucket, stamped.event.position, stamped.previous) is Verdict.NEXT
+            assert accepted.offer(stamped.bucket, stamped.event.position, stamped.previous) is Arrival.NEXT
     assert accepted.reached >= max(bus.positions)
 
 

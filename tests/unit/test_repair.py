@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tidings.buses import EventBus
 from tidings.operations.repair import publish_marker
 from tidings.protocol.message import Marker, Message
-from tidings.protocol.position import ALL_BUCKETS, Accepted, Verdict
+from tidings.protocol.position import ALL_BUCKETS, Accepted, Arrival
 
 LOG = uuid4()
 positions = st.integers(-1, 50)
@@ -53,8 +53,8 @@ async def test_it_is_a_gap_to_who_is_behind_and_a_duplicate_to_who_is_not(
     before = [accepted.tail(bucket) for bucket in ALL_BUCKETS]
     marker = await sent(position)
     assert marker.log == LOG
-    verdict = accepted.hear(marker.position, marker.base, marker.touched)
-    assert verdict is (Verdict.GAP if accepted.reached < position else Verdict.DUPLICATE)
+    arrival = accepted.hear(marker.position, marker.base, marker.touched)
+    assert arrival is (Arrival.GAP if accepted.reached < position else Arrival.DUPLICATE)
     # It moves nothing by itself: what is accepted, and so what is settled, the pass must have read.
     assert (accepted.reached, [accepted.tail(bucket) for bucket in ALL_BUCKETS]) == (floor, before)
 

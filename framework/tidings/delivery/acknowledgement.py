@@ -13,7 +13,7 @@ from tidings.delivery.batch import Pending
 from tidings.delivery.inflight import InFlight, Step
 from tidings.delivery.limits import FULL, ROOM
 from tidings.delivery.progress import FLOOR_SECONDS, Progress
-from tidings.protocol.position import Settled, Ticket
+from tidings.protocol.position import Ticket, Window
 
 __all__ = ["Acknowledgement"]
 
@@ -26,7 +26,7 @@ class Acknowledgement:
         self._pending = pending
         self._timers = timers
         self._full, self._room_at = int(FULL * prefetch), int(ROOM * prefetch)
-        self._taken: Settled[Step | None] = Settled()
+        self._taken: Window[Step | None] = Window()
         self._room = asyncio.Event()
         self._floor_timer: asyncio.TimerHandle | None = None
         self.full = False

@@ -31,7 +31,7 @@ PAUSED_SECONDS: Final = 30.0
 
 
 class CatchUp:
-    """Of one session of a partition. While the process stands by, it rests."""
+    """Catching up of one bucket range, while this process is joined to it. While the process stands by, it rests."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ LOOK_SECONDS: Final = 0.002
 
 
 class Commits:
-    """Of one bucket range; any error out of `run` ends its session."""
+    """Commits of one bucket range. An error out of `run` ends the membership: the process joins again."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from typing import Final
 
 from tidings.delivery.failure import Failure
 
-__all__ = ["Caution", "verdicts"]
+__all__ = ["Caution", "condemned_and_suspected"]
 
 CRASHES: Final = 2
 """Unclean ends with the event under way, after which it is not run again."""
@@ -37,7 +37,7 @@ LOOK_SECONDS: Final = 0.05
 """Seconds until somebody who may not begin asks again; what ends meanwhile makes it sooner."""
 
 
-def verdicts(notes: Mapping[int, int]) -> tuple[dict[int, Failure], frozenset[int]]:
+def condemned_and_suspected(notes: Mapping[int, int]) -> tuple[dict[int, Failure], frozenset[int]]:
     """What notes (position to the number of unclean ends with the event under way) say: who is condemned, and who is
     suspected."""
     condemned = {
@@ -188,7 +188,7 @@ class Caution:
         self._survived.clear()
         self._left = events if blind else 0
         self.informed = True
-        return verdicts(self._found)[0]
+        return condemned_and_suspected(self._found)[0]
 
     def forgotten(self) -> None:
         """The process before this one ended cleanly: there are no notes but this one's own."""
@@ -200,7 +200,7 @@ class Caution:
     @property
     def suspects(self) -> frozenset[int]:
         """Positions of events that are run alone."""
-        return verdicts(self._found)[1]
+        return condemned_and_suspected(self._found)[1]
 
     # ---- an event's way
 

@@ -1,4 +1,4 @@
-"""Remembers attempts that failed, and events that are not to be run again, beyond the session in which that happened.
+"""Attempts that failed, and events that are not to be run again, remembered when the process joins again.
 
 One for each service and process, so that an event cannot be retried for ever because the process joins again. No I/O.
 """
@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
-from uuid import uuid4
 
 from sqlalchemy.exc import DBAPIError
 
@@ -32,8 +31,6 @@ class FailureMemory:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracebacks: Final = Tracebacks(clock)
-        self.process: Final = str(uuid4())
-        """Who marks a range as its own: every process has another one (`tidings.delivery.crashes`)."""
         self.attempts: dict[Turn, int] = {}
         self.cautions: Final[dict[range, Caution]] = {}
         """Events under suspicion of ending the process, by bucket range."""

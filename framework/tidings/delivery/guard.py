@@ -8,8 +8,8 @@ from typing import Final, Protocol
 from tidings.delivery.batch import Pending
 from tidings.delivery.inflight import InFlight, Role
 from tidings.delivery.lanes import EventLanes
-from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.site import Joined
+from tidings.delivery.succession import Succession
 
 __all__ = ["Guard", "Survivors"]
 
@@ -40,9 +40,9 @@ class Survivors:
 class Guard:
     """A part of the gate: what is to be noted first is given to it; `run` notes it, and gives it to the runners."""
 
-    def __init__(self, joined: Joined, occupancy: Occupancy, lanes: EventLanes, runners: _Runners) -> None:
+    def __init__(self, joined: Joined, succession: Succession, lanes: EventLanes, runners: _Runners) -> None:
         self._joined = joined
-        self._occupancy = occupancy
+        self._succession = succession
         self._lanes = lanes
         self._runners = runners
         self._waiting: list[InFlight] = []
@@ -71,7 +71,7 @@ class Guard:
             await self._some.wait()
             self._some.clear()
             while self._waiting:
-                async with self._occupancy.turn:
+                async with self._succession.turn:
                     group = self._next()
                     await self._note(group)
                 for item in group:
@@ -94,6 +94,6 @@ class Guard:
         if group:
             database, inbox = self._joined.site.database, self._joined.inbox
             async with database.turn, database.transaction() as connection:
-                await inbox.occupancy.lock(connection, self._joined.site.memory.process)
+                await inbox.occupancy.lock(connection, self._joined.site.process)
                 notes = {item.event.position: self._caution.note(item.event.position) for item in group}
                 await inbox.notes.add(connection, notes)

@@ -18,7 +18,7 @@ from tidings.delivery.pipeline import Pipeline
 from tidings.delivery.site import Joined
 from tidings.errors import BusUnavailable, Fenced, MalformedMessage
 from tidings.protocol.message import MARKER, Marker, Stamped, decode
-from tidings.protocol.position import Accepted, Verdict
+from tidings.protocol.position import Accepted, Arrival
 
 __all__ = ["Intake", "Pulse"]
 
@@ -165,10 +165,10 @@ class Intake:
         if self._healing.under_way:
             self._gap(event.position, step)
             return
-        verdict = self._accepted.offer(stamped.bucket, event.position, stamped.previous)
-        if verdict is Verdict.NEXT:
+        arrival = self._accepted.offer(stamped.bucket, event.position, stamped.previous)
+        if arrival is Arrival.NEXT:
             self._admission.submit(event, stamped.bucket, step)
-        elif verdict is Verdict.DUPLICATE:
+        elif arrival is Arrival.DUPLICATE:
             log.debug("event.repeated", service=self._subscription.service, position=event.position)
             self._admission.settle(step)
         else:
@@ -186,11 +186,11 @@ class Intake:
         if self._healing.under_way:
             self._gap(upto, step)
             return
-        verdict = self._accepted.hear(marker.position, marker.base, marker.touched)
-        if verdict is Verdict.GAP:
+        arrival = self._accepted.hear(marker.position, marker.base, marker.touched)
+        if arrival is Arrival.GAP:
             self._gap(upto, step)
         else:
-            self._admission.settle(step._replace(floor=marker.position) if verdict is Verdict.NEXT else step)
+            self._admission.settle(step._replace(floor=marker.position) if arrival is Arrival.NEXT else step)
 
     def _gap(self, upto: int, step: Step) -> None:
         """Forget the message: the pass will find what it brought, and everything before it, in the log."""

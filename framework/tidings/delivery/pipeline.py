@@ -18,10 +18,10 @@ from tidings.delivery.admission import Admission
 from tidings.delivery.attempt import Attempts
 from tidings.delivery.breaker import Breakers
 from tidings.delivery.inflight import InFlight
-from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.owned import Ours
 from tidings.delivery.site import Joined
-from tidings.delivery.stages import staged_for
+from tidings.delivery.stages import assemble
+from tidings.delivery.succession import Succession
 from tidings.delivery.takeover import Takeover
 from tidings.errors import DatabaseUnavailable
 from tidings.modelling.roster import Roster
@@ -44,15 +44,15 @@ class Pipeline:
         self._timers = Timers()
         self._attempts = Attempts(site.service, site.resources, Ours(site.store, site.bus, site.database))
         self.breakers = Breakers(site.clock)
-        occupancy = Occupancy(joined)
-        self.stages, due = staged_for(joined, remembered, self._attempts, occupancy, self._timers, self.breakers)
+        succession = Succession(joined)
+        self.stages, due = assemble(joined, remembered, self._attempts, succession, self._timers, self.breakers)
         self.roster = Roster(site.service.handlers_of, remembered.partial)
         stages = self.stages
         self.admission = Admission(
             site.service, self.roster, remembered.replay, stages.lanes, stages.pending, stages.acknowledgement
         )
-        self.occupancy = occupancy
-        self.takeover = Takeover(joined, stages, occupancy, self.roster, self.admission, due)
+        self.succession = succession
+        self.takeover = Takeover(joined, stages, succession, self.roster, self.admission, due)
         self._stopping = self._draining = False
 
     @property
@@ -125,7 +125,7 @@ class Pipeline:
             stages.lanes.close()
             self._attempts.close()
             self._timers.close()
-            self.occupancy.notebook.close()
+            self.succession.notebook.close()
             if self.takeover.began and self._draining:
                 await self._part()
 
@@ -162,7 +162,7 @@ class Pipeline:
         """Say that this process ended cleanly, if the database can be told now."""
         try:
             async with asyncio.timeout(PARTING_SECONDS):
-                await self.occupancy.leave()
+                await self.succession.leave()
         except (TimeoutError, DatabaseUnavailable) as error:
             log.info(
                 "service.clean_end_unrecorded",

@@ -13,8 +13,8 @@ from tidings.delivery.attempt import Attempt, Attempts
 from tidings.delivery.failure import Failure
 from tidings.delivery.guard import Survivors
 from tidings.delivery.inflight import InFlight, State
-from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.site import Joined
+from tidings.delivery.succession import Succession
 from tidings.modelling.codec import read_metadata
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Inject
@@ -25,14 +25,14 @@ __all__ = ["Runner"]
 class Runner:
     """Of one bucket range."""
 
-    def __init__(self, joined: Joined, attempts: Attempts, occupancy: Occupancy, survivors: Survivors) -> None:
+    def __init__(self, joined: Joined, attempts: Attempts, succession: Succession, survivors: Survivors) -> None:
         self._service = joined.site.service.name
         self._clock = joined.site.clock
         self._memory = joined.site.memory
         self._lineage = joined.lineage
         self._caution = joined.caution
         self._attempts = attempts
-        self._occupancy = occupancy
+        self._succession = succession
         self._survivors = survivors
         self.ended = 0
         """Attempts that have ended."""
@@ -55,7 +55,7 @@ class Runner:
         item.to(State.RUNNING)
         item.since = self._clock()
         self.working[item.event.position] = item
-        self._occupancy.notebook.begin(item.event.position, item.bucket)
+        self._succession.notebook.begin(item.event.position, item.bucket)
         begun: Attempt | Failure | None = None
         try:
             begun = self._attempts.begin(item.handler, context, provide)
@@ -84,6 +84,6 @@ class Runner:
         self.ended += 1
         position = item.event.position
         del self.working[position]
-        self._occupancy.notebook.end(position)
+        self._succession.notebook.end(position)
         if self._caution.alert and not cut_off:  # an attempt that was cut off has not shown what it does
             self._survivors.note(item)

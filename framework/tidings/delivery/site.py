@@ -32,6 +32,8 @@ class Site:
     bus: EventBus | None
     database: Database
     resources: Resources
+    process: str
+    """Id of this process of the service, with which it marks a bucket range as its own; another one at each start."""
     memory: FailureMemory
     clock: Callable[[], float] = time.monotonic
 

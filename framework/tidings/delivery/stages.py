@@ -28,7 +28,6 @@ from tidings.delivery.hindrances import Hindrances
 from tidings.delivery.keys import Keys
 from tidings.delivery.lanes import EventLanes
 from tidings.delivery.ledger import Ledger
-from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.progress import Progress
 from tidings.delivery.release import Release
 from tidings.delivery.revival import Revival
@@ -37,9 +36,10 @@ from tidings.delivery.runners import Runners
 from tidings.delivery.side_by_side import SideBySide
 from tidings.delivery.site import Joined
 from tidings.delivery.staged import Stager
+from tidings.delivery.succession import Succession
 from tidings.delivery.verdicts import Verdicts
 
-__all__ = ["Stages", "staged_for"]
+__all__ = ["Stages", "assemble"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,13 @@ class Stages:
         return not waits and self.progress.floor_is_stored
 
 
-def staged_for(
-    joined: Joined, remembered: Remembered, attempts: Attempts, occupancy: Occupancy, timers: Timers, breakers: Breakers
+def assemble(
+    joined: Joined,
+    remembered: Remembered,
+    attempts: Attempts,
+    succession: Succession,
+    timers: Timers,
+    breakers: Breakers,
 ) -> tuple[Stages, Due]:
     """Make the stages, the last one first."""
     site, service = joined.site, joined.site.service
@@ -78,7 +83,7 @@ def staged_for(
     stager = Stager(site.store, pending, clock=counting_sleep(site.clock))
     hindrances = Hindrances(joined.held, keys, breakers, due)
     verdicts = Verdicts(joined, lanes, pending, keys, due, breakers)
-    runner = Runner(joined, attempts, occupancy, Survivors(joined, pending))
+    runner = Runner(joined, attempts, succession, Survivors(joined, pending))
     side_by_side = SideBySide(service.concurrency, runner, hindrances, verdicts, pending)
     groups = Groups(joined, runner, hindrances, verdicts, pending)
     release = Release(lanes, due, stager, joined.caution, pending, side_by_side)
@@ -89,7 +94,7 @@ def staged_for(
         fitness = Fitness(joined, hindrances, pending, progress)
         concurrent = ConcurrentGroups(joined, fitness, lanes, runner, verdicts, ledger)
     runners = Runners(side_by_side, groups, concurrent)
-    guard = Guard(joined, occupancy, lanes, runners)
+    guard = Guard(joined, succession, lanes, runners)
     gate = Gate(joined, guard, runners, verdicts, remembered.replay)
     revival = Revival(joined, keys, breakers, due, lanes)
     stages = Stages(

@@ -11,9 +11,9 @@ from tidings.database.enrolment import enrol
 from tidings.database.inbox import Remembered
 from tidings.delivery.admission import Admission
 from tidings.delivery.due import Due
-from tidings.delivery.occupancy import Occupancy
 from tidings.delivery.site import Joined
 from tidings.delivery.stages import Stages
+from tidings.delivery.succession import Succession
 from tidings.errors import Fenced
 from tidings.modelling.roster import Roster
 
@@ -24,11 +24,11 @@ class Takeover:
     """Of one bucket range that this process has joined."""
 
     def __init__(
-        self, joined: Joined, stages: Stages, occupancy: Occupancy, roster: Roster, admission: Admission, due: Due
+        self, joined: Joined, stages: Stages, succession: Succession, roster: Roster, admission: Admission, due: Due
     ) -> None:
         self._joined = joined
         self._stages = stages
-        self._occupancy = occupancy
+        self._succession = succession
         self._roster = roster
         self._admission = admission
         self._due = due
@@ -50,7 +50,7 @@ class Takeover:
         ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
         # Work left from an earlier connection was taken for the handlers known then, so keep them.
         stages, fresh = self._stages, self._stages.idle or not self._roster.known
-        for position in await self._occupancy.take_over():
+        for position in await self._succession.take_over():
             stages.pending.noted(position, self._joined.caution.times(position))
         await self._enrol(fresh)
         stages.stager.begin()

@@ -41,7 +41,7 @@ REJOIN_SECONDS: Final = (0.1, 5.0)
 
 
 class Partition:
-    """One partition in one process. What it says of itself is about the session under way, or the last one."""
+    """One partition in one process. Its properties describe the membership under way, or the last one."""
 
     def __init__(self, site: Site, subscription: Subscription, epoch: int, ready: asyncio.Event) -> None:
         """`ready` is set when its queue may be made and consumed."""
@@ -50,7 +50,7 @@ class Partition:
         """Set after the first join."""
         self.joins = 0
         self.lost: BaseException | None = None
-        """What ended the last session; None where nothing did."""
+        """What ended the last membership; None where nothing did."""
         self.log_id: UUID | None = None
         self.pipeline: Pipeline | None = None
         self.intake: Intake | None = None
@@ -63,7 +63,7 @@ class Partition:
         self._left = asyncio.Event()
         """For good."""
         self._leave = asyncio.Event()
-        """The session under way is to end."""
+        """The membership under way is to end."""
         self._patience = 0.0
 
     @property
@@ -133,12 +133,12 @@ class Partition:
 
     async def serve(self) -> None:
         """Run until it is to leave. Raises what no waiting mends: another log, a log that went back, settings."""
-        await persistently(self._session, self._left, self._clock, self._lost, **self._told)
+        await persistently(self._membership, self._left, self._clock, self._lost, **self._told)
 
     def _lost(self, error: BaseException) -> None:
         self.lost = error
 
-    async def _session(self) -> None:
+    async def _membership(self) -> None:
         """From joining to the first loss of what was joined, or to leaving it."""
         site, subscription = self._site, self.subscription
         service = site.service
@@ -185,19 +185,19 @@ class Partition:
 
 
 async def persistently(
-    session: Callable[[], Awaitable[None]],
+    membership: Callable[[], Awaitable[None]],
     stop: asyncio.Event,
     clock: Callable[[], float],
     lost: Callable[[BaseException], None] | None = None,
     **told: str,
 ) -> None:
-    """Have one session after the other until `stop` is set, with pauses that grow while they fail for what waiting may
+    """Run one membership after the other until `stop` is set, with growing pauses while they fail for what waiting may
     heal. Raises any other error, out of any group."""
     backoff = Backoff(*REJOIN_SECONDS)
     while not stop.is_set():
         began = clock()
         try:
-            await session()
+            await membership()
             backoff.reset()
         except Exception as error:
             causes = list(leaves(error))

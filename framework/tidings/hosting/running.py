@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import structlog
 
@@ -94,6 +94,8 @@ class RunningService:
         self.stopping = asyncio.Event()
         self.partitions: list[Partition] = []
         """As the service is laid out now; none before the first join."""
+        self.process: Final = str(uuid4())
+        """Id of this process of the service, another one after each start."""
         self._clock = clock
         self._memory = FailureMemory()
         self._log_id: UUID | None = None
@@ -102,11 +104,6 @@ class RunningService:
     @property
     def engine(self) -> AsyncEngine:
         return self.database.engine
-
-    @property
-    def process(self) -> str:
-        """Id of this process of the service, another one after each start."""
-        return self._memory.process
 
     @property
     def joins(self) -> int:
@@ -234,8 +231,8 @@ class RunningService:
 
     async def serve(self) -> None:
         """Run until `stopping` is set. Raises what no waiting mends: another log, a log that went back, settings."""
-        session = self._as_laid_out if self._post is None else partial(self._at_post, self._post)
-        await persistently(session, self.stopping, self._clock, service=self.service.name)
+        membership = self._as_laid_out if self._post is None else partial(self._at_post, self._post)
+        await persistently(membership, self.stopping, self._clock, service=self.service.name)
 
     async def _at_post(self, post: Post) -> None:
         """Work while this process has the place of the service at work; until then, stand by."""
@@ -290,7 +287,9 @@ class RunningService:
         service = self.service
         layout = await lay_out(self.database, service.name, service.partitions)
         ready = asyncio.Event()
-        site = Site(service, self.store, self._bus, self.database, self.resources, self._memory, self._clock)
+        site = Site(
+            service, self.store, self._bus, self.database, self.resources, self.process, self._memory, self._clock
+        )
         self.partitions = parts = [
             Partition(site, subscription, layout.epoch, ready) for subscription in layout.subscriptions
         ]
@@ -381,7 +380,7 @@ class RunningService:
                 continue  # the partitions notice it themselves, and say so
 
     async def _balance(self, ranges: Sequence[Range], *, asking: bool) -> None:
-        me, wanted = self._memory.process, set(asked_of(ranges, self._memory.process))
+        me, wanted = self.process, set(asked_of(ranges, self.process))
         for part in self.partitions:
             if part.subscription.buckets.start in wanted:
                 part.give_up()

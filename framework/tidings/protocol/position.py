@@ -4,7 +4,7 @@ The log gives every event a global position that is never used twice, so the pos
 event belongs to one of 256 buckets; within a bucket a service works in log order. A relay stamps each message with the
 position of the message before it in the same bucket (`Chain`), and from time to time publishes a marker that says how
 far it came. A service accepts what is next and recognises duplicates and gaps (`Accepted`), works on buckets side by
-side (`Lanes`), and knows how far everything is done (`Settled`).
+side (`Lanes`), and knows how far everything is done (`Window`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = [
     "Accepted",
     "Chain",
     "Lanes",
-    "Settled",
-    "Verdict",
+    "Window",
+    "Arrival",
     "bucket_of",
     "carried",
     "partition_key",
@@ -135,7 +135,7 @@ class Chain:
         return base, touched
 
 
-class Verdict(Enum):
+class Arrival(Enum):
     """What a service does with a message."""
 
     NEXT = "accept it"
@@ -164,27 +164,27 @@ class Accepted:
     def tail(self, bucket: int) -> int:
         return max(self._tails.get(bucket, -1), self.reached)
 
-    def offer(self, bucket: int, position: int, previous: int) -> Verdict:
+    def offer(self, bucket: int, position: int, previous: int) -> Arrival:
         """A message from the bus; `NEXT` has accepted it. One of another range's bucket is dropped like a duplicate."""
         tail = self.tail(bucket)
         if position <= tail or bucket not in self.buckets:
-            return Verdict.DUPLICATE
+            return Arrival.DUPLICATE
         if previous > tail:
-            return Verdict.GAP
+            return Arrival.GAP
         self._tails[bucket] = position
-        return Verdict.NEXT
+        return Arrival.NEXT
 
-    def hear(self, position: int, base: int, touched: Mapping[int, int]) -> Verdict:
+    def hear(self, position: int, base: int, touched: Mapping[int, int]) -> Arrival:
         """A marker; `NEXT` means that everything up to its position was accepted, so that it may become the floor."""
         if position <= self.reached:
-            return Verdict.DUPLICATE
+            return Arrival.DUPLICATE
         if base > self.reached:
-            return Verdict.GAP
+            return Arrival.GAP
         for bucket, last in touched.items():
             if bucket in self.buckets and self.tail(bucket) < last:
-                return Verdict.GAP
+                return Arrival.GAP
         self.reach(position)
-        return Verdict.NEXT
+        return Arrival.NEXT
 
     def read(self, bucket: int, position: int) -> bool:
         """An event that a pass read from the log: True when it is new, and now accepted."""
@@ -256,7 +256,7 @@ class Lanes(Generic[T]):
 
 
 class Ticket(Generic[T]):
-    """One entry of `Settled`. Whoever knows that it has ended says so: `done`."""
+    """One entry of `Window`. Whoever knows that it has ended says so: `done`."""
 
     __slots__ = ("done", "value")
 
@@ -265,7 +265,7 @@ class Ticket(Generic[T]):
         self.done = done
 
 
-class Settled(Generic[T]):
+class Window(Generic[T]):
     """Things that begin in order and end in any order: what has ended, up to the first that has not.
 
     Relay: events sent, ended by the broker's confirm. Service: messages taken, ended by a commit, with markers and

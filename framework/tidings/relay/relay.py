@@ -29,7 +29,7 @@ from tidings.errors import (
     Unroutable,
 )
 from tidings.protocol.message import Marker, encode
-from tidings.protocol.position import CARRIED, Chain, Settled, Ticket, carried
+from tidings.protocol.position import CARRIED, Chain, Ticket, Window, carried
 from tidings.relay.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
 from tidings.stores import MAX_POSITION, EventStore, RecordedEvent
 
@@ -281,7 +281,7 @@ class _Turn:
         self._publisher = publisher
         self._log_id = log_id
         self._chain = Chain(start)
-        self._window: Settled[tuple[int | None, int]] = Settled()
+        self._window: Window[tuple[int | None, int]] = Window()
         self._sent = start
         self._freed = asyncio.Event()
         self._moved = asyncio.Event()

@@ -29,7 +29,7 @@ from tidings.delivery.staged import Stager
 from tidings.errors import StreamNotFound
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Roster
-from tidings.protocol.position import Accepted, Chain, Settled, Verdict
+from tidings.protocol.position import Accepted, Arrival, Chain, Window
 from tidings.relay.relay import Relay
 from tidings.stores import NO_STREAM, Expected
 from tidings.testing.simulation.bus import SimulatedBus
@@ -42,7 +42,7 @@ Patches = Iterator[tuple[type[Any], str, Any]]
 def _gap() -> Patches:
     offer = Accepted.offer
 
-    def blind(self: Accepted, bucket: int, position: int, previous: int) -> Verdict:
+    def blind(self: Accepted, bucket: int, position: int, previous: int) -> Arrival:
         return offer(self, bucket, position, -1)
 
     yield Accepted, "offer", blind
@@ -51,7 +51,7 @@ def _gap() -> Patches:
 def _marker() -> Patches:
     hear = Accepted.hear
 
-    def blind(self: Accepted, position: int, base: int, touched: Mapping[int, int]) -> Verdict:
+    def blind(self: Accepted, position: int, base: int, touched: Mapping[int, int]) -> Arrival:
         return hear(self, position, base, {})
 
     yield Accepted, "hear", blind
@@ -60,7 +60,7 @@ def _marker() -> Patches:
 def _base() -> Patches:
     hear = Accepted.hear
 
-    def blind(self: Accepted, position: int, base: int, touched: Mapping[int, int]) -> Verdict:
+    def blind(self: Accepted, position: int, base: int, touched: Mapping[int, int]) -> Arrival:
         return hear(self, position, -1, touched)
 
     yield Accepted, "hear", blind
@@ -95,9 +95,9 @@ def _previous_never_low() -> Patches:
 
 
 def _floor_waits() -> Patches:
-    pop = Settled.pop
+    pop = Window.pop
 
-    def impatient(self: Settled[Any]) -> list[Any]:
+    def impatient(self: Window[Any]) -> list[Any]:
         if self.oldest is None or _of_a_relay(self.oldest.value):
             return pop(self)
         ended = [ticket for ticket in self._tickets if ticket.done]
@@ -105,7 +105,7 @@ def _floor_waits() -> Patches:
             self._tickets.remove(ticket)
         return [ticket.value for ticket in ended]
 
-    yield Settled, "pop", impatient
+    yield Window, "pop", impatient
 
 
 def _of_a_relay(value: object) -> bool:

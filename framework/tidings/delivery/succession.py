@@ -1,4 +1,4 @@
-"""Who is at work on a bucket range: take it over, find out how the process before ended, say that one leaves.
+"""The succession of processes at work on a bucket range: take it over, find out how the last one ended, leave it.
 
 The decisions are those of `tidings.delivery.crashes`; here they meet the database and the notebook. It runs no handler.
 """
@@ -14,13 +14,13 @@ from tidings.database.notebook import Notebook, notebook_of
 from tidings.delivery.limits import FULL
 from tidings.delivery.site import Joined
 
-__all__ = ["Occupancy"]
+__all__ = ["Succession"]
 
 log = structlog.get_logger("tidings.delivery")
 
 
-class Occupancy:
-    """Of one bucket range that this process has joined."""
+class Succession:
+    """This process's place in the succession, for one bucket range that it has joined."""
 
     def __init__(self, joined: Joined) -> None:
         self._joined = joined
@@ -41,9 +41,9 @@ class Occupancy:
             self.notebook.keep()
         else:
             self.notebook = Notebook(
-                self._notebook_of(self._memory.process), service.concurrency + 1 + self._database.width
+                self._notebook_of(self._joined.site.process), service.concurrency + 1 + self._database.width
             )
-        caution, inbox, me = self.caution, self._joined.inbox, self._memory.process
+        caution, inbox, me = self.caution, self._joined.inbox, self._joined.site.process
         async with self.turn:
             besides = caution.notes.own
             async with self._database.turn, self._database.transaction() as connection:
@@ -87,7 +87,7 @@ class Occupancy:
     async def leave(self) -> None:
         """This was a clean end, also of what was cut off in the middle. Raises `DatabaseUnavailable`."""
         async with self._database.turn, self._database.transaction() as connection:
-            await self._joined.inbox.leave(connection, self._memory.process)
+            await self._joined.inbox.leave(connection, self._joined.site.process)
 
     def _notebook_of(self, process: str) -> str | None:
         return notebook_of(self._database.file, process, self._joined.inbox.buckets.start)
