@@ -19,7 +19,7 @@ __all__ = ["Acknowledgement"]
 
 
 class Acknowledgement:
-    """Of one bucket range, in the order in which things were taken."""
+    """What one bucket range has taken and not settled yet, in the order in which it was taken."""
 
     def __init__(self, progress: Progress, pending: Pending, timers: Timers, prefetch: int) -> None:
         self._progress = progress

@@ -29,7 +29,7 @@ _NOTHING: Final = RecordedEvent(-1, "", -1, "", b"", b"", False, bytes(16), 0)
 
 
 class Admission:
-    """Of one bucket range."""
+    """The door to the lanes of one bucket range."""
 
     def __init__(
         self,

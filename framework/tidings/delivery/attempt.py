@@ -40,12 +40,12 @@ __all__ = ["Attempt", "Attempts", "is_infrastructure"]
 log = structlog.get_logger("tidings.attempt")
 
 INSIST_SECONDS: Final = 1.0
-"""A handler over its time is cancelled again after so long."""
+"""Seconds after which a handler that goes on in spite of its timeout is cancelled again."""
 PARTING_SECONDS: Final = 1.0
-"""So long a service that goes waits for a handler that it cancelled."""
+"""Seconds that a stopping service waits for a handler that it cancelled."""
 
 HANDLER_TASK: Final = "handler "
-"""So the names of tasks begin that run a handler."""
+"""The beginning of the name of each task that runs a handler."""
 
 
 def is_infrastructure(error: BaseException) -> bool:

@@ -70,7 +70,7 @@ class _Group:
 
 
 class ConcurrentGroups:
-    """Of one bucket range."""
+    """The groups of one bucket range that are under way."""
 
     def __init__(
         self, joined: Joined, fitness: Fitness, lanes: EventLanes, runner: Runner, verdicts: Verdicts, ledger: Ledger

@@ -41,7 +41,7 @@ class FailureMemory:
         """By position: dead without being run again by any handler, because the process crashed so many times while
         one of them ran (which one, nobody can say), or because an operator wants it."""
         self.buried: set[Turn] = set()
-        """Of `crashed`: those that are settled, while others may still come. From the dead letters, they run again."""
+        """Turns of `crashed` that are settled, while others may still come. Retried from the dead letters, they run."""
         self.losses: dict[Turn, int] = {}
         """How often in a row the connection to the database was lost while the event's handler was at work."""
         self.suspected: set[Turn] = set()

@@ -17,7 +17,7 @@ CONTENDED_SECONDS: Final = 1.0
 
 
 class Fitness:
-    """Of one bucket range."""
+    """The test for events of one bucket range."""
 
     def __init__(self, joined: Joined, hindrances: Hindrances, pending: Pending, progress: Progress) -> None:
         self._memory = joined.site.memory

@@ -37,7 +37,7 @@ ENDED_TRANSACTION: Final = "TransactionMisuse: it ended the transaction it was p
 
 
 class Groups:
-    """Of one bucket range."""
+    """The groups of one bucket range, one at a time."""
 
     def __init__(
         self, joined: Joined, runner: Runner, hindrances: Hindrances, verdicts: Verdicts, pending: Pending

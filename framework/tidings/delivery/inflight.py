@@ -142,7 +142,7 @@ class InFlight(Ticket[Step | None]):
         self.state = state
 
     def facts(self, now: float) -> dict[str, Any]:
-        """Of a handler at work: for a line of the log, or an answer about health."""
+        """Describe the handler at work, for a line of the log or an answer about health."""
         event = self.event
         return {
             "handler": self.handler.name,

@@ -24,7 +24,7 @@ class _Gate(Protocol):
 
 
 class EventLanes:
-    """Of one bucket range. Closed until `open`, and after `close`."""
+    """The lanes of one bucket range. Closed until `open`, and after `close`."""
 
     def __init__(self, timers: Timers) -> None:
         self._lanes: Lanes[InFlight] = Lanes()

@@ -1,4 +1,4 @@
-"""Makes a batch durable within a transaction, and says what that sets free. Commits and concurrent groups share it.
+"""Writes a batch within a transaction, and says what that sets free. Commits and concurrent groups share it.
 
 It begins and commits no transaction itself.
 """
@@ -18,7 +18,7 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Of one bucket range."""
+    """The writer of batches for one bucket range."""
 
     def __init__(self, joined: Joined, progress: Progress, release: Release, acknowledgement: Acknowledgement) -> None:
         self._database = joined.site.database

@@ -111,12 +111,16 @@ class Progress:
         await inbox.notes.forget(connection, [at for at, times in batch.noted.items() if not times])
         await inbox.notes.count(connection, {at: times for at, times in batch.noted.items() if times})
         if floor_is_due:
-            self._stored_floor, self._stored_at = self.floor, self._clock()
-            await inbox.floor.raise_to(connection, self.floor)
-            if self.caught > self._stored_caught:
-                self._stored_caught = self.caught
-                await inbox.spans.raise_all(connection, {name for _, name, _ in self.spans}, self.caught)
-                self._raised = self.caught
+            await self._store_floor(connection)
+
+    async def _store_floor(self, connection: AsyncConnection) -> None:
+        """Write the floor, and how far handlers that are behind have caught up."""
+        self._stored_floor, self._stored_at = self.floor, self._clock()
+        await self._inbox.floor.raise_to(connection, self.floor)
+        if self.caught > self._stored_caught:
+            self._stored_caught = self.caught
+            await self._inbox.spans.raise_all(connection, {name for _, name, _ in self.spans}, self.caught)
+            self._raised = self.caught
 
     def written(self, batch: Batch) -> None:
         self.spans.update(batch.late)

@@ -16,7 +16,7 @@ __all__ = ["Release"]
 
 
 class Release:
-    """Of one bucket range."""
+    """The part of one bucket range that acts after each commit."""
 
     def __init__(
         self, lanes: EventLanes, due: Due, stager: Stager, caution: Caution, pending: Pending, side_by_side: SideBySide

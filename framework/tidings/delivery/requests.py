@@ -18,7 +18,7 @@ GONE_SECONDS: Final = 2.0
 
 
 class Requests:
-    """Of one stager."""
+    """Events of requests that one stager is to append."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

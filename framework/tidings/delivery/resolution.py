@@ -77,7 +77,7 @@ class _Part:
 
 
 class Resolver:
-    """Of one stager. Rows of one stream are resolved one after the other, each within its `turn`."""
+    """The resolver of one stager. Rows of one stream are resolved one after the other, each within its `turn`."""
 
     def __init__(self, store: EventStore, *, remembered: int = REMEMBERED) -> None:
         self._store = store

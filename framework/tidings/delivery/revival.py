@@ -35,7 +35,7 @@ FLYING: Final = 1024
 
 
 class Revival:
-    """Of one bucket range, while the bus gives this process messages."""
+    """The search for held events of one bucket range, while the bus gives this process messages."""
 
     def __init__(self, joined: Joined, keys: Keys, breakers: Breakers, due: Due, lanes: EventLanes) -> None:
         self._service = joined.site.service

@@ -23,7 +23,7 @@ __all__ = ["Runner"]
 
 
 class Runner:
-    """Of one bucket range."""
+    """The runner of one bucket range."""
 
     def __init__(self, joined: Joined, attempts: Attempts, succession: Succession, survivors: Survivors) -> None:
         self._service = joined.site.service.name

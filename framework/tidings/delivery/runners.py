@@ -1,4 +1,4 @@
-"""To the handlers of its kind: those with a session share transactions, the others run side by side."""
+"""Gives an event to the handlers of its kind: those with a session share transactions, the others run side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Runners"]
 
 
 class Runners:
-    """Of one bucket range."""
+    """The way to each kind of handler, for one bucket range."""
 
     def __init__(self, side_by_side: SideBySide, groups: Groups, concurrent: ConcurrentGroups | None) -> None:
         self.side_by_side = side_by_side

@@ -44,7 +44,7 @@ __all__ = ["Stages", "assemble"]
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Of one bucket range that this process has joined."""
+    """The stages of one bucket range that this process has joined."""
 
     lanes: EventLanes
     gate: Gate

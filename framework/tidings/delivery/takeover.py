@@ -21,7 +21,7 @@ __all__ = ["Takeover"]
 
 
 class Takeover:
-    """Of one bucket range that this process has joined."""
+    """The turn of this process at one bucket range that it has joined."""
 
     def __init__(
         self, joined: Joined, stages: Stages, succession: Succession, roster: Roster, admission: Admission, due: Due

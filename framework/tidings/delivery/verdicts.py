@@ -28,7 +28,7 @@ log = structlog.get_logger("tidings.delivery")
 
 
 class Verdicts:
-    """Of one bucket range."""
+    """The judge of all attempts of one bucket range."""
 
     def __init__(
         self, joined: Joined, lanes: EventLanes, pending: Pending, keys: Keys, due: Due, breakers: Breakers
