@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from tidings.protocol.position import partition_key
 from tidings.stores import RecordedEvent
 
-__all__ = ["key_of", "recorded"]
+__all__ = ["columns_of", "key_of", "recorded"]
 
 KEY_BYTES: Final = 1000
 """Bytes of a partition key that a row keeps as they are: longer ones fit into no index of PostgreSQL."""
@@ -37,6 +37,21 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, str) or (value.isascii() and "\0" not in value):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def columns_of(event: RecordedEvent) -> dict[str, Any]:
+    """Return the columns from which `recorded` makes the event again."""
+    return {
+        "position": event.position,
+        "version": event.version,
+        "ticks": event.ticks,
+        "event_id": str(event.id),
+        "stream": event.stream,
+        "type": event.type,
+        "data": event.data,
+        "metadata": event.metadata,
+        "is_json": event.is_json,
+    }
 
 
 def recorded(row: sa.Row[Any]) -> RecordedEvent:

@@ -13,6 +13,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.event_rows import columns_of
 from tidings.database.held_code import HeldCode
 from tidings.database.held_due import DueEvents
 from tidings.database.held_events import HeldEvent, Line, changing
@@ -103,20 +104,10 @@ def _blocked(scope: Scope) -> sa.CompoundSelect[Any]:
 
 
 def _columns(row: HeldEvent) -> dict[str, Any]:
-    """The columns that stay as they are."""
-    event = row.event
-    return {
-        "position": event.position,
+    """Return the columns that stay as they are."""
+    return columns_of(row.event) | {
         "bucket": row.bucket,
         "key": row.key,
-        "version": event.version,
-        "ticks": event.ticks,
-        "event_id": str(event.id),
-        "stream": event.stream,
-        "type": event.type,
-        "data": event.data,
-        "metadata": event.metadata,
-        "is_json": event.is_json,
         "handler": row.handler,
         "line": row.handlers_line,
         "replayed": row.replayed,

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from tidings.errors import TransactionMisuse
 from tidings.modelling.context import ATTEMPT, Context
 
-__all__ = ["GuardedConnection", "GuardedSession", "drop", "guarded", "keep", "watch"]
+__all__ = ["GuardedConnection", "GuardedSession", "TransactionGoesOn", "drop", "guarded", "keep", "watch"]
 
 _GUARDED: Final = "tidings_guarded"
 _ENDS_TRANSACTION: Final = re.compile(
@@ -30,7 +30,30 @@ _ENDS_TRANSACTION: Final = re.compile(
 )
 
 
-class GuardedConnection(AsyncConnection):
+class TransactionGoesOn:
+    """Refusals in place of SQLAlchemy's methods that end a transaction: name it before the class that has them."""
+
+    async def commit(self) -> NoReturn:
+        raise TransactionMisuse("commit")
+
+    async def rollback(self) -> NoReturn:
+        raise TransactionMisuse("rollback")
+
+    def begin(self) -> NoReturn:
+        raise TransactionMisuse("begin")
+
+
+class _Guarded(TransactionGoesOn):
+    """Refusals of what would end more than the handler's own part."""
+
+    async def close(self) -> NoReturn:
+        raise TransactionMisuse("close")
+
+    async def invalidate(self, exception: BaseException | None = None) -> NoReturn:
+        raise TransactionMisuse("invalidate")
+
+
+class GuardedConnection(_Guarded, AsyncConnection):
     """The connection of one handler, inside its savepoint."""
 
     def __init__(self, connection: AsyncConnection, context: Context) -> None:
@@ -40,21 +63,6 @@ class GuardedConnection(AsyncConnection):
 
     def _end(self) -> None:
         self.__class__ = _EndedConnection
-
-    async def commit(self) -> NoReturn:
-        raise TransactionMisuse("commit")
-
-    async def rollback(self) -> NoReturn:
-        raise TransactionMisuse("rollback")
-
-    async def close(self) -> NoReturn:
-        raise TransactionMisuse("close")
-
-    async def invalidate(self, exception: BaseException | None = None) -> NoReturn:
-        raise TransactionMisuse("invalidate")
-
-    def begin(self) -> NoReturn:
-        raise TransactionMisuse("begin")
 
 
 class _EndedConnection(GuardedConnection):
@@ -73,7 +81,7 @@ class _EndedHandlerSession(_HandlerSession):
         return _of_the_dead(self, name, "the injected session", "context")
 
 
-class GuardedSession(AsyncSession):
+class GuardedSession(_Guarded, AsyncSession):
     """The session of one handler. A failed flush rolls back to the handler's savepoint, no further."""
 
     sync_session_class = _HandlerSession
@@ -88,23 +96,8 @@ class GuardedSession(AsyncSession):
     def _end(self) -> None:
         self.__class__ = _EndedSession
 
-    async def commit(self) -> NoReturn:
-        raise TransactionMisuse("commit")
-
-    async def rollback(self) -> NoReturn:
-        raise TransactionMisuse("rollback")
-
-    async def close(self) -> NoReturn:
-        raise TransactionMisuse("close")
-
     async def reset(self) -> NoReturn:
         raise TransactionMisuse("reset")
-
-    async def invalidate(self) -> NoReturn:
-        raise TransactionMisuse("invalidate")
-
-    def begin(self) -> NoReturn:
-        raise TransactionMisuse("begin")
 
     async def connection(
         self, bind_arguments: Any = None, execution_options: Any = None, **options: Any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Final
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -17,7 +18,7 @@ from tidings.database.bulk import BulkUpdate
 from tidings.database.scope import Scope
 from tidings.errors import Fenced
 
-__all__ = ["Watermarks"]
+__all__ = ["Watermarks", "lock_service"]
 
 
 class Watermarks:
@@ -125,6 +126,16 @@ class Watermarks:
                 "back. Are two processes of the service active at once? Stop one: on a bus in memory a service is one "
                 "process"
             )
+
+
+async def lock_service(connection: AsyncConnection, service: str, log: UUID) -> None:
+    """Keep a resizing and every group of the service from committing before this transaction ends. What they have
+    committed so far is read after this. Rows are locked in the order in which groups lock them, so that neither waits
+    for the other for ever."""
+    layout, rows = tables.partitions, tables.watermarks
+    await connection.execute(sa.select(layout.c.epoch).where(layout.c.service == service).with_for_update())
+    ours = sa.select(rows.c.bucket).where(rows.c.service == service, rows.c.log == str(log))
+    await connection.execute(ours.order_by(rows.c.bucket).with_for_update())
 
 
 _MOVES: Final = {

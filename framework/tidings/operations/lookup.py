@@ -56,9 +56,9 @@ class Lookup:
         log: UUID,
         progress: Progress,
     ) -> None:
-        self._store = store
-        self._services = services
-        self._log = log
+        self.store = store
+        self.services = services
+        self.log = log
         self._progress = progress
         self._looked = 0
 
@@ -69,7 +69,7 @@ class Lookup:
         if isinstance(target, int):
             event = await self.at(target)
             if event is None:
-                raise EventNotFound(f"no event is at position {target}; the log ends at {await self._store.head()}")
+                raise EventNotFound(f"no event is at position {target}; the log ends at {await self.store.head()}")
             return event
         stream, version = target
         event = await self._in_stream(stream, version)
@@ -80,16 +80,16 @@ class Lookup:
         )
 
     async def _in_stream(self, stream: str, version: int) -> RecordedEvent | None:
-        async for event in self._store.read_stream(stream, start=version, limit=1):
+        async for event in self.store.read_stream(stream, start=version, limit=1):
             return event if event.version == version else None
         return None
 
     async def at(self, position: int) -> RecordedEvent | None:
         """The event at a global position, None for none; read from the nearer end of the log, because stores begin to
         read at an event or at an end, and not between."""
-        head = await self._store.head()
+        head = await self.store.head()
         backwards = position > head // 2
-        async for event in self._store.read_all(backwards=backwards):
+        async for event in self.store.read_all(backwards=backwards):
             self.read(event, position)
             if event.position == position:
                 return event
@@ -99,7 +99,7 @@ class Lookup:
 
     async def _by_id(self, id: UUID) -> RecordedEvent | Waiting:
         waiting: Waiting | None = None
-        for service, database in self._services:
+        for service, database in self.services:
             if database is None:
                 continue
             async with database.reading() as connection:
@@ -110,22 +110,22 @@ class Lookup:
                     event = await self._in_stream(stream, version)
                     if event is not None and event.id == id:
                         return event
-        after, head = -1 if waiting is None else waiting.cause, await self._store.head()
+        after, head = -1 if waiting is None else waiting.cause, await self.store.head()
         async for event in self.backwards(after):
             if event.id_bytes == id.bytes:
                 return event
         if waiting is not None:
             return waiting
-        names = ", ".join(service.name for service, _ in self._services)
+        names = ", ".join(service.name for service, _ in self.services)
         rows = f"held, dead and staged rows of {names}, and " if names else ""
         raise EventNotFound(
-            f"no event has the id {id}. Searched: {rows}all {self._looked} events of log {self._log}, which ends at "
+            f"no event has the id {id}. Searched: {rows}all {self._looked} events of log {self.log}, which ends at "
             f"position {head}"
         )
 
     def own(self, table: sa.Table, service: str) -> tuple[sa.ColumnElement[bool], ...]:
         """Which rows are the service's, and of this log."""
-        return table.c.service == service, table.c.log == str(self._log)
+        return table.c.service == service, table.c.log == str(self.log)
 
     async def _kept_at(self, connection: AsyncConnection, service: str, id: UUID) -> list[tuple[str, int]]:
         """Stream and version in held and dead rows."""
@@ -143,7 +143,7 @@ class Lookup:
 
     async def backwards(self, after: int) -> AsyncIterator[RecordedEvent]:
         """The newest first, down to `after`."""
-        async for event in self._store.read_all(after=after, backwards=True):
+        async for event in self.store.read_all(after=after, backwards=True):
             self.read(event, max(after, 0))
             yield event
 

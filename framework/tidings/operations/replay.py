@@ -21,7 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database.engine import Database
 from tidings.database.enrolment import sent_back
 from tidings.database.layout import ranges_of
-from tidings.database.tables import dead, floors, held, partitions, replays, staged, watermarks
+from tidings.database.tables import dead, floors, held, replays, staged, watermarks
+from tidings.database.watermarks import lock_service
 from tidings.errors import TidingsError
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span
@@ -227,13 +228,7 @@ async def send_back(database: Database, service: Declaration, log: UUID, start: 
     """
     own, before = _Own(service.name, log), start.before
     async with database.turn, database.transaction() as connection:
-        # First what others wait for: a resizing, a group under way. What they have committed by then is read below.
-        await connection.execute(
-            sa.select(partitions.c.epoch).where(partitions.c.service == service.name).with_for_update()
-        )
-        await connection.execute(  # in the order in which groups take them: neither waits for the other for ever
-            sa.select(watermarks.c.bucket).where(*own.of(watermarks)).order_by(watermarks.c.bucket).with_for_update()
-        )
+        await lock_service(connection, service.name, log)
         await connection.execute(
             watermarks.update().where(*own.of(watermarks)).values(replays=watermarks.c.replays + 1)
         )

@@ -16,8 +16,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tidings.database.engine import Database
-from tidings.database.event_rows import key_of
-from tidings.database.tables import dead, held, partials, partitions, replays, spans, watermarks
+from tidings.database.event_rows import columns_of, key_of
+from tidings.database.tables import dead, held, partials, replays, spans, watermarks
+from tidings.database.watermarks import lock_service
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.modelling.roster import Span
 from tidings.operations.replay import Start
@@ -155,7 +156,7 @@ async def run_again(database: Database, service: str, log: UUID, picked: Picked)
     run again. Raises `DatabaseUnavailable`."""
     now = time.time()
     async with database.turn, database.transaction() as connection:
-        await _lock(connection, service, log)
+        await lock_service(connection, service, log)
         undone = await _undone(connection, service, log)
         turns = [turn for turn in picked.turns if (turn.event.position, turn.handler) not in undone]
         for start in range(0, len(turns), CHUNK):
@@ -166,21 +167,11 @@ async def run_again(database: Database, service: str, log: UUID, picked: Picked)
 
 
 def _row(turn: Turn, service: str, log: UUID, now: float) -> dict[str, Any]:
-    event = turn.event
-    return {
+    return columns_of(turn.event) | {
         "service": service,
         "log": str(log),
-        "position": event.position,
         "bucket": turn.bucket,
         "key": turn.key,
-        "version": event.version,
-        "ticks": event.ticks,
-        "event_id": str(event.id),
-        "stream": event.stream,
-        "type": event.type,
-        "data": event.data,
-        "metadata": event.metadata,
-        "is_json": event.is_json,
         "handler": turn.handler,
         "line": turn.line,
         "attempts": 0,
@@ -194,17 +185,6 @@ def _row(turn: Turn, service: str, log: UUID, now: float) -> dict[str, Any]:
     }
 
 
-async def _lock(connection: Any, service: str, log: UUID) -> None:
-    """What others wait for, in the order in which groups take it."""
-    await connection.execute(sa.select(partitions.c.epoch).where(partitions.c.service == service).with_for_update())
-    await connection.execute(
-        sa.select(watermarks.c.bucket)
-        .where(watermarks.c.service == service, watermarks.c.log == str(log))
-        .order_by(watermarks.c.bucket)
-        .with_for_update()
-    )
-
-
 async def cancel(database: Database, service: str, log: UUID) -> Cancelled:
     """Take back what replays have not begun: chosen events, and the way back to where the service had been.
 
@@ -212,7 +192,7 @@ async def cancel(database: Database, service: str, log: UUID) -> Cancelled:
     """
     own = (watermarks.c.service == service, watermarks.c.log == str(log))
     async with database.turn, database.transaction() as connection:
-        await _lock(connection, service, log)
+        await lock_service(connection, service, log)
         chosen = (
             held.c.service == service,
             held.c.log == str(log),

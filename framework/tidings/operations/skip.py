@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.engine import Database
-from tidings.database.tables import dead, floors, held, partitions, skips, watermarks
+from tidings.database.tables import dead, floors, held, skips, watermarks
+from tidings.database.watermarks import lock_service
 from tidings.errors import TidingsError
 from tidings.operations.held import as_skipped
 from tidings.protocol.position import carried
@@ -57,14 +58,7 @@ async def skip(database: Database, service: Declaration, log: UUID, event: Recor
     """Do it, in one transaction. Raises `NotSkippable`, `DatabaseUnavailable`."""
     name, at = service.name, event.position
     async with database.turn, database.transaction() as connection:
-        # First what others wait for, in the order in which groups take it: what they have committed is read below.
-        await connection.execute(sa.select(partitions.c.epoch).where(partitions.c.service == name).with_for_update())
-        await connection.execute(
-            sa.select(watermarks.c.bucket)
-            .where(watermarks.c.service == name, watermarks.c.log == str(log))
-            .order_by(watermarks.c.bucket)
-            .with_for_update()
-        )
+        await lock_service(connection, name, log)
         found, rows, pending = await _look(connection, service, log, event)
         if rows:
             await connection.execute(dead.insert(), [as_skipped(row) for row in rows])

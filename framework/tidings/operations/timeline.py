@@ -118,21 +118,13 @@ async def trace(
     Raises `EventNotFound`, which says what was searched; `StreamNotFound`, `StreamDeleted`, `StoreUnavailable`,
     `DatabaseUnavailable`.
     """
-    return await _Tracer(store, services, await store.log_id(), progress).run(target, relay)
+    return await _Tracer(Lookup(store, services, await store.log_id(), progress)).run(target, relay)
 
 
 class _Tracer:
-    def __init__(
-        self,
-        store: EventStore,
-        services: Sequence[tuple[Declaration, Database | None]],
-        log: UUID,
-        progress: Progress,
-    ) -> None:
-        self._store = store
-        self._services = services
-        self._log = log
-        self._lookup = Lookup(store, services, log, progress)
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self._store = lookup.store
 
     async def run(self, target: Target, relay: str) -> Timeline:
         found = await self._lookup.find(target)
@@ -204,7 +196,7 @@ class _Tracer:
         happenings = [timeline.event, *timeline.event.tree()]
         at = {happening.position: happening for happening in happenings if happening.position is not None}
         known = {happening.event_id for happening in happenings}
-        for service, database in self._services:
+        for service, database in self._lookup.services:
             settled, rows, late = Settled([], {}), dict[int, dict[str, Standing]](), list[Span]()
             done: set[tuple[int, str]] = set()
             if database is not None:
@@ -214,11 +206,11 @@ class _Tracer:
                             cause = at[waiting.cause]
                             cause.caused.append(_staged(waiting, cause.depth + 1))
                     rows = await self._kept(connection, service.name, list(at))
-                    late = await read_spans(connection, service, self._log)
+                    late = await read_spans(connection, service, self._lookup.log)
                     halves = sa.select(partials.c.position, partials.c.handler)
                     halves = halves.where(*self._lookup.own(partials, service.name))
                     done = {(row.position, row.handler) for row in await connection.execute(halves)}
-                    settled, _ = await settled_in(connection, service.name, self._log)
+                    settled, _ = await settled_in(connection, service.name, self._lookup.log)
             for position, happening in at.items():
                 mine = [span for span in late if span.bucket == happening.bucket and span.covers(position)]
                 kept = rows.get(position, {})

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from tidings._support.backoff import Backoff, becomes_true
 from tidings.database.staged_events import StagedEvent, stage
 from tidings.database.tables import floors, staged
-from tidings.database.transaction import guarded
+from tidings.database.transaction import TransactionGoesOn, guarded
 from tidings.errors import ConfigurationError, EventTooLarge, TransactionMisuse
 from tidings.modelling.appending import check_target
 from tidings.modelling.codec import BY_REQUEST, encode
@@ -48,20 +48,11 @@ SLOW_SECONDS: Final = 0.25
 """Seconds after which a transaction that keeps SQLite's one writer from everybody else is named in the log."""
 
 
-class RequestSession(AsyncSession):
-    """Everything of SQLAlchemy's, except ending the transaction: the end of the block does that."""
+class RequestSession(TransactionGoesOn, AsyncSession):
+    """SQLAlchemy's session, except that it does not end the transaction: the end of the block does."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         super().__init__(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
-
-    async def commit(self) -> NoReturn:
-        raise TransactionMisuse("commit")
-
-    async def rollback(self) -> NoReturn:
-        raise TransactionMisuse("rollback")
-
-    def begin(self) -> NoReturn:
-        raise TransactionMisuse("begin")
 
 
 class Emit:

@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from tidings.errors import StreamDeleted, WrongExpectedVersion
-from tidings.stores import ANY, STREAM_EXISTS, Appended, Expected, describe
+from tidings.errors import InvalidStreamName, StreamDeleted, WrongExpectedVersion
+from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected, check_text, describe
 
 __all__ = [
     "MAX_VERSION",
@@ -19,6 +19,7 @@ __all__ = [
     "STREAM_DELETED",
     "Facts",
     "Retention",
+    "check_event",
     "decide",
     "document_of",
     "original_of",
@@ -54,6 +55,17 @@ class Retention(NamedTuple):
 
 
 _METASTREAM: Final = Retention(max_count=1)
+
+
+def check_event(stream: str, event: EventData) -> None:
+    """Raise `InvalidStreamName` or `TypeError` for an event that no log can take."""
+    if not event.type:
+        raise InvalidStreamName(f"an event for stream {stream!r} has an empty type: give it a name")
+    if not event.id.int:
+        raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
+    if type(event.data) is not bytes or type(event.metadata) is not bytes:
+        raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
+    check_text(event.type)
 
 
 def original_of(stream: str) -> str | None:

@@ -9,7 +9,6 @@ from uuid import UUID
 
 from tidings.errors import (
     EventTooLarge,
-    InvalidStreamName,
     StoreError,
     StoreUnavailable,
     StreamDeleted,
@@ -31,7 +30,7 @@ from tidings.stores import (
     describe,
 )
 from tidings.stores.eventstoredb.protos import StreamState, shared_pb2, streams_pb2
-from tidings.stores.rules import MAX_VERSION
+from tidings.stores.rules import MAX_VERSION, check_event
 
 __all__ = [
     "BATCH_APPEND",
@@ -128,13 +127,7 @@ def check_events(stream: str, events: Sequence[EventData]) -> int:
     size = whole = 0
     for event in events:
         size += event.size
-        if not event.type:
-            raise InvalidStreamName(f"an event for stream {stream!r} has an empty type: give it a name")
-        if not event.id.int:
-            raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
-        if type(event.data) is not bytes or type(event.metadata) is not bytes:
-            raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
-        check_text(event.type)
+        check_event(stream, event)
         check_text(event.content_type)
         whole += event.size + len(event.content_type) + OVERHEAD
     if whole > EVENT_LIMIT:

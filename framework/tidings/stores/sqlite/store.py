@@ -20,7 +20,6 @@ import tidings.stores.sqlite.log as reading
 from tidings.errors import (
     ConfigurationError,
     EventTooLarge,
-    InvalidStreamName,
     StoreError,
     StoreUnavailable,
     StreamDeleted,
@@ -43,7 +42,7 @@ from tidings.stores import (
     check_text,
 )
 from tidings.stores.metadata import check_closing, check_metadata_write
-from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
+from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED, check_event
 from tidings.stores.sqlite.log import PAGE_EVENTS, Database, Page, now
 from tidings.stores.sqlite.writer import Appender, Kind, Outcome, Write, Writer
 
@@ -184,13 +183,7 @@ class SqliteStore:
         size = 0
         for event in events:
             size += event.size
-            if not event.type:
-                raise InvalidStreamName(f"an event for stream {stream!r} has an empty type: give it a name")
-            if not event.id.int:
-                raise InvalidStreamName(f"an event for stream {stream!r} has the zero UUID as its id: give it another")
-            if type(event.data) is not bytes or type(event.metadata) is not bytes:
-                raise TypeError(f"data and metadata of an event for stream {stream!r} must be bytes")
-            check_text(event.type)
+            check_event(stream, event)
         _check_stream(stream)
         if size > APPEND_LIMIT:
             raise EventTooLarge(stream, size, APPEND_LIMIT)
