@@ -9,6 +9,7 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+import tidings.testing.plugin
 from tests.clients import CLIENTS, through
 from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
 from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_for_tests, server_for_tests
@@ -16,6 +17,12 @@ from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_f
 # A busy machine takes its time over an example, and over thinking of one: that is nobody's failure.
 settings.register_profile("tidings", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tidings")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the plugin also where Tidings was installed before it had one."""
+    if not config.pluginmanager.has_plugin("tidings"):
+        config.pluginmanager.register(tidings.testing.plugin, "tidings")
 
 
 @pytest.fixture(autouse=True)

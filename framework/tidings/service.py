@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -153,6 +153,13 @@ class Service(Declaration):
         """
         from tidings.hosting.running import run_service
 
+        with self.claimed():
+            async with run_service(self, settings, store, bus, self._hosted) as running:
+                yield running
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Have the service for the block alone. Raises `ConfigurationError` while it runs. Internal."""
         if self._claimed:
             raise ConfigurationError(
                 f"service {self.name!r} runs already in this process. Start it once: a web application with "
@@ -160,27 +167,32 @@ class Service(Declaration):
             )
         self._claimed, self._died = True, None
         try:
-            async with run_service(self, settings, store, bus, self._hosted) as running:
-                yield running
+            yield
         except Exception as error:
             self._died = error
             raise
         finally:
             self._claimed = False
 
+    @contextmanager
+    def bound_to(self, running: RunningService) -> Iterator[None]:
+        """Have repositories, `append` and `engine` use `running` within the block. Internal."""
+        self._running = running
+        try:
+            yield
+        finally:
+            self._running = None
+
     @asynccontextmanager
     async def _hosted(self, running: RunningService) -> AsyncIterator[Any]:
         """Make this service the running one and enter its lifespan within the block. Yields what the lifespan
         yields."""
-        self._running = running
-        try:
+        with self.bound_to(running):
             if self.resources is None:
                 yield None
             else:
                 async with self.resources(self) as resources:
                     yield resources
-        finally:
-            self._running = None
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[None]:

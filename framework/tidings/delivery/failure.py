@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,10 +20,14 @@ from tidings.errors import (
 if TYPE_CHECKING:
     from tidings.modelling.handlers import Handler
 
-__all__ = ["PERMANENT", "Failure"]
+__all__ = ["PERMANENT", "RAISED", "Failure"]
 
 PERMANENT: Final = (SchemaError, TransactionMisuse, WriterHeld, ConfigurationError, EventTooLarge, InvalidStreamName)
 """Errors that the next attempt would meet again."""
+
+RAISED: Final[ContextVar[list[BaseException] | None]] = ContextVar("errors of attempts", default=None)
+"""A list to which the error of each failed attempt is added, for tests that show it with its own traceback. None
+otherwise: an error keeps alive whatever its frames refer to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:
+        if (raised := RAISED.get()) is not None:
+            raised.append(error)
         lines = "".join(traceback.format_exception(error))
         try:
             message = str(error)
