@@ -128,7 +128,7 @@ async def test_all_that_are_named_or_none(tmp_path: Path) -> None:
         here = await operations(world)
         (first,) = await here.list()
         for act in (here.retry, here.skip, here.drop):
-            with pytest.raises(HeldNotFound, match="no event at position 999"):
+            with pytest.raises(HeldNotFound, match="does not hold the event at position 999"):
                 await act(positions=[first.position, 999])
         assert await count(service, held) == 1
         assert await here.find(first.event_id) == await here.find(("Happened-a0", 0)) == first.position

@@ -150,7 +150,7 @@ def test_another_key_than_the_class_says_is_refused(given: tuple[str, str]) -> N
     assert ended.code == 1
     assert "service 'producing' says '7'" in ended.err
     assert append("Ordered", GOOD, *given, "--unchecked").code == 0
-    assert metadata() == ({"partitionKey": "8"} if given[1] else {})
+    assert metadata() == ({"partitionKey": "8"} if given[1] else {}) | {"tidingsUnchecked": True}
 
 
 def test_the_same_key_may_be_given() -> None:
@@ -208,6 +208,17 @@ async def test_an_undeclared_type_needs_what_its_newest_event_has(stream: str, o
     assert (await asyncio.to_thread(append, "Another", "{}", *options)).code == 0
     assert (await asyncio.to_thread(append, "Foreign", "{}", "--unchecked", *options)).code == 0
     assert (await asyncio.to_thread(append, "Foreign", "x", "--octets", *options)).code == 0
+
+
+async def test_an_unchecked_event_is_no_example_for_those_after_it() -> None:
+    await recorded("Foreign", {"partitionKey": "k"})
+    assert (await asyncio.to_thread(append, "Foreign", "{}", "--unchecked")).code == 0
+    ended = await asyncio.to_thread(append, "Foreign", "{}")
+    assert ended.code == 2
+    assert "the newest event of type 'Foreign', order-7@0, has what this one lacks. Give --key KEY" in ended.err
+    assert (await asyncio.to_thread(append, "Misspelt", "{}", "--unchecked")).code == 0
+    ended = await asyncio.to_thread(append, "Misspelt", "{}")
+    assert "no service of TIDINGS_SERVICES declares 'Misspelt': is the name right?" in ended.err
 
 
 def test_without_services_an_undeclared_type_is_ordered_by_its_stream() -> None:

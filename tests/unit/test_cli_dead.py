@@ -113,10 +113,20 @@ def test_what_is_retried_waits_for_the_service() -> None:
     assert "held Poisoned" in invoke("verify").out
 
 
+def test_a_dead_letter_is_found_in_whichever_service_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = ids()[0]
+    alone = invoke("dead", "show", number)
+    monkeypatch.setenv("TIDINGS_SERVICES", f"{OTHER},{SHOP}")
+    assert invoke("dead", "show", number) == alone
+    ended = invoke("dead", "show", "4711")
+    assert (ended.code, ended.out) == (1, "")
+    assert "4711 is not among the dead letters of other, shop: list them again" in ended.err
+
+
 def test_of_several_services_one_must_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDINGS_SERVICES", f"{SHOP},{OTHER}")
     number = ids()[0]
-    ended = invoke("dead", "show", number)
+    ended = invoke("dead", "retry", number, "--yes")
     assert ended.code == 2
     assert "--service with one of shop, other" in ended.err
     for name in ("shop", SHOP):

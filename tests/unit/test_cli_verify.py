@@ -70,6 +70,16 @@ def test_a_contradiction_is_1_though_everything_seems_settled(folder: Path) -> N
     assert r"the dead row of Ev\x1b[5mil" in line
 
 
+def test_dead_letters_are_settled_and_the_first_line_counts_them() -> None:
+    ended = invoke("verify")
+    assert ended.code == 0
+    assert "all settled up to position" in ended.out.splitlines()[0]
+    assert ended.out.splitlines()[0].endswith("; 1 DEAD, which were given up (tidings dead list)")
+    assert invoke("status").code == 1
+    assert invoke("dead", "drop", "--all", "--yes").code == 0
+    assert "DEAD" not in invoke("verify").out.splitlines()[0]
+
+
 def test_what_is_pending_is_1_and_is_repaired_without_running_anything_twice() -> None:
     invoke("streams", "append", "order-2", "OrderCreated", '{"order_id": "2"}')
     found = facts(code=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import DBAPIError
 
 from tidings._support.ownership import mark, related
+from tidings.buses import Delivery, Subscription
 from tidings.database.engine import Database, connected, open_database
 from tidings.delivery.owned import Ours, OwnBus, OwnStore
 from tidings.errors import BusUnavailable, DatabaseUnavailable, Fenced, StoreUnavailable, StreamForbidden
@@ -213,8 +215,6 @@ async def test_an_own_store_learns_from_appends_whether_it_takes_writes() -> Non
 
 
 async def test_an_error_within_the_block_of_an_own_publisher_is_not_the_buss(tmp_path: Path) -> None:
-    from contextlib import asynccontextmanager
-
     class Bus:
         @asynccontextmanager
         async def publisher(self, *, lock: str | None = None) -> AsyncIterator[Any]:
@@ -238,6 +238,80 @@ async def test_an_error_within_the_block_of_an_own_publisher_is_not_the_buss(tmp
         with pytest.raises(BusUnavailable) as caught:
             await publish()
         assert (ours.outage(caught.value) is not None) is outage
+
+
+class _AwayAfterOne:
+    """A bus that is away: at once, or after one delivery."""
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self._at_once = at_once
+        self.settled: list[int] = []
+
+    @asynccontextmanager
+    async def publisher(self, *, lock: str | None = None) -> AsyncIterator[Any]:
+        yield self
+
+    @asynccontextmanager
+    async def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AsyncIterator[Any]:
+        if self._at_once:
+            raise BusUnavailable("cannot enter")
+        yield self
+
+    async def begin(self, message: object) -> asyncio.Future[Any]:
+        if self._at_once:
+            raise BusUnavailable("cannot send")
+        confirm: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        confirm.set_exception(BusUnavailable("no confirm"))
+        return confirm
+
+    def settle_through(self, tag: int) -> None:
+        self.settled.append(tag)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        yield Delivery(7, None)  # type: ignore[arg-type]
+        raise BusUnavailable("cut off")
+
+
+async def _begin(bus: OwnBus) -> None:
+    async with bus.publisher() as publisher:
+        await (await publisher.begin(None))  # type: ignore[arg-type]
+
+
+async def _consume(bus: OwnBus) -> None:
+    async with bus.consume(Subscription("audit")) as consumer:
+        async for delivery in consumer:
+            consumer.settle_through(delivery.tag)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("use", [_begin, _consume])
+async def test_an_own_bus_marks_what_it_raises_however_a_handler_uses_it(use: Any, at_once: bool) -> None:
+    adapter: Any = _AwayAfterOne(at_once=at_once)
+    with pytest.raises(BusUnavailable) as caught:
+        await use(OwnBus(adapter))
+    assert Ours(STORE, adapter, DATABASE).outage(caught.value) is caught.value
+    assert OURS.outage(caught.value) is None, "it is another bus to everybody else"
+    assert adapter.settled == ([7] if use is _consume and not at_once else [])
+
+
+async def test_a_confirm_through_an_own_bus_ends_as_the_brokers_does() -> None:
+    confirms: list[asyncio.Future[Any]] = []
+
+    class Bus(_AwayAfterOne):
+        async def begin(self, message: object) -> asyncio.Future[Any]:
+            confirms.append(asyncio.get_running_loop().create_future())
+            return confirms[-1]
+
+    bus: Any = Bus()
+    async with OwnBus(bus).publisher() as publisher:
+        done, lost, left = [await publisher.begin(None) for _ in range(3)]  # type: ignore[arg-type]
+        confirms[0].set_result(5)
+        confirms[1].cancel()
+        left.cancel()
+        confirms[2].set_exception(BusUnavailable("nobody waits for it"))
+        assert await done == 5
+        with pytest.raises(asyncio.CancelledError):
+            await lost
 
 
 async def test_a_services_database_is_told_from_another_services(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ from tidings.settings import Settings
 if TYPE_CHECKING:
     from tidings.service import Service
 
-__all__ = ["Of", "Yes", "chosen", "confirmed"]
+__all__ = ["Of", "OfAny", "Yes", "chosen", "confirmed"]
 
 Of = Annotated[
     str | None,
     typer.Option(
         "--service", "-s", metavar="MODULE:SERVICE", help="Or its name; by default the only one of TIDINGS_SERVICES."
     ),
+]
+OfAny = Annotated[
+    str | None,
+    typer.Option("--service", "-s", metavar="MODULE:SERVICE", help="Or its name; by default whichever has it."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")]
 

@@ -15,8 +15,8 @@ from uuid import UUID
 
 import typer
 
-from tidings.cli._asking import Of, Yes, chosen, confirmed
-from tidings.cli._exits import NO, OK, Refused, answering
+from tidings.cli._asking import Of, OfAny, Yes, chosen, confirmed
+from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import BOLD, Json, columns, document_lines, facts, paint, plain, say
 from tidings.cli._selecting import (
@@ -35,6 +35,7 @@ from tidings.cli._selecting import (
     selected,
 )
 from tidings.cli.verify import Targets
+from tidings.errors import TidingsError
 from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
@@ -110,6 +111,10 @@ class Failed(ABC, Generic[O, E]):
             existing_database(settings, service.name) as database,
         ):
             yield None if database is None else self.of(database, service.name, await store.log_id())
+
+    @abstractmethod
+    def missing(self) -> type[TidingsError]:
+        """Return the error of `get` that says that the service does not have the row."""
 
     @abstractmethod
     async def get(self, operations: O, name: str) -> E: ...
@@ -188,11 +193,8 @@ def add_list(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
 def add_show(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
     """Add the command that shows one."""
 
-    async def show(name: str, service: Of = None, json: Json = False) -> int:
-        settings = Settings()
-        of = chosen(service, settings)
-        async with failed.opened(settings, of) as operations:
-            entry = await failed.get(failed.existing(operations), str(name))
+    async def show(name: str, service: OfAny = None, json: Json = False) -> int:
+        of, entry = await _found(failed, str(name), service, Settings())
         if json:
             say(facts(failed.facts(of, entry)))
             return OK
@@ -210,6 +212,30 @@ def add_show(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
 
     show.__annotations__["name"] = failed.name
     app.command("show", help=help)(answering(show))
+
+
+async def _found(failed: Failed[Any, E], name: str, target: str | None, settings: Settings) -> tuple[Service, E]:
+    """Return the row of this name and the service that has it: the service `target` or, without one, whichever it is.
+
+    Raises `Refused` when no service has it, or several.
+    """
+    services = find_services((target,) if target is not None else (), settings).values()
+    rows: list[tuple[Service, E]] = []
+    for service in services:
+        async with failed.opened(settings, service) as operations:
+            if operations is None and len(services) > 1:
+                continue
+            try:
+                rows.append((service, await failed.get(failed.existing(operations), name)))
+            except failed.missing():
+                if len(services) == 1:
+                    raise
+    if len(rows) == 1:
+        return rows[0]
+    names = ", ".join(service.name for service, _ in rows) or ", ".join(service.name for service in services)
+    if rows:
+        raise Refused(USAGE, f"of which service? Several have {name}: say --service with one of {names}")
+    raise Refused(NO, f"{name} is not among the {failed.noun} of {names}: list them again")
 
 
 def add_action(app: typer.Typer, failed: Failed[Any, Any], action: Action) -> None:

@@ -36,6 +36,8 @@ __all__ = [
     "made",
 ]
 
+UNCHECKED: Final = "tidingsUnchecked"
+"""The metadata of an event that nobody has checked. It is no example for later events of its type."""
 LOOKED_AT: Final = 10_000
 """Newest events of the log among which one of the same type is looked for."""
 
@@ -130,7 +132,8 @@ def _keyed(metadata: dict[str, Any], keys: Mapping[str, str | None]) -> dict[str
 async def check_against(event: Handmade, store: EventStore) -> bool:
     """Look at the newest event of an undeclared type: what it has, this one must be given. Return whether there is one.
 
-    It is looked for at the end of the event's own stream, and among the newest of the log. Raises `Refused`.
+    It is looked for at the end of the event's own stream, and among the newest of the log; events that were appended
+    unchecked are passed over. Raises `Refused`.
     """
     found = await _newest(event, store)
     if found is None:
@@ -155,7 +158,7 @@ async def _newest(event: Handmade, store: EventStore) -> RecordedEvent | None:
     for events in (own, store.read_all(backwards=True, limit=LOOKED_AT)):
         with suppress(StreamNotFound, StreamDeleted):
             async for recorded in events:
-                if recorded.type == event.type:
+                if recorded.type == event.type and UNCHECKED not in read_metadata(recorded):
                     return recorded
     return None
 
@@ -196,8 +199,8 @@ def dry_lines(stream: str, event: EventData, expected: str, known: Known, as_jso
     return lines
 
 
-def given_metadata(metadata: str, key: str | None, version: int | None) -> dict[str, Any]:
-    """`--metadata`, `--key` and `--schema-version` as one document. Raises `Refused`."""
+def given_metadata(metadata: str, key: str | None, version: int | None, *, unchecked: bool) -> dict[str, Any]:
+    """Return `--metadata`, `--key`, `--schema-version` and `--unchecked` as one document. Raises `Refused`."""
     try:
         document = parse(metadata.encode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
@@ -210,4 +213,4 @@ def given_metadata(metadata: str, key: str | None, version: int | None) -> dict[
         if document.get(name, value) != value:
             raise Refused(USAGE, f"{option} {value!r} and --metadata's {name} {document[name]!r} differ: give one")
         document[name] = value
-    return document
+    return document | ({UNCHECKED: True} if unchecked else {})

@@ -29,6 +29,7 @@ BOLD: Final = "1"
 DIM: Final = "2"
 RED: Final = "31"
 GREEN: Final = "32"
+YELLOW: Final = "33"
 
 
 def colours(stream: TextIO) -> bool:

@@ -16,6 +16,7 @@ from tidings.cli._selecting import BIGGEST, Choice
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
+    from tidings.errors import TidingsError
     from tidings.operations.dead import DeadLetter, DeadLetters
     from tidings.service import Service
 
@@ -37,6 +38,11 @@ class _Dead(Failed["DeadLetters", "DeadLetter"]):
         from tidings.operations.dead import DeadLetters
 
         return DeadLetters(database, service, log)
+
+    def missing(self) -> type[TidingsError]:
+        from tidings.operations.dead import DeadLetterNotFound
+
+        return DeadLetterNotFound
 
     async def get(self, operations: DeadLetters, name: str) -> DeadLetter:
         return await operations.get(int(name))

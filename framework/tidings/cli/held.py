@@ -16,6 +16,7 @@ from tidings.operations.report import moment_of
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
+    from tidings.errors import TidingsError
     from tidings.operations.held import HeldEntry, HeldOperations
     from tidings.service import Service
 
@@ -40,6 +41,11 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
         from tidings.operations.held import HeldOperations
 
         return HeldOperations(database, service, log)
+
+    def missing(self) -> type[TidingsError]:
+        from tidings.operations.held import HeldNotFound
+
+        return HeldNotFound
 
     async def get(self, operations: HeldOperations, name: str) -> HeldEntry:
         named = event_named(name)

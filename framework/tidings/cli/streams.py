@@ -184,7 +184,10 @@ async def append(
     ] = "any",
     id: Annotated[UUID | None, typer.Option(metavar="UUID", help="The event's id; by default a new one.")] = None,
     octets: Annotated[bool, typer.Option("--octets", help="DATA is not JSON, but bytes; nothing is checked.")] = False,
-    unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare it with any class.")] = False,
+    unchecked: Annotated[
+        bool,
+        typer.Option("--unchecked", help="Do not compare it with any class or earlier event; its metadata says so."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check it, and print what would be appended.")
     ] = False,
@@ -204,7 +207,7 @@ async def append(
     if not octets:
         check_data(content)
     wanted, settings = _expected(expected), Settings()
-    given = Handmade(stream, type, content, given_metadata(metadata, key, schema_version))
+    given = Handmade(stream, type, content, given_metadata(metadata, key, schema_version, unchecked=unchecked))
     looked = not octets and not unchecked
     services = find_services((), settings, needed=False) if looked else {}
     known = checked(given, classes_of(type, services))

@@ -11,7 +11,7 @@ import typer
 
 from tidings.cli._exits import NO, OK, answering
 from tidings.cli._find import find_services
-from tidings.cli._output import GREEN, RED, Json, facts, paint, plain, say
+from tidings.cli._output import GREEN, RED, YELLOW, Json, facts, paint, plain, say
 from tidings.cli._reading import Reading
 from tidings.operations.checking import opened_to_look
 from tidings.settings import Settings
@@ -43,7 +43,8 @@ async def verify(
 ) -> int:
     """Show that every event is settled in every service, or name those that are not (exit code 1).
 
-    Settled is what a handler has done, and what is dead with its reason. Services at work have 5 seconds to settle what
+    An event is settled when its handlers are done with it, or when it is dead: the first line counts dead letters, and
+    'tidings status' ends with 1 for them. Services at work have 5 seconds to settle what
     there was when the command began; what came since is on the way, and is only counted. When all is well it costs a
     few rows per service; otherwise it reads the log above the lowest floor. --deep checks every row of the services
     against the log. --repair has whoever is behind read the log: over a network by one marker, which those who are not
@@ -119,7 +120,8 @@ def _facts(report: Report, recount: Recount | None) -> dict[str, Any]:
 
 def _show(report: Report, recount: Recount | None) -> None:
     first, *rest = str(report).split("\n")
-    say(paint(plain(first), GREEN if report.ok else RED))
+    good = YELLOW if report.dead else GREEN
+    say(paint(plain(first), good if report.ok else RED))
     for line in rest:
         say(plain(line))
     if recount is not None:

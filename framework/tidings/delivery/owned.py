@@ -1,4 +1,4 @@
-"""Whose error is it? What a service's own store, bus and database raise is marked with the object that raised it.
+"""Marks each error of a service's own store, bus and database with the object that raised it.
 
 An outage of these pauses the service. The same error from another store, bus or database, from another service's
 client, or raised by a handler itself, is a failure of that handler. The type cannot tell them apart, the mark can: it
@@ -7,6 +7,7 @@ is kept through threads, exception groups and `raise ... from`. It asks nobody.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -22,7 +23,7 @@ from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreError, Stor
 from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Expected, Filter, RecordedEvent
 
 if TYPE_CHECKING:
-    from tidings.buses import EventBus, Publisher, Subscription
+    from tidings.buses import Consumer, Delivery, EventBus, Publisher, Subscription
     from tidings.database.engine import Database
     from tidings.protocol.message import Message
 
@@ -206,6 +207,11 @@ class OwnBus:
             yield cast("Publisher", _OwnPublisher(publisher, self.inner))
 
     @asynccontextmanager
+    async def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AsyncIterator[Consumer]:
+        async with self._entered(self.inner.consume(subscription, prefetch=prefetch)) as consumer:
+            yield cast("Consumer", _OwnConsumer(consumer, self.inner))
+
+    @asynccontextmanager
     async def _entered(self, entering: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
         """Only what entering raises is the bus's: what is raised within the block may come from anywhere."""
         with marking(self.inner):
@@ -230,3 +236,46 @@ class _OwnPublisher:
     async def send(self, message: Message) -> None:
         with marking(self._bus):
             await self._publisher.send(message)
+
+    async def begin(self, message: Message) -> asyncio.Future[Any]:
+        with marking(self._bus):
+            confirm = await self._publisher.begin(message)
+        return _marked(confirm, self._bus)
+
+
+class _OwnConsumer:
+    def __init__(self, consumer: Consumer, bus: object) -> None:
+        self._consumer = consumer
+        self._bus = bus
+        self._deliveries = aiter(consumer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._consumer, name)
+
+    def __aiter__(self) -> AsyncIterator[Delivery]:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        with marking(self._bus):
+            return await anext(self._deliveries)
+
+
+def _marked(future: asyncio.Future[T], owner: object) -> asyncio.Future[T]:
+    """Return a future that ends as this one does; an error of a bus that is away is marked as that of `owner`."""
+    told: asyncio.Future[T] = future.get_loop().create_future()
+
+    def tell(ended: asyncio.Future[T]) -> None:
+        error = None if ended.cancelled() else ended.exception()
+        if isinstance(error, BusUnavailable):
+            mark(error, owner)
+        if told.done():
+            return
+        if ended.cancelled():
+            told.cancel()
+        elif error is not None:
+            told.set_exception(error)
+        else:
+            told.set_result(ended.result())
+
+    future.add_done_callback(tell)
+    return told

@@ -30,13 +30,17 @@ CHUNK: Final = 500
 
 
 class HeldNotFound(TidingsError):
-    """The service does not hold an event at the position."""
+    """The service does not hold the event."""
 
-    def __init__(self, service: str, positions: Sequence[int]) -> None:
+    def __init__(self, service: str, event: str) -> None:
         super().__init__(
-            f"service {service!r} holds no event at position {', '.join(map(str, positions))}: it was handled, is "
-            "dead, or was never held; list them again. Nothing was changed."
+            f"service {service!r} does not hold the event {event}: it was handled, is dead, or was never held; list "
+            "them again. Nothing was changed."
         )
+
+    @classmethod
+    def at(cls, service: str, positions: Sequence[int]) -> HeldNotFound:
+        return cls(service, f"at position {', '.join(map(str, positions))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +101,11 @@ class HeldOperations:
             query = sa.select(*_COLUMNS).where(*self._mine, held.c.position == position).order_by(held.c.handler)
             row = (await connection.execute(query)).first()
         if row is None:
-            raise HeldNotFound(self._service, [position])
+            raise HeldNotFound.at(self._service, [position])
         return HeldEntry(*row)
 
     async def find(self, name: str | tuple[str, int]) -> int:
-        """The position of a held event by its id, or by stream and version. Raises `HeldNotFound`'s parent."""
+        """Return the position of a held event by its id, or by stream and version. Raises `HeldNotFound`."""
         if isinstance(name, str):
             which: tuple[sa.ColumnElement[bool], ...] = (held.c.event_id == name,)
         else:
@@ -110,7 +114,7 @@ class HeldOperations:
             position = await connection.scalar(sa.select(held.c.position).where(*self._mine, *which))
         if position is None:
             shown = name if isinstance(name, str) else f"{name[0]}@{name[1]}"
-            raise TidingsError(f"service {self._service!r} does not hold event {shown}. Nothing was changed.")
+            raise HeldNotFound(self._service, shown)
         return int(position)
 
     async def retry(
@@ -167,7 +171,7 @@ class HeldOperations:
                 query = sa.select(held).where(*self._mine, held.c.position.in_(some)).order_by(held.c.position)
                 rows = (await connection.execute(query.with_for_update())).all()
                 if missing := sorted(set(some) - {row.position for row in rows}):
-                    raise HeldNotFound(self._service, missing)
+                    raise HeldNotFound.at(self._service, missing)
                 yield rows
             return
         after, left = (-1, ""), limit

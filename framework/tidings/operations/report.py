@@ -294,6 +294,11 @@ class Report:
     """None when nobody asked for a relay."""
 
     @property
+    def dead(self) -> int:
+        """Dead letters of all services: settled, but given up."""
+        return sum(service.dead_count for service in self.services)
+
+    @property
     def ok(self) -> bool:
         """Every event is settled in every service: handled, or dead with its reason; nothing is held or staged; and
         the relay's checkpoint, if it was asked for, is one."""
@@ -301,6 +306,8 @@ class Report:
 
     def __str__(self) -> str:
         head = f"log {self.log}: {'all settled' if self.ok else 'NOT all settled'} up to position {self.position}"
+        if self.dead:
+            head += f"; {self.dead} DEAD, which were given up (tidings dead list)"
         relay = self.relay.lines() if self.relay is not None else ()
         lines = (*relay, *(line for service in self.services for line in service.lines(self.position)))
         return "\n".join([head, *map(plain, lines)])
