@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -151,8 +151,14 @@ class Service(Declaration):
         by default from the environment. Raises `ConfigurationError`, `LogChanged`, `LogBehind`, or the error that ended
         the service while the block ran.
         """
+        from tidings.hosting.hosted import HOST
         from tidings.hosting.running import run_service
 
+        host = HOST.get()
+        if host is not None:
+            async with host.host(self) as running:
+                yield running
+            return
         with self.claimed():
             async with run_service(self, settings, store, bus, self._hosted) as running:
                 yield running
@@ -187,12 +193,16 @@ class Service(Declaration):
     async def _hosted(self, running: RunningService) -> AsyncIterator[Any]:
         """Make this service the running one and enter its lifespan within the block. Yields what the lifespan
         yields."""
+        from tidings.hosting.surroundings import SURROUNDINGS
+
+        around = SURROUNDINGS.get()
         with self.bound_to(running):
-            if self.resources is None:
-                yield None
-            else:
-                async with self.resources(self) as resources:
-                    yield resources
+            async with AsyncExitStack() as stack:
+                resources = None
+                if self.resources is not None and not around.replace_all(self):
+                    with around.entering():
+                        resources = await stack.enter_async_context(self.resources(self))
+                yield resources
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[None]:

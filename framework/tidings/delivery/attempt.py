@@ -19,6 +19,7 @@ from tidings.delivery.failure import Failure
 from tidings.delivery.log_facts import bind_handling, handling
 from tidings.delivery.owned import Ours
 from tidings.delivery.resources import Resources
+from tidings.delivery.site import Witness
 from tidings.errors import (
     BusUnavailable,
     ConfigurationError,
@@ -81,7 +82,8 @@ class Attempt:
 class Attempts:
     """How the handlers of one service are called; for one event loop."""
 
-    def __init__(self, service: Declaration, resources: Resources, ours: Ours) -> None:
+    def __init__(self, service: Declaration, resources: Resources, ours: Ours, witness: Witness | None = None) -> None:
+        self._witness = witness
         self._view = service.view
         self._ours = ours
         self._resources = resources
@@ -125,11 +127,12 @@ class Attempts:
             base = self._variables[handler.name] = handling(self._service, handler.name)
         variables = base.copy()
         if handler.threaded:
-            call = partial(variables.run, _call, handler, arguments, context)
+            call = partial(variables.run, _call, handler, arguments, context, self._witness)
             return Attempt(
                 asyncio.get_running_loop().run_in_executor(self._threads, call), handler, context, self._ours
             )
-        work, raised = self._first_step.run(_run(handler, arguments, context), variables, HANDLER_TASK + handler.name)
+        attempt = _run(handler, arguments, context, self._witness)
+        work, raised = self._first_step.run(attempt, variables, HANDLER_TASK + handler.name)
         if work is not None:
             return Attempt(work, handler, context, self._ours)
         return None if raised is None else _judged(self._ours, handler, raised, late=False)
@@ -162,10 +165,14 @@ def _judged(ours: Ours, handler: Handler, raised: BaseException | None, late: bo
 # task, and StopIteration cannot pass through a future.
 
 
-async def _run(handler: Handler, arguments: dict[str, Any], context: Context) -> BaseException | None:
+async def _run(
+    handler: Handler, arguments: dict[str, Any], context: Context, witness: Witness | None
+) -> BaseException | None:
     bind_handling(context)
     ATTEMPT.set(context)
     try:
+        if witness is not None:
+            witness.begins(context)
         await handler.function(**arguments)  # type: ignore[misc]
     except BaseException as error:
         context.end("had failed")
@@ -174,10 +181,14 @@ async def _run(handler: Handler, arguments: dict[str, Any], context: Context) ->
     return None
 
 
-def _call(handler: Handler, arguments: dict[str, Any], context: Context) -> BaseException | None:
+def _call(
+    handler: Handler, arguments: dict[str, Any], context: Context, witness: Witness | None
+) -> BaseException | None:
     bind_handling(context)
     ATTEMPT.set(context)
     try:
+        if witness is not None:
+            witness.begins(context)
         result = handler.function(**arguments)
         if inspect.iscoroutine(result):
             result.close()

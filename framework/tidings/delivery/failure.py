@@ -47,6 +47,8 @@ class Failure:
     """An operator wants the event dead: what waits for its key goes on."""
     deploy_needed: bool = False
     """Only another deploy can read the event: it is held until then, without retries that would meet the same."""
+    raised: BaseException | None = None
+    """The error itself, for a witness. It keeps the attempt's frames alive, so do not keep it."""
 
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:
@@ -65,6 +67,7 @@ class Failure:
             type(error).__name__,
             _place(error),
             deploy_needed=deploy_needed,
+            raised=error,
         )
 
 

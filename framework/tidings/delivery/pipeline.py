@@ -42,7 +42,8 @@ class Pipeline:
         site = joined.site
         site.memory.skip(remembered.skips)
         self._timers = Timers()
-        self._attempts = Attempts(site.service, site.resources, Ours(site.store, site.bus, site.database))
+        ours = Ours(site.store, site.bus, site.database)
+        self._attempts = Attempts(site.service, site.resources, ours, site.witness)
         self.breakers = Breakers(site.clock)
         succession = Succession(joined)
         self.stages, due = assemble(joined, remembered, self._attempts, succession, self._timers, self.breakers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tidings.errors import ConfigurationError
@@ -13,12 +14,13 @@ __all__ = ["Resources"]
 class Resources:
     """What the service's lifespan yielded, found by type."""
 
-    def __init__(self, service: str, yielded: Any) -> None:
+    def __init__(self, service: str, yielded: Any, replaced: Mapping[type, Any] | None = None) -> None:
+        """`replaced` are objects to use in the place of what was yielded, by the type that handlers ask for."""
         self._service = service
         self._objects: tuple[Any, ...] = (
             () if yielded is None else tuple(yielded) if isinstance(yielded, tuple) else (yielded,)
         )
-        self._found: dict[type, Any] = {}
+        self._found: dict[type, Any] = dict(replaced or {})
 
     def find(self, wanted: type, handler: str) -> Any:
         """The one resource of this type. Raises `ConfigurationError` when there is none, or more than one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tidings.buses import EventBus
 from tidings.database.engine import Database
@@ -13,14 +13,29 @@ from tidings.database.held_rows import HeldRows
 from tidings.database.inbox import Inbox
 from tidings.database.lineage import Lineage
 from tidings.delivery.crashes import Caution
+from tidings.delivery.failure import Failure
 from tidings.delivery.failure_memory import FailureMemory
+from tidings.delivery.inflight import InFlight
 from tidings.delivery.resources import Resources
+from tidings.modelling.context import Context
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["Joined", "Site"]
+__all__ = ["Joined", "Site", "Witness"]
+
+
+class Witness(Protocol):
+    """Someone who watches attempts, and may make them fail: a test."""
+
+    def begins(self, context: Context) -> None:
+        """Hear of an attempt before the handler is called. What this raises counts as raised by the handler."""
+        ...
+
+    def failed(self, item: InFlight, failure: Failure) -> None:
+        """Hear of an attempt that failed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +51,7 @@ class Site:
     """Id of this process of the service, with which it marks a bucket range as its own; another one at each start."""
     memory: FailureMemory
     clock: Callable[[], float] = time.monotonic
+    witness: Witness | None = None
 
 
 @dataclass(frozen=True, slots=True)

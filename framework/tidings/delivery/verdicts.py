@@ -35,6 +35,7 @@ class Verdicts:
     ) -> None:
         self._service = joined.site.service.name
         self._memory = joined.site.memory
+        self._witness = joined.site.witness
         self._caution = joined.caution
         self._survivors = Survivors(joined, pending)
         self._lanes = lanes
@@ -46,6 +47,8 @@ class Verdicts:
     def judge(self, item: InFlight, context: Context, failure: Failure | None) -> None:
         """An attempt has ended."""
         if failure is not None:
+            if self._witness is not None:
+                self._witness.failed(item, failure)
             self._pending.doubt(item)
             if item.role is Role.TRIAL or not failure.deploy_needed:
                 self._tell_breaker(item, failure)

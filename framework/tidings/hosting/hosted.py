@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Protocol
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from tidings.settings import Settings
     from tidings.stores import EventStore
 
-__all__ = ["Hosted"]
+__all__ = ["HOST", "Host", "Hosted"]
 
 
 class Hosted(Protocol):
@@ -39,3 +40,15 @@ class Hosted(Protocol):
     def running(
         self, settings: Settings | None = None, *, store: EventStore | None = None, bus: EventBus | None = None
     ) -> AbstractAsyncContextManager[RunningService]: ...
+
+
+class Host(Protocol):
+    """Who runs services for code that would start them itself: a test, for a web application's lifespan."""
+
+    def host(self, service: Hosted) -> AbstractAsyncContextManager[RunningService]:
+        """Enter the running service. One that ran before goes on after the block."""
+        ...
+
+
+HOST: Final[ContextVar[Host | None]] = ContextVar("host", default=None)
+"""None: a service that is started runs by itself."""

@@ -31,11 +31,12 @@ from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.delivery.resources import Resources
-from tidings.delivery.site import Site
+from tidings.delivery.site import Site, Witness
 from tidings.errors import BusUnavailable, DatabaseMoved, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.balance import asked_of, to_ask
 from tidings.hosting.partition import DRAIN_SECONDS, Partition, persistently
 from tidings.hosting.standby import Post, Taken, post_of
+from tidings.hosting.surroundings import SURROUNDINGS
 from tidings.hosting.waiting import open_when_available
 from tidings.hosting.watchdog import Watchdog
 from tidings.logs import configure_by_default
@@ -78,6 +79,7 @@ class RunningService:
         database: Database,
         *,
         clock: Callable[[], float] = time.monotonic,
+        witness: Witness | None = None,
     ) -> None:
         self.service = service
         self.store: EventStore = OwnStore.of(store)
@@ -97,6 +99,7 @@ class RunningService:
         self.process: Final = str(uuid4())
         """Id of this process of the service, another one after each start."""
         self._clock = clock
+        self._witness = witness
         self._memory = FailureMemory()
         self._log_id: UUID | None = None
         self._post = post_of(database, service.name) if getattr(bus, "within_process", False) else None
@@ -288,7 +291,15 @@ class RunningService:
         layout = await lay_out(self.database, service.name, service.partitions)
         ready = asyncio.Event()
         site = Site(
-            service, self.store, self._bus, self.database, self.resources, self.process, self._memory, self._clock
+            service,
+            self.store,
+            self._bus,
+            self.database,
+            self.resources,
+            self.process,
+            self._memory,
+            self._clock,
+            self._witness,
         )
         self.partitions = parts = [
             Partition(site, subscription, layout.epoch, ready) for subscription in layout.subscriptions
@@ -402,7 +413,7 @@ async def run_service(
     """What `Service.running` does. `hosted(running)` is entered before the first join, and yields the resources that
     handlers may ask for."""
     configure_by_default()
-    settings = settings or Settings()
+    settings, around = settings or Settings(), SURROUNDINGS.get()
     at_work: Callable[[], bool] = lambda: True  # noqa: E731 - until there is one to ask
     async with AsyncExitStack() as stack:
         if store is None:
@@ -413,13 +424,17 @@ async def run_service(
                 relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: at_work())
                 await stack.enter_async_context(supervised(relay.run()))
                 stack.push_async_callback(relay.part)
-        url = settings.database_of(service.name)
-        database = await open_when_available(
-            stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"
-        )
-        running = RunningService(service, store, bus, database)
+        if around.database is not None:
+            database = await stack.enter_async_context(around.database(service))
+        else:
+            url = settings.database_of(service.name)
+            database = await open_when_available(
+                stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"
+            )
+        running = RunningService(service, store, bus, database, clock=around.clock, witness=around.witness)
         at_work = lambda: running.standing_by is None  # noqa: E731
-        running.resources = Resources(service.name, await stack.enter_async_context(hosted(running)))
+        yielded = await stack.enter_async_context(hosted(running))
+        running.resources = Resources(service.name, yielded, around.resources)
         for handler in service.named.values():
             running.resources.check(handler)
         stack.enter_context(Watchdog(service.name, running.working))

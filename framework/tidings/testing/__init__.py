@@ -1,5 +1,5 @@
-"""Tools for tests: given/when/then for aggregates and handlers, conformance suites for stores and buses (which need
-pytest), servers to run them on, and the simulation.
+"""Tools for tests: given/when/then for aggregates and handlers, worlds for services, conformance suites for stores and
+buses (which need pytest), servers to run them on, and the simulation.
 
 Its modules `bus_conformance`, `store_conformance`, `brokers`, `databases` and `simulation` are public; others are
 internal. Importing it is cheap: each name is imported when it is used.
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tidings.testing.scenario.given import Given, given
     from tidings.testing.scenario.handling import Handling
     from tidings.testing.scenario.stating import Emitted
+    from tidings.testing.world.standing import Unsettled
+    from tidings.testing.world.world import World
 
 if "pytest" in sys.modules:
     import pytest
@@ -30,6 +32,8 @@ __all__ = [
     "Given",
     "Handling",
     "RecordingContext",
+    "Unsettled",
+    "World",
     "given",
 ]
 
@@ -39,6 +43,8 @@ _PLACES = {
     "scenario.given": ("Given", "given"),
     "scenario.handling": ("Handling",),
     "scenario.stating": ("Emitted",),
+    "world.standing": ("Unsettled",),
+    "world.world": ("World",),
 }
 _MODULES = {name: f"tidings.testing.{module}" for module, names in _PLACES.items() for name in names}
 

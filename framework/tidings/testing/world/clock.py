@@ -1,0 +1,277 @@
+"""Virtual time on the event loop that a test runs on: where nothing is left to do, it jumps to the next timer.
+
+It waits in real time only for what happens outside the loop: calls in threads, sockets, subprocesses. It knows nothing
+of Tidings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, Final
+
+from tidings.errors import ConfigurationError
+
+__all__ = ["OWNER", "Clock", "RealSleep"]
+
+TICK: Final = 1e-6
+"""Seconds that a turn of the loop takes. If time stood still, code that waits for a deadline without sleeping would
+never end."""
+RESOLUTION: Final = 1e-6
+"""Seconds by which a timer may be early, so that rounding never keeps one from being due."""
+OUTSIDE: Final = 0.05
+"""Seconds, at most, between two looks at whether anything outside the loop is still under way."""
+
+OWNER: Final[ContextVar[object | None]] = ContextVar("owner of a callback", default=None)
+"""What a callback belongs to, for `Clock.freeze`; None for the test."""
+
+
+class RealSleep(Exception):
+    """A handler sleeps in real time, and blocks the event loop by it."""
+
+
+class _Selector(selectors.BaseSelector):
+    """Stands before the loop's own selector: `select` ends without waiting."""
+
+    def __init__(self, inner: selectors.BaseSelector, clock: Clock) -> None:
+        self.inner = inner
+        self._clock = clock
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self.inner.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self.inner.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self.inner.modify(fileobj, events, data)
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        return self.inner.get_key(fileobj)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self.inner.get_map()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return self._clock.turn(self.inner, timeout)
+
+
+class Clock:
+    """The time of one event loop, between `start` and `stop`. While it runs, `time.time` follows it, too."""
+
+    def __init__(self, at_work: Callable[[], str | None] = lambda: None) -> None:
+        """`at_work` names what the calling code is part of, if that must not block the loop."""
+        self.horizon: Callable[[float], float] = lambda moment: moment
+        """Given the moment of the next timer, returns the moment to jump to: the same, or a later one. What was due
+        before happens then, in order."""
+        self.limit: float | None = None
+        """The moment over which time does not jump by itself."""
+        self.skipped = 0.0
+        """Seconds that were jumped over."""
+        self._at_work = at_work
+        self._loop: Any = None
+        self._thread = 0
+        self._wall, self._sleep = time.time, time.sleep
+        self._now = 0.0
+        self._calls = 0
+        """Calls in threads that are under way."""
+        self._files = 0
+        """What the loop's selector watched before."""
+        self._waiters: list[tuple[asyncio.Future[None], bool]] = []
+        self._frozen: dict[object, list[asyncio.Handle]] = {}
+
+    def start(self) -> None:
+        """Take over the running loop's time. Raises `ConfigurationError` for a loop whose time cannot be taken over."""
+        loop: Any = asyncio.get_running_loop()
+        selector = getattr(loop, "_selector", None)
+        if not isinstance(selector, selectors.BaseSelector) or not hasattr(loop, "_clock_resolution"):
+            raise ConfigurationError(
+                f"a World needs asyncio's own selector event loop, not a {type(loop).__name__}: its virtual time works "
+                "on that. Run this test with the default event loop policy (with pytest-asyncio: no uvloop policy)"
+            )
+        if isinstance(selector, _Selector):
+            raise ConfigurationError(
+                "another World is open in this event loop: close it first, or open one World with all services"
+            )
+        self._loop, self._thread = loop, threading.get_ident()
+        self._now, self._wall, self._sleep = loop.time(), time.time, time.sleep
+        self._epoch = time.time() - self._now
+        self._files = len(selector.get_map())
+        self._resolution = loop._clock_resolution
+        loop.time, loop.run_in_executor = self.time, self._run_in_executor
+        loop._selector, loop._clock_resolution = _Selector(selector, self), RESOLUTION
+        setattr(time, "time", self.wall)  # noqa: B010 - whatever asks for it follows the world's time
+        setattr(time, "sleep", self.sleep)  # noqa: B010
+
+    def stop(self) -> None:
+        """Give the loop its own time back. Harmless when repeated."""
+        loop, self._loop = self._loop, None
+        if loop is None:
+            return
+        setattr(time, "time", self._wall)  # noqa: B010
+        setattr(time, "sleep", self._sleep)  # noqa: B010
+        for owner in list(self._frozen):
+            self._thaw(loop, owner)
+        ahead = self._now - type(loop).time(loop)
+        del loop.time, loop.run_in_executor
+        loop._selector, loop._clock_resolution = loop._selector.inner, self._resolution
+        for timer in loop._scheduled:  # those of the test's own tasks that are still to come
+            timer._when -= ahead
+        for waiter, _ in self._waiters:
+            waiter.cancel()
+
+    def time(self) -> float:
+        """Return seconds, as the loop's `time` does."""
+        return self._now
+
+    def wall(self) -> float:
+        """Return seconds since 1970."""
+        return self._epoch + self._now
+
+    # ---- passing time ------------------------------------------------------------------------
+
+    async def quiet(self) -> None:
+        """Wait until the loop has nothing to do at this moment. No time passes, unless something outside the loop is
+        waited for."""
+        await self._wait(jump=False)
+
+    async def step(self) -> None:
+        """Let time pass up to the next timer, and wait until the loop has nothing to do again."""
+        await self._wait(jump=True)
+
+    def first(self, wanted: Callable[[Any], bool]) -> float | None:
+        """Return the moment of the first timer of this kind (`asyncio.TimerHandle`), None without one."""
+        timers = (timer for timer in self._loop._scheduled if not timer.cancelled() and wanted(timer))
+        return min((timer.when() for timer in timers), default=None)
+
+    def at(self, moment: float) -> asyncio.TimerHandle:
+        """Let time stop at this moment of `time`, on its way to a later one."""
+        timer: asyncio.TimerHandle = self._loop.call_at(moment, lambda: None, context=Context())
+        return timer
+
+    async def _wait(self, *, jump: bool) -> None:
+        waiter = self._loop.create_future()
+        entry = (waiter, jump)
+        self._waiters.append(entry)
+        try:
+            await waiter
+        finally:
+            self._waiters = [other for other in self._waiters if other[0] is not waiter]
+
+    def turn(self, selector: selectors.BaseSelector, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """What the loop's selector does, in the place of waiting for `timeout` seconds."""
+        found = selector.select(0)
+        self._now += TICK
+        if found or timeout == 0:
+            return found
+        outside = self._calls > 0 or len(selector.get_map()) > self._files
+        if not outside and self._tell():
+            return []
+        held_up = timeout is None or (self.limit is not None and self._now >= self.limit)
+        if held_up and not outside:  # nothing happens any more by itself
+            self._waiters = [(waiter, False) for waiter, _ in self._waiters]
+            if self._tell():
+                return []
+        if outside or timeout is None:
+            before = time.monotonic()
+            found = selector.select(OUTSIDE if timeout is None else min(timeout, OUTSIDE))
+            self._now += time.monotonic() - before
+            return found
+        timeout = max(self.horizon(self._now + timeout) - self._now, timeout)
+        if self.limit is not None:
+            timeout = max(min(timeout, self.limit - self._now), 0.0)
+        self._now += timeout
+        self.skipped += timeout
+        self._waiters = [(waiter, False) for waiter, _ in self._waiters]
+        return []
+
+    def _tell(self) -> bool:
+        """Wake whoever waits for this moment; False where all of them wait for the next timer."""
+        told = False
+        for waiter, jump in self._waiters:
+            if not jump and not waiter.done():
+                waiter.set_result(None)
+                told = True
+        return told
+
+    def sleep(self, seconds: float) -> None:
+        """What `time.sleep` does meanwhile: in a thread that works for the loop, virtual time passes.
+
+        Raises `RealSleep` where that would block the loop.
+        """
+        name = self._at_work()
+        if name is None:
+            self._sleep(seconds)
+        elif threading.get_ident() == self._thread:
+            raise RealSleep(
+                f"{name} calls time.sleep({seconds:g}), which blocks the event loop: nothing else runs meanwhile, in "
+                "production neither. Write 'await asyncio.sleep(...)', or make the handler a plain function, which "
+                "runs in a thread; both take virtual time here"
+            )
+        else:
+            over = threading.Event()
+            self._loop.call_soon_threadsafe(self._fall_asleep, seconds, over)
+            over.wait()
+
+    def _fall_asleep(self, seconds: float, over: threading.Event) -> None:
+        self._calls -= 1  # it does not run, so time may jump
+        self._loop.call_later(seconds, self._awake, over)
+
+    def _awake(self, over: threading.Event) -> None:
+        self._calls += 1
+        over.set()
+
+    # ---- threads -----------------------------------------------------------------------------
+
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        loop = self._loop
+        work: asyncio.Future[Any] = type(loop).run_in_executor(loop, executor, function, *args)
+        self._calls += 1
+        work.add_done_callback(self._ended)
+        return work
+
+    def _ended(self, work: asyncio.Future[Any]) -> None:
+        self._calls -= 1
+
+    # ---- pauses ------------------------------------------------------------------------------
+
+    def freeze(self, owner: object) -> None:
+        """Keep every callback of `owner` from now on, as if its process were stopped."""
+        if owner in self._frozen:
+            return
+        if not self._frozen:
+            self._loop.call_soon = self._call_soon
+        self._frozen[owner] = []
+
+    def thaw(self, owner: object) -> None:
+        """Let the callbacks of `owner` run again, those that were kept first."""
+        if owner in self._frozen:
+            self._thaw(self._loop, owner)
+
+    def is_frozen(self, owner: object) -> bool:
+        """Return whether its callbacks are kept."""
+        return owner in self._frozen
+
+    def _thaw(self, loop: Any, owner: object) -> None:
+        kept = self._frozen.pop(owner)
+        if not self._frozen:
+            del loop.call_soon
+        loop._ready.extend(kept)
+
+    def _call_soon(self, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> asyncio.Handle:
+        loop = self._loop
+        owner = OWNER.get() if context is None else context.get(OWNER)
+        kept = None if owner is None else self._frozen.get(owner)
+        if kept is None:
+            handle: asyncio.Handle = type(loop).call_soon(loop, callback, *args, context=context)
+            return handle
+        handle = asyncio.Handle(callback, args, loop, context or copy_context())
+        kept.append(handle)
+        return handle

@@ -1,0 +1,166 @@
+"""The lines from one process to the log and to the bus. They can be cut; nothing of a dead process passes them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar
+
+from tidings.buses import Consumer, EventBus, Found, Publisher, Subscription
+from tidings.buses.memory import MemoryBus
+from tidings.errors import BusUnavailable, StoreUnavailable
+from tidings.stores import (
+    ANY,
+    EVERYTHING,
+    Appended,
+    CaughtUp,
+    Checkpoint,
+    EventData,
+    EventStore,
+    Expected,
+    Filter,
+    RecordedEvent,
+    StreamMetadata,
+)
+
+__all__ = ["Line"]
+
+T = TypeVar("T")
+
+
+class Line:
+    """What one process calls its store and its bus."""
+
+    def __init__(self, store: EventStore, bus: MemoryBus) -> None:
+        self.cut: str | None = None
+        """Why nothing passes."""
+        self.store: EventStore = _Store(self, store)
+        self.bus: EventBus = _Bus(self, bus)
+        self.connections: dict[Any, None] = {}
+
+    def break_(self, why: str) -> None:
+        """Let nothing pass any more, and end what is open."""
+        self.cut = why
+        for connection in list(self.connections):
+            connection.lose(why)
+
+    def mend(self) -> None:
+        """Undo `break_`."""
+        self.cut = None
+
+
+class _Store(EventStore):
+    def __init__(self, line: Line, inner: EventStore) -> None:
+        self._line = line
+        self._inner = inner
+
+    def _check(self) -> None:
+        if self._line.cut is not None:
+            raise StoreUnavailable(self._line.cut)
+
+    async def _read(self, reading: AsyncIterator[T]) -> AsyncIterator[T]:
+        self._check()
+        async for item in reading:
+            self._check()
+            yield item
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        self._check()
+        done = await self._inner.append(stream, events, expected=expected)
+        self._check()
+        return done
+
+    def read_stream(
+        self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
+    ) -> AsyncIterator[RecordedEvent]:
+        return self._read(self._inner.read_stream(stream, start=start, backwards=backwards, limit=limit))
+
+    def read_all(
+        self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent]:
+        return self._read(self._inner.read_all(after=after, backwards=backwards, limit=limit, filter=filter))
+
+    def subscribe_all(
+        self, *, after: int = -1, filter: Filter = EVERYTHING
+    ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
+        return self._read(self._inner.subscribe_all(after=after, filter=filter))
+
+    def subscribe_stream(self, stream: str, *, after_version: int = -1) -> AsyncIterator[RecordedEvent | CaughtUp]:
+        return self._read(self._inner.subscribe_stream(stream, after_version=after_version))
+
+    async def head(self) -> int:
+        self._check()
+        return await self._inner.head()
+
+    async def log_id(self) -> Any:
+        self._check()
+        return await self._inner.log_id()
+
+    async def get_metadata(self, stream: str) -> StreamMetadata:
+        self._check()
+        return await self._inner.get_metadata(stream)
+
+    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
+        self._check()
+        return await self._inner.set_metadata(stream, values, expected=expected)
+
+    async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
+        self._check()
+        await self._inner.delete(stream, expected=expected)
+
+    async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
+        self._check()
+        await self._inner.tombstone(stream, expected=expected)
+
+    async def close(self) -> None:
+        """The world closes it."""
+
+
+class _Bus:
+    within_process = True
+
+    def __init__(self, line: Line, inner: MemoryBus) -> None:
+        self._line = line
+        self._inner = inner
+
+    def _check(self) -> None:
+        if self._line.cut is not None:
+            raise BusUnavailable(self._line.cut)
+
+    async def provision(self, subscription: Subscription | None = None) -> None:
+        self._check()
+        await self._inner.provision(subscription)
+
+    async def delete(self, subscriptions: Sequence[Subscription]) -> None:
+        self._check()
+        await self._inner.delete(subscriptions)
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        self._check()
+        return await self._inner.inspect(subscriptions)
+
+    @asynccontextmanager
+    async def publisher(self, *, lock: str | None = None) -> AsyncIterator[Publisher]:
+        self._check()
+        async with self._inner.publisher(lock=lock) as publisher:
+            with self._open(publisher):
+                yield publisher
+
+    @asynccontextmanager
+    async def consume(self, subscription: Subscription, *, prefetch: int = 1000) -> AsyncIterator[Consumer]:
+        self._check()
+        async with self._inner.consume(subscription, prefetch=prefetch) as consumer:
+            with self._open(consumer):
+                yield consumer
+
+    @contextmanager
+    def _open(self, connection: Any) -> Iterator[None]:
+        connections = self._line.connections
+        connections[connection] = None
+        try:
+            yield
+        finally:
+            connections.pop(connection, None)
+
+    async def close(self) -> None:
+        """The world closes it."""

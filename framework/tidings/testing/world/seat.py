@@ -1,0 +1,151 @@
+"""The place of one service in a world: its process, which may die and be started again, and what outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+from tidings.database.engine import Database, open_database
+from tidings.delivery.site import Witness
+from tidings.hosting.hosted import HOST
+from tidings.hosting.running import RunningService
+from tidings.hosting.surroundings import SURROUNDINGS, Surroundings
+from tidings.settings import Settings
+from tidings.testing.world.clock import OWNER
+from tidings.testing.world.lines import Line
+
+if TYPE_CHECKING:
+    from tidings.modelling.declaration import Declaration
+    from tidings.service import Service
+
+__all__ = ["USERS", "Seat"]
+
+USERS: Final[ContextVar[bool]] = ContextVar("a task that a lifespan began", default=False)
+
+
+class Seat:
+    """One service. Its database is in memory, and stays when its process dies."""
+
+    def __init__(self, service: Service, settings: Settings, line: Line) -> None:
+        self.service = service
+        self.settings = settings
+        self.line = line
+        self.running: RunningService | None = None
+        self.died: BaseException | None = None
+        """What ended its process, if nobody meant it to."""
+        self.state = ""
+        """What was done to it, in words; empty while it is well."""
+        self._database: Database | None = None
+        self._connections: list[sqlite3.Connection] = []
+        self._stack = AsyncExitStack()
+        self._stop = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"service {self.service.name}"
+
+    @property
+    def database(self) -> Database:
+        """Its database, once it was opened."""
+        assert self._database is not None, f"{self} has not been opened"
+        return self._database
+
+    async def open(self) -> None:
+        """Open its database."""
+        url = self.settings.database_of(self.service.name)
+        self._database = database = await self._stack.enter_async_context(open_database(url, self.service.tables))
+        if database.file is None and database.one_writer:
+            pooled = await database.engine.raw_connection()
+            try:
+                self._connections.append(pooled.driver_connection)  # type: ignore[arg-type]
+            finally:
+                pooled.close()
+
+    async def start(self, clock: Callable[[], float], resources: Mapping[type, Any], witness: Witness) -> None:
+        """Start its process. Raises what keeps it from starting."""
+        started: asyncio.Future[RunningService] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self.died = None
+        around = Surroundings(clock, self._lend, resources, witness, _users)
+        task = asyncio.create_task(self._live(around, started), name=f"{self}")
+        self._task = task
+        try:
+            await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait((task,))
+            raise
+        if started.done():
+            self.running = started.result()
+        else:
+            await task
+
+    async def _live(self, around: Surroundings, started: asyncio.Future[RunningService]) -> None:
+        OWNER.set(self)
+        HOST.set(None)
+        SURROUNDINGS.set(around)
+        async with self.service.running(self.settings, store=self.line.store, bus=self.line.bus) as running:
+            started.set_result(running)
+            await self._stop.wait()
+
+    @asynccontextmanager
+    async def _lend(self, service: Declaration) -> AsyncIterator[Database]:
+        yield self.database
+
+    async def stop(self) -> None:
+        """End its process as SIGTERM does. Raises what it died of, if that is so."""
+        task, self._task, self.running = self._task, None, None
+        if task is not None:
+            self._stop.set()
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.result()
+
+    @property
+    def ended(self) -> BaseException | None:
+        """What its process died of by itself; None while it lives."""
+        task = self._task
+        return task.exception() if task is not None and task.done() and not task.cancelled() else None
+
+    def kill(self) -> asyncio.Task[None] | None:
+        """End its process as SIGKILL does: nothing that it has not committed stays. Return a task to wait for."""
+        self.line.break_(f"{self} was killed")
+        for connection in self._connections:
+            with suppress(sqlite3.ProgrammingError):
+                connection.rollback()
+                connection.set_authorizer(_deny)
+        task, self._task, self.running = self._task, None, None
+        if task is not None:
+            task.cancel()
+        return task
+
+    def bury(self) -> None:
+        """Let a new process use the line and the database."""
+        for connection in self._connections:
+            connection.rollback()
+            connection.set_authorizer(None)
+        self.line.mend()
+
+    async def close(self) -> None:
+        """Close its database."""
+        await self._stack.aclose()
+
+
+def _deny(action: int, *asked: object) -> int:
+    return sqlite3.SQLITE_DENY if action in _WRITES else sqlite3.SQLITE_OK
+
+
+_WRITES: Final = (sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE)
+
+
+@contextmanager
+def _users() -> Iterator[None]:
+    token = USERS.set(True)
+    try:
+        yield
+    finally:
+        USERS.reset(token)

@@ -1,0 +1,64 @@
+"""Who stands where in a world, and why: the words of its failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from tidings.delivery.outcomes import BEHIND
+from tidings.errors import TidingsError
+from tidings.operations.report import Report
+from tidings.testing.world.failures import Failures
+from tidings.testing.world.seat import Seat
+
+__all__ = ["Unsettled", "faults_of", "told"]
+
+LINES: Final = 10
+"""Warnings and errors of the log that a failure shows, at most."""
+
+
+class Unsettled(TidingsError, AssertionError):
+    """A world is not settled, and nothing in it moves any more. It says who stands where and why."""
+
+
+def faults_of(report: Report, failures: Failures) -> str:
+    """Say what of a report a test has to hear of; empty if there is nothing."""
+    found = []
+    for service in report.services:
+        held = [
+            row
+            for row in service.held
+            if row.reason != BEHIND and not failures.excuses(service.service, row.position, row.handler)
+        ]
+        dead = [row for row in service.dead if not failures.excuses(service.service, row.position, row.handler)]
+        counts = (
+            (service.pending_count, "pending"),
+            (service.staged_count, "staged and not appended"),
+            (len(held), "held"),
+            (len(dead), "dead"),
+        )
+        found += [f"{count} {word} in service {service.service!r}" for count, word in counts if count]
+    return f"nothing moves any more, and not all is settled: {', '.join(found)}" if found else ""
+
+
+def told(report: Report, seats: Iterable[Seat], logs: Sequence[Mapping[str, Any]]) -> str:
+    """Say who stands where: the report, what was done to services, handlers at work, and the last warnings."""
+    lines = ["Who stands where:", str(report)]
+    for seat in seats:
+        if seat.state:
+            lines.append(f"{seat} {seat.state}")
+        lines += [
+            f"{seat}: handler {work.handler.name!r} is at work on {work.event.type} {work.event.id} of "
+            f"{work.event.stream}"
+            for work in (seat.running.at_work() if seat.running is not None else ())
+        ]
+    warnings = [line for line in logs if line["level"] in ("warning", "error", "critical")][-LINES:]
+    if warnings:
+        lines.append("The last warnings:")
+    for line in warnings:
+        facts = " ".join(f"{name}={value}" for name, value in line.items() if name in _SHOWN)
+        lines.append(f"  {line['event']} {facts}")
+    return "\n".join(lines)
+
+
+_SHOWN: Final = ("service", "handler", "stream", "position", "reason", "error", "delay", "pause", "relay")

@@ -1,0 +1,381 @@
+"""`World`: services with the production relay and delivery, on a log, bus and databases in memory, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+
+import structlog
+
+from tidings.delivery.owned import OwnStore
+from tidings.errors import ConfigurationError, StreamNotFound
+from tidings.modelling.appending import append
+from tidings.modelling.codec import decode, read_metadata
+from tidings.modelling.context import ATTEMPT
+from tidings.modelling.events import Event, wire_name
+from tidings.operations.report import DeadEvent, HeldSummary, Report
+from tidings.operations.timeline import Timeline, trace
+from tidings.operations.verify import verify
+from tidings.relay.relay import EMBEDDED_MARKERS, Relay
+from tidings.settings import Settings
+from tidings.stores import ANY, Appended, Expected, RecordedEvent
+from tidings.testing.world.clock import OWNER, Clock
+from tidings.testing.world.failures import Failures
+from tidings.testing.world.lines import Line
+from tidings.testing.world.movement import Movement
+from tidings.testing.world.seat import Seat
+from tidings.testing.world.standing import Unsettled, faults_of, told
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from tidings.modelling.aggregate import Aggregate
+    from tidings.modelling.repository import Changed, Repository
+    from tidings.service import Service
+
+__all__ = ["World"]
+
+A = TypeVar("A", bound="Aggregate")
+E = TypeVar("E", bound=Event)
+
+PATIENCE: Final = 60.0
+"""Virtual seconds without any handler at work, after which what is not settled counts as stuck."""
+
+_NUMBERS: Final = itertools.count(1)
+_RELAY: Final = "relay"
+"""The owner of the relay's callbacks."""
+
+
+class World:
+    """Services in one test: `async with World(order, inventory) as world`.
+
+    They run with the production relay, delivery, inbox and staged appends, and with a log, a bus and databases in
+    memory. Time is virtual: it passes only while the test waits, and then at once. Leaving the block stops everything;
+    a test that ends with unsettled events, or without having heard of a handler's error, fails.
+    """
+
+    def __init__(self, *services: Service, resources: Mapping[type, Any] | None = None) -> None:
+        """`resources` are objects to inject in the place of what lifespans yield, by the type that handlers ask for. A
+        lifespan is not entered if everything that its service's handlers ask for is replaced."""
+        self._services = services
+        self._resources = dict(resources or {})
+        self._clock = Clock(_handler_at_work)
+        self._failures = Failures()
+        self._seats: dict[str, Seat] = {}
+        self._stack: AsyncExitStack | None = None
+        self._opened = False
+        self._logs: list[dict[str, Any]] = []
+
+    # ---- opening and closing -----------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._opened:
+            raise ConfigurationError("this World was opened before: make a new one, World(...), for each test")
+        self._opened = True
+        async with AsyncExitStack() as stack:
+            self._clock.start()
+            stack.callback(self._clock.stop)
+            self._tap(stack)
+            await self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        assert stack is not None
+        try:
+            if error is None:
+                await self._check_end()
+        finally:
+            await stack.__aexit__(kind, error, trace)
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        from tidings.buses.memory import MemoryBus
+        from tidings.testing.world.store import InlineStore
+
+        self._name = f"world-{next(_NUMBERS)}"
+        self._settings = Settings(
+            store=f"memory://{self._name}", bus=f"memory://{self._name}", database="sqlite:///:memory:"
+        )
+        self._store = InlineStore(lambda: round(self._clock.wall() * 1e7))
+        stack.push_async_callback(self._store.close)
+        self._bus = MemoryBus(self._name)
+        stack.push_async_callback(self._bus.close)
+        self._movement = Movement(self._seats, self._store, self._clock, lambda: self._relay)
+        self._clock.horizon = self._movement.horizon
+        self._relay_line = Line(self._store, self._bus)
+        self._start_relay()
+        stack.push_async_callback(self._stop_relay)
+        stack.push_async_callback(self._stop_services)
+        for service in self._services:
+            await self._add(service)
+
+    def _tap(self, stack: AsyncExitStack) -> None:
+        """Keep the log lines of this process."""
+        from tidings.logs import configure_by_default
+
+        configured = structlog.is_configured()
+        configure_by_default()
+        before = structlog.get_config()
+
+        def keep(logger: object, method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+            self._logs.append({"level": method, **structlog.contextvars.get_contextvars(), **entry})
+            return entry
+
+        structlog.configure(processors=[keep, *before["processors"]])
+
+        def restore() -> None:
+            structlog.configure(**before)
+            if not configured:
+                structlog.reset_defaults()
+
+        stack.callback(restore)
+
+    async def _add(self, service: Service) -> Seat:
+        """Add a service and start it."""
+        if service.name in self._seats:
+            raise ConfigurationError(f"service {service.name!r} is in this World already: name each service once")
+        seat = Seat(service, self._settings, Line(self._store, self._bus))
+        self._seats[service.name] = seat
+        self._failures.know(service)
+        await seat.open()
+        await self._start(seat)
+        return seat
+
+    async def _start(self, seat: Seat) -> None:
+        await seat.start(self._clock.time, self._resources, self._failures)
+
+    def _start_relay(self) -> None:
+        line = self._relay_line
+        relay = Relay(OwnStore(line.store), line.bus, marker_seconds=EMBEDDED_MARKERS, clock=self._clock.time)
+        self._relay = relay
+        self._relay_task = asyncio.create_task(_owned(_RELAY, relay), name="relay")
+
+    async def _stop_relay(self) -> None:
+        task = self._relay_task
+        if not task.done():
+            await self._relay.part()
+        task.cancel()
+        await asyncio.wait((task,))
+
+    async def _stop_services(self) -> None:
+        seats = list(self._seats.values())
+        ended = await asyncio.gather(*(seat.stop() for seat in seats), return_exceptions=True)
+        for seat in seats:
+            await seat.close()
+        for error in ended:
+            if isinstance(error, BaseException):
+                raise error
+
+    async def _check_end(self) -> None:
+        """Fail for what the test has left behind."""
+        await self._clock.quiet()
+        self._surface()
+        if self._failures.heard:
+            return  # it expected an error, and what failed may be under way again
+        report = await self.verify()
+        if any(service.pending_count or service.staged_count for service in report.services if self._is_well(service)):
+            raise Unsettled(
+                "the test ended while events were under way: end it with 'await world.settled()'. "
+                + told(report, self._seats.values(), self._logs)
+            )
+
+    def _is_well(self, report: Any) -> bool:
+        return not self._seats[report.service].state
+
+    # ---- what a test does --------------------------------------------------------------------
+
+    @property
+    def store(self) -> Any:
+        """The log."""
+        return self._store
+
+    async def append(
+        self,
+        stream: str,
+        *events: Event,
+        expected: Expected = ANY,
+        metadata: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+    ) -> Appended:
+        """Append events, as something outside of all services does. Raises what `EventStore.append` raises."""
+        return await append(
+            self._store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id
+        )
+
+    async def change(
+        self, repository: Repository[A], id: str, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Changed[A]:
+        """Change an aggregate through one of its methods, or create it with that when it has no stream yet."""
+        try:
+            return await repository.change(id, method, *args, **kwargs)
+        except StreamNotFound:
+            return await repository.create(id, method, *args, **kwargs)
+
+    async def settled(self) -> Report:
+        """Wait until nothing is under way: everything is handled, or waits for nothing but time after errors that the
+        test tolerates.
+
+        Raises what handlers raised, unless it is tolerated; and `Unsettled`, with who stands where and why, as soon as
+        nothing moves any more.
+        """
+        report = await self._rest(None)
+        faults = faults_of(report, self._failures)
+        if faults:
+            raise Unsettled(f"{faults}. " + told(report, self._seats.values(), self._logs))
+        return report
+
+    async def advance(self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0) -> Report:
+        """Let time pass. What is due happens in order: held events, timers and sleeps of handlers, lifespans and the
+        test. Raises what handlers raised, unless it is tolerated."""
+        target = self._clock.time() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        self._clock.limit = target
+        try:
+            while True:
+                report = await self._rest(target)
+                now = self._clock.time()
+                if now >= target:
+                    return report
+                await self._pass(report, target)
+        finally:
+            self._clock.limit = None
+
+    async def _pass(self, report: Report, target: float) -> None:
+        """Let time pass until something happens, at most up to a moment."""
+        ahead = self._clock.time() - self._clock.wall()
+        due = [service.held_due + ahead for service in report.services if service.held_due is not None]
+        stops = [self._clock.at(moment) for moment in [*due, target]]
+        try:
+            await self._clock.step()
+        finally:
+            for stop in stops:
+                stop.cancel()
+
+    async def _rest(self, until: float | None) -> Report:
+        """Let everything move that moves by itself, but not beyond a moment."""
+        deadline = self._clock.time() + PATIENCE
+        while True:
+            await self._clock.quiet()
+            self._surface()
+            if not self._movement.busy():
+                report = await self.verify()
+                if not any(service.pending_count or service.staged_count for service in report.services):
+                    return report
+            now = self._clock.time()
+            if until is not None and now >= until:
+                return await self.verify()
+            working = self._movement.working
+            if not working and until is None and now > deadline:
+                return await self.verify()
+            await self._clock.step()
+            if working:
+                deadline = self._clock.time() + PATIENCE
+
+    def _surface(self) -> None:
+        """Raise what went wrong since the last look."""
+        self._failures.surface()
+        for seat in self._seats.values():
+            if (error := seat.ended) is not None:
+                seat.state = "died"
+                raise error
+        if self._relay_task.done() and not self._relay_task.cancelled():
+            self._relay_task.result()
+
+    def tolerate(self, *what: type[BaseException] | Callable[..., Any] | str) -> None:
+        """From now on, do not fail the test for these errors, or for any error of these handlers (functions or names).
+        Without arguments, for none at all."""
+        self._failures.tolerate(*what)
+
+    # ---- what a test sees --------------------------------------------------------------------
+
+    async def verify(self) -> Report:
+        """Return how far each service is, without waiting."""
+        return await verify(self._store, [(seat.service, seat.database) for seat in self._seats.values()])
+
+    @overload
+    def events(self, of: type[E], *, stream: str | None = None, by: Service | None = None) -> list[E]: ...
+    @overload
+    def events(
+        self, of: None = None, *, stream: str | None = None, by: Service | None = None
+    ) -> list[RecordedEvent]: ...
+    def events(
+        self, of: type[E] | None = None, *, stream: str | None = None, by: Service | None = None
+    ) -> list[E] | list[RecordedEvent]:
+        """Return the events in the log, in its order: of one class (as its objects), of one stream, or emitted by the
+        handlers of one service."""
+        found: list[RecordedEvent] = [
+            event
+            for event in self._store.carried()
+            if (of is None or event.type == wire_name(of))
+            and stream in (None, event.stream)
+            and (by is None or _author(event) == by.name)
+        ]
+        if of is None:
+            return found
+        return [decode(event, of, read_metadata(event), reader="this test") for event in found]
+
+    def emitted(self, service: Service) -> list[RecordedEvent]:
+        """Return the events in the log that handlers of this service emitted."""
+        return self.events(by=service)
+
+    async def held(self, service: Service) -> list[HeldSummary]:
+        """Return the first held events of a service, the oldest first."""
+        return (await verify(self._store, [(service, self._seat(service).database)])).services[0].held
+
+    async def dead(self, service: Service) -> list[DeadEvent]:
+        """Return the first dead letters of a service, the oldest first."""
+        return (await verify(self._store, [(service, self._seat(service).database)])).services[0].dead
+
+    @asynccontextmanager
+    async def session(self, service: Service) -> AsyncIterator[AsyncSession]:
+        """Enter a session on a service's database. The end of the block commits. Do not wait for the service in it: it
+        cannot write meanwhile."""
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        database = self._seat(service).database
+        async with (
+            database.turn,
+            database.transaction() as connection,
+            AsyncSession(bind=connection, expire_on_commit=False) as session,
+        ):
+            yield session
+            await session.flush()
+
+    async def timeline(self, event: Any) -> Timeline:
+        """Return what `tidings why` shows of an event: an id, a position, or a recorded event."""
+        target = event.id if isinstance(event, RecordedEvent) else event
+        return await trace(self._store, [(seat.service, seat.database) for seat in self._seats.values()], target)
+
+    def logs(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Return the log lines since the world was opened, or those of one kind, such as "event.held"."""
+        return [line for line in self._logs if event in (None, line.get("event"))]
+
+    def _seat(self, service: Service) -> Seat:
+        seat = self._seats.get(service.name)
+        if seat is None:
+            raise ConfigurationError(
+                f"service {service.name!r} is not in this World, which has {', '.join(self._seats) or 'none'}"
+            )
+        return seat
+
+
+def _handler_at_work() -> str | None:
+    context = ATTEMPT.get(None)
+    return None if context is None else f"handler {context.handler!r} of service {context.service!r}"
+
+
+async def _owned(owner: object, relay: Relay) -> None:
+    OWNER.set(owner)
+    await relay.run()
+
+
+def _author(event: RecordedEvent) -> str | None:
+    """The service whose handler emitted an event."""
+    by = read_metadata(event).get("tidingsHandler")
+    return by.partition(".")[0] if isinstance(by, str) else None

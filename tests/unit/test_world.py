@@ -1,0 +1,427 @@
+"""`tidings.testing.World`: what it settles, what it shows, what it raises, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from tidings import Aggregate, Context, Event, Retry, Service, evolves
+from tidings.errors import ConfigurationError, HandlerTimeout
+from tidings.testing import Unsettled, World
+
+
+class Ordered(Event, key="order"):
+    order: str
+
+
+class Packed(Event, key="order"):
+    order: str
+
+
+class Shipped(Event, key="order"):
+    order: str
+
+
+class Gateway:
+    """A resource."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Chain:
+    """Two services: packing emits what shipping hears."""
+
+    def __init__(self) -> None:
+        metadata = sa.MetaData()
+        self.rows = sa.Table("packed", metadata, sa.Column("order", sa.String, primary_key=True))
+        self.packing, self.shipping = Service("packing", tables=metadata), Service("shipping")
+        self.shipped: list[str] = []
+
+        @self.packing.on(Ordered)
+        async def pack(event: Ordered, context: Context, session: AsyncSession) -> None:
+            await session.execute(self.rows.insert().values(order=event.order))
+            context.emit(f"parcel-{event.order}", Packed(order=event.order))
+
+        @self.shipping.on(Packed)
+        async def ship(event: Packed, context: Context) -> None:
+            self.shipped.append(event.order)
+            context.emit(f"parcel-{event.order}", Shipped(order=event.order))
+
+        self.pack, self.ship = pack, ship
+
+
+def one(handle: Callable[..., Any], **options: Any) -> Service:
+    """A service with one handler of `Ordered`."""
+    service = Service("one")
+    service.on(Ordered, **options)(handle)
+    return service
+
+
+async def nothing(event: Ordered) -> None:
+    """Handle an event without any effect."""
+
+
+async def test_a_whole_cascade_is_quiet_when_it_is_settled() -> None:
+    chain = Chain()
+    async with World(chain.packing, chain.shipping) as world:
+        await world.append("order-1", Ordered(order="1"))
+        report = await world.settled()
+        assert report.ok
+        assert world.events(of=Shipped) == [Shipped(order="1")]
+        assert chain.shipped == ["1"]
+        async with world.session(chain.packing) as session:
+            assert (await session.scalars(sa.select(chain.rows.c.order))).all() == ["1"]
+
+
+async def test_what_the_log_holds_is_found_by_class_stream_and_author() -> None:
+    chain = Chain()
+    async with World(chain.packing, chain.shipping) as world:
+        await world.append("order-1", Ordered(order="1"))
+        await world.append("order-2", Ordered(order="2"))
+        await world.settled()
+        assert [event.type for event in world.events(stream="parcel-2")] == ["Packed", "Shipped"]
+        assert {event.type for event in world.events(by=chain.packing)} == {"Packed"}
+        assert {event.type for event in world.emitted(chain.shipping)} == {"Shipped"}
+        assert world.events(of=Packed, stream="parcel-1", by=chain.packing) == [Packed(order="1")]
+        (first,) = world.events(stream="order-1")
+        timeline = await world.timeline(first)
+        assert [happening.type for happening in timeline.event.tree()] == ["Packed", "Shipped"]
+        assert any(line["service"] == "shipping" for line in world.logs("service.joined"))
+
+
+class Order(Aggregate):
+    state = "new"
+
+    def place(self) -> None:
+        self.record(Ordered(order=self.id))
+
+    def pack(self) -> None:
+        self.record(Packed(order=self.id))
+
+    @evolves(Ordered)
+    def _ordered(self, event: Ordered) -> None:
+        self.state = "ordered"
+
+    @evolves(Packed)
+    def _packed(self, event: Packed) -> None:
+        self.state = "packed"
+
+
+async def test_an_aggregate_is_created_and_changed() -> None:
+    service = one(nothing)
+    orders = service.repository(Order)
+    async with World(service) as world:
+        await world.change(orders, "1", Order.place)
+        await world.change(orders, "1", Order.pack)
+        await world.settled()
+        assert (await orders.load("1")).state == "packed"
+
+
+# ---- errors of handlers ----------------------------------------------------------------
+
+
+async def test_what_a_handler_raises_is_raised_in_the_test_with_its_own_traceback() -> None:
+    async def refuse(event: Ordered) -> None:
+        raise KeyError("no such article")
+
+    async with World(one(refuse)) as world:
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(KeyError, match="no such article") as caught:
+            await world.settled()
+        assert "refuse" in [entry.name for entry in caught.traceback]
+        assert "handler 'refuse' of service 'one'" in caught.value.__notes__[0]
+        world.tolerate(KeyError)
+
+
+async def test_errors_of_several_handlers_are_raised_together() -> None:
+    async def refuse(event: Ordered) -> None:
+        raise KeyError(event.order)
+
+    async with World(one(refuse)) as world:
+        await world.append("order-1", Ordered(order="1"))
+        await world.append("order-2", Ordered(order="2"))
+        with pytest.raises(ExceptionGroup) as caught:
+            await world.settled()
+        assert len(caught.value.exceptions) == 2
+
+
+async def test_what_is_tolerated_is_tried_again_and_held_in_virtual_time() -> None:
+    attempts: list[float] = []
+
+    async def refuse(event: Ordered) -> None:
+        attempts.append(asyncio.get_running_loop().time())
+        if len(attempts) < 7:
+            raise KeyError("not yet")
+
+    service = one(refuse, retry=Retry(attempts=3))
+    async with World(service) as world:
+        world.tolerate(KeyError)
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        assert len(attempts) == 3
+        (held,) = await world.held(service)
+        assert "not yet" in held.reason
+        await world.advance(hours=1)
+        assert len(attempts) == 7
+        assert attempts == sorted(attempts)
+        assert not await world.held(service)
+        assert (await world.settled()).ok
+
+
+async def test_tolerating_one_handler_does_not_excuse_another() -> None:
+    service = Service("one")
+
+    @service.on(Ordered)
+    async def first(event: Ordered) -> None:
+        raise KeyError("first")
+
+    @service.on(Ordered)
+    async def second(event: Ordered) -> None:
+        raise ValueError("second")
+
+    async with World(service) as world:
+        world.tolerate(first)
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(ValueError, match="second"):
+            await world.settled()
+        world.tolerate("one.second")
+
+
+async def test_what_is_held_and_not_tolerated_fails_at_once_and_says_who_stands_where() -> None:
+    async def refuse(event: Ordered) -> None:
+        raise KeyError("no such article")
+
+    async with World(one(refuse, retry=Retry(attempts=1))) as world:
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(KeyError):
+            await world.settled()
+        with pytest.raises(Unsettled, match=r"1 held in service 'one'(?s:.*)no such article"):
+            await world.settled()
+        world.tolerate(KeyError)
+
+
+async def test_a_dead_letter_fails_the_test_unless_it_is_tolerated() -> None:
+    async def refuse(event: Ordered) -> None:
+        raise KeyError("never")
+
+    service = one(refuse, retry=Retry(permanent=(KeyError,)))
+    async with World(service) as world:
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(KeyError):
+            await world.settled()
+        with pytest.raises(Unsettled, match="1 dead in service 'one'"):
+            await world.settled()
+    async with World(service) as world:
+        world.tolerate(refuse)
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        (letter,) = await world.dead(service)
+        assert letter.handler == "refuse"
+
+
+async def test_an_unknown_handler_is_named_with_those_that_there_are() -> None:
+    chain = Chain()
+    async with World(chain.packing, chain.shipping) as world:
+        with pytest.raises(ConfigurationError, match=r"'unpack' is no handler .*packing\.pack, shipping\.ship"):
+            world.tolerate("unpack")
+
+
+# ---- time ------------------------------------------------------------------------------
+
+
+async def test_a_handler_that_sleeps_costs_no_time() -> None:
+    began = time.monotonic()
+
+    async def rest(event: Ordered) -> None:
+        await asyncio.sleep(3600)
+
+    async with World(one(rest, timeout=4000)) as world:
+        loop = asyncio.get_running_loop()
+        before, wall = loop.time(), time.time()
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        assert loop.time() - before >= 3600
+        assert time.time() - wall >= 3600
+    assert time.monotonic() - began < 3000
+    assert abs(loop.time() - time.monotonic()) < 3000, "the loop has its own time again"
+
+
+async def test_a_handler_that_waits_for_what_never_comes_is_over_its_time_at_once() -> None:
+    async def wait(event: Ordered) -> None:
+        await asyncio.Event().wait()
+
+    async with World(one(wait)) as world:
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(HandlerTimeout, match="wait"):
+            await world.settled()
+        world.tolerate(wait)
+
+
+async def test_a_sleep_that_blocks_the_loop_is_named() -> None:
+    async def block(event: Ordered) -> None:
+        time.sleep(86_400)  # noqa: ASYNC251
+
+    async with World(one(block)) as world:
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(Exception, match=r"handler 'block' of service 'one' calls time\.sleep\(86400\)"):
+            await world.settled()
+        world.tolerate(block)
+
+
+async def test_a_plain_handler_sleeps_in_virtual_time_too() -> None:
+    done: list[str] = []
+
+    def rest(event: Ordered) -> None:
+        time.sleep(86_400)
+        done.append(event.order)
+
+    async with World(one(rest, timeout=100_000)) as world:
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        assert done == ["1"]
+
+
+async def test_timers_of_lifespans_and_of_the_test_fire_in_order_over_months() -> None:
+    fired: list[str] = []
+
+    @asynccontextmanager
+    async def hourly(service: Service) -> AsyncIterator[None]:
+        async def tick() -> None:
+            for _ in range(3):
+                await asyncio.sleep(30 * 86_400)
+                fired.append("month")
+
+        task = asyncio.create_task(tick())
+        yield
+        task.cancel()
+
+    service = Service("one", lifespan=hourly)
+    service.on(Ordered)(nothing)
+    async with World(service) as world:
+        asyncio.get_running_loop().call_later(45 * 86_400, fired.append, "test")
+        await world.advance(days=50)
+        assert fired == ["month", "test"]
+        await world.advance(days=50)
+        assert fired == ["month", "test", "month", "month"]
+
+
+# ---- resources -------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def unreachable(service: Service) -> AsyncIterator[Gateway]:
+    raise OSError("there is no gateway here")
+    yield Gateway("real")
+
+
+async def test_resources_are_replaced_by_type_and_their_lifespan_is_not_needed() -> None:
+    used: list[str] = []
+
+    async def pay(event: Ordered, gateway: Gateway) -> None:
+        used.append(gateway.name)
+
+    service = Service("one", lifespan=unreachable)
+    service.on(Ordered)(pay)
+    async with World(service, resources={Gateway: Gateway("fake")}) as world:
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        assert used == ["fake"]
+
+
+# ---- misuse ----------------------------------------------------------------------------
+
+
+async def test_a_service_whose_lifespan_raises_keeps_the_world_from_opening_and_leaves_nothing() -> None:
+    service = Service("one", lifespan=unreachable)
+    chain = Chain()
+    before = asyncio.all_tasks()
+    with pytest.raises(OSError, match="there is no gateway here"):
+        async with World(chain.packing, service):
+            pytest.fail("it is open")
+    assert asyncio.all_tasks() == before
+    assert abs(asyncio.get_running_loop().time() - time.monotonic()) < 3000
+    async with World(chain.packing):
+        pass
+
+
+async def test_a_world_opens_once() -> None:
+    world = World(one(nothing))
+    async with world:
+        pass
+    with pytest.raises(ConfigurationError, match="was opened before"):
+        await world.__aenter__()
+
+
+async def test_two_worlds_in_one_loop_are_refused() -> None:
+    async with World(one(nothing)):
+        with pytest.raises(ConfigurationError, match="another World is open"):
+            await World(Service("two")).__aenter__()
+
+
+async def test_a_service_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="name each service once"):
+        await World(Service("one"), Service("one")).__aenter__()
+
+
+async def test_a_test_that_ends_with_events_under_way_fails() -> None:
+    chain = Chain()
+    with pytest.raises(Unsettled, match=r"end it with 'await world\.settled\(\)'"):
+        async with World(chain.packing) as world:
+            await asyncio.sleep(60)
+            await world.append("order-1", Ordered(order="1"))
+
+
+async def test_a_test_that_ends_without_hearing_of_an_error_fails() -> None:
+    async def refuse(event: Ordered) -> None:
+        raise KeyError("unheard")
+
+    with pytest.raises(KeyError, match="unheard"):
+        async with World(one(refuse)) as world:
+            await world.append("order-1", Ordered(order="1"))
+            await asyncio.sleep(1)
+
+
+async def test_the_error_of_a_test_is_not_hidden_by_what_it_leaves_behind() -> None:
+    before = asyncio.all_tasks()
+    with pytest.raises(ZeroDivisionError):
+        async with World(Chain().packing) as world:
+            await world.append("order-1", Ordered(order="1"))
+            raise ZeroDivisionError
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_test_that_is_cancelled_leaves_nothing() -> None:
+    entered = asyncio.Event()
+    before = asyncio.all_tasks()
+
+    async def run() -> None:
+        async with World(Chain().packing):
+            entered.set()
+            await asyncio.get_running_loop().create_future()
+
+    task = asyncio.create_task(run())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() == before
+    assert abs(asyncio.get_running_loop().time() - time.monotonic()) < 3000
+
+
+def test_it_works_under_asyncio_run() -> None:
+    async def run() -> None:
+        chain = Chain()
+        async with World(chain.packing, chain.shipping) as world:
+            await world.append("order-1", Ordered(order="1"))
+            await world.settled()
+            assert chain.shipped == ["1"]
+
+    asyncio.run(run())
