@@ -312,6 +312,11 @@ def test_the_stream_and_each_field_are_named() -> None:
     )
 
 
+def test_an_event_in_another_stream_differs() -> None:
+    text = text_of(lambda: given(CUP).handling(take, WANTED).emits(("goods-8", TAKEN)))
+    assert text.splitlines()[1:] == ["  1. Taken differs:", "     stream: expected 'goods-8', was 'goods-7'"]
+
+
 def test_each_row_and_column_is_named() -> None:
     begun = given(CUP, Received(sku="jar", pieces=1)).handling(take, WANTED)
     text = text_of(lambda: begun.leaves(Shelf, {"sku": "cup", "pieces": 3}, {"sku": "mug", "pieces": 1}))
