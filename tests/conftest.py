@@ -1,5 +1,5 @@
-"""Servers that tests share. A test of RabbitMQ takes `amqp_url`, one of PostgreSQL `postgresql_url`; one that harms its
-broker takes `rabbitmq_node`, one that harms its database `postgresql_server`."""
+"""Servers for tests, beside those of the plugin `tidings`. A test of RabbitMQ takes `amqp_url`, one of PostgreSQL
+`postgresql_url`; one that harms its broker takes `rabbitmq_node`, one that harms its database `postgresql_server`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 
 import tidings.testing.plugin
 from tests.clients import CLIENTS, through
-from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
-from tidings.testing.databases import PostgreSQL, PostgreSQLServer, postgresql_for_tests, server_for_tests
+from tidings.testing.brokers import RabbitMQNode, node_for_tests
+from tidings.testing.databases import PostgreSQLServer, server_for_tests
 
 # A busy machine takes its time over an example, and over thinking of one: that is nobody's failure.
 settings.register_profile("tidings", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -34,18 +34,10 @@ def _log_of_the_process() -> Iterator[None]:
         structlog.reset_defaults()
 
 
-@pytest.fixture(scope="session")
-def rabbitmq() -> Iterator[RabbitMQ]:
-    """The broker that the tests of this process share, started by the first test that asks for it. Do not harm it."""
-    with rabbitmq_for_tests() as broker:
-        yield broker
-
-
 @pytest.fixture
-async def amqp_url(rabbitmq: RabbitMQ) -> AsyncIterator[str]:
+def amqp_url(rabbitmq_url: str) -> str:
     """The URL of a vhost without queues, for one test, on the shared broker."""
-    async with rabbitmq.isolated() as url:
-        yield url
+    return rabbitmq_url
 
 
 @pytest.fixture(params=CLIENTS)
@@ -78,20 +70,6 @@ async def harmed_url(rabbitmq_node: RabbitMQNode) -> AsyncIterator[str]:
 def harmed_bus(harmed_url: str, client: str) -> str:
     """As `harmed_url`, once for each client."""
     return through(harmed_url, client)
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[PostgreSQL]:
-    """The server that the tests of this process share, started by the first test that asks for it. Do not harm it."""
-    with postgresql_for_tests() as server:
-        yield server
-
-
-@pytest.fixture
-async def postgresql_url(postgresql: PostgreSQL) -> AsyncIterator[str]:
-    """The URL of a database without tables, for one test."""
-    async with postgresql.isolated() as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

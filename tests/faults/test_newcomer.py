@@ -70,13 +70,13 @@ async def join_late(stage: Stage, history: int) -> tuple[int, float, float]:
 @pytest.mark.faults
 @pytest.mark.timeout(300)
 async def test_newcomer_reads_a_long_history_amid_traffic_in_bounded_memory(
-    tmp_path: Path, rabbitmq: RabbitMQ, recovered: Recovered
+    tmp_path: Path, tidings_rabbitmq: RabbitMQ, recovered: Recovered
 ) -> None:
     peaks = {}
     for history in (FEW, MANY):
         folder = tmp_path / str(history)
         folder.mkdir()
-        async with rabbitmq.isolated() as url:
+        async with tidings_rabbitmq.isolated() as url:
             with Stage(folder, url) as stage:
                 events, seconds, peaks[history] = await join_late(stage, history)
         assert events > history + SOME

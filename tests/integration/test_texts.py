@@ -58,10 +58,10 @@ async def latin1(folder: Path) -> AsyncIterator[None]:
 
 @pytest.fixture(params=PLACES)
 async def folder(
-    request: pytest.FixtureRequest, tmp_path: Path, postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, tmp_path: Path, tidings_postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Path]:
     """The URL of a service's database, once for each kind."""
-    async with postgresql.isolated() as url, AsyncExitStack() as stack:
+    async with tidings_postgresql.isolated() as url, AsyncExitStack() as stack:
         if request.param == "sqlite":
             monkeypatch.delenv(PLACE, raising=False)
         else:

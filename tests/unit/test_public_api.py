@@ -61,6 +61,7 @@ PUBLIC = {
     "tidings.testing.bus_conformance": "BusConformance BusEnvironment LOG event events send_all take",
     "tidings.testing.databases": """
         PostgreSQL PostgreSQLServer create_database drop_databases postgresql_for_tests server_for_tests""",
+    "tidings.testing.event_stores": "EventStoreDB eventstoredb_for_tests",
     "tidings.testing.simulation": "Outcome RULES SAVING Simulator simulate soak without",
     "tidings.testing.store_conformance": """
         PATIENCE Reopen StoreConformance event events eventually numbers read take""",

@@ -1,20 +1,24 @@
 """A RabbitMQ for tests: named by a variable, installed, or in Docker, in this order. It ends only what it started.
 
-`rabbitmq_for_tests()` looks for `TIDINGS_TEST_AMQP` (a URL; tests then share its vhost), an installed `rabbitmq-server`
-(started by `deploy/local/rabbitmq`, the script that users run, so it needs a checkout), and Docker (through
-testcontainers, where an engine answers). Without any of them, tests are skipped with the reason; with
+`rabbitmq_for_tests()` looks for `TIDINGS_TEST_AMQP` (a URL; tests share its vhost and take turns), an installed
+`rabbitmq-server` (started by `deploy/local/rabbitmq`, the script that users run, which the wheel has, too), and Docker
+(through testcontainers, where an engine answers). Without any of them, tests are skipped with the reason; with
 `CI=true` they fail.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
@@ -27,8 +31,8 @@ __all__ = ["RabbitMQ", "RabbitMQCluster", "RabbitMQNode", "cluster_for_tests", "
 
 _NUMBERS: Final = itertools.count(1)
 _REMEDY: Final = (
-    "no RabbitMQ for tests: install one (apt-get install rabbitmq-server, or deploy/local/rabbitmq up as root), start "
-    "Docker, or set TIDINGS_TEST_AMQP=amqp://user:password@host:5672/vhost to one that may be written to"
+    "no RabbitMQ for tests: install one (apt-get install rabbitmq-server), start Docker and install "
+    "testcontainers, or set TIDINGS_TEST_AMQP=amqp://user:password@host:5672/vhost to one that may be written to"
 )
 
 
@@ -146,14 +150,30 @@ class _Named:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._turn = Path(tempfile.gettempdir()) / f"tidings-{sha256(url.encode()).hexdigest()[:16]}.lock"
 
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:
-        await self._clear()
-        try:
-            yield self._url
-        finally:
+        async with self._alone():
             await self._clear()
+            try:
+                yield self._url
+            finally:
+                await self._clear()
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Let no other process of tests use the vhost within the block."""
+        if self._turn in _TURNS:
+            yield
+            return
+        with self._turn.open("a") as file:  # a lock ends with its file, however this process ends
+            await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
+            _TURNS.add(self._turn)
+            try:
+                yield
+            finally:
+                _TURNS.remove(self._turn)
 
     async def _clear(self) -> None:
         """Delete the exchanges. Queues of earlier tests stay, but nothing is bound to them any more."""
@@ -179,6 +199,33 @@ class _Named:
             await (await connection.channel()).call(delete, commands.Exchange.DeleteOk)
         finally:
             await connection.close()
+
+
+_TURNS: Final = set[Path]()
+"""Files that this process has locked."""
+
+
+class _Contained:
+    """A broker in a container: each test has a vhost."""
+
+    def __init__(self, container: Any) -> None:
+        self._container = container
+
+    @asynccontextmanager
+    async def isolated(self) -> AsyncIterator[str]:
+        name = f"test{next(_NUMBERS)}"
+        await asyncio.to_thread(self._ctl, "add_vhost", name)
+        await asyncio.to_thread(self._ctl, "set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+        host, port = self._container.get_container_host_ip(), self._container.get_exposed_port(5672)
+        try:
+            yield f"amqp://guest:guest@{host}:{port}/{name}"
+        finally:
+            await asyncio.to_thread(self._ctl, "delete_vhost", name)
+
+    def _ctl(self, *arguments: str) -> None:
+        code, output = self._container.exec(["rabbitmqctl", *arguments])
+        if code != 0:
+            raise RuntimeError(f"rabbitmqctl {arguments[0]} in the container: {output.decode(errors='replace')}")
 
 
 _MARK: Final = "tidings-tests"
@@ -225,8 +272,7 @@ def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
             yield node
     elif (container := _container()) is not None:
         try:
-            host, port = container.get_container_host_ip(), container.get_exposed_port(5672)
-            yield _Named(f"amqp://guest:guest@{host}:{port}/")
+            yield _Contained(container)
         finally:
             container.stop()
     else:

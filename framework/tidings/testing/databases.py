@@ -1,7 +1,7 @@
 """A PostgreSQL for tests: named by a variable, installed, or in Docker, in this order. It ends and drops only its own.
 
 `postgresql_for_tests()` looks for `TIDINGS_TEST_POSTGRESQL` (a URL whose user may create databases), an installed
-PostgreSQL (started by `deploy/local/postgresql`, the script that users run, so it needs a checkout), and Docker
+PostgreSQL (started by `deploy/local/postgresql`, the script that users run, which the wheel has, too), and Docker
 (through testcontainers, where an engine answers). Without any of them, tests are skipped with the reason; with
 `CI=true` they fail.
 """
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 _REMEDY: Final = (
-    "no PostgreSQL for tests: install one (apt-get install postgresql, or deploy/local/postgresql install as root), "
-    "start Docker, or set TIDINGS_TEST_POSTGRESQL=postgresql+asyncpg://user:password@host/database to one whose user "
+    "no PostgreSQL for tests: install one (apt-get install postgresql), start Docker and install testcontainers, "
+    "or set TIDINGS_TEST_POSTGRESQL=postgresql+asyncpg://user:password@host/database to one whose user "
     "may create databases"
 )
 _SAFE_IN_A_TEST: Final = {"fsync": "off", "full_page_writes": "off", "max_connections": "200", "shared_buffers": "16MB"}

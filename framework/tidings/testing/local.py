@@ -10,21 +10,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NoReturn, Self
 
 import pytest
 
-__all__ = ["LocalServer", "docker_answers", "missing", "script_of"]
+__all__ = ["LocalServer", "docker_answers", "guarded", "missing", "script_of"]
 
-_SCRIPTS: Final = Path(__file__).parents[3] / "deploy" / "local"
+_PLACES: Final = (Path(__file__).parent / "servers", Path(__file__).parents[3] / "deploy" / "local")
+"""Folders of the scripts that start servers: in an installed wheel, and in a checkout."""
 
 
 def script_of(product: str) -> Path | None:
-    """Return `deploy/local/PRODUCT`, or None outside a checkout."""
-    script = _SCRIPTS / product
-    return script if script.exists() else None
+    """Return the script that starts this product; None for one that has none."""
+    return next((folder / product for folder in _PLACES if (folder / product).exists()), None)
 
 
 def missing(reason: str) -> NoReturn:
@@ -39,6 +40,30 @@ def docker_answers() -> bool:
     if shutil.which("docker") is None:
         return False
     return subprocess.run(["docker", "info"], capture_output=True, timeout=20, check=False).returncode == 0
+
+
+_GUARD: Final = """
+import subprocess, sys, threading
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr)
+threading.Thread(target=lambda: (sys.stdin.read(), child.kill()), daemon=True).start()
+sys.exit(child.wait())
+"""
+"""A program that runs another one until its standard input ends."""
+
+
+@contextmanager
+def guarded(command: Sequence[str], said: Path) -> Iterator[Callable[[], bool]]:
+    """Run a server around the block. What it prints goes to the file `said`. Yields a function that returns whether it
+    has ended. A guard process kills it at the end, and also when the tests are killed."""
+    guard = [sys.executable, "-c", _GUARD, *command]
+    with (
+        said.open("wb") as file,
+        subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=file, start_new_session=True) as process,
+    ):
+        try:
+            yield lambda: process.poll() is not None
+        finally:
+            process.communicate()
 
 
 class LocalServer:
@@ -58,7 +83,7 @@ class LocalServer:
         script = script_of(self.product)
         if script is None:
             raise FileNotFoundError(
-                f"{_SCRIPTS / self.product}: a server can only be started from a checkout of Tidings"
+                f"{_PLACES[0] / self.product}: Tidings is not installed completely: install it again"
             )
         self._command = [sys.executable, str(script)]
         self._settings = [f"--set={name}={value}" for name, value in (settings or {}).items()]
