@@ -11,9 +11,10 @@ import asyncio
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,7 +22,6 @@ from urllib.parse import urlsplit
 
 from tidings.adapters import open_store
 from tidings.errors import StoreUnavailable
-from tidings.server import DEFAULT_PORT, EventStoreServer
 from tidings.testing.local import docker_answers, guarded
 from tidings.urls import redact
 
@@ -55,12 +55,24 @@ class _Shared:
 
 
 class _Served:
-    """`tidings server`: each test has one."""
+    """`tidings server`: each test has one, in a process."""
 
     @asynccontextmanager
     async def isolated(self) -> AsyncIterator[str]:
-        async with EventStoreServer() as server:
-            yield server.uri
+        port = _free_port()
+        code = f"from tidings.server import run_server; run_server(None, memory=True, port={port})"
+        with _started([sys.executable, "-c", code], port) as shared:
+            async with shared.isolated() as url:
+                yield url
+
+
+@contextmanager
+def _started(command: Sequence[str], port: int) -> Iterator[_Shared]:
+    """Run a server in a process around the block."""
+    with tempfile.TemporaryDirectory(prefix="tidings-eventstoredb-") as folder:
+        said = Path(folder) / "said.txt"
+        with guarded(command, said) as ended:
+            yield _Shared(f"esdb://127.0.0.1:{port}?tls=false", lambda: said.read_text()[-2000:] if ended() else None)
 
 
 async def _answers(url: str, ended: Callable[[], str | None]) -> None:
@@ -69,7 +81,7 @@ async def _answers(url: str, ended: Callable[[], str | None]) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while True:
         try:
-            _, writer = await asyncio.open_connection(parts.hostname, parts.port or DEFAULT_PORT)
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port or 2113)
             writer.close()
             break
         except OSError as error:
@@ -90,11 +102,10 @@ async def _answers(url: str, ended: Callable[[], str | None]) -> None:
 def _installed(binary: str) -> Iterator[EventStoreDB]:
     """Start the binary on free ports, with a log in memory and its own logs in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="tidings-eventstoredb-") as folder:
-        port, replication = _free_port(), _free_port()
-        options = [f"--node-port={port}", f"--replication-port={replication}", f"--log={folder}", f"--db={folder}"]
-        said = Path(folder) / "said.txt"
-        with guarded([binary, "--insecure", "--mem-db", *options], said) as ended:
-            yield _Shared(f"esdb://127.0.0.1:{port}?tls=false", lambda: said.read_text()[-2000:] if ended() else None)
+        port = _free_port()
+        options = [f"--node-port={port}", f"--replication-port={_free_port()}", f"--log={folder}", f"--db={folder}"]
+        with _started([binary, "--insecure", "--mem-db", *options], port) as shared:
+            yield shared
 
 
 def _free_port() -> int:
