@@ -104,7 +104,7 @@ class World:
     async def report(self) -> Report:
         return await verify(self.store, [(running.service, running.database) for running in self.running])
 
-    async def settled(self, seconds: float = 45.0) -> Report:
+    async def settled(self, seconds: float = 90.0) -> Report:
         async def ok() -> bool:
             return (await self.report()).ok
 
@@ -112,7 +112,7 @@ class World:
         return await self.report()
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool | Awaitable[bool]], seconds: float = 60.0) -> None:
     """Wait for a condition, or fail."""
     async with asyncio.timeout(seconds):
         while True:

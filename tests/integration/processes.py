@@ -104,7 +104,7 @@ class Workers:
         return self.folder / f"{service}.db"
 
 
-async def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+async def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
     """Wait for a condition that another process brings about."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():

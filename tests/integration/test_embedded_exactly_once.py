@@ -187,7 +187,7 @@ async def test_of_two_processes_of_one_service_the_compare_and_set_lets_one_win(
         async def ok() -> bool:
             return (await verify(store, [(one, running.database)])).ok
 
-        await until(ok, 45)
+        await until(ok, 90)
         assert_once_in_order(await rows(one), events)
         assert running.joins + risen.joins > 2, "nobody was fenced: the test shows nothing"
 

@@ -276,7 +276,7 @@ async def taken(post: Post) -> str | None:
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.05)
 

@@ -89,7 +89,7 @@ class Site:
         async def ok() -> bool:
             return (await verify(self.store, [(service, self.database)])).ok
 
-        await until(ok, 45)
+        await until(ok, 90)
 
     async def layout(self) -> Layout:
         async with self.database.reading() as connection:

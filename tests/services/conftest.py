@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from services.order import api as order_api
 from tests.services.counter import OpenCounter, counter
 from tests.services.shop import OpenShop, shop
 
@@ -20,6 +21,9 @@ def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenShop:
 
 
 @pytest.fixture
-def open_counter(open_shop: OpenShop) -> OpenCounter:
-    """`async with open_counter() as at` runs Order alone, with an HTTP client."""
+def open_counter(open_shop: OpenShop, monkeypatch: pytest.MonkeyPatch) -> OpenCounter:
+    """`async with open_counter() as at` runs Order alone, with an HTTP client. It waits for the list, however slow the
+    machine is."""
+    monkeypatch.setattr(order_api, "WRITE_WAITS", 30.0)
+    monkeypatch.setattr(order_api, "LIST_WAITS", 30.0)
     return partial(counter, open_shop)
