@@ -184,25 +184,18 @@ async def append(
     ] = "any",
     id: Annotated[UUID | None, typer.Option(metavar="UUID", help="The event's id; by default a new one.")] = None,
     octets: Annotated[bool, typer.Option("--octets", help="DATA is not JSON, but bytes; nothing is checked.")] = False,
-    unchecked: Annotated[
-        bool,
-        typer.Option("--unchecked", help="Do not compare it with any class or earlier event; its metadata says so."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only check it, and print what would be appended.")
-    ] = False,
+    unchecked: Annotated[bool, typer.Option("--unchecked", help="Compare it with no class or event.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be appended; append nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Append one event, and print its version and position.
 
     It is checked by the classes that the services of TIDINGS_SERVICES declare for its type, and gets the partition key
     and schema version that these say. Without such a class the stream's name is its key, unless --key names another.
+    An event appended with --unchecked says so in its metadata, and is no example for later events of its type.
     With --id and --expected no-stream or a VERSION, it can be repeated without being written twice.
     """
-    for what, name in (("stream", stream), ("type", type)):
-        if name.startswith(RESERVED):
-            raise Refused(USAGE, f"{what} {name!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved")
-    check_stream_name(stream)
+    _check_names(stream, type)
     content = sys.stdin.buffer.read() if data == "-" else data.encode("utf-8", "surrogateescape")
     if not octets:
         check_data(content)
@@ -226,17 +219,24 @@ async def append(
         if looked and not known.by:
             _ask_about(type, services, await check_against(given, store))
         done = await store.append(stream, [event], expected=wanted)
+    values = (stream, done.version, done.position, event.id)
     if json:
-        say(facts({"stream": stream, "version": done.version, "position": done.position, "id": event.id}))
+        say(facts(dict(zip(("stream", "version", "position", "id"), values, strict=True))))
     else:
-        for line in columns(
-            ("STREAM", "VERSION", "POSITION", "ID"), [(stream, done.version, done.position, event.id)], right=(1, 2)
-        ):
+        for line in columns(("STREAM", "VERSION", "POSITION", "ID"), [values], right=(1, 2)):
             say(line)
 
 
+def _check_names(stream: str, type: str) -> None:
+    """Raise `Refused` for a name that is Tidings' or the store's own, `InvalidStreamName` for one that is none."""
+    for what, name in (("stream", stream), ("type", type)):
+        if name.startswith(RESERVED):
+            raise Refused(USAGE, f"{what} {name!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved")
+    check_stream_name(stream)
+
+
 def _ask_about(type: str, services: Collection[str], known: bool) -> None:
-    """Of a type that none of the services declares: it may be misspelt, unless the log knows it."""
+    """Ask whether the name of a type is right that no service declares, unless the log knows it."""
     if services and not known:
         print(f"Note: no service of TIDINGS_SERVICES declares {plain(repr(type))}: is the name right?", file=sys.stderr)
 

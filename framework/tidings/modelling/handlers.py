@@ -187,19 +187,10 @@ def declare(
     _check_former(where, name, was)
     if not events and not every:
         raise ConfigurationError(f"{where}: name the events: @service.on(OrderCreated)")
-    if not (since in (None, "start", "now") or (type(since) is int and 0 <= since <= MAX_POSITION)):
-        raise ConfigurationError(
-            f"{where}: since={since!r}: give 'start', 'now', or a position of the log, from 0 to {MAX_POSITION}"
-        )
-    if not isinstance(retry, Retry):
-        raise ConfigurationError(f"{where}: retry={retry!r}: give tidings.Retry(...), as in retry=Retry(attempts=3)")
-    if type(replay) is not bool:
-        raise ConfigurationError(f"{where}: replay={replay!r}: give True or False")
+    _check_options(where, since, retry, replay, timeout)
     for event in events:
         if not (isinstance(event, type) and issubclass(event, Event)) or not wire_name(event):
             raise ConfigurationError(f"{where}: {event!r} is not a subclass of tidings.Event")
-    if not _is_number(timeout) or not timeout > 0:
-        raise ConfigurationError(f"{where}: timeout={timeout!r}: it must be positive, a number of seconds")
     if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise ConfigurationError(f"{where}: it contains a yield, so that calling it would run nothing; remove it")
     try:
@@ -220,6 +211,19 @@ def declare(
     if not every and Inject.EVENT not in wanted:
         raise ConfigurationError(f"{where}: no parameter is annotated with {' | '.join(e.__name__ for e in events)}")
     return Handler(name, function, events, parameters, retry, timeout, threaded, transactional, replay, was, since)
+
+
+def _check_options(where: str, since: object, retry: object, replay: object, timeout: object) -> None:
+    if not (since in (None, "start", "now") or (type(since) is int and 0 <= since <= MAX_POSITION)):
+        raise ConfigurationError(
+            f"{where}: since={since!r}: give 'start', 'now', or a position of the log, from 0 to {MAX_POSITION}"
+        )
+    if not isinstance(retry, Retry):
+        raise ConfigurationError(f"{where}: retry={retry!r}: give tidings.Retry(...), as in retry=Retry(attempts=3)")
+    if type(replay) is not bool:
+        raise ConfigurationError(f"{where}: replay={replay!r}: give True or False")
+    if not _is_number(timeout) or not timeout > 0:
+        raise ConfigurationError(f"{where}: timeout={timeout!r}: it must be positive, a number of seconds")
 
 
 def _body(function: Any) -> Callable[..., Any]:

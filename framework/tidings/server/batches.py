@@ -21,7 +21,7 @@ __all__ = ["IN_FLIGHT", "UnderWay", "batch_append"]
 IN_FLIGHT: Final = 4096
 """Appends of one call that may wait for their commit; more requests are then not read."""
 BYTES_IN_FLIGHT: Final = 32 * 1024 * 1024
-"""Of events, likewise."""
+"""Bytes of events of one call that may wait for their commit; more requests are then not read."""
 UNFINISHED: Final = 1024
 """Appends of one call whose last part has not come."""
 TIMEOUT: Final = 2.0
@@ -126,7 +126,7 @@ async def batch_append(
     answers = _Answers()
     async with asyncio.TaskGroup() as group:
         group.create_task(_reply(log, answers, send))
-        await _accept(log, access, user, requests, answers, under_way)
+        await _Intake(log, access, user, answers, under_way).run(requests)
         await answers.put(None)
 
 
@@ -152,90 +152,107 @@ async def _reply(log: ServedLog, answers: _Answers, send: Send) -> None:
         await send(ready)
 
 
-async def _accept(
-    log: ServedLog,
-    access: Access,
-    user: str,
-    requests: AsyncIterator[Any],
-    answers: _Answers,
-    under_way: UnderWay | None,
-) -> None:
-    unfinished: dict[bytes, _Unfinished] = {}
-    dropped: list[asyncio.TimerHandle] = []
-    loop = asyncio.get_running_loop()
+class _Intake:
+    """The appends of one call, put together from their parts and begun in the order in which they are whole."""
 
-    def expire(key: bytes, correlation: Any) -> None:
-        late = unfinished.pop(key, None)
+    def __init__(
+        self, log: ServedLog, access: Access, user: str, answers: _Answers, under_way: UnderWay | None
+    ) -> None:
+        self._log = log
+        self._access = access
+        self._user = user
+        self._answers = answers
+        self._under_way = under_way
+        self._unfinished: dict[bytes, _Unfinished] = {}
+        self._dropped: list[asyncio.TimerHandle] = []
+
+    async def run(self, requests: AsyncIterator[Any]) -> None:
+        """Take requests until there are no more. An append that is not whole by then is forgotten."""
+        try:
+            async for request in requests:
+                await self._take(request)
+        finally:
+            for timer in self._dropped:
+                timer.cancel()
+            for append in self._unfinished.values():
+                if append.timer is not None:
+                    append.timer.cancel()
+
+    async def _take(self, request: Any) -> None:
+        """Take one part of an append, and begin the append when it is the last one."""
+        correlation, identifier = request.correlation_id, request.options.stream_identifier
+        try:
+            key = uuid_of(correlation).bytes
+            append = self._unfinished.get(key)
+            if request.HasField("options"):
+                append = await self._opened(request, key, append)
+            if append is None:
+                return
+            identifier = append.identifier
+            for proposed in request.proposed_messages:
+                event = event_data(proposed)
+                append.size += event.size
+                append.events.append(event)
+            if append.size > APPEND_LIMIT:
+                raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
+            if request.is_final:
+                self._forget(key)
+                await self._begin(append, correlation)
+        except (Malformed, Refusal, EventTooLarge, StoreError) as error:
+            if isinstance(error, EventTooLarge):
+                self._forget(key)
+            await self._answers.put(_Answer(correlation, identifier, ANY, _error(error, ANY)))
+
+    async def _opened(self, request: Any, key: bytes, append: _Unfinished | None) -> _Unfinished | None:
+        """Return the append that a request with options belongs to; None when its time is over, which is answered."""
+        correlation, identifier = request.correlation_id, request.options.stream_identifier
+        seconds = _requested(request.options)
+        if not request.options.HasField("stream_identifier"):
+            raise Malformed("Required field StreamIdentifier not set.")
+        if seconds <= 0:
+            await self._answers.put(_Answer(correlation, identifier, ANY, _timeout()))
+            return None
+        await self._access.check(self._user, "$w", stream_name(identifier))
+        if append is None:
+            append = _Unfinished(request.options)
+            if not request.is_final:
+                if len(self._unfinished) >= UNFINISHED:
+                    raise Malformed(f"More than {UNFINISHED} appends are unfinished on this call.")
+                self._unfinished[key] = append
+                loop = asyncio.get_running_loop()
+                append.timer = loop.call_later(min(seconds, TIMEOUT), self._expire, key, correlation)
+        return append
+
+    async def _begin(self, append: _Unfinished, correlation: Any) -> None:
+        """Hand a whole append to the log; the answer follows its outcome."""
+        under_way, answers = self._under_way, self._answers
+        if under_way is not None and append in under_way:
+            late = _Answer(correlation, append.identifier, append.expected, _timeout())
+            self._dropped.append(asyncio.get_running_loop().call_later(TIMEOUT, answers.put_late, late))
+            return
+        before = self._log.store.heard if append.events else -1
+        outcome: Any = self._log.store.begin(Kind.APPEND, append.stream, append.events, append.expected)
+        outcome.add_done_callback(_seen)
+        if under_way is not None:
+            under_way.add(append, outcome)
+        size, stream = append.size, append.stream
+        await answers.put(_Answer(correlation, append.identifier, append.expected, outcome, size, stream, before))
+
+    def _expire(self, key: bytes, correlation: Any) -> None:
+        late = self._unfinished.pop(key, None)
         if late is not None:
-            answers.put_late(_Answer(correlation, late.identifier, late.expected, _timeout()))
+            self._answers.put_late(_Answer(correlation, late.identifier, late.expected, _timeout()))
 
-    try:
-        async for request in requests:
-            correlation = request.correlation_id
-            identifier = request.options.stream_identifier
-            try:
-                key = uuid_of(correlation).bytes
-                append = unfinished.get(key)
-                if request.HasField("options"):
-                    seconds = _requested(request.options)
-                    if not request.options.HasField("stream_identifier"):
-                        raise Malformed("Required field StreamIdentifier not set.")
-                    if seconds <= 0:
-                        await answers.put(_Answer(correlation, identifier, ANY, _timeout()))
-                        continue
-                    await access.check(user, "$w", stream_name(identifier))
-                    if append is None:
-                        append = _Unfinished(request.options)
-                        if not request.is_final:
-                            if len(unfinished) >= UNFINISHED:
-                                raise Malformed(f"More than {UNFINISHED} appends are unfinished on this call.")
-                            unfinished[key] = append
-                            append.timer = loop.call_later(min(seconds, TIMEOUT), expire, key, correlation)
-                if append is None:
-                    continue
-                identifier = append.identifier
-                for proposed in request.proposed_messages:
-                    event = event_data(proposed)
-                    append.size += event.size
-                    append.events.append(event)
-                if append.size > APPEND_LIMIT:
-                    raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
-                if request.is_final:
-                    _forget(unfinished, key)
-                    if under_way is not None and append in under_way:
-                        late = _Answer(correlation, identifier, append.expected, _timeout())
-                        dropped.append(loop.call_later(TIMEOUT, answers.put_late, late))
-                        continue
-                    before = log.store.heard if append.events else -1
-                    outcome: Any = log.store.begin(Kind.APPEND, append.stream, append.events, append.expected)
-                    outcome.add_done_callback(_seen)
-                    if under_way is not None:
-                        under_way.add(append, outcome)
-                    size, stream = append.size, append.stream
-                    answer = _Answer(correlation, identifier, append.expected, outcome, size, stream, before)
-                    await answers.put(answer)
-            except (Malformed, Refusal, EventTooLarge, StoreError) as error:
-                if isinstance(error, EventTooLarge):
-                    _forget(unfinished, key)
-                await answers.put(_Answer(correlation, identifier, ANY, _error(error, ANY)))
-    finally:
-        for timer in dropped:
-            timer.cancel()
-        for append in unfinished.values():
-            if append.timer is not None:
-                append.timer.cancel()
+    def _forget(self, key: bytes) -> None:
+        append = self._unfinished.pop(key, None)
+        if append is not None and append.timer is not None:
+            append.timer.cancel()
 
 
 def _seen(outcome: asyncio.Future[Appended]) -> None:
     """The client may have gone before its answer: that is no error that nobody looked at."""
     if not outcome.cancelled():
         outcome.exception()
-
-
-def _forget(unfinished: dict[bytes, _Unfinished], key: bytes) -> None:
-    append = unfinished.pop(key, None)
-    if append is not None and append.timer is not None:
-        append.timer.cancel()
 
 
 def _requested(options: Any) -> float:

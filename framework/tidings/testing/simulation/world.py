@@ -22,7 +22,7 @@ import structlog
 from tidings.buses import EventBus
 from tidings.database.layout import lay_out, resize
 from tidings.delivery.resources import Resources
-from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind
+from tidings.errors import ConfigurationError, DatabaseUnavailable
 from tidings.hosting.running import RunningService
 from tidings.modelling.events import wire_name
 from tidings.operations.dead import DeadLetters
@@ -30,22 +30,19 @@ from tidings.operations.verify import verify
 from tidings.relay.relay import Relay
 from tidings.service import Service
 from tidings.stores import ANY, EventData, EventStore
-from tidings.testing.simulation.bus import SimulatedBroker, SimulatedBus
-from tidings.testing.simulation.databases import Databases, Seat
+from tidings.testing.simulation.bus import SimulatedBroker
+from tidings.testing.simulation.databases import Databases
 from tidings.testing.simulation.dice import Dice
 from tidings.testing.simulation.loop import PROCESS, Endless, Process, SimulatedLoop
 from tidings.testing.simulation.plan import Plan, Step, plan
 from tidings.testing.simulation.service import KINDS, Desk, simulated_service
+from tidings.testing.simulation.slot import Slot
 from tidings.testing.simulation.store import LOG, SimulatedLog, SimulatedStore
 
 __all__ = ["Unsettled", "World", "sealed"]
 
 EPOCH: Final = 1_700_000_000.0
 """Unix time at which a world begins, in seconds."""
-HEARTBEAT: Final = 6.0
-"""Seconds after which the broker closes a silent connection."""
-RESTART: Final = 0.5
-"""Seconds until a process that ended is started again."""
 PATIENCE: Final = 300.0
 """Seconds after the last fault in which a world must settle everything."""
 CLOCKS: Final = 150.0
@@ -193,14 +190,7 @@ class World:
                 self.tell("broker", "forgets who leads")
                 self.broker.forget_locks()
             case "resize":
-                count = 1 + int(step.seconds * 1000) % 2
-                self.tell("operator", f"resizes the service to {count} partitions")
-                try:
-                    await resize(self._seat.database, self.service.name, count)
-                except DatabaseUnavailable:
-                    self.tell("operator", "gives up: the database is locked")
-                except ConfigurationError:
-                    self.tell("operator", "gives up: a deploy is under way")
+                await self._resize(1 + int(step.seconds * 1000) % 2)
             case "store away":
                 self.tell("network", f"hides the store from {slot} for {step.seconds:.1f} s")
                 slot.hide_store()
@@ -226,6 +216,15 @@ class World:
                 self.tell(slot, f"has a clock that is wrong by {slot.clock_error:.0f} s")
                 if slot.process is not None:
                     slot.process.clock_error = slot.clock_error
+
+    async def _resize(self, count: int) -> None:
+        self.tell("operator", f"resizes the service to {count} partitions")
+        try:
+            await resize(self._seat.database, self.service.name, count)
+        except DatabaseUnavailable:
+            self.tell("operator", "gives up: the database is locked")
+        except ConfigurationError:
+            self.tell("operator", "gives up: a deploy is under way")
 
     async def _lose_database(self, step: Step) -> None:
         """Kill the service's processes and give them an empty database or an earlier copy. By then, the store may have
@@ -312,184 +311,6 @@ class World:
 _SHOWN: Final = frozenset(
     {"after", "upto", "reached", "error", "reason", "position", "floor", "head", "found", "pause"}
 )
-
-
-class Slot:
-    """A place for one process, which is started again when it ends."""
-
-    def __init__(self, world: World, name: str, main: Callable[[Slot, Process], Any]) -> None:
-        self.world = world
-        self.name = name
-        self._main = main
-        self.starts = 0
-        self.former = False
-        """Whether its process runs the code without the late handler."""
-        self.process: Process | None = None
-        self.store: SimulatedStore | None = None
-        self.bus: SimulatedBus | None = None
-        self.seat: Seat | None = None
-        self.stopping: asyncio.Event | None = None
-        self.clock_error = 0.0
-        self._hidden = False
-        self._frozen: int | None = None
-        self._former: list[tuple[Process, asyncio.Task[None], Seat | None]] = []
-        self.task: asyncio.Task[None] | None = None
-        self.seats: list[Seat] = []
-
-    def __repr__(self) -> str:
-        return self.name
-
-    def start(self) -> None:
-        """Start a process, unless one runs."""
-        world = self.world
-        if self.process is not None:
-            return
-        self.starts += 1
-        seed = f"{world.dice.seed}/{self.name}/{self.starts}"
-        haste = f"speed of {self.name}"
-        hasty = haste in world.dice.muted
-        if self.starts == 1 and not hasty:
-            world.dice.thrown.append(haste)
-        self.process = process = Process(self.name, world.loop, seed, hasty=hasty)
-        process.clock_error = self.clock_error
-        self.store = SimulatedStore(world.log, process)
-        self.store.away, self.store.frozen = self._hidden, self._frozen
-        self.bus = SimulatedBus(world.broker, process)
-        self.seat = self.stopping = None
-        world.tell(self, "starts")
-        self.task = process.run(self._live(process))
-
-    async def _live(self, process: Process) -> None:
-        error: BaseException | None = None
-        try:
-            await self._main(self, process)
-        except LogBehind as behind:
-            error = behind
-        except Exception as died:
-            error = died
-            if not process.gone:
-                self.world.died.append(f"{self.name} died of {type(died).__name__}: {died}")
-        if process is self.process and not process.gone:
-            self.world.tell(self, "ends" if error is None else f"refuses: {error}")
-            self._left()
-            self.world.later(RESTART, self.start)
-
-    def _left(self) -> None:
-        assert self.process is not None
-        assert self.task is not None
-        if self.seat is not None:
-            self.seats.append(self.seat)
-        self._former.append((self.process, self.task, self.seat))
-        self.process = None
-
-    def set_trap(self, step: Step) -> None:
-        """Kill or pause the process in the middle of an I/O."""
-        if self.process is None or step.io is None:
-            return
-        kind, nth = step.io
-        process = self.process
-
-        def snap() -> None:
-            if process is self.process and not self.world.calm:
-                self.world.tell(self, f"at its I/O {kind!r}:")
-                if step.what == "kill":
-                    self.kill()
-                else:
-                    self.pause(step.seconds)
-
-        process.trap(kind, nth, snap)
-
-    def kill(self) -> None:
-        """Kill the process; another one starts after `RESTART` seconds."""
-        process, world = self.process, self.world
-        if process is None:
-            return
-        world.tell(self, "is killed")
-        process.kill()
-        if self.seat is not None:
-            self.seat.die()
-        self._left()
-        # Usually the broker notices at once that the connection is gone, sometimes only after a missed heartbeat.
-        late = HEARTBEAT if world.dice.chance(f"death of {self.name}/{self.starts}") < 0.3 else 0.0
-        world.later(late, world.broker.cut, process)
-        world.later(RESTART, self.start)
-
-    def pause(self, seconds: float) -> None:
-        """Pause the process for some seconds."""
-        process, world = self.process, self.world
-        if process is None or process.paused:
-            return
-        world.tell(self, f"is paused for {seconds:.1f} s")
-        process.pause()
-        if seconds > HEARTBEAT:
-            world.later(HEARTBEAT, self._silent, process)
-        world.later(seconds, self._resume, process)
-
-    def _silent(self, process: Process) -> None:
-        if process.paused and not process.dead:
-            self.world.tell("broker", f"gives up the silent connections of {process}")
-            self.world.broker.cut(process)
-
-    def _resume(self, process: Process) -> None:
-        if process.paused and not process.dead:
-            self.world.tell(self, "goes on")
-            process.resume()
-
-    def stop(self) -> None:
-        """Ask the process to stop; kill it if it is not ready for that."""
-        if self.process is None or self.process.paused:
-            return
-        if self.stopping is None:
-            self.kill()
-        else:
-            self.world.tell(self, "is asked to stop")
-            self.stopping.set()
-
-    def hide_store(self) -> None:
-        """Cut the process off from the store."""
-        self._hidden = True
-        if self.store is not None:
-            self.store.away = True
-            self.world.log.wake()
-
-    def show_store(self) -> None:
-        """Undo `hide_store`."""
-        self._hidden = False
-        if self.store is not None:
-            self.store.away = False
-
-    def freeze(self, position: int | None) -> None:
-        """Let its reads see nothing after a position; None undoes that."""
-        self._frozen = position
-        if self.store is not None:
-            self.store.frozen = position
-
-    def thaw(self) -> None:
-        """Undo `freeze`."""
-        self.freeze(None)
-        self.world.log.wake()
-
-    def recover(self) -> None:
-        """Undo every fault of this slot."""
-        self.show_store()
-        self.thaw()
-        if self.process is None:
-            self.start()
-        else:
-            self._resume(self.process)
-
-    def bury(self) -> list[asyncio.Task[None]]:
-        """End everything that still runs here. Return the tasks to wait for."""
-        if self.process is not None:
-            self._left()
-        tasks = []
-        for process, task, seat in self._former:
-            if seat is not None:
-                seat.die()
-            process.bury()
-            task.cancel()
-            tasks += [task, *process.tasks]
-        return tasks
 
 
 @contextmanager
