@@ -9,10 +9,13 @@ import typer
 
 from tidings import __version__
 from tidings.cli import (
+    add,
     backup,
+    capture,
     dead,
     held,
     log,
+    new,
     partitions,
     replay,
     run,
@@ -68,6 +71,7 @@ def tidings(
         os.environ[DEBUG] = "1"
 
 
+app.command("new", short_help="Write a project: a service and its tests.")(new.new)
 app.command("run", short_help="Run a service, or a web application.")(run.run)
 app.command("relay", short_help="Carry events from the log to the bus.")(run.relay)
 app.command("dev", short_help="Run everything embedded, restarting on change.")(run.dev)
@@ -77,10 +81,12 @@ app.command("replay", short_help="Run a service's handlers again from there on."
 app.command("status", short_help="How far are log, relay and services?")(status.status)
 app.command("partitions", short_help="Into how many a service is divided; resize it.")(partitions.partitions)
 app.command("why", short_help="What became of one event, and what it caused.")(why.why)
+app.command("capture", short_help="Write a test from an event of production.")(capture.capture)
 app.command("skip", short_help="Have a service never run one event.")(skip.skip)
 app.command("backup", short_help="Copy log and databases while they are in use.")(backup.backup)
 app.command("restore", short_help="Put back what 'tidings backup' kept.")(backup.restore)
 app.command("simulate", short_help="Prove the promises in random worlds.")(simulate.simulate)
+app.add_typer(add.app, name="add", short_help="Add a service to a project.")
 app.add_typer(streams.app, name="streams", short_help="Look into the log, append to it.")
 app.add_typer(dead.app, name="dead", short_help="What services gave up: look, retry, drop.")
 app.add_typer(held.app, name="held", short_help="What failed for now: look, retry, skip, drop.")

@@ -87,6 +87,11 @@ class Repository(Generic[A]):
         for event in declared(aggregate).evolutions:
             self._types.add(event)
 
+    @property
+    def aggregate(self) -> type[A]:
+        """The class of the aggregates."""
+        return self._aggregate
+
     def stream_of(self, id: str) -> str:
         """Return the name of the aggregate's stream."""
         return stream_of(self._aggregate, id)
