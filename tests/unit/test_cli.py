@@ -55,7 +55,7 @@ def test_help_has_the_table_of_exit_codes_and_no_boxes() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["run"], ["relay"], ["dev"], ["verify"], ["status"]]
+    [["new"], ["add", "service"], ["capture"], ["run"], ["relay"], ["dev"], ["verify"], ["status"]]
     + [["streams", name] for name in ("list", "show", "tail", "append")]
     + [["dead", name] for name in ("list", "show", "retry", "drop")]
     + [["topology", name] for name in ("plan", "apply", "diff")],

@@ -206,6 +206,13 @@ def test_an_event_is_by_default_in_the_stream_of_the_aggregate_that_evolves_it()
     given(CUP, WANTED).handling(note, TAKEN).emits(Noted(order="7"), Unread(text="None"))
 
 
+async def test_a_given_event_is_handled_before_the_next_one_is_in_the_log() -> None:
+    noted = ("goods_order-7", Noted(order="7"))
+    async with given(CUP, WANTED, noted).handling(receive, CUP).nothing():
+        writers = [entry.metadata.get("tidingsHandler") async for entry in orders.history("7")]
+    assert writers == [None, "goods.note", None]
+
+
 def test_given_events_are_handled_and_so_is_what_comes_of_them() -> None:
     rows = [{"sku": "a" + "+" * n, "pieces": 3 - n} for n in range(3)]
     given(Received(sku="a", pieces=3)).handling(quiet, Unread()).nothing().leaves(Shelf, *rows)

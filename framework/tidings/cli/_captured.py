@@ -120,7 +120,7 @@ class _File:
         for event in self._before:
             stated = self._stated(event)
             if stated is None:
-                lines.append(f"            # left out, for want of a class: {plain(self._named(event))}")
+                lines.append(f"            # not stated, for want of a class: {plain(self._named(event))}")
             else:
                 lines.append(f"            {laid_out(stated, 12)},")
         yield "\n".join(["given(", *lines, "        )"]) if lines else "given()"
@@ -187,6 +187,12 @@ class _File:
         if kind is None:
             return None
         text = self._by_class(shown, kind)
+        if text is None and shown != event and self._by_class(event, kind) is not None:
+            raise Refused(
+                USAGE,
+                f"--redact: with other values, {self._named(event)} does not fit {kind.__name__} any more, so no test "
+                "could state it; nothing was written. Leave out the field whose values the class checks",
+            )
         return f"({literal(shown.stream, self._imports)}, {text or self._by_bytes(shown)})"
 
     def _by_class(self, event: RecordedEvent, kind: type[Event]) -> str | None:
@@ -230,7 +236,8 @@ def _document(content: bytes) -> Any:
 def _makes(text: str, imports: Imports, value: Event) -> bool:
     """Return whether an expression makes an equal event: a validator may have other ideas."""
     try:
-        made = eval(text, imports.namespace())  # nosec B307 - text of `literal`, which is a call of classes with values
+        # The text is `literal`'s: calls of classes, with values that are written as Python's own repr writes them.
+        made = eval(text, imports.namespace())  # nosec B307
     except Exception:
         return False
     return type(made) is type(value) and made == value

@@ -76,9 +76,9 @@ class Redaction:
     def stream(self, stream: str) -> str:
         """Return a stream's name with its id replaced, if that is a personal value."""
         category, dash, name = stream.partition("-")
-        if name in self._texts or (name.isdecimal() and int(name) in self._numbers):
-            return f"{category}{dash}{self._texts.get(name) or self._numbers[int(name)]}"
-        return self.text(stream)
+        if name.isdecimal() and name not in self._texts and int(name) in self._numbers:
+            return f"{category}{dash}{self._numbers[int(name)]}"
+        return f"{category}{dash}{self.text(name)}"
 
     def _take(self, value: Any) -> None:
         if isinstance(value, dict | list):

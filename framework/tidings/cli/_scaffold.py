@@ -79,7 +79,7 @@ def place(folder: Path, files: Files) -> None:
         raise Refused(NO, f"{folder} is no folder, so nothing was written. Choose another name, or move it away")
     if folder.exists() and any(folder.iterdir()):
         raise Refused(
-            NO, f"folder {folder} is not empty; nothing was written. Choose another name, or go to another folder"
+            NO, f"folder {folder} is not empty, so nothing was written. Choose another name, or go to another folder"
         )
     try:
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

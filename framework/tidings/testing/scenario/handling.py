@@ -198,11 +198,12 @@ class Handling:
         try:
             self._stage = stage = await self._stack.enter_async_context(stage_of(task.service, task.resources))
             for one in task.before:
+                if not isinstance(one, tuple):
+                    await stage.execute(one)
+            for one in task.before:
                 if isinstance(one, tuple):
                     await stage.append(*one)
-                else:
-                    await stage.execute(one)
-            await stage.catch_up()
+                    await stage.catch_up()  # before the next one is there: a handler must not read what came later
             event = await stage.append(task.stream, task.event, task.metadata)
             self._context, error = await stage.attempt(task.handler, event, task.attempt, task.replayed)
             self._error = error and error.with_traceback(_of_handler(error.__traceback__))

@@ -1,0 +1,324 @@
+"""`tidings new` and `tidings add`: what they write is right as it is, and what exists is never touched."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.unit.command_line import Ended, invoke
+from tidings.cli._scaffold import LONGEST
+from tidings.cli.new import EXTRAS, TRY, project
+
+LONG = "n" * LONGEST
+SECONDS = 280
+"""Seconds that a tool may take. mypy has to read all of SQLAlchemy on a machine that is busy with other tests."""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, without settings."""
+    for name in [name for name in os.environ if name.startswith("TIDINGS_") and not name.startswith("TIDINGS_TEST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> Mapping[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(folder: Path, *command: str) -> str:
+    """Run a tool in a project and return what it prints. Fails unless it ends with 0."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def new(*arguments: str) -> Ended:
+    ended = invoke("new", *arguments)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+# ---- new -----------------------------------------------------------------------------
+
+
+def test_it_says_the_three_commands_that_come_next() -> None:
+    ended = new("shop")
+    assert [line.strip() for line in ended.out.splitlines()[1:]] == ["cd shop", "make install", "make test", "make run"]
+    readme = Path("shop/README.md").read_text()
+    makefile = Path("shop/Makefile").read_text()
+    for target in ("install", "test", "run"):
+        assert f"\nmake {target} " in readme
+        assert f"\n{target}: " in makefile
+
+
+def test_without_an_extra_nothing_of_it_is_there() -> None:
+    plain = "".join(project("shop", ()).values()).lower()
+    assert "fastapi" not in plain
+    assert "httpx" not in plain
+    assert "postgresql" not in plain
+    both = project("shop", EXTRAS)
+    assert {"shop/api.py", "tests/test_shop_api.py", "tests/test_shop_postgresql.py"} <= both.keys()
+    assert "fastapi,postgresql" in both["pyproject.toml"]
+    assert "postgresql+asyncpg://" in both["settings/rabbitmq.env"]
+
+
+def test_extras_are_named_together_or_one_by_one() -> None:
+    new("one", "--with", "api,postgresql")
+    new("two", "--with", "postgresql", "--with", "api")
+    assert {name.replace("one", "two") for name in files(Path("one"))} == set(files(Path("two")))
+    ended = invoke("new", "three", "--with", "api,mysql")
+    assert (ended.code, ended.out) == (2, "")
+    assert "'mysql': there are api and postgresql" in ended.err
+    assert not Path("three").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Shop", "such as shop"),
+        ("order-desk", "such as order_desk"),
+        ("../shop", "such as shop"),
+        ("2shop", "such as shop"),
+        ("sh\x1bop", "such as sh_op"),
+        ("", "cannot name a Python package"),
+        ("n" * (LONGEST + 1), f"use 1 to {LONGEST}"),
+        ("class", "a word of Python's own"),
+        ("json", "that Python has already"),
+        ("pydantic", "that Python has already"),
+        ("tidings", "that Python has already"),
+        ("tests", "a folder of every project"),
+        ("events", "cannot name a service"),
+    ],
+)
+def test_a_name_that_cannot_be_a_package_is_refused(folder: Path, name: str, said: str) -> None:
+    ended = invoke("new", "--", name)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+    assert "\x1b" not in ended.err
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_with_something_in_it_is_left_as_it_is(folder: Path) -> None:
+    Path("shop").mkdir()
+    Path("shop/precious").write_text("mine")
+    ended = invoke("new", "shop")
+    assert (ended.code, ended.out) == (1, "")
+    assert "is not empty, so nothing was written" in ended.err
+    assert files(folder) == {"shop/precious": b"mine"}
+
+
+def test_a_file_or_a_link_in_the_way_is_left_as_it_is(folder: Path) -> None:
+    Path("shop").write_text("mine")
+    Path("elsewhere").mkdir()
+    Path("desk").symlink_to("elsewhere")
+    for name in ("shop", "desk"):
+        ended = invoke("new", name)
+        assert (ended.code, ended.out) == (1, "")
+        assert "is no folder, so nothing was written" in ended.err
+    assert files(folder) == {"shop": b"mine"}
+
+
+def test_an_empty_folder_is_filled() -> None:
+    Path("shop").mkdir()
+    new("shop")
+    assert Path("shop/Makefile").exists()
+
+
+def test_a_disk_that_fails_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    ended = invoke("new", "shop")
+    assert (ended.code, ended.out) == (1, "")
+    assert "cannot be written: No space left on device" in ended.err
+    assert not list(folder.iterdir())
+
+
+# ---- add -----------------------------------------------------------------------------
+
+
+def test_a_second_service_is_added_beside_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    new("shop")
+    before = files(Path("shop"))
+    monkeypatch.chdir("shop")
+    ended = invoke("add", "service", "billing")
+    assert ended.code == 0
+    assert "billing/ follows OrderConfirmed of shop; its tests are in tests/test_billing.py" in ended.out
+    after = files(Path.cwd())
+    assert after.keys() - before.keys() == {
+        "billing/__init__.py",
+        "billing/events.py",
+        "billing/service.py",
+        "tests/test_billing.py",
+    }
+    assert {name for name in before if after[name] != before[name]} == {
+        "settings/embedded.env",
+        "settings/rabbitmq.env",
+    }
+    for name in ("embedded", "rabbitmq"):
+        (line,) = [line for line in after[f"settings/{name}.env"].decode().splitlines() if "SERVICES=" in line]
+        assert line == "TIDINGS_SERVICES=shop.service:service,billing.service:service"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("billing", 1, "exists already; nothing was written"),
+        ("shop", 1, "exists already; nothing was written"),
+        ("Billing", 2, "such as billing"),
+        ("tests", 2, "a folder of every project"),
+    ],
+)
+def test_what_cannot_be_added_changes_nothing(monkeypatch: pytest.MonkeyPatch, name: str, code: int, said: str) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    assert invoke("add", "service", "billing").code == 0
+    before = files(Path.cwd())
+    ended = invoke("add", "service", name)
+    assert (ended.code, ended.out) == (code, "")
+    assert said in ended.err
+    assert files(Path.cwd()) == before
+
+
+def test_outside_a_project_nothing_is_added(folder: Path) -> None:
+    ended = invoke("add", "service", "billing")
+    assert (ended.code, ended.out) == (2, "")
+    assert "go to the folder of a project that 'tidings new' made" in ended.err
+    assert not list(folder.iterdir())
+
+
+EVENTS = """
+from tidings import Event
+
+class Paid(Event, key="invoice", name="InvoicePaid"):
+    invoice: str
+
+class Counted(Event, key="number"):
+    number: int
+
+class Nobody(Event):
+    invoice: str
+"""
+
+
+def test_a_service_follows_the_event_that_is_named_by_its_key_and_wire_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    Path("shop/events.py").write_text(EVENTS)
+    assert "follows Paid of shop" in invoke("add", "service", "mails").out
+    assert 'class Paid(Event, name="InvoicePaid", key="invoice"):\n' in Path("mails/events.py").read_text()
+    assert "follows MailsStarted of mails" in invoke("add", "service", "post", "--follow", "MailsStarted").out
+    before = files(Path.cwd())
+    ended = invoke("add", "service", "more", "--follow", "Counted")
+    assert (ended.code, ended.out) == (1, "")
+    assert "no Counted to follow: looked in events.py of shop, mails, post" in ended.err
+    assert "there are Paid, MailsStarted, Paid, PostStarted, MailsStarted" in ended.err
+    assert files(Path.cwd()) == before
+
+
+def test_a_service_whose_events_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    Path("shop/events.py").write_text("class Broken(")
+    ended = invoke("add", "service", "mails")
+    assert (ended.code, ended.out) == (1, "")
+    assert "no event to follow: looked in events.py of shop" in ended.err
+    assert "there is none" in ended.err
+
+
+# ---- what is written -----------------------------------------------------------------
+
+
+@pytest.fixture
+def projects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A project with everything, and the smallest one, each with a second service; names of any length."""
+    new("order_desk2", "--with", "api,postgresql")
+    new("a")
+    for name, second in (("order_desk2", "billing"), ("a", LONG)):
+        monkeypatch.chdir(folder / name)
+        assert invoke("add", "service", second).code == 0
+    return [folder / "order_desk2", folder / "a"]
+
+
+def test_it_is_formatted_and_without_a_finding(projects: list[Path]) -> None:
+    for place in projects:
+        run(place, "ruff", "format", "--check", "--no-cache")
+        run(place, "ruff", "check", "--no-cache")
+
+
+def test_a_long_name_makes_no_line_too_long(folder: Path) -> None:
+    new(LONG, "--with", "api,postgresql")
+    run(folder / LONG, "ruff", "format", "--check", "--no-cache")
+    run(folder / LONG, "ruff", "check", "--no-cache")
+
+
+@pytest.mark.timeout(300)
+def test_its_types_are_right(projects: list[Path]) -> None:
+    assert "no issues found" in run(projects[0], "mypy")
+
+
+@pytest.mark.timeout(300)
+def test_its_tests_pass(projects: list[Path]) -> None:
+    said = run(projects[0], "pytest", "-q", "-p", "no:cacheprovider")
+    assert " passed" in said
+
+
+@pytest.mark.timeout(300)
+def test_a_broken_handler_fails_its_tests(projects: list[Path]) -> None:
+    service = projects[1] / "a" / "service.py"
+    service.write_text(service.read_text().replace("await context.change", "context.change"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"],
+        cwd=projects[1],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "test_a_placed_order_becomes_confirmed" in done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_it_runs_and_handles_the_event_of_its_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    assert invoke("add", "service", "billing").code == 0
+    settings = dict(
+        line.split("=", 1) for line in Path("settings/embedded.env").read_text().splitlines() if line[0] != "#"
+    )
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST", raising=False)
+    command = [sys.executable, "-m", "tidings", "dev", "--no-reload"]
+    with Path("out").open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as served:
+        try:
+            _until(lambda: Path("out").read_text().count("service.connected") == 2, served)
+            done = subprocess.run(shlex.split(TRY.replace(".venv/bin/tidings", f"{sys.executable} -m tidings")))
+            assert done.returncode == 0
+            _until(lambda: "billing_started-1@0" in invoke("why", "order-1@0").out, served)
+            _until(lambda: invoke("verify").code == 0, served)
+        finally:
+            served.terminate()
+        assert served.wait(60) == 0
+
+
+def _until(holds: Callable[[], bool], served: subprocess.Popen[bytes]) -> None:
+    """Wait until something is so, as long as the process runs."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert served.poll() is None, Path("out").read_text()
+        assert time.monotonic() < end, Path("out").read_text()
+        time.sleep(0.1)
