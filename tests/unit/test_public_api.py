@@ -62,7 +62,9 @@ PUBLIC = {
     "tidings.testing.databases": """
         PostgreSQL PostgreSQLServer create_database drop_databases postgresql_for_tests server_for_tests""",
     "tidings.testing.event_stores": "EventStoreDB eventstoredb_for_tests",
+    "tidings.testing.machines": "AggregateMachine aggregate_machine",
     "tidings.testing.simulation": "Outcome RULES SAVING Simulator simulate soak without",
+    "tidings.testing.strategies": "events",
     "tidings.testing.store_conformance": """
         PATIENCE Reopen StoreConformance event events eventually numbers read take""",
 }

@@ -1,8 +1,8 @@
 """Tools for tests: given/when/then for aggregates and handlers, worlds for services, conformance suites for stores and
 buses (which need pytest), servers to run them on, and the simulation.
 
-Its modules `bus_conformance`, `store_conformance`, `brokers`, `databases`, `event_stores` and `simulation` are public;
-others are internal. Importing it is cheap: each name is imported when it is used.
+Its modules `bus_conformance`, `store_conformance`, `brokers`, `databases`, `event_stores`, `strategies`, `machines` and
+`simulation` are public; others are internal. Importing it is cheap: each name is imported when it is used.
 """
 
 from __future__ import annotations
