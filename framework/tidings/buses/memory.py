@@ -279,6 +279,12 @@ class MemoryBus:
         """Make a queue as somebody else would, which `provision` must refuse."""
         self._broker.queues[name] = _Queue(name, self._limit, foreign=True)
 
+    def repeat(self, message: Message) -> None:
+        """Put a message into the queues of its bucket once more."""
+        for queue in self._broker.queues.values():
+            if message.bucket is None or message.bucket in queue.buckets:
+                queue.push(message)
+
     def tamper(self, with_: Tamper | None) -> None:
         """From now on let `with_(queue, message)` say what a queue gets of each message sent; None ends it."""
         self._broker.tamper = with_

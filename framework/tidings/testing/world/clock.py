@@ -72,7 +72,7 @@ class Clock:
         """Given the moment of the next timer, returns the moment to jump to: the same, or a later one. What was due
         before happens then, in order."""
         self.limit: float | None = None
-        """The moment over which time does not jump by itself."""
+        """The moment over which time does not jump while somebody waits for a step."""
         self.skipped = 0.0
         """Seconds that were jumped over."""
         self._at_work = at_work
@@ -174,7 +174,8 @@ class Clock:
         outside = self._calls > 0 or len(selector.get_map()) > self._files
         if not outside and self._tell():
             return []
-        held_up = timeout is None or (self.limit is not None and self._now >= self.limit)
+        limit = self.limit if self._waiters else None
+        held_up = timeout is None or (limit is not None and self._now >= limit)
         if held_up and not outside:  # nothing happens any more by itself
             self._waiters = [(waiter, False) for waiter, _ in self._waiters]
             if self._tell():
@@ -185,8 +186,8 @@ class Clock:
             self._now += time.monotonic() - before
             return found
         timeout = max(self.horizon(self._now + timeout) - self._now, timeout)
-        if self.limit is not None:
-            timeout = max(min(timeout, self.limit - self._now), 0.0)
+        if limit is not None:
+            timeout = max(min(timeout, limit - self._now), 0.0)
         self._now += timeout
         self.skipped += timeout
         self._waiters = [(waiter, False) for waiter, _ in self._waiters]

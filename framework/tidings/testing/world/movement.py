@@ -35,12 +35,12 @@ class Movement:
 
     def busy(self) -> bool:
         """Whether a service says that something is under way."""
-        return any(part.pipeline is None or part.healing or _holds(part.pipeline) for part in self._parts())
+        return any(part.pipeline is None or part.healing or _holds(part.pipeline) for part in self._parts(frozen=True))
 
     @property
     def working(self) -> bool:
         """A handler is at work."""
-        return any(part.at_work() for part in self._parts())
+        return any(part.at_work() for part in self._parts(frozen=True))
 
     def horizon(self, moment: float) -> float:
         """Return the moment to which time may jump: the first at which something happens, if all that is left is to
@@ -51,9 +51,9 @@ class Movement:
         ends = [work.since + work.handler.timeout for part in self._parts() for work in part.at_work()]
         return max(moment, min([*ends, *([] if found is None else [found])], default=moment))
 
-    def _parts(self) -> Iterator[Partition]:
+    def _parts(self, *, frozen: bool = False) -> Iterator[Partition]:
         for seat in self._seats.values():
-            if seat.running is not None:
+            if seat.running is not None and (frozen or not self._clock.is_frozen(seat)):
                 yield from seat.running.partitions
 
     def _published(self) -> bool:

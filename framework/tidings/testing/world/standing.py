@@ -41,9 +41,11 @@ def faults_of(report: Report, failures: Failures) -> str:
     return f"nothing moves any more, and not all is settled: {', '.join(found)}" if found else ""
 
 
-def told(report: Report, seats: Iterable[Seat], logs: Sequence[Mapping[str, Any]]) -> str:
+def told(report: Report | None, seats: Iterable[Seat], logs: Sequence[Mapping[str, Any]]) -> str:
     """Say who stands where: the report, what was done to services, handlers at work, and the last warnings."""
-    lines = ["Who stands where:", str(report)]
+    lines = ["Who stands where:"]
+    if report is not None:
+        lines.append(str(report))
     for seat in seats:
         if seat.state:
             lines.append(f"{seat} {seat.state}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
 import structlog
 
+from tidings.delivery.due import HELD_SECONDS
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, StreamNotFound
 from tidings.modelling.appending import append
@@ -25,14 +26,18 @@ from tidings.settings import Settings
 from tidings.stores import ANY, Appended, Expected, RecordedEvent
 from tidings.testing.world.clock import OWNER, Clock
 from tidings.testing.world.failures import Failures
+from tidings.testing.world.harm import Harm, Messages
 from tidings.testing.world.lines import Line
 from tidings.testing.world.movement import Movement
 from tidings.testing.world.seat import Seat
 from tidings.testing.world.standing import Unsettled, faults_of, told
+from tidings.testing.world.web import Application, client_of
 
 if TYPE_CHECKING:
+    from httpx import AsyncClient
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from tidings.hosting.running import RunningService
     from tidings.modelling.aggregate import Aggregate
     from tidings.modelling.repository import Changed, Repository
     from tidings.service import Service
@@ -42,6 +47,10 @@ __all__ = ["World"]
 A = TypeVar("A", bound="Aggregate")
 E = TypeVar("E", bound=Event)
 
+GRACE: Final = 0.1
+"""Virtual seconds that what is due at the end of `advance` may take."""
+LATE: Final = 0.001
+"""Virtual seconds after which a held event is surely due, whatever was rounded."""
 PATIENCE: Final = 60.0
 """Virtual seconds without any handler at work, after which what is not settled counts as stuck."""
 
@@ -50,7 +59,7 @@ _RELAY: Final = "relay"
 """The owner of the relay's callbacks."""
 
 
-class World:
+class World(Harm):
     """Services in one test: `async with World(order, inventory) as world`.
 
     They run with the production relay, delivery, inbox and staged appends, and with a log, a bus and databases in
@@ -61,6 +70,7 @@ class World:
     def __init__(self, *services: Service, resources: Mapping[type, Any] | None = None) -> None:
         """`resources` are objects to inject in the place of what lifespans yield, by the type that handlers ask for. A
         lifespan is not entered if everything that its service's handlers ask for is replaced."""
+        super().__init__()
         self._services = services
         self._resources = dict(resources or {})
         self._clock = Clock(_handler_at_work)
@@ -109,12 +119,14 @@ class World:
         stack.push_async_callback(self._bus.close)
         self._movement = Movement(self._seats, self._store, self._clock, lambda: self._relay)
         self._clock.horizon = self._movement.horizon
+        self._messages = Messages(self._bus)
         self._relay_line = Line(self._store, self._bus)
-        self._start_relay()
-        stack.push_async_callback(self._stop_relay)
         stack.push_async_callback(self._stop_services)
         for service in self._services:
             await self._add(service)
+        self._start_relay()
+        stack.push_async_callback(self._stop_relay)
+        await self._clock.quiet()
 
     def _tap(self, stack: AsyncExitStack) -> None:
         """Keep the log lines of this process."""
@@ -165,7 +177,11 @@ class World:
         await asyncio.wait((task,))
 
     async def _stop_services(self) -> None:
+        await self._end_harm()
         seats = list(self._seats.values())
+        for seat in seats:
+            self._clock.thaw(seat)
+            seat.bury()
         ended = await asyncio.gather(*(seat.stop() for seat in seats), return_exceptions=True)
         for seat in seats:
             await seat.close()
@@ -179,8 +195,10 @@ class World:
         self._surface()
         if self._failures.heard:
             return  # it expected an error, and what failed may be under way again
-        report = await self.verify()
-        if any(service.pending_count or service.staged_count for service in report.services if self._is_well(service)):
+        report = None if self._movement.working else await self.verify()  # a handler may hold the database's connection
+        if report is None or any(
+            part.pending_count or part.staged_count for part in report.services if self._is_well(part)
+        ):
             raise Unsettled(
                 "the test ended while events were under way: end it with 'await world.settled()'. "
                 + told(report, self._seats.values(), self._logs)
@@ -188,6 +206,22 @@ class World:
 
     def _is_well(self, report: Any) -> bool:
         return not self._seats[report.service].state
+
+    @asynccontextmanager
+    async def host(self, service: Any) -> AsyncIterator[RunningService]:
+        """See `Host`: what a web application's lifespan asks for."""
+        seat = self._seats.get(service.name) or await self._add(service)
+        if seat.running is None:
+            raise ConfigurationError(f"{seat} is not running: {seat.state}")
+        yield seat.running
+
+    def client(self, api: Application, *, base_url: str = "http://world") -> AbstractAsyncContextManager[AsyncClient]:
+        """Enter an HTTP client (httpx) of an ASGI application: `async with world.client(api) as http`.
+
+        The application's lifespan is entered, too. A service that it runs is the one in this world, and is added if it
+        is not there yet.
+        """
+        return client_of(api, self, base_url)
 
     # ---- what a test does --------------------------------------------------------------------
 
@@ -226,12 +260,13 @@ class World:
         nothing moves any more.
         """
         report = await self._rest(None)
+        assert report is not None
         faults = faults_of(report, self._failures)
         if faults:
             raise Unsettled(f"{faults}. " + told(report, self._seats.values(), self._logs))
         return report
 
-    async def advance(self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0) -> Report:
+    async def advance(self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0) -> None:
         """Let time pass. What is due happens in order: held events, timers and sleeps of handlers, lifespans and the
         test. Raises what handlers raised, unless it is tolerated."""
         target = self._clock.time() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -239,17 +274,24 @@ class World:
         try:
             while True:
                 report = await self._rest(target)
-                now = self._clock.time()
-                if now >= target:
-                    return report
+                if report is None or self._clock.time() >= target:
+                    break
                 await self._pass(report, target)
+            self._clock.limit = target + GRACE
+            await self._rest(target + GRACE)
         finally:
             self._clock.limit = None
 
     async def _pass(self, report: Report, target: float) -> None:
         """Let time pass until something happens, at most up to a moment."""
-        ahead = self._clock.time() - self._clock.wall()
-        due = [service.held_due + ahead for service in report.services if service.held_due is not None]
+        now = self._clock.time()
+        ahead = now - self._clock.wall() + LATE
+        due = [
+            # One that is overdue is found by the next look, unless it waits for a paused handler.
+            part.held_due + ahead if part.held_due + ahead > now else now + HELD_SECONDS + LATE
+            for part in report.services
+            if part.held_due is not None and not self._is_paused(part.service)
+        ]
         stops = [self._clock.at(moment) for moment in [*due, target]]
         try:
             await self._clock.step()
@@ -257,8 +299,12 @@ class World:
             for stop in stops:
                 stop.cancel()
 
-    async def _rest(self, until: float | None) -> Report:
-        """Let everything move that moves by itself, but not beyond a moment."""
+    def _is_paused(self, service: str) -> bool:
+        running = self._seats[service].running
+        return running is not None and running.paused is not None
+
+    async def _rest(self, until: float | None) -> Report | None:
+        """Let everything move that moves by itself, but not beyond a moment; None when that has come first."""
         deadline = self._clock.time() + PATIENCE
         while True:
             await self._clock.quiet()
@@ -269,7 +315,7 @@ class World:
                     return report
             now = self._clock.time()
             if until is not None and now >= until:
-                return await self.verify()
+                return None
             working = self._movement.working
             if not working and until is None and now > deadline:
                 return await self.verify()
@@ -284,8 +330,11 @@ class World:
             if (error := seat.ended) is not None:
                 seat.state = "died"
                 raise error
-        if self._relay_task.done() and not self._relay_task.cancelled():
+        if self._relay_task is not None and self._relay_task.done() and not self._relay_task.cancelled():
             self._relay_task.result()
+        for task in [task for task in self._under_way if task.done()]:
+            self._under_way.discard(task)
+            task.result()
 
     def tolerate(self, *what: type[BaseException] | Callable[..., Any] | str) -> None:
         """From now on, do not fail the test for these errors, or for any error of these handlers (functions or names).
