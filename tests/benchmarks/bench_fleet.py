@@ -1,12 +1,16 @@
 """Four services at once on one broker, relay and services as processes of their own: what goes in, what comes out.
 
     python -m tests.benchmarks.bench_fleet
+    python -m tests.benchmarks.bench_fleet --against CHECKOUT [--rounds 3]
 
 It has no floor: it prints events a second into the exchange and effects a second out of it, and each process's CPU.
+With `--against`, this checkout and another one (an older commit, whose environment is in its `.venv`) run their own
+`bench_fleet` in turns, and the medians over the rounds of events a second, and of the services' CPU, are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import re
@@ -17,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from statistics import median
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -128,13 +133,46 @@ async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
     return 0
 
 
+def run_of(checkout: Path, python: str) -> tuple[float, float]:
+    """Run the benchmark of a checkout. Return events a second in, and CPU seconds of its services together."""
+    command = [python, "-m", "tests.benchmarks.bench_fleet"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    speed = re.search(r"([\d,]+) events/s in", done.stdout)
+    used = [re.search(rf"\b{name} ([\d.]+)", done.stdout) for name in SERVICES]
+    if done.returncode or speed is None:
+        raise RuntimeError(f"the benchmark of {checkout} failed:\n{done.stdout}{done.stderr}")
+    return float(speed[1].replace(",", "")), sum(float(found[1]) for found in used if found is not None)
+
+
+def compare(other: Path, rounds: int) -> int:
+    """Print how much faster this checkout is than another. Return exit status 0."""
+    here = Path(__file__).parents[2]
+    ratios: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        ours, theirs = run_of(here, sys.executable), run_of(other, str(other / ".venv" / "bin" / "python"))
+        ratios.append((ours[0] / theirs[0], theirs[1] / ours[1]))
+        print(
+            f"events/s in: {ours[0]:,.0f} here, {theirs[0]:,.0f} there; "
+            f"CPU seconds of the services: {ours[1]:.1f} here, {theirs[1]:.1f} there",
+            flush=True,
+        )
+    speed, cpu = (median(pair[place] for pair in ratios) for place in (0, 1))
+    print(f"four services / {other}: {speed:.2f} x events a second, {cpu:.2f} x by CPU; {rounds} rounds")
+    return 0
+
+
 def main() -> int:
     """Run the benchmark. Return exit status 0: it has no floor."""
     return with_broker(measure)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        play(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("role", nargs="?", help="what this process is, started by the benchmark itself")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    if given.role:
+        play(given.role)
     else:
-        sys.exit(main())
+        sys.exit(compare(given.against.resolve(), given.rounds) if given.against else main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,31 @@ async def test_a_health_port_in_use_is_refused_before_anything_is_handled() -> N
         port = taken.getsockname()[1]
         with pytest.raises(ConfigurationError, match=rf"127.0.0.1:{port}.*another port"):
             await serve(Service("never"), health=port)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["by serve", "by the application"])
+async def test_the_collector_spares_what_a_process_begins_with_until_it_ends(
+    frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[bool] = []
+
+    @asynccontextmanager
+    async def stopping() -> AsyncIterator[None]:
+        async def stop() -> None:
+            await until(lambda: gc.get_freeze_count() > 0, "the collector spares nothing", 30)
+            seen.append(True)
+            signal.raise_signal(signal.SIGTERM)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(stop())
+            yield
+
+    if frozen:
+        gc.freeze()
+    try:
+        await serve(Service("idle"), beside=[stopping()])
+        assert seen == [True]
+        assert (gc.get_freeze_count() > 0) is frozen
+    finally:
+        gc.unfreeze()

@@ -134,6 +134,25 @@ class TestMessages:
             peer.flush()
             assert await everything(call) == [b"one", b"", b"three"]
 
+    async def test_data_is_never_made_into_text_for_a_log_that_is_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async with met() as (connection, peer):
+            call = await connection.call("/s/m")
+            call.send(b"", end=True)
+            number = await peer.request()
+            printed: list[int] = []
+
+            def printing(data: bytes | None) -> str:
+                printed.append(len(data or b""))
+                return ""
+
+            monkeypatch.setattr("hyperframe.frame._raw_data_repr", printing)
+            peer.h2.send_headers(number, HEADERS)
+            peer.h2.send_data(number, framed(b"a" * 5_000))
+            peer.h2.send_headers(number, OK, end_stream=True)
+            peer.flush()
+            assert await everything(call) == [b"a" * 5_000]
+            assert 5_005 not in printed
+
     async def test_frames_cut_anywhere_come_whole(self) -> None:
         async with met() as (connection, peer):
             call = await connection.call("/s/m")

@@ -43,7 +43,10 @@ class Runner:
         """Return what the next attempt is told of its event."""
         event, held = item.event, item.held
         metadata, item.metadata = item.metadata, None  # the next attempt must not see what this one makes of it
-        tried = self._memory.attempts.get(item.turn, 0) + (held.attempts if held else 0)
+        attempts = self._memory.attempts
+        tried = attempts.get(item.turn, 0) if attempts else 0
+        if held is not None:
+            tried += held.attempts
         if metadata is None:
             metadata = read_metadata(event)
         handler = item.handler

@@ -54,7 +54,8 @@ class Verdicts:
                 self._tell_breaker(item, failure)
             self.failed(item, failure)
             return
-        self._memory.attempts.pop(item.turn, None)
+        if self._memory.attempts:
+            self._memory.attempts.pop(item.turn, None)
         self._succeed(item, context)
         self._finish(item, State.DONE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
@@ -95,7 +94,7 @@ class Context:
         """Id of an emitted event to the ids that it would have under the handler's other names, if there are any."""
         self._names = (*was, handler)
         """The handler's names. The first one makes new ids; events emitted under any of them are not emitted again."""
-        self._counts: Counter[tuple[str, ...]] = Counter()
+        self._counts: dict[tuple[str, ...], int] = {}  # a Counter takes longer to make than all the rest here
         self._ended = ""
         """How the attempt ended; empty while it is under way."""
         self._mortal: tuple[Callable[[], object], ...] = ()
@@ -217,8 +216,8 @@ class Context:
 
     def _next(self, *what: str) -> tuple[UUID, ...]:
         """Return the ids of the next event or change of a kind, one for each of the handler's names."""
-        nth = self._counts[what]
-        self._counts[what] += 1
+        nth = self._counts.get(what, 0)
+        self._counts[what] = nth + 1
         cause = (str(self.log), str(self.event.position), *what, str(nth))
         return tuple(digest(self.service, name, *cause) for name in self._names)
 

@@ -30,7 +30,7 @@ from h2.events import (
 )
 from h2.exceptions import H2Error, NoAvailableStreamIDError
 from h2.settings import SettingCodes, Settings
-from hyperframe.frame import Frame, GoAwayFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame
 
 from tidings.stores.eventstoredb.grpc_call import (
     WINDOW,
@@ -82,8 +82,24 @@ async def speaks_tls(address: Address) -> bool:
     return True
 
 
+class _UnprintedData(DataFrame):
+    """A DATA frame whose text is cheap. h2 makes the text of each frame for a log that is off, with all data in hex."""
+
+    __repr__ = object.__repr__
+
+
 class _Http2(H2Connection):
-    """h2 gives the whole connection up at a GOAWAY; RFC 9113, section 6.8, lets the calls below its number go on."""
+    """h2 with two things changed: the calls below a GOAWAY's number go on, which RFC 9113, section 6.8, allows, and h2
+    does not; and DATA frames are not printed."""
+
+    def __init__(self, config: H2Configuration) -> None:
+        super().__init__(config)
+        self._frame_dispatch_table[_UnprintedData] = self._frame_dispatch_table[DataFrame]
+
+    def _receive_frame(self, frame: Frame) -> list[Event]:
+        if type(frame) is DataFrame:
+            frame.__class__ = _UnprintedData
+        return super()._receive_frame(frame)
 
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         held = self._data_to_send
