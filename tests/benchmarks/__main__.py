@@ -19,6 +19,7 @@ from tests.benchmarks import (
     bench_server,
     bench_service,
     bench_store,
+    bench_world,
 )
 
 BENCHES = (
@@ -36,6 +37,7 @@ BENCHES = (
     bench_recovery,
     bench_newcomer,
     bench_fleet,
+    bench_world,
 )
 
 sys.exit(max([bench.main() for bench in BENCHES]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -26,17 +27,41 @@ Lines = sa.Select[tuple[str, str]]
 
 
 class DueEvents:
-    """The held events of one bucket range that may run."""
+    """The held events of one bucket range that may run.
+
+    Most services hold nothing, so a statement is made when it is first needed: that takes milliseconds.
+    """
 
     def __init__(self, scope: Scope) -> None:
-        self._failed = _failed(scope)
-        self._turn = _turn(scope)
-        self._turn_after = _turn(scope, _LINE.in_(sa.bindparam("after", expanding=True)))
-        self._events = _events(scope)
-        never_tried, failed = held.c.attempts == NEVER_TRIED, held.c.attempts > NEVER_TRIED
-        self._newest = _candidate(scope, never_tried, held.c.position.desc())
-        self._longest_due = _candidate(scope, failed, held.c.due)
-        self._oldest = _candidate(scope, never_tried, held.c.position)
+        self._scope = scope
+
+    @cached_property
+    def _failed(self) -> dict[bool, Lines]:
+        return _failed(self._scope)
+
+    @cached_property
+    def _turn(self) -> dict[bool, Lines]:
+        return _turn(self._scope)
+
+    @cached_property
+    def _turn_after(self) -> dict[bool, Lines]:
+        return _turn(self._scope, _LINE.in_(sa.bindparam("after", expanding=True)))
+
+    @cached_property
+    def _events(self) -> Any:
+        return _events(self._scope)
+
+    @cached_property
+    def _newest(self) -> Any:
+        return _candidate(self._scope, held.c.attempts == NEVER_TRIED, held.c.position.desc())
+
+    @cached_property
+    def _longest_due(self) -> Any:
+        return _candidate(self._scope, held.c.attempts > NEVER_TRIED, held.c.due)
+
+    @cached_property
+    def _oldest(self) -> Any:
+        return _candidate(self._scope, held.c.attempts == NEVER_TRIED, held.c.position)
 
     async def find(
         self,

@@ -9,13 +9,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from tidings.database.engine import Database, open_database
+from tidings.database.engine import Database
 from tidings.delivery.site import Witness
 from tidings.hosting.hosted import HOST
 from tidings.hosting.running import RunningService
 from tidings.hosting.surroundings import SURROUNDINGS, Surroundings
 from tidings.settings import Settings
 from tidings.testing.world.clock import OWNER
+from tidings.testing.world.databases import in_memory
 from tidings.testing.world.lines import Line
 
 if TYPE_CHECKING:
@@ -56,14 +57,8 @@ class Seat:
 
     async def open(self) -> None:
         """Open its database."""
-        url = self.settings.database_of(self.service.name)
-        self._database = database = await self._stack.enter_async_context(open_database(url, self.service.tables))
-        if database.file is None and database.one_writer:
-            pooled = await database.engine.raw_connection()
-            try:
-                self._connections.append(pooled.driver_connection)  # type: ignore[arg-type]
-            finally:
-                pooled.close()
+        self._database = database = await self._stack.enter_async_context(in_memory(self.service.tables))
+        self._connections = database.connections
 
     async def start(self, clock: Callable[[], float], resources: Mapping[type, Any], witness: Witness) -> None:
         """Start its process. Raises what keeps it from starting."""
