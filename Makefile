@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYRIGHT := .venv-pyright
 KURRENT := .venv-kurrentdb
 KURRENT_INSTALLED := $(KURRENT)/.installed
 AUDIT := .venv-audit
@@ -15,7 +16,7 @@ SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numproces
 # Which tests run where: the markers in pyproject.toml say what each is for.
 TESTS := not faults and not slow
 
-.PHONY: help demo demo-rabbitmq test test-all lint types wheel pytest faults served postgresql kurrentdb lower-bounds soak audit bench format broker database clean
+.PHONY: help demo demo-rabbitmq test test-all lint types wheel pytest faults served postgresql kurrentdb pyright lower-bounds soak audit bench format broker database clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -24,7 +25,7 @@ help:
 	@echo "make test    lint, types, the wheel and tests, against a real RabbitMQ and PostgreSQL"
 	@echo "make test-all"
 	@echo "             the same, what is slow, all faults, the log behind tidings server, services on PostgreSQL,"
-	@echo "             kurrentdbclient, and the lowest versions of what Tidings needs"
+	@echo "             kurrentdbclient, pyright, and the lowest versions of what Tidings needs"
 	@echo "make audit   known vulnerabilities of what is installed; needs the network, so no test runs it"
 	@echo "make soak MINUTES=30"
 	@echo "             random faults under order traffic, then everything is counted; SEED=N chooses the same again"
@@ -45,7 +46,7 @@ demo-rabbitmq: $(INSTALLED)
 test: lint types wheel pytest
 
 test-all: TESTS := not faults
-test-all: test lower-bounds faults served postgresql kurrentdb
+test-all: test lower-bounds faults served postgresql kurrentdb pyright
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -84,6 +85,15 @@ $(KURRENT_INSTALLED): pyproject.toml deploy/local/venv
 	@echo "installing into $(KURRENT) (once) ..."
 	@deploy/local/venv $(KURRENT) kurrentdb,tests
 	@touch $@
+
+# pyright runs on Node, of which its wheel brings 200 MB, so it has an environment of its own.
+pyright: $(INSTALLED) $(PYRIGHT)/bin/pyright
+	TIDINGS_TEST_PYRIGHT=$(PYRIGHT)/bin/pyright $(BIN)/pytest -p no:cacheprovider tests/typing
+
+$(PYRIGHT)/bin/pyright: | $(INSTALLED)
+	@echo "installing into $(PYRIGHT) (once) ..."
+	@$(BIN)/python -m venv $(PYRIGHT)
+	@$(PYRIGHT)/bin/python -m pip install --quiet --disable-pip-version-check "pyright[nodejs]>=1.1.390"
 
 # What pyproject.toml allows at the least: what users declare, the command line, settings, logs and pages.
 lower-bounds: $(LOWEST_INSTALLED)
@@ -126,4 +136,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) $(KURRENT) $(AUDIT) $(LOWEST) var .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(KURRENT) $(PYRIGHT) $(AUDIT) $(LOWEST) var .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 from weakref import ref
 
@@ -196,7 +196,7 @@ class Context:
         self,
         repository: Repository[A],
         id: str,
-        decide: Callable[..., Any],
+        decide: Callable[[A], Any] | Callable[Concatenate[A, ...], Any],
         *args: Any,
         metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Declaration", "Lifespan"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Awaitable[None] | None])
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 """A function that takes the service and returns a context manager around its run, which yields handlers' resources."""

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Concatenate, Final, Generic, TypeVar
 from uuid import UUID, uuid4, uuid5
 
 from tidings.errors import (
@@ -99,7 +99,7 @@ class Repository(Generic[A]):
     async def create(
         self,
         id: str,
-        decide: Callable[..., Any],
+        decide: Callable[[A], Any] | Callable[Concatenate[A, ...], Any],
         *args: Any,
         metadata: Mapping[str, Any] | None = None,
         correlation_id: str | None = None,
@@ -118,7 +118,7 @@ class Repository(Generic[A]):
     async def change(
         self,
         id: str,
-        decide: Callable[..., Any],
+        decide: Callable[[A], Any] | Callable[Concatenate[A, ...], Any],
         *args: Any,
         expected: int | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -150,7 +150,7 @@ class Repository(Generic[A]):
         since: int,
         base: UUID | tuple[UUID, ...],
         id: str,
-        decide: Callable[..., Any],
+        decide: Callable[[A], Any] | Callable[Concatenate[A, ...], Any],
         *args: Any,
         metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,
