@@ -57,6 +57,8 @@ class _File:
         self._imports.reserve("RESOURCES")
         self._classes = _classes(captured)
         self._before = list(_before(captured))
+        self._as_bytes: set[int] = set()
+        """Positions of events that no class states. Their metadata is stated with them."""
         self._learn()
 
     def text(self) -> str:
@@ -76,7 +78,8 @@ class _File:
         lines.append(f"Position {event.position}, id {event.id}, recorded {moment(event.recorded_at)}.")
         for run in captured.runs:
             lines.append(f"Handler {run.handler.name}: {run.state}{':' if run.reason else '.'}")
-            lines += [f"    {line}" for line in self._redaction.text(run.reason).splitlines()[:REASON_LINES]]
+            for line in self._redaction.text(run.reason).splitlines()[:REASON_LINES]:
+                lines += textwrap.wrap(plain(line), WIDTH, initial_indent="    ", subsequent_indent="    ")
         if captured.causes or captured.unknown_cause:
             lines.append("Caused by, the first cause first:")
             lines += [f"    {self._named(cause)}" for cause in captured.causes]
@@ -135,7 +138,7 @@ class _File:
             for name, value in read_metadata(event).items()
             if not name.startswith(("$", "tidings_")) and name not in _OWN
         }
-        if own and not stated.startswith("EventData"):
+        if own and event.position not in self._as_bytes:
             arguments.append(f"metadata={literal(own, self._imports)}")
         if _resources_of(self._captured):
             arguments.append("resources=RESOURCES")
@@ -213,6 +216,7 @@ class _File:
         metadata = {name: value for name, value in read_metadata(event).items() if name != CAUSATION}
         metadata.pop("tidingsHandler", None)
         packed = json.dumps(metadata).encode() if metadata else event.metadata
+        self._as_bytes.add(event.position)
         name = self._imports.of("tidings", "EventData")
         return f"{name}({literal(event.type, self._imports)}, {event.data!r}, {packed!r})"
 

@@ -156,6 +156,6 @@ def _moment(value: date | time | timedelta, imports: Imports) -> str:
 def _double_quoted(text: str) -> str:
     """Return a literal as formatters write it. Characters that cannot be seen are escaped."""
     shown = repr(text)
-    if shown[0] == "'" and '"' not in text:
-        shown = '"' + shown[1:-1].replace("\\'", "'") + '"'
+    if shown[0] == "'" and text.count('"') <= text.count("'"):
+        shown = '"' + shown[1:-1].replace("\\'", "'").replace('"', '\\"') + '"'
     return shown

@@ -1,0 +1,67 @@
+"""A dead letter of the shop becomes a test with `tidings capture`, which fails as the event failed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.inventory import inventory
+from services.order import orders
+from services.order.events import ShipmentDispatched
+from tests.services.shop import OpenShop
+from tests.unit.command_line import invoke
+
+ROOT = Path(__file__).parents[2]
+CUSTOMER = "Iceland"
+
+
+@pytest.fixture
+def reasons(open_shop: OpenShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A parcel is dispatched of an order that is cancelled, because nothing is in stock. Return why two services gave
+    the event up."""
+
+    async def happen() -> list[str]:
+        async with open_shop(orders, inventory) as shop:
+            shop.expects_dead = True
+            await shop.place("1001", country=CUSTOMER)
+            await shop.runtime.settled()
+            await shop.tell(orders, ShipmentDispatched(order_id="1001"))
+            return await shop.reasons()
+
+    found = asyncio.run(happen())
+    monkeypatch.setenv("TIDINGS_STORE", f"sqlite:///{tmp_path}/events.db")
+    monkeypatch.setenv("TIDINGS_DATABASE", f"sqlite:///{tmp_path}/{{service}}.db")
+    monkeypatch.setenv("TIDINGS_SERVICES", "services.order.service:orders,services.inventory:inventory")
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_a_dead_letter_of_the_shop_fails_again_in_a_test(reasons: list[str], tmp_path: Path) -> None:
+    assert [reason.partition(":")[0] for reason in reasons] == ["OrderRefused", "Contradiction"]
+    texts = []
+    for service in ("order", "inventory"):
+        ended = invoke("capture", "dead:1", "--service", service, *(("--redact", "country") if not texts else ()))
+        assert ended.code == 0, ended.err
+        texts.append(ended.out)
+        (tmp_path / f"test_{service}.py").write_text(ended.out, encoding="utf-8")
+    assert CUSTOMER not in texts[0]
+    assert "StockRejected(" in texts[0], "another service's event is stated"
+    assert "OrderCancelled" not in texts[0], "what the service decides itself is not"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error", "."],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert "2 failed in" in done.stdout
+    for module, reason in zip(("order.order", "inventory.service"), reasons, strict=True):
+        assert f"services.{module}.{reason}\n" in done.stdout
