@@ -43,7 +43,7 @@ def reasons(open_shop: OpenShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.timeout(300)
 def test_a_dead_letter_of_the_shop_fails_again_in_a_test(reasons: list[str], tmp_path: Path) -> None:
     assert [reason.partition(":")[0] for reason in reasons] == ["OrderRefused", "Contradiction"]
-    texts = []
+    texts: list[str] = []
     for service in ("order", "inventory"):
         ended = invoke("capture", "dead:1", "--service", service, *(("--redact", "country") if not texts else ()))
         assert ended.code == 0, ended.err

@@ -162,7 +162,7 @@ def test_a_redacted_document_has_the_same_shape_and_the_same_value_is_replaced_a
 
 
 def test_ids_keep_their_shape() -> None:
-    values = {
+    values: dict[str, Any] = {
         "id": "0926cbe4-0d54-5d17-ac2f-ee6220e2711d",
         "mail": "Jane.Doe42@example.org",
         "number": 4471,
