@@ -12,7 +12,6 @@ from sqlalchemy.exc import IntegrityError
 import services.inventory.events as inventory_hears
 import services.order.events as order_hears
 import services.payment.events as payment_hears
-import services.sales.service as sales_service
 import services.shipping.events as shipping_hears
 from services.inventory import inventory
 from services.inventory.tables import stock
@@ -21,7 +20,6 @@ from services.payment import payment
 from services.payment import service as payment_service
 from services.payment.gateway import Answer, GatewayUnavailable, Operation, SandboxGateway, open_sandbox
 from services.payment.tables import payments
-from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
 from tests.services.shop import OpenShop, Shop
@@ -94,25 +92,6 @@ async def test_inventory_reserves_ships_and_takes_back(open_shop: OpenShop) -> N
         assert await alone.stream("reservation-1") == ["StockReserved"]
 
 
-async def test_inventory_reserves_all_lines_or_none(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
-        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=10))
-        await alone.tell(inventory, wanted("1", CUP=3, JAR=1, MUG=2, TIN=1, URN=1))
-        assert await on_the_shelf(alone) == {"CUP": (10, 0, 0)}
-        (rejected,) = [event async for event in alone.runtime.store.read_stream("reservation-1")]
-        assert b'"reason":"out of stock: 1 of JAR, 2 of MUG, 1 of TIN and 1 more"' in rejected.data
-        assert rejected.data.count(b'"sku"') == 4, "the event names every missing article"
-
-
-async def test_inventory_adds_up_lines_of_the_same_article(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
-        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
-        line = inventory_hears.OrderLine(sku="CUP", quantity=2)
-        await alone.tell(inventory, inventory_hears.OrderCreated(order_id="1", lines=(line, line)))
-        assert await alone.stream("reservation-1") == ["StockRejected"]
-        assert await on_the_shelf(alone) == {"CUP": (3, 0, 0)}
-
-
 async def test_inventory_releases_once_and_only_what_was_reserved(open_shop: OpenShop) -> None:
     async with open_shop(inventory) as alone:
         await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
@@ -122,15 +101,6 @@ async def test_inventory_releases_once_and_only_what_was_reserved(open_shop: Ope
         assert await on_the_shelf(alone) == {"CUP": (3, 0, 0)}
         assert await alone.stream("reservation-1") == ["StockReserved", "StockReleased"]
         assert await alone.stream("reservation-2") == ["StockRejected"]
-
-
-async def test_goods_that_leave_without_being_set_aside_are_never_swallowed(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
-        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
-        await alone.tell(inventory, wanted("1", CUP=9), inventory_hears.ShipmentDispatched(order_id="1"))
-        alone.expects_dead = True
-        (reason,) = await alone.reasons()
-        assert reason == "Contradiction: order 1 was shipped, but nothing is reserved for it; look at its events"
 
 
 async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(open_shop: OpenShop) -> None:
@@ -171,20 +141,6 @@ async def test_payment_charges_a_confirmed_order_and_refunds_it(open_shop: OpenS
         assert await states(alone) == {"1": ("refunded", 1050)}
         assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentCaptured", "PaymentRefunded"]
         assert [entry.operation for entry in await alone.ledger()] == ["authorise", "capture", "refund"]
-
-
-async def test_payment_voids_what_was_not_charged(open_shop: OpenShop) -> None:
-    async with open_shop(payment) as alone:
-        await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderCancelled(order_id="1"))
-        assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentVoided"]
-        assert [entry.operation for entry in await alone.ledger()] == ["authorise", "void"]
-
-
-async def test_payment_gives_nothing_back_that_it_never_had(open_shop: OpenShop) -> None:
-    async with open_shop(payment) as alone:
-        await alone.tell(payment, to_pay("1", "2.90"), payment_hears.OrderCancelled(order_id="1"))
-        assert await states(alone) == {"1": ("declined", 290)}
-        assert await alone.stream("payment-1") == ["PaymentDeclined"]
 
 
 class Unreliable(SandboxGateway):
@@ -253,36 +209,3 @@ async def test_shipping_prepares_picks_and_hands_over(open_shop: OpenShop) -> No
         await alone.tell(shipping, confirmed)
         assert await parcels(alone) == {"1": "dispatched"}
         assert await alone.stream("shipment-1") == ["ShipmentPicked", "ShipmentDispatched"]
-
-
-@pytest.mark.parametrize("news", [shipping_hears.OrderCancelled, shipping_hears.OrderCancellationRequested])
-async def test_shipping_stops_a_parcel_that_is_still_here_once(
-    open_shop: OpenShop,
-    news: type[shipping_hears.OrderCancelled | shipping_hears.OrderCancellationRequested],
-) -> None:
-    async with open_shop(shipping) as alone:
-        created, confirmed = to_ship("1")
-        await alone.tell(shipping, created, news(order_id="1"), news(order_id="1"), confirmed)
-        assert await parcels(alone) == {"1": "stopped"}
-        assert await alone.stream("shipment-1") == ["ShipmentStopped"]
-
-
-async def test_shipping_cannot_stop_what_has_left(open_shop: OpenShop) -> None:
-    async with open_shop(shipping) as alone:
-        await alone.tell(shipping, *to_ship("1"))
-        await alone.tell(shipping, shipping_hears.OrderCancellationRequested(order_id="1"))
-        assert await parcels(alone) == {"1": "dispatched"}
-        assert "ShipmentStopped" not in await alone.log()
-
-
-# ---- sales ---------------------------------------------------------------------------
-
-
-async def test_sales_counts_per_country_and_takes_refunds_off(open_shop: OpenShop) -> None:
-    async with open_shop(sales) as alone:
-        for order_id, country in (("1", "France"), ("2", "France"), ("3", "Japan")):
-            await alone.tell(sales, sales_service.OrderCreated(order_id=order_id, country=country))
-            await alone.tell(sales, sales_service.PaymentCaptured(order_id=order_id, amount=Decimal("0.29")))
-        await alone.tell(sales, sales_service.PaymentRefunded(order_id="2", amount=Decimal("0.29")))
-        rows = {row.country: (row.sales, row.pence) for row in await alone.rows(sales, countries)}
-        assert rows == {"France": (1, 29), "Japan": (1, 29)}

@@ -90,6 +90,7 @@ def test_stock_and_payment_in_either_order_confirm_it() -> None:
 
 def test_the_same_note_twice_is_one_note() -> None:
     given(*PLACED, RESERVED).when(Order.note_reserved).nothing()
+    given(*PLACED, AUTHORISED).when(Order.note_authorised).nothing()
 
 
 @pytest.mark.parametrize("by", ["inventory", "payment"])
