@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pytest
 
 from tidings import open_store
+from tidings._support.holding import held
 from tidings.errors import StoreUnavailable
 from tidings.testing import brokers, databases, event_stores
-from tidings.testing.plugin.holding import held
 
 pytest_plugins = ["pytester"]
 
@@ -147,7 +147,7 @@ def test_an_installed_event_store_is_started_and_ended(
     binary.chmod(0o755)
     monkeypatch.setenv("PATH", bare["PATH"])
     monkeypatch.delenv("TIDINGS_TEST_ESDB", raising=False)
-    with event_stores.eventstoredb_for_tests() as store, held(store.isolated()) as url:
+    with event_stores.eventstoredb_for_tests() as store, held(store.isolated(), "test") as (url, _):
         assert url.startswith("esdb://127.0.0.1:")
         pid, *options = started.read_text().split()
         assert options[:2] == ["--insecure", "--mem-db"]
@@ -167,7 +167,7 @@ def test_an_event_store_that_ends_at_once_is_reported_with_what_it_said(
     with (
         event_stores.eventstoredb_for_tests() as store,
         pytest.raises(StoreUnavailable, match="ended before it answered, and said: no licence"),
-        held(store.isolated()),
+        held(store.isolated(), "test"),
     ):
         pass
 
@@ -240,7 +240,7 @@ def docker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("docker")
 def test_a_broker_in_a_container_has_a_vhost_for_each_test() -> None:
     with brokers.rabbitmq_for_tests() as broker:
-        with held(broker.isolated()) as first, held(broker.isolated()) as second:
+        with held(broker.isolated(), "one") as (first, _), held(broker.isolated(), "two") as (second, _):
             assert first != second
             assert first.startswith("amqp://guest:guest@127.0.0.1:55672/test")
         (container,) = Container.made
@@ -253,7 +253,7 @@ def test_a_broker_in_a_container_has_a_vhost_for_each_test() -> None:
         ]
         container.environment["broken"] = "yes"
         with pytest.raises(RuntimeError, match="rabbitmqctl add_vhost in the container: no such vhost"):
-            held(broker.isolated()).__enter__()
+            held(broker.isolated(), "test").__enter__()
 
 
 @pytest.mark.usefixtures("docker")
@@ -268,7 +268,7 @@ def test_a_database_server_in_a_container_is_used_and_stopped(monkeypatch: pytes
 
     monkeypatch.setattr(databases, "create_database", create)
     monkeypatch.setattr(databases, "drop_databases", drop)
-    with databases.postgresql_for_tests() as server, held(server.isolated()) as url:
+    with databases.postgresql_for_tests() as server, held(server.isolated(), "test") as (url, _):
         ((_, name),) = made
         assert url == f"postgresql+asyncpg://test:test@127.0.0.1:55432/{name}"
     assert made == []
@@ -280,7 +280,7 @@ def test_an_event_store_in_a_container_is_used_and_stopped(monkeypatch: pytest.M
         assert url == "esdb://127.0.0.1:52113?tls=false"
 
     monkeypatch.setattr(event_stores, "_answers", answers)
-    with event_stores.eventstoredb_for_tests() as store, held(store.isolated()) as url:
+    with event_stores.eventstoredb_for_tests() as store, held(store.isolated(), "test") as (url, _):
         assert url == "esdb://127.0.0.1:52113?tls=false"
         assert Container.made[0].environment == {"EVENTSTORE_INSECURE": "true", "EVENTSTORE_MEM_DB": "true"}
 
@@ -306,7 +306,7 @@ def test_what_a_manager_raises_reaches_whoever_enters_and_leaves_it() -> None:
         yield where
         raise OSError(where)
 
-    with pytest.raises(OSError, match="entering"), held(failing("entering")):
+    with pytest.raises(OSError, match="entering"), held(failing("entering"), "test"):
         pass
-    with pytest.raises(OSError, match="leaving"), held(failing("leaving")) as found:
+    with pytest.raises(OSError, match="leaving"), held(failing("leaving"), "test") as (found, _):
         assert found == "leaving"

@@ -114,7 +114,7 @@ def test_a_stream_begins_with_nothing_under_the_id_that_is_named() -> None:
 
 def test_a_refusal_is_compared_with_class_and_text() -> None:
     done = given(OPENED).when(Basket.add, "cup", pieces=0).raises(Refused, match="^0 of cup$")
-    assert done.events == ()
+    assert isinstance(done.error, Refused)
     assert text_of(lambda: given(OPENED).when(Basket.add, "cup", pieces=0).raises(Refused, match="jar")) == (
         "Refused says '0 of cup', and not 'jar'"
     )
@@ -129,6 +129,9 @@ def test_an_exception_that_nobody_expects_passes_through_with_its_own_traceback(
         lambda: given(OPENED).when(Basket.add, "cup", pieces=0).then(cup()),
         lambda: given(OPENED).when(Basket.add, "cup", pieces=0).nothing(),
         lambda: given(OPENED).when(Basket.add, "cup", pieces=0).returns(1),
+        lambda: given(OPENED).when(Basket.add, "cup", pieces=0).events,
+        lambda: given(OPENED).when(Basket.add, "cup", pieces=0).result,
+        lambda: given(OPENED).when(Basket.add, "cup", pieces=0).aggregate,
         lambda: given(OPENED).when(Basket.add, "cup", pieces=0).when(Basket.pay),
         lambda: given(OPENED).when(Basket.add, "cup", pieces=0).raises(ValueError),
     )
@@ -247,9 +250,16 @@ def test_a_test_that_compares_nothing_fails(pytester: pytest.Pytester) -> None:
 
         def test_compared():
             given(OPENED).when(Basket.add, "cup", pieces=0).raises(Refused)
+
+        def test_looked_at():
+            assert given(OPENED).when(Basket.add, "cup", pieces=0).error
+            assert given(OPENED).when(Basket.pay).events
+            assert given(OPENED).when(Basket.pay).aggregate.pieces == 2
+            assert given(OPENED).when(Basket.pay).result is None
+            given(OPENED).when(Basket.pay).returns(None)
         """
     )
     done = pytester.runpytest("-p", "no:cacheprovider", "-p", "no:asyncio")
-    done.assert_outcomes(failed=2, passed=1)
+    done.assert_outcomes(failed=2, passed=2)
     done.stdout.fnmatch_lines(["nothing was compared with what Basket.pay recorded: add .then(...)*"])
     done.stdout.fnmatch_lines(["nothing was compared with what Basket.add recorded: add .then(...)*"])

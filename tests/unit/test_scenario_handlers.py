@@ -178,8 +178,7 @@ async def test_in_an_async_test_the_checks_are_awaited() -> None:
     handled = await given(CUP).handling(take, WANTED).emits(TAKEN).leaves(Shelf, {"sku": "cup", "pieces": 2})
     (emitted,) = handled.emitted
     assert isinstance(emitted, Emitted)
-    assert (emitted.stream, emitted.event, emitted.metadata["actor"]) == ("goods-7", TAKEN, "shelf")
-    assert emitted.metadata["tidingsHandler"] == "goods.take"
+    assert emitted == Emitted("goods-7", TAKEN, {"actor": "shelf"})
     assert handled.rows(Shelf) == handled.rows(Shelf.__table__) == [{"sku": "cup", "pieces": 2}]
 
 
@@ -244,7 +243,15 @@ def test_a_failure_is_compared_and_its_effects_are_undone() -> None:
     handled.leaves(Shelf, {"sku": "jar", "pieces": 1})
 
 
-@pytest.mark.parametrize("check", [lambda h: h.nothing(), lambda h: h.emits(TAKEN), lambda h: h.raises(ValueError)])
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda handling: handling.nothing(),
+        lambda handling: handling.emits(TAKEN),
+        lambda handling: handling.leaves(Shelf),
+        lambda handling: handling.raises(ValueError),
+    ],
+)
 def test_an_exception_that_nobody_expects_passes_through_with_its_own_traceback(check: Callable[[Any], Any]) -> None:
     with pytest.raises(NoneLeft) as raised:
         check(given().handling(take, WANTED))
@@ -256,6 +263,12 @@ async def test_a_block_passes_on_what_the_test_did_not_look_at() -> None:
     with pytest.raises(NoneLeft):
         async with given().handling(take, WANTED):
             pass
+    with pytest.raises(NoneLeft):
+        async with given().handling(take, WANTED) as handled:
+            assert (handled.rows(Shelf), handled.emitted) == ([], [])
+    with pytest.raises(NoneLeft):
+        await given().handling(take, WANTED).leaves(Shelf)
+    await given().handling(take, WANTED).raises(NoneLeft).leaves(Shelf)
     with pytest.raises(NoneLeft):
         await given().handling(take, WANTED)
     async with given().handling(take, WANTED) as handled:

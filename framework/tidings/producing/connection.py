@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
+from tidings._support.holding import held
 from tidings.adapters import open_store
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_by_default
@@ -155,8 +155,7 @@ class Connecting:
     def __init__(self, settings: Settings | None) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
-        self._thread: threading.Thread | None = None
-        self._closing: Callable[[], object] = lambda: None
+        self._held: AbstractContextManager[tuple[Log, asyncio.AbstractEventLoop]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -177,41 +176,14 @@ class Connecting:
     def __enter__(self) -> BlockingLog:
         if asyncio._get_running_loop() is not None:
             raise ConfigurationError("an event loop runs here: use 'async with tidings.connect() as log'")
-        opened = threading.Event()
-        found: list[BlockingLog] = []
-        failed: list[BaseException] = []
-
-        async def stay() -> None:
-            close = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            self._closing = lambda: loop.call_soon_threadsafe(close.set)
-            async with self as log:
-                found.append(BlockingLog(log, loop))
-                opened.set()
-                await close.wait()
-
-        def run() -> None:
-            try:
-                asyncio.run(stay())
-            except BaseException as error:
-                failed.append(error)
-            finally:
-                opened.set()
-
-        self._thread = threading.Thread(target=run, name="tidings-log", daemon=True)
-        self._thread.start()
-        opened.wait()
-        if failed:
-            self._thread.join()
-            raise failed[0]
-        return found[0]
+        self._held = held(self, "tidings-log")
+        return BlockingLog(*self._held.__enter__())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing()
-        assert self._thread is not None
-        self._thread.join()
+        assert self._held is not None
+        self._held.__exit__(kind, error, trace)
 
 
 def connect(settings: Settings | None = None) -> Connecting:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,6 +36,14 @@ _MISSING = " for tests: "
 """Part of each reason for which `tidings.testing` skips a test: "no RabbitMQ for tests: install one"."""
 
 
+def _entered(manager: AbstractAsyncContextManager[str]) -> Iterator[str]:
+    """Enter it for a test in a loop of its own: so a fixture needs no plugin for async ones."""
+    from tidings._support.holding import held
+
+    with held(manager, "tidings-fixture") as (value, _):
+        yield value
+
+
 @pytest.fixture(scope="session")
 def tidings_rabbitmq() -> Iterator[RabbitMQ]:
     """The broker that the tests of this process share, started by the first test that asks for it. Do not harm it."""
@@ -47,10 +56,7 @@ def tidings_rabbitmq() -> Iterator[RabbitMQ]:
 @pytest.fixture
 def rabbitmq_url(tidings_rabbitmq: RabbitMQ) -> Iterator[str]:
     """The URL, for `TIDINGS_BUS`, of a vhost without queues, for one test."""
-    from tidings.testing.plugin.holding import held
-
-    with held(tidings_rabbitmq.isolated()) as url:
-        yield url
+    yield from _entered(tidings_rabbitmq.isolated())
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +71,7 @@ def tidings_postgresql() -> Iterator[PostgreSQL]:
 @pytest.fixture
 def postgresql_url(tidings_postgresql: PostgreSQL) -> Iterator[str]:
     """The URL, for `TIDINGS_DATABASE`, of a database without tables, for one test."""
-    from tidings.testing.plugin.holding import held
-
-    with held(tidings_postgresql.isolated()) as url:
-        yield url
+    yield from _entered(tidings_postgresql.isolated())
 
 
 @pytest.fixture(scope="session")
@@ -83,10 +86,7 @@ def tidings_eventstoredb() -> Iterator[EventStoreDB]:
 @pytest.fixture
 def eventstoredb_url(tidings_eventstoredb: EventStoreDB) -> Iterator[str]:
     """The URL, for `TIDINGS_STORE`, of an event store for one test. On a real one tests share the log."""
-    from tidings.testing.plugin.holding import held
-
-    with held(tidings_eventstoredb.isolated()) as url:
-        yield url
+    yield from _entered(tidings_eventstoredb.isolated())
 
 
 @pytest.hookimpl(wrapper=True)

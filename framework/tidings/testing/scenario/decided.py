@@ -41,52 +41,42 @@ def loaded(kind: type[A], id: str, events: Sequence[Event | Raw]) -> A:
 
 
 class Decided(Generic[A]):
-    """What came of decisions. Compare it with `then`, `nothing` or `raises`; the pytest plugin fails a test that does
-    not."""
+    """What came of decisions. Compare it with `then`, `nothing` or `raises`, or look at it; the pytest plugin fails a
+    test that does neither."""
 
     def __init__(self, aggregate: A) -> None:
-        self.aggregate = aggregate
-        """The aggregate after the decision."""
-        self.error: Exception | None = None
-        """What the last decision raised."""
-        self.result: Any = None
-        """What the last decision returned."""
+        self._aggregate = aggregate
+        self._error: Exception | None = None
+        self._result: Any = None
         self._what = ""
         self._number = 0
 
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """The recorded events, oldest first. There are none if the decision raised, because none would be appended."""
-        return () if self.error is not None else tuple(state_of(self.aggregate).recorded)
-
     def when(self, decide: Callable[Concatenate[A, P], Any], *args: P.args, **kwargs: P.kwargs) -> Decided[A]:
         """Make another decision, after the last one. `then` compares the events of all of them."""
-        checked(self._number)
-        if self.error is not None:
-            raise self.error
+        self._pass_on()
         self._what = named(decide)
         try:
-            self.result = decide(self.aggregate, *args, **kwargs)
+            self._result = decide(self._aggregate, *args, **kwargs)
         except Exception as error:
-            self.error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
-        for event in self.events:
-            encode(event, id=uuid4())  # raises what appending it would raise
+            self._error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        else:
+            for event in state_of(self._aggregate).recorded:
+                encode(event, id=uuid4())  # raises what appending it would raise
         self._number = unchecked(
             f"nothing was compared with what {self._what} recorded: add .then(...), .nothing() or .raises(...)"
         )
         return self
 
+    # ---- checks ------------------------------------------------------------------------
+
     def then(self, *events: Event) -> Self:
         """Compare the recorded events with these: all of them, in order, field by field. If the decision raised, its
         exception passes through."""
         __tracebackhide__ = True
-        checked(self._number)
-        if self.error is not None:
+        if self._error is not None:
             names = ", ".join(type(event).__name__ for event in events) or "no event"
-            self.error.add_note(f"{self._what} raised this in a test that expects it to record {names}")
-            raise self.error
-        expected = [Item(None, event) for event in events]
-        found = [Item(None, event) for event in self.events]
+            self._error.add_note(f"{self._what} raised this in a test that expects it to record {names}")
+        expected, found = ([Item(None, event) for event in some] for some in (events, self.events))
         if text := events_differ(expected, found, f"{self._what} recorded"):
             raise AssertionError(text)
         return self
@@ -100,20 +90,51 @@ class Decided(Generic[A]):
         """Compare: the last decision raised this exception, and `match`, a regular expression, is found in its text.
         Another exception passes through."""
         __tracebackhide__ = True
-        checked(self._number)
-        recorded = ", ".join(map(repr, state_of(self.aggregate).recorded)) or "nothing"
+        recorded = ", ".join(map(repr, state_of(self._aggregate).recorded)) or "nothing"
         check_raised(self.error, error, match, f"{self._what} raised nothing, and recorded {recorded}")
         return self
 
     def returns(self, value: object) -> Self:
-        """Compare the result of the last decision with `==`."""
+        """Compare the result of the last decision with `==`. If it raised, its exception passes through."""
         __tracebackhide__ = True
-        if self.error is not None:
-            checked(self._number)
-            raise self.error
         if self.result != value:
             raise AssertionError(f"{self._what} returned {self.result!r}, and {value!r} was expected")
         return self
+
+    # ---- looking: what the last decision raised passes through, but for `error` ------------
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The recorded events, oldest first."""
+        __tracebackhide__ = True
+        self._pass_on()
+        return tuple(state_of(self._aggregate).recorded)
+
+    @property
+    def aggregate(self) -> A:
+        """The aggregate after the decisions."""
+        __tracebackhide__ = True
+        self._pass_on()
+        return self._aggregate
+
+    @property
+    def result(self) -> Any:
+        """What the last decision returned."""
+        __tracebackhide__ = True
+        self._pass_on()
+        return self._result
+
+    @property
+    def error(self) -> Exception | None:
+        """What the last decision raised."""
+        checked(self._number)
+        return self._error
+
+    def _pass_on(self) -> None:
+        __tracebackhide__ = True
+        checked(self._number)
+        if self._error is not None:
+            raise self._error
 
 
 def check_raised(

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tidings.delivery import attempt
 from tidings.errors import ConfigurationError
-from tidings.modelling.codec import decode, read_metadata
+from tidings.modelling.codec import OWN_KEYS, decode, read_metadata
 from tidings.modelling.events import Event
 from tidings.modelling.handlers import Handler
 from tidings.service import Service
@@ -64,7 +64,7 @@ class Handling:
         self._emitted: list[Emitted] = []
         self._rows: dict[str, list[Row]] = {}
         self._looked = False
-        """The test knows that the handler may have failed."""
+        """The test has looked at the handler's exception, or has been given it."""
         self._number = unchecked(
             f"handler {task.handler.name!r} was never run: 'await given(...).handling(...)' with its checks, or in a "
             "test that is not async, add .emits(...), .nothing() or .raises(...)"
@@ -88,7 +88,8 @@ class Handling:
         return self.emits()
 
     def leaves(self, table: Any, *rows: Mapping[str, Any]) -> Self:
-        """Compare all rows of a table (or declarative class) with these, in any order, column by column."""
+        """Compare all rows of a table (or declarative class) with these, in any order, column by column. If the handler
+        failed, its exception passes through, except after `raises`."""
         __tracebackhide__ = True
         return self._check(partial(Handling._compare_rows, table=table, rows=rows))
 
@@ -102,7 +103,7 @@ class Handling:
 
     @property
     def emitted(self) -> list[Emitted]:
-        """What was appended because of the handler, oldest first: stream, event and metadata."""
+        """What was appended because of the handler, oldest first."""
         self._ran()
         return self._emitted
 
@@ -110,6 +111,7 @@ class Handling:
     def error(self) -> BaseException | None:
         """What the handler failed with."""
         self._ran()
+        self._looked = True
         return self._error
 
     @property
@@ -183,7 +185,6 @@ class Handling:
             check(self)
 
     def _ran(self) -> None:
-        self._looked = True
         if self._context is None:
             raise ConfigurationError(
                 f"handler {self._task.handler.name!r} has not run yet: 'await given(...).handling(...)', or enter it "
@@ -223,6 +224,7 @@ class Handling:
     def _typed(self, row: RecordedEvent) -> Emitted:
         """Return an appended event as its class, by the service, or by an aggregate with this stream."""
         metadata = read_metadata(row)
+        own = {name: value for name, value in metadata.items() if not name.startswith("$") and name not in OWN_KEYS}
         category = row.stream.partition("-")[0]
         assert self._context is not None
         noted = [type(each.event) for each in self._context.emitted if isinstance(each.event, Event)]
@@ -231,8 +233,8 @@ class Handling:
                 noted += kind.__tidings__.evolutions
         view = view_of(noted, row.type) or self._task.service.view(row.type)
         if view is None:
-            return Emitted(row.stream, raw(row), metadata)
-        return Emitted(row.stream, decode(row, view, metadata, reader="the test"), metadata)
+            return Emitted(row.stream, raw(row), own)
+        return Emitted(row.stream, decode(row, view, metadata, reader="the test"), own)
 
     # ---- comparing ---------------------------------------------------------------------
 
@@ -246,6 +248,7 @@ class Handling:
 
     def _compare_rows(self, table: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         __tracebackhide__ = True
+        self._pass_on()
         found = getattr(table, "__table__", table)
         keys = [column.key for column in found.primary_key]
         if text := rows_differ(found.name, keys, rows, self.rows(table)):

@@ -29,7 +29,7 @@ class Emitted(NamedTuple):
     event: Event | EventData
     """An `EventData` if neither the test nor the service has a class for it."""
     metadata: Mapping[str, Any]
-    """The event's metadata. Keys that begin with "$" or "tidings", and `schemaVersion`, are Tidings' own."""
+    """The keys that `context.emit(..., metadata=)` was given, without those of Tidings."""
 
 
 def stated(given: Stated) -> tuple[str, Event | Raw]:

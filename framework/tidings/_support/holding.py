@@ -1,4 +1,4 @@
-"""Async context managers for fixtures that are not async: entered in a thread with an event loop of its own."""
+"""Async context managers for code that is not async: entered in a thread with an event loop of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ T = TypeVar("T")
 
 
 @contextmanager
-def held(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
-    """Enter an async context manager for the block. Its loop goes on in a thread, so that a server in it answers.
-
-    So a fixture needs no plugin for async fixtures, and works in tests of any kind.
-    """
+def held(manager: AbstractAsyncContextManager[T], name: str) -> Iterator[tuple[T, asyncio.AbstractEventLoop]]:
+    """Enter an async context manager for the block, in a thread with this name. Yields what it yields, and its loop,
+    which goes on until the end of the block. Raises what entering or leaving raises."""
     entered: Future[tuple[T, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
     ended: Future[None] = Future()
 
@@ -37,11 +35,11 @@ def held(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
         else:
             ended.set_result(None)
 
-    thread = threading.Thread(target=run, name="tidings-fixture", daemon=True)
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     value, loop, leave = entered.result()
     try:
-        yield value
+        yield value, loop
     finally:
         loop.call_soon_threadsafe(leave.set)
         thread.join()
