@@ -34,8 +34,9 @@ def given(
         given(GoodsReceived(...)).handling(reserve, OrderCreated(...)).emits(StockReserved(...))
 
     For a decision, the events are the aggregate's stream. For a handler, the log holds them, and the service has
-    handled those that it declares. An event may be stated with its stream: `("order-1", OrderCreated(...))`. Without
-    one, it is in the stream of the aggregate that evolves it. SQLAlchemy statements fill a service's tables.
+    handled those that it declares, each before the next one came. An event may be stated with its stream:
+    `("order-1", OrderCreated(...))`. Without one, it is in the stream of the aggregate that evolves it. SQLAlchemy
+    statements fill a service's tables.
 
     `id` is the aggregate's id, by default the partition key that the events share, or "1". `aggregate` and `service`
     are needed only if the decision or the handler belongs to none, or several, in the imported modules.
