@@ -17,7 +17,8 @@ MADE_OF_ADAPTERS: Final = ("tidings.server", "tidings.testing")
 def adapters() -> set[str]:
     """The packages and modules that the entry points lead to, below the ports' rooms."""
     groups = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["entry-points"]
-    modules = {value.partition(":")[0] for group in groups.values() for value in group.values()}
+    opened = [groups[f"tidings.{port}"].values() for port in ("stores", "buses")]
+    modules = {value.partition(":")[0] for values in opened for value in values}
     return {".".join(module.split(".")[:3]) for module in modules}
 
 
