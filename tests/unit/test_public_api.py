@@ -55,7 +55,7 @@ PUBLIC = {
         ANY APPEND_LIMIT Appended CaughtUp Checkpoint EVERYTHING EventData EventStore Expected Filter JSON
         MAX_POSITION NO_STREAM OCTETS RecordedEvent STREAM_EXISTS StreamMetadata StreamState check_stream_name
         check_text describe""",
-    "tidings.testing": "Decided Emitted Given Handling RecordingContext Unsettled World given",
+    "tidings.testing": "Decided Emitted Given Handling RecordingContext Unsettled World given world_seeds",
     "tidings.testing.brokers": """
         RabbitMQ RabbitMQCluster RabbitMQNode cluster_for_tests node_for_tests rabbitmq_for_tests""",
     "tidings.testing.bus_conformance": "BusConformance BusEnvironment LOG event events send_all take",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tidings.testing.scenario.given import Given, given
     from tidings.testing.scenario.handling import Handling
     from tidings.testing.scenario.stating import Emitted
+    from tidings.testing.world.seeds import world_seeds
     from tidings.testing.world.standing import Unsettled
     from tidings.testing.world.world import World
 
@@ -35,6 +36,7 @@ __all__ = [
     "Unsettled",
     "World",
     "given",
+    "world_seeds",
 ]
 
 _PLACES = {
@@ -43,6 +45,7 @@ _PLACES = {
     "scenario.given": ("Given", "given"),
     "scenario.handling": ("Handling",),
     "scenario.stating": ("Emitted",),
+    "world.seeds": ("world_seeds",),
     "world.standing": ("Unsettled",),
     "world.world": ("World",),
 }

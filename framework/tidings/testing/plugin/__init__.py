@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tidings.testing.plugin.worlds import pytest_addoption, pytest_configure, pytest_unconfigure
+
 if TYPE_CHECKING:
     from tidings.testing.brokers import RabbitMQ
     from tidings.testing.databases import PostgreSQL
     from tidings.testing.event_stores import EventStoreDB
 
 __all__ = [
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_unconfigure",
     "eventstoredb_url",
     "postgresql_url",
     "pytest_runtest_call",

@@ -13,6 +13,7 @@ from tidings.stores import Appended, RecordedEvent
 from tidings.testing.world.clock import Clock
 from tidings.testing.world.failures import Failures, Injected
 from tidings.testing.world.lines import Line
+from tidings.testing.world.real import only_in_memory
 from tidings.testing.world.seat import Seat
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Messages:
         self._waiting: dict[str, Message] = {}
         self._sent: dict[int, Message] = {}
         self._twice: set[int] = set()
+        self.published: Callable[[int, int], None] = lambda count, position: None
+        """Hears how many events were published, and the position of the last one."""
         bus.tamper(self._pass)
 
     def lose(self, number: int) -> None:
@@ -59,6 +62,7 @@ class Messages:
         position = message.headers["tidings-position"]
         if position not in self._sent:
             self._sent[position] = message
+            self.published(len(self._sent), position)
             if self._lose:
                 self._lose -= 1
                 self._lost.add(position)
@@ -82,7 +86,8 @@ class Harm:
     _failures: Failures
     _relay_line: Line
     _relay_task: asyncio.Task[None]
-    _messages: Messages
+    _bus: Any
+    _opened_messages: Messages | None
     _seat: Callable[[Service], Seat]
     _start: Callable[[Seat], Coroutine[Any, Any, None]]
     _start_relay: Callable[[], None]
@@ -90,6 +95,14 @@ class Harm:
     def __init__(self) -> None:
         self._under_way: set[asyncio.Task[None]] = set()
         """Processes that are being started again, and harm that is to end."""
+
+    @property
+    def _messages(self) -> Messages:
+        return self._opened_messages or only_in_memory("losing, repeating and reordering messages")
+
+    def is_well(self, service: Service) -> bool:
+        """Return whether the test has done nothing to a service that is still so."""
+        return not self._seat(service).state
 
     def crash(self, service: Service, *, restart: float | None = RESTART) -> None:
         """Kill the process of a service now, as SIGKILL does: nothing that it has not committed stays.
@@ -149,6 +162,8 @@ class Harm:
         """Cut the lines of a service to the log and to the bus, for some virtual seconds or until
         `world.reconnect(service)`."""
         seat = self._seat(service)
+        if not isinstance(self._bus, MemoryBus):
+            only_in_memory("cut_off()")
         seat.state = "is cut off from the log and the bus by the test"
         seat.line.break_(f"{seat} is cut off by the test")
         if seconds is not None:

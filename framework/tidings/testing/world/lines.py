@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from tidings.buses import Consumer, EventBus, Found, Publisher, Subscription
-from tidings.buses.memory import MemoryBus
 from tidings.errors import BusUnavailable, StoreUnavailable
 from tidings.stores import (
     ANY,
@@ -31,9 +31,11 @@ T = TypeVar("T")
 class Line:
     """What one process calls its store and its bus."""
 
-    def __init__(self, store: EventStore, bus: MemoryBus) -> None:
+    def __init__(self, store: EventStore, bus: EventBus, delay: Callable[[], float] | None = None) -> None:
+        """`delay` returns the seconds that the next answer of the log takes."""
         self.cut: str | None = None
         """Why nothing passes."""
+        self.delay = delay
         self.store: EventStore = _Store(self, store)
         self.bus: EventBus = _Bus(self, bus)
         self.connections: dict[Any, None] = {}
@@ -42,7 +44,8 @@ class Line:
         """Let nothing pass any more, and end what is open."""
         self.cut = why
         for connection in list(self.connections):
-            connection.lose(why)
+            if hasattr(connection, "lose"):  # a real one ends with its task
+                connection.lose(why)
 
     def mend(self) -> None:
         """Undo `break_`."""
@@ -58,15 +61,23 @@ class _Store(EventStore):
         if self._line.cut is not None:
             raise StoreUnavailable(self._line.cut)
 
+    async def _late(self) -> None:
+        """Take the time of an answer."""
+        if self._line.delay is not None:
+            await asyncio.sleep(self._line.delay())
+
     async def _read(self, reading: AsyncIterator[T]) -> AsyncIterator[T]:
         self._check()
+        await self._late()
         async for item in reading:
             self._check()
             yield item
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         self._check()
+        await self._late()
         done = await self._inner.append(stream, events, expected=expected)
+        await self._late()
         self._check()
         return done
 
@@ -90,6 +101,7 @@ class _Store(EventStore):
 
     async def head(self) -> int:
         self._check()
+        await self._late()
         return await self._inner.head()
 
     async def log_id(self) -> Any:
@@ -117,9 +129,8 @@ class _Store(EventStore):
 
 
 class _Bus:
-    within_process = True
-
-    def __init__(self, line: Line, inner: MemoryBus) -> None:
+    def __init__(self, line: Line, inner: EventBus) -> None:
+        self.within_process = getattr(inner, "within_process", False)
         self._line = line
         self._inner = inner
 

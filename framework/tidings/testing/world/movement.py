@@ -27,9 +27,10 @@ _RING: Final = Timers.later.__qualname__
 class Movement:
     """Looks at the running objects themselves, without waiting. Only databases know for certain."""
 
-    def __init__(self, seats: Mapping[str, Seat], store: InlineStore, clock: Clock, relay: Callable[[], Relay]) -> None:
+    def __init__(self, seats: Mapping[str, Seat], clock: Clock, relay: Callable[[], Relay | None]) -> None:
         self._seats = seats
-        self._store = store
+        self.store: InlineStore | None = None
+        """The log, if it is in memory."""
         self._clock = clock
         self._relay = relay
 
@@ -56,9 +57,14 @@ class Movement:
             if seat.running is not None and (frozen or not self._clock.is_frozen(seat)):
                 yield from seat.running.partitions
 
+    @property
+    def _last(self) -> int:
+        assert self.store is not None
+        return self.store.last_carried
+
     def _published(self) -> bool:
         relay = self._relay()
-        return relay.leading and relay.confirmed >= self._store.last_carried
+        return relay is not None and relay.leading and relay.confirmed >= self._last
 
     def _only_waits(self, part: Partition) -> bool:
         """Whether everything that this partition is to have is accepted, and is done or waits for time."""
@@ -66,7 +72,7 @@ class Movement:
         if pipeline is None or intake is None or part.healing or not part.consuming:
             return False
         stages = pipeline.stages
-        if stages.pending.batch or stages.stager or max(pipeline.floor, intake.reached) < self._store.last_carried:
+        if stages.pending.batch or stages.stager or max(pipeline.floor, intake.reached) < self._last:
             return False
         return stages.lanes.under_way == len(pipeline.working) + stages.lanes.resting
 

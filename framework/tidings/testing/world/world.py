@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
 import structlog
 
+from tidings.buses.memory import MemoryBus
+from tidings.database.layout import lay_out
 from tidings.delivery.due import HELD_SECONDS
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, StreamNotFound
@@ -21,16 +23,21 @@ from tidings.modelling.events import Event, wire_name
 from tidings.operations.report import DeadEvent, HeldSummary, Report
 from tidings.operations.timeline import Timeline, trace
 from tidings.operations.verify import verify
+from tidings.protocol.position import CARRIED, carried
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings
-from tidings.stores import ANY, Appended, Expected, RecordedEvent
+from tidings.stores import ANY, Appended, EventStore, Expected, RecordedEvent
+from tidings.testing.world import place
 from tidings.testing.world.clock import OWNER, Clock
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.harm import Harm, Messages
 from tidings.testing.world.lines import Line
 from tidings.testing.world.movement import Movement
+from tidings.testing.world.real import RealClock, only_in_memory, open_servers
 from tidings.testing.world.seat import Seat
+from tidings.testing.world.seeds import STORY, Chaos
 from tidings.testing.world.standing import Unsettled, faults_of, told
+from tidings.testing.world.store import InlineStore
 from tidings.testing.world.web import Application, client_of
 
 if TYPE_CHECKING:
@@ -73,11 +80,18 @@ class World(Harm):
         super().__init__()
         self._services = services
         self._resources = dict(resources or {})
-        self._clock = Clock(_handler_at_work)
+        self._real = place.WHERE.name != place.MEMORY
+        self._clock: Any = RealClock() if self._real else Clock(_handler_at_work)
         self._failures = Failures()
         self._seats: dict[str, Seat] = {}
         self._stack: AsyncExitStack | None = None
         self._opened = False
+        self._relay: Relay | None = None
+        """The one that carries events now."""
+        self._opened_messages: Messages | None = None
+        self._story = None if self._real else STORY.get()
+        self._seen: list[RecordedEvent] = []
+        """Events that were read from a real log."""
         self._logs: list[dict[str, Any]] = []
 
     # ---- opening and closing -----------------------------------------------------------------
@@ -106,27 +120,42 @@ class World(Harm):
             await stack.__aexit__(kind, error, trace)
 
     async def _open(self, stack: AsyncExitStack) -> None:
-        from tidings.buses.memory import MemoryBus
-        from tidings.testing.world.store import InlineStore
-
         self._name = f"world-{next(_NUMBERS)}"
         self._settings = Settings(
             store=f"memory://{self._name}", bus=f"memory://{self._name}", database="sqlite:///:memory:"
         )
-        self._store = InlineStore(lambda: round(self._clock.wall() * 1e7))
-        stack.push_async_callback(self._store.close)
-        self._bus = MemoryBus(self._name)
-        stack.push_async_callback(self._bus.close)
-        self._movement = Movement(self._seats, self._store, self._clock, lambda: self._relay)
-        self._clock.horizon = self._movement.horizon
-        self._messages = Messages(self._bus)
-        self._relay_line = Line(self._store, self._bus)
+
+        def inline() -> InlineStore:
+            return InlineStore(lambda: round(self._clock.wall() * 1e7))
+
+        self._movement = Movement(self._seats, self._clock, lambda: self._relay)
+        if self._real:
+            self._store, self._bus = await open_servers(stack, inline)
+        else:
+            self._store = self._movement.store = inline()
+            stack.push_async_callback(self._store.close)
+            self._bus = MemoryBus(self._name)
+            stack.push_async_callback(self._bus.close)
+            self._clock.horizon = self._movement.horizon
+            self._opened_messages = Messages(self._bus)
+        self._relay_line = self._line()
         stack.push_async_callback(self._stop_services)
         for service in self._services:
             await self._add(service)
         self._start_relay()
         stack.push_async_callback(self._stop_relay)
         await self._clock.quiet()
+        self._begin_story(stack)
+
+    def _line(self) -> Line:
+        return Line(self._store, self._bus, None if self._story is None else self._story.delay)
+
+    def _begin_story(self, stack: AsyncExitStack) -> None:
+        """Do the harm of a random world."""
+        if self._story is not None and self._opened_messages is not None:
+            chaos = Chaos(self, self._story, self._services)
+            self._opened_messages.published = chaos.published
+            stack.callback(chaos.stop)
 
     def _tap(self, stack: AsyncExitStack) -> None:
         """Keep the log lines of this process."""
@@ -153,10 +182,13 @@ class World(Harm):
         """Add a service and start it."""
         if service.name in self._seats:
             raise ConfigurationError(f"service {service.name!r} is in this World already: name each service once")
-        seat = Seat(service, self._settings, Line(self._store, self._bus))
+        seat = Seat(service, self._settings, self._line())
         self._seats[service.name] = seat
         self._failures.know(service)
         await seat.open()
+        if self._real:  # tests share a broker that a variable names: the queue may hold what an earlier one left
+            layout = await lay_out(seat.database, service.name, service.partitions)
+            await self._bus.delete(layout.subscriptions)
         await self._start(seat)
         return seat
 
@@ -171,7 +203,7 @@ class World(Harm):
 
     async def _stop_relay(self) -> None:
         task = self._relay_task
-        if not task.done():
+        if not task.done() and self._relay is not None:
             await self._relay.part()
         task.cancel()
         await asyncio.wait((task,))
@@ -226,7 +258,7 @@ class World(Harm):
     # ---- what a test does --------------------------------------------------------------------
 
     @property
-    def store(self) -> Any:
+    def store(self) -> EventStore:
         """The log."""
         return self._store
 
@@ -269,6 +301,8 @@ class World(Harm):
     async def advance(self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0) -> None:
         """Let time pass. What is due happens in order: held events, timers and sleeps of handlers, lifespans and the
         test. Raises what handlers raised, unless it is tolerated."""
+        if self._real:
+            only_in_memory("advance()")
         target = self._clock.time() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         self._clock.limit = target
         try:
@@ -345,6 +379,10 @@ class World(Harm):
 
     async def verify(self) -> Report:
         """Return how far each service is, without waiting."""
+        if not isinstance(self._store, InlineStore):
+            after = self._seen[-1].position if self._seen else -1
+            found = [each async for each in self._store.read_all(after=after, filter=CARRIED)]
+            self._seen += [each for each in found if carried(each) is not None]
         return await verify(self._store, [(seat.service, seat.database) for seat in self._seats.values()])
 
     @overload
@@ -360,7 +398,7 @@ class World(Harm):
         handlers of one service."""
         found: list[RecordedEvent] = [
             event
-            for event in self._store.carried()
+            for event in (self._store.carried() if isinstance(self._store, InlineStore) else self._seen)
             if (of is None or event.type == wire_name(of))
             and stream in (None, event.stream)
             and (by is None or _author(event) == by.name)
