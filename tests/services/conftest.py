@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from services.inventory import inventory
 from services.order import api as order_api
+from services.order import orders
+from services.payment import payment
+from services.shipping import shipping
 from tests.services.counter import OpenCounter, counter
-from tests.services.shop import OpenShop, shop
+from tests.services.shop import OpenShop, OpenWorld, shop
+from tidings.testing import World
 
 
 @pytest.fixture
@@ -18,6 +23,13 @@ def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenShop:
     closed."""
     monkeypatch.setenv("PAYMENT_LEDGER", str(tmp_path / "gateway.db"))
     return partial(shop, tmp_path)
+
+
+@pytest.fixture
+def open_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenWorld:
+    """`async with open_world() as world` opens a world of the four services. The gateway outlives their processes."""
+    monkeypatch.setenv("PAYMENT_LEDGER", str(tmp_path / "gateway.db"))
+    return partial(World, orders, inventory, payment, shipping)
 
 
 @pytest.fixture

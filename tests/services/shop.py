@@ -15,6 +15,7 @@ from services.payment.gateway import Entry, open_sandbox
 from tidings import Event, Runtime, Service, Settings
 from tidings.errors import StreamNotFound
 from tidings.protocol.position import CARRIED
+from tidings.testing import World
 
 PLACED_AT = datetime(2010, 12, 1, 8, 26, tzinfo=UTC)
 CUP = OrderLine(sku="CUP", description="RED CUP", quantity=2, unit_price=Decimal("2.55"))
@@ -22,6 +23,8 @@ CUP = OrderLine(sku="CUP", description="RED CUP", quantity=2, unit_price=Decimal
 
 OpenShop = Callable[..., AbstractAsyncContextManager["Shop"]]
 """See the fixture `open_shop`."""
+OpenWorld = Callable[..., World]
+"""See the fixture `open_world`."""
 
 
 class Shop:

@@ -7,19 +7,21 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from services.importer import Invoice, Kind, invoices, read_rows
 from services.inventory import inventory
 from services.inventory.events import GoodsReceived
 from services.inventory.tables import stock
 from services.order import Order, Status, orders, repository
-from services.order.events import OrderLine
+from services.order.events import OrderDispatched, OrderLine
 from services.payment import payment
 from services.payment.tables import payments
 from services.sales import countries, sales
 from services.shipping import shipping
 from services.shipping.tables import shipments
-from tests.services.shop import CUP, OpenShop, Shop
+from tests.services.shop import CUP, PLACED_AT, OpenShop, OpenWorld, Shop
+from tidings.testing import World, world_seeds
 
 DATA = Path(__file__).parents[2] / "services" / "data" / "online-retail.csv"
 FOUR = (orders, inventory, payment, shipping)
@@ -105,27 +107,50 @@ async def test_a_service_that_joins_late_reads_the_history_and_then_goes_on(open
     ],
 )
 async def test_when_one_side_fails_the_other_gives_back(
-    open_shop: OpenShop, lines: list[OrderLine], by: str, gave_back: str
+    open_world: OpenWorld, lines: list[OrderLine], by: str, gave_back: str
 ) -> None:
-    async with open_shop(*FOUR) as running:
-        await inventory.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
-        await running.runtime.settled()
-        await running.place("1", *lines)
-        await running.runtime.settled()
+    async with open_world() as world:
+        await supplied(world)
+        await world.change(repository, "1", Order.place, lines, None, "France", PLACED_AT)
+        await world.settled()
         order = await repository.load("1")
         assert (order.status, order.by) == (Status.CANCELLED, by)
-        assert gave_back in await running.log()
+        assert gave_back in types(world)
 
 
-async def test_a_customer_in_two_minds_is_cancelled_once(open_shop: OpenShop) -> None:
-    async with open_shop(*FOUR) as running:
-        await inventory.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
-        await running.runtime.settled()
-        await running.place("1")
+async def test_a_customer_in_two_minds_is_cancelled_once(open_world: OpenWorld) -> None:
+    async with open_world() as world:
+        await supplied(world)
+        await world.change(repository, "1", Order.place, [CUP], None, "France", PLACED_AT)
         for _ in range(2):
-            await repository.change("1", Order.cancel, "changed my mind")
-        await running.runtime.settled()
-        log = await running.log()
-        assert log.count("OrderCancelled") == 1
-        assert log.count("PaymentVoided") == 1
-        assert log.count("ShipmentStopped") == 1
+            await world.change(repository, "1", Order.cancel, "changed my mind")
+        await world.settled()
+        for once in ("OrderCancelled", "PaymentVoided", "ShipmentStopped"):
+            assert types(world).count(once) == 1, once
+
+
+async def supplied(world: World) -> None:
+    """Let goods arrive."""
+    await world.append("goods-CUP", GoodsReceived(sku="CUP", quantity=100))
+    await world.settled()
+
+
+def types(world: World) -> list[str]:
+    return [event.type for event in world.events()]
+
+
+@world_seeds(3)
+async def test_whatever_happens_all_books_agree(open_world: OpenWorld) -> None:
+    async with open_world() as world:
+        await supplied(world)
+        for number in range(4):
+            await world.change(repository, str(number), Order.place, [CUP], None, "France", PLACED_AT)
+        await world.change(repository, "3", Order.cancel, "changed my mind")
+        await world.settled()
+        async with world.session(payment) as session:
+            charged = set(await session.scalars(sa.select(payments.c.order_id).where(payments.c.state == "captured")))
+        left = {event.order_id for event in world.events(of=OrderDispatched)}
+        assert charged == left
+        assert left >= {"0", "1", "2"}
+        async with world.session(inventory) as session:
+            assert (await session.execute(sa.select(stock.c.reserved, stock.c.shipped))).all() == [(0, 2 * len(left))]

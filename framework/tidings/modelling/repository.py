@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Concatenate, Final, Generic, TypeVar
@@ -91,6 +92,12 @@ class Repository(Generic[A]):
     def aggregate(self) -> type[A]:
         """The class of the aggregates."""
         return self._aggregate
+
+    def on(self, store: EventStore) -> Repository[A]:
+        """Return a repository of the same aggregates in another store."""
+        other = copy(self)
+        other._store = lambda: store
+        return other
 
     def stream_of(self, id: str) -> str:
         """Return the name of the aggregate's stream."""

@@ -278,11 +278,13 @@ class World(Harm):
     async def change(
         self, repository: Repository[A], id: str, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Changed[A]:
-        """Change an aggregate through one of its methods, or create it with that when it has no stream yet."""
+        """Change an aggregate through one of its methods, or create it with that when it has no stream yet. This works
+        whatever was done to the service of the repository."""
+        outside = repository.on(self._store)
         try:
-            return await repository.change(id, method, *args, **kwargs)
+            return await outside.change(id, method, *args, **kwargs)
         except StreamNotFound:
-            return await repository.create(id, method, *args, **kwargs)
+            return await outside.create(id, method, *args, **kwargs)
 
     async def settled(self) -> Report:
         """Wait until nothing is under way: everything is handled, or waits for nothing but time after errors that the
