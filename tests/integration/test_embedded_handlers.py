@@ -551,7 +551,7 @@ async def test_an_outage_of_a_database_that_is_not_the_services_own_counts_as_a_
 async def test_a_handler_that_holds_the_writer_is_named_and_alone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.delivery.groups.SLOW_SECONDS", 0.02)
+    monkeypatch.setattr("tidings.delivery.slow_handlers.SLOW_SECONDS", 0.02)
     monkeypatch.setattr("tidings.delivery.groups.GROUP_SECONDS", 10)
     service, transactions = Service("audit", tables=tables), dict[str, list[int]](slow=[], quick=[])
 

@@ -1,7 +1,8 @@
-"""Lanes that take back what was finished too early, and events that may share a transaction without a savepoint."""
+"""Lanes that take back what was finished too early, events that may share a transaction, and deadlocks."""
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from tidings._support.timers import Timers
 from tidings.delivery.batch import Pending
+from tidings.delivery.contention import FIRST_SECONDS, Contention
 from tidings.delivery.failure_memory import FailureMemory
-from tidings.delivery.fitness import CONTENDED_SECONDS, Fitness
+from tidings.delivery.fitness import Fitness
 from tidings.delivery.inflight import InFlight, Role, State
 from tidings.delivery.lanes import EventLanes
 from tidings.modelling.handlers import Handler, Retry
@@ -89,10 +91,10 @@ def test_a_parked_bucket_gives_nothing_before_it_is_free_and_holds_up_no_other(l
 
 class Stage:
     def __init__(self) -> None:
-        self.now, self.why = 100.0, None
+        self.why = None
         self.memory, self.pending = FailureMemory(), Pending()
         self.caution, self.progress = SimpleNamespace(alert=False), SimpleNamespace(spans={})
-        site = SimpleNamespace(memory=self.memory, clock=lambda: self.now)
+        site = SimpleNamespace(memory=self.memory)
         joined: Any = SimpleNamespace(site=site, caution=self.caution)
         hindrances: Any = SimpleNamespace(of=lambda item: self.why)
         progress: Any = self.progress
@@ -101,14 +103,12 @@ class Stage:
 
 @pytest.mark.parametrize(
     "against",
-    ["nothing", "attempts", "undone", "suspected", "condemned", "crashed", "alert", "spans", "hindered", "replayed"],
+    ["nothing", "suspected", "condemned", "crashed", "alert", "spans", "hindered", "replayed"],
 )
-def test_an_event_against_which_anything_is_known_shares_no_transaction_without_savepoints(against: str) -> None:
+def test_an_event_of_which_anything_is_suspected_shares_no_transaction(against: str) -> None:
     stage, item = Stage(), event(5)
     marks: dict[str, Any] = {
         "nothing": lambda: None,
-        "attempts": lambda: stage.memory.attempts.update({item.turn: 1}),
-        "undone": lambda: stage.memory.undone.add(item.turn),
         "suspected": lambda: stage.memory.suspected.add(item.turn),
         "condemned": lambda: stage.memory.condemned.update({item.turn: None}),  # type: ignore[dict-item]
         "crashed": lambda: stage.memory.skip([5]),
@@ -126,12 +126,42 @@ def test_only_new_events_that_move_the_watermark_do(role: Role) -> None:
     assert Stage().fitness.of(event(5, role=role)) is (role in (Role.PLAIN, Role.SHARED))
 
 
-def test_after_a_deadlock_one_transaction_is_under_way_at_a_time_for_a_while() -> None:
-    stage = Stage()
-    stage.fitness.contended()
-    assert not stage.fitness.of(event(5))
-    stage.now += CONTENDED_SECONDS
-    assert stage.fitness.of(event(5))
+async def test_after_a_deadlock_one_transaction_is_under_way_at_a_time_for_a_while() -> None:
+    now = 100.0
+    contention = Contention(lambda: now)
+
+    async def second_waits() -> bool:
+        async with contention.room():
+            second = asyncio.create_task(contention.room().__aenter__())
+            await asyncio.sleep(0)
+            waits = not second.done()
+        await second
+        return waits
+
+    assert not await second_waits()
+    contention.notice()
+    contention.notice()
+    assert await second_waits()
+    now += FIRST_SECONDS
+    contention = Contention(lambda: now)
+    assert not await second_waits()
+
+
+def test_deadlocks_that_go_on_make_it_longer() -> None:
+    now = 100.0
+    contention = Contention(lambda: now)
+    contention.notice()
+    now += FIRST_SECONDS
+    assert not contention.noticed_lately
+    contention.notice()
+    now += FIRST_SECONDS
+    assert contention.noticed_lately
+    now += FIRST_SECONDS
+    assert not contention.noticed_lately
+    now += 1000
+    contention.notice()
+    now += FIRST_SECONDS
+    assert not contention.noticed_lately
 
 
 def test_a_bucket_is_claimed_until_the_commit_that_has_it_is_done() -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from tidings._support.ownership import mark
 from tidings._support.writes import Writes
 from tidings.database.open_file import OpenFile
-from tidings.database.outages import advice_for, is_refusal, marked, outages, stays_with_connections
+from tidings.database.outages import advice_for, is_contention, is_refusal, marked, outages, stays_with_connections
 from tidings.database.tables import schema
 from tidings.database.texts import learn_encoding
 from tidings.database.transaction import watch
@@ -30,6 +30,8 @@ from tidings.urls import redact
 
 __all__ = ["Database", "connected", "file_of", "open_database", "prepared"]
 
+WIDTH: Final = 4
+"""Transactions of handlers with a session that are under way at once, where a database has more than one writer."""
 _MADE_AT: Final = "tidings_made_at"
 
 
@@ -46,9 +48,7 @@ class Database:
         self._open_file = None if self.file is None else OpenFile(self.file)
         self.one_writer = engine.dialect.name == "sqlite"
         """Whether all transactions that write share one writer, as in SQLite."""
-        self.width = 0
-        """Transactions of handlers with a session that one bucket range has under way at once, beside the one that
-        commits everything else. 0: that one runs them too. Set it before a service joins."""
+        self.width = 0 if self.one_writer else WIDTH
         self.writes = Writes()
         self.turn: AbstractAsyncContextManager[object] = asyncio.Lock() if self.one_writer else nullcontext()
         """To be held around transactions where there is one writer: a handler may have it for longer than SQLite lets
@@ -66,6 +66,17 @@ class Database:
         if self._open_file is not None:
             sa.event.listen(engine.sync_engine, "connect", self._note_file)
         watch(self._writing.sync_engine)
+
+    @property
+    def width(self) -> int:
+        """Transactions of handlers with a session that are under way at once, beside the one in which each bucket range
+        commits everything else. 0: that one runs them too. Set it before a service joins."""
+        return self._width
+
+    @width.setter
+    def width(self, width: int) -> None:
+        self._width = width
+        self.room = asyncio.Semaphore(width)
 
     def _learn(self, connection: object, record: object) -> None:
         learn_encoding(self.engine.dialect, connection)
@@ -103,7 +114,7 @@ class Database:
                 async with self._connected(self._writing) as connection, connection.begin():
                     yield connection
         except DatabaseUnavailable as error:
-            if not isinstance(error.__cause__, PoolTimeout):
+            if not isinstance(error.__cause__, PoolTimeout) and not is_contention(error, self.engine.dialect):
                 self.writes.failed(error)
             mark(error, self)
             raise

@@ -1,26 +1,42 @@
 """The session and connection that a handler is given: everything of SQLAlchemy's, except ending the transaction.
 
-Both end with the handler's attempt: from then on every use of them raises `AttemptEnded`. They are made to raise by
-changing their class, so that nothing is checked, and nothing costs time, while the handler is at work.
+They may be there before the transaction is: their first statement waits for it (`Opening`). Both end with the handler's
+attempt: from then on every use of them raises `AttemptEnded`. What they are is said by their class, which changes, so
+that nothing is checked, and nothing costs time, while the handler is at work.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, NoReturn
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncTransaction
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from tidings.errors import TransactionMisuse
 from tidings.modelling.context import ATTEMPT, Context
 
-__all__ = ["GuardedConnection", "GuardedSession", "TransactionGoesOn", "drop", "guarded", "keep", "watch"]
+__all__ = [
+    "GuardedConnection",
+    "GuardedSession",
+    "Opening",
+    "TransactionGoesOn",
+    "drop",
+    "guarded",
+    "is_kept",
+    "keep",
+    "watch",
+]
+
+Opening = Callable[[], Awaitable[AsyncConnection]]
+"""Waits for the transaction of the handler's group, and returns its connection; the same one each time."""
 
 _GUARDED: Final = "tidings_guarded"
 _ENDS_TRANSACTION: Final = re.compile(
@@ -54,15 +70,120 @@ class _Guarded(TransactionGoesOn):
 
 
 class GuardedConnection(_Guarded, AsyncConnection):
-    """The connection of one handler, inside its savepoint."""
+    """The connection of one handler, inside its group's transaction."""
 
-    def __init__(self, connection: AsyncConnection, context: Context) -> None:
-        super().__init__(connection.engine, connection.sync_connection)
+    def __init__(self, engine: AsyncEngine, context: Context, connection: AsyncConnection | None = None) -> None:
+        super().__init__(engine, None if connection is None else connection.sync_connection)
         self._context = context
         context.ends_with(self._end)
 
+    @classmethod
+    def unopened(cls, engine: AsyncEngine, context: Context, opening: Opening) -> GuardedConnection:
+        """Return one whose first statement waits for the transaction."""
+        made = _UnopenedConnection(engine, context)
+        made.opening = opening
+        return made
+
     def _end(self) -> None:
         self.__class__ = _EndedConnection
+
+
+class _UnopenedConnection(GuardedConnection):
+    """Whatever needs the database opens it. It is an ordinary `GuardedConnection` from then on."""
+
+    opening: Opening
+
+    async def open(self) -> GuardedConnection:
+        """Wait for the transaction."""
+        connection = await self.opening()
+        if self.__class__ is _UnopenedConnection:  # else another task of the handler was first
+            self.sync_connection = self._assign_proxied(connection.sync_connection)
+            self.__class__ = GuardedConnection  # type: ignore[assignment]
+        return self
+
+    async def start(self, is_ctxmanager: bool = False) -> AsyncConnection:
+        return await self.open()
+
+    async def execute(self, *arguments: Any, **options: Any) -> Any:
+        return await (await self.open()).execute(*arguments, **options)
+
+    async def exec_driver_sql(self, *arguments: Any, **options: Any) -> Any:
+        return await (await self.open()).exec_driver_sql(*arguments, **options)
+
+    async def run_sync(self, *arguments: Any, **options: Any) -> Any:
+        return await (await self.open()).run_sync(*arguments, **options)
+
+    async def execution_options(self, **options: Any) -> Any:
+        return await (await self.open()).execution_options(**options)
+
+    async def get_isolation_level(self) -> Any:
+        return await (await self.open()).get_isolation_level()
+
+    async def get_raw_connection(self) -> Any:
+        return await (await self.open()).get_raw_connection()
+
+    def stream(self, *arguments: Any, **options: Any) -> Any:
+        return _UnopenedStream(self, "stream", arguments, options)
+
+    def stream_scalars(self, *arguments: Any, **options: Any) -> Any:
+        return _UnopenedStream(self, "stream_scalars", arguments, options)
+
+    def begin_nested(self) -> AsyncTransaction:
+        return _UnopenedSavepoint(self, nested=True)
+
+    def in_transaction(self) -> bool:
+        return True
+
+    def in_nested_transaction(self) -> bool:
+        return False
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+    @property
+    def invalidated(self) -> bool:
+        return False
+
+    @property  # type: ignore[misc]
+    def dialect(self) -> Any:
+        return self.engine.dialect
+
+
+class _UnopenedSavepoint(AsyncTransaction):
+    async def start(self, is_ctxmanager: bool = False) -> AsyncTransaction:
+        if isinstance(self.connection, _UnopenedConnection):
+            await self.connection.open()
+        return await super().start(is_ctxmanager)
+
+
+class _UnopenedStream:
+    """What `stream` returns: to be awaited, or entered."""
+
+    def __init__(
+        self, connection: _UnopenedConnection, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        self._connection = connection
+        self._call = name, arguments, options
+        self._entered: Any = None
+
+    async def _open(self) -> Any:
+        connection: Any = await self._connection.open()
+        name, arguments, options = self._call
+        return getattr(connection, name)(*arguments, **options)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        async def start() -> Any:
+            return await (await self._open())
+
+        return start().__await__()
+
+    async def __aenter__(self) -> Any:
+        self._entered = await self._open()
+        return await self._entered.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> Any:
+        return await self._entered.__aexit__(*raised)
 
 
 class _EndedConnection(GuardedConnection):
@@ -74,6 +195,19 @@ class _HandlerSession(Session):
     """The synchronous session behind a handler's session; `run_sync` passes it on."""
 
     context: Context
+    opening: Opening
+    whole: Engine
+    """What it says it is bound to before there is a connection, to who only asks for the dialect."""
+    group: Connection | None = None
+    """The group's connection, once the transaction is there."""
+
+    def get_bind(self, *arguments: Any, **options: Any) -> Engine | Connection:
+        if self.group is None:
+            if not in_greenlet():
+                return self.whole
+            self.group = await_only(self.opening()).sync_connection
+            assert self.group is not None
+        return self.group
 
 
 class _EndedHandlerSession(_HandlerSession):
@@ -86,11 +220,18 @@ class GuardedSession(_Guarded, AsyncSession):
 
     sync_session_class = _HandlerSession
 
-    def __init__(self, connection: AsyncConnection, context: Context) -> None:
-        super().__init__(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
+    def __init__(
+        self, engine: AsyncEngine, context: Context, opening: Opening, connection: AsyncConnection | None = None
+    ) -> None:
+        """With `connection`, the transaction is there; else the first statement waits for it."""
+        super().__init__(join_transaction_mode="rollback_only", expire_on_commit=False)
+        self.bind = connection or engine
         self._context = context
-        self._group = connection
-        self.sync_session.context = context  # type: ignore[attr-defined]
+        self._opening = opening
+        sync: Any = self.sync_session
+        sync.context, sync.opening, sync.whole = context, opening, engine.sync_engine
+        if connection is not None:
+            sync.group = connection.sync_connection
         context.ends_with(self._end)
 
     def _end(self) -> None:
@@ -107,7 +248,8 @@ class GuardedSession(_Guarded, AsyncSession):
             session.connection(bind_arguments=bind_arguments, execution_options=execution_options, **options)
 
         await self.run_sync(begun)
-        return GuardedConnection(self._group, self._context)
+        connection = await self._opening()
+        return GuardedConnection(connection.engine, self._context, connection)
 
 
 class _EndedSession(GuardedSession):
@@ -120,6 +262,16 @@ def _of_the_dead(dead: Any, name: str, used: str, context: str = "_context") -> 
     if not name.startswith("__"):
         object.__getattribute__(dead, context).check_alive(used)
     return object.__getattribute__(dead, name)
+
+
+def is_kept(session: Session) -> bool:
+    """Return whether nothing is pending, so that `keep` would do nothing; then the session is closed."""
+    plain = session.is_active and not session.in_nested_transaction() and not session.dispatch.before_commit
+    if not plain or session.new or session.deleted or session.dirty:
+        return False
+    session.close()
+    _bury(session)
+    return True
 
 
 def keep(connection: Connection, session: Session) -> None:

@@ -45,6 +45,9 @@ INSIST_SECONDS: Final = 1.0
 PARTING_SECONDS: Final = 1.0
 """Seconds that a stopping service waits for a handler that it cancelled."""
 
+WAITING_SECONDS: Final = 0.05
+"""Seconds between looks whether a handler that waited for its transaction is over its time."""
+
 HANDLER_TASK: Final = "handler "
 """The beginning of the name of each task that runs a handler."""
 
@@ -67,6 +70,11 @@ class Attempt:
         self._handler = handler
         self._context = context
 
+    def cut_off(self, why: str) -> None:
+        """Cancel the handler; `why` continues "the handler ...". Its outcome will say how it took that."""
+        self._context.end(why)
+        self._work.cancel()
+
     async def outcome(self) -> Failure | None:
         """None when it succeeded. Raises what `begin` does, and the cancellation of the running task."""
         try:
@@ -75,8 +83,8 @@ class Attempt:
             self._context.end("was stopped with its process, or to be run again")
         if self._work.cancelled():  # it cancelled its own task, and returned without another await
             cancelled = asyncio.CancelledError("the handler cancelled its own task")
-            return _judged(self._ours, self._handler, cancelled, late)
-        return _judged(self._ours, self._handler, self._work.result(), late)
+            return _judged(self._ours, self._handler, self._context, cancelled, late)
+        return _judged(self._ours, self._handler, self._context, self._work.result(), late)
 
 
 class Attempts:
@@ -135,7 +143,7 @@ class Attempts:
         work, raised = self._first_step.run(attempt, variables, HANDLER_TASK + handler.name)
         if work is not None:
             return Attempt(work, handler, context, self._ours)
-        return None if raised is None else _judged(self._ours, handler, raised, late=False)
+        return None if raised is None else _judged(self._ours, handler, context, raised, late=False)
 
     def open(self) -> None:
         """Get ready for the first one."""
@@ -147,8 +155,8 @@ class Attempts:
         self._first_step.close()
 
 
-def _judged(ours: Ours, handler: Handler, raised: BaseException | None, late: bool) -> Failure | None:
-    if raised is not None and handler.transactional and ours.waits_for_itself(raised):
+def _judged(ours: Ours, handler: Handler, context: Context, raised: BaseException | None, late: bool) -> Failure | None:
+    if raised is not None and context.works and ours.waits_for_itself(raised):
         writer_held = WriterHeld(handler.name)
         writer_held.__cause__ = raised
         return Failure.of(writer_held, handler)
@@ -206,10 +214,17 @@ def _call(
 
 async def _ended(work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> bool:
     """Wait until the handler has ended; True when it took longer than its time."""
+    loop = asyncio.get_running_loop()
+    left, ends = handler.timeout, loop.time() + handler.timeout
     try:
-        await asyncio.wait((work,), timeout=handler.timeout)
-        if work.done():
-            return False
+        while left > 0:
+            await asyncio.wait((work,), timeout=left)
+            if work.done():
+                return False
+            # What it waited for its transaction does not count: others were at work in that time.
+            left = ends + context.waited(loop.time()) - loop.time()
+            if left > 0:
+                left = max(left, WAITING_SECONDS)
         context.end(f"was over its time of {handler.timeout:g} s")
         await _insist(work, handler, context)
     except asyncio.CancelledError:

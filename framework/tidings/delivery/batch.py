@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -66,6 +67,11 @@ class Batch:
         self.notable.append(item)
         return True
 
+    def doubt(self, item: InFlight) -> None:
+        """An attempt failed: the commit finds out whether another process has done the event meanwhile. Without that, a
+        service whose every attempt fails for that reason would wait for ever for what nobody can mend."""
+        self.doubted.append(item)
+
     def __len__(self) -> int:
         ended = len(self.finished) + len(self.foreign) + len(self.appended) + len(self.never) + len(self.noted)
         return ended + len(self.doubted)
@@ -86,6 +92,8 @@ class Pending:
         """... and in the one whose commit is under way."""
         self.parked: set[int] = set()
         """Buckets of which the next event waits in its lane until that is committed."""
+        self.then: Callable[[], None] | None = None
+        """Called when what was taken last is durable."""
 
     def take(self) -> Batch:
         """Take what was collected; from now on another batch is collected."""
@@ -107,11 +115,11 @@ class Pending:
         """What was taken last is durable."""
         self.unseen.clear()
         self.committing.clear()
+        if self.then is not None:
+            self.then()
 
     def finish(self, item: InFlight) -> bool:
         """True when it leaves more behind than the watermark."""
-        if item.handler.transactional:
-            self.unseen.add(item.bucket)
         self.buckets.add(item.bucket)
         self.wake.set()
         return self.batch.finish(item)
@@ -132,9 +140,8 @@ class Pending:
         self.wake.set()
 
     def doubt(self, item: InFlight) -> None:
-        """An attempt failed: the next commit finds out whether another process has done the event meanwhile. Without
-        that, a service whose every attempt fails for that reason would wait for ever for what nobody can mend."""
-        self.batch.doubted.append(item)
+        """As `Batch.doubt`."""
+        self.batch.doubt(item)
         self.wake.set()
 
     def noted(self, position: int, times: int) -> None:

@@ -9,28 +9,26 @@ import traceback
 from collections import deque
 from typing import Final
 
-import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.delivery.batch import Pending
 from tidings.delivery.failure import Failure
+from tidings.delivery.given import Given
 from tidings.delivery.hindrances import Hindrances
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.runner import Runner
 from tidings.delivery.savepoint import ConnectionLost, GroupBroken, in_savepoint
+from tidings.delivery.seats import Seat
 from tidings.delivery.site import Joined
+from tidings.delivery.slow_handlers import SlowHandlers
 from tidings.delivery.verdicts import Verdicts
 
 __all__ = ["Groups"]
-
-log = structlog.get_logger("tidings.delivery")
 
 GROUP: Final = 64
 """Events with a session that share one transaction at most."""
 GROUP_SECONDS: Final = 0.025
 """A transaction takes no further event with a session after this long."""
-SLOW_SECONDS: Final = 0.25
-"""A handler that holds the writer longer than this is named in the log and gets transactions of its own."""
 
 ENDED_TRANSACTION: Final = "TransactionMisuse: it ended the transaction it was part of"
 """The reason of a failure, before what was noticed."""
@@ -42,7 +40,6 @@ class Groups:
     def __init__(
         self, joined: Joined, runner: Runner, hindrances: Hindrances, verdicts: Verdicts, pending: Pending
     ) -> None:
-        self._service = joined.site.service.name
         self._database = joined.site.database.shown
         self._memory = joined.site.memory
         self._clock = joined.site.clock
@@ -50,9 +47,8 @@ class Groups:
         self._hindrances = hindrances
         self._verdicts = verdicts
         self._pending = pending
-        self._given: deque[InFlight] = deque()
-        self._slow: set[str] = set()
-        """Handlers that hold the writer for long."""
+        self._given: deque[InFlight | Seat] = deque()
+        self._slow = SlowHandlers(joined.site.service.name)
 
     def __len__(self) -> int:
         """Events that nobody has begun."""
@@ -63,10 +59,16 @@ class Groups:
         self._given.append(item)
         self._pending.wake.set()
 
+    def ask(self, seat: Seat) -> None:
+        """Let its handler, which is at work already, have the next transaction that has room."""
+        self._given.append(seat)
+        self._pending.wake.set()
+
     def take_back(self) -> int:
         """Forget what nobody has begun, and say how many that were."""
-        number = len(self._given)
-        self._given.clear()
+        begun = [given for given in self._given if isinstance(given, Seat)]
+        number = len(self._given) - len(begun)
+        self._given = deque(begun)
         return number
 
     async def run(self, connection: AsyncConnection, ran: list[InFlight]) -> None:
@@ -77,26 +79,32 @@ class Groups:
             if not self._given or self._clock() - began > GROUP_SECONDS:
                 return
             first = self._given[0]
-            alone = first.handler.name in self._slow or first.turn in self._memory.suspected
+            seat, item = (first, first.item) if isinstance(first, Seat) else (None, first)
+            alone = item.handler.name in self._slow or item.turn in self._memory.suspected
             if alone and nth:
                 return
-            item = self._given.popleft()
-            why = self._hindrances.of(item)
+            self._given.popleft()
+            why = self._hindrances.of(item) if seat is None else None
             if why is not None:
                 self._verdicts.hindered(item, why)
-            elif await self._within(connection, item):
+            elif await self._within(connection, item, seat):
                 ran.append(item)
             if alone:
                 return
 
-    async def _within(self, connection: AsyncConnection, item: InFlight) -> bool:
+    async def _within(self, connection: AsyncConnection, item: InFlight, seat: Seat | None) -> bool:
         """Its effects in a savepoint of the group's transaction. True when they are kept."""
-        context = self._runner.context(item)
         began = self._clock()
         try:
-            failure = await in_savepoint(
-                connection, context, item.handler, lambda provide: self._runner.run(item, context, provide)
-            )
+            if seat is None:
+                context = self._runner.context(item)
+                given = Given(context, connection.engine)
+                failure = await in_savepoint(
+                    connection, given, item.handler, lambda: self._runner.run(item, context, given.provide)
+                )
+            else:
+                context, given = seat.context, seat.opened
+                failure = await in_savepoint(connection, given, item.handler, lambda: seat.hold(connection))
         except ConnectionLost as lost:
             raise self._memory.lose(item, self._database, lost.failure, lost.__cause__) from lost
         except GroupBroken as broken:
@@ -108,15 +116,8 @@ class Groups:
                 permanent=True,
             )
             raise self._memory.condemn(item, failure, "ended the transaction that its group shares") from cause
-        took = self._clock() - began
-        if took > SLOW_SECONDS and item.handler.name not in self._slow:
-            self._slow.add(item.handler.name)
-            log.warning(
-                "handler.holds_writer",
-                service=self._service,
-                handler=item.handler.name,
-                seconds=round(took, 3),
-                advice="do slow work outside the session, or in a handler without one",
-            )
+        self._slow.took(item.handler.name, self._clock() - began)
+        if failure is None:
+            self._pending.unseen.add(item.bucket)  # before its lane goes on
         self._verdicts.judge(item, context, failure)
         return failure is None

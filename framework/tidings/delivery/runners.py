@@ -5,6 +5,7 @@ from __future__ import annotations
 from tidings.delivery.concurrent_groups import ConcurrentGroups
 from tidings.delivery.groups import Groups
 from tidings.delivery.inflight import InFlight
+from tidings.delivery.seats import Seat
 from tidings.delivery.side_by_side import SideBySide
 
 __all__ = ["Runners"]
@@ -18,6 +19,7 @@ class Runners:
         self.groups = groups
         self.concurrent = concurrent
         """None on a database with one writer."""
+        side_by_side.ask = self.ask
 
     def give(self, item: InFlight) -> None:
         """Run it as soon as there is room."""
@@ -25,6 +27,11 @@ class Runners:
             self.groups.give(item)
         else:
             self.side_by_side.give(item)
+
+    def ask(self, seat: Seat) -> None:
+        """Give a handler that declared no session, and is at work, the next transaction that has room."""
+        if self.concurrent is None or not self.concurrent.ask_late(seat):
+            self.groups.ask(seat)
 
     def take_back(self) -> int:
         """Forget what nobody has begun, and say how many that were."""

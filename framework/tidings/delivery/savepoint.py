@@ -1,4 +1,4 @@
-"""One handler with a session inside the transaction that its group shares: its effects in a savepoint, kept or undone.
+"""One handler with a session inside the transaction that its group shares: its effects kept, or undone in a savepoint.
 
 It never ends the transaction: a handler that did, or that made it unusable, breaks the group.
 """
@@ -12,18 +12,18 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
-from sqlalchemy.orm import Session
 
 from tidings.database.outages import is_outage, is_unusable
-from tidings.database.transaction import GuardedConnection, GuardedSession, drop, guarded, keep
+from tidings.database.transaction import drop, guarded, is_kept, keep
 from tidings.delivery.failure import Failure
+from tidings.delivery.given import Given
 from tidings.errors import StatementFailed, TransactionMisuse
-from tidings.modelling.context import Context
-from tidings.modelling.handlers import Handler, Inject
+from tidings.modelling.handlers import Handler
 
 __all__ = ["ConnectionLost", "GroupBroken", "in_group", "in_savepoint", "roll_back"]
 
-Provide = Callable[[Inject], Any]
+Run = Callable[[], Awaitable[Failure | None]]
+"""Waits until the attempt is over. It ends the attempt's context, and with it what the handler was given."""
 
 
 class ConnectionLost(Exception):
@@ -41,17 +41,14 @@ class GroupBroken(Exception):
         self.failure = failure
 
 
-async def in_savepoint(
-    connection: AsyncConnection, context: Context, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
-) -> Failure | None:
+async def in_savepoint(connection: AsyncConnection, given: Given, handler: Handler, run: Run) -> Failure | None:
     """Run one handler; its effects are kept when it succeeds, undone when it fails. Raises `GroupBroken`, and
-    `ConnectionLost`, whatever the handler made of the error that told it so. `run` ends the attempt of `context`, and
-    with it what the handler was given."""
+    `ConnectionLost`, whatever the handler made of the error that told it so."""
     failure: Failure | None = None
     try:
-        scope = _Scope(connection, context, await connection.begin_nested())
+        scope = _Scope(connection, given, await connection.begin_nested())
         with guarded(connection):
-            failure = await run(scope.provide)
+            failure = await run()
             if failure is None:
                 failure = await scope.flush(handler)
         if connection.invalidated:
@@ -71,14 +68,12 @@ async def in_savepoint(
     return failure
 
 
-async def in_group(
-    connection: AsyncConnection, context: Context, handler: Handler, run: Callable[[Provide], Awaitable[Failure | None]]
-) -> Failure | None:
+async def in_group(connection: AsyncConnection, given: Given, handler: Handler, run: Run) -> Failure | None:
     """Run one handler without a savepoint: when it fails, whatever its group did must be undone. Raises
     `ConnectionLost`; and `TransactionMisuse` where it ended the transaction."""
-    scope = _Scope(connection, context, None)
+    scope = _Scope(connection, given, None)
     with guarded(connection):
-        failure = await run(scope.provide)
+        failure = await run()
         if failure is None:
             failure = await scope.flush(handler)
     if connection.invalidated:
@@ -108,31 +103,21 @@ async def _kept(scope: _Scope, handler: Handler) -> Failure | None:
 
 
 class _Scope:
-    """What one handler is given of the group's transaction."""
+    """One handler's part of the group's transaction."""
 
-    def __init__(self, connection: AsyncConnection, context: Context, savepoint: AsyncTransaction | None) -> None:
+    def __init__(self, connection: AsyncConnection, given: Given, savepoint: AsyncTransaction | None) -> None:
         self._connection = connection
-        self._context = context
+        self._given = given
         self._savepoint = savepoint
         self._whole = connection.get_transaction()
-        self._session: GuardedSession | None = None
-        self._objects: Session | None = None
-        """Behind the session, which is closed to everybody from the end of the attempt on."""
-        context.works_on(connection.sync_connection)
-
-    def provide(self, wanted: Inject) -> Any:
-        if wanted is Inject.CONNECTION:
-            return GuardedConnection(self._connection, self._context)
-        if self._session is None:
-            self._session = GuardedSession(self._connection, self._context)
-            self._objects = self._session.sync_session
-        return self._session
+        given.open(connection)
 
     async def flush(self, handler: Handler) -> Failure | None:
         """Write what the handler left pending; what that raises is the handler's failure."""
+        objects = self._given.objects
         try:
-            if self._objects is not None:
-                await self._connection.run_sync(keep, self._objects)
+            if objects is not None and not is_kept(objects):
+                await self._connection.run_sync(keep, objects)
         except Exception as error:
             if is_outage(error, self._connection.dialect):
                 raise
@@ -155,8 +140,9 @@ class _Scope:
     async def undo(self) -> None:
         self.check_whole()
         assert self._savepoint is not None
-        if self._objects is not None:
-            await self._connection.run_sync(drop, self._objects)
+        objects = self._given.objects
+        if objects is not None:
+            await self._connection.run_sync(drop, objects)
         if self._savepoint.is_active:
             await self._savepoint.rollback()
         else:

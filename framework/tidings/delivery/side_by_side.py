@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from tidings._support.workers import Workers
 from tidings.delivery.attempt import Attempt
 from tidings.delivery.batch import Pending
 from tidings.delivery.hindrances import Hindrances
-from tidings.delivery.inflight import InFlight
+from tidings.delivery.inflight import InFlight, Turn
 from tidings.delivery.runner import Runner
+from tidings.delivery.seats import Seat
+from tidings.delivery.site import Joined
 from tidings.delivery.verdicts import Verdicts
 from tidings.modelling.context import Context
 from tidings.modelling.handlers import Inject
@@ -22,15 +28,20 @@ class SideBySide:
     """As many at once as the service allows."""
 
     def __init__(
-        self, concurrency: int, runner: Runner, hindrances: Hindrances, verdicts: Verdicts, pending: Pending
+        self, joined: Joined, runner: Runner, hindrances: Hindrances, verdicts: Verdicts, pending: Pending
     ) -> None:
+        self._engine = joined.site.database.engine
         self._runner = runner
         self._hindrances = hindrances
         self._verdicts = verdicts
         self._pending = pending
-        self._workers: Workers[InFlight] = Workers(concurrency, self._begin)
+        self._workers: Workers[InFlight] = Workers(joined.site.service.concurrency, self._begin)
         self._deferred: list[InFlight] = []
         """Their bucket has effects in a transaction under way, which they would not see."""
+        self._seats: dict[Turn, Seat] = {}
+        """Of handlers at work that have asked for a session."""
+        self.ask: Callable[[Seat], None] = _no_seats
+        """Who has transactions for them."""
 
     def give(self, item: InFlight) -> None:
         if item.bucket in self._pending.unseen:
@@ -61,6 +72,7 @@ class SideBySide:
             self._verdicts.hindered(item, why)
             return None
         context = self._runner.context(item)
+        context.opens(partial(self._open, item, context))
         begun = self._runner.begin(item, context, _no_session)
         if isinstance(begun, Attempt):
             return self._end(item, context, begun)
@@ -68,7 +80,34 @@ class SideBySide:
         return None
 
     async def _end(self, item: InFlight, context: Context, begun: Attempt) -> None:
-        self._verdicts.judge(item, context, await self._runner.outcome(item, begun))
+        try:
+            outcome = await self._runner.outcome(item, begun)
+        except BaseException as error:  # an object of the service's own is away, or it is cut off
+            seat = self._seats.pop(item.turn, None)
+            if seat is not None:
+                seat.end(error)
+                if isinstance(error, Exception):
+                    return
+            raise
+        seat = self._seats.pop(item.turn, None) if self._seats else None
+        if seat is None:
+            self._verdicts.judge(item, context, outcome)
+        else:
+            seat.end(outcome)  # it is judged in its transaction
+
+    @asynccontextmanager
+    async def _open(self, item: InFlight, context: Context) -> AsyncIterator[AsyncSession]:
+        """What the handler is given when it asks for a session at work."""
+        seat = self._seats.get(item.turn)
+        if seat is None:
+            seat = self._seats[item.turn] = Seat(item, self.ask)
+            seat.begin(context, self._engine)
+        async with seat.opened.enter() as session:
+            yield session
+
+
+def _no_seats(seat: Seat) -> None:
+    raise AssertionError("nobody has transactions")
 
 
 def _no_session(wanted: Inject) -> Any:

@@ -84,7 +84,7 @@ def assemble(
     hindrances = Hindrances(joined.held, keys, breakers, due)
     verdicts = Verdicts(joined, lanes, pending, keys, due, breakers)
     runner = Runner(joined, attempts, succession, Survivors(joined, pending))
-    side_by_side = SideBySide(service.concurrency, runner, hindrances, verdicts, pending)
+    side_by_side = SideBySide(joined, runner, hindrances, verdicts, pending)
     groups = Groups(joined, runner, hindrances, verdicts, pending)
     release = Release(lanes, due, stager, joined.caution, pending, side_by_side)
     ledger = Ledger(joined, progress, release, acknowledgement)

@@ -40,9 +40,8 @@ class Succession:
         if self.notebook.open:
             self.notebook.keep()
         else:
-            self.notebook = Notebook(
-                self._notebook_of(self._joined.site.process), service.concurrency + 1 + self._database.width
-            )
+            at_once = service.concurrency * (2 if self._database.width else 1) + 1
+            self.notebook = Notebook(self._notebook_of(self._joined.site.process), at_once)
         caution, inbox, me = self.caution, self._joined.inbox, self._joined.site.process
         async with self.turn:
             besides = caution.notes.own

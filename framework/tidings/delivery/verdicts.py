@@ -44,36 +44,27 @@ class Verdicts:
         self._due = due
         self._breakers = breakers
 
-    def judge(self, item: InFlight, context: Context, failure: Failure | None) -> None:
-        """An attempt has ended."""
+    def judge(self, item: InFlight, context: Context, failure: Failure | None, into: Batch | None = None) -> None:
+        """An attempt has ended. What came of it is part of the next commit, or of the batch `into`, whose transaction
+        is under way."""
         if failure is not None:
             if self._witness is not None:
                 self._witness.failed(item, failure)
-            self._pending.doubt(item)
+            (self._pending if into is None else into).doubt(item)
             if item.role is Role.TRIAL or not failure.deploy_needed:
                 self._tell_breaker(item, failure)
-            self.failed(item, failure)
+            self.failed(item, failure, into)
             return
         if self._memory.attempts:
             self._memory.attempts.pop(item.turn, None)
-        self._succeed(item, context)
-        self._finish(item, State.DONE)
-
-    def keep(self, item: InFlight, context: Context, batch: Batch) -> None:
-        """An attempt has succeeded in one of several transactions under way, which commits `batch`."""
-        self._succeed(item, context)
-        item.to(State.DONE)
-        batch.finish(item)
-        self._lanes.finish(item)
-
-    def _succeed(self, item: InFlight, context: Context) -> None:
         if context.emissions:
             succeed(item, context)
         if self._breakers.any and self._breakers.succeeded(item.handler.name):
             log.info("handler.resumed", service=self._service, handler=item.handler.name)
             self._due.resume()
+        self._finish(item, State.DONE, into)
 
-    def failed(self, item: InFlight, failure: Failure) -> None:
+    def failed(self, item: InFlight, failure: Failure, into: Batch | None = None) -> None:
         """Again in its lane, or held, or dead."""
         turn, memory = item.turn, self._memory
         tried = memory.attempts[turn] = memory.attempts.get(turn, 0) + 1
@@ -85,7 +76,7 @@ class Verdicts:
             return
         del memory.attempts[turn]
         held = item.postponed
-        self._finish(item, State.DEAD if held is None else State.HELD)
+        self._finish(item, State.DEAD if held is None else State.HELD, into)
         if held is not None:
             self._due.look_in(min(held.due - time.time(), HELD_SECONDS))
 
@@ -109,12 +100,12 @@ class Verdicts:
         self._pending.wake.set()
         self._lanes.leave(item)
 
-    def _finish(self, item: InFlight, state: State, *, ran: bool = True) -> None:
+    def _finish(self, item: InFlight, state: State, into: Batch | None = None, *, ran: bool = True) -> None:
         """Its lane goes on; the item waits for the commit."""
         item.to(state)
         if self._caution.alert:
             self._survivors.note(item, ran=ran)
-        if self._pending.finish(item):
+        if (self._pending if into is None else into).finish(item):
             self._keys.ended(item)
         if item.role is Role.TRIAL:
             self._end_trial(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,8 @@ from tidings.protocol.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name, check_text
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
     from tidings.modelling.aggregate import Aggregate
     from tidings.modelling.repository import Changed, Repository
 
@@ -53,6 +56,9 @@ class Context:
         "_ended",
         "_mortal",
         "_names",
+        "_open",
+        "_waited",
+        "_waits_since",
         "_works_on",
         "aliases",
         "attempt",
@@ -99,6 +105,10 @@ class Context:
         """How the attempt ended; empty while it is under way."""
         self._mortal: tuple[Callable[[], object], ...] = ()
         self._works_on: ref[object] | None = None
+        self._open: Callable[[], AbstractAsyncContextManager[AsyncSession]] | None = None
+        self._waited = 0.0
+        """Seconds that the attempt has waited for its transaction."""
+        self._waits_since: float | None = None
 
     def end(self, how: str) -> None:
         """End the attempt and what was injected for it. `how` continues "the handler ...". Later calls do nothing."""
@@ -116,6 +126,38 @@ class Context:
     def works_on(self, connection: object) -> None:
         """Note the connection through which the attempt writes, and which it shares with the rest of its group."""
         self._works_on = ref(connection)
+
+    @property
+    def works(self) -> bool:
+        """Whether the attempt has a transaction."""
+        return self._works_on is not None
+
+    def opens(self, open: Callable[[], AbstractAsyncContextManager[AsyncSession]]) -> None:
+        """Have `session` answered by this."""
+        self._open = open
+
+    def waits(self, now: float, waits: bool) -> None:
+        """Note that the attempt waits for its transaction from now on, or no longer."""
+        if self._waits_since is not None:
+            self._waited += now - self._waits_since
+        self._waits_since = now if waits else None
+
+    def waited(self, now: float) -> float:
+        """Return the seconds for which the attempt has waited for its transaction: they do not count as its own."""
+        return self._waited if self._waits_since is None else self._waited + now - self._waits_since
+
+    def session(self) -> AbstractAsyncContextManager[AsyncSession]:
+        """Enter the service's database late: `async with context.session() as session`.
+
+        The handler may wait for other systems before, side by side with others, and without a connection. From here to
+        its end it is part of a transaction, as with an injected session, and what it writes happens exactly once. So
+        enter it last. What is pending is flushed at the end of the block. Raises `AttemptEnded` as `emit` does, and
+        `ConfigurationError` outside a service.
+        """
+        self.check_alive("context.session()")
+        if self._open is None:
+            raise ConfigurationError("context.session() works while a service runs the handler; here, nobody does")
+        return self._open()
 
     def check_statement(self, connection: object) -> None:
         """Raise `AttemptEnded` for a statement on the group's connection after the end, however the handler got hold of

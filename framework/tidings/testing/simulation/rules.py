@@ -5,7 +5,7 @@ Production code cannot reach this module. Each rule replaces one decision of one
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 from unittest.mock import patch
@@ -23,8 +23,11 @@ from tidings.delivery.healing import Pass
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.intake import Intake
 from tidings.delivery.keys import Keys
+from tidings.delivery.lanes import EventLanes
 from tidings.delivery.resolution import Resolver
 from tidings.delivery.savepoint import _Scope
+from tidings.delivery.seating import Group, Seating
+from tidings.delivery.seats import Seat
 from tidings.delivery.staged import Stager
 from tidings.errors import StreamNotFound
 from tidings.modelling.handlers import Handler
@@ -226,6 +229,25 @@ def _behind_waits() -> Patches:
     yield Roster, "handlers", all_of_them
 
 
+def _undone_runs_again() -> Patches:
+    undo = EventLanes.undo
+
+    def forget(
+        self: EventLanes, finished: Iterable[InFlight], begun: Iterable[InFlight], parked: Iterable[int]
+    ) -> None:
+        undo(self, (), begun, parked)
+
+    yield EventLanes, "undo", forget
+
+
+def _behind_undone_is_recalled() -> Patches:
+    def never(self: Seating, group: Group) -> list[Seat]:
+        return [seat for seat in seats_of(self, group) if seat.is_over]
+
+    seats_of = Seating.seats_of
+    yield Seating, "seats_of", never
+
+
 RULES: Final[dict[str, Callable[[], Patches]]] = {
     "gap": _gap,
     "marker": _marker,
@@ -242,6 +264,8 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "settled_is_not_under_way": _settled_is_not_under_way,
     "parts_are_noted": _parts_are_noted,
     "behind_waits": _behind_waits,
+    "undone_runs_again": _undone_runs_again,
+    "behind_undone_is_recalled": _behind_undone_is_recalled,
 }
 """Rules without which a promise breaks."""
 

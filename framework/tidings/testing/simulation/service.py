@@ -73,7 +73,7 @@ class Ignored(_Simulated, name="Ignored"):
 
 
 SECOND: Final = "second"
-"""Name of a second handler of `Counted` and `Fragile`, with a session."""
+"""Name of a second handler of `Counted` and `Fragile`, which takes its session late."""
 LATE: Final = "late"
 """Name of a handler of `Counted` and `Asked` that some processes do not have."""
 
@@ -124,6 +124,7 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
 
     @service.on(Asked, retry=retry)
     async def answer(event: Asked, context: Context, session: AsyncSession, desk: Desk) -> None:
+        await asyncio.sleep(0.0 if event.n % 3 else 0.004)  # before its first statement, beside others
         await desk.work(context, event)
         await note(context, session)
         context.emit(f"answers-{event.n % 3}", Answered(n=event.n))
@@ -141,8 +142,10 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
         desk.heard.add(context.position)
 
     @service.on(Counted, Fragile, name=SECOND, retry=retry)
-    async def count_again(event: Counted | Fragile, context: Context, session: AsyncSession) -> None:
-        await note(context, session)
+    async def count_again(event: Counted | Fragile, context: Context) -> None:
+        await asyncio.sleep(0.003)
+        async with context.session() as session:
+            await note(context, session)
 
     if late:
 
