@@ -64,15 +64,14 @@ PATIENT: Final = Retry(permanent=(GatewayRefused, Contradiction))
 
 
 @payment.on(OrderCreated, retry=PATIENT)
-async def authorise(
-    event: OrderCreated, context: Context, connection: AsyncConnection, gateway: PaymentGateway
-) -> None:
-    """Hold the total of a new order."""
+async def authorise(event: OrderCreated, context: Context, gateway: PaymentGateway) -> None:
+    """Hold the total of a new order. The transaction begins when the gateway has answered: many calls wait at once."""
     amount = to_the_penny(sum((line.quantity * line.unit_price for line in event.lines), Decimal()))
     answer = await gateway.authorise(amount, reference=f"order {event.order_id}", key=context.idempotency_key())
     state = State.DECLINED if answer.declined else State.AUTHORISED
     row = {"order_id": event.order_id, "state": state, "pence": pence(amount), "authorisation": answer.authorisation}
-    await connection.execute(insert(payments).values(row))
+    async with context.session() as session:
+        await session.execute(insert(payments).values(row))
     if answer.declined:
         declined = PaymentDeclined(order_id=event.order_id, amount=amount, reason=answer.declined)
         _tell(context, event.order_id, declined, answer.declined)

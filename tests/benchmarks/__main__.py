@@ -6,6 +6,7 @@ import sys
 
 from tests.benchmarks import (
     bench_bus,
+    bench_databases,
     bench_eventstoredb,
     bench_fleet,
     bench_healing,
@@ -30,6 +31,7 @@ BENCHES = (
     bench_relay,
     bench_bus,
     bench_service,
+    bench_databases,
     bench_latency,
     bench_inbox,
     bench_held,

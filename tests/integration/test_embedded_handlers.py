@@ -284,7 +284,8 @@ async def test_a_handler_that_ends_its_transaction_is_dead_and_its_neighbours_ar
         assert_once_in_order(await rows(service), OTHERS)
         (letter,) = await letters(service)
         assert letter.reason.startswith("TransactionMisuse: ")
-        assert calls == [1]
+        # On a server, the first attempt has no savepoint of its own that it could roll back to.
+        assert calls == ([1, 2] if on_server() and misuse == "savepoint.rollback" else [1])
 
 
 async def test_a_commit_behind_sqlalchemys_back_is_noticed_and_dead(
@@ -564,6 +565,7 @@ async def test_a_handler_that_holds_the_writer_is_named_and_alone_afterwards(
         await asyncio.sleep(0.03)
         transactions["slow"].append(Begun.count)
 
+    monkeypatch.setattr("tidings.database.engine.SHARE", 15)  # one group at a time
     async with embedded(tmp_path, service) as world:
 
         @sa.event.listens_for(service.engine.sync_engine, "begin")

@@ -24,6 +24,7 @@ from services.shipping import shipping
 from tidings import Context, Event, Repository, Service
 from tidings.database.engine import Database, open_database
 from tidings.delivery.attempt import Attempt, Attempts
+from tidings.delivery.given import Given
 from tidings.delivery.owned import Ours
 from tidings.delivery.resources import Resources
 from tidings.errors import StreamNotFound, WrongExpectedVersion
@@ -140,6 +141,7 @@ class World:
         attempts = Attempts(actor.service, actor.resources, Ours(self.store, None, actor.database))
         async with actor.database.transaction() as connection:
             try:
+                Given(context, actor.database.engine).open(connection)  # for `context.session()`
                 begun = attempts.begin(handler, context, lambda _: connection)
                 failure = await begun.outcome() if isinstance(begun, Attempt) else begun
             finally:

@@ -9,10 +9,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext, suppress
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -30,8 +30,13 @@ from tidings.urls import redact
 
 __all__ = ["Database", "connected", "file_of", "open_database", "prepared"]
 
-WIDTH: Final = 4
-"""Transactions of handlers with a session that are under way at once, where a database has more than one writer."""
+CONNECTIONS: Final = 15
+"""Connections of a process to a database with more than one writer, at most. `?connections=` in its URL says another
+number."""
+FEWEST: Final = 3
+"""Connections that a process needs: for handlers with a session, for everything else that it commits, and to read."""
+SHARE: Final = 4
+"""One of so many connections is for handlers with a session. The others stay free for commits, requests and health."""
 _MADE_AT: Final = "tidings_made_at"
 
 
@@ -48,7 +53,7 @@ class Database:
         self._open_file = None if self.file is None else OpenFile(self.file)
         self.one_writer = engine.dialect.name == "sqlite"
         """Whether all transactions that write share one writer, as in SQLite."""
-        self.width = 0 if self.one_writer else WIDTH
+        self.width = 0 if self.one_writer else max(1, _connections_of(engine) // SHARE)
         self.writes = Writes()
         self.turn: AbstractAsyncContextManager[object] = asyncio.Lock() if self.one_writer else nullcontext()
         """To be held around transactions where there is one writer: a handler may have it for longer than SQLite lets
@@ -183,7 +188,12 @@ async def connected(url: str) -> AsyncIterator[Database]:
                 f"of SQLite, Tidings uses its own driver: write sqlite:///, not {parsed.drivername}:///"
             )
         # A database in memory lives in one connection; it is shared, never dropped, by waiting for it.
-        options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1} if file_of(url) == "" else {}
+        options: dict[str, Any] = {}
+        if file_of(url) == "":
+            options = {"pool_size": 1, "max_overflow": 0, "pool_recycle": -1}
+        elif parsed.get_backend_name() != "sqlite":
+            parsed, connections = _without_connections(parsed)
+            options = {"pool_size": connections, "max_overflow": 0, "pool_use_lifo": True}
         # What a statement's parameters hold is the users' data: an error that is logged or kept says which statement.
         engine = create_async_engine(parsed, hide_parameters=True, **options)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, sa.exc.InvalidRequestError, ValueError) as error:
@@ -197,6 +207,19 @@ async def connected(url: str) -> AsyncIterator[Database]:
         yield Database(engine, shown)
     finally:
         await engine.dispose()
+
+
+def _without_connections(url: URL) -> tuple[URL, int]:
+    """Return the URL without its parameter `connections`, and what that says. Raises `ArgumentError`."""
+    said = url.query.get("connections", str(CONNECTIONS))
+    if not isinstance(said, str) or not said.isdecimal() or int(said) < FEWEST:
+        raise ArgumentError(f"connections={said}: give a whole number from {FEWEST}, as in ?connections={CONNECTIONS}")
+    return url.difference_update_query(["connections"]), int(said)
+
+
+def _connections_of(engine: AsyncEngine) -> int:
+    pool = engine.pool
+    return pool.size() if isinstance(pool, sa.QueuePool) else CONNECTIONS
 
 
 def file_of(url: str) -> str | None:

@@ -180,7 +180,7 @@ def advice_for(error: BaseException) -> str:
 
 def _remedy(error: DBAPIError | PoolTimeout) -> str:
     if isinstance(error, PoolTimeout):
-        return "no connection became free; raise the pool's size, or look for a handler that holds one"
+        return "no connection became free: look for who holds one, or raise ?connections= in TIDINGS_DATABASE"
     code = getattr(error.orig, "sqlite_errorcode", None)
     cause = f"{error.orig}"
     if code is None:

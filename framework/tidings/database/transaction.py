@@ -29,6 +29,7 @@ __all__ = [
     "Opening",
     "TransactionGoesOn",
     "drop",
+    "flush_failed",
     "guarded",
     "is_kept",
     "keep",
@@ -39,6 +40,8 @@ Opening = Callable[[], Awaitable[AsyncConnection]]
 """Waits for the transaction of the handler's group, and returns its connection; the same one each time."""
 
 _GUARDED: Final = "tidings_guarded"
+_FLUSHING: Final = "tidings_flushing"
+_FLUSH_FAILED: Final = "tidings_flush_failed"
 _ENDS_TRANSACTION: Final = re.compile(
     r"(?:\s|--[^\n]*\n|/\*.*?\*/)*"
     r"(BEGIN|START\s+TRANSACTION|COMMIT|END|ABORT|ROLLBACK(?!\s+(?:TRANSACTION\s+|WORK\s+)?TO\b))\b",
@@ -209,6 +212,19 @@ class _HandlerSession(Session):
             assert self.group is not None
         return self.group
 
+    def flush(self, objects: Any = None) -> None:
+        """As usual. One that fails rolls back to the handler's savepoint; without one, the group's transaction, which
+        is then undone and run again."""
+        if self._is_clean():
+            return
+        bind = self.get_bind()
+        info: dict[str, Any] = bind.info if isinstance(bind, Connection) else {}
+        info[_FLUSHING] = True
+        try:
+            super().flush(objects)
+        finally:
+            info.pop(_FLUSHING, None)
+
 
 class _EndedHandlerSession(_HandlerSession):
     def __getattribute__(self, name: str) -> Any:
@@ -302,7 +318,13 @@ def guarded(connection: AsyncConnection) -> Iterator[None]:
     try:
         yield
     finally:
-        del info[_GUARDED]
+        info.pop(_GUARDED, None)  # that of a lost connection is empty
+
+
+def flush_failed(connection: AsyncConnection) -> bool:
+    """Return whether a failed flush has rolled back the whole transaction since this was asked last."""
+    info = connection.sync_connection.info if connection.sync_connection is not None else {}
+    return bool(info.pop(_FLUSH_FAILED, False))
 
 
 def watch(engine: Engine) -> None:
@@ -314,8 +336,11 @@ def watch(engine: Engine) -> None:
 
 def _refuse(operation: str, connection: sa.Connection) -> None:
     # One that was lost has no info, and ending it is for the best.
-    if not connection.invalidated and _GUARDED in connection.info:
+    if connection.invalidated or _GUARDED not in connection.info:
+        return
+    if _FLUSHING not in connection.info:
         raise TransactionMisuse(operation)
+    connection.info[_FLUSH_FAILED] = True
 
 
 def _refuse_statement(

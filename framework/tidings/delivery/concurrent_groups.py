@@ -27,12 +27,13 @@ from tidings.delivery.attempt import Attempt
 from tidings.delivery.batch import Batch
 from tidings.delivery.contention import Contention
 from tidings.delivery.failure import Failure
+from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.fitness import Fitness
 from tidings.delivery.inflight import InFlight, State
 from tidings.delivery.lanes import EventLanes
 from tidings.delivery.ledger import Ledger
 from tidings.delivery.runner import Runner
-from tidings.delivery.savepoint import ConnectionLost, GroupBroken, in_group, in_savepoint, roll_back
+from tidings.delivery.savepoint import ConnectionLost, FlushFailed, GroupBroken, in_group, in_savepoint, roll_back
 from tidings.delivery.seating import Group, Seating
 from tidings.delivery.seats import Seat
 from tidings.delivery.site import Joined
@@ -166,6 +167,7 @@ class ConcurrentGroups:
             group, seat = await self._seating.first()
             async with self._site.database.room, self._contention.room():
                 await self._transact(group, seat)
+            self._fitness.pending.wake.set()  # who waits until nothing is under way, looks after each commit
 
     async def _transact(self, group: Group, seat: Seat) -> None:
         database, began, complete = self._site.database, self._site.clock(), False
@@ -199,6 +201,9 @@ class ConcurrentGroups:
         try:
             await self._ledger.write(connection, batch, floor_now=None)
         except DBAPIError as error:
+            undone = self._site.memory.undone
+            if all(item.turn in undone for item in batch.finished) and not is_contention(error, connection.dialect):
+                raise  # no handler has left this behind: each had a savepoint
             _raise_undone(error, connection)
 
     async def _run(self, connection: AsyncConnection, group: Group, seat: Seat) -> None:
@@ -229,8 +234,10 @@ class ConcurrentGroups:
             failure = await in_transaction(connection, given, item.handler, lambda: seat.hold(connection))
         except ConnectionLost as lost:
             raise memory.lose(item, self._site.database.shown, lost.failure, lost.__cause__) from lost
+        except FlushFailed as failed:
+            raise _Undone from failed
         except (GroupBroken, TransactionMisuse) as broken:
-            _raise_broken(seat, broken)
+            raise _broken(memory, seat, broken) from broken
         except (DBAPIError, InvalidRequestError) as error:
             _raise_undone(error, connection)
         except Exception as error:  # an object of the service's own is away; of the database, perhaps only contended
@@ -304,13 +311,13 @@ def _raise_undone(error: Exception, connection: AsyncConnection) -> NoReturn:
     raise _Undone(contended) from error
 
 
-def _raise_broken(seat: Seat, broken: GroupBroken | TransactionMisuse) -> NoReturn:
-    """Raise for a handler that made its group's transaction unusable."""
+def _broken(memory: FailureMemory, seat: Seat, broken: GroupBroken | TransactionMisuse) -> _Undone:
+    """What to raise for a handler that made its group's transaction unusable. It is not run again."""
     cause = broken if isinstance(broken, TransactionMisuse) else broken.__cause__
     assert isinstance(cause, Exception)
-    if isinstance(cause, DBAPIError) and is_unusable(cause):  # a handler before it has caught an error
-        raise _Undone from broken
-    failure = broken.failure if isinstance(broken, GroupBroken) else None
-    detail = "".join(traceback.format_exception(cause))
-    failure = failure or Failure(f"{groups.ENDED_TRANSACTION}: {cause}", detail, permanent=True)
-    raise _Undone(culprit=_Culprit(seat, failure)) from broken
+    if not isinstance(cause, DBAPIError) or not is_unusable(cause):  # else a handler before it has caught an error
+        failure = broken.failure if isinstance(broken, GroupBroken) else None
+        detail = "".join(traceback.format_exception(cause))
+        failure = failure or Failure(f"{groups.ENDED_TRANSACTION}: {cause}", detail, permanent=True)
+        memory.condemn(seat.item, failure, "ended the transaction that its group shares")
+    return _Undone()

@@ -14,13 +14,13 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 
 from tidings.database.outages import is_outage, is_unusable
-from tidings.database.transaction import drop, guarded, is_kept, keep
+from tidings.database.transaction import drop, flush_failed, guarded, is_kept, keep
 from tidings.delivery.failure import Failure
 from tidings.delivery.given import Given
 from tidings.errors import StatementFailed, TransactionMisuse
 from tidings.modelling.handlers import Handler
 
-__all__ = ["ConnectionLost", "GroupBroken", "in_group", "in_savepoint", "roll_back"]
+__all__ = ["ConnectionLost", "FlushFailed", "GroupBroken", "in_group", "in_savepoint", "roll_back"]
 
 Run = Callable[[], Awaitable[Failure | None]]
 """Waits until the attempt is over. It ends the attempt's context, and with it what the handler was given."""
@@ -32,6 +32,10 @@ class ConnectionLost(Exception):
 
     def __init__(self, failure: Failure | None) -> None:
         self.failure = failure
+
+
+class FlushFailed(Exception):
+    """A failed flush has rolled back the transaction of the group, as it would have done to a savepoint."""
 
 
 class GroupBroken(Exception):
@@ -70,7 +74,7 @@ async def in_savepoint(connection: AsyncConnection, given: Given, handler: Handl
 
 async def in_group(connection: AsyncConnection, given: Given, handler: Handler, run: Run) -> Failure | None:
     """Run one handler without a savepoint: when it fails, whatever its group did must be undone. Raises
-    `ConnectionLost`; and `TransactionMisuse` where it ended the transaction."""
+    `ConnectionLost`, `FlushFailed`, and `TransactionMisuse` where it ended the transaction."""
     scope = _Scope(connection, given, None)
     with guarded(connection):
         failure = await run()
@@ -78,6 +82,8 @@ async def in_group(connection: AsyncConnection, given: Given, handler: Handler, 
             failure = await scope.flush(handler)
     if connection.invalidated:
         raise ConnectionLost(failure)
+    if flush_failed(connection):
+        raise FlushFailed
     if failure is None:
         scope.check_whole()
     if not is_in_transaction(connection):  # it went behind SQLAlchemy's back

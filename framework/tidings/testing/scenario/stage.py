@@ -4,7 +4,7 @@ the production code; nothing else of a running service is there."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
@@ -15,9 +15,10 @@ from tidings.adapters import open_bus, open_store
 from tidings.database.engine import Database, connected
 from tidings.delivery.attempt import Attempt, Attempts
 from tidings.delivery.failure import RAISED, Failure
+from tidings.delivery.given import Given
 from tidings.delivery.owned import Ours
 from tidings.delivery.resources import Resources
-from tidings.delivery.savepoint import GroupBroken, Provide, in_savepoint
+from tidings.delivery.savepoint import GroupBroken, in_savepoint, roll_back
 from tidings.hosting.running import RunningService
 from tidings.modelling.events import Event, wire_name
 from tidings.modelling.handlers import Handler, Inject
@@ -102,15 +103,36 @@ class Stage:
         return context, None
 
     async def _run(self, handler: Handler, context: RecordingContext) -> Failure | None:
-        async def run(provide: Provide) -> Failure | None:
+        async def run(provide: Callable[[Inject], Any]) -> Failure | None:
             begun = self._attempts.begin(handler, context, provide)
             return await begun.outcome() if isinstance(begun, Attempt) else begun
 
         if not handler.transactional:
-            return await run(_nothing)
+            return await self._late(context, run)
         async with self.database.turn, self.database.transaction() as connection:
             await _begin(connection)
-            return await in_savepoint(connection, context, handler, run)
+            given = Given(context, self.database.engine)
+            return await in_savepoint(connection, given, handler, lambda: run(given.provide))
+
+    async def _late(
+        self, context: RecordingContext, run: Callable[[Callable[[Inject], Any]], Awaitable[Failure | None]]
+    ) -> Failure | None:
+        """Run a handler that may enter `context.session()`: the transaction begins there."""
+        begun = list[AsyncConnection]()
+        async with AsyncExitStack() as stack:
+
+            async def begin() -> AsyncConnection:
+                await stack.enter_async_context(self.database.turn)
+                begun.append(await stack.enter_async_context(self.database.transaction()))
+                await _begin(begun[0])
+                given.open(begun[0])
+                return begun[0]
+
+            given = Given(context, self.database.engine, begin)
+            failure = await run(_nothing)
+            if failure is not None and begun:
+                await roll_back(begun[0])
+        return failure
 
 
 def _nothing(wanted: Inject) -> Any:
