@@ -92,7 +92,8 @@ async def test_what_the_log_holds_is_found_by_class_stream_and_author() -> None:
         assert {event.type for event in world.emitted(chain.shipping)} == {"Shipped"}
         assert world.events(of=Packed, stream="parcel-1", by=chain.packing) == [Packed(order="1")]
         (first,) = world.events(stream="order-1")
-        timeline = await world.timeline(first)
+        timeline = await world.timeline(first.position)
+        assert await world.timeline(first) == timeline
         assert [happening.type for happening in timeline.event.tree()] == ["Packed", "Shipped"]
         assert any(line["service"] == "shipping" for line in world.logs("service.joined"))
 
@@ -377,6 +378,32 @@ async def test_a_test_that_ends_with_events_under_way_fails() -> None:
         async with World(chain.packing) as world:
             await asyncio.sleep(60)
             await world.append("order-1", Ordered(order="1"))
+
+
+async def test_an_error_that_was_heard_excuses_nothing_else() -> None:
+    async def refuse(event: Ordered) -> None:
+        if event.order == "1":
+            raise KeyError("heard")
+
+    with pytest.raises(Unsettled, match="end it with"):
+        async with World(one(refuse)) as world:
+            await world.append("order-1", Ordered(order="1"))
+            with pytest.raises(KeyError):
+                await world.settled()
+            await world.append("order-2", Ordered(order="2"))
+
+
+async def test_all_that_is_held_is_returned() -> None:
+    async def refuse(event: Ordered) -> None:
+        raise KeyError("never")
+
+    service = one(refuse, retry=Retry(attempts=1))
+    async with World(service) as world:
+        world.tolerate(refuse)
+        for number in range(30):
+            await world.append(f"order-{number}", Ordered(order=str(number)))
+        await world.settled()
+        assert len(await world.held(service)) == 30
 
 
 async def test_a_test_that_ends_without_hearing_of_an_error_fails() -> None:

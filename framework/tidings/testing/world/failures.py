@@ -39,8 +39,8 @@ class Failures:
         self._kept: list[BaseException] = []
         self._untold: dict[tuple[str, int, str], BaseException] = {}
         """The first error of each attempt that is not told yet, by service, position and handler."""
-        self.heard = False
-        """The test was told of an error."""
+        self.heard: set[tuple[str, int]] = set()
+        """Service and position of attempts whose errors the test was told of."""
         self._excused: set[tuple[str, int, str]] = set()
         """Service, position and handler of attempts whose errors are tolerated."""
 
@@ -86,8 +86,8 @@ class Failures:
     def surface(self) -> None:
         """Raise what handlers raised and the test has not heard of: the error itself, or a group of several."""
         errors = list(self._untold.values())
+        self.heard.update((service, position) for service, position, _ in self._untold)
         self._untold.clear()
-        self.heard = self.heard or bool(errors)
         if len(errors) == 1:
             raise errors[0]
         if all(isinstance(error, Exception) for error in errors) and errors:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+from uuid import UUID
 
 import structlog
 
@@ -20,7 +21,9 @@ from tidings.modelling.appending import append
 from tidings.modelling.codec import decode, read_metadata
 from tidings.modelling.context import ATTEMPT
 from tidings.modelling.events import Event, wire_name
-from tidings.operations.report import DeadEvent, HeldSummary, Report
+from tidings.operations.dead import DeadLetter, DeadLetters
+from tidings.operations.held import HeldEntry, HeldOperations
+from tidings.operations.report import Report, ServiceReport
 from tidings.operations.timeline import Timeline, trace
 from tidings.operations.verify import verify
 from tidings.protocol.position import CARRIED, carried
@@ -58,6 +61,8 @@ GRACE: Final = 0.1
 """Virtual seconds that what is due at the end of `advance` may take."""
 LATE: Final = 0.001
 """Virtual seconds after which a held event is surely due, whatever was rounded."""
+MOST: Final = 1_000_000
+"""Held events or dead letters that are returned, at most."""
 PATIENCE: Final = 60.0
 """Virtual seconds without any handler at work, after which what is not settled counts as stuck."""
 
@@ -225,18 +230,27 @@ class World(Harm):
         """Fail for what the test has left behind."""
         await self._clock.quiet()
         self._surface()
-        if self._failures.heard:
-            return  # it expected an error, and what failed may be under way again
         report = None if self._movement.working else await self.verify()  # a handler may hold the database's connection
-        if report is None or any(
-            part.pending_count or part.staged_count for part in report.services if self._is_well(part)
-        ):
+        if report is None or any(self._is_left(part) for part in report.services if self._is_well(part)):
             raise Unsettled(
                 "the test ended while events were under way: end it with 'await world.settled()'. "
                 + told(report, self._seats.values(), self._logs)
             )
 
-    def _is_well(self, report: Any) -> bool:
+    def _is_left(self, part: ServiceReport) -> bool:
+        """Whether a service has something to do, other than what failed, of which the test has heard, and what waits
+        behind that in its bucket."""
+        heard = [position for service, position in self._failures.heard if service == part.service]
+        log = self._store.carried() if isinstance(self._store, InlineStore) else self._seen
+        buckets = {event.position: carried(event) for event in log} if heard else {}
+        left = [
+            event
+            for event in part.pending
+            if not any(buckets[position] == buckets[event.position] for position in heard if position <= event.position)
+        ]
+        return bool(left) or bool(part.staged_count) or (part.pending_count > len(part.pending) and not heard)
+
+    def _is_well(self, report: ServiceReport) -> bool:
         return not self._seats[report.service].state
 
     @asynccontextmanager
@@ -374,7 +388,7 @@ class World(Harm):
 
     def tolerate(self, *what: type[BaseException] | Callable[..., Any] | str) -> None:
         """From now on, do not fail the test for these errors, or for any error of these handlers (functions or names).
-        Without arguments, for none at all."""
+        Without arguments, every error is tolerated."""
         self._failures.tolerate(*what)
 
     # ---- what a test sees --------------------------------------------------------------------
@@ -413,13 +427,15 @@ class World(Harm):
         """Return the events in the log that handlers of this service emitted."""
         return self.events(by=service)
 
-    async def held(self, service: Service) -> list[HeldSummary]:
-        """Return the first held events of a service, the oldest first."""
-        return (await verify(self._store, [(service, self._seat(service).database)])).services[0].held
+    async def held(self, service: Service) -> list[HeldEntry]:
+        """Return the held events of a service, the oldest first."""
+        log_id = await self._store.log_id()
+        return await HeldOperations(self._seat(service).database, service.name, log_id).list(limit=MOST)
 
-    async def dead(self, service: Service) -> list[DeadEvent]:
-        """Return the first dead letters of a service, the oldest first."""
-        return (await verify(self._store, [(service, self._seat(service).database)])).services[0].dead
+    async def dead(self, service: Service) -> list[DeadLetter]:
+        """Return the dead letters of a service, the oldest first."""
+        log_id = await self._store.log_id()
+        return await DeadLetters(self._seat(service).database, service.name, log_id).list(limit=MOST)
 
     @asynccontextmanager
     async def session(self, service: Service) -> AsyncIterator[AsyncSession]:
@@ -436,9 +452,9 @@ class World(Harm):
             yield session
             await session.flush()
 
-    async def timeline(self, event: Any) -> Timeline:
-        """Return what `tidings why` shows of an event: an id, a position, or a recorded event."""
-        target = event.id if isinstance(event, RecordedEvent) else event
+    async def timeline(self, event: RecordedEvent | Appended | UUID | int) -> Timeline:
+        """Return what `tidings why` shows of an event: what the log or `append` returned, an id, or a position."""
+        target = event.position if isinstance(event, RecordedEvent | Appended) else event
         return await trace(self._store, [(seat.service, seat.database) for seat in self._seats.values()], target)
 
     def logs(self, event: str | None = None) -> list[dict[str, Any]]:
