@@ -18,18 +18,18 @@ __all__ = ["Settings"]
 
 
 OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL", "TIDINGS_SERVER_")
-"""Read by the tests, by `deploy/local` and by `tidings server`."""
+"""Beginnings of variables that are not settings: the tests, `deploy/local` and `tidings server` read them."""
 DEBUG: Final = "TIDINGS_DEBUG"
-"""When set, the command line shows tracebacks: no setting, because it must work where settings are wrong."""
+"""The variable with which the command line shows tracebacks. It is not a setting, so that it works if settings are wrong."""
 
 
 class Settings(BaseSettings):
-    """`TIDINGS_STORE`, `TIDINGS_BUS`, `TIDINGS_DATABASE`: embedded by default, so that a newcomer sets nothing.
+    """Settings from `TIDINGS_STORE`, `TIDINGS_BUS` and `TIDINGS_DATABASE`. Without any, everything is embedded.
 
-    `TIDINGS_DATABASE__ORDER_HISTORY` is the database of service `order-history` alone, and a variable that ends in
-    `__FILE` names a file that holds the value. `TIDINGS_SERVICES` says to the command line which services there are.
+    `TIDINGS_DATABASE__ORDER_HISTORY` is the database of the service `order-history` only. A variable that ends in
+    `__FILE` names a file that contains the value. `TIDINGS_SERVICES` tells the command line which services there are.
 
-    With a bus on the network the database must be named: two hosts with a default file each would do everything twice.
+    With a bus on the network, the database must be named: two hosts, each with a default file, would do everything twice.
     """
 
     model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -39,18 +39,18 @@ class Settings(BaseSettings):
     bus: str = "memory://"
     """`memory://name` (one process), `amqp://user:password@host:5672/vhost`, `amqps://...`."""
     database: str | None = None
-    """The service's own: any SQLAlchemy URL; `{service}` stands for the service's name. Embedded default:
-    `sqlite:///{service}.db`."""
+    """URL of the service's own database, as SQLAlchemy takes it; `{service}` stands for the service's name. The default
+    is `sqlite:///{service}.db` if the bus is embedded."""
     databases: Mapping[str, str] = Field(default_factory=dict)
-    """Of services that have one of their own, by name of the service; it is as `database`, and goes before it. In the
-    environment: `TIDINGS_DATABASE__NAME`, unless code names a `database`."""
+    """Name of a service to the URL of its database, if it is not `database`. In the environment it is
+    `TIDINGS_DATABASE__NAME`, which is ignored if code names a `database`."""
     services: str | None = None
-    """MODULE:SERVICE, separated by commas: those that commands without arguments are about."""
+    """The services that commands without arguments look at: MODULE:SERVICE, separated by commas."""
 
     @model_validator(mode="before")
     @classmethod
     def _names_known(cls, values: Any) -> Any:
-        """A misspelt variable would otherwise run everything embedded, and nobody would notice."""
+        """Refuse a misspelt variable: everything would run embedded, and nobody would notice."""
         known = [f"TIDINGS_{name.upper()}" for name in cls.model_fields if name != "databases"]
         for name in os.environ:
             if name.startswith("TIDINGS_") and name not in (*known, DEBUG) and not name.startswith(OTHER_VARIABLES):
@@ -115,17 +115,17 @@ class Settings(BaseSettings):
 
     @property
     def service_names(self) -> tuple[str, ...]:
-        """What `TIDINGS_SERVICES` names; nothing when it is not set."""
+        """The services that `TIDINGS_SERVICES` names; empty if it is not set."""
         return tuple(name.strip() for name in self.services.split(",")) if self.services is not None else ()
 
     @property
     def embedded_bus(self) -> bool:
-        """The bus lives in this process, so the relay must, too."""
+        """Whether the bus lives in this process, so that the relay must, too."""
         return self.bus.lower().startswith("memory:")
 
     def database_of(self, service: str) -> str:
-        """The database URL of one service. Raises `ConfigurationError` where two hosts could each make their own, and
-        where others have one and this has none."""
+        """Return the database URL of one service. Raises `ConfigurationError` if two hosts could each create a database
+        of their own, or if other services have a database and this one has none."""
         own = self.databases.get(key_of_service(service))
         if own is not None:
             return own.replace("{service}", service)

@@ -201,7 +201,7 @@ async def test_an_undeclared_type_needs_what_its_newest_event_has(stream: str, o
     ended = await asyncio.to_thread(append, "Foreign", GOOD, *options)
     assert ended.code == 2
     assert f"the newest event of type 'Foreign', {stream}@0" in ended.err
-    assert "--key KEY (that one has 'k'; --key '' for none) and --schema-version N (that one has 2)" in ended.err
+    assert "--key KEY (it has 'k'; --key '' for none) and --schema-version N (it has 2)" in ended.err
     assert "TIDINGS_SERVICES" in ended.err
     ended = await asyncio.to_thread(append, "Foreign", GOOD, "--key", "k2", "--schema-version", "2", *options)
     assert (ended.code, ended.err) == (0, "")

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 
 
 class Tracebacks:
-    """Of one service in one process."""
+    """The tracebacks that one service has logged in one process."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

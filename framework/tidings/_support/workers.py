@@ -16,7 +16,7 @@ __all__ = ["Workers"]
 T = TypeVar("T")
 
 TURN: Final = 64
-"""After so many, which may not have waited for anything, others of the event loop have their turn."""
+"""Calls after which other tasks of the event loop get their turn, in case none of the calls has waited."""
 
 
 class Workers(Generic[T]):

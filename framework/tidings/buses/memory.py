@@ -26,7 +26,7 @@ QUEUE_LIMIT: Final = 1_000_000
 
 _EXCHANGE: Final = "tidings.events"
 _TURN: Final = 64
-"""After so many messages a sender or consumer lets others run, because nothing here ever waits for a network."""
+"""Messages after which a sender or consumer lets other tasks run, because nothing here ever waits for a network."""
 
 log = structlog.get_logger(__name__)
 

@@ -140,9 +140,9 @@ async def check_against(event: Handmade, store: EventStore) -> bool:
         return False
     metadata, wanted = read_metadata(found), []
     if "partitionKey" in metadata and "partitionKey" not in event.metadata:
-        wanted.append(f"--key KEY (that one has {metadata['partitionKey']!r}; --key '' for none)")
+        wanted.append(f"--key KEY (it has {metadata['partitionKey']!r}; --key '' for none)")
     if metadata.get("schemaVersion", 1) != 1 and "schemaVersion" not in event.metadata:
-        wanted.append(f"--schema-version N (that one has {metadata['schemaVersion']!r})")
+        wanted.append(f"--schema-version N (it has {metadata['schemaVersion']!r})")
     if wanted:
         raise Refused(
             USAGE,

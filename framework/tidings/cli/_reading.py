@@ -30,7 +30,7 @@ class Reading:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def reached(self, events: int, position: int, end: int) -> None:
-        """So many events were read; `position` is where, `end` is where it ends (lower than `position`: backwards)."""
+        """Show how many events were read, the position reached, and where reading ends (lower if backwards)."""
         now = time.monotonic()
         if now - self._noted_at < SECONDS or not sys.stderr.isatty():
             return

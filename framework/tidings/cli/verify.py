@@ -47,8 +47,8 @@ async def verify(
     'tidings status' ends with 1 for them. Services at work have 5 seconds to settle what
     there was when the command began; what came since is on the way, and is only counted. When all is well it costs a
     few rows per service; otherwise it reads the log above the lowest floor. --deep checks every row of the services
-    against the log. --repair has whoever is behind read the log: over a network by one marker, which those who are not
-    behind drop; embedded by running the services here, if no other process has them. It leaves alone what is on the
+    against the log. --repair makes services that are behind read the log: over a network by sending one marker, which
+    the others drop; embedded by running the services here, if no other process has them. It leaves alone what is on the
     way. What is settled is never run again.
     """
     settings = Settings()

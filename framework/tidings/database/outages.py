@@ -51,7 +51,7 @@ _SYSTEM: Final = ("58000", "58030")
 _SERVER_OUTAGES: Final = ("08", "25006", "25P03", "40001", "40P01", *_RESOURCES, "57P", *_SYSTEM, *_REFUSED)
 """Connection, a standby that takes no writes, idleness, serialization, deadlock, resources, shutdown, system."""
 _TIMEOUTS: Final = ("55P03", "57014")
-"""Of a lock and of a statement: set by whoever runs the server, or by a handler for what it does itself."""
+"""Codes of a lock timeout and a statement timeout, which the server's operator has set, or a handler for itself."""
 
 _PASSING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 

@@ -24,7 +24,7 @@ __all__ = ["Commits"]
 LINGER_SECONDS: Final = 0.005
 """A commit waits this long for others to join it."""
 MANY: Final = 64
-"""Where so many events have joined it, it waits as long as the last commit took ..."""
+"""Events in a batch from which on the next commit waits as long as the last commit took ..."""
 LONGEST_SECONDS: Final = 0.025
 """... but no longer than this, ..."""
 LOOK_SECONDS: Final = 0.002

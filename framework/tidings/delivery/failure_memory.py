@@ -74,15 +74,15 @@ class FailureMemory:
     def lose(
         self, item: InFlight, database: str, failure: Failure | None, cause: BaseException | None
     ) -> DatabaseUnavailable:
-        """What to raise when the connection was lost while the handler was at work. Mostly it is not the handler's
-        doing; where it is so again and again, the event counts as failed, and others go on."""
+        """Return what to raise when the connection was lost while the handler was at work. Usually that is not the
+        handler's doing. If it happens again and again, the event counts as failed, so that others go on."""
         turn = position, name = item.turn
         losses = self.losses[turn] = self.losses.get(turn, 0) + 1
         why = failure.reason if failure is not None else f"{type(cause).__name__}: {cause}" if cause else "no error"
         said = (
             f"the connection was lost while handler {name!r} was at the event at position {position} ({why}). If it is "
             f"always this handler: its statements take longer than its timeout ({item.handler.timeout:g} s), or it "
-            "keeps its session waiting for longer than the server bears (idle_in_transaction_session_timeout)"
+            "keeps its session idle for longer than the server allows (idle_in_transaction_session_timeout)"
         )
         if losses >= LOSSES:
             del self.losses[turn]

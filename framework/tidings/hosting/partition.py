@@ -61,7 +61,7 @@ class Partition:
         self._clock = site.clock
         self._told = {"service": site.service.name, "queue": subscription.queue}
         self._left = asyncio.Event()
-        """For good."""
+        """Set when the partition is left for good."""
         self._leave = asyncio.Event()
         """The membership under way is to end."""
         self._patience = 0.0

@@ -1,4 +1,4 @@
-"""Several services in one process on one store and bus, with the relay where nobody else runs it."""
+"""Runs several services in one process on one store and bus, and the relay if no other process runs it."""
 
 from __future__ import annotations
 
@@ -38,19 +38,21 @@ STUCK_SECONDS: Final = 1.0
 
 
 class Runtime:
-    """An async context manager; by default everything is embedded and nothing needs to be installed.
+    """An async context manager that runs services. By default everything is embedded, and nothing must be installed.
 
-    The relay runs here when the bus lives in this process; over a network it is a process of its own, unless `relay`
-    says otherwise; a string names the relay. Enter and leave in one task. Leaving drains all services, side by side.
-    It takes no notice of signals: under `asyncio.run` Ctrl-C cancels what runs, which then comes again at the next
-    start, and ends the program with `KeyboardInterrupt`; SIGTERM kills it. Use `serve` for a process that shall end
-    cleanly.
+    If the bus lives in this process, the relay runs here, too. Over a network the relay is a process of its own, unless
+    `relay` is True or a string, which names the relay. Enter and leave the block in the same task. Leaving it drains
+    all services at the same time.
+
+    A runtime does not handle signals. Under `asyncio.run`, Ctrl-C cancels handlers that are running, whose events come
+    again at the next start, and ends the program with `KeyboardInterrupt`. SIGTERM kills the program. Use `serve` for a
+    process that should end cleanly.
     """
 
     def __init__(self, *services: Hosted, settings: Settings | None = None, relay: bool | str | None = None) -> None:
         self.settings = settings or Settings()
         self.with_relay = self.settings.embedded_bus if relay is None else bool(relay)
-        """The relay runs here."""
+        """Whether the relay runs here."""
         self.relay_name = relay if isinstance(relay, str) else "main"
         self.relay: Relay | None = None
         self._services = services
@@ -104,7 +106,7 @@ class Runtime:
 
     @property
     def services(self) -> list[Declaration]:
-        """In the order in which they were started."""
+        """The services, in the order in which they were started."""
         return [running.service for running in self._running.values()]
 
     async def start(self, service: Hosted) -> RunningService:
@@ -123,7 +125,7 @@ class Runtime:
         return running
 
     async def _host(self, service: Hosted, started: asyncio.Future[RunningService]) -> None:
-        """In a task of its own, so that services stop side by side."""
+        """Run a service in a task of its own, so that services stop at the same time."""
         try:
             async with service.running(self.settings, store=self.store, bus=self.bus) as running:
                 started.set_result(running)
@@ -139,11 +141,11 @@ class Runtime:
             await relay.part()
 
     def _at_work(self) -> bool:
-        """Is any service not a standby of another process's? Without services, whoever else uses the bus may be."""
+        """Return whether a service is at work here, or may be: without services here, something else uses the bus."""
         return not self._services or not all(service.stands_by for service in self._services)
 
     def unfinished(self) -> list[dict[str, Any]]:
-        """What handlers are at work on now: handler, event id, stream, position, seconds."""
+        """Return what handlers are working on now: handler, event id, stream, position, seconds."""
         now = time.monotonic()
         return [
             {"service": name, **work.facts(now)}
@@ -152,18 +154,18 @@ class Runtime:
         ]
 
     def engine(self, service: Hosted) -> AsyncEngine:
-        """The engine of a started service's database, for reading."""
+        """Return the engine of a started service's database, for reading."""
         return service.engine
 
     async def verify(self) -> Report:
-        """Is every event settled in every started service?"""
+        """Return whether every event is settled in every started service, and name each one that is not."""
         return await verify(self.store, [(running.service, running.database) for running in self._running.values()])
 
     async def settled(self, *, timeout: float = 60.0) -> Report:
         """Wait until every event in the log is settled in every started service, and nothing is staged.
 
-        Raises `TimeoutError` after `timeout` seconds with the report that names what is missing; and as soon as nothing
-        is left but events that are held until later than that, or until somebody does something.
+        Raises `TimeoutError` after `timeout` seconds, with a report that names what is missing. It is raised earlier if
+        only held events are left and none of them will be tried again in time.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -179,12 +181,12 @@ class Runtime:
             stuck_since = (began if stuck_since is None else stuck_since) if stuck else None
             if stuck_since is not None and loop.time() - stuck_since > STUCK_SECONDS:
                 raise TimeoutError(f"not settled, and nothing that is held is tried within {timeout:g} s:\n{report}")
-            # Looking costs the more, the more is to be done: leave most of the time to those who do it.
+            # The more there is to do, the longer a look takes: leave most of the time to the services.
             await asyncio.sleep(max(0.02, 3 * (loop.time() - began)))
 
     def _is_stuck(self, report: Report, seconds: float) -> bool:
-        """Nothing is left but events that are held for longer than these seconds. While a handler is paused, one of its
-        events is tried now and then, whatever they are held for."""
+        """Return whether only events are left that are held for longer than `seconds`. While a handler is paused, one
+        of its events is tried from time to time, however long they are held."""
         if any(running.paused for running in self._running.values()):
             return False
         until = time.time() + seconds

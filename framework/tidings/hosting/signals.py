@@ -40,7 +40,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """A context manager around what shall end cleanly, in the main thread and a running loop.
+    """A context manager around what should end cleanly, in the main thread and a running loop.
 
     The first SIGINT or SIGTERM sets `requested` and calls `on_request` in the loop. A second ends the process at once
     with 130 or 143. If the block has not ended `STOP_SECONDS` after the first, or if threads and handlers of it hold up

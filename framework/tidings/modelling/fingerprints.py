@@ -57,7 +57,7 @@ def fingerprint(function: Callable[..., Any], views: tuple[type, ...] = ()) -> s
 
 
 def version_of(function: Callable[..., Any]) -> str:
-    """Of the package that the function is defined in; "" where it has none."""
+    """Return the version of the package that the function is defined in; "" if it has none."""
     package = _package(_unwrapped(function))
     try:
         return metadata.version(package)

@@ -100,7 +100,7 @@ def _both(one: _Missing, two: _Missing) -> _Missing | None:
 
 
 class Roster:
-    """Of one bucket range; `of` says which handlers the service declares for a type, in their order."""
+    """The handlers of one bucket range; `of` says which handlers the service declares for a type, in their order."""
 
     def __init__(self, of: Callable[[str], tuple[Handler, ...]], partial: Partial) -> None:
         self._of = of

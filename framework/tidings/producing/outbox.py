@@ -1,6 +1,6 @@
 """Rows and events of a request, committed together: the events wait in the service's database for their append.
 
-Whoever is at work appends them: in whichever process, and also after this one has died. It never appends one itself.
+The process that is at work for the service appends them, even if this one has died. Nothing is appended here.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class RequestSession(TransactionGoesOn, AsyncSession):
 
 
 class Emit:
-    """Stages events of one transaction, in the order of the calls."""
+    """A function that stages events of one transaction, in the order of its calls."""
 
     def __init__(self, service: str, key: str | None, gone: Callable[[Sequence[UUID]], Awaitable[bool]]) -> None:
-        """`gone` says whether none of these events waits for its append any more."""
+        """`gone` returns whether none of these events is still waiting for its append."""
         self._gone = gone
         self._service = service
         self._key = key
@@ -104,11 +104,11 @@ class Emit:
         return identity
 
     async def appended(self, *, timeout: float = 5.0) -> bool:
-        """Wait, after the block, until no event of this transaction waits for its append, in whichever process; False
-        after `timeout` seconds.
+        """Wait until all events of this transaction have been appended, by whichever process. Return False after
+        `timeout` seconds.
 
-        An event that the store refuses for good waits no more, either: it is a dead letter. Raises
-        `DatabaseUnavailable`, and `ConfigurationError` within the block, where it would wait for itself.
+        An event that the store refuses for good becomes a dead letter, and is not waited for. Raises
+        `DatabaseUnavailable`; and `ConfigurationError` if it is called within the block.
         """
         if self.open:
             raise ConfigurationError("emit.appended() was called within its transaction: call it after the block")
@@ -131,7 +131,7 @@ _OPEN: Final[ContextVar[Emit | None]] = ContextVar("transaction of a request", d
 async def transaction(
     running: RunningService, idempotency_key: str | None, appended_within: float
 ) -> AsyncIterator[tuple[AsyncSession, Emit]]:
-    """What `Service.transaction` does."""
+    """Commit rows and events together, as `Service.transaction` says."""
     name = running.service.name
     _refuse_within(name)
     log_id = await running.log_id()
@@ -178,7 +178,7 @@ async def _are_gone(running: RunningService, log: UUID, ids: Sequence[UUID]) -> 
 
 
 def _refuse_within(service: str) -> None:
-    """It would wait for itself, where there is one writer."""
+    """Raise `ConfigurationError` within a handler or another transaction: with one writer, it would wait for itself."""
     if ATTEMPT.get() is not None:
         raise ConfigurationError(
             f"service.transaction() of {service!r} was called in a handler: take `session: AsyncSession` there, and "
@@ -187,17 +187,17 @@ def _refuse_within(service: str) -> None:
     outer = _OPEN.get()
     if outer is not None and outer.open:
         raise ConfigurationError(
-            f"service.transaction() of {service!r} was called within another one: use that one's session and emit"
+            f"service.transaction() of {service!r} was called within another one: use the session and emit of that block"
         )
 
 
 async def _new(
     connection: AsyncConnection, service: str, log: str, events: list[StagedEvent], *, known: bool
 ) -> list[StagedEvent]:
-    """The events with a position that surely is below theirs, without those that are staged already.
+    """Return the events that are not staged yet, each with a position below which it cannot be in the log.
 
-    Below it nobody needs to look for them. Of a request with a key, which may come again after a year, that is said of
-    no position.
+    So nobody has to look for it further down. A request with a key may be repeated after a year: there is no such
+    position for its events.
     """
     if not events:
         return []
@@ -217,5 +217,5 @@ def _note_slow(service: str, one_writer: bool, seconds: float) -> None:
             "transaction.holds_writer",
             service=service,
             seconds=round(seconds, 3),
-            advice="on SQLite nobody else writes meanwhile, handlers neither: do slow work before the transaction",
+            advice="on SQLite, nothing else can write meanwhile, not even handlers: do slow work before the transaction",
         )

@@ -9,7 +9,7 @@ from typing import Any, Final
 __all__ = ["own_metadata", "own_partition_key"]
 
 _TEXT: Final = r'"([^"\\\x00-\x1f]*)"'
-"""Of JSON's texts those without an escape: what is between the quotes is the value."""
+"""Pattern of a JSON text without escapes: its value is what stands between the quotes."""
 _OPTIONAL: Final = ("$causationId", "tidingsHandler", "traceparent", "partitionKey")
 _OWN: Final = re.compile(
     r'\{"\$correlationId":'

@@ -52,7 +52,7 @@ PARTING_SECONDS: Final = 0.5
 UNHEARD: Final = 4
 """Attempts, some two seconds, after which a relay that nobody listens to says so."""
 REJECTIONS: Final = 3
-"""So often one event may be refused for what it is, before it is left to the healing pass."""
+"""Rejections of one event by the broker after which the relay leaves it to the healing pass."""
 
 
 class Relay:

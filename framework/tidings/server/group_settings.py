@@ -19,7 +19,7 @@ __all__ = ["ALL", "END", "GroupSettings", "position_of", "position_text", "sourc
 ALL: Final = "$all"
 END: Final = -1
 TICKS: Final = 10_000
-"""Of 100 ns in a millisecond."""
+"""Ticks of 100 ns in a millisecond."""
 _POSITION: Final = re.compile(r"C:(-?\d+)/P:-?\d+")
 
 

@@ -34,7 +34,7 @@ TICK: Final = 1.0
 _LIVE: Final = View(0, MAX_VERSION - 1, 0)
 """Every event of a stream but its tombstone."""
 BUFFERED_BYTES: Final = 8 * 1024 * 1024
-"""Of events that no consumer has yet; the source is not read on then."""
+"""Bytes of events that no consumer has yet, at which the source is not read further."""
 
 
 class Group:

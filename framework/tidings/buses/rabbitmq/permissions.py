@@ -47,7 +47,7 @@ def definitions(
 ) -> dict[str, Any]:
     """What `rabbitmqctl import_definitions` takes; importing it again changes nothing but salts.
 
-    A user whom `passwords` does not name has none, nor keeps one that he had: he cannot log in before
+    A user that `passwords` does not name has no password, and loses one it had: it cannot log in before
     `rabbitmqctl change_password`.
     """
     users = [*map(relay_user, relays), *map(service_user, services)]

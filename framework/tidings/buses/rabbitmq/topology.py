@@ -57,7 +57,7 @@ _Declare = commands.Exchange.Declare | commands.Queue.Declare
 
 
 def routing_key(bucket: int | None) -> str:
-    """Of an event in this bucket; without one, of a marker. The fanout passes it on to `PARTITIONS`."""
+    """Return the routing key of an event in this bucket, or of a marker. The fanout passes it on to `PARTITIONS`."""
     return _MARKER if bucket is None else _KEYS[bucket]
 
 
