@@ -16,6 +16,10 @@ IO: Final = {
     "service": ("statement", "executing", "executed", "take", "append", "appended", "read", "head"),
 }
 """Kinds of I/O in the middle of which a process can be hit."""
+HAUNTED: Final = 100
+"""Number of the event in whose handler a process is made a zombie."""
+ZOMBIE_SECONDS: Final = 12.0
+"""Seconds that a world lasts after a process was made a zombie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,10 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
     slow_notes, takeovers = _server(dice, relays, seconds)
     if slow_notes is not None:
         services = 2
-    steps += takeovers
+    zombies = _zombie(dice, relays, seconds)
+    if zombies:
+        services, seconds = 2, zombies[0].at + ZOMBIE_SECONDS
+    steps += takeovers + zombies
     muted = dice.muted
     return Plan(
         relays,
@@ -119,6 +126,23 @@ def _server(dice: Dice, relays: int, seconds: float) -> tuple[float | None, list
         steps.append(Step(f"takeover {n}", at, what, relays + n % 2))
         at += random.uniform(0.05, 0.5)
     return random.choice((0.05, 0.2, 0.6)), steps
+
+
+def _zombie(dice: Dice, relays: int, seconds: float) -> list[Step]:
+    """In a fifth of the worlds, pause a process within a held event's handler until another one has taken over. When
+    it goes on, it commits what the handler emits, and dies before it appends that. A later event of the key waits."""
+    random = dice.random("zombie")
+    if random.random() > 0.2:
+        return []
+    at, stream = random.uniform(0.3, seconds), random.choice(STREAMS)
+    first = "Called", stream, HAUNTED, 3, None
+    later = random.choice(("Called", "Asked")), stream, HAUNTED + 1, 0, None
+    pause = random.uniform(6.02, 6.4)  # the broker gives up after 6 s; then the other process has failed at it, too
+    return [
+        Step("zombie", at, "zombie", relays, pause, io=(f"call {HAUNTED}", 3)),
+        Step("event of the zombie", at + 0.01, "append", event=first),
+        Step("event behind the zombie's", at + 0.02, "append", event=later),
+    ]
 
 
 def _event(random: Random, n: int, kinds: tuple[str, ...]) -> tuple[str, str, int, int, str | None]:

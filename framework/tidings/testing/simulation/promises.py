@@ -45,6 +45,7 @@ async def broken(world: World) -> list[str]:
     effects = [row.position for row in rows if row.handler not in (SECOND, LATE)]
     found += _effects(world, effects)
     found += _emitted(world, frozenset(effects))
+    found += _emitted_in_order(world)
     if kept := sorted(notes - world.log.removed):
         found.append(f"noted as under way, though done: {kept}")
     for name, kinds in ((SECOND, (Counted, Fragile)), (LATE, (Counted, Asked))):
@@ -92,6 +93,24 @@ def _order(world: World, effects: list[int], broken: str) -> Iterator[str]:
     for key, order in orders.items():
         if order != sorted(order):
             yield f"{broken} in {key}: {order}"
+
+
+def _emitted_in_order(world: World) -> Iterator[str]:
+    """Check that events with one partition key had their emitted events appended in their own order.
+
+    A service that has lost its database handles events again that have emitted before, and appends what was lost last.
+    """
+    if world.lives > 1:
+        return
+    causes = {str(event.id): event for event in world.log.events}
+    orders = defaultdict(list)
+    for event in world.log.events:
+        if event.type == wire_name(Answered):
+            cause = causes[json.loads(event.metadata)["$causationId"]]
+            orders[partition_key(cause)].append(cause.position)
+    for key, order in orders.items():
+        if order != sorted(order):
+            yield f"emitted out of order in {key}: {order}"
 
 
 def _emitted(world: World, effects: frozenset[int]) -> Iterator[str]:

@@ -5,7 +5,7 @@ Production code cannot reach this module. Each rule replaces one decision of one
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 from unittest.mock import patch
@@ -13,6 +13,7 @@ from unittest.mock import patch
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
+from tidings.database.enrolment import Enrolment
 from tidings.database.floors import Floor
 from tidings.database.notes import Notes
 from tidings.database.partials import Partials
@@ -248,6 +249,28 @@ def _behind_undone_is_recalled() -> Patches:
     yield Seating, "seats_of", never
 
 
+def _older_code_is_fenced() -> Patches:
+    async def let_on(self: Enrolment) -> None:
+        """Leave the processes alone that run the code of before."""
+
+    def nothing(self: Watermarks) -> None:
+        """Know that nobody was fenced."""
+
+    yield Enrolment, "fence", let_on
+    yield Watermarks, "fenced_others", nothing
+
+
+def _held_emits_alone() -> Patches:
+    async def let_on(self: Watermarks, connection: AsyncConnection, buckets: Collection[int]) -> None:
+        """Leave the processes alone that know nothing of what is staged."""
+
+    def nothing(self: Watermarks, buckets: Collection[int]) -> None:
+        """Know that nobody was fenced."""
+
+    yield Watermarks, "fence_rivals", let_on
+    yield Watermarks, "fenced_rivals", nothing
+
+
 RULES: Final[dict[str, Callable[[], Patches]]] = {
     "gap": _gap,
     "marker": _marker,
@@ -266,6 +289,8 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "behind_waits": _behind_waits,
     "undone_runs_again": _undone_runs_again,
     "behind_undone_is_recalled": _behind_undone_is_recalled,
+    "older_code_is_fenced": _older_code_is_fenced,
+    "held_emits_alone": _held_emits_alone,
 }
 """Rules without which a promise breaks."""
 

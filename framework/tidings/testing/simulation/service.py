@@ -13,6 +13,7 @@ from tidings.modelling.context import Context
 from tidings.modelling.events import Event
 from tidings.modelling.handlers import Hold, Retry
 from tidings.service import Service
+from tidings.testing.simulation.loop import PROCESS
 
 __all__ = [
     "KINDS",
@@ -131,6 +132,8 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
 
     @service.on(Called, retry=retry)
     async def call(event: Called, context: Context, desk: Desk) -> None:
+        if (process := PROCESS.get()) is not None:
+            process.spring(f"call {event.n}")
         await asyncio.sleep(0.01 if event.n % 3 else desk.slow)
         await desk.work(context, event)
         desk.calls[context.position] += 1

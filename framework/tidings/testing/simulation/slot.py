@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from tidings.errors import LogBehind
@@ -56,6 +57,8 @@ class Slot:
         self.seat: Seat | None = None
         self.stopping: asyncio.Event | None = None
         self.clock_error = 0.0
+        self.zombie = False
+        """Whether a process here was made a zombie; a world has one."""
         self._hidden = False
         self._frozen: int | None = None
         self._former: list[tuple[Process, asyncio.Task[None], Seat | None]] = []
@@ -108,22 +111,32 @@ class Slot:
         self._former.append((self.process, self.task, self.seat))
         self.process = None
 
-    def set_trap(self, step: Step) -> None:
-        """Kill or pause the process in the middle of an I/O."""
+    def set_trap(self, step: Step, *, unless: Callable[[], bool] = lambda: False) -> None:
+        """Kill or pause the process in the middle of an I/O, or make a zombie of it: it goes on when another process
+        has taken over, and dies before its first append."""
         if self.process is None or step.io is None:
             return
         kind, nth = step.io
         process = self.process
 
         def snap() -> None:
-            if process is self.process and not self.world.calm:
+            if process is self.process and not self.world.calm and not unless():
                 self.world.tell(self, f"at its I/O {kind!r}:")
                 if step.what == "kill":
                     self.kill()
-                else:
-                    self.pause(step.seconds)
+                    return
+                self.pause(step.seconds)
+                if step.what == "zombie":
+                    self.zombie = True
+                    process.trap("append", 1, partial(self._die_again, process))
 
         process.trap(kind, nth, snap)
+
+    def _die_again(self, process: Process) -> None:
+        """Kill a zombie before its first append."""
+        if process is self.process and not self.world.calm:
+            self.world.tell(self, "is about to append:")
+            self.kill()
 
     def kill(self) -> None:
         """Kill the process; another one starts after `RESTART` seconds."""

@@ -168,6 +168,9 @@ class World:
                 self._append(step)
             case "kill" | "pause" if step.io is not None:
                 slot.set_trap(step)
+            case "zombie":
+                for each in self.slots[self.plan.relays :]:  # whichever is at work
+                    each.set_trap(step, unless=lambda: any(other.zombie for other in self.slots))
             case "kill":
                 slot.kill()
             case "pause":
