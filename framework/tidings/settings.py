@@ -20,7 +20,7 @@ __all__ = ["Settings"]
 OTHER_VARIABLES: Final = ("TIDINGS_TEST_", "TIDINGS_LOCAL", "TIDINGS_SERVER_")
 """Beginnings of variables that are not settings: the tests, `deploy/local` and `tidings server` read them."""
 DEBUG: Final = "TIDINGS_DEBUG"
-"""The variable with which the command line shows tracebacks. It is not a setting, so that it works if settings are wrong."""
+"""The variable that makes the command line show tracebacks. It is no setting: it must work if settings are wrong."""
 
 
 class Settings(BaseSettings):
@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     `TIDINGS_DATABASE__ORDER_HISTORY` is the database of the service `order-history` only. A variable that ends in
     `__FILE` names a file that contains the value. `TIDINGS_SERVICES` tells the command line which services there are.
 
-    With a bus on the network, the database must be named: two hosts, each with a default file, would do everything twice.
+    With a bus on the network, the database must be named: two hosts with a default file each would do everything twice.
     """
 
     model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid", hide_input_in_errors=True)

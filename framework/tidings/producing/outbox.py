@@ -187,7 +187,7 @@ def _refuse_within(service: str) -> None:
     outer = _OPEN.get()
     if outer is not None and outer.open:
         raise ConfigurationError(
-            f"service.transaction() of {service!r} was called within another one: use the session and emit of that block"
+            f"service.transaction() of {service!r} was called within another one: use the session and emit of that"
         )
 
 
@@ -217,5 +217,5 @@ def _note_slow(service: str, one_writer: bool, seconds: float) -> None:
             "transaction.holds_writer",
             service=service,
             seconds=round(seconds, 3),
-            advice="on SQLite, nothing else can write meanwhile, not even handlers: do slow work before the transaction",
+            advice="on SQLite, nothing else can write meanwhile, not even handlers: do slow work before it",
         )
