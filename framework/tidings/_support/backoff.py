@@ -1,7 +1,7 @@
 """Pauses between attempts that grow while attempts keep failing. It decides how long to wait, never whether to go on.
 
-Libraries for retries (tenacity, stamina) own the loop and count its attempts. The loops of Tidings are sessions that
-last for days: they start over at the first pause as soon as a session got anywhere, tell the log how long the next
+Libraries for retries (tenacity, stamina) own the loop and count its attempts. The loops of Tidings run for
+days: they start over at the first pause as soon as they got anywhere, tell the log how long the next
 pause is, and end a pause early when the process is asked to stop.
 """
 

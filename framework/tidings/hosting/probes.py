@@ -29,8 +29,8 @@ def health_routes(*services: Hosted) -> list[BaseRoute]:
 
     `app.router.routes.extend(health_routes(orders))`
 
-    They are for whoever runs the process, not for its clients, so they are not in the OpenAPI document. 200 when all is
-    well, else 503; both with what was looked at and what to do. Raises `ConfigurationError` without starlette.
+    They are for operators, not for clients, so they are not in the OpenAPI document. 200 when ok or degraded, else 503;
+    both with what was looked at and what to do. Raises `ConfigurationError` without starlette.
     """
     return _routes(Probe(services))
 

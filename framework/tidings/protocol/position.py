@@ -156,7 +156,7 @@ class Accepted:
         self.begin(floor, watermarks)
 
     def begin(self, floor: int, watermarks: Mapping[int, int]) -> None:
-        """What was known before is forgotten: this is durable, and nothing else was accepted."""
+        """Start again from what is durable, and forget everything that was accepted beyond it."""
         self.reached = floor
         """Everything at or below it was accepted in every bucket of the range; a pass begins here."""
         self._tails = {bucket: at for bucket, at in watermarks.items() if at > floor}
