@@ -18,7 +18,6 @@ LONGER: Final = {
     "framework/tidings/testing/store_conformance.py": "a class that an adapter's test inherits: each method is a rule",
     "framework/tidings/testing/bus_conformance.py": "a class that an adapter's test inherits: each method is a rule",
     "framework/tidings/stores/eventstoredb/grpc.py": "one connection, whose flow control and calls share its state",
-    "framework/tidings/testing/world/world.py": "one class, `World`, with everything that a test does to a system",
 }
 """Modules that may be longer, and why."""
 

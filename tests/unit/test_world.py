@@ -13,7 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from tidings import Aggregate, Context, Event, Retry, Service, evolves
+from tidings.delivery.revival import Revival
 from tidings.errors import ConfigurationError, HandlerTimeout
+from tidings.operations.report import Report
 from tidings.testing import Unsettled, World
 
 
@@ -452,3 +454,80 @@ def test_it_works_under_asyncio_run() -> None:
             assert chain.shipped == ["1"]
 
     asyncio.run(run())
+
+
+# ---- what time costs -------------------------------------------------------------------
+
+
+def sleeper(seconds: float, look: Callable[[], None]) -> Service:
+    """A service whose lifespan looks at something again and again."""
+
+    @asynccontextmanager
+    async def lifespan(service: Service) -> AsyncIterator[None]:
+        async def tick() -> None:
+            while True:
+                look()
+                await asyncio.sleep(seconds)
+
+        task = asyncio.create_task(tick())
+        yield
+        task.cancel()
+
+    service = Service("one", lifespan=lifespan)
+    service.on(Ordered)(nothing)
+    return service
+
+
+async def test_a_world_looks_at_its_services_again_only_after_something_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, reports, searches = list[float](), list[float](), list[float]()
+    verify, find = World.verify, Revival._find
+
+    async def counted(world: World) -> Report:
+        reports.append(time.time())
+        return await verify(world)
+
+    async def searched(self: Revival, *args: Any) -> Any:
+        searches.append(time.time())
+        return await find(self, *args)
+
+    async with World(sleeper(60, lambda: looks.append(time.time()))) as world:
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        monkeypatch.setattr(World, "verify", counted)
+        monkeypatch.setattr(Revival, "_find", searched)
+        looks.clear()
+        await world.advance(hours=10)
+        end = time.time()
+        assert len(looks) == 600
+        assert len(reports) < 10
+        assert 0 < len(searches) < 10
+        assert end - searches[-1] < 2  # the last jump lets everybody look once
+        await world.append("order-2", Ordered(order="2"))
+        assert [service.pending_count for service in (await world.settled()).services] == [0]
+
+
+async def test_held_events_come_back_in_time_beside_a_task_that_sleeps_briefly() -> None:
+    tried = list[float]()
+
+    async def refuse(event: Ordered) -> None:
+        tried.append(time.time())
+        if len(tried) < 6:
+            raise KeyError("not yet")
+
+    service = sleeper(7, lambda: None)
+    service.on(Ordered, retry=Retry(attempts=1))(refuse)
+    async with World(service) as world:
+        world.tolerate(KeyError)
+        await world.append("order-1", Ordered(order="1"))
+        await world.settled()
+        await world.advance(minutes=30)
+        assert len(tried) == 6
+        assert await world.held(service) == []
+
+
+async def test_who_wakes_a_world_thousands_of_times_is_named() -> None:
+    async with World(sleeper(0.2, lambda: None)) as world:
+        with pytest.warns(UserWarning, match="5,000 timers in .* task 'tick' of service one sleeps 0.2 s"):
+            await world.advance(minutes=20)

@@ -7,6 +7,7 @@ of Tidings.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import selectors
 import threading
 import time
@@ -85,6 +86,8 @@ class Clock:
         self._files = 0
         """What the loop's selector watched before."""
         self._waiters: list[tuple[asyncio.Future[None], bool]] = []
+        self._postponed: dict[int, tuple[Any, float]] = {}
+        """Timers, by their ids, and the moments at which they were to ring."""
         self._frozen: dict[object, list[asyncio.Handle]] = {}
 
     def start(self) -> None:
@@ -148,8 +151,30 @@ class Clock:
 
     def first(self, wanted: Callable[[Any], bool]) -> float | None:
         """Return the moment of the first timer of this kind (`asyncio.TimerHandle`), None without one."""
+        timer = self.next(wanted)
+        return None if timer is None else float(timer.when())
+
+    def next(self, wanted: Callable[[Any], bool]) -> Any:
+        """Return the first timer of this kind (`asyncio.TimerHandle`), None without one."""
         timers = (timer for timer in self._loop._scheduled if not timer.cancelled() and wanted(timer))
-        return min((timer.when() for timer in timers), default=None)
+        return min(timers, default=None)
+
+    def postpone(self, seconds: float, wanted: Callable[[Any], bool]) -> None:
+        """Let the timers of this kind ring later, unless `recall` comes before."""
+        timers = self._loop._scheduled
+        for timer in timers:
+            if wanted(timer):
+                self._postponed.setdefault(id(timer), (timer, timer.when()))
+                timer._when += seconds
+        heapq.heapify(timers)
+
+    def recall(self) -> None:
+        """Let the timers that were postponed ring when they first were to."""
+        for timer, moment in self._postponed.values():
+            timer._when = moment
+        self._postponed.clear()
+        if self._loop is not None:
+            heapq.heapify(self._loop._scheduled)
 
     def at(self, moment: float) -> asyncio.TimerHandle:
         """Let time stop at this moment of `time`, on its way to a later one."""

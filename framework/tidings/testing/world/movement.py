@@ -1,7 +1,8 @@
 """Whether anything in a world moves by itself, and when the next thing happens that is not housekeeping.
 
 While nothing is under way, services and relay still look at this and that each second. Time jumps over these looks, as
-if the machine had slept: each of them happens once, after the jump.
+if the machine had slept: each of them happens once, after the jump. While `World.advance` passes many timers and
+nothing comes of them, they wait for the last jump.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tidings.testing.world.clock import OWNER, Clock
 from tidings.testing.world.seat import USERS, Seat
 from tidings.testing.world.store import InlineStore
 
-__all__ = ["Movement"]
+__all__ = ["Movement", "happens"]
 
 _RING: Final = Timers.later.__qualname__
 """Timers of deliveries: the end of a pause between two attempts, the time of a held event."""
@@ -33,6 +34,13 @@ class Movement:
         """The log, if it is in memory."""
         self._clock = clock
         self._relay = relay
+        self.lull = False
+        """Nothing is held, and nothing was written since the last look: the next jump skips these looks altogether."""
+
+    def written(self) -> object:
+        """Return how much has been written: a value that changes with every write to the log or to a database."""
+        log = None if self.store is None else self.store.written
+        return log, *(seat.written for seat in self._seats.values())
 
     def busy(self) -> bool:
         """Whether a service says that something is under way."""
@@ -48,9 +56,13 @@ class Movement:
         wait for it, else `moment`, when the next timer is due."""
         if not all(self._only_waits(part) for part in self._parts()) or not self._published():
             return moment
-        found = self._clock.first(_happens)
+        found = self._clock.first(happens)
         ends = [work.since + work.handler.timeout for part in self._parts() for work in part.at_work()]
-        return max(moment, min([*ends, *([] if found is None else [found])], default=moment))
+        until = max(moment, min([*ends, *([] if found is None else [found])], default=moment))
+        limit = self._clock.limit
+        if self.lull and limit is not None and until < limit:
+            self._clock.postpone(until - self._clock.time(), lambda timer: not happens(timer))
+        return until
 
     def _parts(self, *, frozen: bool = False) -> Iterator[Partition]:
         for seat in self._seats.values():
@@ -82,7 +94,7 @@ def _holds(pipeline: Pipeline) -> bool:
     return bool(stages.lanes.under_way or stages.lanes or stages.pending.batch or stages.stager)
 
 
-def _happens(timer: Any) -> bool:
+def happens(timer: Any) -> bool:
     """Whether a timer is the test's, a handler's or a lifespan's, or of a delivery; else it is housekeeping."""
     context = timer._context
     mine = context.get(OWNER) is None or context.get(USERS) or context.get(ATTEMPT) is not None

@@ -55,6 +55,11 @@ class Seat:
         assert self._database is not None, f"{self} has not been opened"
         return self._database
 
+    @property
+    def written(self) -> tuple[int, ...]:
+        """How many rows each connection to its database has written."""
+        return tuple(connection.total_changes for connection in self._connections)
+
     async def open(self) -> None:
         """Open its database."""
         self._database = database = await self._stack.enter_async_context(in_memory(self.service.tables))

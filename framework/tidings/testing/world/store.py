@@ -79,6 +79,11 @@ class InlineStore(SqliteStore):
         self._closed.set()
 
     @property
+    def written(self) -> int:
+        """How many rows have been written, from the first on."""
+        return self._log.database.read(lambda connection: connection.total_changes)
+
+    @property
     def last_carried(self) -> int:
         """Position of the last event that is carried to services; -1 before the first."""
         if self.heard > self._seen:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
-from uuid import UUID
-
-import structlog
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from tidings.buses.memory import MemoryBus
 from tidings.database.layout import lay_out
@@ -18,34 +15,30 @@ from tidings.delivery.due import HELD_SECONDS
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, StreamNotFound
 from tidings.modelling.appending import append
-from tidings.modelling.codec import decode, read_metadata
 from tidings.modelling.context import ATTEMPT
-from tidings.modelling.events import Event, wire_name
-from tidings.operations.dead import DeadLetter, DeadLetters
-from tidings.operations.held import HeldEntry, HeldOperations
+from tidings.modelling.events import Event
 from tidings.operations.report import Report, ServiceReport
-from tidings.operations.timeline import Timeline, trace
-from tidings.operations.verify import verify
-from tidings.protocol.position import CARRIED, carried
+from tidings.protocol.position import carried
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings
-from tidings.stores import ANY, Appended, EventStore, Expected, RecordedEvent
+from tidings.stores import ANY, Appended, Expected
 from tidings.testing.world import place
 from tidings.testing.world.clock import OWNER, Clock
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.harm import Harm, Messages
 from tidings.testing.world.lines import Line
+from tidings.testing.world.looking import Looking
 from tidings.testing.world.movement import Movement
 from tidings.testing.world.real import RealClock, only_in_memory, open_servers
 from tidings.testing.world.seat import Seat
 from tidings.testing.world.seeds import STORY, Chaos
 from tidings.testing.world.standing import Unsettled, faults_of, told
 from tidings.testing.world.store import InlineStore
+from tidings.testing.world.wakes import Wakes
 from tidings.testing.world.web import Application, client_of
 
 if TYPE_CHECKING:
     from httpx import AsyncClient
-    from sqlalchemy.ext.asyncio import AsyncSession
 
     from tidings.hosting.running import RunningService
     from tidings.modelling.aggregate import Aggregate
@@ -55,14 +48,11 @@ if TYPE_CHECKING:
 __all__ = ["World"]
 
 A = TypeVar("A", bound="Aggregate")
-E = TypeVar("E", bound=Event)
 
 GRACE: Final = 0.1
 """Virtual seconds that what is due at the end of `advance` may take."""
 LATE: Final = 0.001
 """Virtual seconds after which a held event is surely due, whatever was rounded."""
-MOST: Final = 1_000_000
-"""Held events or dead letters that are returned, at most."""
 PATIENCE: Final = 60.0
 """Virtual seconds without any handler at work, after which what is not settled counts as stuck."""
 
@@ -71,7 +61,7 @@ _RELAY: Final = "relay"
 """The owner of the relay's callbacks."""
 
 
-class World(Harm):
+class World(Looking, Harm):
     """Services in one test: `async with World(order, inventory) as world`.
 
     They run with the production relay, delivery, inbox and staged appends, and with a log, a bus and databases in
@@ -88,16 +78,14 @@ class World(Harm):
         self._real = place.WHERE.name != place.MEMORY
         self._clock: Any = RealClock() if self._real else Clock(_handler_at_work)
         self._failures = Failures()
-        self._seats: dict[str, Seat] = {}
         self._stack: AsyncExitStack | None = None
         self._opened = False
         self._relay: Relay | None = None
         """The one that carries events now."""
         self._opened_messages: Messages | None = None
         self._story = None if self._real else STORY.get()
-        self._seen: list[RecordedEvent] = []
-        """Events that were read from a real log."""
-        self._logs: list[dict[str, Any]] = []
+        self._known: tuple[object, Report] | None = None
+        """The last report, and how much had been written by then."""
 
     # ---- opening and closing -----------------------------------------------------------------
 
@@ -161,27 +149,6 @@ class World(Harm):
             chaos = Chaos(self, self._story, self._services)
             self._opened_messages.published = chaos.published
             stack.callback(chaos.stop)
-
-    def _tap(self, stack: AsyncExitStack) -> None:
-        """Keep the log lines of this process."""
-        from tidings.logs import configure_by_default
-
-        configured = structlog.is_configured()
-        configure_by_default()
-        before = structlog.get_config()
-
-        def keep(logger: object, method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-            self._logs.append({"level": method, **structlog.contextvars.get_contextvars(), **entry})
-            return entry
-
-        structlog.configure(processors=[keep, *before["processors"]])
-
-        def restore() -> None:
-            structlog.configure(**before)
-            if not configured:
-                structlog.reset_defaults()
-
-        stack.callback(restore)
 
     async def _add(self, service: Service) -> Seat:
         """Add a service and start it."""
@@ -271,11 +238,6 @@ class World(Harm):
 
     # ---- what a test does --------------------------------------------------------------------
 
-    @property
-    def store(self) -> EventStore:
-        """The log."""
-        return self._store
-
     async def append(
         self,
         stream: str,
@@ -321,15 +283,27 @@ class World(Harm):
             only_in_memory("advance()")
         target = self._clock.time() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         self._clock.limit = target
+        wakes = Wakes(self._clock)
+        last: Report | None = None
         try:
             while True:
                 report = await self._rest(target)
                 if report is None or self._clock.time() >= target:
                     break
+                # A look at what is held was made since the last report: until something is written, or held, it finds
+                # nothing.
+                held = any(part.held_due is not None or part.held for part in report.services)
+                self._movement.lull = report is last and not held
+                last = report
+                wakes.note()
                 await self._pass(report, target)
+            self._movement.lull = False
+            self._clock.recall()
             self._clock.limit = target + GRACE
             await self._rest(target + GRACE)
         finally:
+            self._movement.lull = False
+            self._clock.recall()
             self._clock.limit = None
 
     async def _pass(self, report: Report, target: float) -> None:
@@ -360,7 +334,7 @@ class World(Harm):
             await self._clock.quiet()
             self._surface()
             if not self._movement.busy():
-                report = await self.verify()
+                report = await self._report()
                 if not any(service.pending_count or service.staged_count for service in report.services):
                     return report
             now = self._clock.time()
@@ -372,6 +346,15 @@ class World(Harm):
             await self._clock.step()
             if working:
                 deadline = self._clock.time() + PATIENCE
+
+    async def _report(self) -> Report:
+        """Return what `verify` does, without looking again where nothing has been written since."""
+        if self._real:
+            return await self.verify()
+        written = self._movement.written()
+        if self._known is None or self._known[0] != written:
+            self._known = (written, await self.verify())
+        return self._known[1]
 
     def _surface(self) -> None:
         """Raise what went wrong since the last look."""
@@ -391,84 +374,6 @@ class World(Harm):
         Without arguments, every error is tolerated."""
         self._failures.tolerate(*what)
 
-    # ---- what a test sees --------------------------------------------------------------------
-
-    async def verify(self) -> Report:
-        """Return how far each service is, without waiting."""
-        if not isinstance(self._store, InlineStore):
-            after = self._seen[-1].position if self._seen else -1
-            found = [each async for each in self._store.read_all(after=after, filter=CARRIED)]
-            self._seen += [each for each in found if carried(each) is not None]
-        return await verify(self._store, [(seat.service, seat.database) for seat in self._seats.values()])
-
-    @overload
-    def events(self, of: type[E], *, stream: str | None = None, by: Service | None = None) -> list[E]: ...
-    @overload
-    def events(
-        self, of: None = None, *, stream: str | None = None, by: Service | None = None
-    ) -> list[RecordedEvent]: ...
-    def events(
-        self, of: type[E] | None = None, *, stream: str | None = None, by: Service | None = None
-    ) -> list[E] | list[RecordedEvent]:
-        """Return the events in the log, in its order: of one class (as its objects), of one stream, or emitted by the
-        handlers of one service."""
-        found: list[RecordedEvent] = [
-            event
-            for event in (self._store.carried() if isinstance(self._store, InlineStore) else self._seen)
-            if (of is None or event.type == wire_name(of))
-            and stream in (None, event.stream)
-            and (by is None or _author(event) == by.name)
-        ]
-        if of is None:
-            return found
-        return [decode(event, of, read_metadata(event), reader="this test") for event in found]
-
-    def emitted(self, service: Service) -> list[RecordedEvent]:
-        """Return the events in the log that handlers of this service emitted."""
-        return self.events(by=service)
-
-    async def held(self, service: Service) -> list[HeldEntry]:
-        """Return the held events of a service, the oldest first."""
-        log_id = await self._store.log_id()
-        return await HeldOperations(self._seat(service).database, service.name, log_id).list(limit=MOST)
-
-    async def dead(self, service: Service) -> list[DeadLetter]:
-        """Return the dead letters of a service, the oldest first."""
-        log_id = await self._store.log_id()
-        return await DeadLetters(self._seat(service).database, service.name, log_id).list(limit=MOST)
-
-    @asynccontextmanager
-    async def session(self, service: Service) -> AsyncIterator[AsyncSession]:
-        """Enter a session on a service's database. The end of the block commits. Do not wait for the service in it: it
-        cannot write meanwhile."""
-        from sqlalchemy.ext.asyncio import AsyncSession
-
-        database = self._seat(service).database
-        async with (
-            database.turn,
-            database.transaction() as connection,
-            AsyncSession(bind=connection, expire_on_commit=False) as session,
-        ):
-            yield session
-            await session.flush()
-
-    async def timeline(self, event: RecordedEvent | Appended | UUID | int) -> Timeline:
-        """Return what `tidings why` shows of an event: what the log or `append` returned, an id, or a position."""
-        target = event.position if isinstance(event, RecordedEvent | Appended) else event
-        return await trace(self._store, [(seat.service, seat.database) for seat in self._seats.values()], target)
-
-    def logs(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Return the log lines since the world was opened, or those of one kind, such as "event.held"."""
-        return [line for line in self._logs if event in (None, line.get("event"))]
-
-    def _seat(self, service: Service) -> Seat:
-        seat = self._seats.get(service.name)
-        if seat is None:
-            raise ConfigurationError(
-                f"service {service.name!r} is not in this World, which has {', '.join(self._seats) or 'none'}"
-            )
-        return seat
-
 
 def _handler_at_work() -> str | None:
     context = ATTEMPT.get(None)
@@ -478,9 +383,3 @@ def _handler_at_work() -> str | None:
 async def _owned(owner: object, relay: Relay) -> None:
     OWNER.set(owner)
     await relay.run()
-
-
-def _author(event: RecordedEvent) -> str | None:
-    """The service whose handler emitted an event."""
-    by = read_metadata(event).get("tidingsHandler")
-    return by.partition(".")[0] if isinstance(by, str) else None

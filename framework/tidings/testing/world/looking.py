@@ -1,0 +1,156 @@
+"""What a test sees of a world: the log's events, held events and dead letters, tables, timelines and log lines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from uuid import UUID
+
+import structlog
+
+from tidings.errors import ConfigurationError
+from tidings.modelling.codec import decode, read_metadata
+from tidings.modelling.events import Event, wire_name
+from tidings.operations.dead import DeadLetter, DeadLetters
+from tidings.operations.held import HeldEntry, HeldOperations
+from tidings.operations.report import Report
+from tidings.operations.timeline import Timeline, trace
+from tidings.operations.verify import verify
+from tidings.protocol.position import CARRIED, carried
+from tidings.stores import Appended, EventStore, RecordedEvent
+from tidings.testing.world.seat import Seat
+from tidings.testing.world.store import InlineStore
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from tidings.service import Service
+
+__all__ = ["Looking"]
+
+E = TypeVar("E", bound=Event)
+
+MOST: Final = 1_000_000
+"""Held events or dead letters that are returned, at most."""
+
+
+class Looking:
+    """The part of a `World` that shows what there is, and changes nothing."""
+
+    _store: EventStore
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seats: dict[str, Seat] = {}
+        self._seen: list[RecordedEvent] = []
+        """Events that were read from a real log."""
+        self._logs: list[dict[str, Any]] = []
+
+    @property
+    def store(self) -> EventStore:
+        """The log."""
+        return self._store
+
+    async def verify(self) -> Report:
+        """Return how far each service is, without waiting."""
+        if not isinstance(self._store, InlineStore):
+            after = self._seen[-1].position if self._seen else -1
+            found = [each async for each in self._store.read_all(after=after, filter=CARRIED)]
+            self._seen += [each for each in found if carried(each) is not None]
+        return await verify(self._store, [(seat.service, seat.database) for seat in self._seats.values()])
+
+    @overload
+    def events(self, of: type[E], *, stream: str | None = None, by: Service | None = None) -> list[E]: ...
+    @overload
+    def events(
+        self, of: None = None, *, stream: str | None = None, by: Service | None = None
+    ) -> list[RecordedEvent]: ...
+    def events(
+        self, of: type[E] | None = None, *, stream: str | None = None, by: Service | None = None
+    ) -> list[E] | list[RecordedEvent]:
+        """Return the events in the log, in its order: of one class (as its objects), of one stream, or emitted by the
+        handlers of one service."""
+        found: list[RecordedEvent] = [
+            event
+            for event in (self._store.carried() if isinstance(self._store, InlineStore) else self._seen)
+            if (of is None or event.type == wire_name(of))
+            and stream in (None, event.stream)
+            and (by is None or _author(event) == by.name)
+        ]
+        if of is None:
+            return found
+        return [decode(event, of, read_metadata(event), reader="this test") for event in found]
+
+    def emitted(self, service: Service) -> list[RecordedEvent]:
+        """Return the events in the log that handlers of this service emitted."""
+        return self.events(by=service)
+
+    async def held(self, service: Service) -> list[HeldEntry]:
+        """Return the held events of a service, the oldest first."""
+        log_id = await self._store.log_id()
+        return await HeldOperations(self._seat(service).database, service.name, log_id).list(limit=MOST)
+
+    async def dead(self, service: Service) -> list[DeadLetter]:
+        """Return the dead letters of a service, the oldest first."""
+        log_id = await self._store.log_id()
+        return await DeadLetters(self._seat(service).database, service.name, log_id).list(limit=MOST)
+
+    @asynccontextmanager
+    async def session(self, service: Service) -> AsyncIterator[AsyncSession]:
+        """Enter a session on a service's database. The end of the block commits. Do not wait for the service in it: it
+        cannot write meanwhile."""
+        from sqlalchemy.ext.asyncio import AsyncSession
+
+        database = self._seat(service).database
+        async with (
+            database.turn,
+            database.transaction() as connection,
+            AsyncSession(bind=connection, expire_on_commit=False) as session,
+        ):
+            yield session
+            await session.flush()
+
+    async def timeline(self, event: RecordedEvent | Appended | UUID | int) -> Timeline:
+        """Return what `tidings why` shows of an event: what the log or `append` returned, an id, or a position."""
+        target = event.position if isinstance(event, RecordedEvent | Appended) else event
+        return await trace(self._store, [(seat.service, seat.database) for seat in self._seats.values()], target)
+
+    def logs(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Return the log lines since the world was opened, or those of one kind, such as "event.held"."""
+        return [line for line in self._logs if event in (None, line.get("event"))]
+
+    def _seat(self, service: Service) -> Seat:
+        seat = self._seats.get(service.name)
+        if seat is None:
+            raise ConfigurationError(
+                f"service {service.name!r} is not in this World, which has {', '.join(self._seats) or 'none'}"
+            )
+        return seat
+
+    def _tap(self, stack: AsyncExitStack) -> None:
+        """Keep the log lines of this process."""
+        from tidings.logs import configure_by_default
+
+        configured = structlog.is_configured()
+        configure_by_default()
+        before = structlog.get_config()
+
+        def keep(logger: object, method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+            self._logs.append({"level": method, **structlog.contextvars.get_contextvars(), **entry})
+            return entry
+
+        structlog.configure(processors=[keep, *before["processors"]])
+
+        def restore() -> None:
+            structlog.configure(**before)
+            if not configured:
+                structlog.reset_defaults()
+
+        stack.callback(restore)
+
+
+def _author(event: RecordedEvent) -> str | None:
+    """The service whose handler emitted an event."""
+    by = read_metadata(event).get("tidingsHandler")
+    return by.partition(".")[0] if isinstance(by, str) else None
