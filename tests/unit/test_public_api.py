@@ -38,8 +38,8 @@ PUBLIC = {
         wire_name""",
     "tidings.alembic": "include_object",
     "tidings.buses": """
-        Consumer Delivery EventBus ExportsUsers Found ListsQueues Message Publisher Subscription check_partitions
-        check_service_name""",
+        Consumer Delivery EventBus ExportsUsers Found ListsQueues Message Publisher Subscription WithinProcess
+        check_partitions check_service_name""",
     "tidings.buses.rabbitmq": "RabbitMQBus",
     "tidings.errors": """
         AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseMoved DatabaseUnavailable

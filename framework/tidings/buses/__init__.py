@@ -40,6 +40,7 @@ __all__ = [
     "Message",
     "Publisher",
     "Subscription",
+    "WithinProcess",
     "check_partitions",
     "check_service_name",
 ]
@@ -147,7 +148,7 @@ class Consumer(Protocol):
 class EventBus(Protocol):
     """A message bus. Open one with `async with tidings.open_bus(url) as bus`.
 
-    A bus may also be `ExportsUsers` and `ListsQueues`, which only operators' commands need.
+    A bus may also be `WithinProcess`, and `ExportsUsers` and `ListsQueues`, which only operators' commands need.
     """
 
     async def provision(self, subscription: Subscription | None = None) -> None:
@@ -191,6 +192,19 @@ class ExportsUsers(Protocol):
 
         `passwords` are by user; a user that it lacks cannot log in before the broker is told a password.
         """
+        ...
+
+
+@runtime_checkable
+class WithinProcess(Protocol):
+    """A bus whose messages never leave the process, such as `memory://`. Optional.
+
+    Of several processes that run one service on it, one works and the others stand by.
+    """
+
+    @property
+    def within_process(self) -> bool:
+        """True: no other process gets these messages."""
         ...
 
 

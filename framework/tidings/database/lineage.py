@@ -24,6 +24,7 @@ from tidings.database.tables import (
     floors,
     handlers,
     held,
+    metadata,
     partials,
     replays,
     skips,
@@ -38,19 +39,7 @@ __all__ = ["Adopted", "Lineage", "NothingToAdopt", "Renewal", "adopt", "lineage_
 
 LOG_STREAM: Final = "tidings_log"
 RENEWED: Final = "tidings_LogRenewed"
-_FOLLOWING: Final = (
-    watermarks,
-    replays,
-    floors,
-    partials,
-    handlers,
-    spans,
-    begun,
-    skips,
-    staged,
-    held,
-    dead,
-)
+_FOLLOWING: Final = [table for table in metadata.sorted_tables if "log" in table.c]
 """The tables whose rows are about one log."""
 
 

@@ -55,7 +55,7 @@ watermarks = sa.Table(
         sa.Integer,
         nullable=False,
         server_default="0",
-        comment="how many times replays have set the bucket back",
+        comment="counts up whenever a process at work on the bucket must notice: a replay, a skip, newer code, a rival",
     ),
     comment="Position of the last event in each bucket whose effects are committed",
 )

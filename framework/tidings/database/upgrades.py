@@ -16,7 +16,7 @@ from tidings.errors import ConfigurationError
 __all__ = ["SCHEMA", "prepare", "version_of"]
 
 SCHEMA: Final = 8
-"""Version of the tables below."""
+"""Version of the tables in `tidings.database.tables`."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
 
@@ -92,7 +92,7 @@ async def prepare(connection: AsyncConnection, shown: str) -> None:
 
 def _index(connection: sa.Connection) -> None:
     """Tables that were made by an older version lack indexes, and keep some that nobody uses."""
-    for table in (tables.held, tables.dead, tables.staged):
+    for table in tables.metadata.sorted_tables:
         for index in table.indexes:
             index.create(connection, checkfirst=True)
     for name in _FORMER_INDEXES:

@@ -20,7 +20,7 @@ import structlog
 from tidings._support.backoff import Backoff, becomes_true
 from tidings._support.tasks import supervised, task_group
 from tidings.adapters import open_bus, open_store
-from tidings.buses import EventBus
+from tidings.buses import EventBus, WithinProcess
 from tidings.database.engine import Database, open_database
 from tidings.database.held_code import reason_in_code
 from tidings.database.held_events import HeldCount, held_by_handler
@@ -102,7 +102,8 @@ class RunningService:
         self._witness = witness
         self._memory = FailureMemory()
         self._log_id: UUID | None = None
-        self._post = post_of(database, service.name) if getattr(bus, "within_process", False) else None
+        self._alone: Final = isinstance(bus, WithinProcess) and bus.within_process
+        self._post = post_of(database, service.name) if self._alone else None
 
     @property
     def engine(self) -> AsyncEngine:
@@ -205,9 +206,8 @@ class RunningService:
 
     def watch(self, rows: Sequence[StagedEvent]) -> list[asyncio.Future[bool]]:
         """Return a future for each of these events that this process will append; see `Stager.watch`."""
-        alone = bool(getattr(self._bus, "within_process", False))
         pipelines = [part.pipeline for part in self.partitions if part.pipeline is not None]
-        found = [pipeline.watch(row, alone=alone) for row in rows for pipeline in pipelines]
+        found = [pipeline.watch(row, alone=self._alone) for row in rows for pipeline in pipelines]
         return [future for future in found if future is not None]
 
     def failed_attempts(self, item: InFlight) -> int:

@@ -63,7 +63,7 @@ def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int) -> Me
     """Return the message that carries `event`.
 
     Raises `MalformedMessage` for an event whose message `decode` would refuse: nothing is published that no service
-    could read. `bucket` is that of the event's partition key (`carried` says so), which is not computed again here.
+    could read. `bucket` is that of the event's partition key, as `carried` has computed it.
     """
     metadata = event.metadata
     _check_stamps(event, previous, bucket)

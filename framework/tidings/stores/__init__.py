@@ -5,7 +5,7 @@ Rules that every adapter keeps, each proved by a test of `tidings.testing.store_
 * An append is atomic: all of its events or none, with consecutive stream versions and increasing global positions.
 * What `append` returned survives the death of the process and of the machine.
 * Expected versions and idempotency by event id are EventStoreDB's, exactly (see `Expected`).
-* A global position is used once, is greater than 0, and is never seen before a lower one.
+* A global position is used once and is greater than 0. Readers see positions only in rising order.
 * Every position that a store returns is at most 2^63 - 1 and in the log: no checkpoint is above `head`. The position
   before everything, also in an empty log, is -1.
 * Appends to one stream that a task starts one after the other, without waiting, are applied in that order.
