@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -427,3 +428,32 @@ async def test_a_context_for_calling_a_handler_keeps_what_it_emits_as_events() -
     assert (context.stream, context.attempt, context.metadata["actor"]) == ("goods_order-7", 2, "me")
     with pytest.raises(ConfigurationError, match="reserved"):
         context.emit("$all", TAKEN)
+
+
+# ---- slips -----------------------------------------------------------------------------
+
+
+def test_a_handler_is_given_only_events_that_it_declares() -> None:
+    with pytest.raises(ConfigurationError, match="take handles Wanted, not Taken"):
+        given().handling(take, TAKEN)
+    with pytest.raises(ConfigurationError, match="take handles Wanted, not Unheard"):
+        given().handling(take, EventData(type="Unheard", data=b"{}", metadata=b"{}", id=uuid4()))
+    given().handling(see, TAKEN).nothing()  # it is declared for any
+
+
+def test_a_resource_that_no_handler_asks_for_is_refused() -> None:
+    class Other(Gateway): ...
+
+    with pytest.raises(ConfigurationError, match=r"no handler of calls asks for it.*Gateway \(by calls\.call\)"):
+        given().handling(call, WANTED, resources={Other: Other("other")})
+    with pytest.raises(ConfigurationError, match="Gateway is a class"):
+        given().handling(call, WANTED, resources={Gateway: Gateway})
+
+
+def test_in_a_test_without_a_loop_a_look_runs_the_handler_too() -> None:
+    assert given(CUP).handling(take, WANTED).rows(Shelf) == [{"sku": "cup", "pieces": 2}]
+    assert [each.event for each in given(CUP).handling(take, WANTED).emitted] == [TAKEN]
+    assert given(CUP).handling(take, WANTED, attempt=2).context.attempt == 2
+    assert isinstance(given().handling(take, WANTED).error, NoneLeft)
+    with pytest.raises(NoneLeft):
+        given().handling(take, WANTED).rows(Shelf)

@@ -177,6 +177,9 @@ class Declaration:
         """All present and former names of its handlers."""
         return frozenset().union(*(handler.names for handler in self.named.values()))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
     def handlers_of(self, wire_name: str) -> tuple[Handler, ...]:
         """Return the handlers of an event type, in the order in which they run."""
         return self.handlers.get(wire_name, self.handlers_of_any)

@@ -46,6 +46,12 @@ def events(kind: type[E], /, **fields: Any) -> SearchStrategy[E]:
     `fields` are strategies, or values, for some of the fields: `events(OrderCreated, order_id=st.just("1"))`. Raises
     `ConfigurationError` for a field without a strategy whose type cannot be made up.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Event)):
+        raise ConfigurationError(
+            f"events({kind!r}): give the class of the events, events({type(kind).__name__})"
+            if isinstance(kind, Event)
+            else f"events({kind!r}): that is no class of events. Give one, as in events(OrderCreated)"
+        )
     is_exact(kind)  # raises for a class that is not complete
     strangers = fields.keys() - kind.model_fields.keys()
     if strangers:

@@ -11,11 +11,12 @@ from typing import Any, get_type_hints
 
 from tidings.errors import ConfigurationError
 from tidings.modelling.aggregate import Aggregate, declared
-from tidings.modelling.events import wire_name
+from tidings.modelling.events import Event, wire_name
 from tidings.modelling.handlers import Handler
 from tidings.service import Service
+from tidings.stores import EventData, RecordedEvent
 
-__all__ = ["aggregate_of", "aggregates", "handler_of", "named", "service_of"]
+__all__ = ["aggregate_of", "aggregates", "check_handles", "handler_of", "named", "service_of"]
 
 
 def aggregates(kind: type[Aggregate] = Aggregate) -> Iterator[type[Aggregate]]:
@@ -100,3 +101,14 @@ def handler_of(service: Service, function: Callable[..., Any]) -> Handler:
         f"handling({named(function)}): it is no handler of service {service.name!r}, which has "
         f"{', '.join(service.named) or 'none'}"
     )
+
+
+def check_handles(handler: Handler, event: Event | EventData | RecordedEvent) -> None:
+    """Raise `ConfigurationError` unless the handler would be given such an event."""
+    kind = wire_name(event) if isinstance(event, Event) else event.type
+    known = [wire_name(each) for each in handler.events]
+    if known and kind not in known:
+        raise ConfigurationError(
+            f"handling({named(handler.function)}, {kind}): {handler.name} handles {' and '.join(known)}, not {kind}. "
+            "Give it an event that its @service.on(...) names, or call another handler"
+        )

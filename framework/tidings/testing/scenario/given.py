@@ -11,8 +11,9 @@ from tidings.errors import ConfigurationError
 from tidings.modelling.aggregate import Aggregate
 from tidings.modelling.events import Event, partition_key, wire_name
 from tidings.service import Service
+from tidings.testing.replaced import check_replaced
 from tidings.testing.scenario.decided import Decided, loaded
-from tidings.testing.scenario.finding import aggregate_of, handler_of, service_of
+from tidings.testing.scenario.finding import aggregate_of, check_handles, handler_of, service_of
 from tidings.testing.scenario.handling import Handling, Task
 from tidings.testing.scenario.stating import Raw, Stated, stated
 
@@ -86,18 +87,12 @@ class Given:
         that handlers ask for. See `Handling` for how to run it in an async test.
         """
         service = self._service or service_of(handler)
-        return Handling(
-            Task(
-                service,
-                handler_of(service, handler),
-                self._before,
-                *stated(event),
-                metadata,
-                resources or {},
-                attempt,
-                replayed,
-            )
-        )
+        declared = handler_of(service, handler)
+        stream, what = stated(event)
+        check_handles(declared, what)
+        instead = dict(resources or {})
+        check_replaced(instead, [service])
+        return Handling(Task(service, declared, self._before, stream, what, metadata, instead, attempt, replayed))
 
     def _id_of(self, events: Sequence[Event | Raw]) -> str:
         if self._id is not None:

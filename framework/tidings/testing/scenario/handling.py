@@ -49,7 +49,7 @@ class Task(NamedTuple):
 class Handling:
     """One attempt of a handler, and the checks of what came of it.
 
-    Without a running event loop, the first check runs the handler. In an async test, await the last check
+    Without a running event loop, the first check or look runs the handler. In an async test, await the last check
     (`await given(...).handling(...).emits(...)`), or enter it with `async with`, which gives a `session`, too.
     """
 
@@ -104,7 +104,8 @@ class Handling:
     @property
     def emitted(self) -> list[Emitted]:
         """What was appended because of the handler, oldest first."""
-        self._ran()
+        __tracebackhide__ = True
+        self._ran_well()
         return self._emitted
 
     @property
@@ -117,13 +118,15 @@ class Handling:
     @property
     def context(self) -> RecordingContext:
         """The context that the handler was given."""
-        self._ran()
+        __tracebackhide__ = True
+        self._ran_well()
         assert self._context is not None
         return self._context
 
     def rows(self, table: Any) -> list[Row]:
         """Return all rows of a table (or declarative class) of the service, as they were after the handler."""
-        self._ran()
+        __tracebackhide__ = True
+        self._ran_well()
         found = getattr(table, "__table__", table)
         if found.key not in self._rows:
             known = ", ".join(self._rows) or "none"
@@ -174,10 +177,14 @@ class Handling:
             return self
         self._checks.append(check)
         if not _loop_runs():
-            asyncio.run(self._alone())
-            self._stage = None
+            self._run_alone()
             self._look()
         return self
+
+    def _run_alone(self) -> None:
+        __tracebackhide__ = True
+        asyncio.run(self._alone())
+        self._stage = None
 
     def _look(self) -> None:
         __tracebackhide__ = True
@@ -185,11 +192,22 @@ class Handling:
             check(self)
 
     def _ran(self) -> None:
-        if self._context is None:
+        """Run the handler, if it has not run and there is no event loop."""
+        if self._context is not None:
+            return
+        if _loop_runs():
             raise ConfigurationError(
                 f"handler {self._task.handler.name!r} has not run yet: 'await given(...).handling(...)', or enter it "
-                "with 'async with'. In a test without an event loop, check it first, with .emits(...) or .nothing()"
+                "with 'async with'"
             )
+        self._run_alone()
+
+    def _ran_well(self) -> None:
+        """Do what `_ran` does. What the handler raises when it is run for this passes through."""
+        __tracebackhide__ = True
+        if self._context is None:
+            self._ran()
+            self._pass_on()
 
     async def _run(self) -> None:
         task = self._task

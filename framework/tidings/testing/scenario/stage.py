@@ -25,6 +25,7 @@ from tidings.modelling.handlers import Handler, Inject
 from tidings.protocol.position import CARRIED
 from tidings.service import Service
 from tidings.stores import EventStore, RecordedEvent
+from tidings.testing.replaced import asked_for
 from tidings.testing.scenario.context import RecordingContext
 from tidings.testing.scenario.stating import Raw, data_of
 
@@ -171,18 +172,13 @@ async def stage_of(service: Service, instead: Mapping[type, Any]) -> AsyncIterat
         running = RunningService(service, store, bus, database)
         stack.enter_context(service.bound_to(running))
         yielded = None
-        if service.resources is not None and not _asked_for(service) <= instead.keys():
+        if service.resources is not None and not asked_for([service]).keys() <= instead.keys():
             yielded = await stack.enter_async_context(service.resources(service))
         running.resources = _Replaced(service.name, yielded, instead)
         attempts = Attempts(service, running.resources, Ours(store, bus, database))
         attempts.open()
         stack.callback(attempts.close)
         yield Stage(service, running, attempts)
-
-
-def _asked_for(service: Service) -> set[type]:
-    wanted = {want for handler in service.named.values() for _, want in handler.parameters}
-    return {want for want in wanted if not isinstance(want, Inject)}
 
 
 def view_of(kinds: Sequence[type[Event]], wire: str) -> type[Event] | None:

@@ -86,14 +86,16 @@ class Failures:
     def surface(self) -> None:
         """Raise what handlers raised and the test has not heard of: the error itself, or a group of several."""
         errors = list(self._untold.values())
+        names = sorted({f"{service}.{handler}" for service, _, handler in self._untold})
+        title = f"handlers failed: {', '.join(names)}"
         self.heard.update((service, position) for service, position, _ in self._untold)
         self._untold.clear()
         if len(errors) == 1:
             raise errors[0]
         if all(isinstance(error, Exception) for error in errors) and errors:
-            raise ExceptionGroup("handlers failed", [error for error in errors if isinstance(error, Exception)])
+            raise ExceptionGroup(title, [error for error in errors if isinstance(error, Exception)])
         if errors:
-            raise BaseExceptionGroup("handlers failed", errors)
+            raise BaseExceptionGroup(title, errors)
 
     # ---- as a witness ------------------------------------------------------------------------
 

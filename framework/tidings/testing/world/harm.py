@@ -89,6 +89,7 @@ class Harm:
     _bus: Any
     _opened_messages: Messages | None
     _seat: Callable[[Service], Seat]
+    _check_inside: Callable[[], None]
     _start: Callable[[Seat], Coroutine[Any, Any, None]]
     _start_relay: Callable[[], None]
 
@@ -98,6 +99,7 @@ class Harm:
 
     @property
     def _messages(self) -> Messages:
+        self._check_inside()
         return self._opened_messages or only_in_memory("losing, repeating and reordering messages")
 
     def is_well(self, service: Service) -> bool:
@@ -135,6 +137,7 @@ class Harm:
 
     def crash_relay(self, *, restart: float = RESTART) -> None:
         """Kill the relay now. The next one starts after `restart` virtual seconds."""
+        self._check_inside()
         self._relay_line.break_("the relay was killed")
         self._relay_task.cancel()
         self._begin(self._revive_relay(self._relay_task, restart))

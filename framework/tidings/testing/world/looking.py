@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
@@ -19,6 +20,7 @@ from tidings.operations.timeline import Timeline, trace
 from tidings.operations.verify import verify
 from tidings.protocol.position import CARRIED, carried
 from tidings.stores import Appended, EventStore, RecordedEvent
+from tidings.testing.world.entrance import UNOPENED, check_class, check_service
 from tidings.testing.world.seat import Seat
 from tidings.testing.world.store import InlineStore
 
@@ -46,14 +48,36 @@ class Looking:
         self._seen: list[RecordedEvent] = []
         """Events that were read from a real log."""
         self._logs: list[dict[str, Any]] = []
+        self._outside = UNOPENED
+        """Why it does nothing now; empty within its block."""
+        self._sessions: dict[str, asyncio.Task[Any] | None] = {}
+        """Services on whose databases sessions are open, and the tasks in which they are."""
+
+    def _check_inside(self) -> None:
+        """Raise `ConfigurationError` outside the world's block."""
+        if self._outside:
+            raise ConfigurationError(self._outside)
+
+    def _check_no_session(self, then: str, *, of: Service | None = None) -> None:
+        """Raise `ConfigurationError` where the calling task keeps a database to itself, which would be waited for."""
+        task = asyncio.current_task()
+        for name, owner in self._sessions.items():
+            if owner is task and (of is None or of.name == name):
+                raise ConfigurationError(
+                    f"a session on the database of service {name!r} is open, so the service cannot use it: end the "
+                    f"block of world.session({name}) before you {then}"
+                )
 
     @property
     def store(self) -> EventStore:
         """The log."""
+        self._check_inside()
         return self._store
 
     async def verify(self) -> Report:
         """Return how far each service is, without waiting."""
+        self._check_inside()
+        self._check_no_session("call world.verify()")
         if not isinstance(self._store, InlineStore):
             after = self._seen[-1].position if self._seen else -1
             found = [each async for each in self._store.read_all(after=after, filter=CARRIED)]
@@ -71,6 +95,11 @@ class Looking:
     ) -> list[E] | list[RecordedEvent]:
         """Return the events in the log, in its order: of one class (as its objects), of one stream, or emitted by the
         handlers of one service."""
+        self._check_inside()
+        if of is not None:
+            check_class(of)
+        if by is not None:
+            check_service("events", by)
         found: list[RecordedEvent] = [
             event
             for event in (self._store.carried() if isinstance(self._store, InlineStore) else self._seen)
@@ -88,13 +117,17 @@ class Looking:
 
     async def held(self, service: Service) -> list[HeldEntry]:
         """Return the held events of a service, the oldest first."""
+        database = self._seat(service).database
+        self._check_no_session("call world.held()", of=service)
         log_id = await self._store.log_id()
-        return await HeldOperations(self._seat(service).database, service.name, log_id).list(limit=MOST)
+        return await HeldOperations(database, service.name, log_id).list(limit=MOST)
 
     async def dead(self, service: Service) -> list[DeadLetter]:
         """Return the dead letters of a service, the oldest first."""
+        database = self._seat(service).database
+        self._check_no_session("call world.dead()", of=service)
         log_id = await self._store.log_id()
-        return await DeadLetters(self._seat(service).database, service.name, log_id).list(limit=MOST)
+        return await DeadLetters(database, service.name, log_id).list(limit=MOST)
 
     @asynccontextmanager
     async def session(self, service: Service) -> AsyncIterator[AsyncSession]:
@@ -103,16 +136,23 @@ class Looking:
         from sqlalchemy.ext.asyncio import AsyncSession
 
         database = self._seat(service).database
+        self._check_no_session("enter another", of=service)
         async with (
             database.turn,
             database.transaction() as connection,
             AsyncSession(bind=connection, expire_on_commit=False) as session,
         ):
-            yield session
-            await session.flush()
+            self._sessions[service.name] = asyncio.current_task()
+            try:
+                yield session
+                await session.flush()
+            finally:
+                del self._sessions[service.name]
 
     async def timeline(self, event: RecordedEvent | Appended | UUID | int) -> Timeline:
         """Return what `tidings why` shows of an event: what the log or `append` returned, an id, or a position."""
+        self._check_inside()
+        self._check_no_session("call world.timeline()")
         target = event.position if isinstance(event, RecordedEvent | Appended) else event
         return await trace(self._store, [(seat.service, seat.database) for seat in self._seats.values()], target)
 
@@ -121,6 +161,8 @@ class Looking:
         return [line for line in self._logs if event in (None, line.get("event"))]
 
     def _seat(self, service: Service) -> Seat:
+        self._check_inside()
+        check_service("world", service)
         seat = self._seats.get(service.name)
         if seat is None:
             raise ConfigurationError(

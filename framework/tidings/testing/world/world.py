@@ -22,8 +22,10 @@ from tidings.protocol.position import carried
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings
 from tidings.stores import ANY, Appended, Expected
+from tidings.testing.replaced import check_replaced
 from tidings.testing.world import place
 from tidings.testing.world.clock import OWNER, Clock
+from tidings.testing.world.entrance import CLOSED, check_change, check_stream, check_world, seconds_of
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.harm import Harm, Messages
 from tidings.testing.world.lines import Line
@@ -73,11 +75,15 @@ class World(Looking, Harm):
         """`resources` are objects to inject in the place of what lifespans yield, by the type that handlers ask for. A
         lifespan is not entered if everything that its service's handlers ask for is replaced."""
         super().__init__()
+        check_world(services)
         self._services = services
         self._resources = dict(resources or {})
         self._real = place.WHERE.name != place.MEMORY
         self._clock: Any = RealClock() if self._real else Clock(_handler_at_work)
         self._failures = Failures()
+        for service in services:
+            self._failures.know(service)
+        check_replaced(self._resources, services)
         self._stack: AsyncExitStack | None = None
         self._opened = False
         self._relay: Relay | None = None
@@ -94,12 +100,17 @@ class World(Looking, Harm):
             raise ConfigurationError("this World was opened before: make a new one, World(...), for each test")
         self._opened = True
         async with AsyncExitStack() as stack:
+            stack.callback(self._close)
             self._clock.start()
             stack.callback(self._clock.stop)
+            self._outside = ""
             self._tap(stack)
             await self._open(stack)
             self._stack = stack.pop_all()
         return self
+
+    def _close(self) -> None:
+        self._outside = CLOSED
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -234,6 +245,7 @@ class World(Looking, Harm):
         The application's lifespan is entered, too. A service that it runs is the one in this world, and is added if it
         is not there yet.
         """
+        self._check_inside()
         return client_of(api, self, base_url)
 
     # ---- what a test does --------------------------------------------------------------------
@@ -247,6 +259,8 @@ class World(Looking, Harm):
         correlation_id: str | None = None,
     ) -> Appended:
         """Append events, as something outside of all services does. Raises what `EventStore.append` raises."""
+        self._check_inside()
+        check_stream(stream)
         return await append(
             self._store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id
         )
@@ -256,6 +270,8 @@ class World(Looking, Harm):
     ) -> Changed[A]:
         """Change an aggregate through one of its methods, or create it with that when it has no stream yet. This works
         whatever was done to the service of the repository."""
+        self._check_inside()
+        check_change(repository, method)
         outside = repository.on(self._store)
         try:
             return await outside.change(id, method, *args, **kwargs)
@@ -269,6 +285,7 @@ class World(Looking, Harm):
         Raises what handlers raised, unless it is tolerated; and `Unsettled`, with who stands where and why, as soon as
         nothing moves any more.
         """
+        self._check_waits("settled")
         report = await self._rest(None)
         assert report is not None
         faults = faults_of(report, self._failures)
@@ -281,7 +298,8 @@ class World(Looking, Harm):
         test. Raises what handlers raised, unless it is tolerated."""
         if self._real:
             only_in_memory("advance()")
-        target = self._clock.time() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        self._check_waits("advance")
+        target = self._clock.time() + seconds_of(days, hours, minutes, seconds)
         self._clock.limit = target
         wakes = Wakes(self._clock)
         last: Report | None = None
@@ -305,6 +323,15 @@ class World(Looking, Harm):
             self._movement.lull = False
             self._clock.recall()
             self._clock.limit = None
+
+    def _check_waits(self, what: str) -> None:
+        """Raise `ConfigurationError` where waiting would be in vain."""
+        self._check_inside()
+        if not self._seats:
+            raise ConfigurationError(
+                f"{what}(): this World has no service: name those that it is made of, World(order)"
+            )
+        self._check_no_session(f"call world.{what}()")
 
     async def _pass(self, report: Report, target: float) -> None:
         """Let time pass until something happens, at most up to a moment."""
