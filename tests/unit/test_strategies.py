@@ -7,7 +7,7 @@ import sys
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -166,8 +166,14 @@ def test_a_type_that_cannot_be_made_up_is_named_with_the_remedy() -> None:
 
         model_config = ConfigDict(arbitrary_types_allowed=True)
 
+    class Plain(Event): ...
+
     with pytest.raises(ConfigurationError, match=r"no values of field 'host' can be made up.*events\(Odd, host="):
         events(Odd)
+    with pytest.raises(ConfigurationError, match=r"give the class of the events, events\(Plain\)"):
+        events(cast("Any", Plain()))
+    with pytest.raises(ConfigurationError, match=r"'Odd'\): that is no class of events"):
+        events(cast("Any", "Odd"))
     with pytest.raises(ConfigurationError, match="has no field colour"):
         events(Upper, colour=1)
 
