@@ -189,7 +189,11 @@ def test_resources_are_replaced_and_never_called(folder: Path, monkeypatch: pyte
     text = captured("dead:1")
     assert "    Office: create_autospec(Office, instance=True),\n" in text
     assert ", resources=RESOURCES)" in text
-    said = outcome(folder, text, text.replace("create_autospec(Office, instance=True)", "Office()"))
+    assert "}\nRESOURCES[Office].write.side_effect = AssertionError('the real one was called')\n" in text.replace(
+        '"', "'"
+    )
+    mended = "\n".join(line for line in text.splitlines() if ".side_effect" not in line) + "\n"
+    said = outcome(folder, text, mended)
     assert "1 failed, 1 passed in" in said
     assert "AssertionError: the real one was called" in said
 
@@ -208,8 +212,19 @@ def test_of_several_services_the_one_is_meant_in_which_it_failed(folder: Path, m
     assert "ValueError: nobody asks for 2000" in text
     ended = invoke("capture", "dead:1")
     assert ended.code == 2
-    assert "of which service? Say --service with one of bank, branch" in ended.err
+    assert "Several have a dead letter 1: say --service with one of bank, branch" in ended.err
     assert "def test_complain_" in captured("dead:1", "-s", "branch")
+    ended = invoke("capture", "dead:99")
+    assert ended.code == 1
+    assert "none of the services bank, branch has dead letter 99" in ended.err
+
+
+def test_a_dead_letter_that_only_one_service_has_needs_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDINGS_SERVICES", "tests.unit.captured:bank,tests.unit.captured:branch")
+    happen(folder, *HISTORY, services=(bank,))
+    happen(folder, ("desk", Asked(account="7", pence=2000)), services=(branch,))
+    assert letters("bank") == []
+    assert "def test_complain_" in captured("dead:1")
 
 
 def test_what_no_handler_was_given_is_refused(folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_dead_event_tells_why_and_nothing_of_it_moves_a_cursor() -> None:
     assert ended.code == 0
     (line,) = [line for line in ended.out.splitlines() if line.startswith("  shop")]
     assert "dead since " in line
-    assert r"1 attempts of die: ValueError: it is \x1b[31mpoison (tidings dead show 1)" in line
+    assert r"1 attempt of die: ValueError: it is \x1b[31mpoison (tidings dead show 1)" in line
     assert "\x1b" not in ended.out
 
 

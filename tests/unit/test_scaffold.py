@@ -177,8 +177,8 @@ def test_a_second_service_is_added_beside_the_first_one(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        ("billing", 1, "exists already; nothing was written"),
-        ("shop", 1, "exists already; nothing was written"),
+        ("billing", 1, "this project has a service billing already; nothing was written"),
+        ("shop", 1, "this project has a service shop already; nothing was written"),
         ("Billing", 2, "such as billing"),
         ("tests", 2, "a folder of every project"),
     ],

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from tidings._support.json_limits import parse
+from tidings.cli._culprits import failing_alike
 from tidings.cli._exits import NO, USAGE, Refused
 from tidings.cli._layout import laid_out
 from tidings.cli._literals import Imports, NoLiteral, literal, place_of
@@ -161,11 +162,14 @@ class _File:
             return ""
         fake = self._imports.of("unittest.mock", "create_autospec")
         lines = ["# What the service's lifespan yields is not called here. Say what each of these answers."]
-        lines.append("RESOURCES: dict[type, object] = {")
+        lines.append(f"RESOURCES: dict[type, {self._imports.of('typing', 'Any')}] = {{")
         for kind in wanted:
             name = self._imports.of(*place_of(kind))
             lines.append(f"    {name}: {fake}({name}, instance=True),")
-        return "\n".join([*lines, "}"])
+        lines.append("}")
+        redacted = self._redaction.text
+        failing = [line for run in self._captured.runs for line in failing_alike(run, self._imports, redacted)]
+        return "\n".join([*lines, *dict.fromkeys(failing)])
 
     # ---- events ------------------------------------------------------------------------
 

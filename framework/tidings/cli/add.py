@@ -44,6 +44,8 @@ def service(
     """
     here = Path.cwd()
     known = _services_of(here)
+    if name in known:
+        raise Refused(NO, f"this project has a service {name} already; nothing was written. Choose another name")
     package = here / checked_name(name)
     test = here / "tests" / f"test_{name}.py"
     for path in (package, test):

@@ -1,17 +1,17 @@
-"""`tidings capture`: an event of production as a test that fails as the event failed. It only reads."""
+"""`tidings capture`: an event of production as a test of the handler that it was given to. It only reads."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Final
 from uuid import UUID
 
 import typer
 
-from tidings.cli._asking import chosen
-from tidings.cli._exits import NO, OK, Refused, answering
+from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import event_named, find_services, named
 from tidings.cli._output import say
 from tidings.cli._reading import Reading
@@ -19,6 +19,8 @@ from tidings.operations.looking import existing_database, existing_store
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
+    from tidings.database.engine import Database
+    from tidings.operations.dead import DeadLetter
     from tidings.operations.lookup import Target
     from tidings.service import Service
     from tidings.stores import EventStore
@@ -50,15 +52,16 @@ async def capture(
     """Write a pytest file that gives an event to its handler again: tidings capture EVENT > test_it.py
 
     What there was before is stated as given: what the streams held that the handler's repositories may have read, the
-    earlier events of the partition key, and the event's causes. The test fails as the event failed. Of several services
-    the one is meant in which the event failed.
+    earlier events of the partition key, and the event's causes. The test fails as the event failed, if the
+    reason is in the handler or in these events. What the service's lifespan yields is replaced by stand-ins, which fail
+    as the traceback says, where it does. Of several services the one is meant in which the event failed.
 
     With --redact, the same value gets the same replacement everywhere, and ids keep their shape. Whatever else is
     personal in these events stays in the file: read it before you commit it.
     """
     settings = Settings()
     letter = _LETTER.fullmatch(event)
-    services = _services(service, settings, alone=letter is not None)
+    services = list(find_services((), settings).values()) if service is None else [named(service, settings)[1]]
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(existing_store(settings))
         pairs = [(one, await stack.enter_async_context(existing_database(settings, one.name))) for one in services]
@@ -68,7 +71,8 @@ async def capture(
         if letter is None:
             target: Target = event_named(event)
         else:
-            target = await _event_of_letter(settings, store, services[0], int(letter[1]))
+            found, target = await _event_of_letter(store, pairs, int(letter[1]))
+            pairs = [pair for pair in pairs if pair[0] is found]
         with Reading() as reading:
             captured = await read(store, pairs, target, progress=reading.reached)
     fields = redact or []
@@ -77,22 +81,33 @@ async def capture(
     return OK
 
 
-def _services(target: str | None, settings: Settings, *, alone: bool) -> list[Service]:
-    if target is not None:
-        return [named(target, settings)[1]]
-    return [chosen(None, settings)] if alone else list(find_services((), settings).values())
+async def _event_of_letter(
+    store: EventStore, pairs: Sequence[tuple[Service, Database | None]], id: int
+) -> tuple[Service, UUID]:
+    """Return the service that has a dead letter with this id, and the id of the event that it is about."""
+    from tidings.operations.dead import DeadLetterNotFound, DeadLetters
 
-
-async def _event_of_letter(settings: Settings, store: EventStore, service: Service, id: int) -> UUID:
-    """Return the id of the event that a dead letter is about."""
-    from tidings.operations.dead import DeadLetters
-
-    async with existing_database(settings, service.name) as database:
+    log = await store.log_id()
+    found: list[tuple[Service, DeadLetter]] = []
+    names = ", ".join(service.name for service, _ in pairs)
+    if all(database is None for _, database in pairs):
+        raise Refused(NO, f"service {names} has never run here, so it has no dead letters")
+    for service, database in pairs:
         if database is None:
-            raise Refused(NO, f"service {service.name!r} has never run here, so it has no dead letters")
-        letter = await DeadLetters(database, service.name, await store.log_id()).get(id)
+            continue
+        try:
+            found.append((service, await DeadLetters(database, service.name, log).get(id)))
+        except DeadLetterNotFound:
+            if len(pairs) == 1:
+                raise
+    if not found:
+        raise Refused(NO, f"none of the services {names} has dead letter {id}: 'tidings dead list' shows what there is")
+    if len(found) > 1:
+        having = ", ".join(service.name for service, _ in found)
+        raise Refused(USAGE, f"of which service? Several have a dead letter {id}: say --service with one of {having}")
+    service, letter = found[0]
     if letter.kind != "handler" or letter.event_id is None:
         what = "a message that is no event" if letter.kind == "message" else "an event that the store refuses"
         cause = f": capture its cause, the event at position {letter.position}" if letter.position is not None else ""
         raise Refused(NO, f"dead letter {id} of service {service.name!r} is {what}, so no handler was given it{cause}")
-    return UUID(letter.event_id)
+    return service, UUID(letter.event_id)

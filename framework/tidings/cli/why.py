@@ -141,7 +141,8 @@ def _stands(standing: Standing) -> str:
         if standing.state == "not given":
             return f"not given to {plain(standing.handler or 'its handler')}: it was settled before that began"
         return f"{standing.state} by {plain(standing.handler)}" if standing.handler else standing.state
-    tried = f"{standing.attempts} attempts of {plain(standing.handler or 'its handler')}"
+    attempts = "1 attempt" if standing.attempts == 1 else f"{standing.attempts} attempts"
+    tried = f"{attempts} of {plain(standing.handler or 'its handler')}"
     since = ""
     if standing.due is not None:
         since = f" until {moment_of(standing.due)}"

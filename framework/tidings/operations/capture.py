@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -58,6 +58,8 @@ class Run:
     died_at: datetime | None = None
     emitted: tuple[RecordedEvent, ...] = ()
     """What it emitted, and what aggregates that it changed recorded; in the order of the log."""
+    detail: str = ""
+    """The traceback of its last attempt, if it failed."""
 
     @property
     def failed(self) -> bool:
@@ -122,6 +124,7 @@ async def capture(
     database = next(database for one, database in services if one is service)
     if database is not None:
         await _leave_out_failed(database, captured, await store.log_id())
+        captured.runs = [await _with_detail(database, captured, run, await store.log_id()) for run in captured.runs]
     return captured
 
 
@@ -159,6 +162,18 @@ async def _with_emitted(store: EventStore, captured: Captured, run: Run, timelin
     mine = [one for one in timeline.event.caused if one.handler in names and one.position is not None]
     emitted = [await _recorded(store, one, progress) for one in mine]
     return Run(run.handler, run.state, run.reason, run.died_at, tuple(emitted))
+
+
+async def _with_detail(database: Database, captured: Captured, run: Run, log: UUID) -> Run:
+    if not run.failed:
+        return run
+    table = dead if run.state == "dead" else held
+    mine = (table.c.service == captured.service.name, table.c.log == str(log), table.c.handler.in_(run.handler.names))
+    async with database.reading() as connection:
+        found = await connection.scalar(
+            sa.select(table.c.detail).where(*mine, table.c.position == captured.event.position).limit(1)
+        )
+    return replace(run, detail=found or "")
 
 
 # ---- what it could read --------------------------------------------------------------
