@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 from tests.unit.command_line import Ended, invoke
 from tidings.cli._scaffold import LONGEST
+from tidings.cli._source import source_of
 from tidings.cli.new import EXTRAS, TRY_API, project
 
 LONG = "n" * LONGEST
@@ -73,6 +75,56 @@ def test_without_an_extra_nothing_of_it_is_there() -> None:
     assert {"shop/api.py", "tests/test_shop_api.py", "tests/test_shop_postgresql.py"} <= both.keys()
     assert "fastapi,postgresql" in both["pyproject.toml"]
     assert "postgresql+asyncpg://" in both["settings/rabbitmq.env"]
+
+
+@pytest.mark.parametrize(
+    ("url", "more", "given"),
+    [
+        ("file://{folder}", {"dir_info": {"editable": True}}, "--editable '{folder}'"),
+        ("file://{folder}", {"dir_info": {}}, "'{folder}'"),
+        ("file://{folder}/a%20%24%23.whl", {"archive_info": {}}, "'{folder}/a $#.whl'"),
+        ("file://{folder}/gone.whl", {"archive_info": {}}, None),
+        ("file://{folder}/it's.whl", {"archive_info": {}}, None),
+        ("https://example.org/t.whl", {"archive_info": {}}, "'tidings @ https://example.org/t.whl'"),
+        (
+            "https://example.org/t.git",
+            {"vcs_info": {"vcs": "git", "commit_id": "ab12"}},
+            "'tidings @ git+https://example.org/t.git@ab12'",
+        ),
+    ],
+)
+def test_where_tidings_was_installed_from_is_what_make_gives_to_pip(
+    folder: Path, url: str, more: dict[str, object], given: str | None
+) -> None:
+    for name in ("a $#.whl", "it's.whl"):
+        (folder / name).touch()
+    found = source_of(json.dumps({"url": url.format(folder=folder), **more}))
+    assert found == (None if given is None else given.format(folder=folder))
+    place = folder / "shop"
+    for path, text in project("shop", (), found).items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_text(text)
+    assert (place / "local.mk").exists() == (found is not None)
+    assert ("`local.mk`" in (place / "README.md").read_text()) == (found is not None)
+    assert "/local.mk\n" in (place / ".gitignore").read_text()
+    told = subprocess.run(["make", "-n", "install"], cwd=place, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in told.splitlines() if "pip install" in line]
+    words = shlex.split(line.partition("--disable-pip-version-check")[2])
+    assert words == [*shlex.split(found or ""), "--editable", ".[dev]"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"url": 1, "dir_info": 2}'])
+def test_what_says_no_source_is_as_if_it_came_from_an_index(text: str) -> None:
+    assert source_of(text) is None
+
+
+def test_a_new_project_uses_the_tidings_that_has_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidings.cli.new.source", lambda: "'/there/tidings.whl'")
+    new("shop")
+    assert "TIDINGS_SOURCE := '/there/tidings.whl'\n" in Path("shop/local.mk").read_text()
+    monkeypatch.setattr("tidings.cli.new.source", lambda: None)
+    new("stall")
+    assert not Path("stall/local.mk").exists()
 
 
 def test_extras_are_named_together_or_one_by_one() -> None:

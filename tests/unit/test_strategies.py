@@ -183,7 +183,7 @@ def test_without_hypothesis_the_error_says_what_to_install(module: str) -> None:
     code = f"import sys; sys.modules['hypothesis'] = None; import tidings.testing.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"ImportError: tidings.testing.{module} needs hypothesis" in done.stderr
-    assert "pip install hypothesis" in done.stderr
+    assert "pip install 'tidings[testing]'" in done.stderr
 
 
 # ---- machines ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from tidings import __version__
 from tidings.cli._exits import OK, USAGE, Refused, answering
 from tidings.cli._output import plain, say
 from tidings.cli._scaffold import checked_name, place, render
+from tidings.cli._source import source
 
 __all__ = ["new"]
 
@@ -32,7 +33,8 @@ def new(
     """
     chosen = _chosen(extras or ())
     folder = Path.cwd() / checked_name(name)
-    place(folder, project(name, chosen))
+    here = source()
+    place(folder, project(name, chosen, here))
     say(plain(f"{name}/ is a project with the service {name}. Next:"))
     say(f"  cd {name}")
     for step in ("make install", "make test", "make run"):
@@ -40,8 +42,8 @@ def new(
     return OK
 
 
-def project(name: str, extras: tuple[str, ...]) -> dict[str, str]:
-    """Return the files of a new project."""
+def project(name: str, extras: tuple[str, ...], source: str | None = None) -> dict[str, str]:
+    """Return the files of a new project. `source` is what pip installs Tidings from on this machine, if no index."""
     api, postgresql = "api" in extras, "postgresql" in extras
     requires = ["cli", "rabbitmq", *(["fastapi"] if api else []), *(["postgresql"] if postgresql else [])]
     develops = [*(["httpx>=0.27"] if api else []), "mypy>=1.11", "ruff>=0.6", "tidings[testing]"]
@@ -53,12 +55,26 @@ def project(name: str, extras: tuple[str, ...]) -> dict[str, str]:
         "targets": f"{name}.api:api {others}" if api else "$(SERVICES)",
         "runs": f"{name}.api:api" if api else f"{name}.service:service",
         "try": TRY_API if api else TRY,
+        "source": "" if source is None else LOCAL,
         "api_row": f"| `{name}/api.py` | the HTTP API |\n" if api else "",
     }
     files = render("project", name, words)
     for extra in extras:
         files |= render(extra, name, words)
+    if source is not None:
+        escaped = source.replace("\\", "\\\\").replace("$", "$$").replace("#", "\\#")
+        files["local.mk"] = (
+            f"# Where Tidings was installed from on this machine. Delete this file to take it from pip's index.\n"
+            f"TIDINGS_SOURCE := {escaped}\n"
+        )
     return files
+
+
+LOCAL: Final = """\
+Tidings was not installed from an index here. `local.mk` says where it came from, and `make install` takes it from there.
+The file is of this machine alone, so git ignores it. Without it, pip asks its index.
+
+"""
 
 
 TRY: Final = """.venv/bin/tidings streams append order-1 OrderPlaced '{"order_id": "1", "sku": "CUP", "quantity": 2}'"""

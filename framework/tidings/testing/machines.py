@@ -1,4 +1,4 @@
-"""A stateful test of an aggregate against a plain model, by hypothesis, which Tidings does not install."""
+"""A stateful test of an aggregate against a plain model, by hypothesis, which the extra `testing` brings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ try:
     from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
     from hypothesis.strategies import SearchStrategy
 except ImportError as error:
-    raise ImportError(
-        "tidings.testing.machines needs hypothesis, which Tidings does not install: pip install hypothesis"
-    ) from error
+    raise ImportError("tidings.testing.machines needs hypothesis: pip install 'tidings[testing]'") from error
 
 __all__ = ["AggregateMachine", "aggregate_machine"]
 

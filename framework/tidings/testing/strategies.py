@@ -1,4 +1,4 @@
-"""Hypothesis strategies for events, made from their classes. It needs hypothesis, which Tidings does not install.
+"""Hypothesis strategies for events, made from their classes. It needs hypothesis, which the extra `testing` brings.
 
 Hypothesis alone (`st.builds(OrderCreated)`) knows only limits such as `Field(gt=0)`: of patterns, multiples, digits of
 decimals and finite numbers it makes values that pydantic refuses. So a strategy follows the schema that pydantic
@@ -25,9 +25,7 @@ try:
     from hypothesis import strategies as st
     from hypothesis.strategies import SearchStrategy
 except ImportError as error:
-    raise ImportError(
-        "tidings.testing.strategies needs hypothesis, which Tidings does not install: pip install hypothesis"
-    ) from error
+    raise ImportError("tidings.testing.strategies needs hypothesis: pip install 'tidings[testing]'") from error
 
 __all__ = ["events"]
 

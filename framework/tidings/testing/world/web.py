@@ -26,7 +26,7 @@ async def client_of(api: Application, host: Host, base_url: str) -> AsyncIterato
     try:
         from httpx import ASGITransport, AsyncClient
     except ImportError as error:
-        raise ConfigurationError("world.client() needs httpx: pip install httpx") from error
+        raise ConfigurationError("world.client() needs httpx: pip install 'tidings[testing]'") from error
     lifespan = _Lifespan(api)
     await lifespan.enter(host)
     try:
