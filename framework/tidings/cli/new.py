@@ -71,8 +71,8 @@ def project(name: str, extras: tuple[str, ...], source: str | None = None) -> di
 
 
 LOCAL: Final = """\
-Tidings was not installed from an index here. `local.mk` says where it came from, and `make install` takes it from there.
-The file is of this machine alone, so git ignores it. Without it, pip asks its index.
+Tidings was not installed from an index here: `make install` takes it from where `local.mk` says. The file is of this
+machine alone, so git ignores it. Without it, pip asks its index.
 
 """
 
