@@ -161,16 +161,20 @@ async def test_what_stands_behind_an_undone_event_is_cut_off_and_comes_after_it(
     """Of one key, the first is done and the second waits for something outside, when an event of another key fails and
     so undoes their group."""
     monkeypatch.setattr("tidings.database.engine.SHARE", 15)  # one group at a time
+    monkeypatch.setattr("tidings.delivery.groups.GROUP_SECONDS", 60.0)  # and it takes both, however slow the machine is
+    monkeypatch.setattr("tidings.delivery.slow_handlers.SLOW_SECONDS", 60.0)
     key, culprit = two_keys()
     service, cut_off = Service("audit", tables=tables), list[int]()
-    begun, first_done, second_waits, again = (asyncio.Event() for _ in range(4))
+    holding, asked, second_waits, again = (asyncio.Event() for _ in range(4))
 
     @service.on(Happened, retry=Retry(attempts=3, delay=0.001))
     async def handle(event: Happened, context: Context, session: AsyncSession) -> None:
         if event.key == culprit:
-            begun.set()
-            await first_done.wait()
-            await session.execute(sa.text("SELECT 1"))
+            await holding.wait()
+            asked.set()
+            await session.execute(
+                sa.text("SELECT 1")
+            )  # it waits until the first has ended, and follows it in its group
             if context.attempt == 1:
                 await second_waits.wait()
                 raise RuntimeError("undoes its group")
@@ -182,10 +186,12 @@ async def test_what_stands_behind_an_undone_event_is_cut_off_and_comes_after_it(
             except asyncio.CancelledError:
                 cut_off.append(event.n)
                 raise
-        else:
-            await begun.wait()
         await note(session, event)
-        first_done.set()
+        if event.n == 1:
+            holding.set()
+            await asked.wait()
+            for _ in range(20):  # the culprit asks for the transaction meanwhile
+                await asyncio.sleep(0)
 
     async with embedded(tmp_path, service) as world:
         events = [Happened(key=key, n=1), Happened(key=culprit, n=0), Happened(key=key, n=2)]

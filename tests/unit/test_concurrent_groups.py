@@ -76,6 +76,25 @@ def test_what_was_undone_comes_again_in_its_order_and_before_what_is_behind_it(l
     assert other.state is State.TAKEN
 
 
+async def test_what_rests_behind_an_undone_event_comes_after_it_and_is_given_out_once(
+    lanes: tuple[EventLanes, Gate],
+) -> None:
+    made, gate = lanes
+    one, _ = gate.taken
+    finish(made, one)
+    two = gate.taken[-1]
+    two.to(State.RUNNING)
+    two.to(State.RESTING)
+    made.rest(two, 0.001)
+    assert (made.resting, gate.positions()) == (1, [1, 10, 2])
+    made.undo([one], [], ())
+    assert (made.resting, gate.positions()) == (0, [1])
+    await asyncio.sleep(0.01)  # its pause would be over
+    assert gate.positions() == []
+    finish(made, one)
+    assert gate.positions() == [2]
+
+
 def test_a_parked_bucket_gives_nothing_before_it_is_free_and_holds_up_no_other(lanes: tuple[EventLanes, Gate]) -> None:
     made, gate = lanes
     one, other = gate.taken

@@ -156,8 +156,12 @@ SILENT: Final = {
     "topology export",
     "partitions",
     "simulate",
+    "new",
+    "add service",
+    "capture",
 }
-"""Commands that show only numbers of events. Other tests look at the logs of commands that serve."""
+"""Commands that show only numbers of events. Other tests look at the logs of commands that serve, and at `capture`,
+which prints Python."""
 
 
 def commands(of: Any, name: str = "") -> Iterator[str]:
@@ -197,6 +201,15 @@ def test_a_command_escapes_what_events_hold(
     safe(ended)
     assert "forged" in ended.out, "it is shown, escaped"
     assert ended.code in (0, 1)
+
+
+@pytest.mark.parametrize("name", ["Dies", "Waits"])
+def test_a_captured_test_escapes_what_events_hold(name: str) -> None:
+    ended = invoke("capture", f"order-{name}{EVIL}@1")
+    safe(ended)
+    assert "forged" in ended.out, "it is stated, escaped"
+    assert ended.code == 0
+    compile(ended.out, "test_it.py", "exec")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,11 @@ class Timers:
         """It has not rung yet."""
         return timer in self._set
 
+    def cancel(self, timer: asyncio.TimerHandle) -> None:
+        """It does not ring. Harmless when it has rung."""
+        timer.cancel()
+        self._set.discard(timer)
+
     def close(self) -> None:
         for timer in self._set:
             timer.cancel()

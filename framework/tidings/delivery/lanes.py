@@ -35,12 +35,17 @@ class EventLanes:
         self._look_again: asyncio.TimerHandle | None = None
         self.under_way = 0
         """Events given out whose outcome is not committed."""
-        self.resting = 0
-        """Events that rest between two quick attempts."""
+        self._rests: dict[int, tuple[InFlight, asyncio.TimerHandle]] = {}
+        """By bucket: the event that rests between two quick attempts, and the end of its pause."""
 
     def __len__(self) -> int:
         """Events in all lanes, those given out included."""
         return len(self._lanes)
+
+    @property
+    def resting(self) -> int:
+        """Events that rest between two quick attempts."""
+        return len(self._rests)
 
     def open(self, gate: _Gate) -> None:
         """Give out what is there, and what comes."""
@@ -98,7 +103,10 @@ class EventLanes:
 
     def undo(self, finished: Iterable[InFlight], begun: Iterable[InFlight], parked: Iterable[int]) -> None:
         """A transaction was undone: what was `finished` in it, and what it had only `begun` or taken, is given out
-        again in the order of its lane. `parked` are buckets that waited for it."""
+        again in the order of its lane. `parked` are buckets that waited for it.
+
+        What rests behind something finished rests no longer: its next attempt comes after that one's.
+        """
         again: dict[int, list[InFlight]] = {bucket: [] for bucket in parked}
         for item in finished:
             again.setdefault(item.bucket, []).append(item)
@@ -107,6 +115,9 @@ class EventLanes:
             again.setdefault(item.bucket, [])
             self.park(item)
         for bucket, items in again.items():
+            if (rest := self._rests.pop(bucket, None)) is not None:
+                self._timers.cancel(rest[1])
+                rest[0].to(State.WAITING)
             self._lanes.put_back(bucket, items)
         self.pump()
 
@@ -114,14 +125,13 @@ class EventLanes:
         """It was not done: after so many seconds it is given out again, before anything behind it."""
 
         def again() -> None:
-            self.resting -= 1
+            del self._rests[item.bucket]
             item.to(State.WAITING)
             self._lanes.again(item.bucket)
             self.pump()
 
         self.under_way -= 1
-        self.resting += 1
-        self._timers.later(seconds, again)
+        self._rests[item.bucket] = (item, self._timers.later(seconds, again))
 
     def committed(self, number: int) -> None:
         """What came of so many is durable, or nobody will begin them any more."""
