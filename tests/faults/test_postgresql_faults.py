@@ -242,7 +242,7 @@ async def test_deadlock_with_somebody_else(site: Site, recovered: Recovered) -> 
                 await tool.execute("LOCK TABLE audit IN ACCESS EXCLUSIVE MODE")
             await until(lambda told=told: service.log.count("deadlock detected") > told, "the deadlock is told")  # type: ignore[misc]
             seconds = await site.stage.recovered(now())
-        await service.says("service.rejoining", "deadlock detected", "so it is done again")
+        await service.says("group.undone", "so it is done again", "deadlock detected")
         assert "event.retrying" not in service.log
         await tool.close()
     await goes_on(site, recovered, 0, seconds)

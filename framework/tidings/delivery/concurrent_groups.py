@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Awaitable
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import structlog
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
@@ -187,7 +187,9 @@ class ConcurrentGroups:
             return
         except (DBAPIError, DatabaseUnavailable) as error:
             if complete and is_contention(error, database.engine.dialect):  # the commit itself: it was rolled back
-                self._undo(group, _Undone(contended=True))
+                contended = _Undone(contended=True)
+                contended.__cause__ = error
+                self._undo(group, contended)
                 return
             if complete and isinstance(error, DBAPIError) and group.batch:
                 raise self._site.memory.suspect(group.batch.finished, error) from error
@@ -264,15 +266,7 @@ class ConcurrentGroups:
                 f"service {self._site.service.name!r}: a transaction was undone in which an event was given up; "
                 "joining again"
             ) from undone
-        log.info(
-            "group.undone",
-            service=self._site.service.name,
-            events=len(finished) + (culprit is not None),
-            contended=contended,
-            reason="another transaction was in its way: it is run again"
-            if contended
-            else "a handler failed in it: each of its events is run again, with a savepoint of its own",
-        )
+        _tell(self._site.service.name, len(finished) + (culprit is not None), undone)
         self._seating.release(group)
         if contended:
             self._contention.notice()
@@ -300,6 +294,16 @@ class ConcurrentGroups:
         if culprit is not None:
             self._seating.leave(culprit.seat)
             self._verdicts.judge(culprit.seat.item, culprit.seat.context, culprit.failure)
+
+
+def _tell(service: str, events: int, undone: _Undone) -> None:
+    told: dict[str, Any] = {"service": service, "events": events, "contended": undone.contended}
+    if undone.contended:  # seldom, and worth knowing: somebody takes locks in another order
+        why = getattr(undone.__cause__, "orig", None) or undone.__cause__
+        log.warning("group.undone", **told, reason=f"another transaction was in its way, so it is done again: {why}")
+    else:
+        reason = "a handler failed in it: each of its events is run again, with a savepoint of its own"
+        log.info("group.undone", **told, reason=reason)
 
 
 def _raise_undone(error: Exception, connection: AsyncConnection) -> NoReturn:
