@@ -275,13 +275,14 @@ def _before(captured: Captured) -> Iterable[RecordedEvent]:
 
 def _classes(captured: Captured) -> dict[str, type[Event]]:
     """Return the class by which each wire name is stated: that of an aggregate, which needs all fields of its stream;
-    else the service's view; else one of the handlers' modules, as for events that they emit."""
+    else the service's view; else one of the handlers' modules, or of their packages, as for events that they emit."""
     found: dict[str, type[Event]] = {}
     modules = {str(run.handler.function.__module__) for run in captured.runs}
     packages = {module.rpartition(".")[0] or module for module in modules}
-    for kind in _subclasses(Event):
-        if kind.__module__.rpartition(".")[0] in packages or kind.__module__ in modules | packages:
-            found.setdefault(wire_name(kind), kind)
+    known = list(_subclasses(Event))
+    beside = [kind for kind in known if kind.__module__.rpartition(".")[0] in packages or kind.__module__ in packages]
+    for kind in (*(kind for kind in known if kind.__module__ in modules), *beside):
+        found.setdefault(wire_name(kind), kind)
     for handler in captured.service.named.values():
         found |= {wire_name(kind): kind for kind in handler.events}
     for repository in captured.repositories:
