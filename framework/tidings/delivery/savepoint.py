@@ -75,12 +75,17 @@ async def in_savepoint(connection: AsyncConnection, given: Given, handler: Handl
 async def in_group(connection: AsyncConnection, given: Given, handler: Handler, run: Run) -> Failure | None:
     """Run one handler without a savepoint: when it fails, whatever its group did must be undone. Raises
     `ConnectionLost`, `FlushFailed`, and `TransactionMisuse` where it ended the transaction."""
-    scope = _Scope(connection, given, None)
-    with guarded(connection):
-        failure = await run()
-        if failure is None:
-            failure = await scope.flush(handler)
-    if connection.invalidated:
+    scope, failure = _Scope(connection, given, None), None
+    try:
+        with guarded(connection):
+            failure = await run()
+            if failure is None:
+                failure = await scope.flush(handler)
+    except Exception as error:
+        if _is_lost(connection):
+            raise ConnectionLost(failure) from error
+        raise
+    if _is_lost(connection):  # no statement follows that would say so, as the release of a savepoint would
         raise ConnectionLost(failure)
     if flush_failed(connection):
         raise FlushFailed
@@ -93,11 +98,22 @@ async def in_group(connection: AsyncConnection, given: Given, handler: Handler, 
 
 def is_in_transaction(connection: AsyncConnection) -> bool:
     """What the driver says, without asking the server; True for drivers that do not know."""
+    known = getattr(_driver(connection), "is_in_transaction", None)  # asyncpg's
+    return known is None or bool(known())
+
+
+def _is_lost(connection: AsyncConnection) -> bool:
+    """The connection is gone, as far as the driver knows without asking the server."""
+    if connection.invalidated:
+        return True
+    known = getattr(_driver(connection), "is_closed", None)  # asyncpg's
+    return known is not None and bool(known())
+
+
+def _driver(connection: AsyncConnection) -> object:
     sync = connection.sync_connection
     assert sync is not None
-    driver = sync.connection.driver_connection
-    known = getattr(driver, "is_in_transaction", None)  # asyncpg's
-    return known is None or bool(known())
+    return sync.connection.driver_connection
 
 
 async def _kept(scope: _Scope, handler: Handler) -> Failure | None:
