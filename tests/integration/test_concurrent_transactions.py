@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from structlog.testing import capture_logs
 
 from tests.integration.databases import database_url
 from tests.integration.embedded import (
+    Followed,
     Happened,
     assert_once_in_order,
     audit,
@@ -220,3 +223,44 @@ async def test_a_group_with_a_failure_is_run_again_and_each_effect_is_there_once
         assert await letters(service) == []
         assert world.running[0].joins == 1
         assert max(calls.values()) > 2
+
+
+async def test_a_handler_that_waits_for_its_late_session_goes_on_after_the_transaction_before_it_was_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler catches an error of the database, so the commit is refused, when another one already has the next place
+    in its transaction. That one was never in it, so it is neither run again nor forgotten."""
+    monkeypatch.setattr("tidings.database.engine.SHARE", 15)  # one group at a time
+    monkeypatch.setattr(
+        "tidings.delivery.groups.GROUP_SECONDS", 0.0
+    )  # it gives its place back when the first has ended
+    key, other = two_keys()
+    service, late = Service("audit", tables=tables), list[int]()
+    holding, asked = asyncio.Event(), asyncio.Event()
+
+    @service.on(Happened)
+    async def catch(event: Happened, context: Context, session: AsyncSession) -> None:
+        if not asked.is_set():
+            with suppress(ProgrammingError):
+                await session.execute(sa.text("SELECT nonsense"))
+            holding.set()
+            await asked.wait()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return
+        await note(session, event)
+
+    @service.on(Followed)
+    async def wait(event: Followed, context: Context) -> None:
+        late.append(event.n)
+        await holding.wait()
+        asked.set()
+        async with context.session() as session:
+            await note(session, Happened(key=event.key, n=event.n))
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key=key, n=1), Followed(key=other, n=2))
+        await world.settled(20)
+        assert_once_in_order(await rows(service), [Happened(key=key, n=1), Happened(key=other, n=2)])
+        assert late == [2]
+        assert world.running[0].joins == 1

@@ -196,7 +196,7 @@ class ConcurrentGroups:
             raise
         self._seating.release(group)
         self._ledger.committed(group.batch, began)
-        self._seating.go_on(group)
+        self._seating.go_on(group.waiting)
         self._lanes.unpark(group.parked)
 
     async def _write(self, connection: AsyncConnection, batch: Batch) -> None:
@@ -274,7 +274,9 @@ class ConcurrentGroups:
         for item in finished:
             item.leaves = ()
             back.setdefault(item.bucket, []).append(item)
-        seats = self._seating.seats_of(group)
+        # Who has a place and was not in it yet, behind nothing that is undone, asks for the next one.
+        staying = [seat for seat in group.waiting if seat.item.bucket not in back]
+        seats = [seat for seat in self._seating.seats_of(group) if seat not in staying]
         if not contended:
             again = [*finished, *(seat.item for seat in seats if seat.is_over)]
             self._site.memory.undone.update(item.turn for item in again)
@@ -290,6 +292,7 @@ class ConcurrentGroups:
                 self._put_back(seat, before)
             else:
                 self._undone[bucket] = before
+        self._seating.go_on(staying)
         self._lanes.undo([item for items in back.values() for item in items], (), group.parked)
         if culprit is not None:
             self._seating.leave(culprit.seat)

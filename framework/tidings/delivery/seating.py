@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
 from tidings.delivery.batch import Batch, Pending
@@ -121,9 +122,9 @@ class Seating:
         """Return those in its buckets that are not judged."""
         return [seat for bucket in group.buckets if (seat := self._seats.get(bucket)) is not None]
 
-    def go_on(self, group: Group) -> None:
-        """The group is committed and released: those that waited for it ask anew."""
-        for seat in group.waiting:
+    def go_on(self, waiting: Iterable[Seat]) -> None:
+        """The group that they waited for is committed or undone, and released: they ask anew."""
+        for seat in waiting:
             self._put(seat)
 
     def _own(self, group: Group, seat: Seat) -> Seat:
