@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,8 @@ from services.inventory import inventory
 from services.order import orders
 from services.order.events import ShipmentDispatched
 from tests.services.shop import OpenShop
-from tests.unit.command_line import invoke
+from tests.unit.command_line import invoke, pytest_in
 
-ROOT = Path(__file__).parents[2]
 CUSTOMER = "Iceland"
 
 
@@ -52,16 +48,7 @@ def test_a_dead_letter_of_the_shop_fails_again_in_a_test(reasons: list[str], tmp
     assert CUSTOMER not in texts[0]
     assert "StockRejected(" in texts[0], "another service's event is stated"
     assert "OrderCancelled" not in texts[0], "what the service decides itself is not"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error", "."],
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert "2 failed in" in done.stdout
+    said = pytest_in(tmp_path)
+    assert "2 failed in" in said
     for module, reason in zip(("order.order", "inventory.service"), reasons, strict=True):
-        assert f"services.{module}.{reason}\n" in done.stdout
+        assert f"services.{module}.{reason}\n" in said

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -27,10 +30,28 @@ __all__ = [
     "holding",
     "invoke",
     "other",
+    "pytest_in",
     "run_holding",
     "run_shop",
     "shop",
 ]
+
+ROOT = Path(__file__).parents[2]
+
+
+def pytest_in(folder: Path) -> str:
+    """Run the tests in a folder, which may import this project's. Return what pytest prints."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TIDINGS_", "PYTEST_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error", "."],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    return done.stdout
 
 
 class Ended(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import structlog
 
 from tests.integration.databases import database_url
 from tests.unit.captured import Asked, Kind, Line, Opened, Paid, Told, bank, branch, office
-from tests.unit.command_line import invoke
+from tests.unit.command_line import invoke, pytest_in
 from tidings import Event, Runtime, Service, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -60,17 +59,7 @@ def outcome(folder: Path, *texts: str) -> str:
     """Run each text as a test file. Return what pytest prints."""
     for number, text in enumerate(texts):
         (folder / f"test_{number}.py").write_text(text, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-W", "error", "."],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    return done.stdout
+    return pytest_in(folder)
 
 
 def letters(service: str = "bank") -> list[dict[str, object]]:
