@@ -36,6 +36,7 @@ from tidings._support.tasks import supervised
 from tidings.database.layout import resize
 from tidings.database.tables import held, replays, staged
 from tidings.operations.dead import DeadLetters
+from tidings.operations.held import HeldOperations
 from tidings.operations.replay import NothingToReplay, Start, find_start, plan, send_back
 from tidings.protocol.position import carried
 from tidings.stores import Appended, Expected, RecordedEvent
@@ -300,8 +301,7 @@ async def test_held_events_keep_their_rows_and_run_in_their_turn_in_the_replay(t
         ]
         await sent_back(world)
         await until(lambda: len(diary.ran) >= 2)
-        async with world.running[0].database.transaction() as connection:
-            await connection.execute(held.update().values(due=0.0))
+        await HeldOperations(world.running[0].database, "audit", await world.store.log_id()).retry()
         await world.settled()
         of_key = [entry for entry in diary.ran if entry[0] != 4]
         assert of_key == [(0, True), (1, False), (2, False), (3, False)]

@@ -18,6 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Subscription, check_partitions
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.notebook import Notebook, notebook_of
 from tidings.database.tables import floors, partitions, watermarks
@@ -123,6 +124,7 @@ async def _begin(connection: AsyncConnection, service: str, wanted: int | None) 
     return made
 
 
+@again_when_contended
 async def resize(database: Database, service: str, to: int) -> tuple[Layout, Layout]:
     """Divide the service into `to` partitions. Returns the layout before and after (the same one when nothing changes).
     Running processes notice within seconds.

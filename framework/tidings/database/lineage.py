@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.json_limits import parse
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.tables import (
     begun,
@@ -113,6 +114,7 @@ async def renew(store: EventStore) -> Renewal:
     return Renewal(before, log, position)
 
 
+@again_when_contended
 async def adopt(database: Database, service: str, lineage: Lineage) -> Adopted:
     """Let a service's database follow the log as it is now, in one transaction.
 

@@ -86,8 +86,10 @@ def _state(error: BaseException) -> str:
     return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
 
 
-def is_contention(error: BaseException, dialect: Dialect) -> bool:
-    """Was another transaction of the same database in its way, by a deadlock or because it could not be serialized?"""
+def is_contention(error: BaseException, dialect: Dialect | None = None) -> bool:
+    """Was another transaction of the same database in its way, by a deadlock or because it could not be serialized?
+
+    With `dialect`, only of the database whose engine has this dialect object; else of any service's."""
     return any(
         isinstance(each, DBAPIError) and _is_of(each, dialect) and _state(each).startswith("40")
         for each in related(error)
@@ -164,7 +166,7 @@ _ADVICE: Final = {
     ("3D000",): "; create it (createdb NAME), or correct its name in TIDINGS_DATABASE",
     ("28",): "; check user and password in TIDINGS_DATABASE, and what pg_hba.conf allows",
     ("25006",): "; it takes no writes, as a standby does: name the primary in TIDINGS_DATABASE",
-    ("40",): "; another transaction was in its way, so it is done again",
+    ("40",): "; another transaction was in its way: a service does its own again, and any other can be done again",
     ("53100",): "; free some space",
     ("53300",): "; raise its max_connections, or look for who holds so many",
     _TIMEOUTS: "; its lock_timeout or statement_timeout is too short, or somebody holds a lock for long",

@@ -16,6 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.event_rows import key_of, recorded
 from tidings.database.tables import dead, held, staged
@@ -110,6 +111,7 @@ class DeadLetters:
             raise DeadLetterNotFound(self._service, [id])
         return DeadLetter(*row)
 
+    @again_when_contended
     async def retry(self, ids: Sequence[int]) -> int:
         """Have them run again, with their attempts counted anew; all of them or none.
 
@@ -127,6 +129,7 @@ class DeadLetters:
                 await connection.execute(held.insert().values(self._own | held_again(row, "retried")))
         return len(taken)
 
+    @again_when_contended
     async def drop(self, ids: Sequence[int]) -> int:
         """Forget them for good, all of them or none; what waited for their partition keys goes on. Raises
         `DeadLetterNotFound`."""

@@ -16,6 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.held_events import HeldCount, held_by_handler
 from tidings.database.tables import dead, held
@@ -117,6 +118,7 @@ class HeldOperations:
             raise HeldNotFound(self._service, shown)
         return int(position)
 
+    @again_when_contended
     async def retry(
         self, selection: Selection = EVERYTHING, *, positions: Sequence[int] | None = None, limit: int | None = None
     ) -> int:
@@ -133,6 +135,7 @@ class HeldOperations:
                 count += len(rows)
         return count
 
+    @again_when_contended
     async def skip(
         self, selection: Selection = EVERYTHING, *, positions: Sequence[int] | None = None, limit: int | None = None
     ) -> int:
@@ -145,6 +148,7 @@ class HeldOperations:
                 count += len(rows)
         return count
 
+    @again_when_contended
     async def drop(
         self, selection: Selection = EVERYTHING, *, positions: Sequence[int] | None = None, limit: int | None = None
     ) -> int:

@@ -18,6 +18,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.enrolment import sent_back
 from tidings.database.layout import ranges_of
@@ -221,6 +222,7 @@ async def _count(
     found.shares = list(shares.values())
 
 
+@again_when_contended
 async def send_back(database: Database, service: Declaration, log: UUID, start: Start) -> None:
     """Do it: durable when this returns, and the service begins within seconds, at once or when it is started again.
 

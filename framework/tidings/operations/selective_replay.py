@@ -15,6 +15,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.event_rows import columns_of, key_of
 from tidings.database.tables import dead, held, partials, replays, spans, watermarks
@@ -151,6 +152,7 @@ async def _undone(connection: Any, service: str, log: UUID) -> set[tuple[int, st
     return {(row[0], row[1]) for row in await connection.execute(sa.union_all(rows, letters))}
 
 
+@again_when_contended
 async def run_again(database: Database, service: str, log: UUID, picked: Picked) -> int:
     """Do it, in one transaction; what became held or dead since it was picked is left alone. Returns how many events
     run again. Raises `DatabaseUnavailable`."""
@@ -185,6 +187,7 @@ def _row(turn: Turn, service: str, log: UUID, now: float) -> dict[str, Any]:
     }
 
 
+@again_when_contended
 async def cancel(database: Database, service: str, log: UUID) -> Cancelled:
     """Take back what replays have not begun: chosen events, and the way back to where the service had been.
 

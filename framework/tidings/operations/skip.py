@@ -15,6 +15,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.contention import again_when_contended
 from tidings.database.engine import Database
 from tidings.database.tables import dead, floors, held, skips, watermarks
 from tidings.database.watermarks import lock_service
@@ -54,6 +55,7 @@ async def standing(database: Database, service: Declaration, log: UUID, event: R
         return (await _look(connection, service, log, event))[0]
 
 
+@again_when_contended
 async def skip(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
     """Do it, in one transaction. Raises `NotSkippable`, `DatabaseUnavailable`."""
     name, at = service.name, event.position
