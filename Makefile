@@ -16,7 +16,7 @@ SIDE_BY_SIDE := $(if $(TIDINGS_TEST_AMQP)$(TIDINGS_TEST_POSTGRESQL),,--numproces
 # Which tests run where: the markers in pyproject.toml say what each is for.
 TESTS := not faults and not slow
 
-.PHONY: help demo demo-rabbitmq test test-all lint types wheel pytest faults served postgresql kurrentdb pyright lower-bounds soak audit bench format broker database clean
+.PHONY: help demo demo-rabbitmq test test-all lint types wheel pytest faults services served postgresql kurrentdb pyright lower-bounds soak audit bench format broker database clean
 
 help:
 	@echo "make demo    real orders to shipments, in one process, nothing to install"
@@ -24,8 +24,8 @@ help:
 	@echo "             the same as processes over RabbitMQ, some of them killed on the way"
 	@echo "make test    lint, types, the wheel and tests, against a real RabbitMQ and PostgreSQL"
 	@echo "make test-all"
-	@echo "             the same, what is slow, all faults, the log behind tidings server, services on PostgreSQL,"
-	@echo "             kurrentdbclient, pyright, and the lowest versions of what Tidings needs"
+	@echo "             the same, what is slow, all faults, the services' worlds on RabbitMQ, the log behind"
+	@echo "             tidings server, services on PostgreSQL, kurrentdbclient, pyright, and the lowest versions of what Tidings needs"
 	@echo "make audit   known vulnerabilities of what is installed; needs the network, so no test runs it"
 	@echo "make soak MINUTES=30"
 	@echo "             random faults under order traffic, then everything is counted; SEED=N chooses the same again"
@@ -46,7 +46,7 @@ demo-rabbitmq: $(INSTALLED)
 test: lint types wheel pytest
 
 test-all: TESTS := not faults
-test-all: test lower-bounds faults served postgresql kurrentdb pyright
+test-all: test lower-bounds faults services served postgresql kurrentdb pyright
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -68,6 +68,10 @@ pytest: $(INSTALLED) broker database
 faults: $(INSTALLED) broker database
 	$(BIN)/pytest $(if $(SIDE_BY_SIDE),--numprocesses 2 --dist loadfile) -m "faults and not timed"
 	$(BIN)/pytest -m timed tests/faults
+
+# The services' tests once more, with their worlds on RabbitMQ and in real time.
+services: $(INSTALLED) broker
+	$(BIN)/pytest $(SIDE_BY_SIDE) --tidings=rabbitmq -m worlds tests/services
 
 # The way of an event once more, with the log behind tidings server, as it would be in EventStoreDB.
 served: $(INSTALLED) broker

@@ -8,8 +8,9 @@ The public names are those in this module and in `tidings.errors`, `.settings`, 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tidings._support.lazy import lazily
 
 if TYPE_CHECKING:
     from tidings.adapters import open_bus, open_store
@@ -66,34 +67,23 @@ __all__ = [
 
 __version__ = "0.2.0"
 
-_PLACES = {
-    "modelling.aggregate": ("Aggregate", "evolves", "stream_version"),
-    "producing.connection": ("BlockingLog", "Log", "connect"),
-    "modelling.context": ("Context",),
-    "modelling.events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
-    "modelling.handlers": ("Hold", "Retry"),
-    "relay.relay": ("Relay",),
-    "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
-    "hosting.probes": ("health_routes",),
-    "hosting.runtime": ("Runtime",),
-    "operations.checking": ("verify",),
-    "operations.report": ("Report", "ServiceReport"),
-    "service": ("Service",),
-    "adapters": ("open_bus", "open_store"),
-    "settings": ("Settings",),
-    "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent"),
-}
-_MODULES = {name: f"tidings.{module}" for module, names in _PLACES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used, so that the command line can handle signals before everything is
-    imported."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    globals(),
+    {
+        "modelling.aggregate": ("Aggregate", "evolves", "stream_version"),
+        "producing.connection": ("BlockingLog", "Log", "connect"),
+        "modelling.context": ("Context",),
+        "modelling.events": ("Event", "partition_key", "schema_version", "upcaster", "wire_name"),
+        "modelling.handlers": ("Hold", "Retry"),
+        "relay.relay": ("Relay",),
+        "modelling.repository": ("Changed", "HistoryEntry", "Repository"),
+        "hosting.probes": ("health_routes",),
+        "hosting.runtime": ("Runtime",),
+        "operations.checking": ("verify",),
+        "operations.report": ("Report", "ServiceReport"),
+        "service": ("Service",),
+        "adapters": ("open_bus", "open_store"),
+        "settings": ("Settings",),
+        "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent"),
+    },
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,12 +17,11 @@ import structlog
 from tidings.buses import EventBus
 from tidings.errors import ConfigurationError
 from tidings.modelling.aggregate import Aggregate
-from tidings.modelling.appending import append
+from tidings.modelling.appending import Appends
 from tidings.modelling.contention import CHANGE_SECONDS
 from tidings.modelling.declaration import Declaration, Lifespan
-from tidings.modelling.events import Event
 from tidings.modelling.repository import Repository
-from tidings.stores import ANY, Appended, EventStore, Expected
+from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
@@ -39,7 +38,7 @@ log = structlog.get_logger("tidings.service")
 A = TypeVar("A", bound=Aggregate)
 
 
-class Service(Declaration):
+class Service(Declaration, Appends):
     """One service: one queue, one database, any number of handlers per event type.
 
     `tables` are created in the service's database when it starts. `lifespan(service)` is an async context manager
@@ -80,18 +79,8 @@ class Service(Declaration):
         """
         return Repository(aggregate, lambda: self.running_now.store, within=within)
 
-    async def append(
-        self,
-        stream: str,
-        *events: Event,
-        expected: Expected = ANY,
-        metadata: Mapping[str, Any] | None = None,
-        correlation_id: str | None = None,
-    ) -> Appended:
-        """Append events outside any handler (inside one, use `Context.emit`). Raises what `EventStore.append`
-        raises."""
-        store = self.running_now.store
-        return await append(store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id)
+    def _appends_to(self) -> EventStore:
+        return self.running_now.store
 
     @asynccontextmanager
     async def transaction(

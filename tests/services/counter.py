@@ -1,4 +1,4 @@
-"""The counter of the shop: Order alone on the embedded runtime, asked over HTTP without a network."""
+"""The counter of the shop: Order alone in a world, asked over HTTP without a network."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
 
-from httpx import ASGITransport, AsyncClient, Response
+from httpx import AsyncClient, Response
 
 from services.order import orders
 from services.order.api import api
-from tests.services.shop import OpenShop, Shop
+from tests.services.shop import types
+from tidings.testing import World
 
 CUPS: Final[dict[str, Any]] = {"sku": "CUP", "description": "RED CUP", "quantity": 2, "unit_price": "2.55"}
 ORDER: Final[dict[str, Any]] = {
@@ -27,9 +28,9 @@ OpenCounter = Callable[[], AbstractAsyncContextManager["Counter"]]
 class Counter:
     """Order alone, asked over HTTP. Get one from the fixture `open_counter`."""
 
-    def __init__(self, http: AsyncClient, shop: Shop) -> None:
+    def __init__(self, http: AsyncClient, world: World) -> None:
         self.http = http
-        self.shop = shop
+        self.world = world
 
     async def place(self, key: str | None = None, **other: Any) -> Response:
         """POST `ORDER` to /orders, with some fields replaced."""
@@ -48,7 +49,7 @@ class Counter:
 
     async def created(self) -> int:
         """Return the number of orders in the log."""
-        return (await self.shop.log()).count("OrderCreated")
+        return (await types(self.world)).count("OrderCreated")
 
 
 def problem(answer: Response, status: int, kind: str = "") -> dict[str, Any]:
@@ -65,9 +66,7 @@ def problem(answer: Response, status: int, kind: str = "") -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def counter(open_shop: OpenShop) -> AsyncIterator[Counter]:
-    async with (
-        open_shop(orders) as shop,
-        AsyncClient(transport=ASGITransport(api), base_url="http://shop") as http,
-    ):
-        yield Counter(http, shop)
+async def counter() -> AsyncIterator[Counter]:
+    async with World(orders) as world, world.client(api, base_url="http://shop") as http:
+        yield Counter(http, world)
+        await world.settled()

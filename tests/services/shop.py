@@ -1,9 +1,9 @@
-"""The services on the embedded runtime, in a folder of the test's own; and a few words for what tests do with them."""
+"""A few words for what tests do with the services in a world; and the services on files, for what a world cannot do."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -12,75 +12,55 @@ from typing import Any
 from services.order import Order, repository
 from services.order.events import OrderLine
 from services.payment.gateway import Entry, open_sandbox
+from services.payment.service import PaymentSettings
 from tidings import Event, Runtime, Service, Settings
-from tidings.errors import StreamNotFound
-from tidings.protocol.position import CARRIED
 from tidings.testing import World
 
 PLACED_AT = datetime(2010, 12, 1, 8, 26, tzinfo=UTC)
 CUP = OrderLine(sku="CUP", description="RED CUP", quantity=2, unit_price=Decimal("2.55"))
 
 
-OpenShop = Callable[..., AbstractAsyncContextManager["Shop"]]
-"""See the fixture `open_shop`."""
 OpenWorld = Callable[..., World]
 """See the fixture `open_world`."""
 
 
-class Shop:
-    """Running services. Get them from the fixture `open_shop`."""
+async def place(world: World, order_id: str, *lines: OrderLine, country: str = "France") -> None:
+    """Place an order for these goods."""
+    await world.change(repository, order_id, Order.place, lines or (CUP,), None, country, PLACED_AT)
 
-    def __init__(self, folder: Path, runtime: Runtime) -> None:
-        self.folder = folder
-        self.runtime = runtime
-        self.expects_dead = False
-        """Whether dead letters are expected. Otherwise, one makes the test fail."""
 
-    async def place(self, order_id: str, *lines: OrderLine, country: str = "France") -> None:
-        """Place an order for these goods."""
-        await repository.create(order_id, Order.place, lines or (CUP,), None, country, PLACED_AT)
+async def tell(world: World, *events: Event) -> None:
+    """Append events of other services, as the one that hears of them declares them, and wait until all is settled."""
+    for event in events:
+        await world.append("told", event)
+    await world.settled()
 
-    async def tell(self, service: Service, *events: Event) -> None:
-        """Append events of other services, as this service declares them, and wait until everything is settled."""
-        for event in events:
-            await service.append("told", event)
-        await self.runtime.settled()
 
-    async def stream(self, stream: str) -> list[str]:
-        """Return the types of a stream's events."""
-        try:
-            return [event.type async for event in self.runtime.store.read_stream(stream)]
-        except StreamNotFound:
-            return []
+async def types(world: World, stream: str | None = None) -> list[str]:
+    """Return the types of all events, or of those of a stream, when all is settled."""
+    await world.settled()
+    return [event.type for event in world.events(stream=stream)]
 
-    async def log(self) -> list[str]:
-        """Return the types of all events of services."""
-        return [event.type async for event in self.runtime.store.read_all(filter=CARRIED)]
 
-    async def rows(self, service: Service, table: Any) -> list[Any]:
-        """Return the rows of a table in a service's database."""
-        async with self.runtime.engine(service).connect() as connection:
-            return list(await connection.execute(table.select()))
+async def rows(world: World, service: Service, table: Any) -> list[Any]:
+    """Return the rows of a table in a service's database."""
+    async with world.session(service) as session:
+        return list(await session.execute(table.select()))
 
-    async def ledger(self) -> list[Entry]:
-        """Return the gateway's ledger."""
-        async with open_sandbox(self.folder / "gateway.db") as gateway:
-            return await gateway.ledger()
 
-    async def reasons(self) -> list[str]:
-        """Return the reasons of dead letters."""
-        return [letter.reason for part in (await self.runtime.verify()).services for letter in part.dead]
+async def ledger() -> list[Entry]:
+    """Return the gateway's ledger."""
+    async with open_sandbox(PaymentSettings().ledger) as gateway:
+        return await gateway.ledger()
 
 
 @asynccontextmanager
-async def shop(folder: Path, *services: Service, bus: str | None = None) -> AsyncIterator[Shop]:
-    """Run these services and a relay on the files in `folder`."""
+async def on_files(folder: Path, *services: Service) -> AsyncIterator[Runtime]:
+    """Run these services and a relay on the files in `folder`. Opened again, they continue where they were closed."""
     settings = Settings(
         store=f"sqlite:///{folder}/events.db",
-        bus=bus or f"memory://{folder.name}",
+        bus=f"memory://{folder.name}",
         database=f"sqlite:///{folder}/{{service}}.db",
     )
     async with Runtime(*services, settings=settings, relay=True) as runtime:
-        opened = Shop(folder, runtime)
-        yield opened
-        assert opened.expects_dead or await opened.reasons() == []
+        yield runtime

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from services.inventory import inventory
-from services.order import orders
+from services.order import Order, orders, repository
 from services.order.events import ShipmentDispatched
-from tests.services.shop import OpenShop
+from tests.services.shop import CUP, PLACED_AT, on_files
 from tests.unit.command_line import invoke, pytest_in
 
 CUSTOMER = "Iceland"
 
 
 @pytest.fixture
-def reasons(open_shop: OpenShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A parcel is dispatched of an order that is cancelled, because nothing is in stock. Return why two services gave
     the event up."""
 
     async def happen() -> list[str]:
-        async with open_shop(orders, inventory) as shop:
-            shop.expects_dead = True
-            await shop.place("1001", country=CUSTOMER)
-            await shop.runtime.settled()
-            await shop.tell(orders, ShipmentDispatched(order_id="1001"))
-            return await shop.reasons()
+        async with on_files(tmp_path, orders, inventory) as runtime:
+            await repository.create("1001", Order.place, [CUP], None, CUSTOMER, PLACED_AT)
+            await runtime.settled()
+            await orders.append("told", ShipmentDispatched(order_id="1001"))
+            await runtime.settled()
+            return [letter.reason for part in (await runtime.verify()).services for letter in part.dead]
 
     found = asyncio.run(happen())
     monkeypatch.setenv("TIDINGS_STORE", f"sqlite:///{tmp_path}/events.db")

@@ -1,9 +1,7 @@
-"""Each service on the embedded runtime, with nobody else there: what it hears, it is told by the test."""
+"""Each service in a world, with nobody else there: what it hears, it is told by the test."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from decimal import Decimal
 
 import pytest
@@ -17,25 +15,32 @@ from services.inventory import inventory
 from services.inventory.tables import stock
 from services.order import Status, orders, repository
 from services.payment import payment
-from services.payment import service as payment_service
-from services.payment.gateway import Answer, GatewayUnavailable, Operation, SandboxGateway, open_sandbox
+from services.payment.gateway import (
+    Answer,
+    GatewayUnavailable,
+    Operation,
+    PaymentGateway,
+    SandboxGateway,
+    open_sandbox,
+)
 from services.payment.tables import payments
 from services.shipping import shipping
 from services.shipping.tables import shipments
-from tests.services.shop import OpenShop, Shop
+from tests.services.shop import OpenWorld, ledger, place, rows, tell, types
+from tidings.testing import World
 
 # ---- order ---------------------------------------------------------------------------
 
 
-async def test_order_confirms_when_stock_and_payment_are_there(open_shop: OpenShop) -> None:
-    async with open_shop(orders) as alone:
-        await alone.place("1")
-        await alone.tell(orders, order_hears.StockReserved(order_id="1"))
+async def test_order_confirms_when_stock_and_payment_are_there(open_world: OpenWorld) -> None:
+    async with open_world(orders) as alone:
+        await place(alone, "1")
+        await tell(alone, order_hears.StockReserved(order_id="1"))
         assert (await repository.load("1")).status is Status.PLACED
-        await alone.tell(orders, order_hears.PaymentAuthorised(order_id="1"))
+        await tell(alone, order_hears.PaymentAuthorised(order_id="1"))
         assert (await repository.load("1")).status is Status.CONFIRMED
-        await alone.tell(orders, order_hears.ShipmentDispatched(order_id="1"))
-        assert await alone.stream("order-1") == [
+        await tell(alone, order_hears.ShipmentDispatched(order_id="1"))
+        assert await types(alone, "order-1") == [
             "OrderCreated",
             "OrderReserved",
             "OrderAuthorised",
@@ -44,20 +49,20 @@ async def test_order_confirms_when_stock_and_payment_are_there(open_shop: OpenSh
         ]
 
 
-async def test_order_cancels_with_the_reason_that_it_was_told(open_shop: OpenShop) -> None:
-    async with open_shop(orders) as alone:
-        await alone.place("1")
-        await alone.tell(orders, order_hears.StockRejected(order_id="1", reason="out of stock: 2 of CUP"))
+async def test_order_cancels_with_the_reason_that_it_was_told(open_world: OpenWorld) -> None:
+    async with open_world(orders) as alone:
+        await place(alone, "1")
+        await tell(alone, order_hears.StockRejected(order_id="1", reason="out of stock: 2 of CUP"))
         order = await repository.load("1")
         assert (order.status, order.reason, order.by) == (Status.CANCELLED, "out of stock: 2 of CUP", "inventory")
 
 
-async def test_the_history_of_an_order_says_who_and_why(open_shop: OpenShop) -> None:
-    async with open_shop(orders) as alone:
-        await alone.place("1")
+async def test_the_history_of_an_order_says_who_and_why(open_world: OpenWorld) -> None:
+    async with open_world(orders) as alone:
+        await place(alone, "1")
         why = {"actor": "inventory", "reason": "1 articles set aside"}
-        await orders.append("reservation-1", order_hears.StockReserved(order_id="1"), metadata=why)
-        await alone.runtime.settled()
+        await alone.append("reservation-1", order_hears.StockReserved(order_id="1"), metadata=why)
+        await alone.settled()
         entries = [entry async for entry in repository.history("1")]
         assert entries[1].metadata["actor"] == "order"
         assert entries[1].metadata["reason"] == "inventory: 1 articles set aside"
@@ -72,53 +77,52 @@ def wanted(order_id: str, **skus: int) -> inventory_hears.OrderCreated:
     return inventory_hears.OrderCreated(order_id=order_id, lines=lines)
 
 
-async def on_the_shelf(alone: Shop) -> dict[str, tuple[int, int, int]]:
-    rows = await alone.rows(inventory, stock)
-    return {row.sku: (row.on_hand, row.reserved, row.shipped) for row in rows}
+async def on_the_shelf(alone: World) -> dict[str, tuple[int, int, int]]:
+    return {row.sku: (row.on_hand, row.reserved, row.shipped) for row in await rows(alone, inventory, stock)}
 
 
-async def test_inventory_reserves_ships_and_takes_back(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
+async def test_inventory_reserves_ships_and_takes_back(open_world: OpenWorld) -> None:
+    async with open_world(inventory) as alone:
         received = inventory_hears.GoodsReceived(sku="CUP", quantity=10)
-        await alone.tell(inventory, received, received)
-        await alone.tell(inventory, wanted("1", CUP=3))
+        await tell(alone, received, received)
+        await tell(alone, wanted("1", CUP=3))
         assert await on_the_shelf(alone) == {"CUP": (17, 3, 0)}
-        await alone.tell(inventory, inventory_hears.ShipmentDispatched(order_id="1"))
+        await tell(alone, inventory_hears.ShipmentDispatched(order_id="1"))
         assert await on_the_shelf(alone) == {"CUP": (17, 0, 3)}
         back = inventory_hears.ReturnReceived(return_id="C1", sku="CUP", quantity=2)
         new = inventory_hears.ReturnReceived(return_id="C2", sku="JAR", quantity=1)
-        await alone.tell(inventory, back, new)
+        await tell(alone, back, new)
         assert await on_the_shelf(alone) == {"CUP": (19, 0, 3), "JAR": (1, 0, 0)}
-        assert await alone.stream("reservation-1") == ["StockReserved"]
+        assert await types(alone, "reservation-1") == ["StockReserved"]
 
 
-async def test_inventory_releases_once_and_only_what_was_reserved(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
-        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
+async def test_inventory_releases_once_and_only_what_was_reserved(open_world: OpenWorld) -> None:
+    async with open_world(inventory) as alone:
+        await tell(alone, inventory_hears.GoodsReceived(sku="CUP", quantity=3))
         cancelled = inventory_hears.OrderCancelled(order_id="1")
-        await alone.tell(inventory, wanted("1", CUP=2), cancelled, cancelled)
-        await alone.tell(inventory, wanted("2", CUP=9), inventory_hears.OrderCancelled(order_id="2"))
+        await tell(alone, wanted("1", CUP=2), cancelled, cancelled)
+        await tell(alone, wanted("2", CUP=9), inventory_hears.OrderCancelled(order_id="2"))
         assert await on_the_shelf(alone) == {"CUP": (3, 0, 0)}
-        assert await alone.stream("reservation-1") == ["StockReserved", "StockReleased"]
-        assert await alone.stream("reservation-2") == ["StockRejected"]
+        assert await types(alone, "reservation-1") == ["StockReserved", "StockReleased"]
+        assert await types(alone, "reservation-2") == ["StockRejected"]
 
 
-async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
-        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=50))
-        await alone.tell(inventory, *(wanted(str(number), CUP=3) for number in range(100)))
+async def test_a_hundred_orders_at_once_get_what_is_there_and_no_more(open_world: OpenWorld) -> None:
+    async with open_world(inventory) as alone:
+        await tell(alone, inventory_hears.GoodsReceived(sku="CUP", quantity=50))
+        await tell(alone, *(wanted(str(number), CUP=3) for number in range(100)))
         assert await on_the_shelf(alone) == {"CUP": (2, 48, 0)}
-        log = await alone.log()
+        log = await types(alone)
         assert (log.count("StockReserved"), log.count("StockRejected")) == (16, 84)
 
 
-async def test_not_even_a_mistake_can_lose_a_piece(open_shop: OpenShop) -> None:
-    async with open_shop(inventory) as alone:
-        await alone.tell(inventory, inventory_hears.GoodsReceived(sku="CUP", quantity=1))
-        async with alone.runtime.engine(inventory).begin() as connection:
+async def test_not_even_a_mistake_can_lose_a_piece(open_world: OpenWorld) -> None:
+    async with open_world(inventory) as alone:
+        await tell(alone, inventory_hears.GoodsReceived(sku="CUP", quantity=1))
+        async with alone.session(inventory) as session:
             for mistake in ({"on_hand": 2}, {"on_hand": -1, "reserved": 2}):
                 with pytest.raises(IntegrityError, match="CHECK constraint failed"):
-                    await connection.execute(stock.update().values(mistake))
+                    await session.execute(stock.update().values(mistake))
 
 
 # ---- payment -------------------------------------------------------------------------
@@ -129,18 +133,18 @@ def to_pay(order_id: str, amount: str) -> payment_hears.OrderCreated:
     return payment_hears.OrderCreated(order_id=order_id, lines=(line,))
 
 
-async def states(alone: Shop) -> dict[str, tuple[str, int]]:
-    return {row.order_id: (row.state, row.pence) for row in await alone.rows(payment, payments)}
+async def states(alone: World) -> dict[str, tuple[str, int]]:
+    return {row.order_id: (row.state, row.pence) for row in await rows(alone, payment, payments)}
 
 
-async def test_payment_charges_a_confirmed_order_and_refunds_it(open_shop: OpenShop) -> None:
-    async with open_shop(payment) as alone:
-        await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
+async def test_payment_charges_a_confirmed_order_and_refunds_it(open_world: OpenWorld) -> None:
+    async with open_world(payment) as alone:
+        await tell(alone, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
         assert await states(alone) == {"1": ("captured", 1050)}
-        await alone.tell(payment, payment_hears.OrderCancelled(order_id="1"))
+        await tell(alone, payment_hears.OrderCancelled(order_id="1"))
         assert await states(alone) == {"1": ("refunded", 1050)}
-        assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentCaptured", "PaymentRefunded"]
-        assert [entry.operation for entry in await alone.ledger()] == ["authorise", "capture", "refund"]
+        assert await types(alone, "payment-1") == ["PaymentAuthorised", "PaymentCaptured", "PaymentRefunded"]
+        assert [entry.operation for entry in await ledger()] == ["authorise", "capture", "refund"]
 
 
 class Unreliable(SandboxGateway):
@@ -166,24 +170,15 @@ class Unreliable(SandboxGateway):
         self.fail(key)
 
 
-@pytest.fixture
-def unreliable(monkeypatch: pytest.MonkeyPatch) -> None:
-    @asynccontextmanager
-    async def opened(path: str) -> AsyncIterator[Unreliable]:
-        async with open_sandbox(path) as gateway:
-            yield Unreliable(gateway, failing=2)
-
-    monkeypatch.setattr(payment_service, "open_sandbox", opened)
-
-
-@pytest.mark.usefixtures("unreliable")
-async def test_payment_survives_a_gateway_that_acts_and_does_not_answer(open_shop: OpenShop) -> None:
-    async with open_shop(payment) as alone:
-        await alone.tell(payment, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
-        await alone.runtime.settled()
-        assert await states(alone) == {"1": ("captured", 1050)}
-        assert await alone.stream("payment-1") == ["PaymentAuthorised", "PaymentCaptured"]
-        assert [(entry.operation, entry.calls) for entry in await alone.ledger()] == [
+async def test_payment_survives_a_gateway_that_acts_and_does_not_answer(open_world: OpenWorld) -> None:
+    async with open_sandbox(":memory:") as gateway:
+        unreliable = Unreliable(gateway, failing=2)
+        async with open_world(payment, resources={PaymentGateway: unreliable}) as alone:
+            alone.tolerate(GatewayUnavailable)
+            await tell(alone, to_pay("1", "10.50"), payment_hears.OrderConfirmed(order_id="1"))
+            assert await states(alone) == {"1": ("captured", 1050)}
+            assert await types(alone, "payment-1") == ["PaymentAuthorised", "PaymentCaptured"]
+        assert [(entry.operation, entry.calls) for entry in await gateway.ledger()] == [
             (Operation.AUTHORISE, 3),
             (Operation.CAPTURE, 3),
         ]
@@ -197,15 +192,15 @@ def to_ship(order_id: str) -> tuple[shipping_hears.OrderCreated, shipping_hears.
     return created, shipping_hears.OrderConfirmed(order_id=order_id)
 
 
-async def parcels(alone: Shop) -> dict[str, str]:
-    return {row.order_id: row.state for row in await alone.rows(shipping, shipments)}
+async def parcels(alone: World) -> dict[str, str]:
+    return {row.order_id: row.state for row in await rows(alone, shipping, shipments)}
 
 
-async def test_shipping_prepares_picks_and_hands_over(open_shop: OpenShop) -> None:
-    async with open_shop(shipping) as alone:
+async def test_shipping_prepares_picks_and_hands_over(open_world: OpenWorld) -> None:
+    async with open_world(shipping) as alone:
         created, confirmed = to_ship("1")
-        await alone.tell(shipping, created)
+        await tell(alone, created)
         assert await parcels(alone) == {"1": "prepared"}
-        await alone.tell(shipping, confirmed)
+        await tell(alone, confirmed)
         assert await parcels(alone) == {"1": "dispatched"}
-        assert await alone.stream("shipment-1") == ["ShipmentPicked", "ShipmentDispatched"]
+        assert await types(alone, "shipment-1") == ["ShipmentPicked", "ShipmentDispatched"]

@@ -1,4 +1,4 @@
-"""Order's HTTP API on the embedded service: placing, reading, cancelling, and whose name stands in the history."""
+"""Order's HTTP API with its service in a world: placing, reading, cancelling, and whose name stands in the history."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from services.order import orders
 from services.order.order import Order
 from tests.integration.embedded import StoreAround
 from tests.services.counter import CUPS, ORDER, OpenCounter, problem
+from tests.services.shop import tell, types
 from tidings import ANY, EventData
 from tidings.errors import Contention, StoreUnavailable
 from tidings.stores import Appended, Expected
@@ -113,7 +114,7 @@ async def test_a_log_that_does_not_answer_is_asked_again_with_the_same_key(
     open_counter: OpenCounter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_counter() as at:
-        monkeypatch.setattr(orders.running_now, "store", AnswersOnce(at.shop.runtime.store))
+        monkeypatch.setattr(orders.running_now, "store", AnswersOnce(at.world.store))
         answer = await at.place("a-key")
         said = problem(answer, 503, "unavailable")
         assert "may or may not be placed. Repeat the request with the same key" in said["detail"]
@@ -197,7 +198,7 @@ async def test_an_order_that_never_was_is_unknown(open_counter: OpenCounter, pat
 async def test_an_order_that_was_deleted_for_ever_is_gone(open_counter: OpenCounter) -> None:
     async with open_counter() as at:
         order_id = (await at.place("a-key")).json()["id"]
-        await at.shop.runtime.store.tombstone(f"order-{order_id}")
+        await at.world.store.tombstone(f"order-{order_id}")
         problem(await at.http.get(f"/orders/{order_id}"), 410, "order-deleted")
         problem(await at.place("a-key"), 410, "order-deleted")
 
@@ -235,10 +236,10 @@ async def test_cancelling_answers_with_the_cancelled_order(open_counter: OpenCou
 async def test_cancelling_another_version_changes_nothing(open_counter: OpenCounter) -> None:
     async with open_counter() as at:
         order_id = await at.placed()
-        await at.shop.tell(orders, order_hears.StockReserved(order_id=order_id))
+        await tell(at.world, order_hears.StockReserved(order_id=order_id))
         for stale in ('"0"', 'W/"1"', '"one"', '"0", "7"'):
             problem(await at.cancel(order_id, If_Match=stale), 412, "order-changed")
-        assert await at.shop.stream(f"order-{order_id}") == ["OrderCreated", "OrderReserved"]
+        assert await types(at.world, f"order-{order_id}") == ["OrderCreated", "OrderReserved"]
         assert (await at.cancel(order_id, If_Match='"0", "1"')).json()["status"] == "cancelled"
 
 
@@ -249,7 +250,7 @@ async def test_cancelling_twice_is_as_good_as_once_and_needs_no_version(open_cou
         second = await at.cancel(order_id, If_Match="*")
         assert (second.status_code, second.json()) == (200, first.json())
         assert "Tidings-Position" not in second.headers
-        assert await at.shop.stream(f"order-{order_id}") == ["OrderCreated", "OrderCancelled"]
+        assert await types(at.world, f"order-{order_id}") == ["OrderCreated", "OrderCancelled"]
 
 
 async def test_many_cancel_one_version_and_one_does(open_counter: OpenCounter) -> None:
@@ -259,17 +260,17 @@ async def test_many_cancel_one_version_and_one_does(open_counter: OpenCounter) -
         assert sorted(answer.status_code for answer in answers) == [200] + 9 * [412]
         answers = await asyncio.gather(*(at.cancel(order_id) for _ in range(10)))
         assert {answer.status_code for answer in answers} == {200}
-        assert await at.shop.stream(f"order-{order_id}") == ["OrderCreated", "OrderCancelled"]
+        assert await types(at.world, f"order-{order_id}") == ["OrderCreated", "OrderCancelled"]
 
 
 async def test_a_confirmed_order_is_being_cancelled_and_a_dispatched_one_is_kept(open_counter: OpenCounter) -> None:
     async with open_counter() as at:
         confirmed, dispatched = await at.placed(), await at.placed()
         for order_id in (confirmed, dispatched):
-            await at.shop.tell(
-                orders, order_hears.StockReserved(order_id=order_id), order_hears.PaymentAuthorised(order_id=order_id)
+            await tell(
+                at.world, order_hears.StockReserved(order_id=order_id), order_hears.PaymentAuthorised(order_id=order_id)
             )
-        await at.shop.tell(orders, order_hears.ShipmentDispatched(order_id=dispatched))
+        await tell(at.world, order_hears.ShipmentDispatched(order_id=dispatched))
         assert (await at.cancel(confirmed)).json()["status"] == "cancelling"
         said = problem(await at.cancel(dispatched), 409, "order-refused")
         assert "ask for a return" in said["detail"]
@@ -284,7 +285,7 @@ async def test_a_trace_is_the_correlation_and_goes_on_in_the_events(open_counter
     async with open_counter() as at:
         answer = await at.http.post("/orders", json=ORDER, headers={"traceparent": TRACE})
         assert answer.headers["X-Correlation-ID"] == TRACE.split("-")[1]
-        (event,) = [event async for event in at.shop.runtime.store.read_stream(f"order-{answer.json()['id']}")]
+        (event,) = at.world.events(stream=f"order-{answer.json()['id']}")
         assert f'"traceparent":"{TRACE}"'.encode() in event.metadata
         assert f'"$correlationId":"{TRACE.split("-")[1]}"'.encode() in event.metadata
 
@@ -296,7 +297,7 @@ async def test_a_malformed_trace_is_not_passed_on(open_counter: OpenCounter, tra
     async with open_counter() as at:
         answer = await at.http.post("/orders", json=ORDER, headers={"traceparent": trace})
         assert answer.status_code == 201
-        (event,) = [event async for event in at.shop.runtime.store.read_stream(f"order-{answer.json()['id']}")]
+        (event,) = at.world.events(stream=f"order-{answer.json()['id']}")
         assert b"traceparent" not in event.metadata
 
 

@@ -11,6 +11,7 @@ import pytest
 from services.order.documents import LINES, QUANTITY
 from services.order.problems import BODY_LIMIT, SHOWN
 from tests.services.counter import CUPS, ORDER, Counter, OpenCounter, problem
+from tests.services.shop import types
 
 JSON = {"Content-Type": "application/json"}
 
@@ -236,7 +237,7 @@ async def test_entity_tags_that_are_none(open_counter: OpenCounter, tags: str) -
         order_id = await at.placed()
         problem(await at.http.get(f"/orders/{order_id}", headers={"If-None-Match": tags}), 422, "invalid-request")
         problem(await at.cancel(order_id, If_Match=tags), 422, "invalid-request")
-        assert await at.shop.stream(f"order-{order_id}") == ["OrderCreated"]
+        assert await types(at.world, f"order-{order_id}") == ["OrderCreated"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ async def test_cancelling_needs_a_reason(open_counter: OpenCounter, body: Any) -
     async with open_counter() as at:
         order_id = await at.placed()
         problem(await at.http.post(f"/orders/{order_id}/cancel", json=body), 422, "invalid-request")
-        assert await at.shop.stream(f"order-{order_id}") == ["OrderCreated"]
+        assert await types(at.world, f"order-{order_id}") == ["OrderCreated"]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from services.order.order import Order
 from services.order.read_model import listed
 from tests.integration.embedded import settings_for
 from tests.services.counter import CUPS, ORDER, Counter, OpenCounter, problem
-from tests.services.shop import OpenShop
+from tests.services.shop import CUP, PLACED_AT, on_files, tell
 from tidings import Relay, Runtime, wire_name
 from tidings._support.tasks import supervised
 from tidings.errors import DatabaseUnavailable
+from tidings.protocol.position import CARRIED
 
 
 async def ids(at: Counter, **asked: str | int) -> list[str]:
@@ -104,7 +105,7 @@ async def test_the_list_follows_an_order_to_its_end(open_counter: OpenCounter) -
             (order_hears.ShipmentDispatched(order_id=order_id), "dispatched"),
         ]
         for event, status in news:
-            await (at.shop.tell(orders, event) if event else at.cancel(order_id))
+            await (tell(at.world, event) if event else at.cancel(order_id))
             assert await ids(at, status=status) == [order_id]
 
 
@@ -158,22 +159,24 @@ async def test_a_database_that_does_not_answer_is_no_fault_of_the_caller(
 async def test_an_order_older_than_the_list_is_left_out_and_nothing_is_dead(open_counter: OpenCounter) -> None:
     async with open_counter() as at:
         order_id = await at.placed()
-        async with at.shop.runtime.engine(orders).begin() as connection:
-            await connection.execute(listed.delete())
+        async with at.world.session(orders) as session:
+            await session.execute(listed.delete())
         assert (await at.cancel(order_id)).status_code == 200
         assert await ids(at) == []
 
 
-async def test_a_new_database_lists_all_orders_again(open_shop: OpenShop, tmp_path: Path) -> None:
-    async with open_shop(orders) as before:
-        await before.place("1")
+async def test_a_new_database_lists_all_orders_again(tmp_path: Path) -> None:
+    async with on_files(tmp_path, orders) as before:
+        for order_id in ("1", "2"):
+            await repository.create(order_id, Order.place, [CUP], None, "France", PLACED_AT)
         await repository.change("1", Order.cancel, "changed my mind")
-        await before.place("2")
-        await before.runtime.settled()
+        await before.settled()
     for suffix in ("", "-wal", "-shm"):
         (tmp_path / f"order.db{suffix}").unlink(missing_ok=True)
-    async with open_shop(orders) as after:
-        await after.runtime.settled()
-        rows = {row.order_id: row.status for row in await after.rows(orders, listed)}
+    async with on_files(tmp_path, orders) as after:
+        await after.settled()
+        async with after.engine(orders).connect() as connection:
+            rows = {row.order_id: row.status for row in await connection.execute(listed.select())}
         assert rows == {"1": "cancelled", "2": "placed"}
-        assert (await after.log()).count(wire_name(OrderCreated)) == 2
+        log = [event.type async for event in after.store.read_all(filter=CARRIED)]
+        assert log.count(wire_name(OrderCreated)) == 2

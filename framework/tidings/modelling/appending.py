@@ -12,11 +12,16 @@ from tidings.modelling.events import Event
 from tidings.protocol.position import RESERVED
 from tidings.stores import ANY, Appended, EventData, EventStore, Expected
 
-__all__ = ["append", "check_target", "encoded"]
+__all__ = ["Appends", "check_target", "encoded"]
 
 
 def check_target(stream: str) -> None:
-    """Raises `ConfigurationError` for a stream that is not for applications."""
+    """Raises `ConfigurationError` for a stream that is not for applications, and for what is no stream's name."""
+    if not isinstance(stream, str):
+        shown = stream.__qualname__ if isinstance(stream, type) else repr(stream)
+        raise ConfigurationError(
+            f"append({shown}, ...): the stream's name comes first, then the events: append('order-1', OrderPlaced(...))"
+        )
     if stream.startswith(RESERVED):
         raise ConfigurationError(f"stream {stream!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved")
 
@@ -30,15 +35,27 @@ def encoded(events: Sequence[Event], metadata: Mapping[str, Any] | None, correla
     ]
 
 
-async def append(
-    store: EventStore,
-    stream: str,
-    events: Sequence[Event],
-    *,
-    expected: Expected = ANY,
-    metadata: Mapping[str, Any] | None = None,
-    correlation_id: str | None = None,
-) -> Appended:
-    """Append events together. Errors are the store's, `ConfigurationError` and `SchemaError`."""
-    check_target(stream)
-    return await store.append(stream, encoded(events, metadata, correlation_id), expected=expected)
+class Appends:
+    """What appends events from outside any handler."""
+
+    def _appends_to(self) -> EventStore:
+        """Return the log. Raises where it cannot be appended to now."""
+        raise NotImplementedError
+
+    async def append(
+        self,
+        stream: str,
+        *events: Event,
+        expected: Expected = ANY,
+        metadata: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+    ) -> Appended:
+        """Append events together, outside any handler (inside one, use `Context.emit`); they are in the log when this
+        returns.
+
+        Raises what `EventStore.append` raises, `ConfigurationError` and `SchemaError`. When it raises
+        `StoreUnavailable` the outcome is unknown: with an expected version it may be repeated.
+        """
+        store = self._appends_to()
+        check_target(stream)
+        return await store.append(stream, encoded(events, metadata, correlation_id), expected=expected)

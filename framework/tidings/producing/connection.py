@@ -14,7 +14,7 @@ from tidings.adapters import open_store
 from tidings.errors import ConfigurationError
 from tidings.logs import configure_by_default
 from tidings.modelling.aggregate import Aggregate
-from tidings.modelling.appending import append
+from tidings.modelling.appending import Appends
 from tidings.modelling.codec import decode, read_metadata
 from tidings.modelling.events import Event, Registry
 from tidings.modelling.repository import HistoryEntry, Repository
@@ -27,28 +27,15 @@ A = TypeVar("A", bound=Aggregate)
 T = TypeVar("T")
 
 
-class Log:
+class Log(Appends):
     """What `async with tidings.connect() as log` gives."""
 
     def __init__(self, store: EventStore) -> None:
         self.store = store
         """The event store itself: bytes, expected versions, subscriptions."""
 
-    async def append(
-        self,
-        stream: str,
-        *events: Event,
-        expected: Expected = ANY,
-        metadata: Mapping[str, Any] | None = None,
-        correlation_id: str | None = None,
-    ) -> Appended:
-        """Append events together; they are in the log when this returns. Errors are the store's.
-
-        When it raises `StoreUnavailable` the outcome is unknown: with an expected version it may be repeated.
-        """
-        return await append(
-            self.store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id
-        )
+    def _appends_to(self) -> EventStore:
+        return self.store
 
     def repository(self, aggregate: type[A]) -> Repository[A]:
         """Aggregates of one kind: `create`, `change`, `load`, `history`."""

@@ -7,9 +7,10 @@ Its modules `bus_conformance`, `store_conformance`, `brokers`, `databases`, `eve
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tidings._support.lazy import lazily
 
 if TYPE_CHECKING:
     from tidings.testing.scenario.context import RecordingContext
@@ -39,25 +40,16 @@ __all__ = [
     "world_seeds",
 ]
 
-_PLACES = {
-    "scenario.context": ("RecordingContext",),
-    "scenario.decided": ("Decided",),
-    "scenario.given": ("Given", "given"),
-    "scenario.handling": ("Handling",),
-    "scenario.stating": ("Emitted",),
-    "world.seeds": ("world_seeds",),
-    "world.standing": ("Unsettled",),
-    "world.world": ("World",),
-}
-_MODULES = {name: f"tidings.testing.{module}" for module, names in _PLACES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    globals(),
+    {
+        "scenario.context": ("RecordingContext",),
+        "scenario.decided": ("Decided",),
+        "scenario.given": ("Given", "given"),
+        "scenario.handling": ("Handling",),
+        "scenario.stating": ("Emitted",),
+        "world.seeds": ("world_seeds",),
+        "world.standing": ("Unsettled",),
+        "world.world": ("World",),
+    },
+)

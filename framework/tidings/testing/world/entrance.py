@@ -17,7 +17,6 @@ __all__ = [
     "check_change",
     "check_class",
     "check_service",
-    "check_stream",
     "check_world",
     "seconds_of",
 ]
@@ -47,15 +46,6 @@ def check_service(what: str, service: Any) -> None:
         raise ConfigurationError(
             f"{what}({_shown(service)}): that is no service. Give the Service object itself, which its module defines: "
             f"{what}(order)"
-        )
-
-
-def check_stream(stream: Any) -> None:
-    """Raise `ConfigurationError` unless this may be a stream's name."""
-    if not isinstance(stream, str):
-        raise ConfigurationError(
-            f"append({_shown(stream)}, ...): the stream's name comes first, then the events: "
-            "append('order-1', OrderPlaced(...))"
         )
 
 

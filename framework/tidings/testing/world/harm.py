@@ -11,6 +11,7 @@ from tidings.errors import ConfigurationError
 from tidings.protocol.message import MARKER, Message
 from tidings.stores import Appended, RecordedEvent
 from tidings.testing.world.clock import Clock
+from tidings.testing.world.entrance import check_service
 from tidings.testing.world.failures import Failures, Injected
 from tidings.testing.world.lines import Line
 from tidings.testing.world.real import only_in_memory
@@ -90,6 +91,8 @@ class Harm:
     _opened_messages: Messages | None
     _seat: Callable[[Service], Seat]
     _check_inside: Callable[[], None]
+    _seats: dict[str, Seat]
+    _add: Callable[[Service], Coroutine[Any, Any, Seat]]
     _start: Callable[[Seat], Coroutine[Any, Any, None]]
     _start_relay: Callable[[], None]
 
@@ -125,11 +128,19 @@ class Harm:
             await self._restart(seat)
 
     async def start(self, service: Service) -> None:
-        """Start a service that was killed with `restart=None`."""
-        seat = self._seat(service)
-        if seat.running is not None:
-            raise ConfigurationError(f"service {service.name!r} runs: only one that was killed can be started")
-        await self._restart(seat)
+        """Start a service that was killed with `restart=None`, or that is new: it joins the world as a service that is
+        deployed later."""
+        self._check_inside()
+        check_service("start", service)
+        seat = self._seats.get(service.name)
+        if seat is None:
+            await self._add(service)
+        elif seat.running is not None:
+            raise ConfigurationError(
+                f"service {service.name!r} runs: only one that was killed, or that is not in this World, can be started"
+            )
+        else:
+            await self._restart(seat)
 
     async def _restart(self, seat: Seat) -> None:
         await self._start(seat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
@@ -31,11 +31,18 @@ T = TypeVar("T")
 class Line:
     """What one process calls its store and its bus."""
 
-    def __init__(self, store: EventStore, bus: EventBus, delay: Callable[[], float] | None = None) -> None:
-        """`delay` returns the seconds that the next answer of the log takes."""
+    def __init__(
+        self,
+        store: EventStore,
+        bus: EventBus,
+        delay: Callable[[], float] | None = None,
+        appended: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`delay` returns the seconds that the next answer of the log takes. `appended` is awaited after appends."""
         self.cut: str | None = None
         """Why nothing passes."""
         self.delay = delay
+        self.appended = appended
         self.store: EventStore = _Store(self, store)
         self.bus: EventBus = _Bus(self, bus)
         self.connections: dict[Any, None] = {}
@@ -77,6 +84,8 @@ class _Store(EventStore):
         self._check()
         await self._late()
         done = await self._inner.append(stream, events, expected=expected)
+        if self._line.appended is not None:
+            await self._line.appended()
         await self._late()
         self._check()
         return done

@@ -47,6 +47,7 @@ class Looking:
         self._seats: dict[str, Seat] = {}
         self._seen: list[RecordedEvent] = []
         """Events that were read from a real log."""
+        self._seeing = asyncio.Lock()
         self._logs: list[dict[str, Any]] = []
         self._outside = UNOPENED
         """Why it does nothing now; empty within its block."""
@@ -78,11 +79,17 @@ class Looking:
         """Return how far each service is, without waiting."""
         self._check_inside()
         self._check_no_session("call world.verify()")
-        if not isinstance(self._store, InlineStore):
+        await self._see()
+        return await verify(self._store, [(seat.service, seat.database) for seat in self._seats.values()])
+
+    async def _see(self) -> None:
+        """Read what is new in a real log, so that `events` need not wait for it."""
+        if isinstance(self._store, InlineStore):
+            return
+        async with self._seeing:
             after = self._seen[-1].position if self._seen else -1
             found = [each async for each in self._store.read_all(after=after, filter=CARRIED)]
             self._seen += [each for each in found if carried(each) is not None]
-        return await verify(self._store, [(seat.service, seat.database) for seat in self._seats.values()])
 
     @overload
     def events(self, of: type[E], *, stream: str | None = None, by: Service | None = None) -> list[E]: ...

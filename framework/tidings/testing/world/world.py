@@ -14,18 +14,17 @@ from tidings.database.layout import lay_out
 from tidings.delivery.due import HELD_SECONDS
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, StreamNotFound
-from tidings.modelling.appending import append
+from tidings.modelling.appending import Appends
 from tidings.modelling.context import ATTEMPT
-from tidings.modelling.events import Event
 from tidings.operations.report import Report, ServiceReport
 from tidings.protocol.position import carried
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings
-from tidings.stores import ANY, Appended, Expected
+from tidings.stores import EventStore
 from tidings.testing.replaced import check_replaced
 from tidings.testing.world import place
 from tidings.testing.world.clock import OWNER, Clock
-from tidings.testing.world.entrance import CLOSED, check_change, check_stream, check_world, seconds_of
+from tidings.testing.world.entrance import CLOSED, check_change, check_world, seconds_of
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.harm import Harm, Messages
 from tidings.testing.world.lines import Line
@@ -63,7 +62,7 @@ _RELAY: Final = "relay"
 """The owner of the relay's callbacks."""
 
 
-class World(Looking, Harm):
+class World(Looking, Harm, Appends):
     """Services in one test: `async with World(order, inventory) as world`.
 
     They run with the production relay, delivery, inbox and staged appends, and with a log, a bus and databases in
@@ -143,6 +142,7 @@ class World(Looking, Harm):
             self._clock.horizon = self._movement.horizon
             self._opened_messages = Messages(self._bus)
         self._relay_line = self._line()
+        self._outer = Line(self._store, self._bus, None, self._see)
         stack.push_async_callback(self._stop_services)
         for service in self._services:
             await self._add(service)
@@ -152,7 +152,7 @@ class World(Looking, Harm):
         self._begin_story(stack)
 
     def _line(self) -> Line:
-        return Line(self._store, self._bus, None if self._story is None else self._story.delay)
+        return Line(self._store, self._bus, None if self._story is None else self._story.delay, self._see)
 
     def _begin_story(self, stack: AsyncExitStack) -> None:
         """Do the harm of a random world."""
@@ -166,13 +166,18 @@ class World(Looking, Harm):
         if service.name in self._seats:
             raise ConfigurationError(f"service {service.name!r} is in this World already: name each service once")
         seat = Seat(service, self._settings, self._line())
-        self._seats[service.name] = seat
         self._failures.know(service)
         await seat.open()
-        if self._real:  # tests share a broker that a variable names: the queue may hold what an earlier one left
-            layout = await lay_out(seat.database, service.name, service.partitions)
-            await self._bus.delete(layout.subscriptions)
-        await self._start(seat)
+        self._seats[service.name] = seat
+        try:
+            if self._real:  # tests share a broker that a variable names: the queue may hold what an earlier one left
+                layout = await lay_out(seat.database, service.name, service.partitions)
+                await self._bus.delete(layout.subscriptions)
+            await self._start(seat)
+        except BaseException:
+            del self._seats[service.name]
+            await seat.close()
+            raise
         return seat
 
     async def _start(self, seat: Seat) -> None:
@@ -250,20 +255,9 @@ class World(Looking, Harm):
 
     # ---- what a test does --------------------------------------------------------------------
 
-    async def append(
-        self,
-        stream: str,
-        *events: Event,
-        expected: Expected = ANY,
-        metadata: Mapping[str, Any] | None = None,
-        correlation_id: str | None = None,
-    ) -> Appended:
-        """Append events, as something outside of all services does. Raises what `EventStore.append` raises."""
+    def _appends_to(self) -> EventStore:
         self._check_inside()
-        check_stream(stream)
-        return await append(
-            self._store, stream, events, expected=expected, metadata=metadata, correlation_id=correlation_id
-        )
+        return self._outer.store
 
     async def change(
         self, repository: Repository[A], id: str, method: Callable[..., Any], *args: Any, **kwargs: Any
@@ -272,7 +266,7 @@ class World(Looking, Harm):
         whatever was done to the service of the repository."""
         self._check_inside()
         check_change(repository, method)
-        outside = repository.on(self._store)
+        outside = repository.on(self._outer.store)
         try:
             return await outside.change(id, method, *args, **kwargs)
         except StreamNotFound:
