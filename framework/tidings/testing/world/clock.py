@@ -65,7 +65,8 @@ class _Selector(selectors.BaseSelector):
 
 
 class Clock:
-    """The time of one event loop, between `start` and `stop`. While it runs, `time.time` follows it, too."""
+    """The time of one event loop, between `start` and `stop`. While it runs, `time.time` and `time.time_ns` follow it,
+    too. `datetime.now` cannot: it does not ask `time`, and its class cannot be changed."""
 
     def __init__(self, at_work: Callable[[], str | None] = lambda: None) -> None:
         """`at_work` names what the calling code is part of, if that must not block the loop."""
@@ -79,7 +80,7 @@ class Clock:
         self._at_work = at_work
         self._loop: Any = None
         self._thread = 0
-        self._wall, self._sleep = time.time, time.sleep
+        self._wall, self._wall_ns, self._sleep = time.time, time.time_ns, time.sleep
         self._now = 0.0
         self._calls = 0
         """Calls in threads that are under way."""
@@ -104,13 +105,15 @@ class Clock:
                 "another World is open in this event loop: close it first, or open one World with all services"
             )
         self._loop, self._thread = loop, threading.get_ident()
-        self._now, self._wall, self._sleep = loop.time(), time.time, time.sleep
+        self._now = loop.time()
+        self._wall, self._wall_ns, self._sleep = time.time, time.time_ns, time.sleep
         self._epoch = time.time() - self._now
         self._files = len(selector.get_map())
         self._resolution = loop._clock_resolution
         loop.time, loop.run_in_executor = self.time, self._run_in_executor
         loop._selector, loop._clock_resolution = _Selector(selector, self), RESOLUTION
         setattr(time, "time", self.wall)  # noqa: B010 - whatever asks for it follows the world's time
+        setattr(time, "time_ns", lambda: round(self.wall() * 1e9))  # noqa: B010
         setattr(time, "sleep", self.sleep)  # noqa: B010
 
     def stop(self) -> None:
@@ -119,6 +122,7 @@ class Clock:
         if loop is None:
             return
         setattr(time, "time", self._wall)  # noqa: B010
+        setattr(time, "time_ns", self._wall_ns)  # noqa: B010
         setattr(time, "sleep", self._sleep)  # noqa: B010
         for owner in list(self._frozen):
             self._thaw(loop, owner)

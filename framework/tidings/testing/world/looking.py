@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, MutableMapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 from uuid import UUID
 
 import structlog
@@ -29,12 +29,59 @@ if TYPE_CHECKING:
 
     from tidings.service import Service
 
-__all__ = ["Looking"]
+__all__ = ["Looking", "Sought"]
 
 E = TypeVar("E", bound=Event)
 
 MOST: Final = 1_000_000
 """Held events or dead letters that are returned, at most."""
+
+
+class Sought(Generic[E]):
+    """Events of one class, of one stream, emitted by the handlers of one service, for which something holds."""
+
+    def __init__(
+        self, of: type[E] | None, stream: str | None, by: Service | None, where: Callable[[E], bool] | None = None
+    ) -> None:
+        """Raises `ConfigurationError` for what is no class or no service."""
+        if of is not None:
+            check_class(of)
+        if by is not None:
+            check_service("events", by)
+        self._of, self._stream, self._by, self._where = of, stream, by, where
+
+    def __str__(self) -> str:
+        return "".join(
+            (
+                "event" if self._of is None else self._of.__name__,
+                "" if self._stream is None else f" of stream {self._stream!r}",
+                "" if self._by is None else f" by service {self._by.name!r}",
+                "" if self._where is None else " for which `where` is true",
+            )
+        )
+
+    def is_like(self, event: RecordedEvent) -> bool:
+        """Whether an event is of this class, stream and service."""
+        return (
+            (self._of is None or event.type == wire_name(self._of))
+            and self._stream in (None, event.stream)
+            and (self._by is None or _author(event) == self._by.name)
+        )
+
+    def decoded(self, event: RecordedEvent) -> E:
+        """Return an event as its class."""
+        assert self._of is not None
+        return decode(event, self._of, read_metadata(event), reader="this test")
+
+    async def in_log(self, store: EventStore) -> E:
+        """Wait until there is one, and return it."""
+        async with aclosing(store.subscribe_all(filter=CARRIED)) as log:  # type: ignore[type-var]
+            async for event in log:
+                if isinstance(event, RecordedEvent) and self.is_like(event):
+                    found = self.decoded(event)
+                    if self._where is None or self._where(found):
+                        return found
+        raise RuntimeError("the log ended; this is a bug in Tidings")
 
 
 class Looking:
@@ -103,20 +150,10 @@ class Looking:
         """Return the events in the log, in its order: of one class (as its objects), of one stream, or emitted by the
         handlers of one service."""
         self._check_inside()
-        if of is not None:
-            check_class(of)
-        if by is not None:
-            check_service("events", by)
-        found: list[RecordedEvent] = [
-            event
-            for event in (self._store.carried() if isinstance(self._store, InlineStore) else self._seen)
-            if (of is None or event.type == wire_name(of))
-            and stream in (None, event.stream)
-            and (by is None or _author(event) == by.name)
-        ]
-        if of is None:
-            return found
-        return [decode(event, of, read_metadata(event), reader="this test") for event in found]
+        sought = Sought(of, stream, by)
+        log = self._store.carried() if isinstance(self._store, InlineStore) else self._seen
+        found: list[RecordedEvent] = [event for event in log if sought.is_like(event)]
+        return found if of is None else [sought.decoded(event) for event in found]
 
     def emitted(self, service: Service) -> list[RecordedEvent]:
         """Return the events in the log that handlers of this service emitted."""

@@ -16,6 +16,7 @@ from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, StreamNotFound
 from tidings.modelling.appending import Appends
 from tidings.modelling.context import ATTEMPT
+from tidings.modelling.events import Event
 from tidings.operations.report import Report, ServiceReport
 from tidings.protocol.position import carried
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
@@ -23,12 +24,13 @@ from tidings.settings import Settings
 from tidings.stores import EventStore
 from tidings.testing.replaced import check_replaced
 from tidings.testing.world import place
+from tidings.testing.world.blocking import Guard
 from tidings.testing.world.clock import OWNER, Clock
 from tidings.testing.world.entrance import CLOSED, check_change, check_world, seconds_of
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.harm import Harm, Messages
 from tidings.testing.world.lines import Line
-from tidings.testing.world.looking import Looking
+from tidings.testing.world.looking import Looking, Sought
 from tidings.testing.world.movement import Movement
 from tidings.testing.world.real import RealClock, only_in_memory, open_servers
 from tidings.testing.world.seat import Seat
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["World"]
 
 A = TypeVar("A", bound="Aggregate")
+E = TypeVar("E", bound=Event)
 
 GRACE: Final = 0.1
 """Virtual seconds that what is due at the end of `advance` may take."""
@@ -102,6 +105,7 @@ class World(Looking, Harm, Appends):
             stack.callback(self._close)
             self._clock.start()
             stack.callback(self._clock.stop)
+            stack.enter_context(Guard(_at_work))
             self._outside = ""
             self._tap(stack)
             await self._open(stack)
@@ -287,6 +291,39 @@ class World(Looking, Harm, Appends):
             raise Unsettled(f"{faults}. " + told(report, self._seats.values(), self._logs))
         return report
 
+    async def until(
+        self,
+        of: type[E],
+        *,
+        stream: str | None = None,
+        by: Service | None = None,
+        where: Callable[[E], bool] | None = None,
+    ) -> E:
+        """Wait until an event of this class is in the log (of this stream, emitted by this service, for which `where`
+        is true), and return the first one. Others may still be under way then.
+
+        Raises what handlers raised, unless it is tolerated; and `Unsettled` as soon as nothing moves any more.
+        """
+        self._check_waits("until")
+        sought = Sought(of, stream, by, where)
+        found = asyncio.create_task(sought.in_log(self._store))
+        rest = asyncio.create_task(self._rest(None))
+        try:
+            await asyncio.wait((found, rest), return_when=asyncio.FIRST_COMPLETED)
+            if rest.done() or not found.done():
+                await rest  # it raises what went wrong, also where both have ended
+            if found.done():
+                return found.result()
+            await self._see()
+            for event in self.events(of, stream=stream, by=by):  # one that came last may not have been heard of yet
+                if where is None or where(event):
+                    return event
+        finally:
+            for task in (found, rest):
+                task.cancel()
+            await asyncio.wait((found, rest))
+        raise Unsettled(f"no {sought} has come. " + told(await self.verify(), self._seats.values(), self._logs))
+
     async def advance(self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0) -> None:
         """Let time pass. What is due happens in order: held events, timers and sleeps of handlers, lifespans and the
         test. Raises what handlers raised, unless it is tolerated."""
@@ -399,6 +436,12 @@ class World(Looking, Harm, Appends):
 def _handler_at_work() -> str | None:
     context = ATTEMPT.get(None)
     return None if context is None else f"handler {context.handler!r} of service {context.service!r}"
+
+
+def _at_work() -> str | None:
+    """Name the handler, or the process, that the calling code is part of; None for the test."""
+    owner = OWNER.get()
+    return _handler_at_work() or (None if owner is None else str(owner))
 
 
 async def _owned(owner: object, relay: Relay) -> None:
