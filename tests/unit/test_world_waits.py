@@ -102,7 +102,7 @@ async def test_a_slip_in_what_is_waited_for_is_answered_at_once() -> None:
     packing, _ = chain()
     async with World(packing) as world:
         with pytest.raises(ConfigurationError, match="give the class of the events"):
-            await world.until("Packed")  # type: ignore[type-var]
+            await world.until("Packed")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="this World is closed"):
         await world.until(Packed)
 
