@@ -25,6 +25,7 @@ from tidings.database.engine import open_database
 from tidings.database.held_events import HeldEvent
 from tidings.database.held_rows import HeldRows
 from tidings.database.tables import floors
+from tidings.modelling.fingerprints import fingerprint
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS, bucket_of, carried
 from tidings.stores import RecordedEvent
@@ -58,15 +59,19 @@ def service_of(insert: bool) -> Service:
     return service
 
 
-def rows(events: Sequence[RecordedEvent], side: str) -> Iterator[HeldEvent]:
-    """Return rows that hold the first events of the log, whose keys no other event has."""
+def rows(events: Sequence[RecordedEvent], service: Service, side: str) -> Iterator[HeldEvent]:
+    """Return rows that hold the first events of the log, whose keys no other event has, for the service's handler as it
+    is: what had failed in other code would be due at once."""
     due = time.time() + AWAY
+    (handler,) = service.named.values()
+    code = fingerprint(handler.function, handler.events)
     for number, event in enumerate(events):
         alone = side == "of as many keys"
         key = f"held-{number if alone else 0}"
         follows = not alone and number > 0
         attempts, reason = (0, "waits") if follows else (5, "TimeoutError: the gateway does not answer")
-        yield HeldEvent(event, bucket_of(key), key, "see", attempts, 0, 0.0 if follows else due, reason, None)
+        held = HeldEvent(event, bucket_of(key), key, handler.name, attempts, 0, 0.0 if follows else due, reason, None)
+        yield held._replace(code=code)
 
 
 async def prepare(url: str, service: Service, store: EventStore, side: str) -> None:
@@ -80,7 +85,7 @@ async def prepare(url: str, service: Service, store: EventStore, side: str) -> N
             )
         )
         if side != "none":
-            await HeldRows(service.name, log, ALL_BUCKETS).hold(connection, list(rows(first, side)))
+            await HeldRows(service.name, log, ALL_BUCKETS).hold(connection, list(rows(first, service, side)))
 
 
 async def measure_row(store: EventStore, folder: Path, messages: Sequence[Message], row: str) -> int:

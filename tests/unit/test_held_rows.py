@@ -19,7 +19,8 @@ from tidings.stores import RecordedEvent
 
 LOG = UUID(int=7)
 NOW, LONGEST = 1_000.0, 600.0
-KEYS = [(f"key{number}", line) for number in range(4) for line in ("", "count")]
+KEYS = [(f"key{number}{end}", line) for number in range(2) for end in ("", "\0") for line in ("", "count\0")]
+"""Half of the texts are such that a database cannot hold them as they are."""
 
 
 def held_event(position: int, line: Line, attempts: int, due: float) -> HeldEvent:

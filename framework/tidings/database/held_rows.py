@@ -19,6 +19,7 @@ from tidings.database.held_due import DueEvents
 from tidings.database.held_events import HeldEvent, Line, changing
 from tidings.database.scope import Scope
 from tidings.database.tables import dead, held
+from tidings.database.texts import decoded
 from tidings.errors import Fenced
 
 __all__ = ["HeldRows"]
@@ -48,8 +49,8 @@ class HeldRows:
     async def blocked(self, connection: AsyncConnection) -> dict[int, dict[Line, int]]:
         """Return the blocked lines of each bucket, with the number of rows that block them."""
         found = defaultdict[int, dict[Line, int]](dict)
-        for bucket, key, of, rows in await connection.execute(self._blocked):
-            lines, line = found[bucket], (key, of)
+        for bucket, key, of, rows in (await connection.execute(self._blocked)).all():
+            lines, line = found[bucket], (decoded(key), decoded(of))
             lines[line] = lines.get(line, 0) + rows
         return dict(found)
 
@@ -95,12 +96,17 @@ def _blocked(scope: Scope) -> sa.CompoundSelect[Any]:
     """Each in the order of its index, which spares sorting all of it. A key has one bucket."""
     return sa.union_all(
         *(
-            sa.select(sa.func.min(rows.c.bucket), rows.c.key, rows.c.line, sa.func.count())
+            sa.select(sa.func.min(rows.c.bucket), _written(rows.c.key), _written(rows.c.line), sa.func.count())
             .where(*scope.in_range(rows), *holding)
             .group_by(rows.c.key, rows.c.line)
             for rows, holding in ((held, ()), (dead, (dead.c.holds_key,)))
         )
     )
+
+
+def _written(column: sa.ColumnElement[str]) -> sa.ColumnElement[str]:
+    """The text as it stands in the database: to decode it in the one place that reads many rows is twice as fast."""
+    return sa.type_coerce(column, sa.Text())
 
 
 def _columns(row: HeldEvent) -> dict[str, Any]:
