@@ -36,6 +36,8 @@ pytestmark = [pytest.mark.served, pytest.mark.postgresql]
 EVENTS = 160
 BUCKETS = (3, 77, 200)
 PATIENCE = 60.0
+STRUCK = 60
+"""Transactions, of which some were struck."""
 SEEDS = 2
 
 
@@ -189,7 +191,8 @@ async def lives(fate: Fate, settings: Settings, store: EventStore, bus: MemoryBu
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.005, 0.02))
+    # Rivals that came back faster than one of them commits would keep each other from everything.
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.005, 1.0))
     monkeypatch.setattr("tidings.hosting.running.DRAIN_SECONDS", 0.02)
     monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.01, 0.03))
     monkeypatch.setattr("tidings.delivery.revival.HELD_SECONDS", 0.03)
@@ -228,7 +231,7 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
 
         fate.kind = False
         numbered: dict[str, int] = defaultdict(int)
-        while len(events) < EVENTS or (not fate.dropped and len(events) < 3 * EVENTS):
+        while len(events) < EVENTS:
             async with lives(fate, settings, store, bus):
                 for _ in range(chance.randint(1, 4)):
                     fate.outage = chance.random() < 0.15
@@ -244,7 +247,10 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
                     elif chance.random() < 0.3:
                         bus.delete_queue("tidings.audit")
 
-        fate.kind, fate.outage = True, False
+        fate.outage = False
+        async with lives(fate, settings, store, bus):
+            await until(lambda: bool(fate.dropped) and fate.transactions > STRUCK, PATIENCE)
+        fate.kind = True
         async with lives(fate, settings, store, bus) as running:
 
             async def ok() -> bool:
@@ -261,5 +267,3 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
         assert_once_in_order("emitted events", await emitted(store), [pair for pair in done if pair not in writing])
         if not rival:
             assert_none_began_before_its_turn(fate.finished, done)
-        assert fate.dropped, "the operator had nothing to do: the test shows less than it says"
-        assert fate.transactions > 60, "as few as that were struck hardly once"

@@ -385,12 +385,15 @@ async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
                 pass
 
 
-async def test_a_session_that_the_server_ends_is_noticed_and_its_place_is_free(postgresql_url: str) -> None:
+async def test_a_session_that_the_server_ends_is_noticed_by_all_who_share_it_and_its_place_is_free(
+    postgresql_url: str,
+) -> None:
     plain = make_url(postgresql_url).set(drivername="postgresql").render_as_string(hide_password=False)
-    async with connected(postgresql_url) as database:
-        post = post_of(database, "audit")
+    async with connected(postgresql_url) as database, connected(postgresql_url) as same:
+        post, other = post_of(database, "audit"), post_of(same, "audit")
         assert post is not None
-        async with post.held():
+        assert other is not None
+        async with post.held(), other.held():
             connection = await asyncpg.connect(plain)
             ended = await connection.fetchval(
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name LIKE $1",
@@ -398,8 +401,9 @@ async def test_a_session_that_the_server_ends_is_noticed_and_its_place_is_free(p
             )
             await connection.close()
             assert ended == 1
-            with pytest.raises(DatabaseUnavailable):
-                await post.check()
+            for each in (post, other, post):
+                with pytest.raises(DatabaseUnavailable):
+                    await each.check()
 
         async def free() -> bool:
             return await taken(post) is None

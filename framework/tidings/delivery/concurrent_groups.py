@@ -195,6 +195,7 @@ class ConcurrentGroups:
                 raise self._site.memory.suspect(group.batch.finished, error) from error
             raise
         self._seating.release(group)
+        self._verdicts.committed(group.batch)
         self._ledger.committed(group.batch, began)
         self._seating.go_on(group.waiting)
         self._lanes.unpark(group.parked)

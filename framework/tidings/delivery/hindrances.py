@@ -42,7 +42,13 @@ class Hindrances:
         self._keys.read(await self._held.blocked(connection), uncommitted)
 
     async def refresh(self, connection: AsyncConnection, uncommitted: Iterable[InFlight]) -> None:
-        """As `read`, where operators may have changed it since it was read last."""
-        if self._due.stale:
-            await self.read(connection, uncommitted)
+        """As `read`, where operators may have changed it since it was read last. While other transactions block keys,
+        nobody can say whether they are in what is read; then it is read with a later commit."""
+        keys = self._keys
+        if not self._due.stale or keys.apart:
+            return
+        before = keys.set_apart
+        blocked = await self._held.blocked(connection)
+        if keys.set_apart == before:
+            keys.read(blocked, uncommitted)
             self._due.stale = False

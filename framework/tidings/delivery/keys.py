@@ -23,6 +23,11 @@ class Keys:
         self.blocked: dict[int, dict[Line, int]] = {}
         """By bucket, so that few events are asked for their key: line to the number of rows that block it. To look
         at only."""
+        self.apart = 0
+        """Items that block a line in transactions of their own, which may or may not be committed. Whatever is read
+        meanwhile says nothing about them."""
+        self.set_apart = 0
+        """Such items until now."""
         self._flying: Counter[Line] = Counter()
         self._failed: set[Line] = set()
 
@@ -33,9 +38,12 @@ class Keys:
         for item in uncommitted:
             self.ended(item)
 
-    def ended(self, item: InFlight) -> None:
-        """It was run, or held, or is dead; the next commit will say so. Later items in its lane are judged by it."""
+    def ended(self, item: InFlight, *, apart: bool = False) -> None:
+        """It was run, or held, or is dead; the next commit will say so, or another transaction, `apart` from it. Later
+        items in its lane are judged by it."""
         if blocks := item.blocks:
+            self.apart += apart
+            self.set_apart += apart
             lines, line = self.blocked.setdefault(item.bucket, {}), item.line
             lines[line] = lines.get(line, 0) + blocks
             if lines[line] <= 0:
@@ -44,6 +52,10 @@ class Keys:
                 del self.blocked[item.bucket]
         if item.role >= Role.AGAIN and not blocks:
             self._failed.add(item.line)
+
+    def committed(self, items: Iterable[InFlight]) -> None:
+        """The transaction of these, apart from the next commit, is committed."""
+        self.apart -= sum(item.blocks != 0 for item in items)
 
     def must_wait(self, item: InFlight) -> bool:
         """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""

@@ -80,6 +80,10 @@ class Verdicts:
         if held is not None:
             self._due.look_in(min(held.due - time.time(), HELD_SECONDS))
 
+    def committed(self, batch: Batch) -> None:
+        """A transaction is committed into whose batch was judged."""
+        self._keys.committed(batch.notable)
+
     def passed_over(self, item: InFlight) -> None:
         """A replay does not run it."""
         self._finish(item, State.DONE)
@@ -106,7 +110,7 @@ class Verdicts:
         if self._caution.alert:
             self._survivors.note(item, ran=ran)
         if (self._pending if into is None else into).finish(item):
-            self._keys.ended(item)
+            self._keys.ended(item, apart=into is not None)
         if item.role is Role.TRIAL:
             self._end_trial(item)
         self._lanes.finish(item)

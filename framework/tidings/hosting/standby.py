@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -257,7 +257,7 @@ class _SessionLock:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await asking
-        except (TimeoutError, OSError, InternalError, InterfaceError) as error:
+        except (TimeoutError, OSError, InternalError, InterfaceError, PendingRollbackError) as error:
             raise DatabaseUnavailable(
                 f"database {self._database.shown} did not answer the session that says which process of service "
                 f"{self._service!r} is at work: {type(error).__name__}: {error}. It is taken anew"
