@@ -216,7 +216,9 @@ def test_a_second_service_is_added_beside_the_first_one(monkeypatch: pytest.Monk
         "billing/events.py",
         "billing/service.py",
         "tests/test_billing.py",
+        "tests/test_shop_and_billing.py",
     }
+    assert "tests/test_shop_and_billing.py runs both in one world" in ended.out
     assert {name for name in before if after[name] != before[name]} == {
         "settings/embedded.env",
         "settings/rabbitmq.env",
@@ -264,6 +266,10 @@ class Counted(Event, key="number"):
 
 class Nobody(Event):
     invoice: str
+
+class Priced(Event, key="invoice"):
+    invoice: str
+    price: Decimal
 """
 
 
@@ -271,15 +277,21 @@ def test_a_service_follows_the_event_that_is_named_by_its_key_and_wire_name(monk
     new("shop")
     monkeypatch.chdir("shop")
     Path("shop/events.py").write_text(EVENTS)
-    assert "follows Paid of shop" in invoke("add", "service", "mails").out
+    assert "follows Paid of shop" in invoke("add", "service", "mails", "--follow", "Paid").out
     assert 'class Paid(Event, name="InvoicePaid", key="invoice"):\n' in Path("mails/events.py").read_text()
     assert "follows MailsStarted of mails" in invoke("add", "service", "post", "--follow", "MailsStarted").out
     before = files(Path.cwd())
     ended = invoke("add", "service", "more", "--follow", "Counted")
     assert (ended.code, ended.out) == (1, "")
     assert "no Counted to follow: looked in events.py of shop, mails, post" in ended.err
-    assert "there are Paid, MailsStarted, Paid, PostStarted, MailsStarted" in ended.err
+    assert "there are Paid, Priced, MailsStarted, Paid, PostStarted, MailsStarted" in ended.err
     assert files(Path.cwd()) == before
+    ended = invoke("add", "service", "prices", "--follow", "Priced")
+    assert "No test of both together was written: Priced has fields for which no value is known" in ended.out
+    assert files(Path.cwd()).keys() - before.keys() == {
+        *(f"prices/{name}.py" for name in ("__init__", "events", "service")),
+        "tests/test_prices.py",
+    }
 
 
 def test_a_service_whose_events_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

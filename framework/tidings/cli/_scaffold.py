@@ -1,6 +1,7 @@
 """Templates of projects and services to files on disk. All or nothing: what exists is never written over.
 
-A template is a file in `templates/KIND/` that ends in `.tmpl`; `NAME` in its path stands for the service's name.
+A template is a file in `templates/KIND/` that ends in `.tmpl`; in its path, `NAME` stands for the service's
+name, and `FIRST` for that of the one that it follows.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def render(kind: str, name: str, words: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for source in sorted((TEMPLATES / kind).rglob("*.tmpl")):
         path = source.relative_to(TEMPLATES / kind).as_posix().removesuffix(".tmpl")
-        path = "/".join(part.replace("NAME", name) for part in path.split("/"))
+        path = path.replace("NAME", name).replace("FIRST", words.get("first", ""))
         path = ".gitignore" if path == "gitignore" else path
         found[path] = Template(source.read_text(encoding="utf-8")).substitute(known)
     return found

@@ -10,6 +10,7 @@ from typing import Annotated, Final, NamedTuple
 import typer
 
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
+from tidings.cli._layout import laid_out
 from tidings.cli._output import plain, say
 from tidings.cli._scaffold import checked_name, class_name, place, render, replace_text
 
@@ -18,6 +19,8 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="Add to a project that 'tidings new' made.")
 
 DEFAULT_EVENT: Final = "OrderConfirmed"
+SAMPLES: Final = {"str": '"1"', "int": "1", "float": "1.0", "bool": "True"}
+"""Values for fields of an event, by the types that are written there."""
 _SERVICES: Final = re.compile(r"^(TIDINGS_SERVICES=)(.*)$", re.MULTILINE)
 
 
@@ -28,6 +31,8 @@ class Followed(NamedTuple):
     name: str
     key: str
     wire_name: str | None
+    sample: str | None
+    """An expression that makes one, whose key is "1"; None where its fields have types for which no value is known."""
 
 
 @app.command("service", short_help="A service that follows another one's events.")
@@ -43,7 +48,8 @@ def service(
     The event is one whose key= is a text. Every file in settings/ then names the new service in TIDINGS_SERVICES.
     """
     here = Path.cwd()
-    known = _services_of(here)
+    targets = _services_of(here)
+    known = list(targets)
     if name in known:
         raise Refused(NO, f"this project has a service {name} already; nothing was written. Choose another name")
     package = here / checked_name(name)
@@ -52,6 +58,9 @@ def service(
         if path.exists() or path.is_symlink():
             raise Refused(NO, f"{path} exists already; nothing was written. Choose another name")
     followed = _followed(here, known, follow)
+    together = here / "tests" / f"test_{followed.service}_and_{name}.py"
+    if together.exists() or together.is_symlink():
+        raise Refused(NO, f"{together} exists already; nothing was written. Choose another name")
     own = f"{class_name(name)}Started"
     if own == followed.name:
         raise Refused(USAGE, f"{own} would be the event that {name} follows and its own, too: choose another name")
@@ -64,19 +73,53 @@ def service(
         "imports": ", ".join(sorted((own, followed.name))),
     }
     files = render("added", name, words)
+    if followed.sample is not None:
+        files |= render("together", name, _together(name, own, followed, targets[followed.service]))
     settings = {path: _named(path.read_text(encoding="utf-8"), name) for path in sorted(here.glob("settings/*.env"))}
     place(package, {path.removeprefix(f"{name}/"): text for path, text in files.items() if path.startswith(f"{name}/")})
     test.parent.mkdir(exist_ok=True)
-    test.write_text(files[f"tests/test_{name}.py"], encoding="utf-8")
+    for each, text in files.items():
+        if each.startswith("tests/"):
+            (here / each).write_text(text, encoding="utf-8")
     for path, text in settings.items():
         replace_text(path, text)
-    say(plain(f"{name}/ follows {followed.name} of {followed.service}; its tests are in tests/test_{name}.py. Next:"))
+    say(plain(f"{name}/ follows {followed.name} of {followed.service}; its tests are in tests/test_{name}.py."))
+    if followed.sample is None:
+        say(
+            plain(f"No test of both together was written: {followed.name} has fields for which no value is known here.")
+        )
+    else:
+        say(plain(f"tests/{together.name} runs both in one world."))
+    say("Next:")
     say("  make test")
     return OK
 
 
-def _services_of(here: Path) -> list[str]:
-    """Return the packages of the project's services, the first one first."""
+def _together(name: str, own: str, followed: Followed, target: str) -> dict[str, str]:
+    """Return the words of the test in which both services run."""
+    module, _, attribute = target.partition(":")
+    first, second = f"{followed.service}_service", f"{name}_service"
+    attribute = attribute or "service"
+    imports = (
+        f"from {followed.service}.events import {followed.name}",
+        f"from {module} import {attribute}{'' if attribute == first else f' as {first}'}",
+        f"from {name}.events import {own}",
+        f"from {name}.service import service as {second}",
+    )
+    assert followed.sample is not None
+    return {
+        "first": followed.service,
+        "first_service": first,
+        "name_service": second,
+        "imports": "\n".join(sorted(imports)),
+        "sample": laid_out(followed.sample, 8, before=len("event = "), after=0),
+        "stream": f"{followed.key.removesuffix('_id')}-1",
+        "key": followed.key,
+    }
+
+
+def _services_of(here: Path) -> dict[str, str]:
+    """Return the project's services as `TIDINGS_SERVICES` names them, by package, the first one first."""
     settings = here / "settings" / "embedded.env"
     try:
         found = _SERVICES.search(settings.read_text(encoding="utf-8"))
@@ -87,7 +130,8 @@ def _services_of(here: Path) -> list[str]:
             USAGE,
             f"{settings} does not say TIDINGS_SERVICES=...: go to the folder of a project that 'tidings new' made",
         )
-    return [target.strip().partition(":")[0].partition(".")[0] for target in found[2].split(",")]
+    targets = (target.strip() for target in found[2].split(","))
+    return {target.partition(":")[0].partition(".")[0]: target for target in targets}
 
 
 def _followed(here: Path, services: list[str], wanted: str | None) -> Followed:
@@ -121,8 +165,23 @@ def _events_of(here: Path, service: str) -> list[Followed]:
         said = {one.arg: one.value.value for one in node.keywords if isinstance(one.value, ast.Constant)}
         key, name = said.get("key"), said.get("name")
         if isinstance(key, str) and any(_is_text(field, key) for field in node.body):
-            found.append(Followed(service, node.name, key, name if isinstance(name, str) else None))
+            found.append(Followed(service, node.name, key, name if isinstance(name, str) else None, _sample(node, key)))
     return found
+
+
+def _sample(event: ast.ClassDef, key: str) -> str | None:
+    """Return an expression that makes such an event, with the fields that it needs."""
+    values = []
+    for field in event.body:
+        if isinstance(field, ast.AnnAssign) and field.value is None:
+            value = '"1"' if ast.unparse(field.target) == key else SAMPLES.get(ast.unparse(field.annotation))
+            if value is None:
+                return None
+            values.append(f"{ast.unparse(field.target)}={value}")
+        elif isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Call):
+            return None  # Field(...), which may have limits
+    plain = [ast.unparse(base) for base in event.bases] == ["Event"]
+    return f"{event.name}({', '.join(values)})" if plain else None
 
 
 def _is_text(field: ast.stmt, name: str) -> bool:

@@ -143,8 +143,9 @@ class Enrolment:
             name: begun._replace(first_of=sorted(self._service.named[name].first_of), was=self._service.named[name].was)
             for name, begun in since.items()
         }
-        for handler in self._service.named.values():
-            await self._set_lines(handler)
+        if await self._failed_before():
+            for handler in self._service.named.values():
+                await self._set_lines(handler)
         text = json.dumps(since, sort_keys=True)
         await self._connection.execute(floors.update().where(*this).values(handlers=text))
         changed = before is not None or max(settled.values()) >= 0
@@ -178,6 +179,11 @@ class Enrolment:
             for name, handler in named.items()
         )
 
+    async def _failed_before(self) -> bool:
+        """Return whether anything is held or dead in the range."""
+        there = [sa.exists().where(*self._scope.in_range(table)) for table in (held, dead)]
+        return bool(await self._connection.scalar(sa.select(sa.or_(*there))))
+
     async def _set_lines(self, handler: Handler) -> None:
         """Move what the handler holds or gave up to the line in which the code keeps its order now. Events of types
         that it does not handle any more stay where they are."""
@@ -195,8 +201,8 @@ class Enrolment:
         for name, handler in self._service.named.items():
             after = wanted(handler)
             since[name] = Begun(after, -1 if after is None else after)
-            await self._record(name, since[name].after)
             await self._skip(name, settled, since[name].after)
+        await self._record_all({name: begun.after for name, begun in since.items()})
         return since
 
     async def _skip(self, name: str, buckets: Iterable[int], upto: int) -> None:
@@ -322,10 +328,20 @@ class Enrolment:
             await self._connection.execute(spans.insert(), [self._scope.own | row._asdict() for row in united])
 
     async def _record(self, name: str, since: int) -> None:
-        known = (*self._scope.of_log(handlers), handlers.c.handler == name)
-        if await self._connection.scalar(sa.select(handlers.c.since).where(*known)) is None:
-            row = self._scope.own | {"handler": name, "since": since, "seen_at": datetime.now(UTC)}
-            await self._connection.execute(handlers.insert().values(row))
+        await self._record_all({name: since})
+
+    async def _record_all(self, since: Mapping[str, int]) -> None:
+        """Note handlers that have never run in the service."""
+        theirs = (*self._scope.of_log(handlers), handlers.c.handler.in_(since))
+        known = set(await self._connection.scalars(sa.select(handlers.c.handler).where(*theirs)))
+        now = datetime.now(UTC)
+        rows = [
+            self._scope.own | {"handler": name, "since": at, "seen_at": now}
+            for name, at in since.items()
+            if name not in known
+        ]
+        if rows:
+            await self._connection.execute(handlers.insert(), rows)
 
     async def _add(self, name: str, kind: str, done: Mapping[int, int], upto: Mapping[int, int] | None = None) -> None:
         """Add spans by bucket. Where there is one of that kind already, it stays."""

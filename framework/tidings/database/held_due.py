@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cached_property
+from functools import cache
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.held_events import NEVER_TRIED, HeldEvent, Line, held_event
-from tidings.database.scope import Scope
+from tidings.database.scope import AnyScope, Scope
 from tidings.database.tables import dead, floors, held, watermarks
 
 __all__ = ["AT_ONCE", "DueEvents"]
@@ -26,6 +26,9 @@ _PAUSED: Final[sa.BindParameter[Any]] = sa.bindparam("paused", expanding=True)
 Lines = sa.Select[tuple[str, str]]
 
 
+_ANY: Final = AnyScope()
+
+
 class DueEvents:
     """The held events of one bucket range that may run.
 
@@ -33,35 +36,7 @@ class DueEvents:
     """
 
     def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-
-    @cached_property
-    def _failed(self) -> dict[bool, Lines]:
-        return _failed(self._scope)
-
-    @cached_property
-    def _turn(self) -> dict[bool, Lines]:
-        return _turn(self._scope)
-
-    @cached_property
-    def _turn_after(self) -> dict[bool, Lines]:
-        return _turn(self._scope, _LINE.in_(sa.bindparam("after", expanding=True)))
-
-    @cached_property
-    def _events(self) -> Any:
-        return _events(self._scope)
-
-    @cached_property
-    def _newest(self) -> Any:
-        return _candidate(self._scope, held.c.attempts == NEVER_TRIED, held.c.position.desc())
-
-    @cached_property
-    def _longest_due(self) -> Any:
-        return _candidate(self._scope, held.c.attempts > NEVER_TRIED, held.c.due)
-
-    @cached_property
-    def _oldest(self) -> Any:
-        return _candidate(self._scope, held.c.attempts == NEVER_TRIED, held.c.position)
+        self._own = _ANY.values_of(scope)
 
     async def find(
         self,
@@ -80,19 +55,19 @@ class DueEvents:
         waited for an older event is looked for in the lines `after`, whose events were run, or in all of them, which
         takes as long as there are held events.
         """
-        other: dict[str, Any] = {"besides": list(besides)}
+        other: dict[str, Any] = self._own | {"besides": list(besides)}
         some = bool(paused or gone)
         if some:
             other |= {"paused": list(paused), "gone": list(gone)}
-        lines = list(await connection.execute(self._failed[some], {"now": now, "absurd": now + longest, **other}))
+        lines = list(await connection.execute(_failed()[some], {"now": now, "absurd": now + longest, **other}))
         if after is None:
-            lines += await connection.execute(self._turn[some], other)
+            lines += await connection.execute(_turn()[some], other)
         elif after:
-            lines += await connection.execute(self._turn_after[some], {"after": list(after), **other})
+            lines += await connection.execute(_turn_after()[some], {"after": list(after), **other})
         if not lines:
             return []
-        wanted = {"lines": [tuple(line) for line in lines]}
-        return [held_event(row) for row in await connection.execute(self._events, wanted)]
+        wanted = self._own | {"lines": [tuple(line) for line in lines]}
+        return [held_event(row) for row in await connection.execute(_events(), wanted)]
 
     async def candidate(
         self,
@@ -105,26 +80,27 @@ class DueEvents:
     ) -> list[HeldEvent]:
         """Return one event for a trial of a handler, of another line than `besides` and no handler and type of `gone`,
         if there is any: the newest that was never tried, or the one that has been due the longest."""
-        wanted = {"of_handler": handler, "besides": list(besides), "gone": list(gone)}
-        for query in (self._newest, self._longest_due) if newest else (self._longest_due, self._oldest):
-            found = [held_event(row) for row in await connection.execute(query, wanted)]
+        wanted = self._own | {"of_handler": handler, "besides": list(besides), "gone": list(gone)}
+        for query in (_newest, _longest_due) if newest else (_longest_due, _oldest):
+            found = [held_event(row) for row in await connection.execute(query(), wanted)]
             if found:
                 return found
         return []
 
 
-def _failed(scope: Scope) -> dict[bool, Lines]:
+@cache
+def _failed() -> dict[bool, Lines]:
     """Lines whose oldest event has failed and is due: with all handlers, and (True) without those that are paused or
     not in the code."""
     failed = (
         sa.select(held.c.key, held.c.line)
         .where(
-            *scope.in_range(held),
+            *_ANY.in_range(held),
             held.c.attempts > NEVER_TRIED,
             (held.c.due <= sa.bindparam("now")) | (held.c.due > sa.bindparam("absurd")),
             _OTHER_LINE,
-            _is_oldest(scope, held),
-            *_is_free(scope, held),
+            _is_oldest(held),
+            *_is_free(held),
         )
         .order_by(held.c.due)
         .limit(AT_ONCE)
@@ -133,8 +109,19 @@ def _failed(scope: Scope) -> dict[bool, Lines]:
     return {False: failed, True: failed.where(running)}
 
 
-def _turn(scope: Scope, *where: sa.ColumnElement[bool]) -> dict[bool, Lines]:
+@cache
+def _turn() -> dict[bool, Lines]:
     """Lines whose oldest event has waited for another one, which is gone; keys as for `_failed`."""
+    return _waiting()
+
+
+@cache
+def _turn_after() -> dict[bool, Lines]:
+    """As `_turn`, of the lines `after`."""
+    return _waiting(_LINE.in_(sa.bindparam("after", expanding=True)))
+
+
+def _waiting(*where: sa.ColumnElement[bool]) -> dict[bool, Lines]:
     waiting = (
         sa.select(
             held.c.key,
@@ -142,19 +129,19 @@ def _turn(scope: Scope, *where: sa.ColumnElement[bool]) -> dict[bool, Lines]:
             sa.func.min(held.c.position).label("position"),
             sa.func.min(held.c.bucket).label("bucket"),
         )
-        .where(*scope.in_range(held), held.c.attempts == NEVER_TRIED, _OTHER_LINE, *where)
+        .where(*_ANY.in_range(held), held.c.attempts == NEVER_TRIED, _OTHER_LINE, *where)
         .group_by(held.c.key, held.c.line)
         .subquery()
     )
     free = (
         sa.select(waiting.c.key, waiting.c.line)
-        .where(_is_oldest(scope, waiting), *_is_free(scope, waiting))
+        .where(_is_oldest(waiting), *_is_free(waiting))
         .order_by(waiting.c.position)
         .limit(AT_ONCE)
     )
     first = held.alias()
     of_paused = sa.exists().where(
-        *scope.of_log(first),
+        *_ANY.of_log(first),
         first.c.position == waiting.c.position,
         first.c.line == waiting.c.line,
         first.c.handler.in_(_PAUSED) | sa.tuple_(first.c.handler, first.c.type).in_(_GONE),
@@ -162,66 +149,82 @@ def _turn(scope: Scope, *where: sa.ColumnElement[bool]) -> dict[bool, Lines]:
     return {False: free, True: free.where(~of_paused)}
 
 
-def _events(scope: Scope) -> sa.Select[Any]:
+@cache
+def _events() -> sa.Select[Any]:
     """The events of `lines`, each up to a dead letter that holds its line."""
     # First which rows, and that from the index: the rest of a row may be large, and many may wait behind one.
     first = (
         sa.select(held.c.position, held.c.handler)
-        .where(*scope.in_range(held), _LINE.in_(sa.bindparam("lines", expanding=True)))
+        .where(*_ANY.in_range(held), _LINE.in_(sa.bindparam("lines", expanding=True)))
         .order_by(held.c.position)
         .limit(AT_ONCE)
     )
     # A dead letter that holds its key may stand between held events, older ones having been retried.
     these = sa.tuple_(held.c.position, held.c.handler).in_(first)
-    return sa.select(held).where(*scope.of_log(held), these, *_is_free(scope, held)).order_by(held.c.position)
+    return sa.select(held).where(*_ANY.of_log(held), these, *_is_free(held)).order_by(held.c.position)
 
 
-def _candidate(scope: Scope, tried: sa.ColumnElement[bool], order: sa.ColumnElement[Any]) -> sa.Select[Any]:
+@cache
+def _newest() -> sa.Select[Any]:
+    return _candidate(held.c.attempts == NEVER_TRIED, held.c.position.desc())
+
+
+@cache
+def _longest_due() -> sa.Select[Any]:
+    return _candidate(held.c.attempts > NEVER_TRIED, held.c.due)
+
+
+@cache
+def _oldest() -> sa.Select[Any]:
+    return _candidate(held.c.attempts == NEVER_TRIED, held.c.position)
+
+
+def _candidate(tried: sa.ColumnElement[bool], order: sa.ColumnElement[Any]) -> sa.Select[Any]:
     """The first event of `of_handler` in this order that may run."""
     return (
         sa.select(held)
         .where(
-            *scope.in_range(held),
+            *_ANY.in_range(held),
             held.c.handler == sa.bindparam("of_handler"),
             tried,
             sa.tuple_(held.c.handler, held.c.type).not_in(_GONE),
             _OTHER_LINE,
-            _is_oldest(scope, held),
-            *_is_free(scope, held),
+            _is_oldest(held),
+            *_is_free(held),
         )
         .order_by(order)
         .limit(1)
     )
 
 
-def _is_oldest(scope: Scope, event: sa.FromClause) -> sa.ColumnElement[bool]:
+def _is_oldest(event: sa.FromClause) -> sa.ColumnElement[bool]:
     """No held event of its line is older. Buckets are left out, so that the index answers: a key has one bucket."""
     older = held.alias()
     return ~sa.exists().where(
-        *scope.of_log(older),
+        *_ANY.of_log(older),
         older.c.key == event.c.key,
         older.c.line == event.c.line,
         older.c.position < event.c.position,
     )
 
 
-def _is_free(scope: Scope, event: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
+def _is_free(event: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
     """No dead letter before it holds its line; and what was held when a replay began has its turn when the replay comes
     to its position."""
     grave = dead.alias()
     holding = sa.exists().where(
-        *scope.of_log(grave),
+        *_ANY.of_log(grave),
         grave.c.holds_key,
         grave.c.key == event.c.key,
         grave.c.line == event.c.line,
         grave.c.position < event.c.position,
     )
     reached = sa.exists().where(
-        *scope.of_log(watermarks),
+        *_ANY.of_log(watermarks),
         watermarks.c.bucket == event.c.bucket,
         watermarks.c.position >= event.c.position,
     ) | sa.exists().where(
-        *scope.of_log(floors),
+        *_ANY.of_log(floors),
         floors.c.first_bucket <= event.c.bucket,
         floors.c.last_bucket >= event.c.bucket,
         floors.c.position >= event.c.position,

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from tidings.database import tables
 
-__all__ = ["PER_STATEMENT", "Conditions", "Scope", "in_parts"]
+__all__ = ["PER_STATEMENT", "AnyScope", "Conditions", "Scope", "in_parts"]
 
 PER_STATEMENT: Final = 1000
 """Values that one statement asks for at most, because databases limit the number of its parameters."""
@@ -41,6 +41,31 @@ class Scope:
         """The range's one row in the table of floors."""
         first, last = tables.floors.c.first_bucket, tables.floors.c.last_bucket
         return *self.of_log(tables.floors), first == self.buckets.start, last == self.buckets.stop - 1
+
+
+class AnyScope:
+    """A scope whose values are parameters, so that a statement that takes milliseconds to make is made once per
+    process. It is executed with `values_of` the scope that is meant."""
+
+    def of_log(self, table: Any) -> Conditions:
+        """See `Scope.of_log`."""
+        return table.c.service == sa.bindparam("scope_service"), table.c.log == sa.bindparam("scope_log")
+
+    def in_range(self, table: Any) -> Conditions:
+        """See `Scope.in_range`."""
+        between = table.c.bucket.between(sa.bindparam("scope_first"), sa.bindparam("scope_last"))
+        return *self.of_log(table), between
+
+    @staticmethod
+    def values_of(scope: Scope) -> dict[str, Any]:
+        """Return the parameters that stand for a scope."""
+        first, last = scope.buckets.start, scope.buckets.stop - 1
+        return {
+            "scope_service": scope.service,
+            "scope_log": scope.own["log"],
+            "scope_first": first,
+            "scope_last": last,
+        }
 
 
 def in_parts(values: list[Any]) -> list[list[Any]]:
