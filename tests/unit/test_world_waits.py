@@ -84,7 +84,8 @@ async def test_an_event_that_never_comes_is_not_waited_for() -> None:
         await world.append("order-1", Ordered(order="1"))
         await world.settled()
         tasks = asyncio.all_tasks()
-        says = "no Shipped of stream 'parcel-2' by service 'shipping' for which `where` is true has come"
+        says = "no Shipped of stream 'parcel-2' by service 'shipping' for which `where` is true has come, and nothing "
+        says += "moves any more; the log has 1 Ordered, 1 Packed, 1 Shipped"
         with pytest.raises(Unsettled, match=says):
             await world.until(Shipped, stream="parcel-2", by=shipping, where=lambda event: True)
         assert asyncio.all_tasks() == tasks
@@ -123,8 +124,9 @@ async def test_a_service_that_cannot_start_later_is_not_there() -> None:
     packing, _ = chain()
     broken = Service("broken", lifespan=lambda service: 1 / 0)  # type: ignore[arg-type, return-value]
     async with World(packing) as world:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as raised:
             await world.start(broken)
+        assert "service 'broken' could not start in this World" in raised.value.__notes__[0]
         await world.append("order-1", Ordered(order="1"))
         assert [part.service for part in (await world.settled()).services] == ["packing"]
 

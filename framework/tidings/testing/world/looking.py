@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
@@ -154,6 +155,11 @@ class Looking:
         log = self._store.carried() if isinstance(self._store, InlineStore) else self._seen
         found: list[RecordedEvent] = [event for event in log if sought.is_like(event)]
         return found if of is None else [sought.decoded(event) for event in found]
+
+    def _counted(self) -> str:
+        """Say which events the log has."""
+        number = Counter(event.type for event in self.events())
+        return ", ".join(f"{count} {name}" for name, count in number.items()) or "no events"
 
     def emitted(self, service: Service) -> list[RecordedEvent]:
         """Return the events in the log that handlers of this service emitted."""

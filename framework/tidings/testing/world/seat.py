@@ -81,8 +81,15 @@ class Seat:
             raise
         if started.done():
             self.running = started.result()
-        else:
+            return
+        try:
             await task
+        except Exception as error:
+            error.add_note(
+                f"service {self.service.name!r} could not start in this World. If its lifespan opens what a test does "
+                "not need, give what handlers ask for: World(..., resources={Gateway: FakeGateway()})"
+            )
+            raise
 
     async def _live(self, around: Surroundings, started: asyncio.Future[RunningService]) -> None:
         OWNER.set(self)

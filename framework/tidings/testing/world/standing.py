@@ -7,11 +7,13 @@ from typing import Any, Final
 
 from tidings.delivery.outcomes import BEHIND
 from tidings.errors import TidingsError
+from tidings.modelling.context import ATTEMPT
 from tidings.operations.report import Report
+from tidings.testing.world.clock import OWNER
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.seat import Seat
 
-__all__ = ["Unsettled", "faults_of", "told"]
+__all__ = ["Unsettled", "at_work", "faults_of", "handler_at_work", "told"]
 
 LINES: Final = 10
 """Warnings and errors of the log that a failure shows, at most."""
@@ -61,6 +63,18 @@ def told(report: Report | None, seats: Iterable[Seat], logs: Sequence[Mapping[st
         facts = " ".join(f"{name}={value}" for name, value in line.items() if name in _SHOWN)
         lines.append(f"  {line['event']} {facts}")
     return "\n".join(lines)
+
+
+def handler_at_work() -> str | None:
+    """Name the handler that the calling code is part of."""
+    context = ATTEMPT.get(None)
+    return None if context is None else f"handler {context.handler!r} of service {context.service!r}"
+
+
+def at_work() -> str | None:
+    """Name the handler, or the process, that the calling code is part of; None for the test."""
+    owner = OWNER.get()
+    return handler_at_work() or (None if owner is None else str(owner))
 
 
 _SHOWN: Final = ("service", "handler", "stream", "position", "reason", "error", "delay", "pause", "relay")

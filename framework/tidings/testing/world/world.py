@@ -15,7 +15,6 @@ from tidings.delivery.due import HELD_SECONDS
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, StreamNotFound
 from tidings.modelling.appending import Appends
-from tidings.modelling.context import ATTEMPT
 from tidings.modelling.events import Event
 from tidings.operations.report import Report, ServiceReport
 from tidings.protocol.position import carried
@@ -35,7 +34,7 @@ from tidings.testing.world.movement import Movement
 from tidings.testing.world.real import RealClock, only_in_memory, open_servers
 from tidings.testing.world.seat import Seat
 from tidings.testing.world.seeds import STORY, Chaos
-from tidings.testing.world.standing import Unsettled, faults_of, told
+from tidings.testing.world.standing import Unsettled, at_work, faults_of, handler_at_work, told
 from tidings.testing.world.store import InlineStore
 from tidings.testing.world.wakes import Wakes
 from tidings.testing.world.web import Application, client_of
@@ -81,7 +80,7 @@ class World(Looking, Harm, Appends):
         self._services = services
         self._resources = dict(resources or {})
         self._real = place.WHERE.name != place.MEMORY
-        self._clock: Any = RealClock() if self._real else Clock(_handler_at_work)
+        self._clock: Any = RealClock() if self._real else Clock(handler_at_work)
         self._failures = Failures()
         for service in services:
             self._failures.know(service)
@@ -105,7 +104,7 @@ class World(Looking, Harm, Appends):
             stack.callback(self._close)
             self._clock.start()
             stack.callback(self._clock.stop)
-            stack.enter_context(Guard(_at_work))
+            stack.enter_context(Guard(at_work))
             self._outside = ""
             self._tap(stack)
             await self._open(stack)
@@ -322,7 +321,10 @@ class World(Looking, Harm, Appends):
             for task in (found, rest):
                 task.cancel()
             await asyncio.wait((found, rest))
-        raise Unsettled(f"no {sought} has come. " + told(await self.verify(), self._seats.values(), self._logs))
+        raise Unsettled(
+            f"no {sought} has come, and nothing moves any more; the log has {self._counted()}. "
+            + told(await self.verify(), self._seats.values(), self._logs)
+        )
 
     async def advance(self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0) -> None:
         """Let time pass. What is due happens in order: held events, timers and sleeps of handlers, lifespans and the
@@ -431,17 +433,6 @@ class World(Looking, Harm, Appends):
         """From now on, do not fail the test for these errors, or for any error of these handlers (functions or names).
         Without arguments, every error is tolerated."""
         self._failures.tolerate(*what)
-
-
-def _handler_at_work() -> str | None:
-    context = ATTEMPT.get(None)
-    return None if context is None else f"handler {context.handler!r} of service {context.service!r}"
-
-
-def _at_work() -> str | None:
-    """Name the handler, or the process, that the calling code is part of; None for the test."""
-    owner = OWNER.get()
-    return _handler_at_work() or (None if owner is None else str(owner))
 
 
 async def _owned(owner: object, relay: Relay) -> None:
