@@ -1,4 +1,4 @@
-"""The process's log: structured lines, as text or JSON, with passwords masked.
+"""The process's log: structured lines, as text or JSON, with secrets masked.
 
 Importing this configures nothing. A program that owns its process calls `configure_logging`.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
 import structlog
 from structlog import PrintLogger
@@ -35,8 +34,8 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from tidings._support.escaping import plain, plain_lines
+from tidings._support.masking import masked
 from tidings.errors import ConfigurationError
-from tidings.urls import redact
 
 __all__ = ["configure_by_default", "configure_logging", "masked"]
 
@@ -51,8 +50,8 @@ def configure_logging(*, json: bool | None = None, level: str = "info", stream: 
     """Send the lines of structlog and of the standard library's logging to `stream` (standard error by default).
 
     A terminal gets aligned columns, anything else JSON, one line per entry, unless `json` is given. Times are UTC in
-    ISO 8601. Passwords in URLs are masked, and tracebacks never show local variables. `level` is the lowest level that
-    is shown. This replaces the earlier configuration: call it once, at the start of a process. Raises
+    ISO 8601. Secrets (passwords in URLs, tokens) are masked, and tracebacks never show local variables. `level` is the
+    lowest level that is shown. This replaces the earlier configuration: call it once, at the start of a process. Raises
     `ConfigurationError` for an unknown level.
     """
     if level.lower() not in _LEVELS:
@@ -124,41 +123,9 @@ def configure_by_default() -> None:
     )
 
 
-_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}\Z")
-
-
-def masked(value: Any) -> Any:
-    """Return the value with the passwords of all URLs in it masked: in texts, lists and dictionaries. Anything else
-    that is not a number becomes its `repr`."""
-    if isinstance(value, str):
-        return "".join(map(_redacted, _SPACE.split(value))) if "://" in value and "@" in value else value
-    if isinstance(value, dict):
-        return {key: masked(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [masked(inner) for inner in value]
-    if value is None or isinstance(value, int | float):
-        return value
-    return masked(repr(value))
-
-
-_SPACE: Final = re.compile(r"(\s+)")
-
-
-def _redacted(word: str) -> str:
-    """Mask the password of a URL, with one search for each sign: the text may come from a stranger, and a regular
-    expression over all of it could take minutes for a malicious megabyte."""
-    colon = word.find("://", 0, max(word.rfind("@"), 0))
-    if colon < 0:
-        return word
-    scheme = _SCHEME.search(word[max(colon - 31, 0) : colon])
-    if scheme is None:  # not a valid scheme, but a password may follow
-        return word[:colon] + redact(f"x{word[colon:]}")[1:]
-    begins = colon - len(scheme[0])
-    return word[:begins] + redact(word[begins:])
-
-
 def _mask(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:
-    return {key: masked(value) for key, value in entry.items()}
+    told: EventDict = masked(dict(entry))
+    return told
 
 
 def _escape(logger: WrappedLogger, method: str, entry: EventDict) -> EventDict:

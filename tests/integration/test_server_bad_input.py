@@ -350,10 +350,15 @@ async def test_200_idle_subscribers_all_hear_of_the_next_event(server: EventStor
     wanted.stream.CopyFrom(ReadReq.Options.StreamOptions(stream_identifier=named("news"), start=NOTHING))
     heard = 0
 
-    async with connected(server.port) as connection, asyncio.TaskGroup() as tasks:
+    async with (
+        connected(server.port) as one,
+        connected(server.port) as other,
+        connected(server.port) as appending,
+        asyncio.TaskGroup() as tasks,
+    ):
         ready = asyncio.Semaphore(0)
 
-        async def listen() -> None:
+        async def listen(connection: Connection) -> None:
             nonlocal heard
             with await connection.call(f"{STREAMS}/Read") as call:
                 call.send(bare(wanted), end=True)
@@ -365,12 +370,12 @@ async def test_200_idle_subscribers_all_hear_of_the_next_event(server: EventStor
                     said += [content(answer) for answer in await call.receive()]
                 heard += 1
 
-        for _ in range(200):
-            tasks.create_task(listen())
+        for connection in [one, other] * 100:
+            tasks.create_task(listen(connection))
         async with asyncio.timeout(30):
             for _ in range(200):
                 await ready.acquire()
-            await raw(connection, f"{STREAMS}/Append", *appends("news", b"x"))
+            await raw(appending, f"{STREAMS}/Append", *appends("news", b"x"))
     assert heard == 200
 
 

@@ -12,7 +12,9 @@ from structlog.testing import capture_logs
 
 from tests.integration.server import STREAMS, appends, connected, in_thread
 from tidings.server import EventStoreServer
+from tidings.server.budgets import Limits, Treasury
 from tidings.server.calls import Call, Method, Send
+from tidings.server.connections import Connections
 from tidings.server.group_delivery import Consumer, Delivery, Item, Mark
 from tidings.server.http2 import Connection
 from tidings.server.log import ServedLog
@@ -114,14 +116,16 @@ async def test_a_handler_that_answers_a_client_that_has_gone_is_no_failure() -> 
             finally:
                 answered.set()
 
-    async def anybody(metadata: object) -> str:
+    async def anybody(metadata: object, allowance: object) -> str:
         return ""
 
-    methods = {"/a/b": Method("/a/b", shared.Empty, streaming=handler)}
+    methods, all_ = {"/a/b": Method("/a/b", shared.Empty, streaming=handler)}, Connections(Treasury(Limits()))
     with capture_logs() as logs:
         async with asyncio.TaskGroup() as tasks, asyncio.timeout(20):
             serving = await asyncio.get_running_loop().create_server(
-                lambda: Connection(methods, anybody, tasks, set(), lambda: None), "127.0.0.1", 0
+                lambda: Connection(methods, anybody, tasks, all_, lambda: None),
+                "127.0.0.1",
+                0,
             )
             async with serving, connected(serving.sockets[0].getsockname()[1]) as connection:
                 call = await connection.call("/a/b")

@@ -18,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tidings._support.ownership import mark
+from tidings._support.private_files import make_private
 from tidings._support.writes import Writes
 from tidings.database.open_file import OpenFile
 from tidings.database.outages import advice_for, is_contention, is_refusal, marked, outages, stays_with_connections
@@ -237,8 +238,11 @@ def file_of(url: str) -> str | None:
 async def open_database(url: str, tables: sa.MetaData | None = None) -> AsyncIterator[Database]:
     """Open a database as `connected` does, and make the tables of Tidings and of the service where they are missing.
 
-    Raises `ConfigurationError` also for tables of a newer Tidings; `DatabaseUnavailable`.
+    A SQLite file that is made is its owner's alone. Raises `ConfigurationError` also for tables of a newer Tidings;
+    `DatabaseUnavailable`.
     """
+    if (path := file_of(url)) and not path.startswith("file:"):
+        make_private(path)
     async with connected(url) as database:
         async with database.transaction() as connection:
             await prepare(connection, database.shown)

@@ -1,4 +1,7 @@
-"""Why an attempt failed, in words that can be kept: in a held event, a dead letter, a line of the log. No I/O."""
+"""Why an attempt failed, in words that can be kept: in a held event, a dead letter, a line of the log. No I/O.
+
+Secrets in them are masked, because messages of exceptions quote URLs and headers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from tidings._support.masking import masked_text
 from tidings.errors import (
     ConfigurationError,
     DeployNeeded,
@@ -50,6 +54,10 @@ class Failure:
     raised: BaseException | None = None
     """The error itself, for a witness. It keeps the attempt's frames alive, so do not keep it."""
 
+    def __post_init__(self) -> None:
+        for name in ("reason", "detail"):
+            object.__setattr__(self, name, masked_text(getattr(self, name)))
+
     @classmethod
     def of(cls, error: BaseException, handler: Handler) -> Failure:
         if (raised := RAISED.get()) is not None:
@@ -61,8 +69,8 @@ class Failure:
             message = "<its message cannot be shown: str() of it fails>"
         deploy_needed = isinstance(error, DeployNeeded) and not isinstance(error, handler.retry.permanent)
         return cls(
-            f"{type(error).__name__}: {message}"[:2000],
-            lines[-20_000:],
+            masked_text(f"{type(error).__name__}: {message}")[:2000],  # before it is cut, or a half would not be known
+            masked_text(lines)[-20_000:],
             not deploy_needed and isinstance(error, PERMANENT + handler.retry.permanent),
             type(error).__name__,
             _place(error),

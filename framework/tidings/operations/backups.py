@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tidings._support.holders import open_elsewhere
+from tidings._support.private_files import make_private
 from tidings.errors import TidingsError
 
 __all__ = ["Backup", "BackupRefused", "Kept", "read", "restore", "take"]
@@ -147,6 +148,7 @@ def restore(backup: Backup, files: Mapping[str, Path], *, overwrite: bool = Fals
 
 def _copy(source: Path, target: Path) -> None:
     """One moment of a database that others may be using, as a file that needs no others beside it."""
+    make_private(target)
     with (
         closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=30)) as reading,
         closing(sqlite3.connect(target)) as writing,

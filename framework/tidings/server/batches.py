@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, NamedTuple
 
 from tidings.errors import EventTooLarge, StoreError, StreamDeleted, WrongExpectedVersion
-from tidings.server.calls import Send
+from tidings.server.calls import Call, Send
 from tidings.server.log import ServedLog
 from tidings.server.protocol import any_pb2, empty_pb2, packed, shared, status, streams
-from tidings.server.refusals import Refusal, Status
+from tidings.server.refusals import Refusal, Status, shown
 from tidings.server.security import Access
 from tidings.server.wire import Malformed, event_data, expected_version, stream_name, uuid_of
 from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
@@ -63,6 +63,8 @@ class _Unfinished:
         self.expected = expected_version(options, "expected_stream_position", "stream_position")
         self.events: list[EventData] = []
         self.size = 0
+        self.charged = 0
+        """Bytes that count against the call's budget, until it is whole."""
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -113,7 +115,7 @@ class _Answers:
 async def batch_append(
     log: ServedLog,
     access: Access,
-    user: str,
+    call: Call,
     requests: AsyncIterator[Any],
     send: Send,
     under_way: UnderWay | None = None,
@@ -126,7 +128,7 @@ async def batch_append(
     answers = _Answers()
     async with asyncio.TaskGroup() as group:
         group.create_task(_reply(log, answers, send))
-        await _Intake(log, access, user, answers, under_way).run(requests)
+        await _Intake(log, access, call, answers, under_way).run(requests)
         await answers.put(None)
 
 
@@ -156,11 +158,11 @@ class _Intake:
     """The appends of one call, put together from their parts and begun in the order in which they are whole."""
 
     def __init__(
-        self, log: ServedLog, access: Access, user: str, answers: _Answers, under_way: UnderWay | None
+        self, log: ServedLog, access: Access, call: Call, answers: _Answers, under_way: UnderWay | None
     ) -> None:
         self._log = log
         self._access = access
-        self._user = user
+        self._call = call
         self._answers = answers
         self._under_way = under_way
         self._unfinished: dict[bytes, _Unfinished] = {}
@@ -181,6 +183,7 @@ class _Intake:
     async def _take(self, request: Any) -> None:
         """Take one part of an append, and begin the append when it is the last one."""
         correlation, identifier = request.correlation_id, request.options.stream_identifier
+        append = None
         try:
             key = uuid_of(correlation).bytes
             append = self._unfinished.get(key)
@@ -193,14 +196,17 @@ class _Intake:
                 event = event_data(proposed)
                 append.size += event.size
                 append.events.append(event)
+                if not request.is_final:
+                    self._charge(append, event.size)
             if append.size > APPEND_LIMIT:
                 raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
             if request.is_final:
                 self._forget(key)
                 await self._begin(append, correlation)
         except (Malformed, Refusal, EventTooLarge, StoreError) as error:
-            if isinstance(error, EventTooLarge):
+            if append is not None and (isinstance(error, EventTooLarge) or _is_over(error)):
                 self._forget(key)
+                self._charge(append, -append.charged)
             await self._answers.put(_Answer(correlation, identifier, ANY, _error(error, ANY)))
 
     async def _opened(self, request: Any, key: bytes, append: _Unfinished | None) -> _Unfinished | None:
@@ -212,7 +218,7 @@ class _Intake:
         if seconds <= 0:
             await self._answers.put(_Answer(correlation, identifier, ANY, _timeout()))
             return None
-        await self._access.check(self._user, "$w", stream_name(identifier))
+        await self._access.check(self._call.user, "$w", stream_name(identifier))
         if append is None:
             append = _Unfinished(request.options)
             if not request.is_final:
@@ -241,12 +247,30 @@ class _Intake:
     def _expire(self, key: bytes, correlation: Any) -> None:
         late = self._unfinished.pop(key, None)
         if late is not None:
+            self._charge(late, -late.charged)
             self._answers.put_late(_Answer(correlation, late.identifier, late.expected, _timeout()))
 
     def _forget(self, key: bytes) -> None:
         append = self._unfinished.pop(key, None)
-        if append is not None and append.timer is not None:
-            append.timer.cancel()
+        if append is not None:
+            self._charge(append, -append.charged)
+            if append.timer is not None:
+                append.timer.cancel()
+
+    def _charge(self, append: _Unfinished, size: int) -> None:
+        """Count bytes of an append that is not whole. Raises `Refusal` when there are too many."""
+        charge = self._call.charge
+        if charge is None:
+            return
+        if size > 0:
+            charge.take(size)
+        else:
+            charge.hold(size)
+        append.charged += size
+
+
+def _is_over(error: BaseException) -> bool:
+    return isinstance(error, Refusal) and error.code is Status.RESOURCE_EXHAUSTED
 
 
 def _seen(outcome: asyncio.Future[Appended]) -> None:
@@ -303,7 +327,7 @@ def _error(error: BaseException, expected: Expected) -> Any:
     if isinstance(error, StreamDeleted):
         identifier = shared.StreamIdentifier(stream_name=error.stream.encode())
         deleted = shared.StreamDeleted(stream_identifier=identifier)
-        return _status(Status.NOT_FOUND, f"Event stream '{error.stream}' is deleted.", deleted)
+        return _status(Status.NOT_FOUND, f"Event stream '{shown(error.stream)}' is deleted.", deleted)
     if isinstance(error, EventTooLarge):
         exceeded = shared.MaximumAppendSizeExceeded(maxAppendSize=APPEND_LIMIT)
         return _status(Status.INVALID_ARGUMENT, f"Maximum Append Size of {APPEND_LIMIT} Exceeded.", exceeded)
@@ -311,7 +335,8 @@ def _error(error: BaseException, expected: Expected) -> Any:
         return _status(error.code, error.details, shared.AccessDenied())
     if isinstance(error, Malformed | Refusal):
         says = error.details if isinstance(error, Refusal) else str(error)
-        return _status(Status.INVALID_ARGUMENT, says, shared.BadRequest(message=says))
+        code = Status.RESOURCE_EXHAUSTED if _is_over(error) else Status.INVALID_ARGUMENT
+        return _status(code, says, shared.BadRequest(message=says))
     return _status(Status.UNKNOWN, str(error), shared.Unknown())
 
 

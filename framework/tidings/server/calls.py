@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tidings.server.budgets import Charge
+
 __all__ = ["FRAME_LIMIT", "Call", "Method", "Send"]
 
 FRAME_LIMIT: Final = 16 * 1024 * 1024
@@ -29,6 +31,8 @@ class Call:
     peer: str = ""
     user: str = ""
     """Empty: nobody in particular, because the server does not ask."""
+    charge: Charge | None = None
+    """What the call costs the server; None where nobody counts."""
 
     @property
     def connection_name(self) -> str:

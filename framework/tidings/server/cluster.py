@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from tidings.server.calls import Call, Method, Send
 from tidings.server.protocol import gossip, shared
+from tidings.server.security import Access
 
 __all__ = ["VERSION", "Cluster"]
 
@@ -26,7 +27,8 @@ STATS_PERIOD: Final = 30.0
 class Cluster:
     """What a client asks of a node before it uses it. `methods` are those that the node offers."""
 
-    def __init__(self, host: str, port: int, methods: list[Method]) -> None:
+    def __init__(self, host: str, port: int, methods: list[Method], access: Access) -> None:
+        self._access = access
         self._host, self._port = host, port
         self._offered = [method.path for method in methods]
         self._id = uuid4()
@@ -65,6 +67,7 @@ class Cluster:
 
     async def stats(self, request: Any, call: Call, send: Send) -> None:
         """`StatsResp`: stats = 1, a map of texts (key = 1, value = 2). The request's own wishes are not looked at."""
+        self._access.check_user(call.user)
         while True:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             stats = {

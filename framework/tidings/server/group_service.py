@@ -16,15 +16,16 @@ import structlog
 
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.calls import Call, Method, Send
-from tidings.server.group_delivery import Consumer
+from tidings.server.group_delivery import Consumer, Item
 from tidings.server.group_settings import ALL, GroupSettings, source_of
 from tidings.server.groups import Group
 from tidings.server.log import ServedLog
+from tidings.server.permissions import Reader
 from tidings.server.protocol import packed, persistent, shared
 from tidings.server.refusals import group_exists, group_failed, group_missing, invalid_argument, thrown
 from tidings.server.security import Access
 from tidings.server.streams import Wanted
-from tidings.server.wire import group_encoder, stream_name, uuid_of
+from tidings.server.wire import Resolved, group_encoder, stream_name, uuid_of
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
 from tidings.stores.sqlite.store import SqliteStore
@@ -211,6 +212,7 @@ class PersistentSubscriptions:
             raise invalid_argument("'None' is not a valid uuid_option")
         encode = group_encoder(options.uuid_option.WhichOneof("content") != "string")
         await self._access.check(call.user, "$r", source_of(options))
+        reader = self._access.reader(call.user)
         group = self._group(source_of(options), options.group_name)
         user, name = call.user, call.connection_name or "<unknown>"
         consumer = Consumer(options.buffer_size, name, call.peer, user)
@@ -226,7 +228,14 @@ class PersistentSubscriptions:
                 while outbox:
                     # A client that reads slowly keeps the rest here, where it is counted against its slots.
                     item = outbox.popleft()
-                    await send([encode(item.resolved, item.retries)])
+                    await send([encode(await self._visible(reader, item), item.retries)])
+
+    async def _visible(self, reader: Reader | None, item: Item) -> Resolved:
+        """What the consumer's user may see of the item: without the right to read its target, the link alone."""
+        event, link = item.resolved
+        if reader is None or event is None or link is None or await self._log.may_read(reader, event.stream):
+            return event, link
+        return None, link
 
 
 @asynccontextmanager

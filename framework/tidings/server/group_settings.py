@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 
+from tidings.server.expressions import Expression
 from tidings.server.filters import choice_of
 from tidings.server.group_delivery import STRATEGIES
 from tidings.server.log import Choice
@@ -60,9 +61,10 @@ class GroupSettings:
 
     @property
     def choice(self) -> Choice | None:
+        """Raises `Malformed` for a stored expression that this server does not run."""
         if self.pattern is None and not self.prefixes:
             return None
-        return Choice(self.by_type, self.prefixes, None if self.pattern is None else re.compile(self.pattern))
+        return Choice(self.by_type, self.prefixes, None if self.pattern is None else Expression(self.pattern))
 
     @property
     def after(self) -> int:

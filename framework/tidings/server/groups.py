@@ -140,6 +140,7 @@ class Group:
                 before=MAX_VERSION,
                 backwards=False,
                 count=count,
+                reader=None,
             )
             for resolved, rank in zip(batch.events, batch.after, strict=True):
                 mark = Mark((resolved[1] or resolved[0]).position, seen + rank)  # type: ignore[union-attr]
@@ -156,7 +157,7 @@ class Group:
             return [], self._delivery.reached, head
         view = view._replace(first=max(view.first, at + 1))
         found, _, more = await self._log.stream(
-            self.settings.stream, view, self.settings.resolve_links, backwards=False, count=count
+            self.settings.stream, view, self.settings.resolve_links, backwards=False, count=count, reader=None
         )
         for resolved in found:
             seen += 1
@@ -315,7 +316,7 @@ class Group:
         nowhere = Mark(-1, 0)
         while at <= end:
             events, version, more = await self._log.stream(
-                self.parked_stream, View(at, end, view.since), True, backwards=False, count=512
+                self.parked_stream, View(at, end, view.since), True, backwards=False, count=512, reader=None
             )
             self._delivery.replay(Item(resolved, nowhere, nowhere, replayed=True) for resolved in events)
             self._dispatch()

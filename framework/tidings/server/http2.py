@@ -1,4 +1,4 @@
-"""gRPC over HTTP/2 on h2, the server's side: connections, calls, flow control, deadlines. It knows nothing of events.
+"""gRPC over HTTP/2 on h2, the server's side: connections, frames, flow control. It knows nothing of events.
 
 Why not grpc.aio: it pays 50 to 150 µs for every message that is sent, while here one DATA frame carries many.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
 import structlog
@@ -23,41 +22,43 @@ from h2.events import (
     RequestReceived,
     StreamEnded,
     StreamReset,
+    TrailersReceived,
 )
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
-from tidings.server.calls import Call, Method
-from tidings.server.http2_stream import HEADERS, Gone, Stream, refusal_of, seconds_of, trailers_of
-from tidings.server.protocol import packed
-from tidings.server.refusals import Refusal, Status, thrown
+from tidings.server.budgets import Allowance, Charge
+from tidings.server.calls import Method
+from tidings.server.connections import Connections
+from tidings.server.http2_serving import FLUSH, LEAVING, Authenticate, Serving
+from tidings.server.http2_stream import HEADERS, Stream, trailers_of
+from tidings.server.refusals import Refusal, exhausted, shown
 
-__all__ = ["Authenticate", "Connection"]
+__all__ = ["Connection"]
 
 log = structlog.get_logger(__name__)
 
-WINDOW: Final = 1024 * 1024
-"""Bytes of requests that a call may send ahead of its handler."""
-CONNECTION_WINDOW: Final = 16 * 1024 * 1024
-CALLS: Final = 10_000
-"""Calls that one connection may have open: idle subscriptions cost little."""
-HEADER_LIST: Final = 64 * 1024
-FLUSH: Final = 256 * 1024
-"""Bytes that are handed to the socket at once."""
+WINDOW: Final = 256 * 1024
+"""Bytes of requests that a call may send ahead of its handler. A larger request asks for room first."""
+FRAME: Final = 128 * 1024
+"""Bytes of a frame from the client."""
+HEADER_LIST: Final = 16 * 1024
+"""Bytes of a call's metadata."""
+SLICE: Final = 8 * 1024
+"""Bytes of what has come that are looked at in one turn of the loop, so that others have theirs."""
+OVER: Final = 2
+"""How many times the announced number of calls h2 lets in: what is above the number is refused call by call."""
+UNREAD: Final = 1024 * 1024
+"""Bytes of small answers (to pings, to settings) that a client may leave unread."""
 
-Authenticate = Callable[[Mapping[str, str]], Awaitable[str]]
-"""From a call's metadata to the user's name; raises `Refusal`."""
 
-_PREFIX: Final = struct.Struct(">BI")
-"""What comes before each message: whether it is compressed, and its length (gRPC over HTTP/2, "Requests")."""
+class _Announced(Settings):
+    """h2's settings. h2 ends a connection that has one call too many; here such a call is refused by itself."""
 
-NO_TIME: Final = 1e-3
-"""Seconds. A call that is given no more is not begun: EventStoreDB has never answered by then, and clients round a
-timeout of 0 up to this."""
-LATENESS: Final = 0.1
-"""Seconds until such a call is refused. The client's own clock ends it before: grpc's asyncio client takes a refusal
-that comes while it is still sending for an internal error."""
+    @property  # type: ignore[misc]  # nothing sets it
+    def max_concurrent_streams(self) -> int:
+        return OVER * super().max_concurrent_streams
 
 
 class Connection(asyncio.Protocol):
@@ -68,14 +69,16 @@ class Connection(asyncio.Protocol):
         methods: Mapping[str, Method],
         authenticate: Authenticate,
         group: asyncio.TaskGroup,
-        connections: set[Connection],
+        connections: Connections,
         quiet: Callable[[], None],
     ) -> None:
-        self._methods = methods
-        self._authenticate = authenticate
+        self._serving = Serving(self, methods, authenticate)
         self._group = group
         self._connections = connections
         self._quiet = quiet
+        self.allowance = Allowance(connections.treasury)
+        self._calls = self.allowance.limits.streams
+        """Calls that it may have open."""
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._h2 = H2Connection(
@@ -87,17 +90,24 @@ class Connection(asyncio.Protocol):
                 validate_inbound_headers=False,
             )
         )
-        self._h2.local_settings = Settings(
+        self._h2.local_settings = _Announced(
             client=False,
             initial_values={
                 SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
-                SettingCodes.MAX_CONCURRENT_STREAMS: CALLS,
-                SettingCodes.MAX_FRAME_SIZE: 1 << 18,
+                SettingCodes.MAX_CONCURRENT_STREAMS: self._calls,
+                SettingCodes.MAX_FRAME_SIZE: FRAME,
                 SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST,
             },
         )
-        self._h2.max_inbound_frame_size = 1 << 18
+        self._h2.max_inbound_frame_size = FRAME
+        self._h2.decoder.max_header_list_size = HEADER_LIST
         self._streams: dict[int, Stream] = {}
+        self._inbox = bytearray()
+        """What has come and was not looked at yet."""
+        self.since = self._loop.time()
+        """When it connected, or when its last call ended."""
+        self._greeted = False
+        self._ended = False
         self._paused = False
         self._leaving = False
         self._last = 0
@@ -107,7 +117,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._connections.add(self)
+        if not self._connections.admit(self):
+            self._abort_with("too many connections")
+            return
         tls = cast("ssl.SSLObject | None", transport.get_extra_info("ssl_object"))
         if tls is not None and tls.selected_alpn_protocol() not in (None, "h2"):
             transport.close()
@@ -115,8 +127,9 @@ class Connection(asyncio.Protocol):
         sock = cast("socket.socket", transport.get_extra_info("socket"))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(CONNECTION_WINDOW - 65_535)
-        self._flush()
+        # Room for the windows of all calls: what one call leaves there does not stop the others.
+        self._h2.increment_flow_control_window((self._calls + 1) * WINDOW - 65_535)
+        self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
@@ -132,16 +145,66 @@ class Connection(asyncio.Protocol):
         self._let_write()
 
     def data_received(self, data: bytes) -> None:
-        try:
-            for event in self._h2.receive_data(data):
-                self._handle(event)
-        except H2Error as error:
-            log.info("connection.broken", peer=self.peer, reason=str(error) or type(error).__name__)
-            self._flush()
-            if self._transport is not None:
-                self._transport.close()
+        waiting = bool(self._inbox)
+        self._inbox += data
+        if not waiting:
+            self._look()
+
+    def _look(self) -> None:
+        """Look at a slice of what has come, and at the rest after the others' turns."""
+        if self._transport is None or self._transport.is_closing():
+            self._inbox.clear()
             return
-        self._flush()
+        piece = bytes(self._inbox[:SLICE])
+        del self._inbox[:SLICE]
+        try:
+            for event in self._h2.receive_data(piece):
+                self._handle(event)
+                if self._ended:
+                    return
+        except H2Error as error:
+            log.info("connection.broken", peer=self.peer, reason=shown(str(error) or type(error).__name__))
+            self._inbox.clear()
+            self._close()
+            return
+        self.flush()
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._transport.get_write_buffer_size() > UNREAD + FLUSH:
+            self.end_for("its answers are not read")
+        elif self._inbox:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._look)
+        else:
+            self._transport.resume_reading()
+
+    def end_for(self, reason: str) -> None:
+        """The client has used up a budget of its connection: say so, and end it with all of its calls."""
+        self._connections.treasury.refused[reason] += 1
+        log.info("connection.ended", peer=self.peer, reason=reason)
+        for stream in list(self._streams.values()):
+            self._end(stream)
+        self._abort_with(reason)
+
+    def _abort_with(self, reason: str) -> None:
+        transport, self._ended = self._transport, True
+        if transport is None:
+            return
+        self._inbox.clear()
+        self.flush()
+        if not transport.is_closing():
+            transport.write(
+                GoAwayFrame(
+                    0,
+                    last_stream_id=self._last,
+                    error_code=ErrorCodes.ENHANCE_YOUR_CALM,
+                    additional_data=reason.encode(),
+                ).serialize()
+            )
+        if transport.get_write_buffer_size() > FLUSH:
+            transport.abort()  # it does not read: what waits for it would wait for ever
+        else:
+            transport.close()
 
     # ---- HTTP/2
 
@@ -155,6 +218,7 @@ class Connection(asyncio.Protocol):
             case DataReceived():
                 self._on_data(event)
             case RequestReceived():
+                self._greeted = True
                 self._on_request(event.stream_id, event.headers or [])
             case StreamEnded():
                 stream = self._streams.get(event.stream_id or 0)
@@ -165,39 +229,71 @@ class Connection(asyncio.Protocol):
                 stream = self._streams.get(event.stream_id or 0)
                 if stream is not None:
                     self._end(stream)
+                    if not stream.headers_sent and not self.allowance.resets.take():
+                        self.end_for("too many calls were given up before they were answered")
+            case TrailersReceived():
+                pass
             case ConnectionTerminated():
                 if self._transport is not None:  # h2 sends nothing more on such a connection: nobody would be answered
                     self._transport.close()
             case _:
+                self._greeted = True
+                if not self.allowance.frames.take():
+                    self.end_for("too many frames without data")
+                    return
                 self._let_write()  # windows and settings decide who may write
 
     def _on_request(self, number: int, fields: Any) -> None:
         headers = {
             bytes(name).decode("ascii", "replace"): bytes(value).decode("utf-8", "replace") for name, value in fields
         }
-        stream = Stream(number)
         self._last = max(self._last, number)
+        if len(self._streams) >= self._calls:
+            self._h2.reset_stream(number, ErrorCodes.REFUSED_STREAM)
+            if not self.allowance.frames.take():
+                self.end_for("too many calls at once")
+            return
+        stream = Stream(number, Charge(self.allowance), self._loop.time())
         if not headers.get("content-type", "").startswith("application/grpc"):
             self._h2.send_headers(number, [(b":status", b"415")], end_stream=True)
             return
         self._streams[number] = stream
         if self._leaving:
-            self._finish(stream, _LEAVING)
+            self.finish(stream, LEAVING)
             return
-        stream.task = self._group.create_task(self._serve(stream, headers))
+        stream.task = self._group.create_task(self._serving.serve(stream, headers))
 
     def _on_data(self, event: DataReceived) -> None:
-        number, size = event.stream_id, event.flow_controlled_length or 0
+        number, size, data = event.stream_id, event.flow_controlled_length or 0, event.data or b""
         stream = self._streams.get(number)
+        if not data and event.stream_ended is None and not self.allowance.frames.take():
+            self.end_for("too many frames without data")
+            return
         if stream is None or stream.failure is not None:
             self._acknowledge(number, size)
             return
-        stream.feed(event.data or b"")
+        stream.feed(data, self._loop.time())
         stream.unread += size
-        if not stream.messages and stream.failure is None:
-            # Part of a message that may be larger than the window: it must be let in to become whole.
-            self._taken(stream)
+        stream.charge.hold(len(data))
+        if stream.failure is None and stream.charge.excess():
+            self._relieve(stream)
+        if not stream.messages and stream.failure is None and stream.missing > WINDOW:
+            # Part of a message that is larger than the window: it must be let in to become whole.
+            self.allowance.large.ask(stream, stream.missing, lambda: self._let_in(stream))
+            if stream.let_in:
+                self._taken(stream)
         stream.wake()
+
+    def _let_in(self, stream: Stream) -> None:
+        stream.let_in = True
+        if stream.number in self._streams:
+            self._taken(stream)
+
+    def _relieve(self, stream: Stream) -> None:
+        """Too many bytes wait: end readers that have stalled, and where that is not enough, refuse this request."""
+        self._connections.relieve()
+        if budget := stream.charge.excess():
+            stream.refuse(exhausted(f"More bytes wait than the server's {budget}: send less at once."))
 
     def _taken(self, stream: Stream) -> None:
         """The handler has what came: the client may send as much again."""
@@ -205,20 +301,29 @@ class Connection(asyncio.Protocol):
         if size:
             self._acknowledge(stream.number, size)
 
+    def have_read(self, stream: Stream) -> None:
+        """All messages that were whole are with the handler."""
+        self._taken(stream)
+        stream.charge.hold(stream.kept() - stream.incoming)
+        stream.incoming = stream.kept()
+        if stream.let_in or not stream.buffer:
+            stream.let_in = False
+            self.allowance.large.give_back(stream)
+
     def _acknowledge(self, number: int, size: int) -> None:
         if size and self._transport is not None:
             try:
                 self._h2.acknowledge_received_data(size, number)
             except H2Error:
                 return  # the call ended meanwhile; h2 gave the connection its share back
-            self._schedule_flush()
+            self.schedule_flush()
 
-    def _schedule_flush(self) -> None:
+    def schedule_flush(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._flushing = False
         if self._transport is not None:
             data = self._h2.data_to_send()
@@ -230,117 +335,36 @@ class Connection(asyncio.Protocol):
             if stream.writable is not None and not stream.writable.done():
                 stream.writable.set_result(None)
 
-    # ---- calls
+    # ---- for the calls
 
-    async def _serve(self, stream: Stream, headers: dict[str, str]) -> None:
-        outcome: Refusal | None = None
-        try:
-            path = headers.get(":path", "")
-            method = self._methods.get(path)
-            if method is None:
-                raise Refusal(Status.UNIMPLEMENTED, f"{path} is not supported by the Tidings server")
-            stream.endless = method.endless
-            call = Call(headers, self.peer, await self._authenticate(headers))
-            seconds = seconds_of(headers.get("grpc-timeout", ""))
-            if seconds is not None and seconds <= NO_TIME:
-                await asyncio.sleep(LATENESS)
-                raise _too_late()
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._answer(stream, method, call)
-                if stream.cut_short:
-                    raise _LEAVING
-            except TimeoutError:
-                raise _too_late() from None
-        except Exception as error:
-            outcome = refusal_of(error, headers.get(":path", ""))
-        finally:
-            self._finish(stream, outcome)
-
-    async def _answer(self, stream: Stream, method: Method, call: Call) -> None:
-        requests: Any = self._requests(stream, method)
-        if not method.requests_stream:
-            async for first in requests:
-                requests = first
-                break
-            else:
-                raise stream.failure or thrown()
-        if method.unary is not None:
-            answer = await method.unary(requests, call)
-            await self._send(stream, [answer if isinstance(answer, bytes) else packed(answer)])
-        elif method.streaming is not None:
-
-            async def send(batch: list[bytes]) -> None:
-                await self._send(stream, batch)
-
-            await method.streaming(requests, call, send)
-
-    async def _requests(self, stream: Stream, method: Method) -> AsyncIterator[Any]:
-        parse = method.request.FromString
-        while True:
-            while stream.messages:
-                message = stream.messages.popleft()
-                if not stream.messages:
-                    self._taken(stream)
-                try:
-                    request = parse(message)
-                except Exception:  # protobuf's own DecodeError, which each of its implementations has elsewhere
-                    raise Refusal(Status.INTERNAL, "Failed to deserialize message") from None
-                yield request
-            if stream.failure is not None:
-                raise stream.failure
-            if stream.half_closed:
-                if stream.cut_short and method.unary is not None:
-                    raise _LEAVING  # a part of what it asks for is not to be done
-                return
-            stream.waiter = self._loop.create_future()
-            try:
-                await stream.waiter
-            finally:
-                stream.waiter = None
-
-    async def _send(self, stream: Stream, batch: list[bytes]) -> None:
-        """Return when the batch has left for the socket. Waits for the client's windows and for the socket."""
-        try:
-            await self._write(stream, batch)
-        except H2Error as error:
-            # A task of the handler may come here before it hears that the call was cancelled.
-            raise Gone from error
-
-    async def _write(self, stream: Stream, batch: list[bytes]) -> None:
-        frames = bytearray()
-        for message in batch:
-            frames += _PREFIX.pack(0, len(message))
-            frames += message
+    def begin(self, stream: Stream) -> None:
+        """Send the headers of the answer."""
         if not stream.headers_sent:
             stream.headers_sent = True
             self._h2.send_headers(stream.number, HEADERS)
-        batch.clear()  # a client that does not read on keeps this once, not twice
-        at, size, flushed = 0, len(frames), 0
-        while at < size:
-            room = 0 if self._paused else self._room(stream.number)
-            if room <= 0:
-                self._flush()
-                stream.writable = self._loop.create_future()
-                try:
-                    await stream.writable
-                finally:
-                    stream.writable = None
-                continue
-            self._h2.send_data(stream.number, bytes(frames[at : at + room]))
-            at += room
-            if at - flushed >= FLUSH:
-                flushed = at
-                self._flush()
-        self._schedule_flush()
 
-    def _room(self, number: int) -> int:
-        return int(min(self._h2.local_flow_control_window(number), self._h2.max_outbound_frame_size))
+    def write(self, stream: Stream, data: bytes) -> None:
+        """Send what there is room for."""
+        self._h2.send_data(stream.number, data)
+        self.allowance.frames.give(4)  # the client answers with windows
 
-    def _finish(self, stream: Stream, outcome: Refusal | None) -> None:
+    def room(self, stream: Stream) -> int:
+        """Bytes that the client's windows and the socket let the call send now."""
+        if self._paused:
+            return 0
+        return int(min(self._h2.local_flow_control_window(stream.number), self._h2.max_outbound_frame_size))
+
+    def relieve(self) -> None:
+        """Some budget of bytes is used up."""
+        self._connections.relieve()
+
+    def finish(self, stream: Stream, outcome: Refusal | None) -> None:
         """Send the status, unless the call is over already."""
+        stream.charge.clear()
+        self.allowance.large.give_back(stream)
         if self._streams.pop(stream.number, None) is None or self._transport is None:
             return
+        self.since = self._loop.time()
         trailers = [*(() if stream.headers_sent else HEADERS), *trailers_of(outcome)]
         try:
             self._h2.send_headers(stream.number, trailers, end_stream=True)
@@ -349,13 +373,16 @@ class Connection(asyncio.Protocol):
             self._acknowledge(stream.number, stream.unread)
         except H2Error as error:
             log.debug("call.unanswered", peer=self.peer, reason=str(error))
-        self._schedule_flush()
+        self.schedule_flush()
         if self._leaving and not self.busy:
             self._quiet()
 
     def _end(self, stream: Stream) -> None:
         """The client, or the connection, has ended the call."""
+        stream.charge.clear()
         self._streams.pop(stream.number, None)
+        self.since = self._loop.time()
+        self.allowance.large.give_back(stream)
         if stream.task is not None:
             stream.task.cancel()
         self._acknowledge(stream.number, stream.unread)
@@ -370,9 +397,30 @@ class Connection(asyncio.Protocol):
                 stream.half_closed = stream.cut_short = True
                 stream.wake()
         if self._transport is not None:
-            self._flush()
+            self.flush()
             # By hand: h2 would regard the connection as closed, and send nothing more on it.
             self._transport.write(GoAwayFrame(0, last_stream_id=self._last, error_code=0).serialize())
+
+    # ---- clients that are slow
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no calls."""
+        return not self._streams
+
+    @property
+    def streams(self) -> Iterable[Stream]:
+        """Its calls."""
+        return self._streams.values()
+
+    def look_for_slow(self, now: float) -> None:
+        """End what takes too long to arrive."""
+        limits = self.allowance.limits
+        if not self._greeted and now - self.since > limits.handshake_seconds:
+            self.end_for("no request came in time")
+        for stream in list(self._streams.values()):
+            if stream.failure is None and stream.arriving and now - stream.began > limits.request_seconds:
+                stream.refuse(exhausted(f"The request did not arrive within {limits.request_seconds:g} s."))
 
     @property
     def busy(self) -> bool:
@@ -382,19 +430,12 @@ class Connection(asyncio.Protocol):
     def drop(self, refusal: Refusal) -> None:
         """End every call that is still open, and the connection."""
         for stream in list(self._streams.values()):
-            self._finish(stream, refusal)
+            self.finish(stream, refusal)
             if stream.task is not None:
                 stream.task.cancel()
         self._close()
 
     def _close(self) -> None:
-        self._flush()
+        self.flush()
         if self._transport is not None:
             self._transport.close()
-
-
-def _too_late() -> Refusal:
-    return Refusal(Status.DEADLINE_EXCEEDED, "Deadline Exceeded")
-
-
-_LEAVING: Final = Refusal(Status.UNAVAILABLE, "Server Is Not Ready")

@@ -85,7 +85,9 @@ class Linker:
                 await self._save(0)
             saved = after
             while True:
-                batch = await self._log.all(None, False, after=after, before=MAX_VERSION, backwards=False, count=PAGE)
+                batch = await self._log.all(
+                    None, False, after=after, before=MAX_VERSION, backwards=False, count=PAGE, reader=None
+                )
                 await self._link([event for event, _ in batch.events if event is not None])
                 after = batch.reached
                 if len(batch.considered) and after - saved >= EVERY * 8:

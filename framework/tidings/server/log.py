@@ -11,6 +11,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import tidings.stores.sqlite.log as reading
 from tidings.errors import StreamDeleted, StreamNotFound
+from tidings.server.expressions import Expression
+from tidings.server.permissions import Reader
 from tidings.server.wire import Resolved
 from tidings.stores import RecordedEvent
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
@@ -24,8 +26,12 @@ T = TypeVar("T")
 LINK: Final = "$>"
 _EVERYTHING: Final = ("", ())
 _HIDDEN: Final = re.compile(
-    r"tidings_log$|\$epoch-information$|\$persistentsubscription-\$all::.*-(?:checkpoint|parked)$"
+    r"(?:\$\$)?tidings_log$|\$epoch-information$|\$persistentsubscription-\$all::.*-(?:checkpoint|parked)$"
 )
+
+
+PAGE_BYTES: Final = 512 * 1024
+"""Bytes of a piece of the log: what a reader that has stopped keeps in memory."""
 
 
 class Choice(NamedTuple):
@@ -34,12 +40,12 @@ class Choice(NamedTuple):
     by_type: bool = False
     """The condition is about the event's type, otherwise about its stream."""
     prefixes: tuple[str, ...] = ()
-    pattern: re.Pattern[str] | None = None
+    pattern: Expression | re.Pattern[str] | None = None
 
     def wants(self, event: RecordedEvent) -> bool:
         text = event.type if self.by_type else event.stream
         if self.pattern is not None:
-            return self.pattern.search(text) is not None
+            return bool(self.pattern.search(text))
         return not self.prefixes or text.startswith(self.prefixes)
 
 
@@ -71,13 +77,22 @@ class ServedLog:
         self._looks: dict[object, asyncio.Future[Any]] = {}
 
     async def all(
-        self, choice: Choice | None, resolve: bool, *, after: int, before: int, backwards: bool, count: int
+        self,
+        choice: Choice | None,
+        resolve: bool,
+        *,
+        after: int,
+        before: int,
+        backwards: bool,
+        count: int,
+        reader: Reader | None,
     ) -> Batch:
-        """A piece of `$all` between two positions, both exclusive; looks at `count` events at most."""
-        return await self.store.look(self._piece_of_all(choice, resolve, after, before, backwards, count))
+        """A piece of `$all` between two positions, both exclusive; looks at `count` events at most.
+        Of events and links, it shows what `reader` may see; None sees everything."""
+        return await self.store.look(self._piece_of_all(choice, resolve, after, before, backwards, count, reader))
 
     async def history(
-        self, choice: Choice | None, resolve: bool, *, after: int, count: int
+        self, choice: Choice | None, resolve: bool, *, after: int, count: int, reader: Reader | None
     ) -> AsyncGenerator[Batch, None]:
         """Yield `$all` behind a position, piece by piece, up to the piece that reaches its end.
 
@@ -85,7 +100,9 @@ class ServedLog:
         """
 
         def read(behind: int) -> asyncio.Task[Batch]:
-            piece = self.all(choice, resolve, after=behind, before=MAX_VERSION, backwards=False, count=count)
+            piece = self.all(
+                choice, resolve, after=behind, before=MAX_VERSION, backwards=False, count=count, reader=reader
+            )
             return asyncio.create_task(piece, name="tidings-server-history")
 
         reading = read(after)
@@ -103,13 +120,13 @@ class ServedLog:
             if not reading.cancelled():
                 reading.exception()  # the caller has left, or heard of it
 
-    async def news(self, choice: Choice | None, resolve: bool, after: int) -> Batch:
+    async def news(self, choice: Choice | None, resolve: bool, after: int, reader: Reader | None) -> Batch:
         """As `all` for who follows the log at its end, where many ask the same at once: one look answers all of them.
 
         It may be a look that began a moment ago: what it misses is behind `reached`.
         """
-        job = self._piece_of_all(choice, resolve, after, MAX_VERSION, False, PAGE_EVENTS)
-        return await self._shared((choice, resolve, after), job)
+        job = self._piece_of_all(choice, resolve, after, MAX_VERSION, False, PAGE_EVENTS, reader)
+        return await self._shared((choice, resolve, after, reader), job)
 
     async def touched(self, stream: str, reached: int) -> None:
         """Until the stream has an event behind the position. Followers of quiet streams share one look at what came."""
@@ -127,20 +144,28 @@ class ServedLog:
         return found
 
     def _piece_of_all(
-        self, choice: Choice | None, resolve: bool, after: int, before: int, backwards: bool, count: int
+        self,
+        choice: Choice | None,
+        resolve: bool,
+        after: int,
+        before: int,
+        backwards: bool,
+        count: int,
+        reader: Reader | None,
     ) -> Callable[[sqlite3.Connection], Batch]:
         def job(connection: sqlite3.Connection) -> Batch:
-            page = reading.page_of_all(connection, after, before, backwards, _EVERYTHING, min(count, PAGE_EVENTS))
+            count_ = min(count, PAGE_EVENTS)
+            page = reading.page_of_all(connection, after, before, backwards, _EVERYTHING, count_, PAGE_BYTES)
             events: list[Resolved] = []
             ranks: list[int] = []
             considered: list[int] = []
             for event in page.events:
-                if hidden(event):
+                if hidden(event) or not (reader is None or reader.sees(event.stream)):
                     continue
                 considered.append(event.position)
                 if choice is None or choice.wants(event):
                     ranks.append(len(considered))
-                    events.append(self._resolve(connection, event) if resolve else (event, None))
+                    events.append(self._resolve(connection, event, reader) if resolve else (event, None))
             return Batch(events, ranks, considered, page.reached, page.end)
 
         return job
@@ -155,25 +180,26 @@ class ServedLog:
         return await self.store.look(job)
 
     async def stream(
-        self, stream: str, view: View, resolve: bool, *, backwards: bool, count: int
+        self, stream: str, view: View, resolve: bool, *, backwards: bool, count: int, reader: Reader | None
     ) -> tuple[list[Resolved], int, bool]:
         """A piece of a stream, the version of its last event, and whether there is more."""
 
         def job(connection: sqlite3.Connection) -> tuple[list[Resolved], int, bool]:
-            events, more = reading.page_of_stream(connection, stream, view, backwards, min(count, PAGE_EVENTS))
+            count_ = min(count, PAGE_EVENTS)
+            events, more = reading.page_of_stream(connection, stream, view, backwards, count_, PAGE_BYTES)
             last = events[-1].version if events else -1
-            return self._all_resolved(connection, events, resolve), last, more
+            return self._all_resolved(connection, events, resolve, reader), last, more
 
         return await self.store.look(job)
 
     async def follow(
-        self, stream: str, after: int, history: bool, resolve: bool
+        self, stream: str, after: int, history: bool, resolve: bool, reader: Reader | None
     ) -> tuple[list[Resolved], reading.Following]:
         """What comes behind a version of a stream: see `sqlite_log.follow`."""
 
         def job(connection: sqlite3.Connection) -> tuple[list[Resolved], reading.Following]:
-            piece = reading.follow(connection, stream, after, history, self._clock())
-            return self._all_resolved(connection, piece.events, resolve), piece
+            piece = reading.follow(connection, stream, after, history, self._clock(), PAGE_BYTES)
+            return self._all_resolved(connection, piece.events, resolve, reader), piece
 
         return await self.store.look(job)
 
@@ -205,19 +231,27 @@ class ServedLog:
     # ---- links
 
     def _all_resolved(
-        self, connection: sqlite3.Connection, events: Sequence[RecordedEvent], resolve: bool
+        self, connection: sqlite3.Connection, events: Sequence[RecordedEvent], resolve: bool, reader: Reader | None
     ) -> list[Resolved]:
         if not resolve:
             return [(event, None) for event in events]
-        return [self._resolve(connection, event) for event in events]
+        return [self._resolve(connection, event, reader) for event in events]
 
-    def _resolve(self, connection: sqlite3.Connection, event: RecordedEvent) -> Resolved:
+    async def may_read(self, reader: Reader, stream: str) -> bool:
+        """Whether the reader may see the stream's events through a link."""
+        return await self.store.look(reader.may, stream)
+
+    def _resolve(self, connection: sqlite3.Connection, event: RecordedEvent, reader: Reader | None) -> Resolved:
+        """The event that a link leads to, and the link. A target that is gone, or that the reader may not read, is left
+        out, as EventStoreDB does."""
         if event.type != LINK:
             return event, None
         target = target_of(event)
         if target is None:
             return event, None  # a payload that names no event: the link is shown as it is
         version, stream = target
+        if reader is not None and not reader.may(connection, stream):
+            return None, event
         try:
             view = reading.view_of(connection, stream, self._clock())
         except (StreamNotFound, StreamDeleted):

@@ -14,7 +14,7 @@ from tidings.server.group_settings import ALL
 from tidings.server.links import Linker
 from tidings.server.log import ServedLog
 from tidings.server.protocol import packed, projections, shared, struct_pb2
-from tidings.server.refusals import Refusal, Status, thrown, unimplemented
+from tidings.server.refusals import Refusal, Status, shown, thrown, unimplemented
 from tidings.server.security import Access
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
@@ -97,7 +97,7 @@ class Projections:
         try:
             return self._known[name]
         except KeyError:
-            raise Refusal(Status.NOT_FOUND, f"Projection '{name}' was not found.") from None
+            raise Refusal(Status.NOT_FOUND, f"Projection '{shown(name)}' was not found.") from None
 
     # ---- changes
 
@@ -173,10 +173,12 @@ class Projections:
     # ---- what they know
 
     async def state(self, request: Any, call: Call) -> Any:
+        self._access.check_user(call.user)
         await self._unknowable(request.options.name)
         return projections.StateResp(state=_EMPTY)
 
     async def result(self, request: Any, call: Call) -> Any:
+        self._access.check_user(call.user)
         await self._unknowable(request.options.name)
         return projections.ResultResp(result=_EMPTY)
 
@@ -187,6 +189,7 @@ class Projections:
             await asyncio.Event().wait()
 
     async def statistics(self, request: Any, call: Call, send: Send) -> None:
+        self._access.check_user(call.user)
         batch = [packed(projections.StatisticsResp(details=details)) for details in self._details(request.options)]
         if batch:
             await send(batch)

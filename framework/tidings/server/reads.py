@@ -8,6 +8,7 @@ from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.calls import Send
 from tidings.server.filters import choice_of
 from tidings.server.log import ServedLog
+from tidings.server.permissions import Reader
 from tidings.server.protocol import packed, streams
 from tidings.server.refusals import stream_deleted, unknown
 from tidings.server.wire import Encode, stream_name
@@ -19,7 +20,7 @@ PAGE: Final = 512
 """Events of one batch: bounds what a reader that has stopped keeps in memory."""
 
 
-async def read_stream(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
+async def read_stream(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
     """Forwards from a revision inclusive, backwards from one; what retention hides is left out."""
     wanted, left = options.stream, options.count
     stream = stream_name(wanted.stream_identifier)
@@ -45,7 +46,7 @@ async def read_stream(log: ServedLog, options: Any, encode: Encode, send: Send) 
     found, more = False, view.first <= view.last
     while more and left > 0:
         events, version, more = await log.stream(
-            stream, view, options.resolve_links, backwards=backwards, count=min(left, PAGE)
+            stream, view, options.resolve_links, backwards=backwards, count=min(left, PAGE), reader=reader
         )
         if events:
             found = True
@@ -57,7 +58,7 @@ async def read_stream(log: ServedLog, options: Any, encode: Encode, send: Send) 
         await send([packed(edge) for edge in (*edges, streams.ReadResp(last_stream_position=last))])
 
 
-async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
+async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
     """Forwards from a position inclusive, backwards from one exclusive; `count` is of events that match the filter."""
     wanted, left = options.all, options.count
     backwards = options.read_direction == streams.ReadReq.Options.Backwards
@@ -81,7 +82,13 @@ async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send) -> 
     end = False
     while not end and left > 0:
         batch = await log.all(
-            choice, options.resolve_links, after=after, before=before, backwards=backwards, count=PAGE
+            choice,
+            options.resolve_links,
+            after=after,
+            before=before,
+            backwards=backwards,
+            count=PAGE,
+            reader=reader,
         )
         events = batch.events[:left]
         if events:

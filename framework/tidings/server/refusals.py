@@ -5,6 +5,8 @@ The texts are EventStoreDB's own, because clients tell errors apart by them.
 
 from __future__ import annotations
 
+from typing import Final
+
 from tidings.errors import StoreError, StoreUnavailable, StreamDeleted
 from tidings.stores import APPEND_LIMIT
 from tidings.stores.eventstoredb.grpc_call import Status
@@ -13,6 +15,7 @@ __all__ = [
     "Status",
     "Refusal",
     "access_denied",
+    "exhausted",
     "group_dropped",
     "group_exists",
     "group_failed",
@@ -21,6 +24,7 @@ __all__ = [
     "invalid_argument",
     "missing_metadata",
     "of_store_error",
+    "shown",
     "stream_deleted",
     "thrown",
     "too_large",
@@ -30,14 +34,27 @@ __all__ = [
 ]
 
 
+SHOWN: Final = 512
+"""Bytes of a caller's text that an answer repeats: a header is compressed in time that grows with its square."""
+
+
+def shown(text: str) -> str:
+    """A name that the caller gave, as it may stand in an answer: a long one is cut."""
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) <= SHOWN:
+        return text
+    return f"{data[:SHOWN].decode('utf-8', 'ignore')}... ({len(data)} bytes)"
+
+
 class Refusal(Exception):
-    """Ends a call with a status other than OK. Trailers are sent as ASCII; what is not becomes escapes."""
+    """Ends a call with a status other than OK. Trailers are sent as ASCII; what is not becomes escapes. Texts that the
+    caller gave come through `shown`."""
 
     def __init__(self, code: Status, details: str, **trailers: str | int) -> None:
         self.code = code
         self.details = details
         self.trailers = [
-            (name.replace("_", "-"), str(value).encode("ascii", "backslashreplace").decode())
+            (name.replace("_", "-"), shown(str(value)).encode("ascii", "backslashreplace").decode())
             for name, value in trailers.items()
         ]
         super().__init__(f"{code.name}: {details}")
@@ -56,8 +73,13 @@ def invalid_argument(details: str) -> Refusal:
     return Refusal(Status.INVALID_ARGUMENT, details)
 
 
+def exhausted(details: str) -> Refusal:
+    """The answer to whoever has used up a budget of the server."""
+    return Refusal(Status.RESOURCE_EXHAUSTED, details)
+
+
 def unimplemented(what: str) -> Refusal:
-    return Refusal(Status.UNIMPLEMENTED, f"{what} is not supported by the Tidings server")
+    return Refusal(Status.UNIMPLEMENTED, f"{shown(what)} is not supported by the Tidings server")
 
 
 def access_denied() -> Refusal:
@@ -70,7 +92,7 @@ def access_denied() -> Refusal:
 def stream_deleted(stream: str) -> Refusal:
     return Refusal(
         Status.FAILED_PRECONDITION,
-        f"Event stream '{stream}' is deleted.",
+        f"Event stream '{shown(stream)}' is deleted.",
         exception="stream-deleted",
         stream_name=stream,
     )
@@ -81,7 +103,7 @@ def wrong_version(operation: str, stream: str, expected: int, actual: int) -> Re
     return Refusal(
         Status.FAILED_PRECONDITION,
         f"{operation} failed due to WrongExpectedVersion. "
-        f"Stream: {stream}, Expected version: {expected}, Actual version: {actual}",
+        f"Stream: {shown(stream)}, Expected version: {expected}, Actual version: {actual}",
         exception="wrong-expected-version",
         stream_name=stream,
         expected_version=expected,
@@ -126,29 +148,29 @@ def _group(code: Status, details: str, exception: str, stream: str, group: str, 
 
 
 def group_missing(stream: str, group: str) -> Refusal:
-    details = f"Subscription group {group} on stream {stream} does not exist."
+    details = f"Subscription group {shown(group)} on stream {shown(stream)} does not exist."
     return _group(Status.NOT_FOUND, details, "does-not-exist", stream, group)
 
 
 def group_exists(stream: str, group: str) -> Refusal:
-    details = f"Subscription group {group} on stream {stream} exists."
+    details = f"Subscription group {shown(group)} on stream {shown(stream)} exists."
     return _group(Status.ALREADY_EXISTS, details, "exists", stream, group)
 
 
 def group_failed(stream: str, group: str, reason: str) -> Refusal:
-    details = f"Subscription group {group} on stream {stream} failed: '{reason}'"
+    details = f"Subscription group {shown(group)} on stream {shown(stream)} failed: '{shown(reason)}'"
     return _group(Status.INTERNAL, details, "failed", stream, group, reason=reason)
 
 
 def group_dropped(stream: str, group: str) -> Refusal:
-    details = f"Subscription group {group} on stream {stream} was dropped."
+    details = f"Subscription group {shown(group)} on stream {shown(stream)} was dropped."
     return _group(Status.CANCELLED, details, "dropped", stream, group)
 
 
 def group_full(stream: str, group: str) -> Refusal:
     return Refusal(
         Status.FAILED_PRECONDITION,
-        f"Maximum subscriptions reached for subscription group {group} on stream {stream}.",
+        f"Maximum subscriptions reached for subscription group {shown(group)} on stream {shown(stream)}.",
         exception="maximum-subscribers-reached",
         stream_name=stream,
         group_name=group,

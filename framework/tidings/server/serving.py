@@ -6,22 +6,28 @@ import asyncio
 import os
 import ssl
 import tempfile
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack, closing
+from collections.abc import Collection, Mapping
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 from uuid import uuid4
 
-from tidings.errors import ConfigurationError, StoreUnavailable
+from tidings._support.private_files import private
+from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted
 from tidings.hosting.listening import listening_at
+from tidings.server.budgets import Limits, Treasury
+from tidings.server.certificates import generated_certificate, is_loopback, tls_context
 from tidings.server.cluster import Cluster
+from tidings.server.connections import Connections
 from tidings.server.group_service import PersistentSubscriptions
 from tidings.server.http2 import Connection
 from tidings.server.log import ServedLog
+from tidings.server.permissions import ADMINS, IDENTITY
 from tidings.server.projections import Projections
 from tidings.server.refusals import Refusal, Status
-from tidings.server.security import DEFAULT_PASSWORD, Access, generated_certificate, is_loopback, tls_context
+from tidings.server.security import DEFAULT_PASSWORD, Access
 from tidings.server.streams import Streams
 from tidings.stores.sqlite.log import now
 from tidings.stores.sqlite.store import SqliteStore, open_sqlite
@@ -31,6 +37,8 @@ __all__ = ["DEFAULT_PORT", "EventStoreServer"]
 DEFAULT_PORT: Final = 2113
 STRIDE: Final = 8
 """Distance of positions: as in EventStoreDB, where they are places in a file, the next number is not one."""
+OWN_FILES: Final = 128
+"""Files that the server itself may have open."""
 GRACE: Final = 2.0
 """Seconds that calls which have begun may take when the server ends."""
 
@@ -48,7 +56,8 @@ class EventStoreServer:
     it is started again; `remember_ids` keeps them. `projections` runs `$by_category` and `$by_event_type` from the
     start; without it they begin when somebody reads one of their streams. `strict` leaves out what is kinder than
     EventStoreDB: there, and then here, an append that is repeated while its first copy is being written is dropped, and
-    answered with a time-out after two seconds.
+    answered with a time-out after two seconds. `services` are the users that may read `$all` as relays and services
+    must, without being administrators. `limits` are what clients may cost.
 
     Raises `ConfigurationError` for options that do not go together and for an address that cannot be had, and
     `StoreUnavailable`, for a database that another server has too.
@@ -68,6 +77,8 @@ class EventStoreServer:
         remember_ids: bool = False,
         projections: bool = False,
         strict: bool = False,
+        services: Collection[str] = (),
+        limits: Limits | None = None,
     ) -> None:
         self._db = None if db is None else str(db)
         self.host = host
@@ -81,7 +92,8 @@ class EventStoreServer:
         self._remember_ids = remember_ids
         self._projections = projections
         self._strict = strict
-        self._connections: set[Connection] = set()
+        self._services = frozenset(services)
+        self._connections = Connections(Treasury(_affordable(limits or Limits())))
         self._idle = asyncio.Event()
         self._started = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -90,12 +102,19 @@ class EventStoreServer:
             raise ConfigurationError("a certificate goes with its key: give both, or neither")
         if insecure and (self._tls or users):
             raise ConfigurationError("insecure means without TLS and users: leave one of them out")
+        if self._services and not self._tls:
+            raise ConfigurationError("services that may read $all are users, and users need TLS: add tls")
         if self._users and not self._tls:
             raise ConfigurationError("users need TLS, or their passwords could be read on the way: add tls")
         if not is_loopback(host) and not insecure and not self._tls:
             raise ConfigurationError(
                 f"listening on {host} lets others than this machine in: add TLS and users, or say insecure"
             )
+
+    @property
+    def treasury(self) -> Treasury:
+        """What its clients use at the moment."""
+        return self._connections.treasury
 
     @property
     def uri(self) -> str:
@@ -169,23 +188,27 @@ class EventStoreServer:
                 ]
                 by_path = {method.path: method for method in methods}
                 loop = asyncio.get_running_loop()
+                looking = tasks.create_task(self._connections.run())
                 server = await loop.create_server(
                     lambda: Connection(by_path, access.authenticate, tasks, self._connections, self._idle.set),
                     sock=listening,
                     ssl=context,
+                    ssl_handshake_timeout=self.treasury.limits.handshake_seconds if context else None,
                 )
                 name = "localhost" if is_loopback(self.host) else self.host
-                by_path |= {method.path: method for method in Cluster(name, self.port, methods).methods()}
+                by_path |= {method.path: method for method in Cluster(name, self.port, methods, access).methods()}
                 stack.callback(server.close)
                 self._started.set()
                 await self._stopping.wait()
                 server.close()
                 await self._drain()
+                looking.cancel()
                 await subscriptions.stop()
                 await projections.stop()
 
     async def _access(self, store: SqliteStore) -> Access:
-        access = Access(store, open=not self._tls)
+        failures = self.treasury.limits.user_failed_logins
+        access = Access(store, open=not self._tls, services=self._services, user_failures=failures)
         if self._tls:
             alone = is_loopback(self.host)
             await access.load(self._users, default=alone)
@@ -209,7 +232,7 @@ class EventStoreServer:
 
     async def _drain(self) -> None:
         """Until every call that will end by itself has ended; subscriptions are ended."""
-        for connection in list(self._connections):
+        for connection in self._connections:
             connection.leave()
         try:
             async with asyncio.timeout(GRACE):
@@ -218,14 +241,19 @@ class EventStoreServer:
                     await self._idle.wait()
         except TimeoutError:
             pass
-        for connection in list(self._connections):
+        for connection in self._connections:
             connection.drop(Refusal(Status.UNAVAILABLE, "Server Is Not Ready"))
 
 
 async def _begin_log(store: SqliteStore) -> None:
-    """A log of EventStoreDB begins with an event of its own, and its clients' tests look for one."""
+    """A log of EventStoreDB begins with an event of its own, and its clients' tests look for one. The log's identity is
+    the administrators'."""
     if (await store.get_metadata("$scavenges")).version < 0:
         await store.set_metadata("$scavenges", {"$maxAge": 2_592_000})
+    with suppress(StreamDeleted):
+        if (await store.get_metadata(IDENTITY)).version < 0:
+            admins = {"$acl": {"$r": "$all", "$w": [ADMINS], "$d": [ADMINS], "$mr": "$all", "$mw": [ADMINS]}}
+            await store.set_metadata(IDENTITY, admins)
 
 
 def _alone(db: str) -> ExitStack:
@@ -235,7 +263,7 @@ def _alone(db: str) -> ExitStack:
     path = f"{db}-server"
     stack = ExitStack()
     try:
-        lock = stack.enter_context(closing(open(path, "a+", encoding="ascii")))  # noqa: SIM115 - the stack closes it
+        lock = stack.enter_context(closing(open(path, "a+", encoding="ascii", opener=private)))  # noqa: SIM115 - the stack closes it
     except OSError as error:
         raise ConfigurationError(f"the database {db} cannot be served: {error}") from error
     try:
@@ -251,3 +279,13 @@ def _alone(db: str) -> ExitStack:
     lock.write(str(os.getpid()))
     lock.flush()
     return stack
+
+
+def _affordable(limits: Limits) -> Limits:
+    """No more connections than the process may have files open, less those that it needs itself."""
+    import resource  # not on every system, like fcntl
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return limits
+    return replace(limits, connections=min(limits.connections, max(most - OWN_FILES, most // 2, 1)))

@@ -66,16 +66,17 @@ class Streams:
             raise invalid_argument(f"The combination of {(*kind, options.read_direction, filtered)} is invalid.")
         stream = stream_name(options.stream.stream_identifier) if kind[0] == "stream" else ALL
         await self._access.check(call.user, "$r", stream)
+        reader = self._access.reader(call.user)
         await self._wanted(stream, options.resolve_links)
         if kind == ("stream", "count"):
-            await read_stream(self._log, options, encode, send)
+            await read_stream(self._log, options, encode, send, reader)
         elif kind == ("all", "count"):
-            await read_all(self._log, options, encode, send)
+            await read_all(self._log, options, encode, send, reader)
         elif backwards:
             raise invalid_argument(f"The combination of {(*kind, options.read_direction, filtered)} is invalid.")
         else:
             follow = follow_stream if kind[0] == "stream" else follow_all
-            await follow(self._log, options, encode, send)
+            await follow(self._log, options, encode, send, reader)
 
     # ---- writing
 
@@ -89,6 +90,7 @@ class Streams:
                 if content != "options":
                     raise thrown()
                 options = request.options
+                await self._access.check(call.user, "$w", stream_name(options.stream_identifier))
             elif content != "proposed_message":
                 raise thrown()
             else:
@@ -96,11 +98,12 @@ class Streams:
                 size += event.size
                 if size > APPEND_LIMIT:
                     raise too_large()
+                if call.charge is not None:
+                    call.charge.take(event.size)  # until the call ends
                 events.append(event)
         if options is None:
             raise thrown()
         stream, expected = stream_name(options.stream_identifier), expected_version(options)
-        await self._access.check(call.user, "$w", stream)
         before = self._store.heard
         try:
             appended = await self._store.begin(Kind.APPEND, stream, events, expected)
@@ -114,7 +117,7 @@ class Streams:
         return _accepted(appended, hidden)
 
     async def batch_append(self, requests: AsyncIterator[Any], call: Call, send: Send) -> None:
-        await batch_append(self._log, self._access, call.user, requests, send, self._under_way)
+        await batch_append(self._log, self._access, call, requests, send, self._under_way)
 
     async def delete(self, request: Any, call: Call) -> Any:
         appended = await self._close(call, request.options, Kind.DELETE, EventData(METADATA, b""))

@@ -13,6 +13,7 @@ from tidings.errors import StreamDeleted
 from tidings.server.calls import Send
 from tidings.server.filters import choice_of
 from tidings.server.log import Batch, ServedLog
+from tidings.server.permissions import Reader
 from tidings.server.protocol import packed, streams
 from tidings.server.refusals import invalid_argument, stream_deleted
 from tidings.server.wire import Encode, Malformed, stream_name
@@ -43,7 +44,7 @@ def _checkpoint(position: int) -> bytes:
     return packed(streams.ReadResp(checkpoint=checkpoint))
 
 
-async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
+async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
     """One stream behind a revision, exclusive. A missing or softly deleted one is waited for."""
     wanted = options.stream
     stream = stream_name(wanted.stream_identifier)
@@ -57,7 +58,7 @@ async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send
             after = {"end": last, "revision": min(wanted.revision, MAX_VERSION)}.get(start or "", -1)
             history = True
             # Asked for once before the confirmation: a stream that is closed refuses instead of confirming.
-            events, piece = await log.follow(stream, after, history, options.resolve_links)
+            events, piece = await log.follow(stream, after, history, options.resolve_links, reader)
             await send([_confirmation()])
             while True:
                 if events:
@@ -70,14 +71,14 @@ async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send
                         history = False
                         await send([_caught_up()])
                     await log.touched(stream, piece.reached)
-                events, piece = await log.follow(stream, after, history, options.resolve_links)
+                events, piece = await log.follow(stream, after, history, options.resolve_links, reader)
         except StreamDeleted:
             raise stream_deleted(stream) from None
     finally:
         log.store.watch(-1)
 
 
-async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -> None:
+async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
     """The whole log behind a position, exclusive.
 
     A position between two events is confirmed and then refused. With a filter, checkpoints say how far it was looked:
@@ -103,7 +104,8 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
             raise invalid_argument(f"Position {position} is not that of an event.")
         counted, told = 0, NOTHING_TOLD
         looked = _Looked(after, window)
-        async with aclosing(log.history(choice, options.resolve_links, after=after, count=PAGE)) as history:
+        pieces = log.history(choice, options.resolve_links, after=after, count=PAGE, reader=reader)
+        async with aclosing(pieces) as history:
             async for batch in history:
                 looked.over(batch)
                 answers, counted, told = _answers(batch, encode, interval, counted, told)
@@ -117,7 +119,7 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send) -
         while True:
             if batch.end:
                 await log.store.beyond(batch.reached)
-            batch = await log.news(choice, options.resolve_links, batch.reached)
+            batch = await log.news(choice, options.resolve_links, batch.reached, reader)
             answers, counted, told = _answers(batch, encode, interval, counted, told)
             if answers:
                 await send(answers)

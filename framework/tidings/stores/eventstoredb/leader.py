@@ -69,15 +69,15 @@ class Leader:
         self._interval = _from_milliseconds(options.keep_alive_interval, self.seconds / 2)
         self._patience = _from_milliseconds(options.keep_alive_timeout, self.seconds / 2)
         self._cluster = len(spec.targets) > 1 or spec.scheme.endswith("+discover")
-        self._user, password = unquote(spec.username or ""), unquote(spec.password or "")
+        self.user, password = unquote(spec.username or ""), unquote(spec.password or "")
         self._tls = _tls(self.client) if options.tls else None
         self._metadata = [("connection-name", options.connection_name), ("requires-leader", "true")]
         if self._tls is not None:
-            secret = b64encode(f"{self._user}:{password}".encode()).decode()
+            secret = b64encode(f"{self.user}:{password}".encode()).decode()
             self._metadata.append(("authorization", f"Basic {secret}"))
-            if (self._user, password) != (spec.username, spec.password):
+            if (self.user, password) != (spec.username, spec.password):
                 # The client takes a URL's user and password as they stand, so that an '@' or '/' could not be in them.
-                self.client._call_credentials = self.client.construct_call_credentials(self._user, password)
+                self.client._call_credentials = self.client.construct_call_credentials(self.user, password)
         self._loop = asyncio.get_running_loop()
         self._connection: Connection | None = None
         self._opening: asyncio.Task[Connection] | None = None
@@ -268,12 +268,12 @@ class Leader:
                 return None
             case CallFailed(status=Status.UNAUTHENTICATED):
                 return StoreUnavailable(
-                    f"EventStoreDB at {self.place} rejects user {self._user!r}: check user and password in "
+                    f"EventStoreDB at {self.place} rejects user {self.user!r}: check user and password in "
                     "TIDINGS_STORE; a percent sign or '/' in them must be percent-encoded"
                 )
             case CallFailed(status=Status.PERMISSION_DENIED):
                 return StoreUnavailable(
-                    f"EventStoreDB at {self.place} denies user {self._user!r} what was asked for ({error}): by "
+                    f"EventStoreDB at {self.place} denies user {self.user!r} what was asked for ({error}): by "
                     "default only administrators read $all. Grant it ($acl), or name another user in TIDINGS_STORE"
                 )
             case CallFailed(trailers={"exception": "not-leader"}):

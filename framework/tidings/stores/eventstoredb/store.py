@@ -34,6 +34,7 @@ from tidings.stores import (
     RecordedEvent,
     StreamMetadata,
 )
+from tidings.stores.eventstoredb.access import close_identity, document_with_access
 from tidings.stores.eventstoredb.appends import Appends, Write
 from tidings.stores.eventstoredb.grpc import Connection
 from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
@@ -121,7 +122,7 @@ class EventStoreDB:
 
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
         wire.check(stream)
-        document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+        document = document_with_access(stream, values, self._leader.user)
         try:
             return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
         except StreamDeleted as error:
@@ -336,6 +337,7 @@ class EventStoreDB:
             event = EventData("tidings_LogCreated", json.dumps({"log": str(identity)}).encode(), id=identity)
             with suppress(WrongExpectedVersion, StreamDeleted):  # somebody else was first, or did harm
                 await self.append(LOG_STREAM, [event], expected=NO_STREAM)
+                await close_identity(self)
             leader.log = await leader.persistently(leader.identity)
             if leader.log is None:
                 raise StoreUnavailable(

@@ -17,8 +17,9 @@ from time import monotonic, sleep, time_ns
 from typing import Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID, uuid4
 
+from tidings._support.private_files import make_private
 from tidings.errors import ConfigurationError, StoreUnavailable, StreamDeleted, StreamNotFound
-from tidings.stores import Filter, RecordedEvent, StreamMetadata
+from tidings.stores import RecordedEvent, StreamMetadata
 from tidings.stores.rules import MAX_VERSION, document_of, original_of, retention_of
 
 P = ParamSpec("P")
@@ -98,6 +99,7 @@ class Database:
                 raise StoreUnavailable(
                     f"the event store {self.path} cannot be opened: there is no folder {folder}", waiting_helps=False
                 )
+            make_private(self.path)
         connection: sqlite3.Connection | None = None
         try:
             connection = self._connect()
@@ -320,34 +322,6 @@ class Page(NamedTuple):
     end: bool
 
 
-def condition_of(filter: Filter) -> tuple[str, tuple[str, ...]]:
-    """A filter as SQL and its parameters. The unary plus keeps SQLite from leaving the order of positions."""
-    parts: list[str] = []
-    values: list[str] = []
-    if filter.types:
-        parts.append(f"type IN ({', '.join('?' * len(filter.types))})")
-        values += filter.types
-    for prefixes, word in ((filter.stream_prefixes, ""), (filter.exclude_stream_prefixes, "NOT ")):
-        ranges = []
-        for prefix in prefixes:
-            above = _after_prefix(prefix)
-            ranges.append("+stream >= ? AND +stream < ?" if above else "+stream >= ?")
-            values += (prefix, above) if above else (prefix,)
-        if ranges:
-            parts.append(f"{word}({' OR '.join(ranges)})")
-    return "".join(f" AND {part}" for part in parts), tuple(values)
-
-
-def _after_prefix(prefix: str) -> str:
-    """The first string above all that begin with `prefix`; "" when there is none. SQLite orders by code point."""
-    while prefix and prefix[-1] == "\U0010ffff":
-        prefix = prefix[:-1]
-    if not prefix:
-        return ""
-    following = ord(prefix[-1]) + 1
-    return prefix[:-1] + chr(0xE000 if following == 0xD800 else following)
-
-
 def page_of_all(
     connection: sqlite3.Connection,
     after: int,
@@ -355,6 +329,7 @@ def page_of_all(
     backwards: bool,
     condition: tuple[str, tuple[str, ...]],
     count: int,
+    most: int = PAGE_BYTES,
 ) -> Page:
     """Events with positions between `after` and `before`, both exclusive, from one of the two ends."""
     # The head first: what is at or below it is committed, so that a page may say that it looked so far.
@@ -362,7 +337,7 @@ def page_of_all(
     low = max(bottom, top - WINDOW) if backwards else bottom
     high = top if backwards else min(bottom + WINDOW, top)
     where = f"position > ? AND position <= ?{condition[0]}"
-    events, cut = _page(connection, where, (low, high, *condition[1]), "position", backwards, count)
+    events, cut = _page(connection, where, (low, high, *condition[1]), "position", backwards, count, most)
     if cut:
         reached = events[-1].position
         return Page(events, reached, False)
@@ -372,11 +347,11 @@ def page_of_all(
 
 
 def page_of_stream(
-    connection: sqlite3.Connection, stream: str, view: View, backwards: bool, count: int
+    connection: sqlite3.Connection, stream: str, view: View, backwards: bool, count: int, most: int = PAGE_BYTES
 ) -> tuple[list[RecordedEvent], bool]:
     """Events in a view from one of its two ends, and whether there are more."""
     where = "stream = ? AND version >= ? AND version <= ? AND ticks >= ?"
-    return _page(connection, where, (stream, *view), "version", backwards, count)
+    return _page(connection, where, (stream, *view), "version", backwards, count, most)
 
 
 class Following(NamedTuple):
@@ -390,7 +365,9 @@ class Following(NamedTuple):
     end: bool
 
 
-def follow(connection: sqlite3.Connection, stream: str, after: int, history: bool, now: int) -> Following:
+def follow(
+    connection: sqlite3.Connection, stream: str, after: int, history: bool, now: int, most: int = PAGE_BYTES
+) -> Following:
     """Events behind version `after`; `history`: only those that may be read, as opposed to what has just happened.
 
     A subscriber that is at the end receives what is appended whatever retention says of it (EventStoreDB pushes it),
@@ -404,7 +381,7 @@ def follow(connection: sqlite3.Connection, stream: str, after: int, history: boo
         except StreamNotFound:
             return Following([], max(after, last), reached, True)
     view = view._replace(first=max(view.first, min(after, MAX_VERSION - 1) + 1))
-    events, more = page_of_stream(connection, stream, view, False, PAGE_EVENTS)
+    events, more = page_of_stream(connection, stream, view, False, PAGE_EVENTS, most)
     version = events[-1].version if events else after
     if history and not more:
         version = max(version, view.last)
@@ -412,7 +389,13 @@ def follow(connection: sqlite3.Connection, stream: str, after: int, history: boo
 
 
 def _page(
-    connection: sqlite3.Connection, where: str, values: tuple[object, ...], key: str, backwards: bool, count: int
+    connection: sqlite3.Connection,
+    where: str,
+    values: tuple[object, ...],
+    key: str,
+    backwards: bool,
+    count: int,
+    most: int,
 ) -> tuple[list[RecordedEvent], bool]:
     """Return up to `count` events, and whether it stopped before the end of `where`: at `count`, or because of memory.
 
@@ -424,7 +407,7 @@ def _page(
     sizes = f"SELECT count(*), total(length(data) + length(metadata)) {rows}"
     while count > 1:
         found, size = connection.execute(sizes, (*values, count)).fetchone()
-        if size <= PAGE_BYTES:
+        if size <= most:
             if not found:
                 return [], False
             break

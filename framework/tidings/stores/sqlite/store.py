@@ -43,6 +43,7 @@ from tidings.stores import (
 )
 from tidings.stores.metadata import check_closing, check_metadata_write
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED, check_event
+from tidings.stores.sqlite.conditions import condition_of
 from tidings.stores.sqlite.log import PAGE_EVENTS, Database, Page, now
 from tidings.stores.sqlite.writer import Appender, Kind, Outcome, Write, Writer
 
@@ -398,4 +399,4 @@ def _check_stream(stream: str) -> None:
 def _condition(filter: Filter) -> tuple[str, tuple[str, ...]]:
     for text in (*filter.types, *filter.stream_prefixes, *filter.exclude_stream_prefixes):
         check_text(text)
-    return reading.condition_of(filter)
+    return condition_of(filter)
