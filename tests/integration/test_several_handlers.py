@@ -24,7 +24,7 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import Context, Hold, RecordedEvent, Retry, Service
-from tidings.database.tables import held, partials
+from tidings.database.tables import dead, held, partials
 from tidings.operations.dead import DeadLetters
 
 QUICK = Retry(attempts=2, delay=0.01, hold=Hold(attempts=2, delay=0.05))
@@ -224,6 +224,31 @@ async def test_what_is_held_keeps_its_order_when_a_deploy_moves_it_to_another_li
         await world.append(Happened(key="k0", n=2))
         await world.settled()
         assert await effects(after) == {"work k0": [0, 1, 2]}
+
+
+async def test_what_is_dead_holds_its_key_when_a_deploy_moves_it_to_another_line(tmp_path: Path) -> None:
+    def version(*, above: bool) -> Service:
+        service = Service("pair", tables=tables)
+        if above:
+
+            @service.on(Happened)
+            async def other(event: Happened) -> None: ...
+
+        @service.on(Happened, retry=Retry(permanent=(RuntimeError,)))
+        async def work(event: Happened, session: AsyncSession) -> None:
+            await note(session, "work", event)
+            if event.n == 0:
+                raise RuntimeError("never")
+
+        return service
+
+    async with embedded(tmp_path, before := version(above=False)) as world:
+        await world.append(Happened(key="k0"))
+        await until(lambda: _number(before, dead, 1))
+    async with embedded(tmp_path, after := version(above=True)) as world:
+        await world.append(Happened(key="k0", n=1))
+        await until(lambda: _number(after, held, 1))
+        assert await effects(after) == {}
 
 
 async def test_two_handlers_may_hold_the_same_event(tmp_path: Path) -> None:
