@@ -164,7 +164,8 @@ async def test_what_stands_behind_an_undone_event_is_cut_off_and_comes_after_it(
     """Of one key, the first is done and the second waits for something outside, when an event of another key fails and
     so undoes their group."""
     monkeypatch.setattr("tidings.database.engine.SHARE", 15)  # one group at a time
-    monkeypatch.setattr("tidings.delivery.groups.GROUP_SECONDS", 60.0)  # and it takes both, however slow the machine is
+    # However slow the machine is, that one takes both.
+    monkeypatch.setattr("tidings.delivery.concurrent_groups.GROUP_SECONDS", 60.0)
     monkeypatch.setattr("tidings.delivery.slow_handlers.SLOW_SECONDS", 60.0)
     key, culprit = two_keys()
     service, cut_off = Service("audit", tables=tables), list[int]()
@@ -232,7 +233,7 @@ async def test_a_handler_that_waits_for_its_late_session_goes_on_after_the_trans
     in its transaction. That one was never in it, so it is neither run again nor forgotten."""
     monkeypatch.setattr("tidings.database.engine.SHARE", 15)  # one group at a time
     monkeypatch.setattr(
-        "tidings.delivery.groups.GROUP_SECONDS", 0.0
+        "tidings.delivery.concurrent_groups.GROUP_SECONDS", 0.0
     )  # it gives its place back when the first has ended
     key, other = two_keys()
     service, late = Service("audit", tables=tables), list[int]()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Awaitable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import structlog
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
@@ -44,6 +44,10 @@ from tidings.errors import DatabaseUnavailable, Fenced, TransactionMisuse
 __all__ = ["ConcurrentGroups"]
 
 log = structlog.get_logger("tidings.delivery")
+
+GROUP_SECONDS: Final = 0.1
+"""Seconds after which a group takes no further seat. Groups share the event loop, so each of them gets only a part of
+this time; rows that it has locked stay locked for so long."""
 
 
 class _Undone(Exception):
@@ -219,7 +223,7 @@ class ConcurrentGroups:
             if following is None:
                 return
             alone = following.item.handler.name in self._slow
-            if nth and (alone or self._site.clock() - began > groups.GROUP_SECONDS):
+            if nth and (alone or self._site.clock() - began > GROUP_SECONDS):
                 group.waiting.appendleft(following)
                 return
             final = await self._within(connection, group, following)

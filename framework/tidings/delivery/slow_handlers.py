@@ -20,14 +20,21 @@ class SlowHandlers:
     def __init__(self, service: str) -> None:
         self._service = service
         self._names: set[str] = set()
+        self._told: set[str] = set()
 
     def __contains__(self, handler: str) -> bool:
+        """Its last attempt was slow."""
         return handler in self._names
 
     def took(self, handler: str, seconds: float) -> None:
-        """A handler has held its transaction for so long."""
-        if seconds > SLOW_SECONDS and handler not in self._names:
-            self._names.add(handler)
+        """A handler has held its transaction for so long. One that is quick again shares transactions again: a machine
+        or a database that stood still for a moment makes every handler slow once."""
+        if seconds <= SLOW_SECONDS:
+            self._names.discard(handler)
+            return
+        self._names.add(handler)
+        if handler not in self._told:
+            self._told.add(handler)
             log.warning(
                 "handler.holds_writer",
                 service=self._service,
