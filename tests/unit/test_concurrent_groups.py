@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from tidings._support.timers import Timers
 from tidings.delivery.batch import Pending
@@ -15,6 +16,7 @@ from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.fitness import Fitness
 from tidings.delivery.inflight import InFlight, Role, State
 from tidings.delivery.lanes import EventLanes
+from tidings.delivery.slow_handlers import SLOW_SECONDS, SlowHandlers
 from tidings.modelling.handlers import Handler, Retry
 from tidings.stores import RecordedEvent
 
@@ -195,3 +197,16 @@ def test_a_bucket_is_claimed_until_the_commit_that_has_it_is_done() -> None:
     assert not pending.claims(1)
     assert pending.freed() == {1}
     assert pending.freed() == set()
+
+
+def test_a_handler_is_alone_while_it_is_slow_and_named_once() -> None:
+    slow = SlowHandlers("audit")
+    with capture_logs() as logs:
+        for _ in range(2):
+            slow.took("handle", 2 * SLOW_SECONDS)
+            assert "handle" in slow
+            slow.took("other", SLOW_SECONDS / 2)
+            assert "handle" in slow, "another one was quick"
+            slow.took("handle", SLOW_SECONDS / 2)
+            assert "handle" not in slow
+    assert [(entry["event"], entry["handler"]) for entry in logs] == [("handler.holds_writer", "handle")]

@@ -11,7 +11,7 @@ __all__ = ["SLOW_SECONDS", "SlowHandlers"]
 log = structlog.get_logger("tidings.delivery")
 
 SLOW_SECONDS: Final = 0.25
-"""A handler that holds its transaction longer than this is named in the log and gets transactions of its own."""
+"""A handler that holds its transaction longer than this is named in the log, and has its next one for itself."""
 
 
 class SlowHandlers:
