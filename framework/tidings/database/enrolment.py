@@ -332,7 +332,7 @@ class Enrolment:
 
     async def _record_all(self, since: Mapping[str, int]) -> None:
         """Note handlers that have never run in the service."""
-        theirs = (*self._scope.of_log(handlers), handlers.c.handler.in_(since))
+        theirs = (*self._scope.of_log(handlers), handlers.c.handler.in_(list(since)))
         known = set(await self._connection.scalars(sa.select(handlers.c.handler).where(*theirs)))
         now = datetime.now(UTC)
         rows = [
