@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.served, pytest.mark.postgresql]
 
 EVENTS = 160
 BUCKETS = (3, 77, 200)
-PATIENCE = 60.0
+PATIENCE = 90.0
 STRUCK = 60
 """Transactions, of which some were struck."""
 SEEDS = 2
@@ -132,7 +132,7 @@ class Fate:
             letter = self.random.choice(found)
             with suppress(DeadLetterNotFound):
                 self.operations += 1
-                if self.kind or self.operations % 3:
+                if self.kind or self.operations % 3 != 1:
                     await letters.retry([letter.id])
                 else:
                     await letters.drop([letter.id])
@@ -191,8 +191,7 @@ async def lives(fate: Fate, settings: Settings, store: EventStore, bus: MemoryBu
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rivals that came back faster than one of them commits would keep each other from everything.
-    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.005, 1.0))
+    monkeypatch.setattr("tidings.hosting.partition.REJOIN_SECONDS", (0.005, 0.1))
     monkeypatch.setattr("tidings.hosting.running.DRAIN_SECONDS", 0.02)
     monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.01, 0.03))
     monkeypatch.setattr("tidings.delivery.revival.HELD_SECONDS", 0.03)
@@ -221,13 +220,14 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
         database = await stack.enter_async_context(open_database(settings.database_of("audit"), tables))
         letters = DeadLetters(database, "audit", await store.log_id())
         await stack.enter_async_context(supervised(fate.operate(letters)))
+        rivals = await stack.enter_async_context(AsyncExitStack())
         if rival:
             apart = settings_for(tmp_path)
-            other = await stack.enter_async_context(open_bus(apart.bus))
+            other = await rivals.enter_async_context(open_bus(apart.bus))
             assert isinstance(other, MemoryBus)
             second = Relay(store, other, name="second", marker_seconds=0.05, checkpoint_seconds=0.02)
-            await stack.enter_async_context(lives(fate, apart, store, other))
-            await stack.enter_async_context(supervised(second.run()))
+            await rivals.enter_async_context(lives(fate, apart, store, other))
+            await rivals.enter_async_context(supervised(second.run()))
 
         fate.kind = False
         numbered: dict[str, int] = defaultdict(int)
@@ -248,6 +248,7 @@ async def test_effects_happen_once_in_order_whatever_goes_wrong(tmp_path: Path, 
                         bus.delete_queue("tidings.audit")
 
         fate.outage = False
+        await rivals.aclose()  # two who are at work at once keep each other from it, however right what they do is
         async with lives(fate, settings, store, bus):
             await until(lambda: bool(fate.dropped) and fate.transactions > STRUCK, PATIENCE)
         fate.kind = True
