@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.errors import ConfigurationError, EventTooLarge, InvalidStreamName, SchemaError
+from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge, InvalidStreamName, SchemaError
 from tidings.modelling.codec import Cause
 from tidings.modelling.context import Context, name_of
 from tidings.modelling.events import Event
@@ -201,3 +203,36 @@ def test_what_can_never_be_appended_is_refused_at_once_and_not_staged() -> None:
 def test_it_tells_where_it_is() -> None:
     one = context(attempt=3)
     assert (one.position, one.stream, one.attempt, one.causation_id) == (9, "order-1", 3, UUID(int=1))
+
+
+class Injected:
+    """Something that is made for one attempt, as a session is: it knows the context, and the context knows it."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.ends = 0
+        context.opens(self.enter)
+        context.ends_with(self.end)
+
+    def enter(self) -> Any:
+        raise AssertionError("nobody enters it")
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def test_what_was_injected_does_not_wait_for_the_garbage_collector_once_the_attempt_has_ended() -> None:
+    attempt = context()
+    injected = Injected(attempt)
+    known = weakref.ref(injected)
+    attempt.end("had returned")
+    attempt.end("was stopped")
+    assert injected.ends == 1
+    with pytest.raises(AttemptEnded, match="had returned"):
+        attempt.session()
+    gc.disable()
+    try:
+        del injected
+        assert known() is None
+    finally:
+        gc.enable()

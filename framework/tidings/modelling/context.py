@@ -116,7 +116,9 @@ class Context:
             if self._ended:
                 return
             self._ended = how
-        for end in self._mortal:
+            # What was injected knows the context: left to each other, they would wait for the garbage collector.
+            mortal, self._mortal, self._open = self._mortal, (), None
+        for end in mortal:
             end()
 
     def ends_with(self, end: Callable[[], object]) -> None:
@@ -154,10 +156,11 @@ class Context:
         enter it last. What is pending is flushed at the end of the block. Raises `AttemptEnded` as `emit` does, and
         `ConfigurationError` outside a service.
         """
+        opening = self._open
         self.check_alive("context.session()")
-        if self._open is None:
+        if opening is None:
             raise ConfigurationError("context.session() works while a service runs the handler; here, nobody does")
-        return self._open()
+        return opening()
 
     def check_statement(self, connection: object) -> None:
         """Raise `AttemptEnded` for a statement on the group's connection after the end, however the handler got hold of
