@@ -49,7 +49,7 @@ PUBLIC = {
         TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
         VersionNotFound WriterHeld WrongExpectedVersion""",
     "tidings.logs": "configure_by_default configure_logging masked",
-    "tidings.server": "DEFAULT_PORT EventStoreServer run_server",
+    "tidings.server": "DEFAULT_PORT EventStoreServer Limits run_server",
     "tidings.settings": "Settings",
     "tidings.stores": """
         ANY APPEND_LIMIT Appended CaughtUp Checkpoint EVERYTHING EventData EventStore Expected Filter JSON

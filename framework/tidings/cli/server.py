@@ -11,6 +11,20 @@ from tidings.cli._exits import USAGE, Refused, answering
 __all__ = ["server"]
 
 
+_Services = Annotated[
+    list[str] | None,
+    typer.Option(metavar="USER", help="A user who may read $all, as relays and services must. Repeat it for more."),
+]
+_Limits = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=NUMBER", help="A budget of the server, as streams=200. Repeat it for more."),
+]
+_Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="As unkind as EventStoreDB: drop an append that is repeated while it is written."),
+]
+
+
 @answering
 def server(
     db: Annotated[str | None, typer.Option(metavar="PATH", help="Database file; made when it is not there.")] = None,
@@ -32,12 +46,9 @@ def server(
     projections: Annotated[
         bool, typer.Option("--projections", help="Run $by_category and $by_event_type from the start.")
     ] = False,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", help="As unkind as EventStoreDB: drop an append that is repeated while it is written."
-        ),
-    ] = False,
+    service: _Services = None,
+    limit: _Limits = None,
+    strict: _Strict = False,
 ) -> None:
     """Serve EventStoreDB's protocol from a file until Ctrl-C or SIGTERM: for tests, laptops and small machines.
 
@@ -65,4 +76,6 @@ def server(
         remember_ids=remember_ids,
         projections=projections,
         strict=strict,
+        services=service or (),
+        limits=limit or (),
     )

@@ -69,6 +69,8 @@ async def answering(probe: Probe, address: int | str) -> AsyncIterator[str]:
         import uvicorn
         from starlette.applications import Starlette
 
+        from tidings.hosting.slow_clients import limited
+
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -79,6 +81,7 @@ async def answering(probe: Probe, address: int | str) -> AsyncIterator[str]:
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
         Starlette(routes=_routes(probe)),
+        http=limited(),
         log_config=None,
         log_level="warning",
         access_log=False,

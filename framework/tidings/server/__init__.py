@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from tidings.server.budgets import Limits
 from tidings.server.running import run_server
 from tidings.server.serving import DEFAULT_PORT, EventStoreServer
 
-__all__ = ["DEFAULT_PORT", "EventStoreServer", "run_server"]
+__all__ = ["DEFAULT_PORT", "EventStoreServer", "Limits", "run_server"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Final
 
 from tidings.errors import ConfigurationError
 from tidings.hosting.signals import StopSignals
 from tidings.logs import configure_logging
+from tidings.server.budgets import Limits
 from tidings.server.serving import DEFAULT_PORT, EventStoreServer
 
 __all__ = ["PASSWORDS", "run_server"]
@@ -30,10 +33,13 @@ def run_server(
     remember_ids: bool = False,
     projections: bool = False,
     strict: bool = False,
+    services: Sequence[str] = (),
+    limits: Sequence[str] = (),
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain; a second signal ends the process at once.
 
-    Raises what `EventStoreServer` raises, and `ConfigurationError` for users that cannot be read.
+    `limits` are texts such as `streams=200`. Raises what `EventStoreServer` raises, and `ConfigurationError` for users
+    or limits that cannot be read.
     """
     configure_logging()
     if (db is None) != memory:
@@ -50,6 +56,8 @@ def run_server(
         remember_ids=remember_ids,
         projections=projections,
         strict=strict,
+        services=services,
+        limits=_limits(limits),
     )
     asyncio.run(_run(server))
 
@@ -62,6 +70,24 @@ def _users(text: str) -> dict[str, str]:
             raise ConfigurationError(f"{PASSWORDS} is name:password,...: one of its parts has no name or no password")
         users[name] = password
     return users
+
+
+def _limits(texts: Sequence[str]) -> Limits:
+    """From `name=number`. Raises `ConfigurationError`."""
+    known = {field.name: type(getattr(Limits(), field.name)) for field in fields(Limits)}
+    chosen: dict[str, Any] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            chosen[name] = known[name](number)
+        except (KeyError, ValueError):
+            raise ConfigurationError(
+                f"--limit {text!r} is no budget: write NAME=NUMBER, with one of the names {', '.join(known)}"
+            ) from None
+    try:
+        return Limits(**chosen)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--limit: {error}") from None
 
 
 async def _run(server: EventStoreServer) -> None:

@@ -1,0 +1,112 @@
+"""Regular expressions of filters: what they find, which engine finds it, and that none takes for ever."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("esdbclient", reason="pip install 'tidings[eventstoredb]'")
+
+from tidings.server import expressions
+from tidings.server.expressions import LONGEST, Expression
+from tidings.server.wire import Malformed
+
+FOUND = [
+    ("b|^c$", "abc", True),
+    ("^b|^c$", "abc", False),
+    (r"^(?!(\$.+$|PersistentConfig\d+$))", "order-1", True),
+    (r"^(?!(\$.+$|PersistentConfig\d+$))", "$order", False),
+    (r"^(?!(\$.+$|PersistentConfig\d+$))", "PersistentConfig7", False),
+    (r"^(?!(?:tidings_|\$))(?:order|stock)", "order-1", True),
+    (r"^(?!(?:tidings_|\$))(?:order|stock)", "tidings_order", False),
+    (r"^(?!(?:tidings_|\$))(?:order|stock)", "shipping", False),
+    (r"^(?!a)(?=.b)", "xb", True),
+    (r"^(?!a)(?=.b)", "xa", False),
+    (r"^(?!a)b|c", "ac", True),
+    (r"^(?![()|\]])x", "x|", True),
+    (r"^Order.*Placed$", "OrderWasPlaced", True),
+]
+
+
+@pytest.fixture(params=["google-re2", "re"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each of the two engines; where google-re2 is not installed, only Python's."""
+    if request.param == "re":
+        monkeypatch.setattr(expressions, "_RE2", None)
+    else:
+        pytest.importorskip("re2", reason="pip install 'tidings[server]'")
+    expressions._compiled.cache_clear()
+    yield request.param
+    expressions._compiled.cache_clear()
+
+
+@pytest.mark.parametrize(("pattern", "name", "found"), FOUND)
+def test_what_clients_build_is_found_by_either_engine(engine: str, pattern: str, name: str, found: bool) -> None:
+    assert expressions.engine() == engine
+    assert Expression(pattern).search(name) is found
+    assert (re.search(pattern, name) is not None) is found
+
+
+@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(a|a)*$", r"(a|aa)+$", r"(\w+\s?)*$", r"(.*)*x", r".*.*.*=.*"])
+def test_an_expression_that_would_backtrack_for_ever_ends(engine: str, pattern: str) -> None:
+    """pytest's timeout ends one that does not."""
+    if engine == "google-re2":
+        Expression(pattern).search("a" * 100_000 + "!")
+    else:
+        with pytest.raises(Malformed, match="install google-re2"):
+            Expression(pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"(a)\1", r"(a+)+(?!b)\1$", "(a|a)" * 20 + r"\1"])
+def test_what_only_a_backtracking_engine_knows_is_refused(engine: str, pattern: str) -> None:
+    with pytest.raises(Malformed, match="not run"):
+        Expression(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a", "a{2,1}", "*", "x" * (LONGEST + 1), r"\p{Nonsense}"])
+def test_what_cannot_be_read_is_refused(engine: str, pattern: str) -> None:
+    with pytest.raises(Malformed):
+        Expression(pattern)
+
+
+def test_letters_of_any_script_and_the_end_of_a_name_as_net_writes_them() -> None:
+    pytest.importorskip("re2", reason="pip install 'tidings[server]'")
+    assert Expression(r"^(?<first>\p{L}+)-\d+\z").search("größe-12")
+    assert not Expression(r"^\p{L}+\z").search("a-1")
+
+
+pieces = st.recursive(
+    st.sampled_from(["a", "b", r"\$", "[ab]", "[^a]", ".", r"\d"]),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map("".join),
+        st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})"),
+        inner.map(lambda part: f"({part})?"),
+        st.sampled_from(["a*", "[ab]+", "b?", ".*"]),
+    ),
+    max_leaves=6,
+)
+names = st.text("ab$1-", max_size=8)
+
+
+@given(st.tuples(st.booleans(), pieces, pieces), names)
+def test_a_look_ahead_at_the_beginning_means_what_it_says(parts: tuple[bool, str, str], name: str) -> None:
+    pytest.importorskip("re2", reason="pip install 'tidings[server]'")
+    negative, ahead, rest = parts
+    pattern = f"^(?{'!' if negative else '='}{ahead}){rest}"
+    assert Expression(pattern).search(name) == (re.search(pattern, name) is not None)
+
+
+def test_the_server_starts_without_google_re2() -> None:
+    program = (
+        "import sys; sys.modules['re2'] = None\n"
+        "from tidings.server.expressions import Expression, engine\n"
+        "print(engine(), Expression('^order-').search('order-1'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["re", "True"]
