@@ -75,6 +75,8 @@ def test_whatever_calls_do_nothing_stays_counted_when_all_are_over(steps: list[t
         charge = charges[number]
         if what == "clear":
             charge.clear()
+            charge.hold(size)  # by a handler that has not heard yet
+            assert charge.bytes == 0
         else:
             charge.hold(-min(size, charge.bytes) if what == "give" else size)
         assert treasury.bytes == sum(each.bytes for each in charges) == allowance.bytes
