@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from structlog.testing import capture_logs
 
 import tidings.stores.eventstoredb.wire as wire
 from tests.integration.eventstoredb import many, opened
+from tidings import open_store
 from tidings.errors import EventTooLarge, StoreUnavailable
 from tidings.server import EventStoreServer
 from tidings.stores import CaughtUp, EventData
@@ -193,11 +195,11 @@ async def test_an_append_of_unknown_outcome_that_cannot_be_looked_for_says_so(mo
             await appending
 
 
-async def test_a_log_whose_identity_was_tombstoned_says_so() -> None:
-    async with EventStoreServer() as server:
-        async with opened(server.port) as store:
+async def test_a_log_whose_identity_was_tombstoned_says_so(tmp_path: Path) -> None:
+    """Neither `tidings server` nor its users can do that any more; EventStoreDB's can."""
+    async with open_store(f"sqlite:///{tmp_path}/log.db") as embedded:
+        await embedded.log_id()
+        await embedded.tombstone("tidings_log")
+    async with EventStoreServer(str(tmp_path / "log.db")) as server, opened(server.port) as store:
+        with pytest.raises(StoreUnavailable, match="'tidings_log', the log's identity, cannot be read"):
             await store.log_id()
-            await store.tombstone("tidings_log")
-        async with opened(server.port) as store:
-            with pytest.raises(StoreUnavailable, match="'tidings_log', the log's identity, cannot be read"):
-                await store.log_id()

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import Context
 from typing import Any, Final
 
 from tidings.buses import Delivery, Found, Subscription
@@ -26,6 +27,8 @@ BEHIND: Final = 0.3
 """Probability that messages which are delivered again come after the others, as they may in a quorum queue."""
 TRAVEL: Final = 0.002
 """Seconds that a message takes from one end of a connection to the other."""
+BROKERS: Final = Context()
+"""No process's: what is on its way arrives whatever becomes of its sender."""
 
 
 def named(message: Message) -> str:
@@ -174,7 +177,7 @@ class _Publisher(_Connection):
         self._sent += 1
         # It arrives even if its sender is killed or paused by then, unless the connection breaks first.
         self._arrives = max(self._arrives, loop.time() + TRAVEL * process.seconds() / 0.002)
-        loop.call_at(self._arrives, self._arrive, message, confirmed)
+        loop.call_at(self._arrives, self._arrive, message, confirmed, context=BROKERS)
         return confirmed
 
     def _arrive(self, message: Message, confirmed: asyncio.Future[Any]) -> None:
@@ -228,7 +231,7 @@ class _Consumer(_Connection):
         self._given += 1
         delivery = Delivery(self._given, message)
         self._unsettled.append(delivery)
-        self.broker.loop.call_later(TRAVEL, self._arrive, delivery)
+        self.broker.loop.call_later(TRAVEL, self._arrive, delivery, context=BROKERS)
 
     def _arrive(self, delivery: Delivery) -> None:
         self._arrived.append(delivery)
