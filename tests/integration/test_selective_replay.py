@@ -61,7 +61,8 @@ async def test_what_is_chosen_runs_again_in_order_and_nothing_else(tmp_path: Pat
         fresh = (await rows(service))[len(before) :]
         assert [n for key, n in fresh if key == "k2" and n != 99] == [n for key, n in before if key == "k2"]
         assert sorted(row for row in fresh if row[0] != "k2" or row[1] == 99) == [("k2", 99), ("new", 0)]
-        assert (seen.count(True), seen.count(False)) == (10, 62)
+        assert seen.count(True) == 10
+        assert seen.count(False) >= 62, "what was at work while the replay was asked for may have run twice"
         assert await count(service, held) == 0
 
 
@@ -197,3 +198,29 @@ async def test_what_is_held_or_not_handled_yet_is_left_alone(tmp_path: Path) -> 
         await until(six)
         assert [n for _, n in await rows(service)] == [0, 1, 2, 0, 1, 2]
         await until(waits)
+
+
+async def test_what_is_to_run_again_blocks_its_key_for_the_process_at_work_too(tmp_path: Path) -> None:
+    """Else a later event would go past the one that is held already, as soon as what runs again is done."""
+    ran: list[int] = []
+
+    service = Service("audit", tables=tables)
+
+    @service.on(Happened, retry=Retry(attempts=1, hold=Hold(attempts=5, delay=3600.0, maximum=3600.0)))
+    async def refuse_the_second(event: Happened) -> None:
+        if event.n == 1:
+            raise ValueError("not now")
+        ran.append(event.n)
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(2)))
+
+        async def waits(number: int) -> bool:
+            return await count(service, held) == number
+
+        await until(lambda: waits(1))
+        assert await again(world, service, key="k") == 1
+        await until(lambda: world.running[0].joins > 1)
+        await world.append(Happened(key="k", n=2))
+        await until(lambda: waits(2))
+        await until(lambda: ran == [0, 0])

@@ -21,6 +21,7 @@ from tidings.database.engine import Database
 from tidings.database.event_rows import key_of, recorded
 from tidings.database.tables import dead, held, staged
 from tidings.errors import TidingsError
+from tidings.operations.fencing import fence
 from tidings.operations.selection import EVERYTHING, Selection
 
 __all__ = ["DeadLetter", "DeadLetterNotFound", "DeadLetters", "NotRetriable", "held_again"]
@@ -83,6 +84,7 @@ class DeadLetters:
     def __init__(self, database: Database, service: str, log: UUID) -> None:
         self._database = database
         self._service = service
+        self._log = log
         self._own = {"service": service, "log": str(log)}
         self._mine = (dead.c.service == service, dead.c.log == str(log))
 
@@ -127,6 +129,9 @@ class DeadLetters:
                     await connection.execute(staged.insert().values(self._staged(row)))
                     continue
                 await connection.execute(held.insert().values(self._own | held_again(row, "retried")))
+            # A process that goes on would not know that these rows block their keys now.
+            freed = {row.bucket for row in taken if row.kind == "handler" and not row.holds_key}
+            await fence(connection, self._service, self._log, freed)
         return len(taken)
 
     @again_when_contended

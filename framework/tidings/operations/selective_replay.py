@@ -22,6 +22,7 @@ from tidings.database.tables import dead, held, partials, replays, spans, waterm
 from tidings.database.watermarks import lock_service
 from tidings.errors import ConfigurationError, StreamNotFound, TidingsError
 from tidings.modelling.roster import Span
+from tidings.operations.fencing import fence
 from tidings.operations.replay import Start
 from tidings.operations.verify import settled_in
 from tidings.protocol.position import CARRIED, carried, partition_key
@@ -165,6 +166,8 @@ async def run_again(database: Database, service: str, log: UUID, picked: Picked)
             await connection.execute(
                 held.insert(), [_row(turn, service, log, now) for turn in turns[start : start + CHUNK]]
             )
+        # A process that goes on would not know that these rows block their keys, too.
+        await fence(connection, service, log, {turn.bucket for turn in turns})
     return len(turns)
 
 

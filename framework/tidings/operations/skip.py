@@ -20,6 +20,7 @@ from tidings.database.engine import Database
 from tidings.database.tables import dead, floors, held, skips, watermarks
 from tidings.database.watermarks import lock_service
 from tidings.errors import TidingsError
+from tidings.operations.fencing import fence
 from tidings.operations.held import as_skipped
 from tidings.protocol.position import carried
 from tidings.stores import RecordedEvent
@@ -68,12 +69,12 @@ async def skip(database: Database, service: Declaration, log: UUID, event: Recor
         if found is Skip.DEAD:
             letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
             await connection.execute(dead.update().where(*letters).values(holds_key=False))
-        if pending and found is not Skip.NOTED:
-            bucket = carried(event)
+        bucket = carried(event)
+        if pending and found is not Skip.NOTED and bucket is not None:
             values = {"service": name, "log": str(log), "position": at, "bucket": bucket}
             await connection.execute(skips.delete().where(*_of(skips, name, log), skips.c.position == at))
             await connection.execute(skips.insert().values(values))
-            await _fence(connection, name, log, bucket)
+            await fence(connection, name, log, (bucket,))
     return found
 
 
@@ -116,15 +117,3 @@ async def _look(
     if mark is None:
         raise NotSkippable(f"service {name!r} has never run on log {log}: start it once, then skip the event")
     raise NotSkippable(f"service {name!r} has handled {where}: there is nothing to skip. Nothing was changed.")
-
-
-async def _fence(connection: AsyncConnection, service: str, log: UUID, bucket: int | None) -> None:
-    """Let no process that joined before commit anything more in the bucket's range."""
-    ranges = await connection.execute(
-        sa.select(floors.c.first_bucket, floors.c.last_bucket).where(
-            *_of(floors, service, log), floors.c.first_bucket <= bucket, floors.c.last_bucket >= bucket
-        )
-    )
-    for first, last in ranges.all():
-        these = (*_of(watermarks, service, log), watermarks.c.bucket.between(first, last))
-        await connection.execute(watermarks.update().where(*these).values(replays=watermarks.c.replays + 1))
