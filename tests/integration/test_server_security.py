@@ -141,8 +141,9 @@ async def test_beyond_this_machine_default_passwords_are_refused(tmp_path: Path)
         assert await in_thread(attempt, server, "admin:one", append_to("s")) == "ok"
 
 
-async def test_the_adapter_connects_with_tls() -> None:
-    async with EventStoreServer(tls=True) as server:
+@pytest.mark.parametrize("password", ["changeit", "p@ss:/w?rd#%"])
+async def test_the_adapter_connects_with_tls(password: str) -> None:
+    async with EventStoreServer(tls=True, users={"admin": password}) as server:
         store = await open_eventstoredb(f"{server.uri}?tlsCaFile={server.certificate}")
         await store.append("s", [EventData("T", b"{}")])
         assert [found.type async for found in store.read_stream("s")] == ["T"]
@@ -164,9 +165,10 @@ async def test_files_that_are_no_certificate_are_named(tmp_path: Path) -> None:
 
 
 def test_the_process_takes_users_from_the_environment_and_shows_no_password() -> None:
-    with ServerProcess(None, "--tls", users="admin:one-secret") as server:
-        assert "one-secret" not in server.said
-        assert "server.crt" in server.said
+    for secret in ("one-secret", "one@with-signs:/in?it"):
+        with ServerProcess(None, "--tls", users=f"admin:{secret}") as server:
+            assert secret.rpartition("@")[2] not in server.said
+            assert "server.crt" in server.said
     for users in ("admin", ":x", "admin:"):
         assert "TIDINGS_SERVER_USERS" in ServerProcess(None, "--tls", users=users).start().end()
 

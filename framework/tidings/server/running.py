@@ -93,7 +93,7 @@ def _limits(texts: Sequence[str]) -> Limits:
 async def _run(server: EventStoreServer) -> None:
     with StopSignals() as signals:
         async with server:
-            shown = server.uri if "@" not in server.uri else f"esdb://{server.uri.partition('@')[2]}"
+            shown = server.uri if "@" not in server.uri else f"esdb://{server.uri.rpartition('@')[2]}"
             trust = f", its certificate is {server.certificate}" if server.certificate else ""
             print(f"tidings server: listening on {shown}{trust}", flush=True)
             ended = asyncio.create_task(server.wait())

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+from urllib.parse import quote
 from uuid import uuid4
 
 from tidings._support.private_files import private
@@ -123,7 +124,8 @@ class EventStoreServer:
         if not self._tls:
             return f"esdb://{host}:{self.port}?Tls=false"
         name, password = next(iter(self._users.items()), ("admin", DEFAULT_PASSWORD))
-        return f"esdb://{name}:{password}@{'localhost' if is_loopback(self.host) else host}:{self.port}"
+        user = f"{quote(name, safe='')}:{quote(password, safe='')}"
+        return f"esdb://{user}@{'localhost' if is_loopback(self.host) else host}:{self.port}"
 
     async def __aenter__(self) -> Self:
         self._running = asyncio.create_task(self._run())
