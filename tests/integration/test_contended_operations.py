@@ -49,6 +49,10 @@ def service_of(*, attempts: int) -> Service:
     return service
 
 
+async def has_one(service: Service, table: sa.Table) -> bool:
+    return await count(service, table) == 1
+
+
 async def contend(database: Database, table: str, times: int, state: str = "40P01") -> None:
     async with database.engine.begin() as connection:
         for statement in CONTENDED:
@@ -125,11 +129,7 @@ async def test_a_command_is_done_again_after_a_deadlock(tmp_path: Path, name: st
     service = service_of(attempts=5 if where is held else 0)
     async with embedded(tmp_path, service) as world:
         await world.append(Happened(key="held", n=0))
-
-        async def is_there() -> bool:
-            return await count(service, where) == 1
-
-        await until(is_there)
+        await until(lambda: has_one(service, where))
         async with connected(database_url(tmp_path, "audit")) as database:
             await contend(database, table, TIMES - 1, state)
             await command(database, service, world)
@@ -140,11 +140,7 @@ async def test_a_deadlock_that_never_ends_is_told_and_nothing_is_changed(tmp_pat
     service = service_of(attempts=0)
     async with embedded(tmp_path, service) as world:
         await world.append(Happened(key="held", n=0))
-
-        async def is_there() -> bool:
-            return await count(service, dead) == 1
-
-        await until(is_there)
+        await until(lambda: has_one(service, dead))
         async with connected(database_url(tmp_path, "audit")) as database:
             await contend(database, "tidings_dead", 100)
             with pytest.raises(DatabaseUnavailable, match="another transaction was in its way"):

@@ -281,6 +281,29 @@ async def _fails(event: Happened) -> None:
     raise ValueError("always")
 
 
+async def test_a_dead_letter_that_held_nothing_blocks_its_key_for_the_process_at_work_when_it_is_retried(
+    tmp_path: Path,
+) -> None:
+    angry, ran, service = {1}, list[int](), Service("audit", tables=tables)
+
+    @service.on(Happened, retry=Retry(attempts=1, hold=None, hold_key=False))
+    async def refuse_the_second(event: Happened) -> None:
+        if event.n in angry:
+            raise ValueError("not now")
+        ran.append(event.n)
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(*(Happened(key="k", n=n) for n in range(3)))
+        await until(lambda: ran == [0, 2])
+        await until(holds(service, 1, dead))
+        angry.clear()
+        operator = DeadLetters(world.running[0].database, "audit", await world.store.log_id())
+        await operator.retry([letter.id for letter in await operator.list()])
+        await until(lambda: world.running[0].joins > 1)
+        await world.settled()
+        assert ran == [0, 2, 1]
+
+
 async def test_many_held_events_are_moved_in_one_go(tmp_path: Path) -> None:
     service = Service("held")
     service.on(Happened, retry=NEVER)(_fails)
