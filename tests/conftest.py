@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
+from typing import Final
 
 import pytest
 import structlog
@@ -11,12 +13,19 @@ from hypothesis import HealthCheck, settings
 
 import tidings.testing.plugin
 from tests.clients import CLIENTS, through
-from tidings.testing.brokers import RabbitMQNode, node_for_tests
+from tidings.testing.brokers import RabbitMQ, RabbitMQNode, node_for_tests, rabbitmq_for_tests
 from tidings.testing.databases import PostgreSQLServer, server_for_tests
 
 # A busy machine takes its time over an example, and over thinking of one: that is nobody's failure.
 settings.register_profile("tidings", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tidings")
+
+WITHOUT_DEPRECATED: Final = (
+    {f"deprecated_features.permit.{name}": "false" for name in ("global_qos", "transient_nonexcl_queues")}
+    if os.environ.get("TIDINGS_TEST_RABBITMQ_RELEASE")
+    else {}
+)
+"""Settings with which RabbitMQ 4 refuses what it means to remove. Tidings uses none of it."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,6 +41,13 @@ def _log_of_the_process() -> Iterator[None]:
     yield
     if not configured:
         structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session")
+def tidings_rabbitmq() -> Iterator[RabbitMQ]:
+    """As the plugin's, but RabbitMQ 4 refuses what it means to remove."""
+    with rabbitmq_for_tests(WITHOUT_DEPRECATED) as broker:
+        yield broker
 
 
 @pytest.fixture
@@ -55,7 +71,7 @@ def bus_url(amqp_url: str, client: str) -> str:
 @pytest.fixture(scope="module")
 def rabbitmq_node() -> Iterator[RabbitMQNode]:
     """A node for one test module, to stop, kill, pause and starve. Leave it running and without alarms."""
-    with node_for_tests({"max_message_size": "1048576"}) as node:
+    with node_for_tests({"max_message_size": "1048576"} | WITHOUT_DEPRECATED) as node:
         yield node
 
 

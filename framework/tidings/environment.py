@@ -23,7 +23,8 @@ __all__ = ["FurtherVariables", "is_further", "key_of_service", "variable_of"]
 _PREFIX: Final = "TIDINGS_"
 _OF_ONE: Final = "TIDINGS_DATABASE__"
 _IN_FILE: Final = "__FILE"
-_URLS: Final = ("store", "bus", "database")
+_URLS: Final = ("store", "bus", "database", "bus_keys", "id_keys")
+"""Settings that a file may hold."""
 _BYTES: Final = 65536
 
 
@@ -105,5 +106,7 @@ def _read(variable: str, path: str) -> str:
         raise ConfigurationError(f"{variable} names the file {path!r}, which cannot be read: {why}") from None
     lines = text.split()
     if len(lines) != 1:
-        raise ConfigurationError(f"{variable} names the file {path!r}, which must hold one URL and nothing else")
+        raise ConfigurationError(
+            f"{variable} names the file {path!r}, which must hold one value without spaces and nothing else"
+        )
     return lines[0]

@@ -18,6 +18,7 @@
     ├── BusError
     │   ├── Unroutable
     │   ├── PublishRejected
+    │   ├── QueueRefused
     │   ├── TopologyMismatch
     │   └── BusUnavailable
     ├── DatabaseUnavailable
@@ -66,6 +67,7 @@ __all__ = [
     "MalformedMessage",
     "PartitionKeyDiffers",
     "PublishRejected",
+    "QueueRefused",
     "RepetitionDiffers",
     "SchemaError",
     "StatementFailed",
@@ -187,12 +189,12 @@ class StreamTruncated(StoreError):
 
 
 class EventTooLarge(StoreError):
-    """An append of `size` bytes is over the store's `limit` of bytes; nothing was written."""
+    """An append of `size` bytes is over `whose` (such as "the server's") `limit` of bytes; nothing was written."""
 
-    def __init__(self, stream: str, size: int, limit: int) -> None:
+    def __init__(self, stream: str, size: int, limit: int, whose: str = "the") -> None:
         self.stream, self.size, self.limit = stream, size, limit
         super().__init__(
-            f"append to stream {stream!r} is {size} bytes, the limit is {limit}; nothing was written. "
+            f"append to stream {stream!r} is {size} bytes, {whose} limit is {limit}; nothing was written. "
             "Split the append, or keep the large part elsewhere and refer to it."
         )
 
@@ -277,12 +279,15 @@ class Unroutable(BusError):
 
 
 class PublishRejected(BusError):
-    """The broker refuses this message: it is over the size limit, or cannot be written as AMQP. Do not send it
-    again."""
+    """The broker refuses this message: it is too large, or cannot be written as AMQP. Do not send it again."""
 
     def __init__(self, message_id: str, reason: str) -> None:
         self.message_id, self.reason = message_id, reason
         super().__init__(f"the broker refused message {message_id}: {reason}")
+
+
+class QueueRefused(BusError):
+    """A queue cannot take messages now. Every other queue was given this one: do not send it again."""
 
 
 class TopologyMismatch(BusError):

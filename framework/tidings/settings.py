@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tidings.adapters import check_bus, check_store
 from tidings.environment import FurtherVariables, is_further, key_of_service, variable_of
 from tidings.errors import ConfigurationError
+from tidings.protocol.identity import UNKEYED, IdKeys
+from tidings.protocol.seal import Seal, read_keys
 from tidings.urls import redact
 
 __all__ = ["Settings"]
@@ -35,7 +37,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TIDINGS_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     store: str = "sqlite:///tidings.db"
-    """`sqlite:///relative/path`, `sqlite:////absolute/path`, `memory://name`, `esdb://...`, `esdb+discover://...`."""
+    """`sqlite:///relative/path`, `sqlite:////absolute/path`, `memory://name`; `kurrentdb://...`, `kdb://...` or
+    `esdb://...`, which mean the same, and `kurrentdb+discover://...`, `kdb+discover://...`, `esdb+discover://...`."""
     bus: str = "memory://"
     """`memory://name` (one process), `amqp://user:password@host:5672/vhost`, `amqps://...`."""
     database: str | None = None
@@ -44,6 +47,17 @@ class Settings(BaseSettings):
     databases: Mapping[str, str] = Field(default_factory=dict)
     """Name of a service to the URL of its database, if it is not `database`. In the environment it is
     `TIDINGS_DATABASE__NAME`, which is ignored if code names a `database`."""
+    bus_keys: SecretStr | None = None
+    """Keys of the seal on messages, hexadecimal: the first seals what a relay publishes; a second one, after a comma,
+    is accepted as well while keys change. With a key, services take no message without a seal. `tidings keys new`
+    makes one."""
+    bus_content: Literal["message", "log"] = "message"
+    """Where a service reads an event that the bus brings: from the message, or from the log. With "log" a message only
+    says that there is something to read."""
+    id_keys: SecretStr | None = None
+    """Keys of the ids of emitted events, newest first: hexadecimal, or `open` for ids without a key. The first one
+    makes new ids; ids of the others are recognised, so that nothing is emitted twice. `KEY@POSITION` is recognised only
+    in what events up to that position lead to. `tidings keys new` makes one."""
     services: str | None = None
     """The services that commands without arguments look at: MODULE:SERVICE, separated by commas."""
 
@@ -103,6 +117,20 @@ class Settings(BaseSettings):
                 raise ConfigurationError(f"the database of service {service!r} is empty: name one, or leave it out")
         return {key_of_service(service): url for service, url in urls.items()}
 
+    @field_validator("bus_keys")
+    @classmethod
+    def _keys_readable(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None:
+            read_keys(keys.get_secret_value())
+        return keys
+
+    @field_validator("id_keys")
+    @classmethod
+    def _id_keys_readable(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None:
+            IdKeys.read(keys.get_secret_value())
+        return keys
+
     @field_validator("services")
     @classmethod
     def _services_named(cls, names: str | None) -> str | None:
@@ -117,6 +145,16 @@ class Settings(BaseSettings):
     def service_names(self) -> tuple[str, ...]:
         """The services that `TIDINGS_SERVICES` names; empty if it is not set."""
         return tuple(name.strip() for name in self.services.split(",")) if self.services is not None else ()
+
+    @property
+    def seal(self) -> Seal | None:
+        """The seal of messages; None without a key."""
+        return None if self.bus_keys is None else Seal(read_keys(self.bus_keys.get_secret_value()))
+
+    @property
+    def ids(self) -> IdKeys:
+        """The keys of the ids of emitted events."""
+        return UNKEYED if self.id_keys is None else IdKeys.read(self.id_keys.get_secret_value())
 
     @property
     def embedded_bus(self) -> bool:
@@ -147,6 +185,8 @@ class Settings(BaseSettings):
 
 
 def _shown(name: str, value: Any) -> Any:
+    if name in ("bus_keys", "bus_content", "id_keys"):
+        return value
     if isinstance(value, Mapping):
         return {key: redact(url) for key, url in value.items()}
     return value if name == "services" else redact(value)

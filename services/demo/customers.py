@@ -52,6 +52,7 @@ class Customers:
         """React to an event. Call it with every event of the log, in every run: a second call about a cancelled or
         dispatched order changes nothing, and calls that an interrupted run did not make are made now.
         """
+        self._shop.hear(event)
         if event.type in _WAITED_FOR:
             number = self._shop.number_of(event.stream.partition("-")[2])
             if mood_of(number).value == event.type:

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, Protocol
 
 from services.order import Order, OrderRefused, repository
 from services.order.events import OrderLine
+from tidings import RecordedEvent
 from tidings.errors import WrongExpectedVersion
 
 __all__ = ["REASON", "InProcess", "Purchase", "Shop"]
@@ -41,6 +42,10 @@ class Shop(Protocol):
         """Ask for an order to be cancelled. Nothing happens if it has left already."""
         ...
 
+    def hear(self, event: RecordedEvent) -> None:
+        """Take note of an event of the log: an order may be in it before the shop has answered."""
+        ...
+
     def number_of(self, order_id: str) -> str:
         """Return the invoice number of an order that was placed here."""
         ...
@@ -63,6 +68,9 @@ class InProcess:
         """See `Shop.cancel`."""
         with suppress(OrderRefused):
             await repository.change(number, Order.cancel, REASON, metadata={"actor": "customer", "reason": REASON})
+
+    def hear(self, event: RecordedEvent) -> None:
+        """See `Shop.hear`: it needs nothing from the log."""
 
     def number_of(self, order_id: str) -> str:
         """See `Shop.number_of`: the id is the number."""

@@ -1,8 +1,9 @@
 """Order's HTTP API, with the service itself running behind it: `uvicorn services.order.api:api`. No I/O at import.
 
-* An order is placed once per `Idempotency-Key`, because the order's id is computed from the key and a stream can begin
-  only once. If a process dies between the append and the answer, the same request again gets the same order. Without a
-  key, a client that gets no answer cannot know whether its order was placed.
+* An order is placed once per `Idempotency-Key`: the key's own stream says which order it stands for, and a stream can
+  begin only once. If a process dies before it answers, the same request again gets the same order. Without a key, a
+  client that gets no answer cannot know whether its order was placed.
+* Who sends a request is what `principal.principal_of` says: by default, anybody may do everything.
 * The version of an order is its `ETag`. `If-Match` cancels that version or nothing. Without it, the order is cancelled
   whatever has happened to it in the meantime, if the order allows it.
 * `GET /orders/{id}` reads the order's stream, so it never lags. `GET /orders` reads a table that follows the log:
@@ -16,7 +17,7 @@ import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Final
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from uuid import uuid4
 
 import structlog
 from fastapi import Depends, Header, Path, Query, Request, Response
@@ -39,18 +40,16 @@ from services.order.documents import (
 )
 from services.order.edge import CORRELATION_ID, Correlated, Limited, traceparent_of
 from services.order.order import CUSTOMER, Order
+from services.order.placement import Placement, placement_of
+from services.order.principal import Principal, principal_of
 from services.order.problems import HANDLERS, Problem
-from services.order.service import orders, repository
+from services.order.service import orders, placements, repository
 from tidings import health_routes
 from tidings.errors import DatabaseUnavailable, StoreUnavailable, WrongExpectedVersion
 
 __all__ = ["api"]
 
 log = structlog.get_logger("order.api")
-
-KEYS: Final = uuid5(NAMESPACE_URL, "urn:tidings:example:order:idempotency-key")
-"""Namespace of order ids: an order placed with a key has the id uuid5(KEYS, key). Do not change it: orders that are
-repeated would be placed again."""
 
 WRITE_WAITS: Final = 1.0
 """Seconds for which the answer to a POST waits for the list. Then it is sent anyway, because the log has the event."""
@@ -77,21 +76,29 @@ _VISIBLE: Final = r"^[!-~]([ -~]{0,98}[!-~])?$"
 class Caller:
     """Who sends a request, and its correlation."""
 
+    principal: Principal
     actor: str | None
     correlation_id: str
     traceparent: str | None
 
-    def why(self, default: str, reason: str, **more: str) -> dict[str, str]:
+    def why(self, default: str, reason: str) -> dict[str, str]:
         """Return the metadata for events that this request causes."""
         trace = {"traceparent": self.traceparent} if self.traceparent else {}
-        return {"actor": self.actor or default, "reason": reason, **trace, **more}
+        proved = {"principal": self.principal.name} if self.principal.name else {}
+        return {"actor": self.actor or default, "reason": reason, **proved, **trace}
 
 
 async def _caller(
     request: Request,
+    principal: Annotated[Principal, Depends(principal_of)],
     actor: Annotated[
         str | None,
-        Header(pattern=_VISIBLE, description="Who sends the request, for the history; by default the customer."),
+        Header(
+            pattern=_VISIBLE,
+            description="Who sends the request, for the history; by default the principal. Somebody unknown who may "
+            "speak for others speaks for the customer. "
+            "Another name than the principal's is refused (403), unless the principal may speak for others.",
+        ),
     ] = None,
     x_correlation_id: Annotated[
         str | None,
@@ -102,7 +109,12 @@ async def _caller(
         ),
     ] = None,
 ) -> Caller:
-    return Caller(actor, request.state.correlation_id, traceparent_of(request.headers))
+    if actor is not None and actor != principal.name and not principal.speaks_for_others:
+        raise Problem(
+            403, "actor-not-yours", f"You are {principal.name or 'unknown'}, and may not act in another name."
+        )
+    actor = actor or principal.name or (None if principal.speaks_for_others else "unknown")
+    return Caller(principal, actor, request.state.correlation_id, traceparent_of(request.headers))
 
 
 async def _json(request: Request) -> None:
@@ -146,25 +158,24 @@ async def place_order(
         Header(
             pattern=r"^[!-~]{1,255}$",
             description="Makes the request repeatable: the same key and body always get the same order in the same "
-            "answer; the same key with another body is refused (422). Keys are for ever, and shared by all callers: "
-            "use a UUID.",
+            "answer; the same key with another body is refused (422). Keys are for ever. Each principal has its own; "
+            "callers without one share theirs: use a UUID.",
         ),
     ] = None,
 ) -> OrderDocument:
     """Place an order."""
-    order_id = str(uuid5(KEYS, idempotency_key) if idempotency_key else uuid4())
-    fingerprint = body.fingerprint()
-    why = caller.why(_customer(body.customer_id), "ordered over HTTP", fingerprint=fingerprint)
+    why = caller.why(_customer(body.customer_id), "ordered over HTTP")
     what = (body.order_lines(), body.customer_id, body.country, body.placed_at or datetime.now(UTC))
     try:
+        order_id = str(uuid4()) if idempotency_key is None else await _number(idempotency_key, body, caller, why)
         placed = await repository.create(
             order_id, Order.place, *what, metadata=why, correlation_id=caller.correlation_id
         )
         order, position = placed.aggregate, placed.position
     except WrongExpectedVersion:
-        order, position = await _placed_before(order_id, fingerprint)
+        order, position = await _placed_before(order_id)
     except StoreUnavailable as error:
-        log.warning("order.unknown_outcome", order_id=order_id, error=f"{error}")
+        log.warning("order.unknown_outcome", error=f"{error}")
         again = (
             "Repeat the request with the same key."
             if idempotency_key
@@ -177,12 +188,30 @@ async def place_order(
     return await _changed(answer, order, position)
 
 
-async def _placed_before(order_id: str, fingerprint: str) -> tuple[Order, int]:
-    """Return the order as it was placed with this key, and its position in the log."""
-    first, *_ = [entry async for entry in repository.history(order_id)]
-    if first.metadata.get("fingerprint") != fingerprint:
+async def _number(key: str, body: NewOrder, caller: Caller, why: dict[str, str]) -> str:
+    """Return the id of the order for which the caller's key stands: a new one for a new key."""
+    placement, fingerprint = placement_of(caller.principal.name, key), body.fingerprint()
+    try:
+        done = await placements.create(
+            placement,
+            Placement.number,
+            str(uuid4()),
+            fingerprint,
+            metadata=why,
+            correlation_id=caller.correlation_id,
+        )
+        return done.aggregate.order_id
+    except WrongExpectedVersion:
+        found = await placements.load(placement)
+    if found.fingerprint != fingerprint:
         detail = "This Idempotency-Key was used for another order. Give each order a key of its own."
         raise Problem(422, "idempotency-key-reused", detail)
+    return found.order_id
+
+
+async def _placed_before(order_id: str) -> tuple[Order, int]:
+    """Return the order as it was placed with this key, and its position in the log."""
+    first, *_ = [entry async for entry in repository.history(order_id)]
     return await repository.load(order_id, at_version=first.version), first.position
 
 

@@ -64,6 +64,8 @@ _SCHEMA: Final = {
 }
 _MEANINGS: Final = {
     400: "The body is not JSON.",
+    401: "The caller is not known.",
+    403: "The caller may not act in another's name.",
     404: "There is no such order, or no such version of it.",
     409: "The order's state does not allow it, or the log has not reached the given position.",
     410: "The order was deleted.",
@@ -79,7 +81,7 @@ _MEANINGS: Final = {
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of an operation with these status codes, and those that every operation has."""
     found: dict[int | str, dict[str, Any]] = {}
-    for status in sorted({*statuses, 413, 422, 500, 503}):
+    for status in sorted({*statuses, 401, 403, 413, 422, 500, 503}):
         headers = {"X-Correlation-ID": {"schema": _TEXT, "description": "The request's correlation id, or a new one."}}
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds to wait."}

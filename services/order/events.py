@@ -23,6 +23,7 @@ __all__ = [
     "OrderCreated",
     "OrderDispatched",
     "OrderLine",
+    "OrderNumbered",
     "OrderReserved",
     "PaymentAuthorised",
     "PaymentDeclined",
@@ -62,6 +63,14 @@ class OrderCreated(Event, key="order_id"):
     placed_at: datetime
     """When the customer ordered. The log knows when that was recorded."""
     lines: Annotated[tuple[OrderLine, ...], Field(min_length=1)]
+
+
+class OrderNumbered(Event, key="order_id"):
+    """A key of a caller stands for this order, which may not have been placed yet."""
+
+    order_id: str
+    fingerprint: str
+    """Of the body of the request; another body with the same key is refused."""
 
 
 class OrderReserved(Event, key="order_id"):

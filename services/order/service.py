@@ -30,12 +30,14 @@ from services.order.events import (
     StockReserved,
 )
 from services.order.order import Order, OrderRefused
+from services.order.placement import Placement
 from tidings import Context, Retry, Service
 
-__all__ = ["orders", "repository"]
+__all__ = ["orders", "placements", "repository"]
 
 orders = Service("order", tables=read_model.metadata)
 repository = orders.repository(Order)
+placements = orders.repository(Placement)
 
 CONTRADICTED: Final = Retry(permanent=(OrderRefused,))
 """The default retries, but an event that contradicts the order is dead at once. Somebody has to look."""

@@ -15,6 +15,7 @@ from tests.benchmarks import (
     bench_inbox,
     bench_latency,
     bench_newcomer,
+    bench_postgresql_store,
     bench_recovery,
     bench_relay,
     bench_server,
@@ -26,6 +27,7 @@ from tests.benchmarks import (
 BENCHES = (
     bench_import,
     bench_store,
+    bench_postgresql_store,
     bench_eventstoredb,
     bench_server,
     bench_relay,

@@ -5,6 +5,11 @@
 Both queues are filled by the same publishes, and each side has its turn alone. The clock starts before anything is
 asked of the broker (FastStream's connection is made before, ours within), and stops when the last message was handled:
 ours when the database says so.
+
+Two more rows say what receipts cost (`tidings.protocol.receipts`), by the CPU of this process, because a disk that is
+faster or slower in one of the rounds would hide it. One has a floor: a service beside what it takes without the time
+within `Receipts`, in the same run, so that it holds on a busy machine, too. The other is the service with receipts
+beside the same service without, which counts the longer rows in the database as well.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import sqlalchemy as sa
 from faststream import AckPolicy
@@ -35,12 +42,20 @@ from tests.benchmarks.path import (
 )
 from tidings import EventStore, Service, Settings, open_bus, open_store
 from tidings.buses import Subscription
+from tidings.database.receipts import Receipts
 from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQ
 
 ROUNDS = 4
 EVENTS = {"without session": 12_000, "one INSERT": 2_500}
 FLOORS = {"without session": 2.5, "one INSERT": 1.0}
+RECEIPTS_FLOOR = 0.95
+NO_RECEIPTS: dict[str, Any] = dict.fromkeys(
+    ("accept", "pass_over", "tails", "settle", "committed", "settled", "due"), lambda *given: {}
+)
+"""Methods of receipts that do nothing: rows keep the receipts that they began with."""
+CLOCKED = ("tails", "settle", "committed", "settled", "due")
+"""Methods of receipts that take their time once for each commit or marker."""
 
 tables = sa.MetaData()
 effects = sa.Table("effects", tables, sa.Column("number", sa.Integer, primary_key=True), sa.Column("key", sa.String))
@@ -90,15 +105,22 @@ async def committed(database: Path, watermarks: int) -> None:
             await asyncio.sleep(0.002)
 
 
-async def tidings(url: str, folder: Path, store: EventStore, messages: list[Message], insert: bool) -> float:
+async def tidings(
+    url: str,
+    folder: Path,
+    store: EventStore,
+    messages: list[Message],
+    insert: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     counter = Counter(len(messages))
     last = {message.bucket: int(message.headers["tidings-position"]) for message in messages}
     settings = Settings(store="memory://", bus=url, database=f"sqlite:///{folder}/ours.db")
     async with open_bus(url) as bus, service_of(counter, insert).running(settings, store=store, bus=bus):
-        began = time.perf_counter()
+        began = clock()
         await counter.ended.wait()
         await committed(folder / "ours.db", sum(last.values()))
-        return time.perf_counter() - began
+        return clock() - began
 
 
 # ---- the peer ----------------------------------------------------------------------------
@@ -175,11 +197,54 @@ async def measure_row(url: str, folder: Path, store: EventStore, messages: list[
     return verdict(f"service, handler {row} / FastStream", ours[1:], peer[1:], FLOORS[row], len(messages))
 
 
+class Clocked:
+    """Counts the seconds of CPU within methods of receipts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def clocked(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            began = time.thread_time()
+            result = method(*given)
+            self.seconds += time.thread_time() - began
+            return result
+
+        return call
+
+
+async def measure_receipts(url: str, folder: Path, store: EventStore, messages: list[Message], row: str) -> int:
+    insert = row == "one INSERT"
+    took: list[float] = []
+    without: list[float] = []
+    apart: list[float] = []
+    for number in range(ROUNDS + 1):
+        for on in (True, False) if number % 2 else (False, True):
+            await make_queue(url, "bench")
+            await publish(url, messages)
+            place = folder / f"receipts-{insert}-{on}-{number}"
+            place.mkdir()
+            clock = Clocked()
+            methods = {name: clock.clocked(getattr(Receipts, name)) for name in CLOCKED} if on else NO_RECEIPTS
+            with patch.multiple(Receipts, **methods):
+                seconds = await tidings(url, place, store, messages, insert, time.process_time)
+            if on:
+                took.append(seconds)
+                apart.append(seconds - clock.seconds)
+            else:
+                without.append(seconds)
+            await drop_queue(url, "bench")
+    count, what = len(messages), f"handler {row}, by CPU"
+    verdict(f"service with receipts / without them, {what}", took[1:], without[1:], None, count)
+    return verdict(f"service / without the time within receipts, {what}", took[1:], apart[1:], RECEIPTS_FLOOR, count)
+
+
 async def measure(url: str, folder: Path, broker: RabbitMQ) -> int:
     async with open_store(f"sqlite:///{folder}/events.db") as store:
         await fill(store, max(EVENTS.values()))
         messages = await messages_of(store)
-        return max([await measure_row(url, folder, store, messages[: EVENTS[row]], row) for row in EVENTS])
+        ways = (measure_row, measure_receipts)
+        return max([await way(url, folder, store, messages[: EVENTS[row]], row) for way in ways for row in EVENTS])
 
 
 def main() -> int:

@@ -91,9 +91,9 @@ class Thread:
         await future
 
 
-async def tasks(append: Callable[[int, int], Awaitable[object]], first: int) -> None:
+async def tasks(append: Callable[[int, int], Awaitable[object]], first: int, each: int = EACH) -> None:
     async def appender(task: int) -> None:
-        for version in range(first, first + EACH):
+        for version in range(first, first + each):
             await append(task, version)
 
     await asyncio.gather(*(appender(task) for task in range(TASKS)))

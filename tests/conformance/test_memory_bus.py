@@ -12,7 +12,14 @@ from tidings.adapters import open_bus
 from tidings.buses import EventBus, Subscription
 from tidings.buses.memory import MemoryBus, open_memory
 from tidings.errors import ConfigurationError
-from tidings.testing.bus_conformance import BusConformance, BusEnvironment, event, events, send_all, take
+from tidings.testing.bus_conformance import (
+    RefusingBusConformance,
+    RefusingBusEnvironment,
+    event,
+    events,
+    send_all,
+    take,
+)
 
 
 class MemoryEnvironment:
@@ -45,10 +52,14 @@ class MemoryEnvironment:
         async with self._harm() as bus:
             bus.occupy(name)
 
+    async def refuse(self, name: str) -> None:
+        async with self._harm() as bus:
+            bus.refuse(name)
 
-class TestMemoryBus(BusConformance):
+
+class TestMemoryBus(RefusingBusConformance):
     @pytest.fixture
-    def environment(self) -> BusEnvironment:
+    def environment(self) -> RefusingBusEnvironment:
         return MemoryEnvironment()
 
 

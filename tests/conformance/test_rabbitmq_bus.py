@@ -14,7 +14,9 @@ from tests.faults.proxy import Proxy
 from tidings.adapters import open_bus
 from tidings.buses import EventBus, Subscription
 from tidings.buses.rabbitmq import RabbitMQBus
-from tidings.testing.bus_conformance import BusConformance, BusEnvironment
+from tidings.testing.bus_conformance import RefusingBusConformance, RefusingBusEnvironment
+
+pytestmark = pytest.mark.rabbitmq4
 
 
 class RabbitMQEnvironment:
@@ -49,6 +51,13 @@ class RabbitMQEnvironment:
         async with self._channel() as channel:
             await channel.queue_declare(name, durable=True)
 
+    async def refuse(self, name: str) -> None:
+        async with self._channel() as channel:
+            await channel.queue_declare(
+                name, durable=True, arguments={"x-max-length": 0, "x-overflow": "reject-publish"}
+            )
+            await channel.queue_bind(name, "tidings.events")
+
 
 class SharedEnvironment(RabbitMQEnvironment):
     """Each bus takes part in a connection that its owner made, and that connects again by itself."""
@@ -76,9 +85,9 @@ class SharedEnvironment(RabbitMQEnvironment):
             await connection.close()
 
 
-class TestRabbitMQBus(BusConformance):
+class TestRabbitMQBus(RefusingBusConformance):
     @pytest.fixture
-    async def environment(self, amqp_url: str) -> AsyncIterator[BusEnvironment]:
+    async def environment(self, amqp_url: str) -> AsyncIterator[RefusingBusEnvironment]:
         async with Proxy(amqp_url) as network:
             network.reads = False  # it has nothing to count
             yield RabbitMQEnvironment(amqp_url, network)
@@ -90,7 +99,7 @@ NAMED_BY_AIORMQ = pytest.mark.xfail(
 )
 
 
-class AioPikaConformance(BusConformance):
+class AioPikaConformance(RefusingBusConformance):
     @pytest.mark.parametrize(
         "length", [255, pytest.param(256, marks=NAMED_BY_AIORMQ), pytest.param(1_000, marks=NAMED_BY_AIORMQ)]
     )
@@ -102,7 +111,7 @@ class AioPikaConformance(BusConformance):
 
 class TestAioPikaClient(AioPikaConformance):
     @pytest.fixture
-    async def environment(self, amqp_url: str) -> AsyncIterator[BusEnvironment]:
+    async def environment(self, amqp_url: str) -> AsyncIterator[RefusingBusEnvironment]:
         async with Proxy(amqp_url, options="client=aio-pika") as network:
             network.reads = False  # it has nothing to count
             yield RabbitMQEnvironment(amqp_url, network)
@@ -110,7 +119,7 @@ class TestAioPikaClient(AioPikaConformance):
 
 class TestSharedConnection(AioPikaConformance):
     @pytest.fixture
-    async def environment(self, amqp_url: str) -> AsyncIterator[BusEnvironment]:
+    async def environment(self, amqp_url: str) -> AsyncIterator[RefusingBusEnvironment]:
         async with Proxy(amqp_url) as network:
             network.reads = False
             yield SharedEnvironment(amqp_url, network)

@@ -161,7 +161,11 @@ async def configured(node: RabbitMQNode, **settings: int) -> AsyncIterator[None]
 
     async def put(name: str, value: int | None) -> None:
         change = f"unset_env(rabbit, {name})" if value is None else f"set_env(rabbit, {name}, {value})"
-        await asyncio.to_thread(node.eval, f"application:{change}")
+        # RabbitMQ 4 copies some of them at its start.
+        copy = f"persistent_term:get({name}, none) =/= none andalso persistent_term:put({name}, {value})"
+        await asyncio.to_thread(
+            node.eval, f"application:{change}" if value is None else f"application:{change}, {copy}"
+        )
 
     before = {name: await asyncio.to_thread(node.eval, f"application:get_env(rabbit, {name})") for name in settings}
     try:

@@ -21,7 +21,6 @@ from itertools import count
 from math import ceil
 from pathlib import Path
 from typing import Final
-from uuid import uuid5
 
 from services.demo.__main__ import DATA, log_to
 from services.demo.books import read_books
@@ -34,7 +33,6 @@ from services.demo.invariants import Check, checks
 from services.demo.stock import opening_stock
 from services.demo.trade import take_in
 from services.importer import Invoice, Kind, invoices, read_rows
-from services.order.api import KEYS
 from services.payment import payment
 from tests.faults.night import FAULTS, Fault, Night
 from tidings._support.tasks import leading, supervised
@@ -79,7 +77,7 @@ class Trade:
             invoice = next(self.coming)
             await take_in(invoice, "the soak", self.play.shop, self.play.warehouse)
             if invoice.kind is Kind.ORDER:
-                self.placed[str(uuid5(KEYS, invoice.number))] = time.monotonic()
+                self.placed[self.play.shop.id_of(invoice.number)] = time.monotonic()
             await asyncio.sleep(PAUSE)
 
     async def goes_through(self) -> float:

@@ -32,6 +32,7 @@ async def led_by(cluster: RabbitMQCluster, url: str) -> int:
     return await asyncio.to_thread(cluster.leader_of, AUDIT.queue, url)
 
 
+@pytest.mark.rabbitmq4
 async def test_the_node_that_leads_the_queue_is_killed(
     tmp_path: Path, cluster: RabbitMQCluster, recovered: Recovered
 ) -> None:

@@ -36,6 +36,7 @@ SOME = 100
 # ---- what the broker was given is gone -----------------------------------------------------------------------------
 
 
+@pytest.mark.rabbitmq4
 async def test_queue_deleted(stage: Stage, recovered: Recovered) -> None:
     """The queue is deleted under a running service, and again with events in it, which only the log has then."""
     stage.relay()
@@ -165,6 +166,7 @@ async def test_broker_away_at_the_start(rabbitmq_node: RabbitMQNode, harmed: Sta
 
 
 @pytest.mark.faults
+@pytest.mark.rabbitmq4
 @pytest.mark.parametrize("what", ["memory", "disk"])
 async def test_alarm_blocks_publishers(
     rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered, what: Literal["memory", "disk"]
@@ -202,6 +204,7 @@ async def test_alarm_outlasts_the_relays_patience(
 
 
 @pytest.mark.faults
+@pytest.mark.rabbitmq4
 async def test_message_over_the_limit(rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered) -> None:
     """The relay leaves the event out and says so; the service reads it from the log, in its place."""
     number, limit = 10**9, 65_536
@@ -221,6 +224,7 @@ async def test_message_over_the_limit(rabbitmq_node: RabbitMQNode, harmed: Stage
 
 
 @pytest.mark.faults
+@pytest.mark.rabbitmq4
 async def test_consumer_timeout(rabbitmq_node: RabbitMQNode, harmed: Stage, recovered: Recovered) -> None:
     """A handler takes longer than the broker waits for an acknowledgement. Other keys go on in the meantime."""
     async with configured(rabbitmq_node, consumer_timeout=2_000, channel_tick_interval=500):  # milliseconds

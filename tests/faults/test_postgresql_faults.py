@@ -255,7 +255,8 @@ async def _until_positive(admin: Any, statement: str) -> None:
 
 
 async def test_service_paused_while_another_takes_over_then_resumed(site: Site, recovered: Recovered) -> None:
-    """The zombie goes on with watermarks that are no longer true: none of its effects is kept."""
+    """The zombie, paused within a handler, goes on with watermarks that are no longer true: none of its effects is
+    kept."""
     stage = site.stage
     stage.relay()
     active = stage.service(bus=stage.bus + QUICK)
@@ -264,8 +265,12 @@ async def test_service_paused_while_another_takes_over_then_resumed(site: Site, 
     await standby.says("service.connected")
     async with stage.traffic():
         await stage.handles(SOME)
+        await stage.errand("errand", 4.0)
+        await active.says("errand.begun")
         await pause_between_commits(site, active)
-        seconds = await stage.recovered(now())
+        seconds = await stage.recovered(now(), seconds=150)
+        await standby.says("errand.begun")
+        await stage.answers("errand")
         active.resume()
         await active.says("service.rejoining", "another process")
         await stage.handles(SOME)

@@ -11,3 +11,9 @@ from tests.integration.databases import EVERYWHERE, PLACE
 def on_postgresql(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the test's services databases on PostgreSQL, which are dropped afterwards."""
     monkeypatch.setenv(PLACE, postgresql_url)
+
+
+@pytest.fixture
+def every_failure_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every failure of an outage logged, not only the first of its kind."""
+    monkeypatch.setattr("tidings._support.telling.STILL_SECONDS", (0.0, 0.0))

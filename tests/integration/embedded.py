@@ -24,6 +24,7 @@ from tests.integration.databases import database_url
 from tests.integration.served import open_log
 from tidings import ANY, Context, Event, EventData, EventStore, Relay, Retry, Service, Settings, open_bus
 from tidings._support.tasks import supervised
+from tidings.buses import Publisher
 from tidings.buses.memory import MemoryBus
 from tidings.database.tables import dead, staged, watermarks
 from tidings.errors import StreamNotFound
@@ -101,6 +102,13 @@ class World:
         assert isinstance(service, Service)
         await asyncio.gather(*(service.append(name, *group) for name, group in of.items()))
 
+    @asynccontextmanager
+    async def publisher(self) -> AsyncIterator[Publisher]:
+        """Publish by hand, once every service has its queue."""
+        await until(lambda: all(running.consuming for running in self.running))
+        async with self.bus.publisher() as publisher:
+            yield publisher
+
     async def report(self) -> Report:
         return await verify(self.store, [(running.service, running.database) for running in self.running])
 
@@ -132,10 +140,11 @@ def settings_for(folder: Path, bus: str | None = None) -> Settings:
 
 @asynccontextmanager
 async def embedded(
-    folder: Path, *services: Service, wrap: Wrapped | None = None, relay: bool = True
+    folder: Path, *services: Service, wrap: Wrapped | None = None, relay: bool = True, **more: Any
 ) -> AsyncIterator[World]:
-    """Run services on the files of `folder`, with a bus of their own and a relay that sends markers often."""
-    settings = settings_for(folder)
+    """Run services on the files of `folder`, with a bus of their own and a relay that sends markers often. `more` are
+    further settings."""
+    settings = settings_for(folder).model_copy(update=more)
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_log(folder))
         bus = await stack.enter_async_context(open_bus(settings.bus))
@@ -145,7 +154,7 @@ async def embedded(
             await stack.enter_async_context(service.running(settings, store=seen, bus=bus)) for service in services
         ]
         if relay:
-            carrier = Relay(store, bus, marker_seconds=0.2, checkpoint_seconds=0.1)
+            carrier = Relay(store, bus, marker_seconds=0.2, checkpoint_seconds=0.1, seal=settings.seal)
             await stack.enter_async_context(supervised(carrier.run()))
         yield World(store, bus, running)
 

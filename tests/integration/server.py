@@ -15,7 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
+from tidings.server.budgets import Limits, Treasury
+from tidings.server.calls import Method
+from tidings.server.connections import Connections
+from tidings.server.http1 import Site
+from tidings.server.http2 import Connection as HttpConnection
 from tidings.server.protocol import shared, streams
+from tidings.server.releases import EVENTSTOREDB
 from tidings.server.running import PASSWORDS
 from tidings.stores.eventstoredb.grpc import Address, Connection
 
@@ -137,6 +143,26 @@ def batch(stream: str) -> bytes:
     request = streams.BatchAppendReq(correlation_id=id_, options=options, proposed_messages=[proposed], is_final=True)
     data: bytes = request.SerializeToString()
     return data
+
+
+@asynccontextmanager
+async def serving(method: Method) -> AsyncIterator[tuple[int, Connections]]:
+    """Serve one method of a test's own to everybody. Give the port, and all connections to it."""
+
+    async def anybody(metadata: object, allowance: object, public: bool) -> str:
+        return ""
+
+    all_ = Connections(Treasury(Limits()))
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(30):
+        server = await asyncio.get_running_loop().create_server(
+            lambda: HttpConnection(
+                {method.path: method}, anybody, tasks, all_, lambda: None, Site(EVENTSTOREDB, users=False)
+            ),
+            "127.0.0.1",
+            0,
+        )
+        async with server:
+            yield server.sockets[0].getsockname()[1], all_
 
 
 async def in_thread(function: Any, *arguments: Any) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.util import greenlet_spawn
@@ -141,13 +144,14 @@ USES = [
 ]
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 @pytest.mark.parametrize("ended", ["had returned", "had failed"])
 @pytest.mark.parametrize("use", USES)
 async def test_what_was_injected_ends_with_the_attempt(
-    tmp_path: Path, use: Callable[[Given], Awaitable[None]], ended: str
+    tmp_path: Path, use: Callable[[Given], Awaitable[None]], ended: str, apart: bool
 ) -> None:
-    """The handler of the first event leaves a task behind, which goes on while the second handler works in its
-    transaction."""
+    """The handler of the first event leaves a task behind, which goes on while the second handler works: mostly in the
+    same transaction, if they are appended together, and surely in a later one, if they are appended apart."""
     service, at_work, said = Service("late", tables=tables), asyncio.Event(), asyncio.Future[BaseException | None]()
     left = list[asyncio.Task[None]]()
 
@@ -173,12 +177,23 @@ async def test_what_was_injected_ends_with_the_attempt(
         await session.execute(sa.insert(audit).values(key=event.key, n=event.n))
 
     async with embedded(tmp_path, service) as world:
-        await world.append(Happened(key="first"), Happened(key="second"), stream="both")
+        if apart:
+            await world.append(Happened(key="first"), stream="both")
+            await world.settled()
+            await world.append(Happened(key="second"), stream="both")
+        else:
+            await world.append(Happened(key="first"), Happened(key="second"), stream="both")
         await world.settled()
         error = said.result()
-        assert isinstance(error, AttemptEnded), f"{error!r} instead of what a person can act on"
-        assert f"handler 'handle' {ended} at the event at position" in str(error)
-        assert "TaskGroup" in str(error)
+        if use is _raw and isinstance(error, ResourceClosedError):
+            # SQLAlchemy's own connection, behind what was injected, is closed with the transaction of its group. On a
+            # busy machine, the second event may come too late for that one, though it was appended together.
+            assert "This Connection is closed" in str(error)
+        else:
+            assert isinstance(error, AttemptEnded), f"{error!r} instead of what a person can act on"
+            assert f"handler 'handle' {ended} at the event at position" in str(error)
+            assert "TaskGroup" in str(error)
+            assert not (use is _raw and apart)
         assert await followed(world.store) == []
         assert sorted(await rows(service)) == [("first", 0), ("second", 0)]
         assert await letters(service) == []
@@ -280,3 +295,67 @@ async def test_what_runs_while_its_handler_waits_for_it_works(tmp_path: Path) ->
         await world.settled()
         assert await rows(service) == [("a", 0)]
         assert sorted(await followed(world.store)) == [("a", n) for n in range(4)]
+
+
+async def test_what_an_attempt_was_given_goes_with_it_and_is_not_left_to_the_garbage_collector(tmp_path: Path) -> None:
+    service = Service("tidy", tables=tables)
+    given: list[weakref.ref[Any]] = []
+
+    @service.on(Happened, retry=QUICK)
+    async def handle(event: Happened, session: AsyncSession, connection: AsyncConnection) -> None:
+        given.extend(weakref.ref(each) for each in (session, session.sync_session, connection))
+        await session.execute(sa.insert(audit).values(key=event.key, n=event.n))
+        if event.n % 2:
+            session.add(Row(key=event.key, n=event.n))
+        await connection.execute(sa.select(audit))
+
+    async with embedded(tmp_path, service) as world:
+        gc.collect()
+        gc.disable()
+        try:
+            await world.append(*(Happened(key=f"{n % 5}", n=n) for n in range(20)))
+            await world.settled()
+            assert len(given) == 60
+            # Tasks that wait for the next event still have their last one.
+            await until(lambda: sum(each() is not None for each in given) <= 10)
+        finally:
+            gc.enable()
+
+
+async def test_a_session_flushes_before_a_plain_statement_and_says_that_it_is_in_a_transaction(tmp_path: Path) -> None:
+    service = Service("mixed", tables=tables)
+    found: list[Any] = []
+
+    @service.on(Happened, retry=QUICK)
+    async def handle(event: Happened, session: AsyncSession) -> None:
+        count = sa.select(sa.func.count()).select_from(audit)
+        await session.execute(sa.insert(audit), [{"key": event.key, "n": 1}, {"key": event.key, "n": 2}])
+        found.append(session.in_transaction())
+        session.add(Row(key=event.key, n=3))
+        found.append((await session.execute(count)).scalar_one())
+        found.append(type((await session.execute(sa.select(Row).where(audit.c.n == 3))).scalar_one()))
+        session.add(Row(key=event.key, n=4))
+        found.append((await session.execute(count)).scalar_one())
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="a"))
+        await world.settled()
+        assert found == [True, 3, Row, 4]
+        assert await rows(service) == [("a", n) for n in range(1, 5)]
+
+
+async def test_who_listens_to_sessions_hears_of_plain_statements(tmp_path: Path) -> None:
+    service = Service("heard", tables=tables)
+    heard: list[str] = []
+
+    @service.on(Happened, retry=QUICK)
+    async def handle(event: Happened, session: AsyncSession) -> None:
+        sa.event.listen(session.sync_session, "do_orm_execute", lambda state: heard.append(str(state.statement)))
+        await session.execute(sa.insert(audit).values(key=event.key, n=event.n))
+
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="a"))
+        await world.settled()
+        assert len(heard) == 1
+        assert heard[0].startswith("INSERT INTO audit")
+        assert await rows(service) == [("a", 0)]

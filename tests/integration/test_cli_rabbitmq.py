@@ -133,16 +133,38 @@ class _Management(BaseHTTPRequestHandler):
             {"destination": "tidings.served-elsewhere", "destination_type": "queue"},
         ],
         "queues": [
-            {"name": "tidings.shop", "messages_ready": 0, "consumers": 1},
+            {
+                "name": "tidings.shop",
+                "messages_ready": 0,
+                "consumers": 1,
+                "arguments": {"x-delivery-limit": -1},
+                "policy": "crashes",
+                "operator_policy": None,
+                "effective_policy_definition": {"delivery-limit": 20},
+            },
             {"name": "tidings.unheard-of", "messages_ready": 1159, "consumers": 0},
             {"name": "tidings.served-elsewhere", "messages_ready": 5, "consumers": 1},
             {"name": "tidings.relay.main", "messages_ready": 0, "consumers": 0},
             {"name": "somebody-else", "messages_ready": 0, "consumers": 0},
         ],
+        "bindings": [
+            {"source": source, "destination": destination, "destination_type": kind}
+            for source, destination, kind in (
+                ("", "tidings.shop", "queue"),
+                ("tidings.events", "tidings.shop", "queue"),
+                ("tidings.events", "tidings.partitions", "exchange"),
+                ("tidings.events", "tidings.served-elsewhere", "queue"),
+                ("tidings.events", "listener", "queue"),
+                ("tidings.events", "copies", "exchange"),
+                ("tidings.partitions", "tidings.shop.7", "queue"),
+                ("amq.topic", "tidings.shop", "queue"),
+                ("amq.topic", "somebody-else", "queue"),
+            )
+        ],
     }
 
     def do_GET(self) -> None:
-        kind = re.fullmatch(r"/api/(exchanges|queues)/[^/]+(?:/tidings\.events/bindings/source)?", self.path)
+        kind = re.fullmatch(r"/api/(exchanges|queues|bindings)/[^/]+(?:/tidings\.events/bindings/source)?", self.path)
         found = None if kind is None else self.answers[kind[1]]
         self.send_response(401 if "Authorization" not in self.headers else 200 if found is not None else 404)
         self.end_headers()
@@ -174,7 +196,18 @@ async def test_queues_that_nobody_serves_are_shown(commands: Commands, amqp_url:
         try:
             url = f"http://127.0.0.1:{server.server_port}"
             ended = await commands.run("topology", "diff", "--management", url, "--json")
-            assert {found["name"] for found in objects(ended)} == {"tidings.renamed", "tidings.unheard-of"}
+            shown = {(found["kind"], found["name"]): found["detail"] for found in objects(ended)}
+            assert "queue tidings.shop drops each message" in shown["policy", "crashes -> tidings.shop"]
+            assert shown.keys() == {
+                ("policy", "crashes -> tidings.shop"),
+                ("queue", "tidings.renamed"),
+                ("queue", "tidings.unheard-of"),
+                ("binding", "tidings.events -> listener"),
+                ("binding", "tidings.events -> copies"),
+                ("binding", "tidings.partitions -> tidings.shop.7"),
+                ("binding", "amq.topic -> tidings.shop"),
+            }
+            assert "AMQP lists no bindings" not in ended.err
         finally:
             await asyncio.to_thread(server.shutdown)
             server.server_close()
@@ -184,3 +217,26 @@ async def test_queues_that_nobody_serves_are_shown(commands: Commands, amqp_url:
     finally:
         async with open_bus(amqp_url) as bus:
             await bus.delete([Subscription(name, 0, 1) for name in ("retired", "renamed")])
+
+
+async def test_a_queue_named_like_a_partition_that_a_service_has_not_is_shown(
+    commands: Commands, amqp_url: str
+) -> None:
+    """Without the management API too, which a foreign binding would need: the command says how to see those."""
+    assert (await commands.run("topology", "apply")).process.returncode == 0
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        limits: dict[str, Any] = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        queue = await channel.declare_queue("tidings.shop.7", durable=True, arguments=limits)
+        await queue.bind("tidings.events")
+        try:
+            ended = await commands.run("topology", "diff")
+            assert ended.process.returncode == 1
+            assert [line.split()[:3] for line in ended.out.splitlines()[1:2]] == [
+                ["queue", "tidings.shop.7", "differs"]
+            ]
+            assert "rabbitmqctl delete_queue tidings.shop.7" in ended.out
+            assert "AMQP lists no bindings" in ended.err
+            assert "rabbitmqctl list_bindings --vhost" in ended.err
+        finally:
+            await queue.delete(if_unused=False, if_empty=False)

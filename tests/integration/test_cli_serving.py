@@ -191,7 +191,7 @@ async def test_a_port_in_use_is_3_and_named_before_anything_starts(commands: Com
     ("option", "said"),
     [
         ("--host=192.0.2.1", "cannot listen at 192.0.2.1:8000: Cannot assign requested address; is it an address of"),
-        ("--health=8080", "--health is for a service"),
+        ("--health=8080", "--health is for services"),
     ],
 )
 async def test_what_an_application_cannot_have_is_2_and_one_line(commands: Commands, option: str, said: str) -> None:
@@ -418,7 +418,7 @@ async def test_status_watches_with_a_line_per_change(commands: Commands) -> None
     assert await command.ended() == 130
     assert command.err == ""
     screen = commands.at_terminal("status", "--watch")
-    await until(lambda: "healthy" in screen.out, "it draws")
+    await until(lambda: "NO SERVICE" in screen.out, "it draws")
     screen.type("\x03")
     assert await screen.ended() == 130
 

@@ -23,6 +23,7 @@ from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.resources import Resources
 from tidings.delivery.site import Joined, Site
 from tidings.delivery.succession import Succession
+from tidings.errors import Fenced
 
 pytestmark = pytest.mark.postgresql
 
@@ -209,7 +210,7 @@ async def test_who_takes_over_again_after_another_removed_its_notebook_makes_it_
 
 
 async def _notes(database: Database, inbox: Inbox) -> dict[int, int]:
-    async with database.reading() as connection:
+    async with database.turn, database.transaction() as connection:  # reading them forgets what is settled
         return await inbox.notes.read(connection)
 
 
@@ -257,4 +258,25 @@ async def test_a_takeover_that_was_cut_off_after_its_commit_is_done_again(tmp_pa
         await found.take_over()
         assert found.caution.suspects == {3}
         assert found.caution.wants(7)
+        found.notebook.close()
+
+
+@pytest.mark.parametrize(("at_work", "fenced"), [(None, False), (PROCESS, False), ("other", True)])
+async def test_whom_the_bus_has_not_chosen_takes_over_from_nobody_who_is_noted_as_being_at_work(
+    tmp_path: Path, at_work: str | None, fenced: bool
+) -> None:
+    service, log, buckets, memory = Service("audit"), uuid4(), range(256), FailureMemory()
+    async with open_database(database_url(tmp_path, "audit")) as database:
+        inbox = Inbox(database, "audit", log, buckets)
+        await inbox.join()
+        async with database.transaction() as connection:
+            if at_work is not None:
+                await inbox.occupancy.take(connection, at_work)
+        found = succession(service, database, inbox, log, memory)
+        if fenced:
+            with pytest.raises(Fenced, match="another process has begun"):
+                await found.take_over(unless_at_work=True)
+        else:
+            await found.take_over(unless_at_work=True)
+        assert await inbox.read_active() == ("other" if fenced else PROCESS)
         found.notebook.close()

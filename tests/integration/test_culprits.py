@@ -27,7 +27,8 @@ from tests.integration.embedded import (
     until,
 )
 from tidings import ANY, EventData, EventStore, Hold, Relay, Retry, Runtime, Service, Settings
-from tidings.errors import BusUnavailable, StoreUnavailable
+from tidings.delivery.owned import PROBED, OwnStore
+from tidings.errors import BusUnavailable, StoreUnavailable, StreamForbidden
 from tidings.hosting.gathering import Probe
 from tidings.stores import Appended, Expected
 
@@ -184,6 +185,109 @@ async def test_a_log_that_takes_no_appends_is_blamed_though_it_can_be_read(
         await becomes(probe, lambda found: found["status"] == "ok")
 
 
+async def test_a_log_elsewhere_that_takes_no_appends_is_noticed_while_nobody_appends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidings.hosting.gathering.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("tidings.hosting.gathering.QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(OwnStore, "is_local", False)
+    service = auditing()
+    async with full_world(tmp_path, service) as (world, store):
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        store.full = True
+        document = await becomes(probe, lambda found: found["status"] != "ok")
+        assert wrong(document) == ["audit.store"]
+        assert "takes no appends" in said(document, "audit.store")
+        store.full = False
+        await becomes(probe, lambda found: found["status"] == "ok")
+
+
+class Counting(StoreAround):
+    """A log that counts the appends that only try whether it takes them."""
+
+    tries = 0
+    forbidden = False
+
+    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        if stream == PROBED:
+            self.tries += 1
+            if self.forbidden:
+                raise StreamForbidden(stream, "to append to")
+        return await super().append(stream, events, expected=expected)
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+async def test_of_all_who_ask_whether_a_log_takes_appends_one_tries(
+    tmp_path: Path, forbidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = False
+    service, made = auditing(), list[Counting]()
+
+    async def is_quiet(self: OwnStore, seconds: float) -> bool:
+        return quiet and await ask(self, seconds)
+
+    def wrap(store: EventStore) -> EventStore:
+        made.append(Counting(store))
+        return made[0]
+
+    ask = OwnStore.is_quiet
+    monkeypatch.setattr(OwnStore, "is_quiet", is_quiet)
+    monkeypatch.setattr(OwnStore, "is_local", False)
+    async with embedded(tmp_path, service, wrap=wrap) as world:
+        made[0].forbidden = forbidden
+        await world.append(Happened(key="first"))
+        await world.settled()
+        own = [OwnStore(made[0]) for _ in range(3)]
+        for store in own:
+            store.writes.last_at -= 3600
+        monkeypatch.setattr("tidings.hosting.gathering.QUIET_SECONDS", 600.0)
+        assert [await ask(store, 600.0) for store in own] == [False] * 3, "an event is new"
+        assert [await ask(store, -1.0) for store in own] == [True] * 3
+        probe = Probe((service,))
+        quiet = True
+        monkeypatch.setattr("tidings.hosting.gathering.QUIET_SECONDS", -1.0)
+        for _ in range(4):
+            assert (await probe.ready()).ok
+        # Who may not append is not asked again. Each of the others tries, because here no time is too short.
+        assert made[0].tries == (1 if forbidden else 4)
+
+
+async def test_a_log_on_a_full_disk_is_blamed_while_nobody_appends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        await becomes(probe, lambda found: found["status"] == "ok")
+        with monkeypatch.context() as full:
+            full.setattr("tidings.stores.sqlite.store.no_room", lambda path: f"the disk of {path} is full")
+            document = (await probe.ready()).document()
+            assert (document["status"], wrong(document)) == ("unready", ["audit.store"])
+            assert "takes no appends: the disk of" in said(document, "audit.store")
+        assert (await probe.ready()).document()["status"] == "ok"
+
+
+@pytest.mark.sqlite("a file on a full disk")
+async def test_a_database_on_a_full_disk_is_blamed_while_nothing_is_handled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        probe = Probe((service,))
+        await world.append(Happened(key="first"))
+        await world.settled()
+        with monkeypatch.context() as full:
+            full.setattr("tidings.hosting.gathering.no_room", lambda path: f"the disk of {path} is full")
+            document = (await probe.ready()).document()
+            assert wrong(document) == ["audit.database"]
+            assert "takes no writes: the disk of" in said(document, "audit.database")
+        assert (await probe.ready()).document()["status"] == "ok"
+
+
 async def test_a_store_that_is_away_is_blamed_alone(tmp_path: Path) -> None:
     service = auditing()
     async with full_world(tmp_path, service) as (world, store):
@@ -335,7 +439,8 @@ async def test_a_relay_that_is_missing_is_blamed_and_one_that_leads_here_is_not(
         intake = service.running_now.partitions[0].intake
         assert intake is not None
         intake.take = lambda *_: None  # type: ignore[method-assign]
-        intake.pulse.marker_at = intake.pulse.heard_at = asyncio.get_running_loop().time() - 40
+        news = intake.pulse.news
+        intake.pulse.marker_at = news.at = news.came_at = asyncio.get_running_loop().time() - 40
         document = (await probe.ready()).document()
         assert wrong(document) == ["audit.markers"]
         told = said(document, "audit.markers")
@@ -505,4 +610,24 @@ def test_the_remedy_names_the_file_or_the_server() -> None:
     from tidings.operations.remedies import writable
 
     assert "df -h '/var/lib/inventory.db'" in writable("/var/lib/inventory.db")
-    assert "pg_is_in_recovery" in writable("postgresql+asyncpg://inventory@db/inventory")
+
+
+@pytest.mark.parametrize(
+    ("url", "client"),
+    [
+        (
+            "postgresql+asyncpg://stock:secret@db.example:5433/in%20stock?connections=10",
+            "psql -h db.example -p 5433 -U stock -d 'in stock'",
+        ),
+        ("postgresql+asyncpg://stock@/shop?host=/var/run/postgresql", "psql -h /var/run/postgresql -U stock -d shop"),
+        ("postgresql+asyncpg://stock@[::1]/shop", "psql -h ::1 -U stock -d shop"),
+        ("postgresql+asyncpg:///shop", "psql -d shop"),
+        ("sqlite:///shop.db", ""),
+    ],
+)
+def test_the_remedy_opens_the_database_as_the_service_does(url: str, client: str) -> None:
+    from tidings.operations.remedies import client_for, writable
+
+    assert client_for(sa.make_url(url)) == client
+    if client:
+        assert f"{client} -c 'SHOW transaction_read_only' -c" in writable("postgresql://masked", client)

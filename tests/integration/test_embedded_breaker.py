@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
-from structlog.testing import capture_logs
 
-from tests.integration.embedded import (
-    Followed,
-    Happened,
-    assert_once_in_order,
-    audit,
-    count,
-    embedded,
-    letters,
-    many,
-    note,
-    rows,
-    tables,
-    until,
-)
+from tests.integration.embedded import Followed, Happened, assert_once_in_order, audit, many, note, tables
 from tidings import Context, Hold, Retry, Service
 from tidings.database.tables import held
-
-pytestmark = pytest.mark.timeout(60)
-
-PAUSES = (0.05, 0.2)
+from tidings.hosting.running import RunningService
+from tidings.operations.report import ServiceReport
+from tidings.testing import World
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", PAUSES)
+    """Each virtual second costs a look at everything."""
+    monkeypatch.setattr("tidings.delivery.breaker.PAUSES", (0.05, 0.2))
+
+
+def process(world: World) -> RunningService:
+    running = world._seats["audit"].running
+    assert running is not None
+    return running
+
+
+async def append(world: World, *events: Happened | Followed) -> None:
+    for event in events:
+        await world.append(f"{type(event).__name__.lower()}-{event.key}", event)
+
+
+async def until(world: World, condition: Callable[[ServiceReport], object]) -> None:
+    """Let virtual time pass until something is so."""
+    async with asyncio.timeout(100_000):
+        while not condition((await world.verify()).services[0]):
+            await asyncio.sleep(0.2)
+
+
+async def rows(world: World, service: Service) -> list[tuple[str, int]]:
+    async with world.session(service) as session:
+        query = sa.select(audit.c.key, audit.c.n).order_by(audit.c.id)
+        return [(key, n) for key, n in (await session.execute(query)).all()]
 
 
 class Trouble:
@@ -73,75 +84,77 @@ def two_handlers(trouble: Trouble, *, transactional: bool = True, retry: Retry |
 
 
 @pytest.mark.parametrize("transactional", [True, False])
-async def test_other_handlers_and_keys_go_on_while_one_handler_is_paused(tmp_path: Path, transactional: bool) -> None:
+async def test_other_handlers_and_keys_go_on_while_one_handler_is_paused(transactional: bool) -> None:
     trouble = Trouble()
     service = two_handlers(trouble, transactional=transactional)
     good = [Followed(key=f"good-{n % 7}", n=n) for n in range(50)]
-    async with embedded(tmp_path, service) as world:
-        await world.append(*(Happened(key=f"bad-{n}", n=n) for n in range(40)))
-        running = world.running[0]
-        await until(lambda: running.paused is not None)
-        assert list(running.paused_handlers) == ["bad"]
-        assert "no such appointment" in (running.paused or "")
-        await until(lambda: _held(service, 40))
+    async with World(service) as world:
+        world.tolerate("bad")
+        await append(world, *(Happened(key=f"bad-{n}", n=n) for n in range(40)))
+        await until(world, lambda part: process(world).paused)
+        assert list(process(world).paused_handlers) == ["bad"]
+        assert "no such appointment" in (process(world).paused or "")
+        await until(world, lambda part: part.held_count == 40)
         tried = len(trouble.tried)
-        await world.append(*(Happened(key=f"late-{n}", n=n) for n in range(100)))
-        await until(lambda: _held(service, 140))
+        await append(world, *(Happened(key=f"late-{n}", n=n) for n in range(100)))
+        await until(world, lambda part: part.held_count == 140)
         assert len(trouble.tried) - tried < 40, "they are held without an attempt, but for some trials"
-        await world.append(*good)
-        await until(lambda: _done(service, len(good)), 5)
-        assert sorted(await rows(service)) == sorted((event.key, event.n) for event in good)
-        report = (await world.report()).services[0]
+        await append(world, *good)
+        await world.settled()
+        assert sorted(await rows(world, service)) == sorted((event.key, event.n) for event in good)
+        report = (await world.verify()).services[0]
         assert (report.pending_count, report.held_count) == (0, 140), "what is not tried is held, and can be skipped"
-        assert running.paused is not None
+        assert process(world).paused is not None
 
 
-async def test_trials_go_from_key_to_key_and_each_says_what_failed_and_what_is_next(tmp_path: Path) -> None:
+async def test_trials_go_from_key_to_key_and_each_says_what_failed_and_what_is_next() -> None:
     """Half of the handler's events can succeed: those that cannot do not hide a recovery."""
     bad = [f"bad-{n}" for n in range(20)]
     trouble = Trouble(*bad)
     service = two_handlers(trouble)
-    with capture_logs() as logs:
-        async with embedded(tmp_path, service) as world:
-            running = world.running[0]
-            await world.append(*(Happened(key=key) for key in bad))
-            await until(lambda: running.paused is not None)
-            await until(lambda: sum(line["event"] == "handler.trial_failed" for line in logs) >= 6)
-            await world.append(*(Happened(key=f"good-{n}") for n in range(20)))
-            await until(lambda: _done(service, 20))
-            trouble.mended = True
-            await world.settled()
-            assert len(await rows(service)) == 40
-            assert running.paused is None
-    trials = [line for line in logs if line["event"] == "handler.trial_failed"]
-    assert len({line["key"] for line in trials[:6]}) >= 5, "each trial is of another key"
-    for line in trials:
-        assert line["handler"] == "bad"
-        assert line["reason"] == "LookupError: no such appointment"
-        assert line["log_level"] == "warning"
-        assert line["next_trial_in"] > 0
-        assert {"event_id", "stream", "position", "trial", "next"} <= line.keys()
-    assert next(line["handler"] for line in logs if line["event"] == "handler.paused") == "bad"
-    assert "handler.resumed" in [line["event"] for line in logs]
+    async with World(service) as world:
+        world.tolerate("bad")
+        await append(world, *(Happened(key=key) for key in bad))
+        await until(world, lambda part: process(world).paused)
+        await until(world, lambda part: len(world.logs("handler.trial_failed")) >= 6)
+        await append(world, *(Happened(key=f"good-{n}") for n in range(20)))
+        await until(world, lambda part: part.pending_count == 0 and part.held_count == 20)
+        assert len(await rows(world, service)) == 20
+        trouble.mended = True
+        await until(world, lambda part: part.ok)
+        assert len(await rows(world, service)) == 40
+        assert process(world).paused is None
+        trials = world.logs("handler.trial_failed")
+        assert len({line["key"] for line in trials[:6]}) >= 5, "each trial is of another key"
+        for line in trials:
+            assert line["handler"] == "bad"
+            assert line["reason"] == "LookupError: no such appointment"
+            assert line["level"] == "warning"
+            assert line["next_trial_in"] > 0
+            assert {"event_id", "stream", "position", "trial", "next"} <= line.keys()
+        assert world.logs("handler.paused")[0]["handler"] == "bad"
+        assert world.logs("handler.resumed")
 
 
 @pytest.mark.parametrize("hold", [Hold(attempts=2, delay=0.01), None])
-async def test_trials_count_so_that_poison_is_dead_in_the_end(tmp_path: Path, hold: Hold | None) -> None:
+async def test_trials_count_so_that_poison_is_dead_in_the_end(hold: Hold | None) -> None:
     trouble = Trouble()
     service = two_handlers(trouble, retry=Retry(attempts=2, delay=0.01, hold=hold, hold_key=False))
-    async with embedded(tmp_path, service) as world:
+    async with World(service) as world:
+        world.tolerate("bad")
         events = [Happened(key=f"bad-{n}") for n in range(24)]
-        await world.append(*events)
-        await until(lambda: world.running[0].paused is not None)
-        await until(lambda: _dead(service, len(events)), 40)
-        assert await count(service, held) == 0
+        await append(world, *events)
+        await until(world, lambda part: process(world).paused)
+        await until(world, lambda part: part.dead_count == len(events))
+        assert await world.held(service) == []
         expected = 2 + (hold.attempts if hold else 0)
-        assert {letter.attempts for letter in await letters(service)} <= {2, expected, expected - 1}
-        assert all(letter.handler == "bad" for letter in await letters(service))
+        letters = await world.dead(service)
+        assert {letter.attempts for letter in letters} <= {2, expected, expected - 1}
+        assert all(letter.handler == "bad" for letter in letters)
         assert all(trouble.tried.count(event.key) >= 2 for event in events), "each had its quick attempts, too"
 
 
-async def test_each_handler_keeps_its_order_per_key_while_one_is_paused(tmp_path: Path) -> None:
+async def test_each_handler_keeps_its_order_per_key_while_one_is_paused() -> None:
     """Events of one key have two handlers: neither waits for the other, and both keep their order."""
     trouble = Trouble()
     service = two_handlers(trouble)
@@ -152,19 +165,19 @@ async def test_each_handler_keeps_its_order_per_key_while_one_is_paused(tmp_path
         kind: Any = Happened if n * 31 % 3 else Followed
         events.append(kind(key=key, n=numbers[key]))
         numbers[key] += 1
-    async with embedded(tmp_path, service) as world:
-        running = world.running[0]
+    async with World(service) as world:
+        world.tolerate("bad")
         for event in events[:200]:
-            await service.append(f"mixed-{event.key}", event)
-        await until(lambda: running.paused is not None)
+            await world.append(f"mixed-{event.key}", event)
+        await until(world, lambda part: process(world).paused)
         for event in events[200:300]:
-            await service.append(f"mixed-{event.key}", event)
-        await until(lambda: len(trouble.tried) > 80)
+            await world.append(f"mixed-{event.key}", event)
+        await until(world, lambda part: len(trouble.tried) > 80)
         trouble.mended = True
         for event in events[300:]:
-            await service.append(f"mixed-{event.key}", event)
-        await world.settled()
-        found = await rows(service)
+            await world.append(f"mixed-{event.key}", event)
+        await until(world, lambda part: part.ok)
+        found = await rows(world, service)
         for kind in (Happened, Followed):
             own = {(event.key, event.n) for event in events if isinstance(event, kind)}
             expected = [Happened(key=key, n=n) for key, n in own]
@@ -172,40 +185,42 @@ async def test_each_handler_keeps_its_order_per_key_while_one_is_paused(tmp_path
         assert len(found) == len(events)
 
 
-async def test_a_paused_handler_whose_events_were_all_dropped_is_tried_with_the_next_one(tmp_path: Path) -> None:
+async def test_a_paused_handler_whose_events_were_all_dropped_is_tried_with_the_next_one() -> None:
     trouble = Trouble()
     service = two_handlers(trouble)
-    async with embedded(tmp_path, service) as world:
-        running = world.running[0]
-        await world.append(*(Happened(key=f"bad-{n}") for n in range(30)))
-        await until(lambda: running.paused is not None)
-        await until(lambda: _held(service, 30))
-        async with running.database.transaction() as connection:
-            await connection.execute(held.delete())
+    async with World(service) as world:
+        world.tolerate("bad")
+        await append(world, *(Happened(key=f"bad-{n}") for n in range(30)))
+        await until(world, lambda part: process(world).paused)
+        await until(world, lambda part: part.held_count == 30)
+        async with world.session(service) as session:
+            await session.execute(held.delete())
         trouble.mended = True
-        await until(lambda: running.paused is not None)
-        await world.append(Happened(key="new", n=1))
-        await until(lambda: _done(service, 1))
-        assert running.paused is None
+        await until(world, lambda part: process(world).paused)
+        await append(world, Happened(key="new", n=1))
+        await until(world, lambda part: part.ok)
+        assert await rows(world, service) == [("new", 1)]
+        assert process(world).paused is None
 
 
 @pytest.mark.parametrize("transactional", [True, False])
-async def test_what_was_held_for_a_paused_handler_outlives_a_restart(tmp_path: Path, transactional: bool) -> None:
-    broken, mended = Trouble(), Trouble("nobody")
-    events = many(60, 30)
-    first = two_handlers(broken)
-    async with embedded(tmp_path, first) as world:
-        await world.append(*events)
-        await until(lambda: _held(first, 60))
-    second = two_handlers(mended, transactional=transactional)
-    async with embedded(tmp_path, second) as world:
-        await world.settled()
+async def test_what_was_held_for_a_paused_handler_outlives_a_restart(transactional: bool) -> None:
+    trouble, events = Trouble(), many(60, 30)
+    service = two_handlers(trouble, transactional=transactional)
+    async with World(service) as world:
+        world.tolerate("bad")
+        await append(world, *events)
+        await until(world, lambda part: part.held_count == 60)
+        world.crash(service)
+        trouble.mended = True
+        trouble.tried.clear()
+        await until(world, lambda part: part.ok)
         if transactional:
-            assert_once_in_order(await rows(second), events)
-        assert len(mended.tried) == len(events)
+            assert_once_in_order(await rows(world, service), events)
+        assert len(trouble.tried) == len(events)
 
 
-async def test_context_attempt_counts_trials(tmp_path: Path) -> None:
+async def test_context_attempt_counts_trials() -> None:
     seen: dict[int, list[int]] = defaultdict(list)
     service = Service("audit", tables=tables)
 
@@ -214,19 +229,8 @@ async def test_context_attempt_counts_trials(tmp_path: Path) -> None:
         seen[context.position].append(context.attempt)
         raise LookupError
 
-    async with embedded(tmp_path, service) as world:
-        await world.append(*(Happened(key=f"bad-{n}") for n in range(22)))
-        await until(lambda: _dead(service, 22), 40)
+    async with World(service) as world:
+        world.tolerate(bad)
+        await append(world, *(Happened(key=f"bad-{n}") for n in range(22)))
+        await until(world, lambda part: part.dead_count == 22)
         assert all(attempts == list(range(1, len(attempts) + 1)) for attempts in seen.values())
-
-
-async def _done(service: Service, number: int) -> bool:
-    return await count(service, audit) == number
-
-
-async def _held(service: Service, number: int) -> bool:
-    return await count(service, held) == number
-
-
-async def _dead(service: Service, number: int) -> bool:
-    return len(await letters(service)) == number

@@ -65,6 +65,8 @@ async def test_leaving_finishes_what_runs_commits_it_and_a_restart_repeats_nothi
     with capture_logs() as logs:
         leaving = asyncio.create_task(run())
         await until(lambda: bool(entered) and entered[0].stopping.is_set())
+        # It leaves once it has ended its look at the database.
+        await until(lambda: all(part._left.is_set() for part in entered[0].partitions))
         gate.set()
         thread_gate.set()
         await leaving

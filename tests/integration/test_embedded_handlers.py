@@ -586,7 +586,7 @@ async def test_a_handler_that_blocks_the_loop_is_named_with_its_stack(tmp_path: 
 
     @service.on(Happened)
     async def block(event: Happened) -> None:
-        time.sleep(0.5)  # noqa: ASYNC251
+        time.sleep(2)  # noqa: ASYNC251 - so long that a busy machine's watchdog looks meanwhile
 
     with capture_logs() as logs:
         async with embedded(tmp_path, service) as world:
@@ -594,8 +594,8 @@ async def test_a_handler_that_blocks_the_loop_is_named_with_its_stack(tmp_path: 
                 await world.append(CULPRIT)
                 await world.settled()
     blocked = [entry for entry in logs if entry["event"] == "loop.blocked"]
-    (told,) = [entry for entry in blocked if entry["handlers"] == ["block"]]  # a busy machine may block it too
-    assert "time.sleep" in told["stack"]
+    told = [entry["stack"] for entry in blocked if entry["handlers"] == ["block"]]
+    assert any("time.sleep" in stack for stack in told), told  # a busy machine may block it elsewhere, too
 
 
 async def test_no_attempt_sees_what_the_one_before_made_of_the_metadata(tmp_path: Path) -> None:

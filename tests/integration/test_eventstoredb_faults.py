@@ -60,7 +60,7 @@ async def test_appends_in_flight_when_the_server_is_killed_happen_once_and_in_or
         begun.set()
         return [(await answer).version for answer in waiting]
 
-    async with opened(server.port) as store:
+    async with opened(server.port, DefaultDeadline=60) as store:
         begun = asyncio.Event()
         names = [f"{kind}-{n}" for n in range(streams) for kind in ("any", "version")]
         answers = [asyncio.ensure_future(versions(store, name, begun)) for name in names]

@@ -40,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @asynccontextmanager
 async def world(folder: Path, server: Server, service: Service) -> AsyncIterator[World]:
     settings = settings_for(folder)
-    url = f"esdb://127.0.0.1:{server.port}?Tls=false&DefaultDeadline=3"
+    url = f"esdb://127.0.0.1:{server.port}?Tls=false&DefaultDeadline=30"  # for a killed server to start
     async with open_store(url) as store, open_bus(settings.bus) as bus, open_store(url) as carried:
         assert isinstance(bus, MemoryBus)
         relay = Relay(carried, bus, marker_seconds=0.2, checkpoint_seconds=0.1)

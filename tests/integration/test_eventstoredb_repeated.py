@@ -19,7 +19,7 @@ from tidings.stores.eventstoredb.appends import Write
 from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import event, events, read
 
-SOON = 1.0
+SOON = 1.8
 """Seconds in which a busy machine answers a call that it does not drop. A timeout takes two."""
 
 

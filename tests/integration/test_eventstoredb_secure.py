@@ -49,6 +49,14 @@ async def test_everything_works_over_tls(server: EventStoreServer) -> None:
             await read(store, "s")
 
 
+@pytest.mark.parametrize("scheme", ["kurrentdb", "kdb", "KurrentDB", "kurrentdb+discover", "kdb+discover"])
+async def test_the_schemes_of_kurrentdb_lead_to_the_same_store(server: EventStoreServer, scheme: str) -> None:
+    async with opened(url(server)) as store, opened(url(server).replace("esdb", scheme, 1)) as same:
+        await store.append("s", events(0, 1))
+        assert await read(same, "s") == [(0, 0), (1, 1)]
+        assert await same.log_id() == await store.log_id()
+
+
 async def test_a_forbidden_stream_is_named_and_other_streams_are_not_concerned(server: EventStoreServer) -> None:
     """This is not an outage of the store: waiting would not help."""
     async with opened(url(server)) as admin, opened(url(server, user="clerk", password="12345678")) as store:
@@ -158,6 +166,10 @@ async def test_a_server_that_says_nothing_of_tls_is_asked_whether_it_wants_it(
         ("esdb://host?Tls=false&NodePreference=follower", "NodePreference"),
         (f"esdb://admin:{quote(SECRET, safe='')}@host?TlsCaFile=/nowhere/ca.pem", "/nowhere/ca.pem"),
         (f"esdb://admin:{quote(SECRET, safe='')}@host?Tls=maybe", "maybe"),
+        ("kurrentdb://host:2113", "Username and password are required"),
+        ("kdb+discover://a,b?Tls=false", "More than one target"),
+        (f"kdb://admin:{quote(SECRET, safe='')}@host?Tls=maybe", "maybe"),
+        (f"kurrentdb://admin:{SECRET}@host", "in user and password write"),
     ],
 )
 async def test_a_url_that_cannot_be_meant_is_refused_when_it_is_opened(store_url: str, says: str) -> None:

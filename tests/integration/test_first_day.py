@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from itertools import permutations
 from pathlib import Path
 from uuid import uuid4
@@ -40,8 +40,8 @@ async def store_url(kind: str, folder: Path) -> AsyncIterator[str]:
         yield f"sqlite:///{folder}/log.db"
 
 
-async def first_day(folder: Path, kind: str, bus_url: str, order: tuple[str, ...]) -> None:
-    async with store_url(kind, folder) as url, AsyncExitStack() as stack:
+async def first_day(folder: Path, log: AbstractAsyncContextManager[str], bus_url: str, order: tuple[str, ...]) -> None:
+    async with log as url, AsyncExitStack() as stack:
         bus = await stack.enter_async_context(open_bus(bus_url))
         stores = {part: await stack.enter_async_context(open_store(url)) for part in order}
         relay = Relay(stores["relay"], bus, marker_seconds=0.2, checkpoint_seconds=0.1)
@@ -89,7 +89,7 @@ async def first_day(folder: Path, kind: str, bus_url: str, order: tuple[str, ...
 async def test_the_first_events_are_handled_whatever_begins_first(
     tmp_path: Path, kind: str, order: tuple[str, ...]
 ) -> None:
-    await asyncio.wait_for(first_day(tmp_path, kind, f"memory://{uuid4().hex}", order), 60)
+    await asyncio.wait_for(first_day(tmp_path, store_url(kind, tmp_path), f"memory://{uuid4().hex}", order), 60)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])
@@ -97,4 +97,4 @@ async def test_the_first_events_are_handled_whatever_begins_first(
 async def test_the_first_events_are_handled_over_rabbitmq_whatever_begins_first(
     tmp_path: Path, amqp_url: str, kind: str, order: tuple[str, ...]
 ) -> None:
-    await asyncio.wait_for(first_day(tmp_path, kind, amqp_url, order), 60)
+    await asyncio.wait_for(first_day(tmp_path, store_url(kind, tmp_path), amqp_url, order), 60)

@@ -38,7 +38,7 @@ from tidings.buses.memory import MemoryBus
 from tidings.database.engine import Database, open_database
 from tidings.database.layout import Layout, layout_of, ranges_of, resize
 from tidings.database.tables import watermarks
-from tidings.errors import ConfigurationError
+from tidings.errors import ConfigurationError, Fenced
 from tidings.hosting.running import RunningService
 from tidings.modelling.codec import encode
 from tidings.operations.verify import verify
@@ -368,6 +368,19 @@ async def test_a_queue_that_a_process_of_the_old_layout_makes_again_is_taken_awa
         await resize(here.database, "audit", 2)
         async with here.process(auditing()):
             await until(here_has(here, {"tidings.audit.0", "tidings.audit.1"}))
+
+
+async def test_a_process_that_has_not_heard_of_a_resizing_makes_no_queue_of_the_old_layout_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others that heard of it have taken the queue away, and this process may die before it hears of it."""
+    monkeypatch.setattr("tidings.hosting.running.LOOK_SECONDS", 3600.0)
+    async with site(tmp_path) as here, here.process(auditing()) as running:
+        await until(lambda: running.consuming)
+        await resize(here.database, "audit", 2)
+        here.bus.delete_queue("tidings.audit")
+        await until(lambda: isinstance(running.partitions[0].lost, Fenced))
+        assert await here.queues() == set()
 
 
 def here_has(here: Site, queues: set[str]) -> Any:

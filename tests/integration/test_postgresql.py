@@ -160,6 +160,7 @@ async def a_tool(folder: Path) -> AsyncIterator[Database]:
         yield database
 
 
+@pytest.mark.usefixtures("every_failure_told")
 async def test_a_timeout_of_a_lock_that_tidings_waits_for_is_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +323,7 @@ async def _and_say_something_else(session: AsyncSession) -> None:
         raise ValueError("it did not work") from error
 
 
+@pytest.mark.usefixtures("every_failure_told")
 @pytest.mark.parametrize("lose", [_end_my_connection, _and_go_on, _and_say_something_else])
 async def test_a_connection_that_is_lost_is_no_failure_whatever_the_handler_makes_of_it(
     tmp_path: Path, lose: Callable[[AsyncSession], Awaitable[None]]

@@ -18,7 +18,7 @@ from tests.integration.processes import (
 )
 from tidings import EventStore, open_store
 
-pytestmark = pytest.mark.served
+pytestmark = [pytest.mark.served, pytest.mark.rabbitmq4]
 
 EVENTS = 600
 HALF = EVENTS // 2

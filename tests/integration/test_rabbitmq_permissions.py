@@ -6,10 +6,11 @@ import asyncio
 import json
 import re
 import stat
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiormq
@@ -20,8 +21,10 @@ from aiormq.exceptions import AMQPConnectionError, ChannelAccessRefused
 from tests.unit.command_line import Ended, invoke
 from tidings import Event, EventData, Relay, Runtime, Service, Settings, open_bus, open_store
 from tidings.buses import Subscription
-from tidings.buses.rabbitmq.permissions import definitions, password_hash
-from tidings.errors import BusUnavailable
+from tidings.buses.rabbitmq.permissions import CHANNELS, CONNECTIONS, STREAMS, definitions, password_hash
+from tidings.database.engine import open_database
+from tidings.database.layout import lay_out, resize
+from tidings.errors import BusUnavailable, QueueRefused
 from tidings.protocol.message import Message
 from tidings.testing.brokers import RabbitMQNode
 from tidings.testing.bus_conformance import event
@@ -29,6 +32,8 @@ from tidings.testing.bus_conformance import take as take_deliveries
 
 RELAY, STANDBY, ORDER, HISTORY = "tidings.relay.main", "tidings.relay.other", "tidings.order", "tidings.order-history"
 EXCHANGE, PARTITIONS = "tidings.events", "tidings.partitions"
+PARTS = 3
+"""Partitions that service `order` may have."""
 
 
 class Placed(Event):
@@ -77,7 +82,7 @@ def broker(rabbitmq_node: RabbitMQNode, tmp_path_factory: pytest.TempPathFactory
     secrets, definitions = folder / "secrets.json", folder / "definitions.json"
     admin = rabbitmq_node.add_vhost()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        ended = exported(monkeypatch, admin, f"--secrets={secrets}")
+        ended = exported(monkeypatch, admin, f"--secrets={secrets}", f"--partitions=order={PARTS}")
     assert (ended.code, ended.err) == (0, "")
     definitions.write_text(ended.out)
     made = Broker(rabbitmq_node, admin, json.loads(secrets.read_bytes()), definitions)
@@ -120,6 +125,9 @@ OTHERS: dict[str, Attempt] = {
     "unbind another's queue": lambda channel: channel.queue_unbind(HISTORY, EXCHANGE),
     "bind another's queue": lambda channel: channel.queue_bind(HISTORY, EXCHANGE),
     "make a partition of another": lambda channel: channel.queue_declare(f"{HISTORY}.0"),
+    "make a partition that it has not": lambda channel: channel.queue_declare(f"{ORDER}.7"),
+    "make a partition of any number": lambda channel: channel.queue_declare(f"{ORDER}.{'9' * 80}"),
+    "make a partition with a zero before its number": lambda channel: channel.queue_declare(f"{ORDER}.01"),
     "make a queue below its own": lambda channel: channel.queue_declare(f"{ORDER}.0.more"),
     "make a queue whose name begins as its own": lambda channel: channel.queue_declare(f"{ORDER}0"),
     "make any queue": lambda channel: channel.queue_declare("mine"),
@@ -179,7 +187,7 @@ async def test_nobody_enters_another_vhost(broker: Broker, user: str) -> None:
 
 
 async def test_a_service_may_make_bind_consume_and_delete_each_of_its_partitions(broker: Broker) -> None:
-    parts = [Subscription("order", index, 3) for index in range(3)]
+    parts = [Subscription("order", index, PARTS) for index in range(PARTS)]
     async with open_bus(broker.url(ORDER)) as bus, open_bus(broker.url(RELAY)) as relay:
         for part in parts:
             await bus.provision(part)
@@ -286,12 +294,16 @@ def test_a_password_is_hashed_as_rabbitmq_documents_it() -> None:
 
 @pytest.mark.parametrize("service", ["order", "a-b_c", "0"])
 @pytest.mark.parametrize("relay", ["main", "x.y*", "[a-z]+|.*", "é (1)"])
-def test_a_pattern_matches_its_own_names_and_no_others(service: str, relay: str) -> None:
-    ours, theirs = definitions("/", [service], [relay], {})["permissions"]
-    own = [f"tidings.{service}", f"tidings.{service}.0", f"tidings.{service}.255"]
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_a_pattern_matches_its_own_names_and_no_others(service: str, relay: str, count: int) -> None:
+    parts = [Subscription(service), *(Subscription(service, index, 256) for index in range(count))]
+    ours, theirs = definitions("/", parts, [relay], {})["permissions"]
+    own = [part.queue for part in parts]
     lock = f"tidings.relay.{relay}"
     others = [
-        *(f"tidings.{service}{end}" for end in ("x", "-history", ".", ".0.1", ".a", ".-1", "0", " ")),
+        *(f"tidings.{service}{end}" for end in ("x", "-history", ".", ".0.1", ".a", ".-1", "0", " ", ".00", ".01")),
+        *(f"tidings.{service}.{number}" for number in (count, 13, 110, 255, "9" * 80)),
+        f"tidingsx{service}",
         *(f"{begin}tidings.{service}" for begin in ("x", ".", "tidings.")),
         *(
             "tidings.relay.",
@@ -345,3 +357,93 @@ def test_a_file_of_passwords_that_is_none_is_refused_without_a_word_of_it(
     assert (ended.code, ended.out) == (2, "")
     assert "secrets.json' cannot be kept" in ended.err
     assert secrets.read_text() == content
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_a_services_own_queue_holds_up_nobody_however_it_was_declared(broker: Broker, kind: str) -> None:
+    """The exported policy lets a quorum queue drop messages that it was declared to refuse. A classic one refuses, and
+    the relay goes on."""
+    hostile: dict[str, Any] = {"x-queue-type": kind, "x-max-length": 1, "x-overflow": "reject-publish"}
+    history = Subscription("order-history")
+    async with channel(broker.url(ORDER)) as own, open_bus(broker.url(HISTORY)) as others:
+        await others.provision(history)
+        await own.queue_declare(f"{ORDER}.2", durable=True, arguments=hostile)
+        await own.queue_bind(f"{ORDER}.2", EXCHANGE)
+        try:
+            async with open_bus(broker.url(RELAY)) as relay, relay.publisher() as publisher:
+                sent = [event(number) for number in range(1, 6)]
+                outcomes = await asyncio.gather(*map(publisher.send, sent), return_exceptions=True)
+            assert {type(outcome) for outcome in outcomes} <= {type(None), QueueRefused}
+            assert (QueueRefused in map(type, outcomes)) == (kind == "classic")
+            async with others.consume(history) as consumer:
+                deliveries = await take_deliveries(consumer, 5)
+                assert [delivery.message for delivery in deliveries] == sent
+                consumer.settle_through(deliveries[-1].tag)
+        finally:
+            await own.queue_delete(f"{ORDER}.2")
+            await own.queue_delete(ORDER)
+
+
+async def test_what_a_service_declares_as_a_stream_is_bounded_too(broker: Broker) -> None:
+    """The first policy has an overflow, which no stream knows, so RabbitMQ passes it over there."""
+    async with channel(broker.url(ORDER)) as own:
+        await own.queue_declare(f"{ORDER}.2", durable=True, arguments={"x-queue-type": "stream"})
+        try:
+            vhost = urlsplit(broker.admin).path[1:]
+            listed = await asyncio.to_thread(
+                broker.node.rabbitmqctl, "list_queues", "--vhost", vhost, "--quiet", "name", "policy"
+            )
+            assert [f"{ORDER}.2", STREAMS] in [line.split() for line in listed.splitlines()]
+        finally:
+            await own.queue_delete(f"{ORDER}.2")
+
+
+async def test_a_user_has_so_many_connections_and_no_more(rabbitmq_node: RabbitMQNode, harmed_url: str) -> None:
+    parts = urlsplit(harmed_url)
+    vhost = parts.path[1:]
+    made = definitions(vhost, [Subscription("crowd")], [], {"tidings.crowd": "w0rd"})
+    (user,) = made["users"]
+    assert user["limits"] == {"max-connections": CONNECTIONS, "max-channels": CHANNELS * CONNECTIONS}
+    url = f"amqp://tidings.crowd:w0rd@{parts.hostname}:{parts.port}{parts.path}"
+    user["limits"] = {"max-connections": 2}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(made, file)
+        file.flush()
+        await asyncio.to_thread(rabbitmq_node.rabbitmqctl, "import_definitions", file.name)
+    opened = [await aiormq.connect(url) for _ in range(2)]
+    async with open_bus(url) as bus:
+        with pytest.raises(BusUnavailable, match=r"user connection limit \(2\) is reached"):
+            await bus.provision(Subscription("crowd"))
+        for connection in opened:
+            await connection.close()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await bus.provision(Subscription("crowd"))
+                    break
+                except BusUnavailable:
+                    await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("given", ["order", "order=0", "order=257", "order=x", "unknown=2", "order=-1", "=2"])
+def test_partitions_that_cannot_be_are_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = exported(monkeypatch, "amqp://host/shop", f"--partitions={given}")
+    assert (ended.code, ended.out) == (2, "")
+    assert "write NAME=COUNT" in ended.err
+
+
+def test_a_divided_service_may_make_its_queues_and_those_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDINGS_DATABASE", f"sqlite:///{tmp_path}/{{service}}.db")
+
+    async def divide() -> None:
+        async with open_database(f"sqlite:///{tmp_path}/order.db") as database:
+            await lay_out(database, "order", 4)
+            await resize(database, "order", 2)
+
+    asyncio.run(divide())
+    ended = exported(monkeypatch, "amqp://host/shop")
+    (mine,) = [one for one in json.loads(ended.out)["permissions"] if one["user"] == ORDER]
+    names = [ORDER, *(f"{ORDER}.{number}" for number in range(5))]
+    assert [name for name in names if re.search(mine["configure"], name)] == names[:5]

@@ -19,6 +19,8 @@ import pytest
 
 from tidings import open_bus
 from tidings.buses import Subscription
+from tidings.buses.rabbitmq.client import ConnectionLost
+from tidings.buses.rabbitmq.tls import remedy_of
 from tidings.errors import BusUnavailable, ConfigurationError
 from tidings.testing.brokers import RabbitMQNode, node_for_tests
 from tidings.testing.bus_conformance import event, take
@@ -124,6 +126,14 @@ async def test_a_client_without_a_certificate_is_told_what_to_compare(secured: S
     await refused(secured.url(certfile=None, keyfile=None), r"certfile=, keyfile=")
     certificate, key = secured.stranger.certificate("impostor")
     await refused(secured.url(certfile=certificate, keyfile=key), r"certfile=, keyfile=")
+
+
+def test_a_reset_may_be_the_answer_to_a_certificate() -> None:
+    """A broker that closes at once may overtake what it said about the certificate."""
+    broken = ConnectionLost("the connection broke")
+    broken.__cause__ = ConnectionResetError(104, "Connection reset by peer")
+    assert "certfile=, keyfile=" in str(remedy_of(broken, secured=True))
+    assert remedy_of(broken, secured=False) is None
 
 
 async def test_of_a_cluster_the_remedy_is_said_too(secured: Secured) -> None:

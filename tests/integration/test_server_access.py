@@ -301,5 +301,5 @@ def test_the_process_takes_services_and_limits(tmp_path: Path) -> None:
         assert server.port
         for path in tmp_path.rglob("*"):
             assert path.suffix == ".crt" or path.stat().st_mode & 0o077 == 0, path
-    for wrong in ("streams", "streams=x", "nonsense=1", "streams=0"):
+    for wrong in ("streams", "streams=x", "nonsense=1", "streams=0", "stalled_seconds=nan", "stalled_seconds=inf"):
         assert "--limit" in ServerProcess(None, "--limit", wrong).start().end()

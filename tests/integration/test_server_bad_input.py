@@ -69,6 +69,23 @@ def read_options(**more: Any) -> Any:
 # ---- requests ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["Append", "Delete", "Tombstone"])
+async def test_a_stream_whose_name_is_too_long_is_not_written(connection: Connection, method: str) -> None:
+    """Every event repeats the name."""
+    kind: Any = {"Append": streams.AppendReq, "Delete": streams.DeleteReq, "Tombstone": streams.TombstoneReq}[method]
+    for name in ("ж" * 513, "$$" + "ж" * 513):
+        request = kind(options=kind.Options(stream_identifier=named(name), any=shared.Empty()))
+        requests = [request.SerializeToString(), *(appends(name, b"x")[1:] if method == "Append" else ())]
+        error = await refused(connection, f"{STREAMS}/{method}", *requests)
+        assert error.status is Status.INVALID_ARGUMENT
+        assert "has 1026 bytes, and 1024 is the most" in error.details
+
+
+async def test_a_stream_whose_name_is_long_is_written_and_has_metadata(connection: Connection) -> None:
+    for name in ("ж" * 512, "$$" + "ж" * 512):
+        assert await raw(connection, f"{STREAMS}/Append", *appends(name, b"{}"))
+
+
 async def test_a_message_over_the_frame_limit(connection: Connection) -> None:
     options, _ = appends("s", b"x")
     with await connection.call(f"{STREAMS}/Append", timeout=30) as call:
@@ -164,7 +181,17 @@ async def test_a_filter_that_cannot_be_read(connection: Connection, regex: str) 
     expression = ReadReq.Options.FilterOptions.Expression(regex=regex)
     chosen = ReadReq.Options.FilterOptions(event_type=expression, max=32, checkpointIntervalMultiplier=1)
     error = await refused(connection, f"{STREAMS}/Read", bare(read_options(no_filter=None, filter=chosen)))
-    assert error.status is Status.UNKNOWN
+    assert error.status is Status.INVALID_ARGUMENT
+    assert "regular expression" in error.details
+
+
+@pytest.mark.parametrize("prefixes", [["x"] * 1001, ["x" * 65_537]])
+async def test_a_filter_of_more_prefixes_than_can_be_compared(connection: Connection, prefixes: list[str]) -> None:
+    expression = ReadReq.Options.FilterOptions.Expression(prefix=prefixes)
+    chosen = ReadReq.Options.FilterOptions(event_type=expression, max=32, checkpointIntervalMultiplier=1)
+    error = await refused(connection, f"{STREAMS}/Read", bare(read_options(no_filter=None, filter=chosen)))
+    assert error.status is Status.INVALID_ARGUMENT
+    assert "1000 prefixes" in error.details
 
 
 async def test_fields_that_nobody_knows_are_passed_over(connection: Connection) -> None:

@@ -10,13 +10,10 @@ from esdbclient import EventStoreDBClient, NewEvent, StreamState
 from esdbclient.exceptions import FailedPrecondition, NotFound, OperationFailed, StreamIsDeleted, WrongCurrentVersion
 from structlog.testing import capture_logs
 
-from tests.integration.server import STREAMS, appends, connected, in_thread
+from tests.integration.server import STREAMS, appends, connected, in_thread, serving
 from tidings.server import EventStoreServer
-from tidings.server.budgets import Limits, Treasury
 from tidings.server.calls import Call, Method, Send
-from tidings.server.connections import Connections
 from tidings.server.group_delivery import Consumer, Delivery, Item, Mark
-from tidings.server.http2 import Connection
 from tidings.server.log import ServedLog
 from tidings.server.protocol import shared
 from tidings.stores import ANY, EventData, RecordedEvent
@@ -116,24 +113,36 @@ async def test_a_handler_that_answers_a_client_that_has_gone_is_no_failure() -> 
             finally:
                 answered.set()
 
-    async def anybody(metadata: object, allowance: object) -> str:
-        return ""
-
-    methods, all_ = {"/a/b": Method("/a/b", shared.Empty, streaming=handler)}, Connections(Treasury(Limits()))
     with capture_logs() as logs:
-        async with asyncio.TaskGroup() as tasks, asyncio.timeout(20):
-            serving = await asyncio.get_running_loop().create_server(
-                lambda: Connection(methods, anybody, tasks, all_, lambda: None),
-                "127.0.0.1",
-                0,
-            )
-            async with serving, connected(serving.sockets[0].getsockname()[1]) as connection:
-                call = await connection.call("/a/b")
-                call.send(b"", end=True)
-                await began.wait()
-                call.cancel()
-                await answered.wait()
+        async with serving(Method("/a/b", shared.Empty, streaming=handler)) as (port, _), connected(port) as connection:
+            call = await connection.call("/a/b")
+            call.send(b"", end=True)
+            await began.wait()
+            call.cancel()
+            await answered.wait()
     assert [entry["event"] for entry in logs] == []
+
+
+async def test_a_call_that_is_cancelled_from_inside_does_not_end_as_if_all_went_well() -> None:
+    """As when the group of all calls ends because one of its tasks has failed."""
+    inside: list[asyncio.Task[Any]] = []
+
+    async def handler(request: object, call: Call, send: Send) -> None:
+        await send([b"half"])
+        task = asyncio.current_task()
+        assert task is not None
+        inside.append(task)
+        await asyncio.Event().wait()
+
+    async with serving(Method("/a/b", shared.Empty, streaming=handler)) as (port, _), connected(port) as connection:
+        call = await connection.call("/a/b")
+        call.send(b"", end=True)
+        assert await call.receive() == [b"half"]
+        inside[0].cancel()
+        with pytest.raises(CallFailed) as caught:
+            await call.receive()
+        assert caught.value.status is Status.UNAVAILABLE
+        await connection.close()
 
 
 async def test_a_quiet_stream_is_noticed_behind_many_events_of_others() -> None:

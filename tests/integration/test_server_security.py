@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import ssl
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from esdbclient import EventStoreDBClient, NewEvent, StreamState
@@ -13,8 +17,13 @@ from esdbclient.exceptions import AccessDeniedError, GrpcError
 from tests.integration.server import ServerProcess, in_thread
 from tidings.errors import ConfigurationError
 from tidings.server import EventStoreServer
+from tidings.server.budgets import Allowance, Limits, Treasury
+from tidings.server.logins import Logins, hashed
+from tidings.server.refusals import Refusal
+from tidings.server.security import Access
 from tidings.stores import EventData
 from tidings.stores.eventstoredb.store import open_eventstoredb
+from tidings.stores.sqlite.store import open_sqlite
 
 
 def event() -> NewEvent:
@@ -177,3 +186,42 @@ def test_the_process_listens_elsewhere_only_when_told_so() -> None:
     assert "say insecure" in ServerProcess(None, "--host", "0.0.0.0").start().end()
     with ServerProcess(None, "--host", "0.0.0.0", "--insecure") as server:
         assert server.port
+
+
+async def test_a_user_that_is_disabled_while_its_login_waits_does_not_get_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, turn = asyncio.Event(), Logins._turn
+
+    async def late(self: Logins, *args: Any) -> None:
+        await goes_on.wait()
+        await turn(self, *args)
+
+    def written(disabled: bool) -> EventData:
+        salt = b"s" * 16
+        document = {
+            "loginName": "bob",
+            "groups": [],
+            "salt": b64encode(salt).decode(),
+            "hash": b64encode(hashed("secret", salt)).decode(),
+            "disabled": disabled,
+        }
+        return EventData("$UserUpdated", json.dumps(document).encode())
+
+    monkeypatch.setattr(Logins, "_turn", late)
+    store = await open_sqlite("memory://")
+    try:
+        access, treasury = Access(store, open=False), Treasury(Limits(), users=True)
+        await store.append("$users", [EventData("$User", b"bob", content_type="application/octet-stream")])
+        await store.append("$user-bob", [written(False)])
+        await access.load({}, default=False)
+        header = {"authorization": f"Basic {b64encode(b'bob:secret').decode()}"}
+        waits = asyncio.create_task(access.authenticate(header, Allowance(treasury), False))
+        await asyncio.sleep(0)
+        await store.append("$user-bob", [written(True)])
+        async with asyncio.timeout(30):
+            while await access._current("bob") is not None:
+                await asyncio.sleep(0.01)
+        goes_on.set()
+        with pytest.raises(Refusal, match="Unauthenticated"):
+            await waits
+    finally:
+        await store.close()

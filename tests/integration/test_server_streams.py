@@ -12,6 +12,7 @@ import pytest
 from tests.integration.server import STREAMS, appends, connected, message, named, raw
 from tidings.server import EventStoreServer
 from tidings.server.protocol import gossip, shared, streams
+from tidings.server.wire import OVERHEAD
 from tidings.stores.eventstoredb.grpc import Connection
 from tidings.stores.eventstoredb.grpc_call import CallFailed, Status
 
@@ -98,6 +99,43 @@ async def test_parts_that_are_too_much_together_are_refused_at_once(connection: 
     error = streams.BatchAppendResp.FromString(answer).error
     assert error.details.Is(shared.MaximumAppendSizeExceeded.DESCRIPTOR)
     assert streams.BatchAppendResp.FromString(last).success.current_revision == 0
+
+
+async def test_only_data_counts_towards_the_limit_but_an_append_has_an_end(connection: Connection) -> None:
+    def sized(data: int, metadata: int) -> Any:
+        request = append("s", parts=0)
+        request.proposed_messages.append(message(Batch.ProposedMessage))
+        request.proposed_messages[0].data = b"x" * data
+        request.proposed_messages[0].custom_metadata = b"m" * metadata
+        return request
+
+    limit = 1_048_576
+    got = await answers(connection, sized(limit, 2_000_000), sized(limit + 1, 0), sized(1, 9_000_000), sized(1, 1))
+    assert [answer.WhichOneof("result") for answer in got] == ["success", "error", "error", "success"]
+    for refused, most in zip(got[1:3], (limit, 8 * limit), strict=True):
+        exceeded = shared.MaximumAppendSizeExceeded()
+        assert refused.error.details.Unpack(exceeded)
+        assert exceeded.maxAppendSize == most
+    assert got[1].error.message == f"Maximum Append Size of {limit} Exceeded."
+    assert got[2].error.message.startswith(f"Maximum Append Size of {8 * limit} Exceeded, in which metadata")
+    assert f"{OVERHEAD} bytes for each event" in got[2].error.message
+    assert got[3].success.current_revision == 1
+
+
+async def test_a_name_that_is_too_long_is_refused_and_its_neighbours_are_not(connection: Connection) -> None:
+    got = await answers(connection, append("s"), append("x" * 1025), append("s"))
+    assert [answer.WhichOneof("result") for answer in got] == ["success", "error", "success"]
+    assert got[1].error.details.Is(shared.BadRequest.DESCRIPTOR)
+    assert "has 1025 bytes, and 1024 is the most" in got[1].error.message
+
+
+async def test_an_event_without_data_counts_too(connection: Connection) -> None:
+    """Each takes memory, so 8 MiB are no four million of them."""
+    few, many = (append("s", parts=count) for count in (15_000, 17_000))
+    got = await answers(connection, many, few)
+    assert [answer.WhichOneof("result") for answer in got] == ["error", "success"]
+    assert got[0].error.details.Is(shared.MaximumAppendSizeExceeded.DESCRIPTOR)
+    assert got[1].success.current_revision == 14_999
 
 
 async def test_a_repeated_event_that_nobody_can_read_any_more_has_no_position(connection: Connection) -> None:
@@ -267,8 +305,17 @@ async def test_the_node_says_who_it_is(connection: Connection) -> None:
     assert (member.state, member.is_alive) == (gossip.MemberInfo.Leader, True)
     assert member.http_end_point.address == "localhost"
     (features,) = await raw(connection, "/event_store.client.server_features.ServerFeatures/GetSupportedMethods", b"")
-    assert b"event_store.client.streams.Streams" in features
-    assert b"batchappend" in features
+    # SupportedMethod: method_name = 1, service_name = 2, features = 3
+    for service, method, offered in (
+        ("streams.streams", "batchappend", ["deadline_duration"]),
+        ("streams.streams", "read", ["position", "events"]),
+        ("persistent_subscriptions.persistentsubscriptions", "create", ["stream", "all"]),
+    ):
+        parts = [(1, method), (2, f"event_store.client.{service}"), *((3, feature) for feature in offered)]
+        assert b"".join(bytes([number << 3 | 2, len(text)]) + text.encode() for number, text in parts) in features
+    for named_too in (b"server_features.serverfeatures", b"gossip.gossip", b"monitoring.monitoring"):
+        assert b"event_store.client." + named_too in features
+    assert features.endswith(b"\x12\x0624.2.0")
     assert await raw(connection, "/grpc.health.v1.Health/Check", b"") == [b"\x08\x01"]
     stats = await first_of(connection, "/event_store.client.monitoring.Monitoring/Stats")
     assert b"es-version" in stats

@@ -68,15 +68,23 @@ async def test_lost_messages() -> None:
 """
 
 
-async def run(folder: Path, *options: str, **environment: str) -> str:
+async def ended(folder: Path, *options: str, conftest: str = "", **environment: str) -> tuple[int, str]:
+    """Run the program with these options. Return its exit code and what it prints."""
     (folder / "test_it.py").write_text(PROGRAM)
+    (folder / "conftest.py").write_text(conftest)
     loop = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
     command = [*PYTEST, "-rs", *loop, *options, "test_it.py"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TIDINGS_")}
     done = await asyncio.to_thread(
-        subprocess.run, command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
+        subprocess.run, command, cwd=folder, env=inherited | environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return str(done.stdout)
+    return done.returncode, done.stdout + done.stderr
+
+
+async def run(folder: Path, *options: str, **environment: str) -> str:
+    code, told = await ended(folder, *options, **environment)
+    assert code == 0, told
+    return told
 
 
 async def test_in_memory_everything_can_be_done(tmp_path: Path) -> None:
@@ -96,18 +104,39 @@ async def test_on_real_servers_what_cannot_be_done_is_skipped_with_its_reason(
     assert "losing, repeating and reordering messages needs a World in memory" in told
 
 
-async def test_an_option_for_a_server_that_is_not_there_fails_clearly(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text(PROGRAM)
-    nobody = {"TIDINGS_TEST_AMQP": "amqp://127.0.0.1:1/nobody"}
-    loop = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [*PYTEST, *loop, "--tidings=rabbitmq", "-k", "cascade", "test_it.py"],
-        cwd=tmp_path,
-        env=os.environ | nobody,
-        capture_output=True,
-        text=True,
-        check=False,
+async def test_an_option_for_a_broker_that_does_not_answer_fails_clearly(tmp_path: Path) -> None:
+    nobody = "amqp://127.0.0.1:1/nobody"
+    code, told = await ended(tmp_path, "--tidings=rabbitmq", "-k", "cascade", TIDINGS_TEST_AMQP=nobody)
+    assert code == 1
+    assert f"no World on RabbitMQ: {nobody} does not let tests in" in told
+
+
+async def test_an_option_for_a_broker_that_cannot_be_had_fails_and_does_not_skip(tmp_path: Path) -> None:
+    without = """
+from tidings.testing import brokers
+brokers._installed = lambda: False
+brokers._container = lambda: None
+"""
+    code, told = await ended(tmp_path, "--tidings=rabbitmq", "-k", "cascade", conftest=without, CI="")
+    assert code == 1
+    assert "--tidings=rabbitmq cannot be done here: no RabbitMQ for tests" in told
+
+
+async def test_an_event_store_that_does_not_answer_is_waited_for_once(amqp_url: str, tmp_path: Path) -> None:
+    impatient = """
+from tidings.testing import event_stores
+event_stores.READY_SECONDS = 0.2
+"""
+    nobody = "esdb://127.0.0.1:1"
+    code, told = await ended(
+        tmp_path,
+        "--tidings=rabbitmq+esdb",
+        "-k",
+        "cascade or failure",
+        conftest=impatient,
+        TIDINGS_TEST_AMQP=amqp_url,
+        TIDINGS_TEST_ESDB=f"{nobody}?tls=false",
     )
-    assert done.returncode == 1
-    assert "no World on RabbitMQ: amqp://127.0.0.1:1/nobody does not let tests in" in done.stdout
+    assert code == 1
+    assert "2 failed" in told
+    assert f"no World with its log in EventStoreDB's protocol: {nobody} does not let tests in: StoreUnavailable" in told

@@ -71,6 +71,18 @@ async def test_skip_says_which_handler_of_which_process_holds_the_writer_and_its
         await until(lambda: _done(tmp_path) == [1], "what comes after the skipped event is done")
 
 
+@pytest.mark.slow("a process is believed for 15 s after it wrote last")
+async def test_status_names_the_handler_and_not_the_database(tmp_path: Path) -> None:
+    with Commands(tmp_path, {"TIDINGS_SERVICES": SERVICE}) as commands:
+        process = await hanging(commands, tmp_path)
+        async with asyncio.timeout(120):
+            while "holds the one writer" not in (said := (await commands.run("status")).out):
+                await asyncio.sleep(1)
+        assert f"desk: process {process.process.pid} on this machine, which runs service 'desk', holds" in said
+        assert "while it runs handler 'file' at event" in said
+        assert "takes no writes" not in said
+
+
 async def test_somebody_elses_process_that_holds_the_writer_is_named_too(tmp_path: Path) -> None:
     with Commands(tmp_path, {"TIDINGS_SERVICES": SERVICE}) as commands:
         process = await hanging(commands, tmp_path)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
-from uuid import uuid5
 
 import httpx
 import pytest
@@ -21,7 +20,6 @@ from services.demo.fleet.shop import OverHttp, ShopFailed
 from services.demo.fleet.traffic import Traffic
 from services.demo.shop import Purchase
 from services.importer import Goods, Invoice, Kind
-from services.order.api import KEYS
 from services.order.events import OrderLine
 from tidings import RecordedEvent
 
@@ -161,7 +159,7 @@ PURCHASE = Purchase(
     datetime(2010, 12, 1, 8, 26, tzinfo=UTC),
     "a test",
 )
-ORDER_ID = str(uuid5(KEYS, "536365"))
+ORDER_ID = "2f2c4c4e-5a3c-4b57-8d6e-0c1f9a1b2c3d"
 
 
 class Api:
@@ -200,9 +198,23 @@ async def test_an_order_is_asked_for_with_the_same_key_until_there_is_an_answer(
     assert counter.number_of(ORDER_ID) == "536365"
 
 
-@pytest.mark.parametrize(
-    "answer", [httpx.Response(422, text="no"), httpx.Response(201, json={"id": "another"}), httpx.Response(500)]
-)
+def created(order_id: str, number: str) -> RecordedEvent:
+    metadata = json.dumps({"$correlationId": number}).encode()
+    return RecordedEvent(1, f"order-{order_id}", 0, "OrderCreated", b"{}", metadata, True, b"1" * 16, 0)
+
+
+async def test_a_customer_who_has_no_answer_yet_learns_from_the_log_which_order_it_is() -> None:
+    api = Api(httpx.Response(200), httpx.Response(201, json={"id": "another"}))
+    counter = shop(api)
+    counter.hear(created(ORDER_ID, "536365"))
+    assert counter.number_of(ORDER_ID) == "536365"
+    await counter.cancel("536365")
+    assert api.asked[0].url.path == f"/orders/{ORDER_ID}/cancel"
+    with pytest.raises(ShopFailed, match="invoice 536365 was answered 201"):
+        await counter.place(PURCHASE)
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(422, text="no"), httpx.Response(201, json={}), httpx.Response(500)])
 async def test_an_answer_that_nobody_expected_is_not_taken_for_an_order(answer: httpx.Response) -> None:
     with pytest.raises(ShopFailed, match=r"invoice 536365 was answered \d+"):
         await shop(Api(answer)).place(PURCHASE)
@@ -214,11 +226,13 @@ async def test_a_shop_that_never_answers_is_given_up_and_named() -> None:
 
 
 async def test_a_cancellation_that_comes_too_late_is_an_answer_and_an_unknown_order_is_none() -> None:
-    api = Api(httpx.Response(200), httpx.Response(409), httpx.Response(404))
+    placed = httpx.Response(201, json={"id": ORDER_ID})
+    api = Api(placed, httpx.Response(200), httpx.Response(409), httpx.Response(404))
     counter = shop(api)
+    await counter.place(PURCHASE)
     await counter.cancel("536365")
     await counter.cancel("536365")
-    assert api.asked[0].url.path == f"/orders/{ORDER_ID}/cancel"
+    assert api.asked[1].url.path == f"/orders/{ORDER_ID}/cancel"
     with pytest.raises(ShopFailed, match="cancelling 536365 was answered 404"):
         await counter.cancel("536365")
 

@@ -27,7 +27,7 @@ DATA = ROOT / "services" / "data" / "online-retail.csv"
 INVOICES = 66
 """Number of invoices, of which two are dropped, three are returns, and five are declined."""
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.faults]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.faults]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ class Demo:
     def text(self) -> str:
         return self._out.read_text(encoding="utf-8")
 
-    async def says(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+    async def says(self, pattern: str, seconds: float = 180) -> re.Match[str]:
         """Wait for a line that matches."""
         async with asyncio.timeout(seconds):
             while (found := re.search(pattern, self.text, re.MULTILINE)) is None:
@@ -122,7 +122,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-async def become(condition: Iterator[bool], seconds: float = 30) -> None:
+async def become(condition: Iterator[bool], seconds: float = 90) -> None:
     async with asyncio.timeout(seconds):
         while not next(condition):
             await asyncio.sleep(0.05)

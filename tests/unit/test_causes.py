@@ -15,6 +15,7 @@ class Fault(NamedTuple):
     part: Part
     scope: str
     n: int = 0
+    origin: str = ""
 
 
 def fault(part: Part, service: str = "inventory") -> Fault:
@@ -114,3 +115,13 @@ def test_a_store_that_one_service_cannot_read_explains_nothing_of_another_servic
     assert [cause.fault for cause in explain([mine, hangs])] == [mine, hangs]
     assert [cause.fault for cause in explain([mine, theirs, hangs])] == [mine], "the store fails both"
     assert [cause.fault for cause in explain([mine, relay, pulse])] == [mine], "and the relay, which has it in common"
+
+
+def test_one_server_that_is_down_is_one_cause_for_all_services_on_it() -> None:
+    down = [Fault(Part.DATABASE, name, origin="db:5432 refused") for name in ("inventory", "shipping")]
+    behind = [Fault(Part.PROGRESS, name) for name in ("inventory", "shipping")]
+    wrong_password = Fault(Part.DATABASE, "billing", origin="db:5432 password")
+    other = Fault(Part.DATABASE, "file")
+    causes = explain([*behind, other, *down, wrong_password])
+    assert [cause.fault for cause in causes] == [wrong_password, other, down[0]]
+    assert set(causes[2].effects) == {down[1], *behind}

@@ -107,7 +107,7 @@ def test_wrong_usage_is_2(arguments: list[str]) -> None:
 
 def test_wrong_settings_are_one_line_and_2(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value, said in (
-        ("TIDINGS_STORE", "postgres://u:hush@x", "TIDINGS_STORE: no store adapter"),
+        ("TIDINGS_STORE", "mysql://u:hush@x", "TIDINGS_STORE: no store adapter"),
         ("TIDINGS_BUSS", "memory://", "TIDINGS_BUSS is no setting of Tidings"),
         ("TIDINGS_SERVICES", "a:b,,c:d", "TIDINGS_SERVICES is set, but names nothing"),
         ("TIDINGS_STORE", "memory://x", "no command can look into it"),
@@ -257,7 +257,7 @@ def test_data_comes_from_standard_input_and_octets_as_they_are() -> None:
     [
         (["order-1", "T", "{nonsense"], "DATA is not JSON"),
         (["order-1", "T", "NaN"], "DATA is not JSON"),
-        (["order-1", "T", "{}", "--metadata", "[]"], "--metadata is JSON, but no object"),
+        (["order-1", "T", "{}", "--metadata", "[]"], "--metadata is JSON, but not an object"),
         (["order-1", "T", "{}", "--metadata", "x"], "--metadata is not JSON"),
         (["order-1", "T", "[" * 300 + "]" * 300], "DATA is not JSON that services can read: it nests"),
         (["order-1", "T", "1e999"], "DATA is not JSON that services can read"),

@@ -225,4 +225,4 @@ def test_without_services_an_undeclared_type_is_ordered_by_its_stream() -> None:
     ended = append("Unheard", "{}", "--dry-run", services="")
     assert ended.code == 0
     assert "key       order-7 (the name of the stream)" in ended.out
-    assert "checked   by nobody: no class of this type is known" in ended.out
+    assert "checked   by nobody: no class is known for this type" in ended.out

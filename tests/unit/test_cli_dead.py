@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from tests.integration.databases import database_url, on_server
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop
+from tidings.cli._pacing import in_waves
+from tidings.operations.dead import DeadLetters
 
 SHOP = "tests.unit.command_line:shop"
 OTHER = "tests.unit.command_line:other"
@@ -134,3 +138,80 @@ def test_of_several_services_one_must_be_chosen(monkeypatch: pytest.MonkeyPatch)
     ended = invoke("dead", "show", number, "--service", "other")
     assert ended.code == 1
     assert "has never run here" in ended.err
+
+
+def test_what_is_retried_at_a_rate_goes_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    waves = list[int]()
+    retry = DeadLetters.retry
+
+    async def counted(self: DeadLetters, ids: Sequence[int], **options: bool) -> int:
+        waves.append(len(ids))
+        return await retry(self, ids, **options)
+
+    monkeypatch.setattr(DeadLetters, "retry", counted)
+    ended = invoke("dead", "retry", "--all", "--rate", "1.9", "--yes")
+    assert (ended.code, ended.out.split(".")[0]) == (0, "2 retried")
+    assert waves == [1, 1]
+    assert listed() == [{"shown": 0, "total": 0}]
+    assert "2 due now" in invoke("held", "retry", "--all", "--rate", "100", "--yes").out
+    assert "2 would be due now" in invoke("held", "retry", "--error", "retried", "--rate", "100", "--dry-run").out
+
+
+def test_a_rate_is_for_what_runs_handlers() -> None:
+    for command in (("dead", "drop"), ("held", "skip"), ("held", "drop")):
+        ended = invoke(*command, "--all", "--rate", "1", "--yes")
+        assert ended.code == 2
+        assert "--rate" in ended.err
+    assert invoke("dead", "retry", "--all", "--rate", "0", "--yes").code == 2
+    assert len(listed()) == 2
+
+
+@pytest.mark.parametrize(("rate", "waves", "pause"), [(4.0, [4, 4, 2], 1.0), (0.5, [1] * 10, 2.0), (1e6, [10], 1.0)])
+async def test_waves_have_the_rate_that_was_asked_for(
+    rate: float, waves: list[int], pause: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses, came = list[float](), list[Sequence[int]]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def act(some: Sequence[int]) -> int:
+        came.append(some)
+        return len(some)
+
+    monkeypatch.setattr("tidings.cli._pacing.asyncio.sleep", sleep)
+    assert await in_waves(range(10), rate, act, "retried") == 10
+    assert [len(some) for some in came] == waves
+    assert pauses == [pause] * (len(waves) - 1)
+    assert [number for some in came for number in some] == list(range(10))
+
+
+async def test_waves_stay_below_what_a_statement_may_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL takes 32767 values in one statement."""
+    came = list[int]()
+
+    async def sleep(seconds: float) -> None:
+        assert seconds < 0.01
+
+    async def act(some: Sequence[int]) -> int:
+        came.append(len(some))
+        return len(some)
+
+    monkeypatch.setattr("tidings.cli._pacing.asyncio.sleep", sleep)
+    assert await in_waves(range(100_000), 1e5, act, "retried") == 100_000
+    assert max(came) < 32_000
+
+
+async def test_a_redrive_that_is_stopped_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    first = asyncio.Event()
+
+    async def act(some: Sequence[int]) -> int:
+        first.set()
+        return len(some)
+
+    driving = asyncio.create_task(in_waves(range(10), 0.01, act, "retried"))
+    await first.wait()
+    driving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await driving
+    assert "stopped: 1 of 10 retried; the others are as they were" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_a_missing_attribute_names_the_services_that_the_module_has() -> None:
 
 def test_what_is_no_service_is_named() -> None:
     assert "'several:number' is a int, not a tidings.Service" in refused("several:number")
-    assert "A web application is for 'tidings run' alone" in refused("several:app")
+    assert "Only 'tidings run' takes a web application" in refused("several:app")
 
 
 def test_a_missing_module_names_the_folder(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_file_is_refused_with_the_module_that_it_is() -> None:
 
 def test_a_service_named_twice_counts_once_and_two_of_one_name_are_refused() -> None:
     assert len(find_services(("onlyone", "onlyone:alias"), Settings())) == 1
-    with pytest.raises(Refused, match="two services of one name"):
+    with pytest.raises(Refused, match="two services with one name"):
         find_services(("onlyone", "namesake"), Settings())
 
 

@@ -58,7 +58,7 @@ def test_resizing_says_what_it_changed_and_shows_the_ranges(folder: Path) -> Non
     ended = invoke("partitions", SHOP, "--resize", "3")
     assert ended.code == 0
     assert ended.out.startswith("shop: 1 partitions before, 3 now (epoch 1).\n")
-    assert invoke("partitions", SHOP, "--resize", "3").out == "shop has 3 partitions already; nothing was changed.\n"
+    assert invoke("partitions", SHOP, "--resize", "3").out == "shop already has 3 partitions; nothing was changed.\n"
     after = json.loads(invoke("partitions", SHOP, "--json").out)
     assert (after["partitions"], after["epoch"], after["rebound"]) == (3, 1, False)
     assert [(part["first_bucket"], part["last_bucket"], part["floor"], part["queue"]) for part in after["parts"]] == [

@@ -70,7 +70,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(folder: Path) -> None:
     assert titles.split() == ["HANDLER", "TYPE", "RUN", "AGAIN", "PASSED", "OVER", "NEVER", "DONE", "FIRST", "LAST"]
     (take,) = (line.split() for line in lines if line.startswith("take"))
     assert take == ["take", "OrderCreated", "3", "0", "0", str(positions()[0]), str(positions()[-1])]
-    assert "0 held events stay, 1 dead letters become held" in ended.out
+    assert "0 held events stay held, 1 dead letters become held" in ended.out
     assert "tables are not emptied" in ended.out
     assert "May emit: take." in ended.out
     assert contents(folder) == before
@@ -142,9 +142,9 @@ def test_a_service_that_has_never_run_has_nothing_to_replay() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "say from where: --from POSITION or TIME; or which: --key, --stream or --handler"),
-        (("--cancel", "--from", "0"), "--cancel takes back all replays"),
-        (("--cancel", "--key", "1"), "--cancel takes back all replays"),
+        ((), "say where to begin: --from POSITION or TIME; or what to replay: --key, --stream or --handler"),
+        (("--cancel", "--from", "0"), "--cancel cancels all replays"),
+        (("--cancel", "--key", "1"), "--cancel cancels all replays"),
         (("--handler", "nobody", "--yes"), "has no handler 'nobody'; its handlers: "),
     ],
 )
@@ -167,3 +167,66 @@ def test_chosen_events_run_again_and_are_taken_back() -> None:
     assert (ended.code, ended.out.partition(";")[0]) == (1, "0 would run again")
     assert json.loads(invoke("replay", SHOP, "--cancel", "--yes", "--json").out)["events"] == 1
     assert json.loads(invoke("held", "list", SHOP, "--json").out) == {"shown": 0, "total": 0}
+
+
+def letter_changed(folder: Path, sql: str) -> tuple[int, int]:
+    """Change the dead letter by hand; return its id and the position of its event."""
+    with closing(sqlite3.connect(folder / "shop.db")) as database, database:
+        database.execute(f"UPDATE tidings_dead SET {sql}")
+        (row,) = database.execute("SELECT id, position FROM tidings_dead").fetchall()
+    return row[0], row[1]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "data = x'7b2261223a317d'",
+        "event_id = '00000000-0000-0000-0000-000000000001'",
+        "version = NULL, event_id = '00000000-0000-0000-0000-000000000001'",
+        "stream = 'another', data = x'7b2261223a317d'",
+    ],
+)
+def test_what_the_log_contradicts_is_not_run_again_but_named_with_the_way_to_drop_it(folder: Path, sql: str) -> None:
+    number, position = letter_changed(folder, sql)
+    before = contents(folder)
+    dry = invoke("replay", SHOP, "--from", "0", "--dry-run")
+    assert dry.code == 0
+    assert f"FORGED, or changed by hand: the log has something else in the place of dead letter {number}" in dry.out
+    (forged,) = json.loads(invoke("replay", SHOP, "--from", "0", "--dry-run", "--json").out)["forged"]
+    assert (forged["kind"], forged["position"]) == ("dead", position)
+    for command in (
+        ("replay", SHOP, "--from", "0", "--yes"),
+        ("dead", "retry", str(number), "--service", SHOP, "--yes"),
+        ("dead", "retry", "--all", "--service", SHOP, "--yes"),
+        ("dead", "retry", str(number), "--service", SHOP, "--dry-run"),
+    ):
+        ended = invoke(*command)
+        assert ended.code == 1, command
+        assert f"tidings dead drop {number} --service shop" in ended.err
+        assert f"--from {position}" in ended.err
+    assert contents(folder) == before
+    assert invoke("dead", "drop", str(number), "--service", SHOP, "--yes").code == 0
+    assert invoke("replay", SHOP, "--from", str(position), "--yes").code == 0
+
+
+def test_a_letter_whose_event_the_log_does_not_have_any_more_is_retried_as_it_is(folder: Path) -> None:
+    number, _ = letter_changed(folder, "position = position * 1000, version = version + 1000, data = x'7b7d'")
+    assert invoke("dead", "retry", str(number), "--service", SHOP, "--yes").code == 0
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "data = x'7b2261223a317d'",
+        "position = position * 1000",
+        "position = position * 1000, data = x'7b7d'",
+        "version = NULL, event_id = '00000000-0000-0000-0000-000000000001'",
+    ],
+)
+def test_many_letters_are_compared_in_one_reading_of_the_log(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sql: str
+) -> None:
+    monkeypatch.setattr("tidings.operations.genuine.FEW", 0)
+    number, _ = letter_changed(folder, sql)
+    ended = invoke("dead", "retry", str(number), "--service", SHOP, "--yes")
+    assert (ended.code, f"tidings dead drop {number}" in ended.err) == (1, True)

@@ -141,3 +141,19 @@ def test_a_relay_that_cannot_see_the_services_goes_on(services: str, monkeypatch
 
     with pytest.raises(TimeoutError):
         asyncio.run(waits())
+
+
+def test_a_backup_without_a_log_says_where_it_looked(folder: Path) -> None:
+    (folder / "tidings.db").rename(folder / "elsewhere.db")
+    ended = invoke("backup", "kept")
+    assert (ended.code, ended.out) == (3, "")
+    assert f"there is no log at {folder / 'tidings.db'}: go to its folder, or set TIDINGS_STORE" in ended.err
+    assert not (folder / "kept").exists()
+
+
+@pytest.mark.sqlite("a file that was moved")
+def test_a_backup_names_a_service_whose_database_is_not_there(folder: Path) -> None:
+    (folder / "shop.db").rename(folder / "elsewhere.db")
+    ended = invoke("backup", "kept")
+    assert ended.code == 0
+    assert f"NOT in it: service shop: there is no file {folder / 'shop.db'}" in ended.out

@@ -132,8 +132,12 @@ def test_held_events_that_nobody_runs_when_they_are_due_are_a_problem(folder: Pa
     fresh = seen()
     assert (fresh.problems, fresh.services[0].held) == ([], 1)
     (problem,) = seen(later=LATE + 5).problems
-    assert re.match(r"shop: of 1 held events the first was due 3\d s ago, and nobody ran it", problem)
+    assert re.match(r"shop: of 1 held events the first was due 3\d s ago; if the number does not fall", problem)
     assert f"tidings run {SHOP}" in problem
+    asyncio.run(announce(("2.4.1", -LATE)))
+    (problem,) = seen(later=LATE + 5).problems
+    assert "tidings run" not in problem, "a second process would not help"
+    assert "the log of process 0 on h says what holds it" in problem
 
 
 def test_counts_that_ended_early_say_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,13 +230,24 @@ def test_that_nobody_consumes_a_queue_follows_from_the_database_that_is_away(
     state = seen(queue=Found("queue", "tidings.shop", "fits", "", 3, 0))
     (problem,) = state.problems
     assert problem == "shop: database shop.db: connection refused"
-    assert state.effects[problem] == [f"shop: nobody consumes queue tidings.shop; tidings run {SHOP}"]
+    assert state.effects[problem] == ["shop: nobody consumes queue tidings.shop"], "an effect needs nothing done"
+
+
+def test_a_process_that_is_there_and_consumes_nothing_is_named_instead_of_a_second_one(folder: Path) -> None:
+    run_shop(folder)
+    asyncio.run(announce(("2.4.1", 8.0)))
+    (problem,) = seen(queue=Found("queue", "tidings.shop", "fits", "", 3, 0)).problems
+    assert problem.startswith("shop: nobody consumes queue tidings.shop; process 0 on h runs it, and wrote last ")
+    assert "kill -9 0" in problem
+    assert "tidings run" not in problem
 
 
 def test_a_service_that_never_ran_is_a_problem_and_is_not_made_by_looking(folder: Path) -> None:
     write(("order-1", "OrderCreated"))
     state = seen()
-    assert state.problems == [f"shop: has never run on this log; tidings run {SHOP}"]
+    (problem,) = state.problems
+    assert problem.startswith("shop: there is no database of it where the settings say; if it has run before, find")
+    assert f"tidings run {SHOP}" in problem
     assert state.services[0].pending == 1
     assert not (folder / "shop.db").exists()
 
@@ -295,10 +310,13 @@ def test_the_command_is_0_when_healthy_and_1_with_the_problems_when_not(folder: 
     assert (shown["healthy"], shown["services"][0]["dead"], len(shown["problems"])) == (False, 1, 1)
 
 
-def test_without_services_log_and_relay_are_shown(folder: Path) -> None:
-    run_shop(folder)
+def test_without_services_log_and_relay_are_shown_and_nothing_is_called_healthy(folder: Path) -> None:
+    run_shop(folder, ("bad-1", Poisoned()))
     ended = invoke("status")
-    assert ended.code == 0
+    assert ended.code == 2
+    assert "healthy" not in ended.out
+    assert "NO SERVICE  was looked at: give MODULE:SERVICE, or set TIDINGS_SERVICES" in ended.out
+    assert json.loads(invoke("status", "--json").out)["healthy"] is None
     assert ended.out.splitlines()[0].startswith("log ")
     assert ended.out.splitlines()[1].startswith("relay  main  checkpoint ")
 
@@ -307,7 +325,7 @@ def test_topology_of_an_embedded_bus_is_refused() -> None:
     for command in ("plan", "apply", "diff"):
         ended = invoke("topology", command, SHOP)
         assert (ended.code, ended.out) == (2, "")
-        assert "such a bus lives in the process of its services" in ended.err
+        assert "such a bus is in the process of its services" in ended.err
 
 
 def test_topology_of_a_bus_that_is_away_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +340,7 @@ def test_topology_of_a_bus_that_is_away_is_3(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_relay_on_an_embedded_bus_is_refused() -> None:
     ended = invoke("relay")
     assert (ended.code, ended.out) == (2, "")
-    assert "the relay runs where the services do" in ended.err
+    assert "the relay runs where the services run" in ended.err
 
 
 # ---- held events, ages, lag, code, other logs --------------------------------------------
@@ -373,6 +391,19 @@ def test_a_database_that_follows_another_log_is_named_with_both(folder: Path) ->
     (problem,) = state.problems
     assert f"shop: its database follows log {before}, but TIDINGS_STORE holds log {state.log}" in problem
     assert f"follows log {before}, not this one" in invoke("verify", SHOP).out
+
+
+@pytest.mark.parametrize("option", ["--strict", "--deep", "--json", "--repair"])
+def test_nothing_is_settled_of_a_log_that_a_service_does_not_follow(folder: Path, option: str) -> None:
+    """Not even where that log holds nothing that the service handles: TIDINGS_STORE may be wrong."""
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    for file in folder.glob("tidings.db*"):
+        file.unlink()
+    write(("x", "Ignored"))
+    ended = invoke("verify", SHOP, option)
+    assert ended.code == 1
+    assert "all settled" not in ended.out.replace("NOT all settled", "")
+    assert '"ok": true' not in ended.out.partition('"relay"')[0]
 
 
 async def announce(*rows: tuple[str, float]) -> None:
@@ -445,6 +476,33 @@ def test_watch_outlives_an_outage(folder: Path, monkeypatch: pytest.MonkeyPatch,
     assert "head=" in first
     assert away == f"problems=1 {error}"
     assert again == first
+
+
+def test_watch_names_the_problems_once_though_their_ages_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_shop(folder, ("order-1", OrderCreated(order_id="1")))
+    monkeypatch.setattr("tidings.cli.status.SECONDS", 0.01)
+    looks = 0
+
+    async def looked(*args: Any, **options: Any) -> State:
+        nonlocal looks
+        looks += 1
+        state = await look(*args, **options)
+        state.problems = [f"shop: 1 events are pending, the oldest for {looks} s"] if looks < 4 else ["shop: gone"]
+        return state
+
+    monkeypatch.setattr("tidings.operations.status.look", looked)
+    told: list[str] = []
+
+    def printed(line: str, **_: object) -> None:
+        told.append(line)
+        if len(told) == 2:
+            raise Refused(99, "enough")
+
+    monkeypatch.setattr("tidings.cli.status.print", printed, raising=False)
+    assert invoke("status", "--watch", SHOP).code == 99
+    first, last = told
+    assert first.endswith("problems=1 UNHEALTHY shop: 1 events are pending, the oldest for 1 s")
+    assert last.endswith("problems=1 UNHEALTHY shop: gone")
 
 
 def test_watch_begins_before_there_is_a_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,3 +106,99 @@ def test_what_claims_more_than_the_log_holds_is_not_repaired_and_the_rest_is(
     assert "claims position 1000000" in ended.out
     assert "repair: ran second here" in ended.out
     assert "second: settled up to position" in ended.out
+
+
+@pytest.fixture
+def one_is_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two services, and the database of the second one does not answer."""
+    monkeypatch.setenv("TIDINGS_SERVICES", "tests.unit.command_line:shop,tests.unit.test_cli_verify:second")
+    monkeypatch.setenv("TIDINGS_DATABASE__SHOP", f"sqlite:///{folder}/shop.db")
+    monkeypatch.setenv("TIDINGS_DATABASE__SECOND", "postgresql+asyncpg://second:secret@127.0.0.1:1/second")
+
+
+@pytest.mark.usefixtures("one_is_down")
+@pytest.mark.parametrize("option", [(), ("--strict",), ("--deep",), ("--repair",)])
+def test_what_is_known_of_the_others_is_told_when_one_database_is_down(option: tuple[str, ...]) -> None:
+    ended = invoke("verify", *option)
+    assert ended.code == 3
+    first = next(line for line in ended.out.splitlines() if line.startswith("log "))
+    assert "NOT all settled" in first
+    assert "NOT SEEN: second" in first
+    assert "shop: settled up to position " in ended.out
+    assert "NOT SEEN: second: database postgresql+asyncpg://second:***@127.0.0.1:1/second" in ended.err
+    found = facts(*option, code=3)
+    assert found["ok"] is False
+    assert [(one["service"], one["error"]) for one in found["unseen"]] == [("second", "DatabaseUnavailable")]
+    assert [part["service"] for part in found["services"]] == ["shop"]
+    assert "secret" not in str(found)
+
+
+@pytest.mark.usefixtures("one_is_down")
+def test_lists_and_stories_tell_what_they_know_too() -> None:
+    ended = invoke("dead", "list")
+    assert ended.code == 3
+    assert "Poisoned" in ended.out
+    assert "NOT SEEN: second: database" in ended.err
+    letter, summary = map(json.loads, invoke("dead", "list", "--json").out.splitlines())
+    assert (letter["service"], summary["unseen"][0]["service"]) == ("shop", "second")
+    held = invoke("held", "list")
+    assert (held.code, held.out) == (3, "")
+    assert "No held events in the others." in held.err
+    shown = invoke("dead", "show", str(letter["id"]))
+    assert shown.code == 0, "what was asked for was found"
+    assert "NOT SEEN: second" in shown.err
+    missing = invoke("dead", "show", "4711")
+    assert missing.code == 3
+    assert "not among the dead letters of shop; the rest could not be seen" in missing.err
+    told = invoke("why", "order-1@0")
+    assert told.code == 3
+    assert "OrderCreated" in told.out
+    assert "NOT SEEN: second" in told.err
+
+
+@pytest.mark.usefixtures("one_is_down")
+def test_where_nothing_can_be_seen_each_service_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDINGS_DATABASE__SHOP", "postgresql+asyncpg://shop:secret@127.0.0.1:1/shop")
+    for command in (("verify",), ("dead", "list"), ("dead", "show", "1")):
+        ended = invoke(*command)
+        assert (ended.code, ended.out) == (3, "")
+        first, second = ended.err.splitlines()
+        assert first.startswith("tidings: NOT SEEN: shop: database")
+        assert second.startswith("tidings: database postgresql+asyncpg://second:***@")
+
+
+@pytest.mark.usefixtures("one_is_down")
+def test_one_service_alone_that_cannot_be_seen_is_an_error_as_ever() -> None:
+    for command in (("verify", "second"), ("dead", "list", "second"), ("dead", "show", "1", "--service", "second")):
+        ended = invoke(*command)
+        assert (ended.code, ended.out) == (3, "")
+        assert ended.err.startswith("tidings: database postgresql+asyncpg://")
+
+
+def test_a_proof_says_how_far_it_goes_and_the_next_one_goes_on_there(folder: Path) -> None:
+    assert invoke("verify", "--since", "3").code == 2
+    never = invoke("verify", "--deep", "--since", "1")
+    assert never.code == 2
+    assert "'shop' is not proved up to position 1; it has never been proved" in never.err
+    upto = facts("--deep")["deep"]["proved"]["shop"]
+    assert f"shop: proved up to position {upto}: its receipts are those of the log" in invoke("verify", "--deep").out
+    assert facts("--deep", "--since", str(upto))["deep"]["proved"] == {"shop": upto}
+    beyond = invoke("verify", "--deep", "--since", str(upto + 1))
+    assert beyond.code == 2
+    assert f"its last proof ends at {upto}: --since {upto}" in beyond.err
+
+
+def test_a_receipt_that_the_log_contradicts_is_1_and_names_the_event(folder: Path) -> None:
+    with sqlite3.connect(folder / "shop.db") as database:
+        [[bucket, receipt]] = database.execute(
+            "SELECT bucket, receipt FROM tidings_watermarks WHERE receipt_at > 0 ORDER BY position LIMIT 1"
+        ).fetchall()
+        since, disorder, *_ = receipt.split(" ")
+        database.execute(
+            "UPDATE tidings_watermarks SET receipt = ? WHERE bucket = ?", [f"{since} {disorder} 0 0 0 0 0", bucket]
+        )
+    ended = invoke("verify", "--deep")
+    assert ended.code == 1
+    assert "WRONG shop: bucket" in ended.out
+    assert "was passed over: skipped" in ended.out
+    assert "tidings replay MODULE:SERVICE --from POSITION" in ended.out

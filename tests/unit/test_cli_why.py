@@ -68,6 +68,23 @@ def test_foreign_names_are_shown_with_their_control_characters_escaped() -> None
     assert all(line.isprintable() for line in ended.out.split("\n"))
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"actor": "dr. bob"}, "dr. bob"),
+        ({"actor": "carol", "principal": "shop"}, "carol, as shop says"),
+        ({"actor": "shop", "principal": "shop"}, "shop"),
+        ({"principal": "shop\x1b[2J"}, r"shop\x1b[2J"),
+        ({"actor": 7}, None),
+    ],
+)
+def test_who_wanted_it_is_told_as_its_producer_said(said: dict[str, object], line: str | None) -> None:
+    event = append("who", "Root", "{}", "--metadata", json.dumps(said))
+    told = [each.removeprefix("  actor").strip() for each in invoke("why", event).out.splitlines() if "actor" in each]
+    assert told == ([] if line is None else [line])
+    assert facts(event)["event"]["principal"] == said.get("principal")
+
+
 def test_what_it_caused_is_indented_below_it() -> None:
     root = append("a-1", "Root")
     child = append("b-1", "Child", "{}", "--metadata", json.dumps({"$causationId": root}))

@@ -15,6 +15,7 @@ import tidings.delivery.acknowledgement
 import tidings.delivery.commits
 from tidings._support.timers import Timers
 from tidings._support.writes import Writes
+from tidings.database.receipts import Receipts
 from tidings.delivery.acknowledgement import Acknowledgement
 from tidings.delivery.batch import Batch, Pending
 from tidings.delivery.commits import LOOK_SECONDS, MANY, Commits
@@ -41,6 +42,7 @@ class Progress:
     def __init__(self) -> None:
         self.floor = self.stored = self.caught = -1
         self.written_items: list[int] = []
+        self.receipts = Receipts()
 
     @property
     def floor_is_stored(self) -> bool:
@@ -75,7 +77,7 @@ class Stage:
         joined: Any = SimpleNamespace(
             site=SimpleNamespace(database=Database(), memory=FailureMemory(), clock=time.monotonic)
         )
-        release: Any = SimpleNamespace(committed=lambda batch, began: None)
+        release: Any = SimpleNamespace(begins=lambda: 0.0, committed=lambda batch, began: None)
         self.taken = Acknowledgement(progress, self.pending, self.timers, prefetch)
         ledger = Ledger(joined, progress, release, self.taken)
         self.commits = Commits(joined, self.pending, groups, progress, ledger, self.taken)

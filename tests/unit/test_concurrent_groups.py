@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from structlog.testing import capture_logs
 from tidings._support.timers import Timers
 from tidings.delivery.batch import Pending
 from tidings.delivery.contention import FIRST_SECONDS, Contention
+from tidings.delivery.crashes import Caution
 from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.fitness import Fitness
 from tidings.delivery.inflight import InFlight, Role, State
@@ -33,12 +36,17 @@ class Gate:
 
     def __init__(self) -> None:
         self.taken: list[InFlight] = []
+        self.caution = Caution(time.monotonic)
+        self.room = 100
 
     def shut(self) -> float:
-        return 0.0
+        return 0.0 if len(self.taken) < self.room else 5.0
 
     def take(self, item: InFlight) -> None:
         self.taken.append(item)
+
+    def take_all(self, items: Sequence[InFlight]) -> None:
+        self.taken.extend(items)
 
     def positions(self) -> list[int]:
         taken, self.taken = self.taken, []
@@ -108,6 +116,34 @@ def test_a_parked_bucket_gives_nothing_before_it_is_free_and_holds_up_no_other(l
     assert gate.positions() == []
     made.unpark([1])
     assert gate.positions() == [1]
+
+
+def test_what_is_ready_waits_for_a_puller_at_work_and_for_no_other(lanes: tuple[EventLanes, Gate]) -> None:
+    made, gate = lanes
+    one, other = gate.taken
+    gate.taken.clear()
+    made.puller = puller = SimpleNamespace(led=True)
+    finish(made, one)
+    finish(made, other)
+    assert gate.positions() == []
+    made.pump()  # the puller has nothing left
+    assert gate.positions() == [2]
+    puller.led = False
+    made.add(event(11, 7))
+    made.flow()
+    assert gate.positions() == [11]
+
+
+async def test_a_careful_gate_is_given_events_one_by_one_until_it_is_shut() -> None:
+    timers = Timers()
+    made, gate = EventLanes(timers), Gate()
+    for item in (event(1), event(10, 7), event(20, 8)):
+        made.add(item)
+    gate.caution.notes.taken(99, 3)
+    gate.room = 2
+    made.open(gate)
+    timers.close()
+    assert gate.positions() == [1, 10]
 
 
 class Stage:
@@ -210,3 +246,15 @@ def test_a_handler_is_alone_while_it_is_slow_and_named_once() -> None:
             slow.took("handle", SLOW_SECONDS / 2)
             assert "handle" not in slow
     assert [(entry["event"], entry["handler"]) for entry in logs] == [("handler.holds_writer", "handle")]
+
+
+def test_the_bucket_of_an_event_that_failed_is_claimed_until_the_commit_that_looks_at_it() -> None:
+    """Else its next attempt could be committed by a group, and would look like another process's doing."""
+    pending, item = Pending(), event(5)
+    pending.doubt(item)
+    assert pending.claims(item.bucket)
+    assert not pending.claims(item.bucket + 1)
+    pending.take()
+    assert pending.claims(item.bucket), "its commit is under way"
+    pending.committed()
+    assert not pending.claims(item.bucket)

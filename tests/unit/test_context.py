@@ -214,7 +214,7 @@ class Injected:
         context.opens(self.enter)
         context.ends_with(self.end)
 
-    def enter(self) -> Any:
+    def enter(self, _: Context) -> Any:
         raise AssertionError("nobody enters it")
 
     def end(self) -> None:

@@ -31,6 +31,7 @@ def test_no_module_of_the_core_imports_an_adapter_not_even_inside_a_function() -
     assert known == {
         "tidings.stores.sqlite",
         "tidings.stores.eventstoredb",
+        "tidings.stores.postgresql",
         "tidings.buses.memory",
         "tidings.buses.rabbitmq",
     }

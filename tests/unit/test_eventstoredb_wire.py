@@ -174,3 +174,12 @@ def test_positions_and_versions_beyond_what_there_can_be_are_sent_as_the_last() 
         wire.append_request(1, "s", [], 2**70, 1.0),
     ):
         assert request
+
+
+def test_what_is_no_place_where_a_subscription_caught_up_is_none() -> None:
+    kind = streams_pb2.ReadResp.CaughtUp
+    assert wire.caught_up_at(kind()) is None
+    assert wire.caught_up_at(kind.FromString(b"\x1a\x02\x08\x07")) == 7, "the position's commit position"
+    assert wire.caught_up_at(kind.FromString(b"\x10\x07")) is None, "a stream's revision"
+    if "position" not in kind.DESCRIPTOR.fields_by_name:  # else protobuf itself refuses it
+        assert wire.caught_up_at(kind.FromString(b"\x1a\x02\xff\xff")) is None

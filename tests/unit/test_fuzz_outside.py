@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.command_line import OrderCreated, Poisoned, invoke, run_shop
-from tidings.buses.rabbitmq.bus import _message
 from tidings.buses.rabbitmq.content import Properties, pack, unpack
+from tidings.buses.rabbitmq.messages import message_of
 from tidings.errors import MalformedMessage, StoreUnavailable
 from tidings.modelling.codec import read_metadata
 from tidings.protocol.message import MARKER, Marker, Message, Stamped, decode, encode
@@ -104,7 +104,7 @@ def test_whatever_a_broker_delivers_is_a_message_of_ours_or_malformed(
     payload = bytearray(pack(Properties(headers, good.content_type, None, good.message_id, kind, None), len(body)))
     for at, flip in flips:
         payload[at % len(payload)] ^= flip
-    found = read(_message(unpack(bytes(payload[: len(payload) - cut if cut < 30 else None])), body))
+    found = read(message_of(unpack(bytes(payload[: len(payload) - cut if cut < 30 else None])), body))
     if isinstance(found, Stamped):
         assert -1 <= found.previous < found.event.position <= BIGGEST
         assert 0 <= found.event.version <= BIGGEST

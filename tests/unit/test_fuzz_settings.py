@@ -107,7 +107,7 @@ def test_an_amqp_url_is_an_address_that_can_be_connected_to_or_refused(url: str)
 
 @given(
     urls(
-        ["esdb", "esdb+discover", "ESDB"],
+        ["esdb", "esdb+discover", "ESDB", "kurrentdb", "kdb+discover", "KDB"],
         ["Tls", "tlsCaFile", "TlsVerifyCert", "DefaultDeadline", "KeepAliveInterval", "UserCertFile", "NodePreference"],
     )
 )
@@ -118,6 +118,7 @@ def test_an_amqp_url_is_an_address_that_can_be_connected_to_or_refused(url: str)
 @example("esdb://host?tls=false&KeepAliveInterval=0")
 @example("esdb://ho\x00st?tls=false")
 @example("esdb://host:99999?tls=false")
+@example("kurrentdb+discover://[::1/?tls=false")
 @settings(deadline=None, max_examples=60)
 def test_an_esdb_url_opens_or_is_refused(url: str) -> None:
     refused_safely(lambda: opens(lambda: open_store(url)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 from uuid import uuid4
@@ -216,6 +218,26 @@ def test_a_retry_says_what_it_holds(given: dict[str, Any]) -> None:
 def test_a_service_is_given_what_it_can_use(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=f"{next(iter(given))}="):
         Service("stock", **given)
+
+
+async def without_service() -> AsyncIterator[None]:
+    yield
+
+
+async def undecorated(service: Service) -> AsyncIterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "said"),
+    [
+        (asynccontextmanager(without_service), "it is called with the service alone: too many positional arguments"),
+        (undecorated, "Decorate it: @contextlib.asynccontextmanager"),
+    ],
+)
+def test_a_lifespan_that_cannot_be_entered_is_refused_where_it_is_declared(lifespan: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        Service("stock", lifespan=lifespan)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), "30", True])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 from tidings import Runtime, Service, Settings
 from tidings.hosting.answers import Health
@@ -17,6 +18,7 @@ from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Wor
 from tidings.hosting.gathering import Probe
 from tidings.hosting.health import judge_live, judge_ready
 from tidings.hosting.listening import listening_at
+from tidings.operations.remedies import origin_of
 
 WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
 LEADS = RelayFacts("main", leading=True, marker_age=1, confirmed=9)
@@ -85,12 +87,67 @@ def test_a_relay_of_another_log_is_named_before_anything_is_said_of_the_queue(he
     assert "tidings log show" in told
 
 
+def test_messages_that_claim_what_the_log_does_not_hold_degrade_a_service_and_stop_nothing() -> None:
+    refused = "3 messages were refused; the last: a marker claims position 99, the log ends at 9"
+    health = judge_ready(Facts((replace(WELL, refused=refused, queue="tidings.audit"),)))
+    assert wrong(health) == ["audit.foreign"]
+    assert health.ok, "it is degraded: no reason to take it out of the traffic"
+    told = str(health.document())
+    assert all(part in told for part in ("claims position 99", "queue tidings.audit", "list_permissions"))
+
+
+def test_a_relay_whose_messages_are_all_refused_is_a_missing_marker_and_not_a_busy_queue() -> None:
+    """What is refused is not heard: else the markers that never come would look like ones that wait in the queue."""
+    refused = "9 messages were refused; the last: a message of type 'Placed' has no seal of TIDINGS_BUS_KEYS"
+    health = judge_ready(Facts((replace(WELL, marker_age=31, refused=refused, heard_age=31, queue="tidings.audit"),)))
+    assert not health.ok
+    assert wrong(health) == ["audit.markers", "audit.foreign"]
+
+
+def test_a_relay_whose_messages_come_is_not_told_to_be_started() -> None:
+    """One that begins again names nothing new for long; an ordinary outage leaves it behind what was read meanwhile."""
+    silent = replace(WELL, marker_age=95, heard_age=95, heard_upto=77, read_age=3)
+    health = judge_ready(Facts((replace(silent, came_age=1),)))
+    assert wrong(health) == ["audit.markers"]
+    told = str(health.document())
+    assert "none newer than position 77" in told
+    assert "tidings status" in told
+    assert "start a relay" not in told
+    for came in (None, 95):
+        assert "start a relay" in str(judge_ready(Facts((replace(silent, came_age=came),))).document())
+    first = replace(silent, marker_age=None, heard_age=1, came_age=1, waiting_event="event 10")
+    told = str(judge_ready(Facts((first,))).document())
+    assert "so far up to position 77, and no marker yet" in told
+    assert "start a relay" not in told
+    catching_up = judge_ready(Facts((replace(silent, heard_age=1, came_age=1),)))
+    assert wrong(catching_up) == []
+    assert "behind 0 unsettled" not in str(catching_up.document())
+    assert "so far up to position 77" in str(catching_up.document())
+
+
 def test_a_stuck_handler_is_named_with_its_event_stream_and_seconds() -> None:
     facts = Facts((replace(WELL, work=(STUCK,)),))
     assert wrong(judge_live(facts)) == ["audit.handlers"]
     told = str(judge_live(facts).document())
     assert all(part in told for part in ("'stuck'", "reserve", "e-1", "order-7", "position 8", "95 s"))
     assert wrong(judge_live(Facts((replace(WELL, work=(replace(STUCK, seconds=59),)),)))) == []
+
+
+def test_a_handler_whose_database_does_not_answer_is_no_reason_to_restart() -> None:
+    """Its transaction cannot be undone before the database answers, in a new process as little as in this one."""
+    stuck = replace(WELL, work=(STUCK,))
+    assert wrong(judge_live(Facts((replace(stuck, database="no answer within 2 s"),)))) == []
+    # It answers: that a write failed some time ago excuses nobody.
+    assert wrong(judge_live(Facts((replace(stuck, database_writes="it was read-only"),)))) == ["audit.handlers"]
+
+
+def test_of_many_handlers_that_hang_the_slowest_is_named_and_the_others_are_counted() -> None:
+    slower = replace(STUCK, event_id="e-2", seconds=STUCK.seconds + 1)
+    (check,) = [
+        check for check in judge_live(Facts((replace(WELL, work=(STUCK, slower, STUCK)),))).checks if not check.ok
+    ]
+    assert "e-2" in check.detail
+    assert "and 2 more like it" in check.detail
 
 
 def test_progress_counts_only_while_there_is_more_to_do() -> None:
@@ -106,7 +163,7 @@ def test_progress_counts_only_while_there_is_more_to_do() -> None:
 async def test_a_store_that_hangs_is_not_taken_for_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidings.hosting.gathering.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("tidings.hosting.gathering.ANSWER_SECONDS", 3.0)
     service = Service("audit")
     settings = Settings(store=f"sqlite:///{tmp_path}/log.db", database=f"sqlite:///{tmp_path}/audit.db")
 
@@ -121,7 +178,7 @@ async def test_a_store_that_hangs_is_not_taken_for_the_database(
         monkeypatch.undo()
     checks = {check.name: check for check in health.checks}
     assert checks["audit.database"].ok
-    assert checks["audit.store"].detail == "no answer within 0.05 s"
+    assert checks["audit.store"].detail == "no answer within 3 s"
     assert "TIDINGS_STORE" in checks["audit.store"].remedy
     assert checks["audit.store"].scope == "audit", "it explains nothing of another service"
 
@@ -152,3 +209,18 @@ def test_a_standby_on_a_bus_within_its_process_is_ready_while_the_other_moves() 
 
 def test_a_relay_that_nobody_here_could_hear_is_no_trouble() -> None:
     assert judge_ready(Facts((), (RelayFacts("main", needed=False, trouble="reached no queue"),))).ok
+
+
+def test_services_whose_databases_are_on_one_server_that_is_down_have_one_cause() -> None:
+    def down(service: str, port: int = 5432) -> ServiceFacts:
+        url = f"postgresql+asyncpg://{service}:***@db:{port}/{service}"
+        error = f"database {url}: it lets nobody in: ConnectionRefusedError"
+        origin = origin_of(make_url(url), url, error)
+        return replace(WELL, name=service, database=error, database_origin=origin, consuming=False)
+
+    (cause,) = judge_ready(Facts((down("inventory"), down("shipping")))).causes
+    assert cause.fault.name == "inventory.database"
+    assert "shipping.database" in [one.name for one in cause.effects]
+    causes = judge_ready(Facts((down("inventory"), down("shipping", 5433)))).causes
+    assert [cause.fault.name for cause in causes] == ["inventory.database", "shipping.database"]
+    assert origin_of(make_url("sqlite:///a.db"), "sqlite:///a.db", "locked") == ""

@@ -17,8 +17,8 @@ from tidings.database.inbox import Remembered
 from tidings.delivery.healing import Pass
 from tidings.delivery.intake import Intake
 from tidings.delivery.pipeline import Pipeline
-from tidings.delivery.site import Joined
-from tidings.errors import BusUnavailable, Fenced
+from tidings.delivery.site import TRUSTING, Joined
+from tidings.errors import BusUnavailable, DatabaseUnavailable, Fenced
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS, Accepted
 
@@ -47,7 +47,9 @@ class Silent:
         await asyncio.Event().wait()
 
 
-async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) -> tuple[list[str], list[int]]:
+async def taking(
+    bus: Silent, *, known: int, settled: int, idle: bool = True, resized: Exception | None = None
+) -> tuple[list[str], list[int]]:
     """Run a process that knows floor `known` where `settled` is committed. Return its log events, and the floors from
     which it began anew. Raises what ends it."""
     begun: list[int] = []
@@ -59,25 +61,31 @@ async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) ->
     async def join() -> Remembered:
         return Remembered(settled, {})
 
+    async def check_layout() -> None:
+        if resized is not None:
+            raise resized
+
     async def resume(remembered: Remembered) -> None:
         begun.append(accepted.reached)
 
-    async def take_over() -> None:
-        pass
+    async def take_over(*, unless_at_work: bool) -> None:
+        assert not unless_at_work, "the bus has chosen it"
 
     takeover = SimpleNamespace(take_over=take_over, resume=resume, stand_by=lambda: None)
     admission = SimpleNamespace(settle=lambda step: None)
     pipeline: Any = SimpleNamespace(floor=known, idle=idle, takeover=takeover, admission=admission)
-    site = SimpleNamespace(bus=bus, clock=lambda: bus.now, service=SimpleNamespace(prefetch=10))
-    joined: Any = SimpleNamespace(
-        site=site, inbox=SimpleNamespace(read_floor=committed, join=join), lineage=SimpleNamespace(log=LOG)
+    site = SimpleNamespace(
+        trust=TRUSTING, bus=bus, store=None, clock=lambda: bus.now, service=SimpleNamespace(prefetch=10)
     )
+    inbox = SimpleNamespace(read_floor=committed, join=join, check_layout=check_layout)
+    joined: Any = SimpleNamespace(site=site, inbox=inbox, lineage=SimpleNamespace(log=LOG))
     intake = Intake(
         Subscription("shop"),
         cast("Joined", joined),
         accepted,
         cast("Pipeline", pipeline),
         cast("Pass", SimpleNamespace(under_way=False, start=lambda upto: None)),
+        head=9,
     )
     with capture_logs() as logs:
         running = asyncio.create_task(intake.run())
@@ -93,6 +101,15 @@ async def taking(bus: Silent, *, known: int, settled: int, idle: bool = True) ->
 
 
 CHOSEN = ["service.connected", "service.consuming"]
+
+
+async def test_a_process_whose_service_was_resized_makes_no_queue() -> None:
+    with pytest.raises(Fenced, match="resized"):
+        await taking(Silent(1), known=6, settled=6, resized=Fenced("it was resized"))
+
+
+async def test_a_process_connects_to_the_bus_though_its_database_does_not_answer() -> None:
+    assert await taking(Silent(1), known=6, settled=6, resized=DatabaseUnavailable("away")) == (CHOSEN, [6])
 
 
 async def test_a_process_says_that_it_consumes_when_it_is_given_something() -> None:

@@ -15,6 +15,7 @@ import tidings.protocol.message as message
 from tidings.errors import MalformedMessage
 from tidings.protocol.message import BODY_LIMIT, MARKER, Marker, Message, decode, encode
 from tidings.protocol.position import BUCKETS, RESERVED, bucket_of, carried, partition_key
+from tidings.protocol.seal import Seal
 from tidings.stores import JSON, OCTETS, RecordedEvent
 
 LOG = UUID("0a1b2c3d-0000-4000-8000-00000000000f")
@@ -51,11 +52,11 @@ def recorded(metadata: bytes = b"", **changes: Any) -> RecordedEvent:
     return whole._replace(**changes)
 
 
-def sent(event: RecordedEvent | None = None) -> Message:
+def sent(event: RecordedEvent | None = None, *, seal: Seal | None = None) -> Message:
     event = event or recorded()
     bucket = carried(event)
     assert bucket is not None
-    return encode(event, log=LOG, previous=4, bucket=bucket)
+    return encode(event, log=LOG, previous=min(4, event.position - 1), bucket=bucket, seal=seal)
 
 
 def with_header(name: str, value: object) -> Message:

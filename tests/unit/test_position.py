@@ -260,7 +260,10 @@ def test_reaching_forgets_only_tails_that_say_nothing_more() -> None:
 # ---- lanes ---------------------------------------------------------------------------
 
 
-@given(st.lists(st.sampled_from(["push", "take", "finish", "again"]), max_size=200), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.sampled_from(["push", "take", "all", "finish", "again"]), max_size=200),
+    st.randoms(use_true_random=False),
+)
 def test_lanes_are_first_in_first_out_per_bucket_one_at_a_time_and_lose_nothing(
     steps: list[str], random: Random
 ) -> None:
@@ -283,6 +286,12 @@ def test_lanes_are_first_in_first_out_per_bucket_one_at_a_time_and_lose_nothing(
             if taken is not None:
                 assert taken[0] in waiting
                 out[taken[0]] = taken[1]
+        elif step == "all":
+            waiting = {bucket for bucket in pushed if bucket not in out and pushed[bucket] != done[bucket]}
+            items = lanes.take_all()
+            assert sorted(items) == sorted(pushed[bucket][len(done[bucket])] for bucket in waiting)
+            out |= {bucket: pushed[bucket][len(done[bucket])] for bucket in waiting}
+            assert lanes.take() is None
         elif out:
             bucket = random.choice(sorted(out))
             if step == "finish":

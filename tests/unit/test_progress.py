@@ -14,18 +14,20 @@ import sqlalchemy as sa
 
 from tidings.database.dead_letters import Letter
 from tidings.database.engine import Database, open_database
-from tidings.database.held_events import HeldEvent
-from tidings.database.held_rows import HeldRows
+from tidings.database.enrolment import Enrolment
+from tidings.database.held_events import HeldEvent, held_event
+from tidings.database.held_rows import Ended, HeldRows
 from tidings.database.inbox import Inbox
 from tidings.database.layout import settled
 from tidings.database.staged_events import StagedEvent
-from tidings.database.tables import dead, partials, staged, watermarks
+from tidings.database.tables import dead, floors, held, partials, staged, watermarks
 from tidings.delivery.batch import Batch
 from tidings.delivery.inflight import InFlight, Role
 from tidings.delivery.progress import Progress
 from tidings.errors import Fenced
 from tidings.modelling.handlers import Handler, Retry
 from tidings.protocol.position import ALL_BUCKETS
+from tidings.service import Service
 from tidings.stores import EventData, RecordedEvent
 
 LOG = UUID(int=7)
@@ -130,10 +132,82 @@ async def test_a_failure_at_a_held_event_that_another_process_has_settled_is_a_r
         await ours.held.hold(connection, rows)
     await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))
     async with database.transaction() as connection:
-        await Process(database).held.release(connection, [(6, "handle")])
+        await Process(database).held.end(connection, [Ended(rows[1])])
     await ours.commit(doubted(item(5, rows[0])))
-    with pytest.raises(Fenced, match="the held event at position 6 was settled by another process"):
+    with pytest.raises(Fenced, match="the held event at position 6 is not as it was"):
         await ours.commit(doubted(*(item(row.event.position, row) for row in rows)))
+
+
+READ = HeldEvent(event(5), BUCKET, "key", "handle", 3, 2, 1_000.0, "because", None, code="old")
+"""A held event as this process has read it."""
+LATER = READ._replace(attempts=4, tries=3, due=4_600.0, reason="again", detail="Traceback", code="new")
+"""It has failed once more."""
+
+
+async def rows_after(database: Database, meanwhile: sa.Update | sa.Delete | None, ended: Ended) -> list[HeldEvent]:
+    """Return the held events after something was done to them while this one was at work."""
+    ours = HeldRows("shop", LOG, ALL_BUCKETS)
+    async with database.transaction() as connection:
+        await ours.hold(connection, [READ])
+    if meanwhile is not None:
+        async with database.transaction() as connection:
+            await connection.execute(meanwhile)
+    try:
+        async with database.transaction() as connection:
+            await ours.end(connection, [ended])
+    finally:
+        async with database.reading() as connection:
+            found = [held_event(row) for row in await connection.execute(sa.select(held))]
+    return found
+
+
+RETRIED = held.update().values(due=2_000.0, tries=0)
+DROPPED = held.delete()
+MADE_ANEW = held.update().values(due=2_000.0, tries=0, attempts=0)
+"""It was skipped or dropped, and has come back: by a replay, or from the dead letters."""
+
+
+async def test_what_came_of_a_held_event_is_written(database: Database) -> None:
+    assert await rows_after(database, None, Ended(READ, LATER)) == [LATER]
+
+
+@pytest.mark.parametrize("ended", [Ended(READ), Ended(READ, dead=True)], ids=["done", "dead"])
+async def test_a_held_event_that_is_done_or_dead_is_held_no_more(database: Database, ended: Ended) -> None:
+    assert await rows_after(database, None, ended) == []
+
+
+async def test_an_attempt_that_failed_is_counted_and_does_not_undo_what_an_operator_has_ordered(
+    database: Database,
+) -> None:
+    (found,) = await rows_after(database, RETRIED, Ended(READ, LATER))
+    assert found == LATER._replace(tries=0, due=2_000.0)
+
+
+async def test_an_event_that_an_operator_has_retried_meanwhile_does_not_die(database: Database) -> None:
+    with pytest.raises(Fenced, match="an operator has retried"):
+        await rows_after(database, RETRIED, Ended(READ, dead=True))
+    async with database.reading() as connection:
+        assert await connection.scalar(sa.select(held.c.tries)) == 0
+
+
+async def test_an_event_that_an_operator_has_retried_meanwhile_and_that_succeeded_is_done(database: Database) -> None:
+    assert await rows_after(database, RETRIED, Ended(READ)) == []
+
+
+@pytest.mark.parametrize(
+    "ended", [Ended(READ), Ended(READ, dead=True), Ended(READ, LATER)], ids=["done", "dead", "held"]
+)
+async def test_an_event_that_an_operator_has_dropped_meanwhile_does_not_come_back(
+    database: Database, ended: Ended
+) -> None:
+    with pytest.raises(Fenced, match="an operator has retried, skipped or dropped it"):
+        await rows_after(database, DROPPED, ended)
+
+
+@pytest.mark.parametrize("ended", [Ended(READ, dead=True), Ended(READ, LATER)], ids=["dead", "held"])
+async def test_a_failure_says_nothing_about_an_event_that_was_held_anew(database: Database, ended: Ended) -> None:
+    with pytest.raises(Fenced):
+        await rows_after(database, MADE_ANEW, ended)
 
 
 async def test_who_does_not_know_what_a_held_event_has_emitted_emits_nothing_behind_it(database: Database) -> None:
@@ -202,9 +276,31 @@ async def test_what_another_process_is_done_with_is_not_done_again_by_who_finish
         assert (await connection.execute(sa.select(partials))).all() == []
 
 
+async def test_an_event_that_retention_removed_when_it_was_half_done_fences_nobody(database: Database) -> None:
+    """Nobody can finish it. What was noted of it stood in the way of the next event with several handlers for ever."""
+    ours = await Process(database).join()
+    await ours.commit(shared(5, "first"))
+    ours = await Process(database).join()
+    await ours.commit(shared(9, "first"))
+    await ours.commit(shared(9, *HANDLERS[1:]))
+    await ours.commit(shared(12, "first"))
+    async with database.reading() as connection:
+        assert [row.position for row in await connection.execute(sa.select(partials))] == [12]
+    assert await settled(database, "shop", LOG, BUCKET) == 9
+
+
 async def test_who_was_alone_finishes_events_with_several_handlers_in_any_portions(database: Database) -> None:
     ours = await Process(database).join()
     for position, cut in enumerate([(4,), (1, 4), (2, 4), (1, 2, 3, 4), (4,)]):
         for begin, end in pairwise((0, *cut)):
             await ours.commit(shared(position, *HANDLERS[begin:end]))
     assert await settled(database, "shop", LOG, BUCKET) == 4
+
+
+async def test_a_resize_between_the_first_look_of_an_enrolment_and_its_first_lock_fences_it(database: Database) -> None:
+    """Else a row that is not there any more would end the service."""
+    await Process(database).join()
+    async with database.transaction() as connection:
+        await connection.execute(floors.delete())
+        with pytest.raises(Fenced, match="was resized"):
+            await Enrolment(connection, Service("shop"), LOG, ALL_BUCKETS)._settled()

@@ -38,15 +38,16 @@ PUBLIC = {
         wire_name""",
     "tidings.alembic": "include_object",
     "tidings.buses": """
-        Consumer Delivery EventBus ExportsUsers Found ListsQueues Message Publisher Subscription WithinProcess
+        Consumer CountsConsumers Delivery EventBus ExportsUsers Found ListsBindings ListsLimits ListsQueues Message
+        Publisher Subscription WithinProcess
         check_partitions check_service_name""",
     "tidings.buses.rabbitmq": "RabbitMQBus",
     "tidings.errors": """
         AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseMoved DatabaseUnavailable
         DeployNeeded EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind
-        LogChanged MalformedMessage PartitionKeyDiffers PublishRejected RepetitionDiffers SchemaError StatementFailed
-        StoreError StoreUnavailable StreamDeleted StreamForbidden StreamNotFound StreamTruncated TidingsError
-        TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
+        LogChanged MalformedMessage PartitionKeyDiffers PublishRejected QueueRefused RepetitionDiffers SchemaError
+        StatementFailed StoreError StoreUnavailable StreamDeleted StreamForbidden StreamNotFound StreamTruncated
+        TidingsError TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
         VersionNotFound WriterHeld WrongExpectedVersion""",
     "tidings.logs": "configure_by_default configure_logging masked",
     "tidings.server": "DEFAULT_PORT EventStoreServer Limits run_server",
@@ -58,7 +59,8 @@ PUBLIC = {
     "tidings.testing": "Decided Emitted Given Handling RecordingContext Unsettled World given world_seeds",
     "tidings.testing.brokers": """
         RabbitMQ RabbitMQCluster RabbitMQNode cluster_for_tests node_for_tests rabbitmq_for_tests""",
-    "tidings.testing.bus_conformance": "BusConformance BusEnvironment LOG event events send_all take",
+    "tidings.testing.bus_conformance": """
+        BusConformance BusEnvironment LOG RefusingBusConformance RefusingBusEnvironment event events send_all take""",
     "tidings.testing.databases": """
         PostgreSQL PostgreSQLServer create_database drop_databases postgresql_for_tests server_for_tests""",
     "tidings.testing.event_stores": "EventStoreDB eventstoredb_for_tests",

@@ -14,7 +14,7 @@ from pamqp import body, commands, frame, header
 from tidings.buses.rabbitmq.address import Address
 from tidings.buses.rabbitmq.bus import RabbitMQBus, _Publisher
 from tidings.buses.rabbitmq.channel import Channel
-from tidings.buses.rabbitmq.client import AmqpError, ChannelClosed, ConnectionLost, Outcome
+from tidings.buses.rabbitmq.client import AmqpError, ChannelClosed, ConnectionLost, Outcome, version_of
 from tidings.buses.rabbitmq.connection import Connection
 from tidings.buses.rabbitmq.content import Properties
 from tidings.errors import BusUnavailable
@@ -399,3 +399,20 @@ def test_a_broken_greeting_ends_in_a_login_or_a_typed_error(flips: list[int], st
             assert link.frame_max >= 4096
 
     run(check)
+
+
+@pytest.mark.parametrize(
+    ("properties", "version"),
+    [
+        ({"product": "RabbitMQ", "version": "4.0.5"}, (4, 0)),
+        ({"product": "RabbitMQ", "version": "3.13.7+rc.1"}, (3, 13)),
+        ({"product": "RabbitMQ", "version": "10.2.1"}, (10, 2)),
+        ({"product": "LavinMQ", "version": "4.0.5"}, ()),
+        ({"product": "RabbitMQ"}, ()),
+        ({"product": "RabbitMQ", "version": "main"}, ()),
+        ({}, ()),
+        (None, ()),
+    ],
+)
+def test_the_version_is_that_of_rabbitmq_alone(properties: dict[str, object] | None, version: tuple[int, ...]) -> None:
+    assert version_of(properties) == version

@@ -14,7 +14,13 @@ from structlog.testing import capture_logs
 
 from tidings import EventData, EventStore, Relay, open_store
 from tidings.buses import Consumer, Found, Subscription
-from tidings.errors import BusUnavailable, PublishRejected, StoreUnavailable, TopologyMismatch, Unroutable
+from tidings.errors import (
+    BusUnavailable,
+    PublishRejected,
+    StoreUnavailable,
+    TopologyMismatch,
+    Unroutable,
+)
 from tidings.protocol.message import MARKER, Marker, Message, decode
 from tidings.protocol.position import Accepted, Arrival
 from tidings.stores import ANY, EVERYTHING, CaughtUp, Checkpoint, Filter, RecordedEvent

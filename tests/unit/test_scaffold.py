@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_extras_are_named_together_or_one_by_one() -> None:
     assert {name.replace("one", "two") for name in files(Path("one"))} == set(files(Path("two")))
     ended = invoke("new", "three", "--with", "api,mysql")
     assert (ended.code, ended.out) == (2, "")
-    assert "'mysql': there are api and postgresql" in ended.err
+    assert "'mysql': choose from api and postgresql" in ended.err
     assert not Path("three").exists()
 
 
@@ -147,10 +148,10 @@ def test_extras_are_named_together_or_one_by_one() -> None:
         ("sh\x1bop", "such as sh_op"),
         ("", "cannot name a Python package"),
         ("n" * (LONGEST + 1), f"use 1 to {LONGEST}"),
-        ("class", "a word of Python's own"),
-        ("json", "that Python has already"),
-        ("pydantic", "that Python has already"),
-        ("tidings", "that Python has already"),
+        ("class", "a Python keyword"),
+        ("json", "that Python already has"),
+        ("pydantic", "that Python already has"),
+        ("tidings", "that Python already has"),
         ("tests", "a folder of every project"),
         ("events", "cannot name a service"),
     ],
@@ -179,7 +180,7 @@ def test_a_file_or_a_link_in_the_way_is_left_as_it_is(folder: Path) -> None:
     for name in ("shop", "desk"):
         ended = invoke("new", name)
         assert (ended.code, ended.out) == (1, "")
-        assert "is no folder, so nothing was written" in ended.err
+        assert "is not a folder, so nothing was written" in ended.err
     assert files(folder) == {"shop": b"mine"}
 
 
@@ -218,7 +219,7 @@ def test_a_second_service_is_added_beside_the_first_one(monkeypatch: pytest.Monk
         "tests/test_billing.py",
         "tests/test_shop_and_billing.py",
     }
-    assert "tests/test_shop_and_billing.py runs both in one world" in ended.out
+    assert "tests/test_shop_and_billing.py tests both together" in ended.out
     assert {name for name in before if after[name] != before[name]} == {
         "settings/embedded.env",
         "settings/rabbitmq.env",
@@ -231,8 +232,8 @@ def test_a_second_service_is_added_beside_the_first_one(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        ("billing", 1, "this project has a service billing already; nothing was written"),
-        ("shop", 1, "this project has a service shop already; nothing was written"),
+        ("billing", 1, "this project already has a service billing; nothing was written"),
+        ("shop", 1, "this project already has a service shop; nothing was written"),
         ("Billing", 2, "such as billing"),
         ("tests", 2, "a folder of every project"),
     ],
@@ -253,6 +254,130 @@ def test_outside_a_project_nothing_is_added(folder: Path) -> None:
     assert (ended.code, ended.out) == (2, "")
     assert "go to the folder of a project that 'tidings new' made" in ended.err
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "then"),
+    [
+        ("shop.service:service", "shop.service:service,billing.service:service"),
+        ('"shop.service:service"', '"shop.service:service,billing.service:service"'),
+        ("'shop.service:service, more.service'", "'shop.service:service,more.service,billing.service:service'"),
+        ("shop.service:service,  # all", "shop.service:service,billing.service:service  # all"),
+        ("shop.service:service\r", "shop.service:service,billing.service:service\r"),
+        (
+            "gone:gone\nexport TIDINGS_SERVICES=shop:service",
+            "gone:gone\nexport TIDINGS_SERVICES=shop:service,billing.service:service",
+        ),
+    ],
+)
+def test_quotes_comments_and_line_ends_of_settings_stay(monkeypatch: pytest.MonkeyPatch, line: str, then: str) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    for name in ("embedded", "rabbitmq"):
+        Path(f"settings/{name}.env").write_bytes(f"# mine\nTIDINGS_SERVICES={line}\n# end".encode())
+    ended = invoke("add", "service", "billing")
+    assert ended.code == 0, ended.err
+    for name in ("embedded", "rabbitmq"):
+        assert Path(f"settings/{name}.env").read_bytes() == f"# mine\nTIDINGS_SERVICES={then}\n# end".encode()
+
+
+@pytest.mark.parametrize("file", ["embedded", "rabbitmq"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "'TIDINGS_SERVICES=' names no service"),
+        ('""', "names no service"),
+        ('"shop.service:service', "cannot be read"),
+        ("'a:b','c:d'", "cannot be read"),
+        ("$SHOP", "cannot be read"),
+        ("shop.service:service,,more:more", "cannot be read"),
+        ("\xff", "is not in UTF-8"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_named_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, file: str, line: str, said: str
+) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    Path(f"settings/{file}.env").write_bytes(f"TIDINGS_SERVICES={line}\n".encode("latin-1"))
+    before = files(Path.cwd())
+    ended = invoke("add", "service", "billing")
+    assert (ended.code, ended.out) == (2, "")
+    assert f"settings/{file}.env" in ended.err
+    assert said in ended.err
+    assert "Nothing was written" in ended.err
+    assert files(Path.cwd()) == before
+
+
+def test_settings_without_services_stay_as_they_are_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    Path("settings/rabbitmq.env").write_text("# TIDINGS_SERVICES=none\nTIDINGS_BUS=amqp://localhost\n")
+    before = files(Path.cwd())
+    ended = invoke("add", "service", "billing")
+    assert ended.code == 0
+    assert "settings/rabbitmq.env has no line TIDINGS_SERVICES=..., so it stays as it is" in ended.out
+    assert files(Path.cwd())["settings/rabbitmq.env"] == before["settings/rabbitmq.env"]
+    Path("settings/embedded.env").write_text("TIDINGS_BUS=memory://\n")
+    before = files(Path.cwd())
+    ended = invoke("add", "service", "mails")
+    assert (ended.code, ended.out) == (2, "")
+    assert "write that line, with the project's services: TIDINGS_SERVICES=shop.service:service" in ended.err
+    assert files(Path.cwd()) == before
+
+
+@pytest.mark.parametrize("fails", range(1, 6))
+def test_whatever_cannot_be_written_nothing_is_left_of_an_added_service(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Of the package, its two tests, and two files of settings, one fails at a time."""
+    new("shop")
+    monkeypatch.chdir("shop")
+    for path in Path("tests").iterdir():
+        path.unlink()
+    Path("tests").rmdir()
+    before, calls = files(Path.cwd()), list[str]()
+    opened, replaced, renamed = Path.open, Path.replace, Path.rename
+
+    def count(path: Path) -> None:
+        calls.append(path.name)
+        if len(calls) == fails:
+            raise OSError(28, "No space left on device", str(path))
+
+    def open_(self: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "x":
+            count(self)
+        return opened(self, mode, **options)
+
+    def replace(self: Path, target: Path) -> Path:
+        count(self)
+        return replaced(self, target)
+
+    def rename(self: Path, target: Path) -> Path:
+        count(self)
+        return renamed(self, target)
+
+    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(Path, "rename", rename)
+    ended = invoke("add", "service", "billing")
+    assert (ended.code, ended.out) == (1, "")
+    assert "cannot be written: No space left on device" in ended.err
+    assert files(Path.cwd()) == before
+    assert not Path("tests").exists()
+    assert not Path("billing").exists()
+
+
+def test_settings_behind_a_link_are_changed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    new("shop")
+    monkeypatch.chdir("shop")
+    real = Path("settings/rabbitmq.env").rename("shared.env")
+    real.chmod(0o640)
+    Path("settings/rabbitmq.env").symlink_to("../shared.env")
+    assert invoke("add", "service", "billing").code == 0
+    assert Path("settings/rabbitmq.env").is_symlink()
+    assert "billing.service:service" in real.read_text()
+    assert real.stat().st_mode & 0o777 == 0o640
 
 
 EVENTS = """
@@ -284,10 +409,10 @@ def test_a_service_follows_the_event_that_is_named_by_its_key_and_wire_name(monk
     ended = invoke("add", "service", "more", "--follow", "Counted")
     assert (ended.code, ended.out) == (1, "")
     assert "no Counted to follow: looked in events.py of shop, mails, post" in ended.err
-    assert "there are Paid, Priced, MailsStarted, Paid, PostStarted, MailsStarted" in ended.err
+    assert "there are Paid of shop, Priced of shop, MailsStarted of mails, PostStarted of post. Nothing" in ended.err
     assert files(Path.cwd()) == before
     ended = invoke("add", "service", "prices", "--follow", "Priced")
-    assert "No test of both together was written: Priced has fields for which no value is known" in ended.out
+    assert "No test of both together was written: Priced has fields without a known sample value" in ended.out
     assert files(Path.cwd()).keys() - before.keys() == {
         *(f"prices/{name}.py" for name in ("__init__", "events", "service")),
         "tests/test_prices.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -17,6 +18,9 @@ from tidings import Aggregate, Context, Event, RecordedEvent, Retry, Service, ev
 from tidings.errors import AttemptEnded, ConfigurationError, HandlerTimeout, SchemaError, TransactionMisuse
 from tidings.stores import EventData
 from tidings.testing import Emitted, RecordingContext, given
+from tidings.testing.scenario import stage
+from tidings.testing.world import threads
+from tidings.testing.world.blocking import Blocked
 
 pytest_plugins = ["pytester"]
 
@@ -457,3 +461,37 @@ def test_in_a_test_without_a_loop_a_look_runs_the_handler_too() -> None:
     assert isinstance(given().handling(take, WANTED).error, NoneLeft)
     with pytest.raises(NoneLeft):
         given().handling(take, WANTED).rows(Shelf)
+
+
+# ---- what never ends -------------------------------------------------------------------
+
+
+def test_a_plain_handler_that_never_returns_is_named_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "OVER", 0.3)
+    service, release = Service("stuck"), threading.Event()
+
+    @service.on(Wanted, timeout=0.2)
+    def stuck(event: Wanted) -> None:
+        release.wait()
+
+    with pytest.raises(Blocked, match=r"handler 'stuck' of service stuck .* stands in .*stuck \(.*, line \d+\), in"):
+        given(service=service).handling(stuck, WANTED).nothing()
+    release.set()
+
+
+def test_a_lifespan_that_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "LIFESPAN", 0.2)
+
+    @asynccontextmanager
+    async def waits(service: Service) -> AsyncIterator[Gateway]:
+        await asyncio.Event().wait()
+        yield Gateway()
+
+    service = Service("waiting", lifespan=waits)
+
+    @service.on(Wanted)
+    async def call_late(event: Wanted, gateway: Gateway) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"the lifespan of service 'waiting' has not begun after 0\.2 s"):
+        given(service=service).handling(call_late, WANTED).nothing()
+    given(service=service).handling(call_late, WANTED, resources={Gateway: Gateway()}).nothing()

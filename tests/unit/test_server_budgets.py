@@ -127,6 +127,7 @@ def test_what_a_caller_said_is_cut_and_escaped(text: str, times: int) -> None:
             assert len(value) <= TRAILER
             assert value.isascii()
             assert not any(byte < 32 for byte in value), name
+        assert sum(len(name) + len(value) + 32 for name, value in trailers_of(refusal)) < 8192
 
 
 def test_a_long_text_ends_with_a_whole_escape() -> None:

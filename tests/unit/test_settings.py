@@ -178,8 +178,10 @@ def test_a_scheme_that_nobody_has_is_answered_with_those_installed_and_their_ext
         "nats:// (pip install 'tidings-nats[tls]')",
     ):
         assert told in str(refused.value)
-    with pytest.raises(ConfigurationError, match=r"esdb:// \(pip install 'tidings\[eventstoredb\]'\)"):
+    with pytest.raises(ConfigurationError) as refused:
         check_store("kafka://host")
+    for scheme, extra in (("esdb", "eventstoredb"), ("kurrentdb", "kurrentdb"), ("kdb+discover", "kurrentdb")):
+        assert f"{scheme}:// (pip install 'tidings[{extra}]')" in str(refused.value)
 
 
 async def test_what_an_adapter_of_another_package_lacks_is_named(site: Path) -> None:

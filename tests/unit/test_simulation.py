@@ -46,7 +46,6 @@ def test_nothing_is_lost_doubled_or_reordered_in_any_world(part: int) -> None:
 RARELY_MISSED = {
     "watermark_cas",
     "previous_never_low",
-    "pass_reaches",
     "held_emits_alone",
     "behind_undone_is_recalled",
     "older_code_is_fenced",
@@ -61,10 +60,43 @@ RARELY_MISSED = {
         for rule in RULES
     ],
 )
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_without_the_rule_a_promise_breaks(rule: str) -> None:
     found = simulate(range(ENOUGH), workers=WORKERS, rule=rule)
     assert any(outcome.broken for outcome in found), f"nobody misses the rule {rule!r}"
+
+
+def told_by_receipts(rule: str) -> list[tuple[str, list[str]]]:
+    """Of worlds without the rule, what breaks: all of it, and what receipts say of that."""
+    outcomes = list(simulate(range(16), workers=WORKERS, rule=rule))
+    return [
+        (" ".join(outcome.broken), [text for text in outcome.broken if text.startswith("contradicted by the log: ")])
+        for outcome in outcomes
+        if outcome.broken
+    ]
+
+
+@pytest.mark.timeout(600)
+def test_an_event_that_a_bug_skips_is_named_by_the_receipt_of_its_bucket() -> None:
+    found = told_by_receipts("nothing_is_passed_over")
+    assert any(" lost: [" in f" {broken}" for broken, _ in found)
+    for broken, told in found:
+        lost = {number for part in re.findall(r"(?<!for )\blost: \[([\d, ]+)\]", broken) for number in part.split(", ")}
+        assert all(any(f"position {number} was passed over" in text for text in told) for number in lost), broken
+
+
+@pytest.mark.timeout(600)
+def test_forged_content_is_named_by_the_proof_from_the_log_and_by_nothing_else() -> None:
+    """By the receipts, and where the handler failed, by the dead letter's content, too."""
+    found = told_by_receipts("content_of_the_log")
+    assert found
+    by_receipt = re.compile(r"in the place of .*, position (\d+): replaced$")
+    by_letter = re.compile(r"the dead row of .*, position (\d+), has other content")
+    for broken, told in found:
+        assert broken == " ".join(told)
+        places = [by_receipt.search(text) or by_letter.search(text) for text in told]
+        assert all(place is not None and int(place[1]) % 5 == 3 for place in places), broken
+        assert any(map(by_receipt.search, told)), broken
 
 
 @pytest.mark.slow("it compares many worlds")

@@ -7,11 +7,13 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tidings.stores.sqlite.writer as writing
 from tidings.errors import StoreError, StreamDeleted, StreamNotFound, WrongExpectedVersion
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, EventStore, Expected
 from tidings.stores.sqlite.store import open_sqlite
@@ -237,3 +239,39 @@ async def test_ids_of_any_can_be_forgotten_at_opening_those_of_versions_never(tm
     first, second, forgetful = answers
     assert second == first
     assert [answer.version for answer in forgetful] == [1, 1, 0]
+
+
+async def test_an_id_can_belong_to_its_first_stream_alone() -> None:
+    """EventStoreDB has one table of ids for all streams: in a second one a repeated event is written again."""
+    store = await open_sqlite(f"memory://{uuid4().hex}", first_streams=True)
+    batch = [EventData("Happened", b"{}")]
+    together = await asyncio.gather(*(store.append(stream, batch) for stream in ("a", "b", "a", "b")))
+    assert [answer.version for answer in together] == [0, 0, 0, 1], "within one commit"
+    later = [await store.append(stream, batch) for stream in ("a", "b", "a")]
+    assert [answer.version for answer in later] == [0, 2, 0], "over several"
+    explicit = [await store.append("b", batch, expected=expected) for expected in (NO_STREAM, 0, 1)]
+    assert [answer.version for answer in explicit] == [0, 1, 2], "by the version, the stream's own ids count"
+    await store.close()
+
+
+async def test_what_was_not_written_is_nobodys_first_stream() -> None:
+    store = await open_sqlite(f"memory://{uuid4().hex}", first_streams=True)
+    batch = [EventData("Happened", b"{}")]
+    with pytest.raises(WrongExpectedVersion):
+        await store.append("refused", batch, expected=7)
+    answers = [await store.append("b", batch) for _ in range(2)]
+    assert [answer.version for answer in answers] == [0, 0]
+    await store.close()
+
+
+async def test_only_so_many_first_streams_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "FIRST_STREAMS", 3)
+    store = await open_sqlite(f"memory://{uuid4().hex}", first_streams=True)
+    old, *others = ([EventData("Happened", b"{}")] for _ in range(4))
+    for batch in (old, *others):
+        await store.append("a", batch)
+    for batch in (old, others[0]):
+        await store.append("b", batch)
+    again = [await store.append("b", batch) for batch in (others[2], others[2], old, old)]
+    assert [answer.version for answer in again] == [2, 3, 0, 0], "of an old one, each stream knows its own"
+    await store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -113,15 +114,16 @@ async def _append(
     actual = -1
     for _ in range(20):
         async with resolver.turn(row.stream):
-            expected = await resolver.resolve(row, actual)
-            if expected is None:
+            place = await resolver.resolve(row, actual)
+            if place is None:
                 return
-            assert expected is not ANY
+            assert place.expected is not ANY
             if between is not None:
                 await between()
                 between = None
             try:
-                resolver.appended(row, await store.append(row.stream, [row.event], expected=expected))
+                event = replace(row.event, id=place.identity)
+                resolver.appended(row, place, await store.append(row.stream, [event], expected=place.expected))
             except WrongExpectedVersion as error:
                 actual = error.actual
                 continue

@@ -104,6 +104,47 @@ async def test_what_nobody_has_begun_can_be_taken_back() -> None:
         assert begun == [0, 9]
 
 
+async def test_more_is_asked_for_when_nothing_is_left_to_begin_also_before_the_last_one_waits() -> None:
+    """Else what is ready would lie there until something else happens."""
+    gate = asyncio.Event()
+    begun, more = list[int](), [1, 2, 3]
+
+    async def wait() -> None:
+        await gate.wait()
+
+    def begin(item: int) -> Awaitable[None] | None:
+        begun.append(item)
+        return wait() if item == 2 else None
+
+    async with at_work(2, begin) as workers:
+        assert not workers.led
+
+        def drained() -> None:
+            if more:
+                workers.give_all([more.pop(0)])
+
+        workers.drained = drained
+        workers.give(0)
+        assert workers.led
+        await turns()
+        assert begun == [0, 1, 2, 3]
+        assert not workers.led
+        gate.set()
+        await turns()
+        assert not workers.led
+
+
+async def test_who_leads_and_finds_that_all_was_taken_back_asks_for_more() -> None:
+    begun = list[int]()
+    async with at_work(2, begun.append) as workers:
+        workers.give(0)
+        assert workers.take_back() == 1
+        workers.drained = lambda: workers.give(1) if not begun else None
+        await turns()
+        assert begun == [1]
+        assert not workers.led
+
+
 async def test_an_error_ends_them_all() -> None:
     def begin(item: int) -> None:
         raise LookupError("gone")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from time import sleep as nap
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import sqlalchemy as sa
@@ -81,6 +85,22 @@ async def test_a_whole_cascade_is_quiet_when_it_is_settled() -> None:
         assert chain.shipped == ["1"]
         async with world.session(chain.packing) as session:
             assert (await session.scalars(sa.select(chain.rows.c.order))).all() == ["1"]
+
+
+@pytest.mark.parametrize(
+    "trust", [{"TIDINGS_BUS_KEYS": "ab" * 32}, {"TIDINGS_BUS_CONTENT": "log"}, {"TIDINGS_ID_KEYS": "cd" * 32}], ids=str
+)
+async def test_a_world_trusts_its_bus_as_the_environment_says(
+    trust: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in trust.items():
+        monkeypatch.setenv(name, value)
+    chain = Chain()
+    async with World(chain.packing, chain.shipping) as world:
+        await world.append("order-1", Ordered(order="1"))
+        assert (await world.settled()).ok
+        assert chain.shipped == ["1"]
+        assert not world.logs("message.refused")
 
 
 async def test_what_the_log_holds_is_found_by_class_stream_and_author() -> None:
@@ -279,17 +299,38 @@ async def test_a_sleep_that_blocks_the_loop_is_named() -> None:
         world.tolerate(block)
 
 
-async def test_a_plain_handler_sleeps_in_virtual_time_too() -> None:
+async def test_a_sleep_that_was_imported_by_its_name_is_named_too() -> None:
+    async def block(event: Ordered) -> None:
+        nap(86_400)  # noqa: ASYNC251
+
+    async with World(one(block)) as world:
+        await world.append("order-1", Ordered(order="1"))
+        with pytest.raises(Exception, match=r"handler 'block' of service 'one' calls time\.sleep\(86400\)"):
+            await world.settled()
+        world.tolerate(block)
+
+
+@pytest.mark.parametrize("sleep", [lambda: time.sleep(86_400), lambda: nap(86_400)], ids=["time.sleep", "imported"])
+async def test_a_plain_handler_sleeps_in_virtual_time_too(sleep: Callable[[], None]) -> None:
     done: list[str] = []
 
     def rest(event: Ordered) -> None:
-        time.sleep(86_400)
+        sleep()
         done.append(event.order)
 
     async with World(one(rest, timeout=100_000)) as world:
         await world.append("order-1", Ordered(order="1"))
         await world.settled()
         assert done == ["1"]
+
+
+async def test_the_real_sleep_is_back_after_a_world_also_where_it_was_imported_meanwhile() -> None:
+    real, late = time.sleep, ModuleType("imported_meanwhile")
+    with mock.patch.dict(sys.modules, {late.__name__: late}):
+        async with World():
+            assert nap is time.sleep is not real
+            late.__dict__["sleep"] = time.sleep
+        assert late.__dict__["sleep"] is nap is time.sleep is real
 
 
 async def test_timers_of_lifespans_and_of_the_test_fire_in_order_over_months() -> None:

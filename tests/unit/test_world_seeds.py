@@ -54,6 +54,7 @@ async def runs(count: int) -> AssertionError | None:
         async with World(service) as world:
             for n in range(8):
                 await world.append("said", Said(key="1", n=n))
+                await asyncio.sleep(0.2)  # so that some harm comes while the handler is at work
             await world.settled()
             assert said == list(range(8))
 
@@ -79,6 +80,31 @@ async def test_a_failure_names_its_seed_and_a_story_that_is_short(monkeypatch: p
         WHERE, "seed", next(n for n in range(100) if not any(s.what == "crash" for s in Story(n).steps))
     )
     assert await runs(1) is None
+
+
+async def test_what_pytest_fail_raises_names_its_seed_too() -> None:
+    @world_seeds(1)
+    async def fails() -> None:
+        pytest.fail("not so")
+
+    with pytest.raises(pytest.fail.Exception, match="not so") as failed:
+        await fails()
+    assert "--tidings-seed=0" in failed.value.__notes__[0]
+
+
+async def test_a_warning_is_not_shrunk() -> None:
+    """No harm brings one about, and a world in which there are too many timers takes its time."""
+    runs = 0
+
+    @world_seeds(5)
+    async def warns() -> None:
+        nonlocal runs
+        runs += 1
+        raise UserWarning("5,000 timers")
+
+    with pytest.raises(UserWarning, match="5,000 timers"):
+        await warns()
+    assert runs == 1
 
 
 def test_a_story_follows_from_its_seed() -> None:

@@ -12,7 +12,7 @@ from unittest.mock import create_autospec
 import pytest
 import sqlalchemy as sa
 
-from tidings import Aggregate, Event, Service, evolves
+from tidings import Aggregate, Event, Runtime, Service, evolves
 from tidings.errors import ConfigurationError
 from tidings.testing import World
 
@@ -104,6 +104,13 @@ USES: dict[str, Callable[[World, Service], Any]] = {
     "lose_next": lambda world, service: world.lose_next(),
     "client": lambda world, service: world.client(wrong(None)),
 }
+
+
+@pytest.mark.parametrize("made", [World, Runtime])
+def test_a_with_that_lacks_its_async_says_what_to_write(made: Callable[[], Any]) -> None:
+    name = made.__name__
+    with pytest.raises(TypeError, match=rf"write 'async with {name}\(\.\.\.\) as {name.lower()}:'"), made():
+        pass
 
 
 @pytest.mark.parametrize("name", USES)

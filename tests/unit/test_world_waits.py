@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
@@ -134,7 +136,13 @@ async def test_a_service_that_cannot_start_later_is_not_there() -> None:
 # ---- time, as a handler sees it ----------------------------------------------------------
 
 
-async def test_a_handler_sees_the_time_of_the_world_by_time_and_not_by_datetime_now() -> None:
+@pytest.mark.parametrize("travels", [True, False])
+async def test_a_handler_sees_the_time_of_the_world_also_by_datetime_now_where_time_machine_is(
+    travels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not travels:
+        monkeypatch.setitem(sys.modules, "time_machine", None)
+    follows = travels and find_spec("time_machine") is not None
     seen: list[datetime] = []
 
     async def look(event: Ordered, context: Context) -> None:
@@ -153,8 +161,9 @@ async def test_a_handler_sees_the_time_of_the_world_by_time_and_not_by_datetime_
         await world.append("order-1", Ordered(order="1"))
         await world.settled()
     assert all(moment - began >= timedelta(days=30) for moment in seen[:3])
-    assert seen[3] - began < timedelta(days=1)
-    assert datetime.fromtimestamp(time.time_ns() / 1e9, UTC) - began < timedelta(days=1), "it is given back"
+    assert (seen[3] - began >= timedelta(days=30)) == follows
+    for now in datetime.fromtimestamp(time.time_ns() / 1e9, UTC), datetime.now(UTC):
+        assert now - began < timedelta(days=1), "it is given back"
 
 
 # ---- a handler that blocks the loop ------------------------------------------------------

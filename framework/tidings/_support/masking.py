@@ -18,21 +18,55 @@ QUOTED: Final = 500
 """Characters of a quoted secret in which spaces may stand."""
 
 _NAME: Final = (
-    r"(?:pass(?:word|wd|phrase|code)|pwd|secret|token|api[_-]?key|(?:access|private|account|shared|signing)[_-]?key"
-    r"|authorization|credentials?|signature|cookie|session[_-]?id)"
+    r"(?:pass(?:word|wd|phrase|code)|pwd|secret|token|api[_-]?key"
+    r"|(?:access|private|account|shared|signing|secret|encryption|master|storage|license|client|ssh)[_-]?key"
+    r"|tidings_(?:bus_keys|id_keys|server_users)"
+    r"|authorization|credentials?|signature|cookie|session[_-]?id|(?<![a-z])sig)(?:[_-]base)?\d{0,3}"
 )
-_NAMED: Final = re.compile(rf"{_NAME}[\"']{{0,2}}\s{{0,4}}[=:]\s{{0,4}}", re.IGNORECASE)
+_QUOTE: Final = r"\\{0,3}[\"']"
+"""A quote, which is escaped where the text is quoted itself."""
+_NAMED: Final = re.compile(rf"{_NAME}(?:{_QUOTE}){{0,2}}\s{{0,4}}(?:[=-]>|:=|={{1,3}}|:)\s{{0,4}}", re.IGNORECASE)
 """The name of a secret, or the end of one, and what separates it from its value."""
+_HARMLESS: Final = re.compile(
+    r"(?:\b(?:Unexpected|Invalid|Expired|Missing|Bad|Unknown|Malformed|Wrong|Revoked|No|Incorrect|Unsupported|Illegal"
+    r"|Empty|Weak|Duplicate|Unrecognized|Unterminated|Stale|Undefined))\Z"
+)
+"""What makes the name of an error of what follows it."""
+_PARSED: Final = re.compile(r"unexpected token\s{0,4}:", re.IGNORECASE)
+"""What a parser says of what it found."""
 _IN_QUERY: Final = re.compile(rf"(?:{_NAME}|\bpass)=", re.IGNORECASE)
-_IS_NAME: Final = re.compile(rf"[\w.-]*{_NAME}", re.IGNORECASE)
-_KIND: Final = re.compile(r"(?:bearer|basic|digest|negotiate|token)\s{1,4}", re.IGNORECASE)
-_BEARER: Final = re.compile(r"\bbearer\s{1,4}(?=\S{4})", re.IGNORECASE)
+_IS_NAME: Final = re.compile(rf"([\w.-]*){_NAME}", re.IGNORECASE)
+_KIND: Final = re.compile(
+    r"(?:bearer|basic|digest|negotiate|ntlm|token|jwt|oauth|hmac|api[_-]?(?:key|token)|sso-key)\s{1,4}", re.IGNORECASE
+)
+_OPENS: Final = re.compile(rf"(?:\w{{1,30}}\()?[bBrRuU]{{0,2}}({_QUOTE})")
+"""What opens a quoted value, maybe within a call as in `SecretStr('...')`."""
+_NEXT: Final = rf"(?:{_QUOTE}[^\"'\\\s]{{1,100}}{_QUOTE}\s{{0,4}}:|[\w.-]{{1,50}}=)"
+"""The name of the next value, with what separates it from that."""
+_ENDS: Final = re.compile(rf"\s|\Z|[}}\])]{{1,8}}(?:[\s,;.:\"'\\]|\Z)|[,;](?:\s|\Z|{_NEXT})")
+"""What follows the quote that ends a value, rather than one inside it."""
+_BARE_ENDS: Final = re.compile(r"\s{0,4}[,}\]]")
+_BARE: Final = re.compile(rf"[\w.+-]{{1,400}}(?={_BARE_ENDS.pattern})")
+"""A number, or a word, of JSON."""
+_NOTHING: Final = ("null", "true", "false", "None", "True", "False")
+_COOKIE: Final = re.compile(r"\s{1,4}[\w.-]{1,100}=\S{0,4000}")
+_BEARER: Final = re.compile(
+    r"\b(bearer\s{1,4})(?!(?:tokens?|auth\w*|schemes?|headers?|formats?)\b)[^\s\"'\\]{4,8000}", re.IGNORECASE
+)
+_API_KEY: Final = re.compile(r"\b(api[_-]?key\s{1,4})(?=\S{0,8000}?\d)[^\s\"'\\]{8,8000}", re.IGNORECASE)
 _BASIC: Final = re.compile(r"\bbasic\s{1,4}([A-Za-z0-9+/]{4,2000}={0,2})", re.IGNORECASE)
 _TOKEN: Final = re.compile(
-    r"\b(?:[spr]k_(?:live|test)_\w{4,200}|gh[pousr]_\w{20,200}|github_pat_\w{20,200}|xox[abeprs]-[\w-]{8,200}"
-    r"|AKIA[0-9A-Z]{16}|eyJ[\w-]{8,4000}\.[\w-]{4,8000}(?:\.[\w-]{0,2000})?)"
+    r"\b(?:[spr]k_(?:live|test)_\w{4,200}|sk-[\w-]{20,200}|gh[pousr]_\w{20,200}|github_pat_\w{20,200}"
+    r"|glpat-[\w-]{20,200}|xox[abeprs]-[\w-]{8,200}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|hvs\.[\w-]{20,200}"
+    r"|npm_\w{36}|SG\.[\w-]{16,100}\.[\w-]{16,100}|eyJ[\w-]{8,4000}\.[\w-]{4,8000}(?:\.[\w-]{0,2000})?)"
 )
 """Tokens that are known by their looks."""
+_KEY_BEGINS: Final = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_ENDS: Final = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_SIGNS: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\\ \r\n\t")
+_WEB: Final = re.compile(r"(?:https?|wss?|file|git|ftp)\Z", re.IGNORECASE)
+"""Schemes whose paths often hold an '@', and whose clients take no password with a '/'."""
+_HOST: Final = re.compile(r"(?:[\w.-]{0,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{0,5})?\Z")
 _SPACE: Final = re.compile(r"(\s+)")
 _WORD_END: Final = re.compile(r"\s|\Z")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}\Z")
@@ -45,27 +79,43 @@ def masked(value: Any) -> Any:
     if isinstance(value, str):
         return masked_text(value)
     if isinstance(value, dict):
-        return {
-            key: MASK if isinstance(inner, str) and inner and _is_name(key) else masked(inner)
-            for key, inner in value.items()
-        }
+        return {key: _hidden(inner) if _is_name(key) else masked(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
+        if len(value) == 2 and _is_name(value[0]):  # as in a list of headers
+            return [masked(value[0]), _hidden(value[1])]
         return [masked(inner) for inner in value]
     if value is None or isinstance(value, int | float):
         return value
     return masked_text(repr(value))
 
 
+def _hidden(value: Any) -> Any:
+    """Mask all that a secret may be: everything but yes, no and nothing."""
+    if value is None or isinstance(value, bool) or value in ("", b""):
+        return masked(value)
+    if isinstance(value, dict):
+        return {key: _hidden(inner) for key, inner in value.items()}
+    return [_hidden(inner) for inner in value] if isinstance(value, list | tuple) else MASK
+
+
 def _is_name(key: object) -> bool:
-    return isinstance(key, str) and len(key) < 100 and _IS_NAME.fullmatch(key) is not None
+    if isinstance(key, bytes):
+        key = key.decode("latin-1")
+    if not isinstance(key, str) or len(key) >= 100:
+        return False
+    found = _IS_NAME.fullmatch(key)
+    return found is not None and not _HARMLESS.search(found[1])
 
 
 def masked_text(text: str) -> str:
     """Return the text with all secrets in it masked. Masking it again changes nothing."""
+    if "PRIVATE KEY" in text:
+        text = _without_keys(text)
     if "://" in text and "@" in text:
         text = "".join(map(_without_password, _SPACE.split(text)))
     text = _without_named(text)
-    text = _without(_BEARER, text)
+    text = _BEARER.sub(rf"\1{MASK}", text)
+    text = _API_KEY.sub(rf"\1{MASK}", text)
     text = _BASIC.sub(_without_credentials, text)
     return _TOKEN.sub(MASK, text)
 
@@ -99,21 +149,52 @@ def _without_password(word: str) -> str:
     if scheme is None:  # not a valid scheme, but a password may follow
         return word[:colon] + redact(f"x{word[colon:]}")[1:]
     begins = colon - len(scheme[0])
+    if _WEB.match(scheme[0]):
+        authority = re.split(r"[/?#]", word[colon + 3 :], maxsplit=1)[0]
+        if "@" not in authority and _HOST.match(authority):
+            return word  # the '@' is part of a path
     return word[:begins] + redact(word[begins:])
 
 
-def _without_named(text: str) -> str:
-    """Mask what follows the name of a secret: the rest of the word, and of the quotation that begins with it."""
+def _without_keys(text: str) -> str:
+    """Mask private keys in PEM, also where their beginning or their end was cut off."""
     parts: list[str] = []
     at = 0
+    while (found := _KEY_BEGINS.search(text, at)) is not None:
+        ends = _KEY_ENDS.search(text, found.end())
+        parts += (text[at : found.end()], MASK)
+        at = len(text) if ends is None else ends.start()
+        if ends is not None:
+            parts.append(text[at : ends.end()])
+            at = ends.end()
+    if not parts and (ends := _KEY_ENDS.search(text)) is not None:
+        begins = ends.start()
+        while begins and text[begins - 1] in _KEY_SIGNS:
+            begins -= 1
+        if text[begins : ends.start()].strip():
+            parts += (text[:begins], MASK)
+            at = ends.start()
+    return "".join(parts) + text[at:]
+
+
+def _without_named(text: str) -> str:
+    """Mask what follows the name of a secret: the quotation that begins there, or the rest of the word."""
+    parts: list[str] = []
+    at = word = 0
     while (found := _NAMED.search(text, at)) is not None:
         begins = found.end()
+        before = max(found.start() - 20, 0)
+        if ":" in found[0] and (
+            _HARMLESS.search(text, before, found.start()) or _PARSED.search(text, before, found.end())
+        ):
+            parts.append(text[at:begins])
+            at = begins
+            continue
         if kind := _KIND.match(text, begins):
             begins = kind.end()
-        ends = _end_of_word(text, begins)
-        quote = text[begins : begins + 1]
-        if quote in ("'", '"'):
-            ends = max(ends, text.find(quote, begins + 1, begins + QUOTED) + 1)
+        if word <= begins:  # looked for once in each word, however many names are in it
+            word = _end_of_word(text, begins)
+        ends = _end_of_value(text, found, begins, word)
         parts.append(text[at:begins])
         if ends > begins:
             parts.append(MASK)
@@ -121,13 +202,42 @@ def _without_named(text: str) -> str:
     return "".join(parts) + text[at:]
 
 
-def _without(pattern: re.Pattern[str], text: str) -> str:
-    parts: list[str] = []
-    at = 0
-    while (found := pattern.search(text, at)) is not None:
-        parts += (text[at : found.end()], MASK)
-        at = _end_of_word(text, found.end())
-    return "".join(parts) + text[at:]
+def _end_of_value(text: str, name: re.Match[str], begins: int, word: int) -> int:
+    """Where the value ends, whose word ends at `word`; `begins` for one that is no secret."""
+    quoted = name[0].rstrip(" =:>-")[-1:] in ("'", '"')
+    if text.startswith(MASK, begins):
+        after = begins + len(MASK)
+        if _ENDS.match(text, after) or (quoted and _BARE_ENDS.match(text, after)):
+            return after  # it was masked before
+    opens = _OPENS.match(text, begins)
+    if opens is not None:
+        quote, most = opens[1][-1], max(word, begins + QUOTED)
+        at = first = opens.end()
+        while (at := text.find(quote, at, most)) >= 0:
+            if _closes(text, at, first, len(opens[1]) - 1) and _ENDS.match(text, at + 1):
+                return at + 1
+            at += 1
+        return word
+    bare = _BARE.match(text, begins, word) if quoted else None
+    if bare is not None:
+        return begins if bare[0] in _NOTHING else bare.end()
+    ends = word
+    if "cookie" in name[0].lower():
+        while text[ends - 1 : ends] == ";" and (more := _COOKIE.match(text, ends)):
+            ends = more.end()
+    return ends - 1 if ends - begins > 1 and text[ends - 1] == "," else ends
+
+
+def _closes(text: str, at: int, first: int, level: int) -> bool:
+    """Whether a quote closes one that has `level` backslashes before it, by the backslashes before this one.
+
+    Each time that a text is quoted, a backslash becomes two, and a quote gets one.
+    """
+    begins = at
+    while begins > first and text[begins - 1] == "\\":
+        begins -= 1
+    escapes, rest = divmod(at - begins - level, level + 1)
+    return escapes >= 0 and not rest and escapes % 2 == 0
 
 
 def _end_of_word(text: str, at: int) -> int:

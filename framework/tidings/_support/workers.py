@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Generic, TypeVar
 
 __all__ = ["Workers"]
@@ -27,12 +27,19 @@ class Workers(Generic[T]):
         self._begin = begin
         self._given: deque[T] = deque()
         self._resting: list[asyncio.Future[None]] = []
-        self._led = False
-        """One of the tasks is at the items that nobody has begun, or was woken to be."""
+        self.led = False
+        """One of the tasks is at the items that nobody has begun, or was woken to be. To look at only."""
+        self.drained: Callable[[], None] = _nothing
+        """Called when nothing is left to begin, before whoever was at it rests or waits. It may give more."""
 
     def give(self, item: T) -> None:
         self._given.append(item)
-        if not self._led:
+        if not self.led:
+            self._wake()
+
+    def give_all(self, items: Iterable[T]) -> None:
+        self._given.extend(items)
+        if not self.led:
             self._wake()
 
     def take_back(self) -> int:
@@ -47,36 +54,46 @@ class Workers(Generic[T]):
             for _ in range(self._number):
                 tasks.create_task(self._work())
 
+    def _has_more(self) -> bool:
+        self.drained()
+        return bool(self._given)
+
     def _wake(self) -> None:
         while self._resting:
             rest = self._resting.pop()
             if not rest.done():  # its task was cancelled
                 rest.set_result(None)
-                self._led = True
+                self.led = True
                 return
 
     async def _work(self) -> None:
         given, begin = self._given, self._begin
         while True:
-            if self._led or not given:
+            if self.led or not given:
                 rest = asyncio.get_running_loop().create_future()
                 self._resting.append(rest)
                 await rest
-            self._led = True
+            self.led = True
             left = TURN
-            while given:
+            while given or self._has_more():
                 waits = begin(given.popleft())
                 if waits is not None:
-                    self._led = False
+                    self.led = False
                     if given:
                         self._wake()
+                    else:
+                        self.drained()
                     await waits
-                    if self._led:
+                    if self.led:
                         break
-                    self._led = True
+                    self.led = True
                 left -= 1
                 if not left:
                     left = TURN
                     await asyncio.sleep(0)
             else:
-                self._led = False
+                self.led = False
+
+
+def _nothing() -> None:
+    """Nobody has more."""

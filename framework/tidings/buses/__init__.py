@@ -4,6 +4,7 @@ The bus may lose, repeat and reorder: the log is the truth, and services detect 
 adapter stays thin. Rules that every adapter keeps, each proved by a test of `tidings.testing.bus_conformance`:
 
 * A message is confirmed only after every bound queue has it; a message that reaches no queue raises `Unroutable`.
+* A message that one queue refuses raises `QueueRefused`, and reaches every other queue.
 * A marker (without a bucket) reaches every queue; an event reaches each service's queue of its bucket.
 * Deliveries come in the queue's order; those that are not settled come again to the next consumer.
 * At most `prefetch` deliveries are unsettled at a time.
@@ -32,10 +33,13 @@ from tidings.protocol.position import BUCKETS
 
 __all__ = [
     "Consumer",
+    "CountsConsumers",
     "Delivery",
     "EventBus",
     "ExportsUsers",
     "Found",
+    "ListsBindings",
+    "ListsLimits",
     "ListsQueues",
     "Message",
     "Publisher",
@@ -93,9 +97,10 @@ class Subscription:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A queue or exchange that Tidings needs on the bus, and what exists in its place."""
+    """A queue or exchange that Tidings needs on the bus, and what exists in its place; or a binding or policy that it
+    does not need."""
 
-    kind: Literal["exchange", "queue"]
+    kind: Literal["exchange", "queue", "binding", "policy"]
     name: str
     state: Literal["missing", "fits", "differs"]
     detail: str = ""
@@ -119,8 +124,9 @@ class Publisher(Protocol):
         """Send a message, and return when the broker has confirmed it. Concurrent sends go out in the order of their
         calls.
 
-        Raises `Unroutable` (no queue took it), `PublishRejected` (the broker refuses this message, and would again) and
-        `BusUnavailable` (the outcome is unknown, or a queue cannot take it now: send again).
+        Raises `Unroutable` (no queue took it), `PublishRejected` (the broker refuses this message, and would again),
+        `QueueRefused` (a queue cannot take it now, every other one was given it: go on) and `BusUnavailable` (the
+        outcome is unknown: send again).
         """
         ...
 
@@ -186,12 +192,26 @@ class ExportsUsers(Protocol):
         ...
 
     def definitions(
-        self, services: Sequence[str], relays: Sequence[str], passwords: Mapping[str, str]
+        self, queues: Sequence[Subscription], relays: Sequence[str], passwords: Mapping[str, str]
     ) -> dict[str, Any]:
         """Return the document, as JSON values, that makes these users with the permissions they need and no others.
 
+        A service's user may make `queues` of its service and no others.
         `passwords` are by user; a user that it lacks cannot log in before the broker is told a password.
         """
+        ...
+
+
+@runtime_checkable
+class CountsConsumers(Protocol):
+    """A bus whose `Found.consumers` is every consumer of the queue, also one that waits for its turn. Optional.
+
+    RabbitMQ counts only the one at work.
+    """
+
+    @property
+    def counts_all_consumers(self) -> bool:
+        """True: a process that finds one consumer, its own, is alone."""
         ...
 
 
@@ -205,6 +225,31 @@ class WithinProcess(Protocol):
     @property
     def within_process(self) -> bool:
         """True: no other process gets these messages."""
+        ...
+
+
+@runtime_checkable
+class ListsBindings(Protocol):
+    """A bus whose broker can list what is bound to what, at an address beside that of its messages. Optional."""
+
+    async def foreign_bindings(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """Return the bindings from Tidings' exchanges to queues that are none of these partitions, and from other
+        exchanges to the queues of these; `management` is the URL to ask. Raises as `ListsQueues` does."""
+        ...
+
+    @property
+    def bindings_unseen(self) -> str:
+        """What a bus cannot see of bindings without asking there, and how to see it."""
+        ...
+
+
+@runtime_checkable
+class ListsLimits(Protocol):
+    """A bus whose broker may drop messages that no service has settled, and can say for which queues. Optional."""
+
+    async def limiting_policies(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """Return the policies by which queues of these partitions drop messages that no service has settled, with the
+        queue; `management` is the URL to ask. Raises as `ListsQueues` does."""
         ...
 
 

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 import structlog
 
 from tidings.buses import Delivery, Found, Subscription
-from tidings.errors import BusUnavailable, ConfigurationError, TopologyMismatch, Unroutable
+from tidings.errors import BusUnavailable, ConfigurationError, QueueRefused, TopologyMismatch, Unroutable
 from tidings.protocol.message import Message
+from tidings.protocol.position import ALL_BUCKETS
 
 __all__ = ["QUEUE_LIMIT", "MemoryBus", "open_memory"]
 
@@ -45,6 +46,8 @@ class _Queue:
         self.name = name
         self.limit = limit
         self.foreign = foreign
+        self.refuses = False
+        """It takes nothing, as a full queue of a broker may."""
         self.buckets: set[int] = set()
         """Bound to the events of these, and to markers."""
         self.ready: deque[Message] = deque()
@@ -80,7 +83,7 @@ class _Publisher:
         self._lost: str | None = None
 
     async def send(self, message: Message) -> None:
-        await self.begin(message)
+        await (await self.begin(message))
 
     async def begin(self, message: Message) -> asyncio.Future[Any]:
         broker = self._broker
@@ -90,7 +93,10 @@ class _Publisher:
         queues = [queue for queue in broker.queues.values() if bucket is None or bucket in queue.buckets]
         if not queues:
             raise Unroutable(_EXCHANGE, message.message_id)
+        refusing = [queue.name for queue in queues if queue.refuses]
         for queue in queues:
+            if queue.refuses:
+                continue
             if broker.tamper is None:
                 queue.push(message)
             else:
@@ -100,7 +106,10 @@ class _Publisher:
         if broker.sent % _TURN == 0:
             await asyncio.sleep(0)
         confirmed = asyncio.get_running_loop().create_future()
-        confirmed.set_result(None)
+        if refusing:
+            confirmed.set_exception(QueueRefused(f"a queue refuses messages. It is {refusing[0]!r}, told to refuse"))
+        else:
+            confirmed.set_result(None)
         return confirmed
 
     def lose(self, reason: str) -> None:
@@ -165,6 +174,8 @@ class MemoryBus:
 
     within_process: Final = True
     """No other process can reach it: it cannot say which of several processes of a service is at work."""
+    counts_all_consumers: Final = True
+    """As `CountsConsumers` says."""
 
     def __init__(self, name: str, limit: int = QUEUE_LIMIT) -> None:
         self._name = name
@@ -278,6 +289,14 @@ class MemoryBus:
     def occupy(self, name: str) -> None:
         """Make a queue as somebody else would, which `provision` must refuse."""
         self._broker.queues[name] = _Queue(name, self._limit, foreign=True)
+
+    def refuse(self, name: str, refuses: bool = True) -> None:
+        """From now on let a queue refuse what is sent; made, and bound to all events, where there is none. Or let it
+        take messages again."""
+        if name not in self._broker.queues:
+            self._broker.queues[name] = _Queue(name, self._limit, foreign=True)
+            self._broker.queues[name].buckets.update(ALL_BUCKETS)
+        self._broker.queues[name].refuses = refuses
 
     def repeat(self, message: Message) -> None:
         """Put a message into the queues of its bucket once more."""

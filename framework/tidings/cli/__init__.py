@@ -17,13 +17,15 @@ _SERVE = {"run", "relay", "dev", "server"}
 
 
 def _end(number: int, frame: object) -> None:
-    """A command that serves has begun nothing yet, so there is nothing to drain: it ends well. Once it serves, signals
-    are `tidings.hosting.signals`'."""
+    """Exit with code 0: a command that is to serve has not begun anything yet, so there is nothing to drain.
+
+    Once it serves, `tidings.hosting.signals` handles signals.
+    """
     os._exit(0)
 
 
 def main() -> None:
-    """The console script. Never returns: it exits with a code of `tidings.cli._exits`."""
+    """Run the console script. Never returns: it exits with a code from `tidings.cli._exits`."""
     if _SERVE.intersection(sys.argv[1:]):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
@@ -34,6 +36,6 @@ def main() -> None:
     from tidings.cli._app import app
 
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is escaped, not an error
+        if hasattr(stream, "reconfigure"):  # characters that a terminal cannot show are escaped, not an error
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="tidings")

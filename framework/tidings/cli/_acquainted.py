@@ -1,4 +1,4 @@
-"""Does a relay read the log that the services follow? Their databases know, where the relay can see them."""
+"""Checks whether a relay reads the log that the services follow, as far as it can read their databases."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["compare_logs", "other_logs"]
 log = structlog.get_logger("tidings.relay")
 
 AGAIN_SECONDS: Final = 60.0
-"""Seconds between two looks: services and restored logs come and go."""
+"""Seconds between two checks: services and restored logs come and go."""
 
 
 async def compare_logs(settings: Settings, relay: str) -> None:
-    """Say, until cancelled, which services of TIDINGS_SERVICES follow another log than the relay reads.
+    """Log which services of TIDINGS_SERVICES follow another log than the one the relay reads, until cancelled.
 
-    Nothing is said where the services, their databases or the log cannot be seen from here: a relay needs none of the
-    first two.
+    Log nothing if the services, their databases or the log cannot be read from here: a relay works without services
+    and databases.
     """
     if not settings.service_names:
         return
@@ -48,7 +48,10 @@ async def compare_logs(settings: Settings, relay: str) -> None:
 
 
 async def other_logs(settings: Settings) -> tuple[str, dict[str, str]]:
-    """The log of the settings, and services that follow another one, with that. Raises `TidingsError`, `Refused`."""
+    """Return the log of the settings, and the log of each service that follows another one.
+
+    Raises `TidingsError`, `Refused`.
+    """
     from tidings.database.tables import floors
 
     async with existing_store(settings) as store:

@@ -1,4 +1,4 @@
-"""Ask a person before something is changed, and find out which service is meant."""
+"""Asks a person before something is changed, and finds out which service is meant."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Of = Annotated[
 ]
 OfAny = Annotated[
     str | None,
-    typer.Option("--service", "-s", metavar="MODULE:SERVICE", help="Or its name; by default whichever has it."),
+    typer.Option("--service", "-s", metavar="MODULE:SERVICE", help="Or its name; by default the one that has it."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; needed where nobody can answer.")]
 
 
 def confirmed(question: str, yes: bool) -> bool:
-    """Return whether a person says yes, now or with --yes. Raises `Refused` where nobody can answer.
+    """Ask, and return whether a person says yes, now or with --yes. Raises `Refused` if nobody can answer.
 
-    Where the answer is no, the person is told that nothing was changed.
+    If the answer is no, tell the person that nothing was changed.
     """
     if yes:
         return True
     if not sys.stdin.isatty():
         raise Refused(USAGE, f"{question} Nobody can answer here: say --yes")
-    # The event loop's own handler would wait for this very question to be answered.
+    # The event loop's own handler would only run after this question is answered.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         agreed = typer.confirm(question, err=True)
@@ -51,11 +51,11 @@ def confirmed(question: str, yes: bool) -> bool:
 
 
 def chosen(target: str | None, settings: Settings) -> Service:
-    """Return the service that `target` names; without one, the only service of the settings. Raises `Refused`."""
+    """Return the service that `target` names, or the only one of the settings. Raises `Refused`."""
     if target is not None:
         return named(target, settings)[1]
     found = find_services((), settings)
     if len(found) > 1:
         names = ", ".join(service.name for service in found.values())
-        raise Refused(USAGE, f"of which service? Say --service with one of {names}")
+        raise Refused(USAGE, f"which service? Say --service with one of {names}")
     return next(iter(found.values()))

@@ -1,7 +1,7 @@
-"""A captured event as a test file: what there was before as `given`, the event as `handling`, what came of it behind.
+"""Writes a captured event as a test file: `given` earlier events, `handling` this event, then what came of it.
 
-It writes text and runs nothing. Events are stated by their classes; one that its class cannot state, because it does
-not fit it, as the bytes that the log holds.
+It writes text and runs nothing. An event is written as a call of its class; if it does not fit the class, as the bytes
+that the log holds.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ if TYPE_CHECKING:
 __all__ = ["test_file"]
 
 WIDTH: Final = 120
-"""Characters of a line."""
+"""Characters of a line, at most."""
 REASON_LINES: Final = 5
-"""Lines of an error that are told."""
+"""Lines of an error to write, at most."""
 WHAT: Final = (
     "It states what the log shows: the streams that the handler's repositories may have read, and earlier events of "
-    "the same partition key, which the service handles first. The service's tables hold only what came of these."
+    "the same partition key, which the service handles first. The service's tables hold only the results of these."
 )
 
 _OWN: Final = frozenset({"tidingsHandler", "schemaVersion", "traceparent", "partitionKey"})
 
 
 def test_file(captured: Captured, redact: Sequence[str], command: str) -> str:
-    """Return the text of a test file. Raises `Refused` for a field of `redact` that no event has, and for a handler
-    that cannot be imported."""
+    """Return the text of a test file.
+
+    Raises `Refused` for a field of `redact` that no event has, and for a handler that cannot be imported.
+    """
     return _File(captured, Redaction(redact), command).text()
 
 
@@ -59,7 +61,7 @@ class _File:
         self._classes = _classes(captured)
         self._before = list(_before(captured))
         self._as_bytes: set[int] = set()
-        """Positions of events that no class states. Their metadata is stated with them."""
+        """Positions of events that are written as bytes. Their metadata is written with them."""
         self._learn()
 
     def text(self) -> str:
@@ -108,8 +110,8 @@ class _File:
         except NoLiteral:
             raise Refused(
                 NO,
-                f"handler {run.handler.name!r} of service {self._captured.service.name!r} is no function of a module, "
-                "so a test cannot import it: make it one",
+                f"handler {run.handler.name!r} of service {self._captured.service.name!r} is not a module-level "
+                "function, so a test cannot import it: make it one",
             ) from None
         subject = re.sub(r"\W+", "_", f"{run.handler.name}_{event.type}_at_position_{event.position}").lower()
         steps = [*self._given(), *self._handling(handler, run), *self._then(run)]
@@ -124,7 +126,7 @@ class _File:
         for event in self._before:
             stated = self._stated(event)
             if stated is None:
-                lines.append(f"            # not stated, for want of a class: {plain(self._named(event))}")
+                lines.append(f"            # not stated, because no class was found: {plain(self._named(event))}")
             else:
                 lines.append(f"            {laid_out(stated, 12)},")
         yield "\n".join(["given(", *lines, "        )"]) if lines else "given()"
@@ -152,7 +154,7 @@ class _File:
         stated = [(event, self._stated(event)) for event in emitted]
         for event, text in stated:
             if text is None:
-                yield f"# It emitted this, too, and no class of it was found: {plain(self._named(event))}"
+                yield f"# It also emitted this, but no class was found for it: {plain(self._named(event))}"
         texts = [text for _, text in stated if text is not None]
         yield laid_out(f".emits({', '.join(texts)})", 8, after=0) if texts else ".nothing()"
 
@@ -161,7 +163,7 @@ class _File:
         if not wanted:
             return ""
         fake = self._imports.of("unittest.mock", "create_autospec")
-        lines = ["# What the service's lifespan yields is not called here. Say what each of these answers."]
+        lines = ["# The service's lifespan is not run here. Say what the methods of these mocks return."]
         lines.append(f"RESOURCES: dict[type, {self._imports.of('typing', 'Any')}] = {{")
         for kind in wanted:
             name = self._imports.of(*place_of(kind))
@@ -174,7 +176,7 @@ class _File:
     # ---- events ------------------------------------------------------------------------
 
     def _learn(self) -> None:
-        """Find out what is to be replaced, before anything is written."""
+        """Find the values to replace, before anything is written."""
         captured = self._captured
         emitted = [event for run in captured.runs for event in run.emitted]
         for event in (captured.event, *self._before, *captured.causes, *emitted):
@@ -183,12 +185,12 @@ class _File:
         if missing := self._redaction.missing:
             raise Refused(
                 USAGE,
-                f"--redact {missing[0]}: no event that would be written has this field; nothing was written, so that "
-                "nothing stays in it unnoticed. Name a field as it is in the event's JSON, at any depth",
+                f"--redact {missing[0]}: none of these events has this field, so nothing was written: a personal value "
+                "could have stayed in the file. Name a field as it is in the event's JSON, at any depth",
             )
 
     def _stated(self, event: RecordedEvent) -> str | None:
-        """Return an event with its stream as an expression; None if it could not be stated."""
+        """Return an expression for an event and its stream; None if no class was found."""
         shown = self._redacted(event)
         kind = self._classes.get(event.type)
         if kind is None:
@@ -197,8 +199,8 @@ class _File:
         if text is None and shown != event and self._by_class(event, kind) is not None:
             raise Refused(
                 USAGE,
-                f"--redact: with other values, {self._named(event)} does not fit {kind.__name__} any more, so no test "
-                "could state it; nothing was written. Leave out the field whose values the class checks",
+                f"--redact: with other values, {self._named(event)} no longer fits {kind.__name__}, so no test could "
+                "state it; nothing was written. Leave out the field whose values the class checks",
             )
         return f"({literal(shown.stream, self._imports)}, {text or self._by_bytes(shown)})"
 
@@ -242,9 +244,9 @@ def _document(content: bytes) -> Any:
 
 
 def _makes(text: str, imports: Imports, value: Event) -> bool:
-    """Return whether an expression makes an equal event: a validator may have other ideas."""
+    """Return whether an expression makes an equal event: a validator may have changed the values."""
     try:
-        # The text is `literal`'s: calls of classes, with values that are written as Python's own repr writes them.
+        # The text comes from `literal`: calls of classes, with values as Python's own repr writes them.
         made = eval(text, imports.namespace())  # nosec B307
     except Exception:
         return False
@@ -252,8 +254,10 @@ def _makes(text: str, imports: Imports, value: Event) -> bool:
 
 
 def _before(captured: Captured) -> Iterable[RecordedEvent]:
-    """Return what is stated as given, in the order of the log. What the service emitted because of an event that is
-    given, too, is left out: it emits that again."""
+    """Yield the events to state as given, in the order of the log.
+
+    Leave out what the service itself emitted because of a given event: it emits that again.
+    """
     found = {event.position: event for event in (*captured.causes, *captured.read, *captured.earlier)}
     found.pop(captured.event.position, None)
     given: set[str] = set()
@@ -274,8 +278,11 @@ def _before(captured: Captured) -> Iterable[RecordedEvent]:
 
 
 def _classes(captured: Captured) -> dict[str, type[Event]]:
-    """Return the class by which each wire name is stated: that of an aggregate, which needs all fields of its stream;
-    else the service's view; else one of the handlers' modules, or of their packages, as for events that they emit."""
+    """Return the class with which to write each wire name.
+
+    The first choice is an aggregate's class, because it needs all fields of its stream. The next is the service's view,
+    and then a class in the handlers' modules or packages, such as those of events that they emit.
+    """
     found: dict[str, type[Event]] = {}
     modules = {str(run.handler.function.__module__) for run in captured.runs}
     packages = {module.rpartition(".")[0] or module for module in modules}
@@ -298,7 +305,7 @@ def _subclasses(kind: type[Event]) -> Iterator[type[Event]]:
 
 
 def _resources_of(captured: Captured) -> list[type]:
-    """Return what any handler of the service asks for from its lifespan."""
+    """Return the resources from the lifespan that any handler of the service asks for."""
     wanted = {
         kind
         for handler in captured.service.named.values()

@@ -1,6 +1,6 @@
-"""Where an attempt failed, read from its traceback: if a resource did, how its stand-in in a test fails alike.
+"""Reads from a traceback where an attempt failed, and makes a test's stand-in for a resource fail in the same way.
 
-It runs nothing of the service. What a traceback does not say for certain, it leaves to the reader, in a comment.
+It runs nothing of the service. If the traceback does not say it for certain, a comment leaves it to the reader.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class _Frame(NamedTuple):
 
 
 def failing_alike(run: Run, imports: Imports, redacted: Callable[[str], str]) -> Iterator[str]:
-    """Yield lines by which the stand-ins in RESOURCES fail as the resource has failed; none if the handler's own code,
-    or what it calls without a resource, did."""
+    """Yield lines that make a stand-in in RESOURCES fail as the resource has failed.
+
+    Yield none if the handler's own code failed, or something that it called without a resource.
+    """
     kinds = {name: kind for name, kind in run.handler.parameters if not isinstance(kind, Inject)}
     last = run.detail.rpartition(_BEGIN)[2]
     frames = [_Frame(file, line, name, source or "") for file, line, name, source in _FRAME.findall(last)]
@@ -51,12 +53,12 @@ def failing_alike(run: Run, imports: Imports, redacted: Callable[[str], str]) ->
     elif called is not None or not _is_of(frames[-1].file, run.handler.function):
         at = frames[-1]
         where = f"{at.function} ({PurePath(at.file).name}, line {at.line})"
-        yield f"# It failed in {plain(where)}. If one of RESOURCES called that, let it fail alike:"
+        yield f"# It failed in {plain(where)}. If one of RESOURCES called that, let it fail in the same way:"
         yield "# RESOURCES[...].method.side_effect = ..."
 
 
 def _called(frames: Sequence[_Frame], kinds: dict[str, type]) -> tuple[type, str] | None:
-    """Return the resource's class and its method that was called on the way to the error."""
+    """Return the class of the resource on the way to the error, and the method that was called; None if not certain."""
     for caller, frame in pairwise(frames):
         method = frame.function
         if f".{method}(" not in caller.source:
@@ -70,7 +72,7 @@ def _called(frames: Sequence[_Frame], kinds: dict[str, type]) -> tuple[type, str
 
 
 def _error(trace: str, reason: str, imports: Imports, redacted: Callable[[str], str]) -> str | None:
-    """Return an expression that makes the error again; None if that takes more than its text."""
+    """Return an expression that makes an equal error; None if the message alone is not enough for that."""
     short, _, message = reason.partition(": ")
     names = [found for found in _ERROR.findall(trace) if found.rpartition(".")[2] == short]
     if not names:
@@ -88,7 +90,7 @@ def _error(trace: str, reason: str, imports: Imports, redacted: Callable[[str], 
 
 
 def _is_of(file: str, function: Any) -> bool:
-    """Return whether a file, of whatever machine, is the module of a function."""
+    """Return whether a file, possibly of another machine, is the module of a function."""
     parts = str(inspect.unwrap(function).__module__).split(".")
     path = PurePath(file).with_suffix("").parts
     return path[-len(parts) :] == tuple(parts) or path[-len(parts) - 1 :] == (*parts, "__init__")

@@ -1,6 +1,6 @@
-"""How commands end: exit codes, and each error as one or two lines with the remedy; no traceback, unless asked for.
+"""How commands end: with an exit code, and an error as one or two lines with the remedy.
 
-`TIDINGS_DEBUG=1`, or `tidings --debug COMMAND`, asks.
+There is no traceback, except with `TIDINGS_DEBUG=1` or `tidings --debug COMMAND`.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ INTERRUPTED: Final = 130
 
 TABLE: Final = """\b
 Exit codes:
-  0    done; of a command that serves: drained after Ctrl-C or SIGTERM
+  0    done; for a command that serves: drained after Ctrl-C or SIGTERM
   1    the answer is no: not settled, different, unhealthy, not found, refused
   2    wrong usage or configuration
   3    something is unavailable: store, bus, database, port
-  70   an error that nobody expected, in Tidings or in your code
-  130  ended by Ctrl-C; of a command that serves: by the second one
+  70   an unexpected error, in Tidings or in your code
+  130  ended by Ctrl-C; for a command that serves: by the second one
 """
 
 P = ParamSpec("P")
 
 
 class Refused(Exception):
-    """An answer of the command line's own: `code`, and what to say."""
+    """An error of the command line itself, with its exit code and text."""
 
     def __init__(self, code: int, text: str) -> None:
         self.code = code
@@ -76,7 +76,7 @@ class Refused(Exception):
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a command that this error ended."""
+    """Return the exit code of a command that ended with this error."""
     match error:
         case Refused():
             return error.code
@@ -95,13 +95,13 @@ def code_of(error: BaseException) -> int:
 
 
 def complain(error: BaseException) -> int:
-    """Say on standard error what went wrong; the exit code."""
+    """Write to standard error what went wrong, and return the exit code."""
     error = leading(error)
     code = code_of(error)
     if os.environ.get(DEBUG) and not isinstance(error, typer.Abort):
         print(plain_lines("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     elif code == DEFECT:
-        # What a library says may have many lines: its last one is not better than its first.
+        # A library's message may have many lines: the first one is enough.
         said = str(error).strip().partition("\n")[0]
         print(f"tidings: unexpected {type(error).__name__}: {plain(said)}", file=sys.stderr)
         print(f"{DEBUG}=1 shows where it comes from.", file=sys.stderr)
@@ -113,7 +113,7 @@ def complain(error: BaseException) -> int:
 def answering(
     command: Callable[P, Coroutine[Any, Any, int | None]] | Callable[P, int | None],
 ) -> Callable[P, None]:
-    """Make a function a command: run it, in an event loop if it is async, and exit with what it returns (None: 0)."""
+    """Make a function a command: run it, in an event loop if it is async, and exit with what it returns (None is 0)."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -122,7 +122,7 @@ def answering(
             code = asyncio.run(_looking(outcome)) if isinstance(outcome, Coroutine) else outcome
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader has seen enough (`| head`). Python would complain once more when it flushes at its end.
+            # The reader has seen enough (`| head`). Without this, Python would report an error when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = OK
         except (Exception, KeyboardInterrupt, asyncio.CancelledError) as error:
@@ -138,13 +138,13 @@ def answering(
 
 
 def _as_json(error: BaseException, code: int) -> str:
-    """For whoever reads standard output with a program: the error as an object, too."""
+    """Return the error as a JSON object, for programs that read standard output."""
     kind = "Refused" if isinstance(error, Refused) else type(error).__name__
     return facts({"error": kind, "message": " ".join(str(error).split()), "exit_code": code})
 
 
 async def _looking(work: Coroutine[Any, Any, int | None]) -> int | None:
-    """Commands that answer say little beside their answer, and say it on standard error."""
+    """Run a command that answers: it logs only warnings and errors, to standard error."""
     from tidings.logs import configure_logging
 
     configure_logging(level="warning")

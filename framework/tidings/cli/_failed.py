@@ -1,15 +1,16 @@
-"""The commands for what failed in a service, held or dead alike: list, show, and act on what was chosen.
+"""The commands for held events and for dead letters: list them, show one, and act on chosen ones.
 
-What differs between the two (columns, names of one event, what an action does) is a `Failed`. Nothing is changed
+A `Failed` says what differs between the two: columns, how one is named, what an action does. Nothing is changed
 without a yes.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from tidings.cli._asking import Of, OfAny, Yes, chosen, confirmed
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import BOLD, Json, columns, document_lines, facts, paint, plain, say
+from tidings.cli._pacing import Rate, in_waves
 from tidings.cli._selecting import (
     BIGGEST,
     All,
@@ -34,6 +36,7 @@ from tidings.cli._selecting import (
     Until,
     selected,
 )
+from tidings.cli._unseen import Unseen
 from tidings.cli.verify import Targets
 from tidings.errors import TidingsError
 from tidings.operations.looking import existing_database, existing_store
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.operations.selection import Selection
     from tidings.service import Service
+    from tidings.stores import EventStore
 
 __all__ = ["Action", "Chosen", "Failed", "add_action", "add_list", "add_show"]
 
@@ -51,24 +55,30 @@ E_co = TypeVar("E_co", covariant=True)
 
 
 class Operations(Protocol[E_co]):
-    """What operators can do with one table of one service."""
+    """What the commands need of the operations on one table of one service."""
 
     async def list(self, selection: Selection, *, limit: int) -> Sequence[E_co]: ...
 
     async def count(self, selection: Selection) -> int: ...
+
+    def at_one_moment(self) -> AbstractAsyncContextManager[None]: ...
 
 
 O = TypeVar("O", bound=Operations[Any])  # noqa: E741
 
 
 class Chosen(NamedTuple):
-    """What a command is about to act on."""
+    """What a command will act on."""
 
     events: int
     act: Callable[[], Awaitable[int]]
-    """Do it, and return how many it was done to."""
+    """Act on all of them, and return on how many."""
     left: str = ""
-    """What of the selection it cannot be done to, and what to do instead."""
+    """Which of the selection it cannot act on, and what to do about those instead; "" if there are none."""
+    names: Callable[[], Awaitable[Sequence[int]]] | None = None
+    """Return the names of those to act on, so that it can be done a few at a time."""
+    some: Callable[[Sequence[int]], Awaitable[int]] | None = None
+    """Act on a few of them, leave out those that no longer exist, and return on how many."""
 
 
 class Action(NamedTuple):
@@ -76,14 +86,16 @@ class Action(NamedTuple):
 
     verb: str
     done: str
-    """What the events are afterwards."""
+    """What the events are afterwards, such as "dropped"."""
     help: str
     then: str = ""
-    """What happens next."""
+    """A sentence about what happens next."""
+    paced: bool = False
+    """Whether it can be done a few at a time."""
 
 
 class Failed(ABC, Generic[O, E]):
-    """One of the two tables, at the command line. `O` are its operations, `E` one row."""
+    """One of the two tables on the command line. `O` is the type of its operations, `E` that of a row."""
 
     command: ClassVar[str]
     noun: ClassVar[str]
@@ -97,12 +109,12 @@ class Failed(ABC, Generic[O, E]):
     """Columns that are numbers."""
 
     @abstractmethod
-    def of(self, database: Database, service: str, log: UUID) -> O:
+    def of(self, database: Database, service: str, log: UUID, store: EventStore) -> O:
         """Return the operations on the rows of one service and one log."""
 
     @asynccontextmanager
     async def opened(self, settings: Settings, service: Service) -> AsyncIterator[O | None]:
-        """Open the rows of a service; None for one that has never run."""
+        """Open the rows of a service; None if it has never run."""
         from tidings.operations.writer import naming_the_writer
 
         async with (
@@ -110,11 +122,11 @@ class Failed(ABC, Generic[O, E]):
             naming_the_writer(store, settings, service),
             existing_database(settings, service.name) as database,
         ):
-            yield None if database is None else self.of(database, service.name, await store.log_id())
+            yield None if database is None else self.of(database, service.name, await store.log_id(), store)
 
     @abstractmethod
     def missing(self) -> type[TidingsError]:
-        """Return the error of `get` that says that the service does not have the row."""
+        """Return the type of error with which `get` says that the service does not have the row."""
 
     @abstractmethod
     async def get(self, operations: O, name: str) -> E: ...
@@ -130,10 +142,10 @@ class Failed(ABC, Generic[O, E]):
 
     @abstractmethod
     def story(self, service: Service, entry: E) -> tuple[str, Sequence[tuple[str, object]]]:
-        """What one row is, in a sentence, and its fields; those that are None are not told."""
+        """Return a sentence about one row, and its fields; those that are None are not shown."""
 
     async def notes(self, service: Service, operations: O) -> Sequence[str]:
-        """What is told below the list."""
+        """Return lines to show below the list."""
         return ()
 
     def existing(self, operations: O | None) -> O:
@@ -143,7 +155,7 @@ class Failed(ABC, Generic[O, E]):
 
 
 def add_list(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
-    """Add the command that lists."""
+    """Add the command that lists rows."""
 
     @app.command("list", help=help)
     @answering
@@ -156,7 +168,7 @@ def add_list(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
         stream: Stream = None,
         since: Since = None,
         until: Until = None,
-        limit: Annotated[int, typer.Option(min=1, max=BIGGEST, help="At most this many of each service.")] = 100,
+        limit: Annotated[int, typer.Option(min=1, max=BIGGEST, help="At most this many from each service.")] = 100,
         json: Json = False,
     ) -> int:
         settings = Settings()
@@ -164,34 +176,43 @@ def add_list(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
         rows: list[tuple[Any, ...]] = []
         notes: list[str] = []
         shown = total = 0
-        for service in find_services(services or (), settings).values():
-            async with failed.opened(settings, service) as operations:
-                if operations is None:
-                    continue
-                found = await operations.list(selection, limit=limit)
-                shown, total = shown + len(found), total + await operations.count(selection)
-                notes += await failed.notes(service, operations)
+        wanted = find_services(services or (), settings).values()
+        unseen = Unseen(len(wanted))
+        for service in wanted:
+            found: Sequence[Any] = ()
+            with unseen.without(service.name):
+                async with failed.opened(settings, service) as operations:
+                    if operations is None:
+                        continue
+                    async with operations.at_one_moment():
+                        found, count = await operations.list(selection, limit=limit), await operations.count(selection)
+                        more = await failed.notes(service, operations)
+                shown, total, notes = shown + len(found), total + count, [*notes, *more]
             if json:
                 for entry in found:
                     say(facts(failed.facts(service, entry)))
             else:
                 rows += [failed.row(service, entry) for entry in found]
+        unseen.raise_if_all()
+        unseen.tell()
         if json:
-            if shown < total or not total:
-                say(facts({"shown": shown, "total": total}))
-            return OK
+            not_seen = {"unseen": unseen.facts()} if unseen.errors else {}
+            if shown < total or not total or not_seen:
+                say(facts({"shown": shown, "total": total} | not_seen))
+            return unseen.code
         if rows:
             for line in [*columns(failed.titles, rows, right=failed.right), *map(plain, notes)]:
                 say(line)
         if shown < total:
             say(f"{shown} of {total} are shown; --limit {total} shows all of them")
         elif not total:
-            print(f"No {failed.noun}.", file=sys.stderr)
-        return OK
+            where = " in the others" if unseen.errors else ""
+            print(f"No {failed.noun}{where}.", file=sys.stderr)
+        return unseen.code
 
 
 def add_show(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
-    """Add the command that shows one."""
+    """Add the command that shows one row."""
 
     async def show(name: str, service: OfAny = None, json: Json = False) -> int:
         of, entry = await _found(failed, str(name), service, Settings())
@@ -215,31 +236,40 @@ def add_show(app: typer.Typer, failed: Failed[Any, Any], help: str) -> None:
 
 
 async def _found(failed: Failed[Any, E], name: str, target: str | None, settings: Settings) -> tuple[Service, E]:
-    """Return the row of this name and the service that has it: the service `target` or, without one, whichever it is.
+    """Return the row of this name, and the service that has it: `target`, or without one, any service.
 
-    Raises `Refused` when no service has it, or several.
+    Raises `Refused` if no service has it, or several have it.
     """
     services = find_services((target,) if target is not None else (), settings).values()
     rows: list[tuple[Service, E]] = []
+    unseen = Unseen(len(services))
     for service in services:
-        async with failed.opened(settings, service) as operations:
-            if operations is None and len(services) > 1:
-                continue
-            try:
-                rows.append((service, await failed.get(failed.existing(operations), name)))
-            except failed.missing():
-                if len(services) == 1:
-                    raise
+        with unseen.without(service.name):
+            async with failed.opened(settings, service) as operations:
+                if operations is None and len(services) > 1:
+                    continue
+                try:
+                    existing = failed.existing(operations)
+                    async with existing.at_one_moment():
+                        rows.append((service, await failed.get(existing, name)))
+                except failed.missing():
+                    if len(services) == 1:
+                        raise
+    unseen.raise_if_all()
+    unseen.tell()
     if len(rows) == 1:
         return rows[0]
+    if not rows and unseen.errors:
+        seen = ", ".join(service.name for service in services if service.name not in unseen.errors)
+        raise Refused(unseen.code, f"{name} is not among the {failed.noun} of {seen}; the rest could not be seen")
     names = ", ".join(service.name for service, _ in rows) or ", ".join(service.name for service in services)
     if rows:
-        raise Refused(USAGE, f"of which service? Several have {name}: say --service with one of {names}")
+        raise Refused(USAGE, f"which service? Several have {name}: say --service with one of {names}")
     raise Refused(NO, f"{name} is not among the {failed.noun} of {names}: list them again")
 
 
 def add_action(app: typer.Typer, failed: Failed[Any, Any], action: Action) -> None:
-    """Add a command that changes what is chosen."""
+    """Add a command that changes chosen rows."""
 
     async def act(
         names: Any = None,
@@ -252,6 +282,7 @@ def add_action(app: typer.Typer, failed: Failed[Any, Any], action: Action) -> No
         since: Since = None,
         until: Until = None,
         limit: Limit = None,
+        rate: Rate = None,
         dry_run: DryRun = False,
         yes: Yes = False,
         service: Of = None,
@@ -260,9 +291,13 @@ def add_action(app: typer.Typer, failed: Failed[Any, Any], action: Action) -> No
         options = (handler, error, type, key, stream, since, until)
         usage = f"{failed.command} {action.verb} {failed.metavar}..."
         choice = Choice(usage, [str(name) for name in names or ()], everything, options, limit)
-        return await _act(failed, action, choice, service, dry_run=dry_run, yes=yes, json=json)
+        return await _act(failed, action, choice, service, rate=rate, dry_run=dry_run, yes=yes, json=json)
 
     act.__annotations__["names"] = failed.names
+    if not action.paced:
+        signature = inspect.signature(act, eval_str=True)
+        left = [parameter for name, parameter in signature.parameters.items() if name != "rate"]
+        act.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
     app.command(action.verb, help=action.help)(answering(act))
 
 
@@ -272,6 +307,7 @@ async def _act(
     choice: Choice[str],
     target: str | None,
     *,
+    rate: float | None,
     dry_run: bool,
     yes: bool,
     json: bool,
@@ -281,12 +317,16 @@ async def _act(
     count, left = 0, ""
     async with failed.opened(settings, service) as operations:
         if operations is not None or choice.named:
-            what = await failed.choose(failed.existing(operations), action.verb, choice)
+            existing = failed.existing(operations)
+            async with existing.at_one_moment():
+                what = await failed.choose(existing, action.verb, choice)
             count, left = what.events, what.left
             if count and not dry_run:
-                if not confirmed(f"{action.verb.capitalize()} {count} of the {failed.noun} of {service.name}?", yes):
+                pace = "" if rate is None else f", {rate:g} a second"
+                asked = f"{action.verb.capitalize()} {count} of the {failed.noun} of {service.name}{pace}?"
+                if not confirmed(asked, yes):
                     return NO
-                count = await what.act()
+                count = await _do(what, rate, action.done)
     if json:
         told = {"service": service.name, "command": action.verb, "events": count, "dry_run": dry_run}
         say(facts(told | ({"left": left} if left else {})))
@@ -295,3 +335,9 @@ async def _act(
     else:
         say(" ".join(filter(None, (f"{count} {action.done}.", action.then if count else "", left))))
     return OK
+
+
+async def _do(what: Chosen, rate: float | None, done: str) -> int:
+    if rate is None or what.names is None or what.some is None:
+        return await what.act()
+    return await in_waves(await what.names(), rate, what.some, done)

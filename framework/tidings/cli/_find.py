@@ -1,4 +1,4 @@
-"""MODULE:SERVICE on a command line to the object in the code. It imports the user's module, and nothing else of his."""
+"""Finds the object that MODULE:SERVICE on a command line names. It imports only the user's module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["event_named", "find", "find_service", "find_services", "is_applicati
 
 
 def find(target: str) -> object:
-    """What `MODULE:ATTRIBUTE` names; `MODULE` alone where it has exactly one `Service`. Raises `Refused`."""
+    """Return what `MODULE:ATTRIBUTE` names, or the only `Service` of `MODULE`. Raises `Refused`."""
     name, _, attribute = target.partition(":")
     if target.endswith(".py"):
         raise Refused(USAGE, f"{target!r} is a file: write the module as Python imports it, {target[:-3]}:SERVICE")
@@ -42,18 +42,21 @@ def find(target: str) -> object:
 
 
 def find_service(target: str) -> Service:
-    """As `find`, and it is a `Service`."""
+    """Return the `Service` that `target` names, as `find` does. Raises `Refused` if it is something else."""
     found = find(target)
     if not isinstance(found, Service):
         name = target.partition(":")[0]
-        hint = " A web application is for 'tidings run' alone." if is_application(found) else ""
+        hint = " Only 'tidings run' takes a web application." if is_application(found) else ""
         choices = _choices(sys.modules[name], name)
         raise Refused(USAGE, f"{target!r} is a {type(found).__name__}, not a tidings.Service.{hint} {choices}")
     return found
 
 
 def find_services(targets: Sequence[str], settings: Settings, *, needed: bool = True) -> dict[str, Service]:
-    """The services that arguments, or without any `TIDINGS_SERVICES`, name; by what named them, each once."""
+    """Return the services that arguments name, or without any, `TIDINGS_SERVICES`; each once, by MODULE:SERVICE.
+
+    Raises `Refused`, also if there is none and one is `needed`.
+    """
     chosen = tuple(targets) or settings.service_names
     if needed and not chosen:
         raise Refused(USAGE, "no service is named: give MODULE:SERVICE, or set TIDINGS_SERVICES=MODULE:SERVICE,...")
@@ -62,14 +65,14 @@ def find_services(targets: Sequence[str], settings: Settings, *, needed: bool = 
         target, service = (given, find_service(given)) if given in settings.service_names else named(given, settings)
         other = next((name for name, known in found.items() if known.name == service.name), None)
         if other is not None and found[other] is not service:
-            raise Refused(USAGE, f"{other!r} and {target!r} are two services of one name, {service.name!r}")
+            raise Refused(USAGE, f"{other!r} and {target!r} are two services with one name, {service.name!r}")
         if other is None:
             found[target] = service
     return found
 
 
 def named(given: str, settings: Settings) -> tuple[str, Service]:
-    """What a person writes, MODULE:SERVICE or the name of one of the services of TIDINGS_SERVICES: as the former."""
+    """Return MODULE:SERVICE and the service for what a person writes: that, or a name of one in TIDINGS_SERVICES."""
     if ":" not in given:
         for target, service in find_services((), settings, needed=False).items():
             if service.name == given:
@@ -78,7 +81,7 @@ def named(given: str, settings: Settings) -> tuple[str, Service]:
 
 
 def event_named(text: str) -> UUID | int | tuple[str, int]:
-    """What a person writes for an event: its id, its global position, or STREAM@VERSION. Raises `Refused`."""
+    """Read what a person writes for an event: its id, its global position, or STREAM@VERSION. Raises `Refused`."""
     if text.isascii() and text.isdecimal() and len(text) < 20:
         return min(int(text), 2**63 - 1)
     stream, at, version = text.rpartition("@")
@@ -93,7 +96,7 @@ def event_named(text: str) -> UUID | int | tuple[str, int]:
 
 
 def is_application(found: object) -> bool:
-    """Something that can be called as ASGI 3 says: with scope, receive and send."""
+    """Return whether it can be called as ASGI 3 says: with scope, receive and send."""
     if isinstance(found, type | Service) or not callable(found):
         return False
     try:
@@ -123,14 +126,14 @@ def _imported(name: str) -> ModuleType:
     except Exception as error:
         hint = ""
         if isinstance(error, RuntimeError) and "running event loop" in str(error):
-            hint = " It runs its program when it is imported: put that under  if __name__ == '__main__':"
+            hint = " The module runs its program when it is imported: put that under  if __name__ == '__main__':"
         raise Refused(
             USAGE, f"module {name!r} cannot be imported: {type(error).__name__}: {error}. {_place(error)}{hint}"
         ) from error
 
 
 def _place(error: BaseException) -> str:
-    """Where in the user's code it happened: the last frame that is none of the import machinery's."""
+    """Return where in the user's code it happened: the last frame that is not in the import machinery."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"See {error.filename}:{error.lineno}."
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
@@ -138,7 +141,7 @@ def _place(error: BaseException) -> str:
 
 
 def _services_of(module: ModuleType) -> dict[str, Service]:
-    """By the first name that each has there."""
+    """Return the services of a module by their names in it; the first name, if one has several."""
     found: dict[str, Service] = {}
     for name, value in vars(module).items():
         if isinstance(value, Service) and all(value is not known for known in found.values()):

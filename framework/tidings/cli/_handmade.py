@@ -1,5 +1,7 @@
-"""An event that a person writes on a command line: checked as the services' classes declare it, with their key and
-schema version. It appends nothing."""
+"""Checks an event that a person writes on a command line, and gives it the key and schema version of its classes.
+
+It appends nothing.
+"""
 
 from __future__ import annotations
 
@@ -37,33 +39,35 @@ __all__ = [
 ]
 
 UNCHECKED: Final = "tidingsUnchecked"
-"""The metadata of an event that nobody has checked. It is no example for later events of its type."""
+"""The metadata key of an event that was appended unchecked. Later events of its type are not compared with it."""
 LOOKED_AT: Final = 10_000
-"""Newest events of the log among which one of the same type is looked for."""
+"""Newest events of the log in which to look for one of the same type."""
 
 
 class Handmade(NamedTuple):
-    """What a person gave."""
+    """The event as a person gave it."""
 
     stream: str
     type: str
     data: bytes
     metadata: dict[str, Any]
-    """`partitionKey` and `schemaVersion` stand in it where they were given."""
+    """With `partitionKey` and `schemaVersion` if they were given."""
 
 
 class Known(NamedTuple):
-    """What the classes add to it."""
+    """The event's metadata with what its classes add."""
 
     metadata: dict[str, Any]
     by: tuple[str, ...]
-    """Who was asked; empty where nobody declares the type."""
+    """The classes that have checked it; empty if none is declared for the type."""
     notes: tuple[str, ...]
 
 
 def classes_of(type: str, services: Mapping[str, Service]) -> dict[str, type[Event]]:
-    """The classes with this wire name, by who reads with it: each service's view, and those that stand, or that an
-    aggregate evolves, in the services' modules."""
+    """Return the classes with this wire name, by who uses them.
+
+    These are each service's view, and the classes that the services' modules define or that their aggregates evolve.
+    """
     found: dict[str, Any] = {}
     for service in services.values():
         view = service.view(type)
@@ -90,9 +94,9 @@ def _modules_of(services: Mapping[str, Service]) -> Iterator[ModuleType]:
 
 
 def checked(event: Handmade, classes: Mapping[str, type[Event]]) -> Known:
-    """The event with the partition key and schema version of its classes.
+    """Check the event with its classes, and return it with their partition key and schema version.
 
-    Raises `Refused` when one of them cannot read it, or they do not agree about its key.
+    Raises `Refused` if one of them cannot read it, or if they disagree about its key.
     """
     if not classes:
         return Known(event.metadata, (), ())
@@ -122,7 +126,9 @@ def _keyed(metadata: dict[str, Any], keys: Mapping[str, str | None]) -> dict[str
     given = metadata.get("partitionKey")
     said = ", ".join(f"{reader} says {key!r}" for reader, key in keys.items())
     if "partitionKey" in metadata and any(key != given for key in keys.values()):
-        raise Refused(NO, f"not appended: its partition key is to be {given!r}, but {said}. --unchecked appends it so")
+        raise Refused(
+            NO, f"not appended: you gave the partition key {given!r}, but {said}. --unchecked appends it as it is"
+        )
     if len(set(keys.values())) > 1:
         raise Refused(NO, f"not appended: its classes disagree about its partition key: {said}. Give them one key=")
     key = next(iter(keys.values()))
@@ -130,10 +136,10 @@ def _keyed(metadata: dict[str, Any], keys: Mapping[str, str | None]) -> dict[str
 
 
 async def check_against(event: Handmade, store: EventStore) -> bool:
-    """Look at the newest event of an undeclared type: what it has, this one must be given. Return whether there is one.
+    """Compare an event of an undeclared type with the newest one of its type, and return whether there is one.
 
-    It is looked for at the end of the event's own stream, and among the newest of the log; events that were appended
-    unchecked are passed over. Raises `Refused`.
+    Raises `Refused` if the newest one has a key or schema version and this one does not. Looks for it at the end of the
+    event's own stream, and then among the newest events of the log. Leaves out events that were appended unchecked.
     """
     found = await _newest(event, store)
     if found is None:
@@ -164,7 +170,7 @@ async def _newest(event: Handmade, store: EventStore) -> RecordedEvent | None:
 
 
 def check_data(data: bytes) -> None:
-    """Raises `Refused` for what no service could read as JSON."""
+    """Raise `Refused` for data that no service could read as JSON."""
     try:
         parse(data)
     except (ValueError, RecursionError) as error:
@@ -172,7 +178,7 @@ def check_data(data: bytes) -> None:
 
 
 def made(event: Handmade, known: Known, id: UUID, content_type: str) -> EventData:
-    """The event as the store gets it."""
+    """Return the event to append."""
     document: dict[str, Any] = {"$correlationId": str(id)} | known.metadata
     if document.get("partitionKey") == "":
         del document["partitionKey"]
@@ -181,7 +187,7 @@ def made(event: Handmade, known: Known, id: UUID, content_type: str) -> EventDat
 
 
 def dry_lines(stream: str, event: EventData, expected: str, known: Known, as_json: bool) -> list[str]:
-    """What `--dry-run` prints."""
+    """Return the lines that `--dry-run` prints."""
     recorded = RecordedEvent(
         0, stream, 0, event.type, event.data, event.metadata, event.content_type == JSON, event.id.bytes, 0
     )
@@ -195,7 +201,7 @@ def dry_lines(stream: str, event: EventData, expected: str, known: Known, as_jso
     for name, content in (("data", event.data), ("metadata", event.metadata)):
         lines += document_lines(name, content, is_json=name == "metadata" or recorded.is_json)
     lines.append(f"  {'key':<9} {plain(key)}{'' if key != stream else ' (the name of the stream)'}")
-    lines.append(f"  {'checked':<9} {', '.join(map(plain, known.by)) or 'by nobody: no class of this type is known'}")
+    lines.append(f"  {'checked':<9} {', '.join(map(plain, known.by)) or 'by nobody: no class is known for this type'}")
     return lines
 
 
@@ -206,7 +212,7 @@ def given_metadata(metadata: str, key: str | None, version: int | None, *, unche
     except (ValueError, RecursionError) as error:
         raise Refused(USAGE, f"--metadata is not JSON that can be read back: {error}") from error
     if not isinstance(document, dict):
-        raise Refused(USAGE, '--metadata is JSON, but no object: write it as \'{"actor": "me"}\'')
+        raise Refused(USAGE, '--metadata is JSON, but not an object: write it as \'{"actor": "me"}\'')
     for name, option, value in (("partitionKey", "--key", key), ("schemaVersion", "--schema-version", version)):
         if value is None:
             continue

@@ -1,4 +1,4 @@
-"""Python expressions broken over lines where one is too long, as formatters do it."""
+"""Breaks Python expressions over several lines, as formatters do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Final
 __all__ = ["laid_out"]
 
 WIDTH: Final = 120
-"""Characters of a line, at most, where an expression can be broken."""
+"""Characters of a line, at most, if the expression can be broken there."""
 
 
 def laid_out(expression: str, indent: int = 0, *, before: int = 0, after: int = 1) -> str:
-    """Return an expression over as many lines as it needs. Lines behind the first one begin with `indent` spaces or
-    more. `before` and `after` count characters that stand on its first line and on its last one."""
+    """Return an expression on as many lines as it needs.
+
+    All lines but the first begin with at least `indent` spaces. `before` is the number of characters in front of the
+    expression on its first line, `after` that of the characters behind it on its last line.
+    """
     if indent + before + len(expression) + after <= WIDTH:
         return expression
     parts = _split(expression)
@@ -28,8 +31,10 @@ def laid_out(expression: str, indent: int = 0, *, before: int = 0, after: int = 
 
 
 def _split(expression: str) -> tuple[str, list[str], str] | None:
-    """Return what stands before its first bracket, the bracket included; what is between the commas in it; and the
-    rest. None for an expression without a bracket that has something in it, or with a call behind it."""
+    """Split an expression at its first bracket: the text up to and with it, the items in it, and the rest.
+
+    Return None if there is no bracket, nothing in it, or something behind it.
+    """
     depth, begin, commas, end = 0, -1, list[int](), -1
     try:
         for token in tokenize.generate_tokens(io.StringIO(expression).readline):

@@ -1,6 +1,6 @@
-"""Values as Python source that makes them again, with the imports that it needs. What cannot be written so, it refuses.
+"""Writes values as Python source that makes equal ones, with the imports that it needs.
 
-Only classes that a module has under their own name are written: a test must be able to import them.
+It writes only classes that a test can import: those that a module has under their own name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALSO_REPR: Final = (date, time, timedelta)
 
 
 class NoLiteral(Exception):
-    """A value that no source makes again."""
+    """The value cannot be written as source."""
 
 
 class Imports:
@@ -33,10 +33,10 @@ class Imports:
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = defaultdict(set)
         self._taken: dict[str, str] = {}
-        """Name in the file to module and name that it stands for."""
+        """By name in the file: the module and name that it stands for."""
 
     def of(self, module: str, name: str) -> str:
-        """Return the expression for `name` of a module. Where two modules have the name, the second gets another."""
+        """Return the expression for `name` of a module. If two modules have the name, the second gets another one."""
         wanted, _, rest = name.partition(".")
         own = f"{module}.{wanted}"
         local, number = wanted, 2
@@ -51,7 +51,7 @@ class Imports:
             self._taken.setdefault(name, "")
 
     def namespace(self) -> dict[str, Any]:
-        """Return what the names stand for."""
+        """Return the objects that the names stand for."""
         found = {}
         for local, own in self._taken.items():
             module, _, name = own.rpartition(".")
@@ -69,7 +69,7 @@ class Imports:
 
 
 def place_of(thing: Any) -> tuple[str, str]:
-    """Return the module and the name under which a class or function is found. Raises `NoLiteral`."""
+    """Return the module and name with which to import a class or function. Raises `NoLiteral` if there are none."""
     module, name = str(getattr(thing, "__module__", "")), str(getattr(thing, "__qualname__", ""))
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -107,7 +107,7 @@ def literal(value: Any, imports: Imports) -> str:
 
 
 def _model(value: BaseModel, imports: Imports) -> str:
-    """Write a model by its fields; what has aliases, a root or private state is made from its JSON."""
+    """Write a model as a call with its fields; one with aliases, a root or private state, from its JSON."""
     kind = type(value)
     fields = kind.model_fields
     aliased = any(field.alias is not None or field.validation_alias is not None for field in fields.values())
@@ -154,7 +154,7 @@ def _moment(value: date | time | timedelta, imports: Imports) -> str:
 
 
 def _double_quoted(text: str) -> str:
-    """Return a literal as formatters write it. Characters that cannot be seen are escaped."""
+    """Return a string literal in double quotes, as formatters write it. Invisible characters are escaped."""
     shown = repr(text)
     if shown[0] == "'" and text.count('"') <= text.count("'"):
         shown = '"' + shown[1:-1].replace("\\'", "'").replace('"', '\\"') + '"'

@@ -1,7 +1,7 @@
-"""Queues that nobody serves: of services that were renamed or retired. They fill up to their limit, and stay.
+"""Finds queues that no service consumes: those of renamed or retired services. They fill up to their limit, and stay.
 
-Not every bus can list its queues, so names are looked for: in the services' databases, beside them, among what a person
-says, and in what the bus lists where it can (`tidings.buses.ListsQueues`). Nothing is changed.
+Not every bus can list its queues. So names come from the services' databases, from files beside them, from the command
+line, and from the bus if it can list queues (`tidings.buses.ListsQueues`). Nothing is changed.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import sqlalchemy as sa
 from tidings.buses import EventBus, Found, Subscription
 from tidings.errors import ConfigurationError, DatabaseUnavailable
 from tidings.operations.looking import existing_database
+from tidings.relay.refusals import strays
 from tidings.settings import Settings
 
-__all__ = ["former_services", "orphans"]
+__all__ = ["former_services", "orphans", "unneeded"]
 
 MOST: Final = 1000
-"""Files beside the services' databases that are looked into."""
+"""Files beside the services' databases to look into, at most."""
 PARTITIONS: Final = 8
-"""Queues of a former service that are looked for, where it was divided."""
+"""Partition queues to look for, for each former service."""
 _PLACE: Final = "tidings-any-service"
 
 
 async def former_services(settings: Settings, names: Collection[str]) -> set[str]:
-    """Services that the databases know, and `names` lacks."""
+    """Return the services that the databases know and that are not in `names`."""
     from tidings.database.engine import file_of
     from tidings.database.tables import floors
 
     asked = set(names)
     try:
         file = file_of(settings.database_of(_PLACE))
-    except ConfigurationError:  # no database is named for services that have none of their own
+    except ConfigurationError:  # no database is configured for services in general
         file = None
     if file and _PLACE in file:
         path = Path(file)
@@ -51,14 +52,14 @@ async def former_services(settings: Settings, names: Collection[str]) -> set[str
                     async with database.reading() as connection:
                         known.update(await connection.scalars(sa.select(floors.c.service).distinct()))
         except (DatabaseUnavailable, ConfigurationError):
-            continue  # no database of Tidings', or one that does not answer, which 'tidings status' says
+            continue  # not a database of Tidings, or one that does not answer: 'tidings status' tells that
     return known - set(names)
 
 
 async def orphans(
     bus: EventBus, former: Collection[str], served: Collection[str], listed: Sequence[Found]
 ) -> list[Found]:
-    """Queues without a consumer that are none of `served`: those of former services, and those that were `listed`."""
+    """Return queues without a consumer that are not in `served`: those of former services, and those `listed`."""
     here = [Subscription(name, 0, 1) for name in sorted(former)]
     here += [Subscription(name, index, PARTITIONS) for name in sorted(former) for index in range(PARTITIONS)]
     found = [thing for thing in await bus.inspect(here) if thing.kind == "queue" and thing.state != "missing"]
@@ -71,8 +72,30 @@ async def orphans(
     ]
 
 
+async def unneeded(bus: EventBus, subscriptions: Sequence[Subscription]) -> list[Found]:
+    """Return queues that are named like partitions that these services do not have.
+
+    A service's broker user may make and bind every queue that it has permission for.
+    """
+    named = {part.queue: part.service for part in strays(subscriptions)}
+    return [
+        Found("queue", thing.name, "differs", _unneeded(named[thing.name], thing), thing.messages, thing.consumers)
+        for thing in await bus.inspect(strays(subscriptions))
+        if thing.name in named and thing.state != "missing"
+    ]
+
+
+def _unneeded(service: str, queue: Found) -> str:
+    told = f". {queue.detail}" if queue.detail else ""
+    return (
+        f"it is named like a partition of service {service!r}, which has no partition of that number. If it is bound "
+        "to tidings.events, it gets every event, and can refuse or hoard them. Did somebody make it, or was the "
+        f"service resized by hand? If nobody needs it (on RabbitMQ): rabbitmqctl delete_queue {queue.name}{told}"
+    )
+
+
 def _remedy(name: str) -> str:
     return (
-        "no service that is named here serves this queue. Was one renamed or retired? Then delete the queue (on "
+        "no service that is named here consumes this queue. Was one renamed or retired? Then delete the queue (on "
         f"RabbitMQ: rabbitmqctl delete_queue {name}); else name its service too"
     )

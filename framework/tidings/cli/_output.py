@@ -1,6 +1,6 @@
-"""Facts as text and as JSON. Foreign text reaches a terminal only with its control characters escaped.
+"""Writes results as text and as JSON. Foreign text reaches a terminal only with its control characters escaped.
 
-Into a pipe goes plain text: no colours, no boxes, no wrapping, one space-free word per column but the last.
+Into a pipe, it writes plain text: no colours, no boxes, no wrapping, and no spaces within a column except the last one.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ YELLOW: Final = "33"
 
 
 def colours(stream: TextIO) -> bool:
-    """Whether to colour what goes there (no-color.org)."""
+    """Return whether to write colours to a stream (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, style: str) -> str:
-    """Text that was made safe before, in an ANSI style where standard output shows one."""
+    """Return text, which must be escaped already, in an ANSI style if standard output shows colours."""
     return f"\x1b[{style}m{text}\x1b[0m" if style and colours(sys.stdout) else text
 
 
 def say(line: str) -> None:
-    """A line that was made safe before."""
+    """Print a line, which must be escaped already."""
     print(line)
 
 
 def columns(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> list[str]:
-    """Aligned columns under their titles; '-' where there is nothing. The columns of `right` hold numbers."""
+    """Return aligned columns under their titles, with '-' for None and "". The columns in `right` are numbers."""
     from rich.cells import cell_len
 
     cells = [["-" if value is None or value == "" else plain(str(value)) for value in row] for row in rows]
@@ -69,7 +69,7 @@ def columns(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right: I
 
 
 def facts(value: object) -> str:
-    """One line of JSON. Nothing but ASCII, so that it is safe to look at."""
+    """Return one line of JSON. It is pure ASCII, so that it is safe to print."""
     return json.dumps(value, default=_simple)
 
 
@@ -82,11 +82,11 @@ def _simple(value: object) -> object:
         return moment(value)
     if isinstance(value, bytes):
         return _document(value)
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _document(content: bytes) -> object:
-    """Parsed JSON; what is none is told apart from it as {"base64": ...}."""
+    """Return parsed JSON; bytes that are not JSON as {"base64": ...}."""
     try:
         return parse(content)
     except ValueError:
@@ -94,7 +94,7 @@ def _document(content: bytes) -> object:
 
 
 def event_facts(event: RecordedEvent) -> Mapping[str, Any]:
-    """A recorded event for `facts`."""
+    """Return a recorded event for `facts`."""
     return {
         "position": event.position,
         "stream": event.stream,
@@ -112,12 +112,12 @@ def event_facts(event: RecordedEvent) -> Mapping[str, Any]:
 
 
 def moment(when: datetime) -> str:
-    """UTC to the millisecond, ISO 8601, without a space."""
+    """Format a time in UTC to the millisecond, ISO 8601, without a space."""
     return when.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def event_lines(event: RecordedEvent) -> list[str]:
-    """An event over several lines, whole."""
+    """Return a whole event on several lines."""
     where = plain(f"{event.stream}@{event.version}")
     when = moment(event.recorded_at)
     lines = [f"{paint(where, BOLD)}  {plain(event.type)}  {when}  position {event.position}  id {event.id}"]
@@ -128,7 +128,7 @@ def event_lines(event: RecordedEvent) -> list[str]:
 
 
 def document_lines(name: str, content: bytes, *, is_json: bool = True) -> list[str]:
-    """JSON indented; other bytes as text where they are some, else the beginning of them in hexadecimal digits."""
+    """Return JSON indented, other text as it is, and of other bytes the first 64 in hexadecimal digits."""
     shown = _text(content, is_json)
     return [f"  {name:<9} {shown[0]}", *(f"  {'':<9} {line}" for line in shown[1:])]
 
@@ -148,7 +148,7 @@ def _text(content: bytes, is_json: bool) -> list[str]:
 
 
 def one_line(event: RecordedEvent) -> str:
-    """An event on one line: position, time, place, type, data."""
+    """Return an event on one line: position, time, stream and version, type, data."""
     where = plain(f"{event.stream}@{event.version}")
     data = " ".join(text.strip() for text in _text(event.data, event.is_json)) if event.data else "-"
     return f"{event.position:>8}  {moment(event.recorded_at)}  {where}  {plain(event.type)}  {paint(data, DIM)}"

@@ -1,4 +1,4 @@
-"""How far a command has read the log, on standard error: for people at a terminal, who wait. It counts nothing."""
+"""Shows on standard error how far a command has read the log, for people who wait at a terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Final, Self
 __all__ = ["Reading"]
 
 SECONDS: Final = 0.5
-"""Seconds between two notes, and before the first: what is quick says nothing."""
+"""Seconds between two notes, and before the first one: a quick command shows none."""
 
 
 class Reading:
-    """Leaving wipes the note away."""
+    """A note of the progress, which is wiped away at the end of the block."""
 
     def __init__(self) -> None:
         self._noted_at = time.monotonic()

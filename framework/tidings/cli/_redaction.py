@@ -1,7 +1,7 @@
-"""Personal values replaced in what leaves production: the same value by the same replacement, of the same shape.
+"""Replaces personal values in events that leave production, each value everywhere by one of the same shape.
 
 Replacements are random, so that nobody can compute a value from its replacement. A field is named as it is in JSON, at
-any depth. Where one of its values stands elsewhere, as a whole word of a text or as a stream's id, it is replaced, too.
+any depth. If its value also occurs elsewhere, as a whole word of a text or as a stream's id, it is replaced there, too.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, Final
 __all__ = ["Redaction"]
 
 WORD: Final = 3
-"""Characters from which on a value is replaced inside other texts. A shorter one would also be found by chance."""
+"""Characters that a value must have to be replaced inside other texts. A shorter one could occur there by chance."""
 TRIES: Final = 100
-"""Attempts at a replacement that nothing else has."""
+"""Attempts at a replacement that is not used elsewhere."""
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}(?=$|[T ])")
 
 
 class Redaction:
-    """The replacements of one file. Look through every document with `learn` before the first is replaced."""
+    """The replacements of one file. Call `learn` with every document before the first is replaced."""
 
     def __init__(self, fields: Sequence[str]) -> None:
         self._fields = frozenset(fields)
@@ -39,7 +39,7 @@ class Redaction:
         return sorted(self._fields - self._met)
 
     def learn(self, document: Any) -> None:
-        """Find the values that are to be replaced."""
+        """Find the values to replace."""
         if isinstance(document, dict):
             for name, value in document.items():
                 if name in self._fields:
@@ -104,7 +104,7 @@ class Redaction:
 
 
 def _other(value: Any, like: Any, taken: set[Any]) -> Any:
-    """Return a replacement that nothing else has, if chance finds one."""
+    """Return a replacement that is not used elsewhere, if a random one is found within `TRIES`."""
     new = like(value)
     for _ in range(TRIES):
         if new not in taken and new != value:

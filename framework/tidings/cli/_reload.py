@@ -1,7 +1,7 @@
-"""Serve in a child process, and start it again when a .py file changes. The parent imports nothing of the user's.
+"""Serves in a child process, and starts it again when a .py file changes. The parent imports no code of the user.
 
-A child that ends with an error waits for the next change. watchfiles says what changes: where the system has no
-notifications, as in some containers, set WATCHFILES_FORCE_POLLING=true.
+After a child has ended with an error, it waits for the next change. watchfiles tells what changes: if the system sends
+no notifications, as in some containers, set WATCHFILES_FORCE_POLLING=true.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from tidings.cli._exits import INTERRUPTED, NO, OK
 __all__ = ["is_code", "serve_with_reload"]
 
 LOOK_SECONDS: Final = 0.1
-"""Seconds after which a child that has ended by itself is noticed while nothing changes."""
+"""Seconds until the end of a child is noticed while no file changes."""
 GATHER_SECONDS: Final = 0.5
-"""Seconds within which changes that go on, as while a branch is checked out, count as one."""
+"""Seconds within which several changes, such as those of a checkout, count as one."""
 AT_ONCE_SECONDS: Final = 1.0
-"""Seconds that a child has after a second signal to say what it leaves."""
+"""Seconds that a child has after a second signal to log what it leaves."""
 DRAIN_SECONDS: Final = 10.0
-"""Seconds after which a child that drains is killed: what it had not committed is done again."""
+"""Seconds after which a draining child is killed. What it had not committed is done again."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def is_code(folder: Path, change: Change, path: str) -> bool:
-    """Say whether a change below the folder is one of code: of a .py file, or a new directory with such files.
+    """Return whether a change below the folder is one of code: a .py file, or a new directory with such files.
 
-    What is in hidden directories, caches and virtual environments is no code of the user's.
+    Hidden directories, caches and virtual environments do not count.
     """
     changed = Path(path)
     above = [folder / part for part in reversed(changed.relative_to(folder).parents)]
@@ -47,13 +47,15 @@ def is_code(folder: Path, change: Change, path: str) -> bool:
             return False
     if changed.suffix == ".py":
         return True
-    if change is not Change.added or not changed.is_dir():  # moved to here as a whole: only it is named
+    if (
+        change is not Change.added or not changed.is_dir()
+    ):  # only the directory is named if it was moved here as a whole
         return False
     return any(is_code(folder, change, str(file)) for file in changed.rglob("*.py"))
 
 
 def serve_with_reload(command: Sequence[str], folder: Path | None = None) -> int:
-    """Run `tidings COMMAND` again and again; the exit code, when a signal ends it."""
+    """Run `tidings COMMAND`, again after each change, until a signal; return the exit code."""
     folder = folder or Path.cwd()
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -71,7 +73,7 @@ def serve_with_reload(command: Sequence[str], folder: Path | None = None) -> int
 
 
 def _heard(number: int, frame: object) -> None:
-    """Python has written the number into the pipe."""
+    """Do nothing: Python has written the signal's number into the pipe."""
 
 
 class _Reloader:
@@ -84,7 +86,7 @@ class _Reloader:
     def run(self) -> int:
         changes = watch(
             self._folder,
-            watch_filter=None,  # with one, nothing is told while other files change, not even that time passes
+            watch_filter=None,  # with a filter, changes of other files would suppress the timeouts, too
             debounce=int(GATHER_SECONDS * 1000),
             rust_timeout=int(LOOK_SECONDS * 1000),
             yield_on_timeout=True,
@@ -94,7 +96,7 @@ class _Reloader:
         )
         try:
             try:
-                next(changes, None)  # it watches before the child reads its code
+                next(changes, None)  # begin to watch before the child reads its code
             except OSError as error:  # such as the system's limit of watched directories
                 self._say(
                     f"changes below {self._folder} cannot be watched: {error}. Set WATCHFILES_FORCE_POLLING=true to "
@@ -123,12 +125,12 @@ class _Reloader:
                 self._child.wait()
 
     def _start(self) -> None:
-        # A group of its own: a terminal's Ctrl-C then reaches only us, and the child hears of it once, from us. Its
-        # standard input, on which nothing is ever written, ends with us, and so does it.
+        # The child gets a process group of its own, so that a terminal's Ctrl-C reaches only this process, which passes
+        # it on once. Nothing is written to the child's standard input: when this process ends, it ends, and the child.
         self._child = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
 
     def _stop(self, number: int = signal.SIGTERM) -> int | None:
-        """Let the child drain; its exit code. None when a second signal came meanwhile."""
+        """Let the child drain, and return its exit code; None if a second signal came meanwhile."""
         child, self._child = self._child, None
         if child is None:
             return OK
@@ -156,11 +158,11 @@ class _Reloader:
         return code if code >= 0 else 128 - code
 
     def is_set(self) -> bool:
-        """Say whether a signal has come; watchfiles asks, and ends then."""
+        """Return whether a signal has come: then watchfiles, which calls this, stops."""
         return bool(select.select([self._heard], [], [], 0)[0])
 
     def _signal(self, seconds: float) -> int:
-        """Wait for a signal, but no longer; 0 when none came."""
+        """Wait for a signal for at most `seconds`, and return its number; 0 if none came."""
         ready, _, _ = select.select([self._heard], [], [], seconds)
         return os.read(self._heard, 1)[0] if ready else 0
 

@@ -1,7 +1,7 @@
-"""What `tidings verify --repair` does, in order, and what it says of it. What is settled is never run again.
+"""Carries out `tidings verify --repair`, and tells what it does. What is settled is never run again.
 
-First what stands in the way of the relay, then staged events, then everybody who is behind reads the log: over a
-network by one marker, in the processes that are there; embedded, where no other process can be reached, right here.
+First it mends the relay's checkpoint. Then it appends staged events. Then every service that is behind reads the log:
+over a network, one marker makes the running processes do that; embedded, the services run in this process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["Repair"]
 
 LOOK_SECONDS: Final = 0.25
-"""Seconds between two looks at how far the healing is; more where a look takes long."""
+"""Seconds between two looks at the progress of healing, at least; three times as long as a look takes, if more."""
 
 
 class Repair:
-    """Repairs these services; `say` is told each thing that was done, or that somebody has to do."""
+    """A repair of services. `say` is called with a text for each thing that was done, or that somebody must do."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Repair:
         *,
         strict: bool = False,
     ) -> None:
-        """`strict`: also what comes while it repairs is to be settled when it ends."""
+        """With `strict`, events that come during the repair must be settled at its end, too."""
         self._settings = settings
         self._services = services
         self._relay = relay
@@ -56,7 +56,7 @@ class Repair:
         self._deadline = asyncio.get_running_loop().time() + seconds
 
     async def run(self, report: Report) -> Report:
-        """From what a look found to what another one finds when everything healable is settled, or time is up.
+        """Repair what a report names, until everything healable is settled or time is up; return a new report.
 
         Raises `StoreUnavailable`, `DatabaseUnavailable`, `BusUnavailable`.
         """
@@ -92,18 +92,18 @@ class Repair:
                 self._say(f"relay {self._relay}: no checkpoint can be stored for it; give the relay another --name")
                 return
         self._say(
-            f"relay {self._relay}: its checkpoint is {moved} now; it repeats what follows, which changes nothing. "
-            "A relay that is running keeps what it has read: start it again"
+            f"relay {self._relay}: its checkpoint is {moved} now. It publishes what follows again, which changes "
+            "nothing. A running relay still has the old checkpoint: start it again"
         )
 
     def _leave(self, part: ServiceReport) -> None:
-        """What is left, and why."""
+        """Tell what is not settled, and why."""
         if part.beyond >= 0:
             self._say(f"{part.service}: not repaired: it has settled more than this log holds; see above what to do")
         elif part.healable:
             self._say(
-                f"{part.service}: not settled yet: {part.pending_count} pending, {part.staged_count} staged. What was "
-                "done goes on by itself; if the numbers do not fall, the service's log says what holds it"
+                f"{part.service}: not settled yet: {part.pending_count} pending, {part.staged_count} staged. The "
+                "repair goes on by itself; if the numbers do not fall, the service's log says why"
             )
         elif part.held_count and part.held_due is None:
             self._say(
@@ -122,7 +122,7 @@ class Repair:
         chosen = []
         for service, part in zip(self._services, report.services, strict=True):
             why = await self._taken(service, report.log)
-            if part.beyond >= 0:
+            if part.astray:
                 continue
             if why is None:
                 chosen.append(service)
@@ -135,7 +135,7 @@ class Repair:
         self._say(f"ran {', '.join(service.name for service in chosen)} here, because no other process does")
 
     async def _taken(self, service: Service, log: UUID) -> str | None:
-        """Why the service cannot be run in this process: then two would do the same work."""
+        """Return why the service cannot run in this process, because another one may be running it; None if it can."""
         from tidings._support.holders import open_elsewhere
         from tidings.database.engine import file_of
         from tidings.database.layout import ranges_of
@@ -143,11 +143,11 @@ class Repair:
         url = self._settings.database_of(service.name)
         file = file_of(url)
         if file == "":
-            return "its database lives in the memory of its own process; start that one"
+            return "its database is in the memory of its own process: start that one"
         if file is not None and not file.startswith("file:"):
             other = open_elsewhere(file)
             if other is not None:
-                return f"process {other} has its database open. Let it work; if it does not, end it and repair again"
+                return f"process {other} has its database open. Let it work; if it does not, stop it and repair again"
             return None
         async with existing_database(self._settings, service.name) as database:
             if database is None:
@@ -155,7 +155,7 @@ class Repair:
             async with database.reading() as connection:
                 if not any(part.active for part in await ranges_of(connection, service.name, log)):
                     return None
-        return "a process is at work on it, or has ended without a word: start it again where it ran"
+        return "a process is at work on it, or has ended without recording that: start it again where it ran"
 
     # ---- over a network --------------------------------------------------------------
 
@@ -169,14 +169,16 @@ class Repair:
                     count, refused = await append_staged(
                         store, database, service.name, report.log, seconds=self._remaining
                     )
-                    self._say(f"{service.name}: appended {count} staged events that nobody had appended")
+                    self._say(f"{service.name}: appended {count} staged events")
                     for why in refused:
-                        self._say(f"{service.name}: cannot be appended, its service buries it when it starts: {why}")
+                        self._say(f"{service.name}: cannot be appended, becomes a dead letter at the next start: {why}")
             position = await last_carried(store)
             try:
-                await publish_marker(bus, report.log, position)
+                await publish_marker(bus, report.log, position, self._settings.seal)
             except Unroutable:
-                self._say("no service has a queue on this bus: start them, and each reads from the log what it lacks")
+                self._say(
+                    "no service has a queue on this bus: start the services, and each reads from the log what it lacks"
+                )
                 return
             self._say(f"published a marker: every service that is behind position {position} reads the log up to it")
             idle = await self._idle(bus, pairs, report)
@@ -188,7 +190,7 @@ class Repair:
     async def _idle(
         self, bus: EventBus, pairs: Sequence[tuple[Declaration, Database | None]], report: Report
     ) -> set[str]:
-        """Services that need healing, and have a queue that nobody hears."""
+        """Return services that need healing, and have a queue that is missing or has no consumer."""
         idle = set()
         for (service, database), part in zip(pairs, report.services, strict=True):
             if not part.healable:
@@ -226,13 +228,13 @@ class Repair:
         return max(self._deadline - asyncio.get_running_loop().time(), 0.0)
 
     async def _until(self, look: Callable[[], Awaitable[Report]], healed: Callable[[Report], bool]) -> None:
-        """Look until it is healed, or time is up."""
+        """Verify until the report is healed, or time is up."""
         clock = asyncio.get_running_loop().time
         while True:
             began = clock()
             if healed(await look()) or clock() >= self._deadline:
                 return
-            # Looking costs the more, the more is to be done: leave most of the time to those who do it.
+            # The more is pending, the more a look costs: leave most of the time to the processes that do the work.
             await asyncio.sleep(min(max(LOOK_SECONDS, 3 * (clock() - began)), self._remaining))
 
 

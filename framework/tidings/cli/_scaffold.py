@@ -1,7 +1,7 @@
-"""Templates of projects and services to files on disk. All or nothing: what exists is never written over.
+"""Writes the files of projects and services from templates, all or none. It never overwrites a file.
 
-A template is a file in `templates/KIND/` that ends in `.tmpl`; in its path, `NAME` stands for the service's
-name, and `FIRST` for that of the one that it follows.
+A template is a file in `templates/KIND/` that ends in `.tmpl`. In its path, `NAME` stands for the service's name, and
+`FIRST` for the name of the service that it follows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from string import Template
 from typing import Final
@@ -22,7 +23,7 @@ from tidings.buses import check_service_name
 from tidings.cli._exits import NO, USAGE, Refused
 from tidings.errors import ConfigurationError
 
-__all__ = ["Files", "checked_name", "class_name", "place", "render", "replace_text"]
+__all__ = ["Files", "add_to", "checked_name", "class_name", "place", "render"]
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
 LONGEST: Final = 30
@@ -31,7 +32,7 @@ TAKEN: Final = frozenset({"settings", "tests"})
 """Names of a project's other folders."""
 
 Files = Mapping[str, str]
-"""Path inside the project to its text."""
+"""Texts of files by their path inside the project."""
 
 
 def checked_name(name: str) -> str:
@@ -45,7 +46,7 @@ def checked_name(name: str) -> str:
             f"letter{hint}",
         )
     if keyword.iskeyword(name):
-        raise Refused(USAGE, f"{name!r} is a word of Python's own and cannot name a package: choose another name")
+        raise Refused(USAGE, f"{name!r} is a Python keyword and cannot name a package: choose another name")
     if name in TAKEN:
         raise Refused(USAGE, f"{name!r} is a folder of every project and cannot name a package: choose another name")
     try:
@@ -53,12 +54,12 @@ def checked_name(name: str) -> str:
     except ConfigurationError as error:
         raise Refused(USAGE, str(error)) from None
     if name in sys.stdlib_module_names or _importable(name):
-        raise Refused(USAGE, f"{name!r} is a package that Python has already, and would be hidden: choose another name")
+        raise Refused(USAGE, f"{name!r} is a package that Python already has, and yours would hide it: choose another")
     return name
 
 
 def class_name(name: str) -> str:
-    """Return a package's name as classes are written: `order_desk` as `OrderDesk`."""
+    """Return a package's name in the form of a class name: `order_desk` as `OrderDesk`."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
@@ -75,9 +76,9 @@ def render(kind: str, name: str, words: Mapping[str, str]) -> dict[str, str]:
 
 
 def place(folder: Path, files: Files) -> None:
-    """Write a new folder with these files: whole, or not at all. Raises `Refused` where something is in the way."""
+    """Write a new folder with these files, all or none. Raises `Refused` if something is in the way."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise Refused(NO, f"{folder} is no folder, so nothing was written. Choose another name, or move it away")
+        raise Refused(NO, f"{folder} is not a folder, so nothing was written. Choose another name, or move it away")
     if folder.exists() and any(folder.iterdir()):
         raise Refused(
             NO, f"folder {folder} is not empty, so nothing was written. Choose another name, or go to another folder"
@@ -96,13 +97,49 @@ def place(folder: Path, files: Files) -> None:
         raise Refused(NO, f"{folder} cannot be written: {error.strerror or error}. Nothing was left behind") from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file's text, whole or not at all, and keep its mode."""
+def add_to(project: Path, package: str, files: Files, settings: Mapping[Path, str]) -> None:
+    """Write a new package with its tests into a project, and new texts of existing settings files: all or none.
+
+    Raises `Refused`.
+    """
+    inside = f"{package}/"
+    with ExitStack() as undo:
+        try:
+            place(
+                project / package,
+                {path[len(inside) :]: text for path, text in files.items() if path.startswith(inside)},
+            )
+            undo.callback(shutil.rmtree, project / package)
+            for name, text in files.items():
+                if not name.startswith(inside):
+                    path = project / name
+                    if not path.parent.exists():
+                        path.parent.mkdir()
+                        undo.callback(path.parent.rmdir)
+                    with path.open("x", encoding="utf-8") as file:
+                        undo.callback(path.unlink)
+                        file.write(text)
+            drafts = {
+                path.resolve(): undo.enter_context(_draft(path.resolve(), text)) for path, text in settings.items()
+            }
+            for path, draft in drafts.items():
+                undo.callback(path.write_bytes, path.read_bytes())
+                draft.replace(path)
+        except OSError as error:
+            raise Refused(
+                NO, f"{error.filename or project} cannot be written: {error.strerror or error}. Nothing was changed"
+            ) from error
+        undo.pop_all()
+
+
+@contextmanager
+def _draft(path: Path, text: str) -> Iterator[Path]:
+    """Write a file's new text to a draft beside it, with the same mode. Delete the draft if it is not used."""
     draft = path.with_name(f".{path.name}.new")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(text.encode())
         shutil.copymode(path, draft)
-        draft.replace(path)
+        yield draft
     finally:
         draft.unlink(missing_ok=True)
 
@@ -114,7 +151,7 @@ def _umask() -> int:
 
 
 def _importable(name: str) -> bool:
-    """Return whether something installed has the name; a plain folder that happens to be called so has not."""
+    """Return whether something with the name can be imported. A folder without Python files does not count."""
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""Options that choose among held events or dead letters, and how they are read."""
+"""The options that select held events or dead letters, and the code that reads them."""
 
 from __future__ import annotations
 
@@ -34,24 +34,28 @@ __all__ = [
 T = TypeVar("T")
 
 BIGGEST: Final = 2**63 - 1
-"""What a database's integers hold."""
+"""The highest integer that databases store."""
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 _TIME: Final = "A time in ISO 8601, UTC if it names no zone, or how long ago: 90s, 20m, 2h, 1d."
 
-HandlerName = Annotated[str | None, typer.Option("--handler", metavar="NAME", help="Only of this handler.")]
+HandlerName = Annotated[str | None, typer.Option("--handler", metavar="NAME", help="Only those of this handler.")]
 Error = Annotated[
     str | None,
     typer.Option("--error", metavar="TEXT", help="Only where the reason contains this: an error's type, or its words."),
 ]
 Type = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Only events of this type.")]
-Key = Annotated[str | None, typer.Option("--key", metavar="KEY", help="Only of this partition key.")]
+Key = Annotated[str | None, typer.Option("--key", metavar="KEY", help="Only those of this partition key.")]
 Stream = Annotated[str | None, typer.Option("--stream", metavar="STREAM", help="Only events of this stream.")]
-Since = Annotated[str | None, typer.Option("--since", metavar="TIME", help=f"Only since then. {_TIME}")]
-Until = Annotated[str | None, typer.Option("--until", metavar="TIME", help="Only since before then.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, max=BIGGEST, help="At most this many, the oldest.")]
-All = Annotated[bool, typer.Option("--all", help="Every one of the service.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
+Since = Annotated[
+    str | None, typer.Option("--since", metavar="TIME", help=f"Only those held or dead since then. {_TIME}")
+]
+Until = Annotated[
+    str | None, typer.Option("--until", metavar="TIME", help="Only those held or dead since before then.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, max=BIGGEST, help="At most this many, the oldest first.")]
+All = Annotated[bool, typer.Option("--all", help="All of the service.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")]
 
 
 def selected(
@@ -63,14 +67,14 @@ def selected(
     since: str | None,
     until: str | None,
 ) -> Selection:
-    """What the options choose. Raises `Refused` for a time that is none."""
+    """Return what the options select. Raises `Refused` for a time that cannot be read."""
     from tidings.operations.selection import Selection
 
     return Selection(handler, error, type, key, stream, _moment("--since", since), _moment("--until", until))
 
 
 class Choice(Generic[T]):
-    """What a command that changes something is about: what was named, or what options choose, or everything."""
+    """What a command is to change: rows that were named, rows that options select, or all rows."""
 
     def __init__(
         self,
@@ -80,20 +84,20 @@ class Choice(Generic[T]):
         options: tuple[str | None, str | None, str | None, str | None, str | None, str | None, str | None],
         limit: int | None,
     ) -> None:
-        """Raises `Refused` unless exactly one of them is said."""
+        """Raise `Refused` unless exactly one of the three is given."""
         if [bool(named), everything, any(option is not None for option in options)].count(True) != 1:
             raise Refused(
-                USAGE, f"say which: tidings {usage}, or --all, or choose by options such as --handler, --error"
+                USAGE, f"say which: tidings {usage}, or --all, or select by options such as --handler, --error"
             )
         if named and limit is not None:
-            raise Refused(USAGE, "--limit is for --all and for options that choose, not for what is named")
+            raise Refused(USAGE, "--limit goes with --all or with options that select, not with names")
         self.named = list(dict.fromkeys(named or ()))
         self.selection = selected(*options)
         self.limit = limit
 
 
 def _moment(option: str, given: str | None) -> float | None:
-    """Seconds since 1970."""
+    """Read a time, and return it as seconds since 1970. Raises `Refused`."""
     if given is None:
         return None
     ago = re.fullmatch(r"(\d{1,9})([smhdw])", given, re.ASCII)
@@ -104,5 +108,5 @@ def _moment(option: str, given: str | None) -> float | None:
         return (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         raise Refused(
-            USAGE, f"{option} {given!r} is no time: write 2026-11-24T18:00+01:00, or how long ago, such as 20m or 2h"
+            USAGE, f"{option} {given!r} is not a time: write 2026-11-24T18:00+01:00, or how long ago, such as 20m or 2h"
         ) from None

@@ -1,4 +1,4 @@
-"""Where this Tidings was installed from, if that is no package index: what pip is to be given to install it again."""
+"""Finds where this Tidings was installed from, so that pip can install it from there again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["source", "source_of"]
 
 
 def source() -> str | None:
-    """Return arguments for pip; None for an index, or for what is not there any more."""
+    """Return arguments for pip; None if it came from an index, or is no longer where it was."""
     try:
         text = distribution("tidings").read_text("direct_url.json")
     except PackageNotFoundError:
@@ -22,7 +22,7 @@ def source() -> str | None:
 
 
 def source_of(text: str) -> str | None:
-    """Return what `source` does, of a `direct_url.json`, which pip and others write (PEP 610)."""
+    """Return arguments for pip from the text of a `direct_url.json`, which installers write (PEP 610); else None."""
     try:
         found: Any = json.loads(text)
         url = str(found["url"])

@@ -1,4 +1,4 @@
-"""ASGI applications served by uvicorn, with the signals, exit codes and errors of `tidings run` and `tidings dev`."""
+"""Serves ASGI applications with uvicorn, with the signals, exit codes and errors of `tidings run` and `tidings dev`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["application_beside", "serve_application"]
 log = structlog.get_logger("tidings.cli.web")
 
 GRACE_SECONDS: Final = 1
-"""Seconds for requests under way; after them the application's lifespan drains its services."""
+"""Seconds to finish requests under way; then the application's lifespan drains its services."""
 
 
 async def serve_application(application: Any, host: str, port: int) -> None:
-    """Until SIGINT or SIGTERM, then drain, as `tidings.hosting.serve.serve` does.
+    """Serve until SIGINT or SIGTERM, then drain, as `tidings.hosting.serve.serve` does.
 
-    Raises `ConfigurationError` for an address that cannot be had, before anything starts, and what the application's
-    lifespan raised, at its start or later.
+    Raises `ConfigurationError` before anything starts if the address cannot be used, and whatever the application's
+    lifespan raises, at its start or later.
     """
     served = _Served(application, host, port)
     log.info("process.starting", url=served.url, next="Ctrl-C or SIGTERM drains")
@@ -37,8 +37,10 @@ async def serve_application(application: Any, host: str, port: int) -> None:
 
 
 def application_beside(application: Any, host: str, port: int) -> AbstractAsyncContextManager[None]:
-    """Serve an application while the block runs, which begins when it has started. Raises as `serve_application`; what
-    it raises later cancels the block."""
+    """Serve an application while the block runs; the block begins when the application has started.
+
+    Raises what `serve_application` raises. An error during the block cancels the block.
+    """
     return _beside(_Served(application, host, port))
 
 
@@ -56,8 +58,10 @@ async def _beside(served: _Served) -> AsyncIterator[None]:
 
 
 class _Served:
-    """One application and its server, which listens at once: whether the address can be had is known before anything
-    starts."""
+    """One application and its server.
+
+    It listens at once, so that an address that cannot be used is noticed before anything starts.
+    """
 
     def __init__(self, application: Any, host: str, port: int) -> None:
         try:
@@ -73,7 +77,7 @@ class _Served:
         class Server(uvicorn.Server):
             @contextmanager
             def capture_signals(self) -> Iterator[None]:
-                yield  # they are ours: uvicorn would end the process by the signal once more, after draining
+                yield  # uvicorn would send the signal to the process once more after draining
 
             async def startup(self, sockets: list[socket] | None = None) -> None:
                 await super().startup(sockets)
@@ -90,7 +94,7 @@ class _Served:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def end(self) -> None:
-        """`run` drains, and returns."""
+        """Make `run` drain and return."""
         self._server.should_exit = True
 
     async def run(self) -> None:
@@ -100,7 +104,7 @@ class _Served:
             if self._server.started:
                 await self._server.shutdown(sockets=[self.listening])
             raise
-        except SystemExit:  # how uvicorn says that the lifespan failed at its start
+        except SystemExit:  # uvicorn's way to tell that the lifespan failed at its start
             if not self._failures:
                 raise Refused(UNAVAILABLE, "the application did not start; its log above says why") from None
         if self._failures:
@@ -115,12 +119,12 @@ class _Served:
         async def tell(message: Any) -> None:
             nonlocal answered
             answered = True
-            # The traceback in it is for nobody: the error itself is said at the end.
+            # Leave out the traceback in it: the error itself is reported at the end.
             await send({key: value for key, value in message.items() if key != "message"})
 
         try:
             await self._application(scope, receive, tell)
         except Exception as error:
-            if answered:  # else the application knows no lifespan, as many do not
+            if answered:  # else the application does not support lifespan, as many do not
                 self._failures.append(error)
             raise

@@ -1,18 +1,18 @@
-"""`tidings add`: more services in a project that `tidings new` made. It adds files, and one name to the settings."""
+"""`tidings add`: adds a service to a project that `tidings new` made: files, and a name in the settings."""
 
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
 from typing import Annotated, Final, NamedTuple
 
 import typer
 
+from tidings.cli._env_files import read_settings, services_in, with_service
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._layout import laid_out
 from tidings.cli._output import plain, say
-from tidings.cli._scaffold import checked_name, class_name, place, render, replace_text
+from tidings.cli._scaffold import add_to, checked_name, class_name, render
 
 __all__ = ["app"]
 
@@ -20,8 +20,7 @@ app = typer.Typer(no_args_is_help=True, help="Add to a project that 'tidings new
 
 DEFAULT_EVENT: Final = "OrderConfirmed"
 SAMPLES: Final = {"str": '"1"', "int": "1", "float": "1.0", "bool": "True"}
-"""Values for fields of an event, by the types that are written there."""
-_SERVICES: Final = re.compile(r"^(TIDINGS_SERVICES=)(.*)$", re.MULTILINE)
+"""Sample values for an event's fields, by the type as the source writes it."""
 
 
 class Followed(NamedTuple):
@@ -32,38 +31,44 @@ class Followed(NamedTuple):
     key: str
     wire_name: str | None
     sample: str | None
-    """An expression that makes one, whose key is "1"; None where its fields have types for which no value is known."""
+    """An expression that makes such an event, with key "1"; None if a field has a type without a known sample."""
 
 
-@app.command("service", short_help="A service that follows another one's events.")
+@app.command("service", short_help="Add a service that follows another one's events.")
 @answering
 def service(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the service and its package.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the service and its package.")],
     follow: Annotated[
-        str | None, typer.Option("--follow", metavar="EVENT", help=f"The event it follows; {DEFAULT_EVENT} if there.")
+        str | None,
+        typer.Option(
+            "--follow", metavar="EVENT", help=f"The event to follow; by default {DEFAULT_EVENT}, if there is one."
+        ),
     ] = None,
 ) -> int:
-    """Add a service to the project in this folder, with its tests: it follows an event of a service that is there.
+    """Add a service with tests to the project in this folder. It follows an event of another service of the project.
 
-    The event is one whose key= is a text. Every file in settings/ then names the new service in TIDINGS_SERVICES.
+    The key= of that event must be a field with a text. Every file in settings/ with a line TIDINGS_SERVICES=... gets
+    the new service added there. If anything cannot be written, nothing is.
     """
     here = Path.cwd()
     targets = _services_of(here)
     known = list(targets)
     if name in known:
-        raise Refused(NO, f"this project has a service {name} already; nothing was written. Choose another name")
+        raise Refused(NO, f"this project already has a service {name}; nothing was written. Choose another name")
     package = here / checked_name(name)
     test = here / "tests" / f"test_{name}.py"
     for path in (package, test):
         if path.exists() or path.is_symlink():
-            raise Refused(NO, f"{path} exists already; nothing was written. Choose another name")
+            raise Refused(NO, f"{path} already exists; nothing was written. Choose another name")
     followed = _followed(here, known, follow)
     together = here / "tests" / f"test_{followed.service}_and_{name}.py"
     if together.exists() or together.is_symlink():
-        raise Refused(NO, f"{together} exists already; nothing was written. Choose another name")
+        raise Refused(NO, f"{together} already exists; nothing was written. Choose another name")
     own = f"{class_name(name)}Started"
     if own == followed.name:
-        raise Refused(USAGE, f"{own} would be the event that {name} follows and its own, too: choose another name")
+        raise Refused(
+            USAGE, f"{own} would be both an event of {name} and the event that it follows: choose another name"
+        )
     keywords = f'name="{followed.wire_name}", ' if followed.wire_name else ""
     words = {
         "first": followed.service,
@@ -75,28 +80,24 @@ def service(
     files = render("added", name, words)
     if followed.sample is not None:
         files |= render("together", name, _together(name, own, followed, targets[followed.service]))
-    settings = {path: _named(path.read_text(encoding="utf-8"), name) for path in sorted(here.glob("settings/*.env"))}
-    place(package, {path.removeprefix(f"{name}/"): text for path, text in files.items() if path.startswith(f"{name}/")})
-    test.parent.mkdir(exist_ok=True)
-    for each, text in files.items():
-        if each.startswith("tests/"):
-            (here / each).write_text(text, encoding="utf-8")
-    for path, text in settings.items():
-        replace_text(path, text)
+    texts = {path: read_settings(path) for path in sorted(here.glob("settings/*.env"))}
+    settings = {path: with_service(path, text, f"{name}.service:service") for path, text in texts.items()}
+    add_to(here, name, files, {path: text for path, text in settings.items() if text != texts[path]})
     say(plain(f"{name}/ follows {followed.name} of {followed.service}; its tests are in tests/test_{name}.py."))
     if followed.sample is None:
-        say(
-            plain(f"No test of both together was written: {followed.name} has fields for which no value is known here.")
-        )
+        say(plain(f"No test of both together was written: {followed.name} has fields without a known sample value."))
     else:
-        say(plain(f"tests/{together.name} runs both in one world."))
+        say(plain(f"tests/{together.name} tests both together."))
+    for path, text in texts.items():
+        if services_in(path, text) is None:
+            say(plain(f"settings/{path.name} has no line TIDINGS_SERVICES=..., so it stays as it is."))
     say("Next:")
     say("  make test")
     return OK
 
 
 def _together(name: str, own: str, followed: Followed, target: str) -> dict[str, str]:
-    """Return the words of the test in which both services run."""
+    """Return the words for the template of the test in which both services run."""
     module, _, attribute = target.partition(":")
     first, second = f"{followed.service}_service", f"{name}_service"
     attribute = attribute or "service"
@@ -121,21 +122,18 @@ def _together(name: str, own: str, followed: Followed, target: str) -> dict[str,
 def _services_of(here: Path) -> dict[str, str]:
     """Return the project's services as `TIDINGS_SERVICES` names them, by package, the first one first."""
     settings = here / "settings" / "embedded.env"
-    try:
-        found = _SERVICES.search(settings.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        found = None
-    if found is None or not found[2].strip():
+    targets = services_in(settings, read_settings(settings)) if settings.is_file() else None
+    if targets is None:
         raise Refused(
             USAGE,
-            f"{settings} does not say TIDINGS_SERVICES=...: go to the folder of a project that 'tidings new' made",
+            f"{settings} has no line TIDINGS_SERVICES=...: go to the folder of a project that 'tidings new' made, or "
+            "write that line, with the project's services: TIDINGS_SERVICES=shop.service:service",
         )
-    targets = (target.strip() for target in found[2].split(","))
     return {target.partition(":")[0].partition(".")[0]: target for target in targets}
 
 
 def _followed(here: Path, services: list[str], wanted: str | None) -> Followed:
-    """Return the event that is named, or `OrderConfirmed`, or the last one of the first service that has any."""
+    """Return the `wanted` event, else `OrderConfirmed`, else the last one of the first service that has any."""
     found = [event for service in services for event in _events_of(here, service)]
     if wanted is not None:
         for event in found:
@@ -144,7 +142,10 @@ def _followed(here: Path, services: list[str], wanted: str | None) -> Followed:
     elif found:
         first = [event for event in found if event.service == found[0].service]
         return next((event for event in first if event.name == DEFAULT_EVENT), first[-1])
-    there = f"there are {', '.join(event.name for event in found)}" if found else "there is none"
+    known = dict[str, str]()
+    for event in found:
+        known.setdefault(event.name, f"{event.name} of {event.service}")  # other services have views of it
+    there = f"there are {', '.join(known.values())}" if found else "there is none"
     raise Refused(
         NO,
         f"{'no event' if wanted is None else f'no {wanted}'} to follow: looked in events.py of {', '.join(services)} "
@@ -170,7 +171,7 @@ def _events_of(here: Path, service: str) -> list[Followed]:
 
 
 def _sample(event: ast.ClassDef, key: str) -> str | None:
-    """Return an expression that makes such an event, with the fields that it needs."""
+    """Return an expression that makes such an event with its required fields; None if a value is not known."""
     values = []
     for field in event.body:
         if isinstance(field, ast.AnnAssign) and field.value is None:
@@ -186,8 +187,3 @@ def _sample(event: ast.ClassDef, key: str) -> str | None:
 
 def _is_text(field: ast.stmt, name: str) -> bool:
     return isinstance(field, ast.AnnAssign) and ast.unparse(field).partition("=")[0].strip() == f"{name}: str"
-
-
-def _named(text: str, name: str) -> str:
-    """Return settings with one more service."""
-    return _SERVICES.sub(lambda line: f"{line[1]}{line[2].rstrip()},{name}.service:service", text)

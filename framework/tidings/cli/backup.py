@@ -1,4 +1,4 @@
-"""`tidings backup`, `tidings restore`: the embedded log and the services' SQLite databases, kept and put back."""
+"""`tidings backup`, `tidings restore`: copy and restore the embedded log and the services' SQLite databases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import Json, facts, plain, say
 from tidings.cli.verify import Targets
-from tidings.operations.looking import existing_database, existing_store
+from tidings.operations.looking import existing_database, existing_store, no_log
 from tidings.settings import Settings
 from tidings.urls import redact
 
@@ -29,14 +29,18 @@ async def backup(
 ) -> int:
     """Copy the log and the databases of services into a new folder, while everything runs.
 
-    Services come first and the log last, so that no service is ahead of the log. Only SQLite files are copied; what is
-    kept in EventStoreDB or PostgreSQL has tools of its own, and is named.
+    Services come first and the log last, so that no service is ahead of the log. Only SQLite files are copied.
+    EventStoreDB and PostgreSQL have tools of their own. What is not copied is listed.
     """
     from tidings.operations.backups import take
 
     settings = Settings()
     files, elsewhere = _files(settings, services or ())
-    files = {name: path for name, path in files.items() if name == LOG or path.exists()}
+    if LOG in files and not files[LOG].is_file():
+        raise no_log(files[LOG])
+    for name in [name for name, path in files.items() if not path.exists()]:
+        path = files.pop(name).absolute()
+        elsewhere.append(f"service {name}: there is no file {path}. Either it has never run, or its database was moved")
     if not files:
         raise Refused(USAGE, f"there is no SQLite file to copy: {'; '.join(elsewhere)}")
     done = take(folder, files)
@@ -63,11 +67,11 @@ async def restore(
     yes: Yes = False,
     json: Json = False,
 ) -> int:
-    """Put back the log and the databases of services. Stop the relay and all services before.
+    """Restore the log and the databases of services from a backup. Stop the relay and all services first.
 
-    With the log, its restored copy gets a new identity, because it will go on with other events than the one before,
-    and the databases that are restored with it follow it. For other services: 'tidings log adopt'. A service restored
-    without the log reads what it lacks from the log when it starts.
+    A restored log gets a new identity, because it will go on with other events than the one before. Databases that are
+    restored with it follow it; for other services, use 'tidings log adopt'. A service that is restored without the log
+    reads from the log what it lacks when it starts.
     """
     from tidings.database.lineage import adopt, lineage_of, renew
     from tidings.operations.backups import read
@@ -111,7 +115,7 @@ async def restore(
 
 
 def _files(settings: Settings, services: tuple[str, ...] | list[str]) -> tuple[dict[str, Path], list[str]]:
-    """Files by name, the log last; and what is kept elsewhere, in words."""
+    """Return SQLite files by name, the log last; and what is kept elsewhere, in words."""
     from tidings.database.engine import file_of
 
     found: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""`tidings capture`: an event of production as a test of the handler that it was given to. It only reads."""
+"""`tidings capture`: writes a test from an event of production and the handler that it was given to. It only reads."""
 
 from __future__ import annotations
 
@@ -46,18 +46,20 @@ async def capture(
     ] = None,
     redact: Annotated[
         list[str] | None,
-        typer.Option("--redact", metavar="FIELD", help="Replace this field's values, at any depth; may be repeated."),
+        typer.Option(
+            "--redact", metavar="FIELD", help="Replace this field's values, at any depth. Repeat it for more."
+        ),
     ] = None,
 ) -> int:
     """Write a pytest file that gives an event to its handler again: tidings capture EVENT > test_it.py
 
-    What there was before is stated as given: what the streams held that the handler's repositories may have read, the
-    earlier events of the partition key, and the event's causes. The test fails as the event failed, if the
-    reason is in the handler or in these events. What the service's lifespan yields is replaced by stand-ins, which fail
-    as the traceback says, where it does. Of several services the one is meant in which the event failed.
+    The test states earlier events as given: those of the streams that the handler's repositories may have read, those
+    of the same partition key, and the event's causes. It fails as the event failed, if the reason is in the handler or
+    in these events. Stand-ins replace what the service's lifespan yields; if the traceback says how one failed, it
+    fails in the same way. If several services handle the event, the one in which it failed is taken.
 
-    With --redact, the same value gets the same replacement everywhere, and ids keep their shape. Whatever else is
-    personal in these events stays in the file: read it before you commit it.
+    With --redact, each value gets the same replacement everywhere, and ids keep their shape. Other personal values in
+    these events stay in the file: read it before you commit it.
     """
     settings = Settings()
     letter = _LETTER.fullmatch(event)
@@ -104,10 +106,10 @@ async def _event_of_letter(
         raise Refused(NO, f"none of the services {names} has dead letter {id}: 'tidings dead list' shows what there is")
     if len(found) > 1:
         having = ", ".join(service.name for service, _ in found)
-        raise Refused(USAGE, f"of which service? Several have a dead letter {id}: say --service with one of {having}")
+        raise Refused(USAGE, f"which service? Several have a dead letter {id}: say --service with one of {having}")
     service, letter = found[0]
     if letter.kind != "handler" or letter.event_id is None:
-        what = "a message that is no event" if letter.kind == "message" else "an event that the store refuses"
+        what = "a message, not an event" if letter.kind == "message" else "an event that the store refuses"
         cause = f": capture its cause, the event at position {letter.position}" if letter.position is not None else ""
         raise Refused(NO, f"dead letter {id} of service {service.name!r} is {what}, so no handler was given it{cause}")
     return service, UUID(letter.event_id)

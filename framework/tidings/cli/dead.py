@@ -1,4 +1,4 @@
-"""`tidings dead`: what services gave up, and what becomes of it. Nothing is retried or dropped without a yes."""
+"""`tidings dead`: lists, shows, retries and drops dead letters. Nothing is changed without a yes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tidings.errors import TidingsError
     from tidings.operations.dead import DeadLetter, DeadLetters
     from tidings.service import Service
+    from tidings.stores import EventStore
 
 __all__ = ["app"]
 
@@ -34,10 +35,10 @@ class _Dead(Failed["DeadLetters", "DeadLetter"]):
     titles = ("SERVICE", "ID", "DIED", "KIND", "TYPE", "EVENT", "REASON")
     right = (1,)
 
-    def of(self, database: Database, service: str, log: UUID) -> DeadLetters:
+    def of(self, database: Database, service: str, log: UUID, store: EventStore) -> DeadLetters:
         from tidings.operations.dead import DeadLetters
 
-        return DeadLetters(database, service, log)
+        return DeadLetters(database, service, log, store)
 
     def missing(self) -> type[TidingsError]:
         from tidings.operations.dead import DeadLetterNotFound
@@ -49,13 +50,20 @@ class _Dead(Failed["DeadLetters", "DeadLetter"]):
 
     async def choose(self, operations: DeadLetters, verb: str, choice: Choice[str]) -> Chosen:
         if choice.named:
-            wanted = [(await operations.get(int(name))).id for name in choice.named]
-            return Chosen(len(wanted), partial(getattr(operations, verb), wanted))
-        found = await operations.ids(choice.selection, limit=choice.limit)
-        wanted = [number for number, kind in found if verb == "drop" or kind != "message"]
-        left = len(found) - len(wanted)
-        stays = f"{left} are no events and cannot be retried: drop them." if left else ""
-        return Chosen(len(wanted), partial(getattr(operations, verb), wanted), stays)
+            wanted, stays = [(await operations.get(int(name))).id for name in choice.named], ""
+        else:
+            found = await operations.ids(choice.selection, limit=choice.limit)
+            wanted = [number for number, kind in found if verb == "drop" or kind != "message"]
+            left = len(found) - len(wanted)
+            stays = f"{left} are messages, not events, and cannot be retried: drop them." if left else ""
+        if verb == "retry":
+            await operations.check(wanted)
+
+        async def names() -> list[int]:
+            return sorted(wanted)
+
+        some = partial(operations.retry, all_or_none=False)
+        return Chosen(len(wanted), partial(getattr(operations, verb), wanted), stays, names, some)
 
     def row(self, service: Service, entry: DeadLetter) -> tuple[Any, ...]:
         place = f"{entry.stream}@{entry.version}" if entry.stream and entry.version is not None else entry.stream
@@ -73,15 +81,16 @@ class _Dead(Failed["DeadLetters", "DeadLetter"]):
 
 
 _DEAD = _Dead()
-add_list(app, _DEAD, "List the dead letters of services, oldest first, and say how many more there are.")
-add_show(app, _DEAD, "Show one dead letter whole: the event, the reason, the traceback.")
+add_list(app, _DEAD, "List the dead letters of services, the oldest first.")
+add_show(app, _DEAD, "Show everything about one dead letter: the event, the reason, the traceback.")
 for _action in (
     Action(
         "retry",
         "retried",
-        "Hand dead letters to their handlers again: mend the handler first.",
+        "Hand dead letters to their handlers again. Mend the handler first.",
         "Its handler runs again as soon as the service does.",
+        paced=True,
     ),
-    Action("drop", "dropped", "Forget dead letters for good: nobody will handle these events in this service."),
+    Action("drop", "dropped", "Delete dead letters for good: the service will not handle these events any more."),
 ):
     add_action(app, _DEAD, _action)

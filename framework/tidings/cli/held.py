@@ -1,4 +1,4 @@
-"""`tidings held`: what failed for now and is tried again, and what becomes of it. Nothing is changed without a yes."""
+"""`tidings held`: lists, shows, retries, skips and drops held events. Nothing is changed without a yes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from tidings.errors import TidingsError
     from tidings.operations.held import HeldEntry, HeldOperations
     from tidings.service import Service
+    from tidings.stores import EventStore
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Events that failed for now and are tried again: list, show, retry, skip.")
+app = typer.Typer(
+    no_args_is_help=True, help="Events that failed and will be tried again: list, show, retry, skip, drop."
+)
 
 
 class _Held(Failed["HeldOperations", "HeldEntry"]):
@@ -37,7 +40,7 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
     titles = ("SERVICE", "POSITION", "HELD", "NEXT TRY", "ATTEMPTS", "TYPE", "EVENT", "REASON")
     right = (1, 4)
 
-    def of(self, database: Database, service: str, log: UUID) -> HeldOperations:
+    def of(self, database: Database, service: str, log: UUID, store: EventStore) -> HeldOperations:
         from tidings.operations.held import HeldOperations
 
         return HeldOperations(database, service, log)
@@ -61,8 +64,14 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
         else:
             count = await operations.count(choice.selection)
             count = count if choice.limit is None else min(count, choice.limit)
-        act = getattr(operations, verb)
-        return Chosen(count, partial(act, choice.selection, positions=positions, limit=choice.limit))
+
+        async def names() -> Sequence[int]:
+            if positions is not None:
+                return sorted(positions)
+            return await operations.positions(choice.selection, limit=choice.limit)
+
+        act = partial(getattr(operations, verb), choice.selection, positions=positions, limit=choice.limit)
+        return Chosen(count, act, names=names, some=partial(operations.retry_these, choice.selection))
 
     def row(self, service: Service, entry: HeldEntry) -> tuple[Any, ...]:
         due = moment_of(entry.due) if entry.attempts else None
@@ -88,7 +97,7 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
         return f"held event at position {entry.position} of {service.name}: {reason}", fields
 
     async def notes(self, service: Service, operations: HeldOperations) -> Sequence[str]:
-        """How many events each handler has failed at."""
+        """Return a line per handler with the number of events that it has failed at."""
         from tidings.database.held_code import reason_in_code
 
         return [
@@ -113,26 +122,27 @@ add_list(
     app,
     _HELD,
     "List held events, in the order of the log, and how many each handler has failed at.\n\n"
-    "What waits behind an earlier event of its partition key is listed too, without attempts of its own.",
+    "Events that wait behind an earlier event of their partition key are also listed, without attempts.",
 )
-add_show(app, _HELD, "Show one held event whole: the event, its attempts, the reason, the traceback.")
+add_show(app, _HELD, "Show everything about one held event: its attempts, the reason, the traceback.")
 for _action in (
     Action(
         "retry",
         "due now",
-        "Try held events again now: mend what they fail for first.",
+        "Try held events again now. First mend what they failed because of.",
         "The service runs them within seconds.",
+        paced=True,
     ),
     Action(
         "skip",
         "skipped",
-        "Make held events dead letters, which 'dead retry' can bring back; what waits behind them goes on.",
+        "Turn held events into dead letters, which 'dead retry' can bring back. Events that wait behind them go on.",
         "'tidings dead list' has them.",
     ),
     Action(
         "drop",
         "dropped",
-        "Forget held events for good: nobody will handle them in this service; what waits behind them goes on.",
+        "Delete held events for good: the service will not handle them any more. Events that wait behind them go on.",
     ),
 ):
     add_action(app, _HELD, _action)

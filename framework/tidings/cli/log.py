@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, help="The log's identity, after a restor
 @app.command()
 @answering
 async def show(json: Json = False) -> int:
-    """Show the log's identity, and those that it had before it was restored."""
+    """Show the log's identity, and the ones that it had before it was restored."""
     from tidings.database.lineage import lineage_of
 
     async with existing_store(Settings()) as store:
@@ -38,11 +38,11 @@ async def show(json: Json = False) -> int:
 @app.command("renew-identity")
 @answering
 async def renew_identity(yes: Yes = False, json: Json = False) -> int:
-    """Give the log a new identity: after it was restored from a backup, or has lost its end. Stop everything before.
+    """Give the log a new identity, after it was restored from a backup or has lost its end. Stop everything first.
 
-    From here on the log goes on with other events than the one before, at the same positions. With a new identity,
-    messages and databases of the old one are refused instead of being taken for the new events. Services refuse to
-    start (LogChanged) until 'tidings log adopt' lets their databases follow.
+    The log will have other events than before at the same positions. Because of its new identity, messages and
+    databases of the old log are refused instead of being mixed up with the new events. Services refuse to start
+    (LogChanged) until 'tidings log adopt' makes their databases follow it.
     """
     from tidings._support.holders import open_elsewhere
     from tidings.database.lineage import renew
@@ -67,10 +67,10 @@ async def renew_identity(yes: Yes = False, json: Json = False) -> int:
 @app.command()
 @answering
 async def adopt(services: Targets = None, yes: Yes = False, json: Json = False) -> int:
-    """Let the databases of services follow the log after it got a new identity. Stop the services before.
+    """Make the databases of services follow the log after it got a new identity. Stop the services first.
 
-    What a service did up to where the log was restored stands. What it did beyond that is forgotten, so that it takes
-    the new events that come to those positions; its effects stay in its own tables, and are yours to undo.
+    What a service has done up to the end of the restored log stays done. What it has done beyond that is forgotten, so
+    that it handles the new events at those positions. The effects stay in its own tables: undo them yourself.
     """
     from tidings.database.lineage import NothingToAdopt, lineage_of
     from tidings.database.lineage import adopt as follow
@@ -86,7 +86,9 @@ async def adopt(services: Targets = None, yes: Yes = False, json: Json = False) 
         for service in found:
             async with existing_database(settings, service.name) as database:
                 if database is None:
-                    raise Refused(NO, f"service {service.name!r} has never run here: it follows whatever log it finds")
+                    raise Refused(
+                        NO, f"service {service.name!r} has never run here: it will follow whatever log it finds"
+                    )
                 try:
                     done = await follow(database, service.name, lineage)
                 except NothingToAdopt as error:

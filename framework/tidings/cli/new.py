@@ -20,10 +20,10 @@ EXTRAS: Final = ("api", "postgresql")
 
 @answering
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the service, its package and its folder.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the service, its package and its folder.")],
     extras: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="EXTRA,...", help="api: an HTTP API; postgresql: its database on a server."),
+        typer.Option("--with", metavar="EXTRA,...", help="api: an HTTP API; postgresql: a database on a server."),
     ] = None,
 ) -> int:
     """Write a new project: one service with an aggregate, handlers, tests, settings and a Makefile, in the folder NAME.
@@ -43,7 +43,7 @@ def new(
 
 
 def project(name: str, extras: tuple[str, ...], source: str | None = None) -> dict[str, str]:
-    """Return the files of a new project. `source` is what pip installs Tidings from on this machine, if no index."""
+    """Return the files of a new project. `source` is what pip installs Tidings from here; None for its index."""
     api, postgresql = "api" in extras, "postgresql" in extras
     requires = ["cli", "rabbitmq", *(["fastapi"] if api else []), *(["postgresql"] if postgresql else [])]
     develops = [*(["httpx>=0.27"] if api else []), "mypy>=1.11", "ruff>=0.6", "tidings[testing]"]
@@ -87,5 +87,5 @@ def _chosen(given: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     names = [name.strip() for text in given for name in text.split(",")]
     unknown = sorted(set(names) - set(EXTRAS))
     if unknown:
-        raise Refused(USAGE, f"--with {unknown[0]!r}: there are {' and '.join(EXTRAS)}, separated by a comma")
+        raise Refused(USAGE, f"--with {unknown[0]!r}: choose from {' and '.join(EXTRAS)}, separated by a comma")
     return tuple(extra for extra in EXTRAS if extra in names)

@@ -1,4 +1,4 @@
-"""`tidings partitions`: into how many partitions a service is divided, how far each is, and another number of them."""
+"""`tidings partitions`: shows a service's partitions and how far each is, and changes their number."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ async def partitions(
     resize: Annotated[int | None, typer.Option(metavar="N", help="Divide it into N partitions, 1 to 256.")] = None,
     json: Json = False,
 ) -> int:
-    """Show into how many partitions a service is divided, their buckets, floors and queues; or resize it.
+    """Show a service's partitions with their buckets, floors and queues; or resize it.
 
-    As many processes as there are partitions can work at once; further ones stand by. --resize may be done while the
-    service runs: its processes drain, make the queues anew, read what those held from the log, and go on, within
-    seconds; nothing is lost, repeated or reordered. Where none runs, the next one does it at its start. A service that
-    declares partitions=N must be given the new number, or none; its processes end otherwise.
+    As many processes as there are partitions can work at once; more of them stand by. --resize works while the service
+    runs: within seconds, its processes drain, make new queues, read from the log what the old ones contained, and go
+    on. Nothing is lost, repeated or reordered. If no process runs, the next one does this when it starts. If the code
+    declares partitions=N, change it to the new number or remove it: otherwise the processes end.
     """
     settings = Settings()
     target, found = named(service, settings)
@@ -80,14 +80,14 @@ async def _resize(settings: Settings, service: Service, to: int) -> tuple[Layout
             raise Refused(
                 NO,
                 f"service {service.name!r} has never run here, so there is nothing to resize: declare "
-                f"Service({service.name!r}, partitions={to}) before it first does",
+                f"Service({service.name!r}, partitions={to}) before it first runs",
             )
         return await resize(database, service.name, to)
 
 
 def _tell(target: str, service: Service, before: Layout, after: Layout) -> None:
     if before == after:
-        say(f"{service.name} has {after.count} partitions already; nothing was changed.")
+        say(f"{service.name} already has {after.count} partitions; nothing was changed.")
         return
     say(f"{service.name}: {before.count} partitions before, {after.count} now (epoch {after.epoch}).")
     if service.partitions not in (None, after.count):
@@ -96,11 +96,11 @@ def _tell(target: str, service: Service, before: Layout, after: Layout) -> None:
             f"partitions={after.count}, or leave it out, and start them again."
         )
     else:
-        say(f"Who runs makes the new queues within seconds; else who runs next: tidings run {plain(target)}")
+        say(f"A running process makes the new queues within seconds. If none runs: tidings run {plain(target)}")
 
 
 async def _ranges(settings: Settings, service: Service) -> Mapping[int, Range]:
-    """By first bucket."""
+    """Return the ranges of a service by their first bucket."""
     from tidings.database.layout import ranges_of
 
     async with existing_store(settings) as store, existing_database(settings, service.name) as database:
@@ -112,7 +112,7 @@ async def _ranges(settings: Settings, service: Service) -> Mapping[int, Range]:
 
 
 async def _queues(settings: Settings, layout: Layout) -> Mapping[str, Found]:
-    """Nothing where the bus lives in another process, or does not answer."""
+    """Return the queues by name; nothing if the bus is in another process or does not answer."""
     if settings.embedded_bus:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""`tidings replay`: run a service's handlers again, from a position or a time on. Nothing is done without a yes."""
+"""`tidings replay`: runs a service's handlers again, from a position or time on. Nothing is done without a yes."""
 
 from __future__ import annotations
 
@@ -34,19 +34,18 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="POSITION|TIME",
-        help="Events at or above this position of the log; or after the last one recorded before this time, ISO 8601, "
-        "UTC if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00). With --key, --stream or --handler it may "
-        "be left out.",
+        help="Replay events at or above this position of the log, or recorded at or after this time in ISO 8601, UTC "
+        "if it names no zone (2026-11-24T18:00, 2026-11-24T18:00+01:00). Optional with --key, --stream or --handler.",
     ),
 ]
-Cancel = Annotated[bool, typer.Option("--cancel", help="Take back what replays of the service have not begun.")]
+Cancel = Annotated[bool, typer.Option("--cancel", help="Cancel what replays of the service have not run yet.")]
 Gone = Annotated[
     list[str] | None,
     typer.Option(
         "--gone",
         metavar="HANDLER",
-        help="The handler of this name, whose emitted events the log holds, is no handler of today under another name: "
-        "let today's emit beside them.",
+        help="The log has events that a handler of this name emitted. It no longer exists, and no handler is its "
+        "successor: let today's handlers emit their own events beside them.",
     ),
 ]
 
@@ -64,15 +63,15 @@ async def replay(
     yes: Yes = False,
     json: Json = False,
 ) -> int:
-    """Run a service's handlers again, for events that it has settled before.
+    """Run a service's handlers again for events that it has settled.
 
-    Handlers declared with replay=False are passed over; they are those of the code that is found here, and then of the
-    code that runs. The service may be running, and begins within seconds; only what is at work in that very moment, in
-    handlers without a session, runs twice, as after a kill. A replay under way is only ever extended. It is refused
-    where it would append again what a handler emitted that has another name today.
+    Handlers declared with replay=False are passed over, both by the code found here and by the code that runs. The
+    service may be running; then it begins within seconds. Handlers without a session that are running at that moment
+    run twice, as after a kill. A second replay can only extend a replay under way. A replay is refused if it would
+    append events again that a handler emitted under a name that no handler has today.
 
-    With --key, --stream or --handler only those events run again, each in its key's order; nothing else of the service
-    is sent back. 'tidings held list' shows what is left of them.
+    With --key, --stream or --handler, only those events run again, in the order of their keys; nothing else of the
+    service is sent back. 'tidings held list' shows which of them have not run yet.
     """
     from tidings.operations.replay import find_start
     from tidings.operations.selective_replay import Chosen
@@ -80,10 +79,12 @@ async def replay(
     chooses = any(choice is not None for choice in (key, stream, handler))
     if cancel and (since is not None or chooses):
         raise Refused(
-            USAGE, "--cancel takes back all replays of the service: give it no --from, --key, --stream, --handler"
+            USAGE, "--cancel cancels all replays of the service: leave out --from, --key, --stream and --handler"
         )
     if since is None and not chooses and not cancel:
-        raise Refused(USAGE, "say from where: --from POSITION or TIME; or which: --key, --stream or --handler")
+        raise Refused(
+            USAGE, "say where to begin: --from POSITION or TIME; or what to replay: --key, --stream or --handler"
+        )
     settings = Settings()
     target, of = named(service, settings)
     if cancel:
@@ -93,7 +94,9 @@ async def replay(
     async with _opened(settings, of) as (store, database):
         start = await find_start(store, wanted)
         if start is None:
-            raise Refused(NO, f"the log has no event from {since} on that services receive: there is nothing to replay")
+            raise Refused(
+                NO, f"the log has no event from {since} on that is carried to services: there is nothing to replay"
+            )
         if not chooses:
             return await _everything(
                 store, database, of, target, start, gone or (), dry_run=dry_run, yes=yes, json=json
@@ -114,18 +117,24 @@ async def _everything(
     yes: bool,
     json: bool,
 ) -> int:
-    """Send the whole service back."""
+    """Send the whole service back, after a question; return the exit code."""
+    from tidings.operations.genuine import Contradicted
     from tidings.operations.replay import plan, send_back
 
     found = await plan(store, database, service, start)
     doubling = [stranger for stranger in found.strangers if stranger.name not in gone]
     if json:
         doubled = {"strangers": [asdict(stranger) | {"line": stranger.line} for stranger in found.strangers]}
+        doubled |= {"forged": [one._asdict() for one in found.forged]}
         say(facts(asdict(found) | doubled | {"start": start._asdict(), "dry_run": dry_run}))
     else:
         _show(found, doubling)
+        for forged in found.forged:
+            say(f"FORGED, or changed by hand: the log has something else in the place of {plain(str(forged))}")
     if dry_run:
         return OK
+    if found.forged:
+        raise Contradicted(found.forged)
     if doubling:
         raise Refused(NO, _refusal(doubling))
     if not confirmed(f"Run {found.run} events again in service {service.name}?", yes):
@@ -134,7 +143,7 @@ async def _everything(
     if not json:
         say(
             f"{service.name} is sent back to position {start.position}. If it runs, it begins within seconds; else "
-            f"start it: tidings run {plain(target)}. tidings verify {plain(target)} says how far it is."
+            f"start it: tidings run {plain(target)}. tidings verify {plain(target)} shows how far it is."
         )
     return OK
 
@@ -151,7 +160,7 @@ async def _some(
     yes: bool,
     json: bool,
 ) -> int:
-    """Run chosen events again."""
+    """Run chosen events again, after a question; return the exit code."""
     from tidings.operations.authors import strangers
     from tidings.operations.selective_replay import pick, run_again
 
@@ -180,7 +189,7 @@ async def _some(
     if json:
         say(facts(told | {"run": count}))
     else:
-        say(f"{count} run again as soon as {service.name} runs{stays}. --cancel takes back what has not begun.")
+        say(f"{count} run again as soon as {service.name} runs{stays}. --cancel cancels those that have not begun.")
     return OK
 
 
@@ -189,10 +198,11 @@ async def _cancel(settings: Settings, service: Service, dry_run: bool, yes: bool
 
     if dry_run:
         raise Refused(
-            USAGE, "--cancel has no --dry-run: 'tidings held list --error \"replayed by operator\"' shows most of it"
+            USAGE,
+            "--cancel has no --dry-run: 'tidings held list --error \"replayed by operator\"' shows the chosen events",
         )
     async with _opened(settings, service) as (store, database):
-        if not confirmed(f"Take back what replays of {service.name} have not begun?", yes):
+        if not confirmed(f"Cancel what replays of {service.name} have not run yet?", yes):
             return NO
         done = await cancel(database, service.name, await store.log_id())
     if json:
@@ -200,7 +210,7 @@ async def _cancel(settings: Settings, service: Service, dry_run: bool, yes: bool
     else:
         say(
             f"{done.events} chosen events do not run again; {done.buckets} of 256 buckets had been sent back, and "
-            "are where they had been. What had begun and failed stays held."
+            "are again where they were. Events that have run and failed stay held."
         )
     return OK
 
@@ -233,7 +243,7 @@ async def _opened(settings: Settings, service: Service) -> AsyncIterator[tuple[E
         existing_database(settings, service.name) as database,
     ):
         if database is None:
-            raise Refused(NO, f"service {service.name!r} has never run here: it will run every event in any case")
+            raise Refused(NO, f"service {service.name!r} has never run here: it will run every event when it starts")
         yield store, database
 
 
@@ -243,7 +253,7 @@ def _refusal(doubling: Sequence[Stranger]) -> str:
     ends = " ".join(f"--gone {name}" for name in names)
     return (
         f"what {plain(', '.join(names))} emitted would be appended twice, so nothing was changed. To append nothing "
-        f"twice: {plain(remedies)}. If what today's handlers emit is to come beside it, add {plain(ends)}"
+        f"twice: {plain(remedies)}. To append what today's handlers emit beside it, add {plain(ends)}"
     )
 
 
@@ -271,38 +281,38 @@ def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
         say(line.removesuffix("  -"))
     if found.held or found.dead_again:
         say(
-            f"{found.held} held events stay, {found.dead_again} dead letters become held: none of them was ever done, "
-            "so each runs once the replay has come to it, with replay=False too"
+            f"{found.held} held events stay held, {found.dead_again} dead letters become held: none of them was ever "
+            "done, so each runs when the replay comes to it, even with replay=False"
         )
     if found.dead_stay:
         say(f"{found.dead_stay} dead letters stay as they are: their handlers have replay=False, or are gone")
     if found.staged:
-        say(f"{found.staged} emitted events wait for their append, as before")
+        say(f"{found.staged} emitted events are still to be appended, as before")
     if found.missing:
         names = f" (in {plain(', '.join(found.missing_streams))})" if found.missing_streams else ""
         say(
             f"NOT all of it is in the log any more: at least {found.missing} events are missing{names}. Retention or a "
             "deletion removed them, and no replay brings them back"
         )
-    say("The service's own tables are not emptied: what handlers do comes on top of what is there. Empty a read model")
-    say("before, while the service is stopped.")
+    say("The service's own tables are not emptied: handlers write to them as they are. Empty a read model first, while")
+    say("the service is stopped.")
     for share in found.shares:
         if share.never_given:
             say(
                 f"{share.never_given} {plain(share.type)} were settled before handler {plain(share.handler)} began, or "
-                "while it was away: it is given them for the first time"
+                "while it was away: now it is given them for the first time"
             )
     emitting = [share.handler for share in found.shares if share.may_emit and share.run]
     if emitting:
         say(
-            f"May emit: {plain(', '.join(dict.fromkeys(emitting)))}. What the log has of it is not appended a second "
-            "time: of each handler, also under its former names, the n-th event of a type to a stream. What goes to "
-            "another stream, or has another type, is new."
+            f"May emit: {plain(', '.join(dict.fromkeys(emitting)))}. Events that the log already has are not appended "
+            "again: each handler's n-th event of a type to a stream, also under its former names. An event to another "
+            "stream, or of another type, is new."
         )
     for stranger in doubling:
         say(
             f"TWICE: the log holds {stranger.count} events ({plain(', '.join(stranger.emitted))}) that handler "
-            f"{plain(stranger.name)} emitted for {plain(', '.join(stranger.causes))}. No handler of these answers to "
-            f"that name today; {plain(stranger.handler)} runs for them, and what it emits again is appended beside it."
+            f"{plain(stranger.name)} emitted for {plain(', '.join(stranger.causes))}. No handler of these has that "
+            f"name today; {plain(stranger.handler)} runs for them, and what it emits is appended beside them."
         )
         say(f"To append nothing twice: {plain(stranger.remedy)}")

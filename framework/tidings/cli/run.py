@@ -1,4 +1,4 @@
-"""`tidings run`, `relay`, `dev`: they serve until Ctrl-C or SIGTERM, then drain; a second Ctrl-C ends them at once."""
+"""`tidings run`, `relay`, `dev`: serve until Ctrl-C or SIGTERM, then drain. A second Ctrl-C ends them at once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import typer
 
 from tidings._support.escaping import plain_lines
 from tidings._support.tasks import leading, supervised
+from tidings.buses import Subscription
 from tidings.cli._exits import DEFECT, INTERRUPTED, OK, USAGE, Refused, answering, code_of, complain
 from tidings.cli._find import find, find_service, find_services, is_application
 from tidings.service import Service
@@ -28,30 +29,32 @@ from tidings.urls import redact
 __all__ = ["dev", "relay", "run"]
 
 PARTING_SECONDS: Final = 0.25
-"""What is left of a process that has drained gets so long to end."""
+"""Seconds that a drained process has to end by itself."""
 
 Level = Annotated[str, typer.Option("--log-level", help="debug, info, warning, error.")]
 Health = Annotated[
     str | None,
-    typer.Option("--health", metavar="[HOST:]PORT", help="Answer /live and /ready there; HOST is the loopback's."),
+    typer.Option(
+        "--health", metavar="[HOST:]PORT", help="Answer /live and /ready there; by default, HOST is 127.0.0.1."
+    ),
 ]
-Leash = Annotated[bool, typer.Option("--leash", hidden=True, help="End when standard input does.")]
+Leash = Annotated[bool, typer.Option("--leash", hidden=True, help="End when standard input ends.")]
 
 
 @answering
 def run(
     target: Annotated[str, typer.Argument(metavar="MODULE:SERVICE", help="A Service, or an ASGI application.")],
     reload: Annotated[bool, typer.Option("--reload", help="Start again when a .py file below here changes.")] = False,
-    host: Annotated[str, typer.Option(help="Of an ASGI application.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of an ASGI application.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address of an ASGI application.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of an ASGI application.")] = 8000,
     health: Health = None,
     level: Level = "info",
     leash: Leash = False,
 ) -> int:
     """Run a service, or a web application around one, until Ctrl-C or SIGTERM.
 
-    MODULE alone is enough where it has exactly one Service. With an embedded bus the relay runs here, too; over a
-    network it is a process of its own: tidings relay.
+    MODULE alone is enough if it has exactly one Service. With an embedded bus, the relay runs here, too. Over a
+    network, it is a process of its own: tidings relay.
     """
     if reload:
         from tidings.cli._reload import serve_with_reload
@@ -66,12 +69,12 @@ def run(
 
         return _serve(serve(found, settings=Settings(), health=_port(health)))
     if not is_application(found):
-        find_service(target)  # says what it is, and what there is instead
+        find_service(target)  # raises an error with what it is, and the services that there are
         raise Refused(USAGE, f"{target!r} is neither a tidings.Service nor an ASGI application")
     if health is not None:
         raise Refused(
             USAGE,
-            f"--health is for a service; {target!r} answers itself, with the routes of tidings.health_routes",
+            f"--health is for services. Add the routes of tidings.health_routes to the application {target!r}",
         )
     from tidings.cli._web import serve_application
 
@@ -81,19 +84,19 @@ def run(
 @answering
 def relay(
     name: Annotated[
-        str, typer.Option(help="Relays of one name take turns; each name has its own checkpoint.")
+        str, typer.Option(help="Relays with one name take turns; each name has its own checkpoint.")
     ] = "main",
     health: Health = None,
     level: Level = "info",
 ) -> int:
-    """Carry events from the log to the bus, until Ctrl-C or SIGTERM. A second relay of the name waits as a standby."""
+    """Carry events from the log to the bus until Ctrl-C or SIGTERM. A second relay with the same name stands by."""
     _begin(level, False)
     settings = Settings()
     if settings.embedded_bus:
         raise Refused(
             USAGE,
-            f"TIDINGS_BUS is {redact(settings.bus)}: no other process can be reached over it, and the relay runs where "
-            "the services do. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost for one of its own",
+            f"TIDINGS_BUS is {redact(settings.bus)}: it does not reach other processes, so the relay runs where the "
+            "services run. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost to run it by itself",
         )
     return _serve(_relaying(settings, name, _port(health)))
 
@@ -102,8 +105,18 @@ async def _relaying(settings: Settings, name: str, health: int | str | None) -> 
     from tidings.cli._acquainted import compare_logs
     from tidings.hosting.serve import serve
 
+    async def queues() -> list[Subscription]:
+        from tidings.operations.looking import subscriptions_of
+
+        try:
+            services = await asyncio.to_thread(find_services, (), settings, needed=False)
+        except Exception as error:  # the services' code need not be installed here
+            structlog.get_logger("tidings.relay").debug("relay.services_unknown", error=str(error))
+            return []
+        return [part for service in services.values() for part in await subscriptions_of(settings, service)]
+
     async with supervised(compare_logs(settings, name)):
-        await serve(settings=settings, relay=name, health=health)
+        await serve(settings=settings, relay=name, health=health, queues=queues)
 
 
 @answering
@@ -116,9 +129,9 @@ def dev(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where log and databases are kept.", file_okay=False)] = Path(),
     reload: Annotated[bool, typer.Option(help="Start again when a .py file below here changes.")] = True,
-    host: Annotated[str, typer.Option(help="Of web applications.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address of web applications.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Of the first web application; the next ones have the next.")
+        int, typer.Option(min=0, max=65535, help="Port of the first web application; others get the next ports.")
     ] = 8000,
     health: Health = None,
     level: Level = "info",
@@ -126,8 +139,8 @@ def dev(
 ) -> int:
     """Run services, web applications and the relay in one process, embedded, and start again when a .py file changes.
 
-    Nothing needs to be installed: TIDINGS_STORE, TIDINGS_BUS and TIDINGS_DATABASE are not looked at. A service that is
-    the lifespan of a web application is started by that one: do not name it, too.
+    Nothing needs to be installed: TIDINGS_STORE, TIDINGS_BUS and TIDINGS_DATABASE are ignored. A web application with
+    a service's lifespan starts that service itself: do not name it again.
     """
     if reload:
         from tidings.cli._reload import serve_with_reload
@@ -161,7 +174,7 @@ def dev(
 
 
 def _embedded(folder: Path, services: str | None) -> Settings:
-    """What everything in this process runs on: the environment says it, too, to web applications that ask there."""
+    """Return the settings of everything in this process. Web applications find the same in the environment."""
     kept = {"TIDINGS_SERVICES", DEBUG}
     for name in [name for name in os.environ if name.startswith("TIDINGS_") and name not in kept]:
         if not name.startswith(OTHER_VARIABLES):
@@ -185,15 +198,15 @@ def _begin(level: str, leash: bool) -> None:
 
 
 def _hold_on() -> None:
-    """When who started us is gone, however it went, our standard input ends."""
-    # Not through sys.stdin: its lock, held here, would abort the interpreter when it ends.
+    """End this process when the one that started it has ended: then its standard input ends, too."""
+    # Do not read sys.stdin: its lock, if held here, would abort the interpreter at its end.
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Told(logging.Handler):
-    """Knows whether the process has logged anything: then its end is logged, too."""
+    """A handler that notes whether the process has logged anything: then its end is logged, too."""
 
     anything = False
 
@@ -202,8 +215,10 @@ class _Told(logging.Handler):
 
 
 def _end(error: BaseException) -> int:
-    """Say why the process ends, and return the exit code. It is a line of the log where there are others before it;
-    what nobody expected comes with its traceback."""
+    """Tell why the process ends, and return the exit code.
+
+    If the process has logged before, this is a line of the log. An unexpected error comes with its traceback.
+    """
     cause = leading(error)
     code = code_of(cause)
     if sys.stderr.isatty() or code == INTERRUPTED or (code != DEFECT and not _Told.anything):
@@ -218,15 +233,15 @@ def _end(error: BaseException) -> int:
 
 
 def _serve(work: Coroutine[Any, Any, None]) -> int:
-    """Run to the end; the exit code."""
+    """Run to the end, and return the exit code."""
     code = OK
     runner = asyncio.Runner()
     try:
         runner.run(work)
     except (Exception, KeyboardInterrupt) as error:
         code = _end(error)
-    # All is drained, or given up and named in the log; or a service has died, which nobody would notice while a handler
-    # that catches every cancellation, or blocks its thread, keeps the process from ending.
+    # Everything is drained, or abandoned and named in the log; or a service has died. A handler that catches every
+    # cancellation, or blocks its thread, could still keep the process from ending: end it without waiting for that.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

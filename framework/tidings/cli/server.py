@@ -1,4 +1,4 @@
-"""`tidings server`: an EventStoreDB-compatible server over the embedded store, as a process."""
+"""`tidings server`: runs an EventStoreDB-compatible server over the embedded store."""
 
 from __future__ import annotations
 
@@ -21,27 +21,32 @@ _Limits = Annotated[
 ]
 _Strict = Annotated[
     bool,
-    typer.Option("--strict", help="As unkind as EventStoreDB: drop an append that is repeated while it is written."),
+    typer.Option("--strict", help="Drop an append that is repeated while it is being written, as EventStoreDB does."),
+]
+
+_As = Annotated[
+    str,
+    typer.Option("--as", metavar="SERVER", help="Answer as eventstoredb-24.2 or kurrentdb-26.1, with its limits."),
 ]
 
 
 @answering
 def server(
-    db: Annotated[str | None, typer.Option(metavar="PATH", help="Database file; made when it is not there.")] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="Keep the log in memory, and lose it at the end.")] = False,
+    db: Annotated[str | None, typer.Option(metavar="PATH", help="Database file; created if there is none.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Keep the log in memory only.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 2113,
     tls: Annotated[
-        bool, typer.Option("--tls", help="TLS and users; a certificate is made when none is given.")
+        bool, typer.Option("--tls", help="Use TLS and users; without --certificate, one is created.")
     ] = False,
     certificate: Annotated[str | None, typer.Option(metavar="FILE", help="PEM file with the certificate.")] = None,
     key: Annotated[str | None, typer.Option(metavar="FILE", help="PEM file with its key.")] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen elsewhere than on this machine without TLS and users.")
+        bool, typer.Option("--insecure", help="Allow other addresses than this machine's without TLS and users.")
     ] = False,
     remember_ids: Annotated[
         bool,
-        typer.Option("--remember-ids", help="Keep the ids of ANY appends over a restart, as EventStoreDB does not."),
+        typer.Option("--remember-ids", help="Remember ids of ANY appends over a restart. EventStoreDB does not."),
     ] = False,
     projections: Annotated[
         bool, typer.Option("--projections", help="Run $by_category and $by_event_type from the start.")
@@ -49,6 +54,7 @@ def server(
     service: _Services = None,
     limit: _Limits = None,
     strict: _Strict = False,
+    answer_as: _As = "eventstoredb-24.2",
 ) -> None:
     """Serve EventStoreDB's protocol from a file until Ctrl-C or SIGTERM: for tests, laptops and small machines.
 
@@ -58,11 +64,12 @@ def server(
     try:
         from tidings.server import run_server
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("grpc", "esdbclient", "kurrentdbclient", "h2", "google"):
+        missing = (error.name or "").replace(" ", ".").partition(".")[0]
+        if missing not in ("grpc", "esdbclient", "kurrentdbclient", "h2", "google"):
             raise
         raise Refused(
             USAGE,
-            f"tidings server needs the package {error.name!r}: install it with  pip install 'tidings[eventstoredb]'",
+            f"tidings server needs the package {error.name!r}: install it with  pip install 'tidings[kurrentdb]'",
         ) from error
     run_server(
         db,
@@ -78,4 +85,5 @@ def server(
         strict=strict,
         services=service or (),
         limits=limit or (),
+        release=answer_as,
     )

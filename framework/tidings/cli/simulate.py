@@ -1,4 +1,4 @@
-"""`tidings simulate`: live through random worlds of relays, services and faults, and tell the story of one that fails.
+"""`tidings simulate`: simulates random worlds of relays, services and faults, and tells the story of one that fails.
 
 It touches no store, bus or database of yours.
 """
@@ -20,21 +20,26 @@ if TYPE_CHECKING:
 __all__ = ["simulate"]
 
 PROGRESS_SECONDS: Final = 1.0
+"""Seconds between two notes of the progress."""
 
 
 @answering
 def simulate(
-    seed: Annotated[int, typer.Option(min=0, help="The first world's.")] = 0,
-    runs: Annotated[int, typer.Option(min=1, help="Worlds, of this seed and those that follow.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first world.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, help="Number of worlds: this seed and those after it.")] = 100,
     workers: Annotated[int, typer.Option(min=1, help="Processes that simulate.")] = 1,
-    shrink: Annotated[bool, typer.Option(help="Make the first failing world small, and tell its story.")] = True,
-    story: Annotated[bool, typer.Option("--story", help="Tell the story of the first world, as it is.")] = False,
-    without: Annotated[str | None, typer.Option(metavar="RULE", help="Leave a rule out: a promise must break.")] = None,
+    shrink: Annotated[bool, typer.Option(help="Shrink the first failing world, and tell its story.")] = True,
+    story: Annotated[
+        bool, typer.Option("--story", help="Tell the story of the first world, even if it does not fail.")
+    ] = False,
+    without: Annotated[
+        str | None, typer.Option(metavar="RULE", help="Leave a rule out, so that a promise breaks.")
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Prove the promises: the real relay and services in random worlds, where one seed decides every interleaving,
-    crash, pause, loss, repetition and reordering. Exit code 1 when a promise was broken; its seed replays exactly.
+    """Prove the promises: run the real relay and services in random worlds. The exit code is 1 if a promise was broken.
 
+    A seed decides every interleaving, crash, pause, loss, repetition and reordering of its world, and replays exactly.
     Rules to leave out: gap, marker, base, watermark_cas, range_floor, previous_never_low, floor_waits, pass_reaches,
     followers_wait, failed_is_undone, staged_is_looked_for; and acknowledged_late, checkpoint, one_leads, which only
     save work.

@@ -1,4 +1,4 @@
-"""`tidings skip`: one event becomes a dead letter of a service that is not to run it. Nothing is done without a yes."""
+"""`tidings skip`: makes an event dead in a service, so that it is never run. Nothing is done without a yes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ async def skip(
     yes: Yes = False,
     json: Json = False,
 ) -> int:
-    """Have a service never run an event: it becomes dead, 'skipped by operator', and what waits behind it goes on.
+    """Make an event dead in a service: it is never run, and events that wait behind it go on.
 
-    The service may be running, paused, stuck at the event, dying at every start, or not there yet: the skip is durable
-    at once, and nothing of the event is committed afterwards. Handlers without a session that are at work at that
-    moment in the same partition may run twice. 'tidings dead retry' brings the event back.
+    The service may be running, paused, stuck at the event, dying at every start, or not at the event yet. The skip is
+    durable at once, and no effects of the event are committed afterwards. Handlers without a session that are running
+    in the same partition at that moment may run twice. 'tidings dead retry' brings the event back.
     """
     from tidings.operations.lookup import Lookup, Waiting
     from tidings.operations.skip import Skip, standing
@@ -70,10 +70,10 @@ async def skip(
         return OK
     outcome = {
         Skip.HELD: "it was held, and is dead now; its key goes on",
-        Skip.DEAD: "it was dead, and held its key up, which goes on now",
-        Skip.RELEASED: "it is dead already and holds nothing up; nothing was changed",
-        Skip.PENDING: "it is dead as soon as the service comes to it, without being run",
-        Skip.NOTED: "that was noted before; it is dead as soon as the service comes to it",
+        Skip.DEAD: "it was dead and blocked its key, which goes on now",
+        Skip.RELEASED: "it is already dead and blocks nothing; nothing was changed",
+        Skip.PENDING: "it will be dead when the service comes to it, without being run",
+        Skip.NOTED: "it was skipped before, and will be dead when the service comes to it",
     }[state]
     say(plain(f"{of.name}: {where}: {outcome}."))
     return OK

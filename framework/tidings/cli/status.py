@@ -1,8 +1,9 @@
-"""`tidings status`: how far log, relay and services are, once or continually. It only reads."""
+"""`tidings status`: shows how far log, relay and services are, once or continually. It changes nothing."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from tidings.adapters import open_bus
-from tidings.cli._exits import NO, OK, answering
+from tidings.cli._exits import NO, OK, USAGE, answering
 from tidings.cli._find import find_services
-from tidings.cli._output import BOLD, GREEN, RED, Json, columns, facts, moment, paint, plain, say
+from tidings.cli._output import BOLD, GREEN, RED, YELLOW, Json, columns, facts, moment, paint, plain, say
 from tidings.cli.verify import Targets
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
 from tidings.operations.looking import existing_store
@@ -28,6 +29,8 @@ __all__ = ["status"]
 
 SECONDS: Final = 1.0
 """Seconds between two looks of --watch."""
+NUMBERS: Final = re.compile(r"\d+")
+"""What to ignore in texts when a change is looked for: mostly ages."""
 
 
 @answering
@@ -37,13 +40,15 @@ async def status(
     relay: Annotated[str, typer.Option(help="The relay's name.")] = "main",
     json: Json = False,
 ) -> int:
-    """Show how far log, relay and services are; exit code 1 when something is unhealthy, with what to do.
+    """Show how far log, relay and services are, what is unhealthy, and what to do about it.
 
-    LAG counts the events above a service's floor, PENDING those of them that its handlers have not done; AGE is the
-    oldest one's, in seconds. They and 'behind' are counted among 10,000 events of the log; 42+ is 42 or more. CODE is
-    the version of what the service's processes run, or a fingerprint of its handlers. READY and CONSUMERS are the
-    queue's on the bus; an embedded bus lives in the services' process and cannot be seen from here. With --watch a
-    terminal is redrawn; into a pipe goes a line per change; what does not answer is tried again every second.
+    The exit code is 1 if something is unhealthy, and 2 if no service was named: then no service was looked at.
+    LAG is the number of events above a service's floor, PENDING the number of those that its handlers have not done,
+    and AGE the age of the oldest pending event in seconds. These and 'behind' look at 10,000 events of the log at most;
+    42+ means 42 or more. CODE is the version of the code that the service's processes run, or a fingerprint of its
+    handlers. READY and CONSUMERS belong to the queue on the bus; an embedded bus is in the services' process and cannot
+    be seen from here. --watch redraws a terminal. Into a pipe, it writes a line with the time for each change, or with
+    --json for each look. Whatever does not answer is tried again every second.
     """
     settings = Settings()
     found = find_services(services or (), settings, needed=False)
@@ -51,19 +56,16 @@ async def status(
         state = await _once(settings, found, relay)
         for line in [facts(state_facts(state))] if json else _lines(state):
             say(line)
-        return NO if state.problems else OK
+        return NO if state.problems else OK if state.services else USAGE
     async with aclosing(_looks(settings, found, relay)) as looks:
         if not json and sys.stdout.isatty():
             await _redraw(looks)
         last = None
         async for seen in looks:
-            if isinstance(seen, str):
-                shown = facts({"healthy": False, "problems": [seen]}) if json else plain(f"problems=1 {seen}")
-            else:
-                shown = facts(state_facts(seen)) if json else _line(seen)
-            if shown != last:
-                last = shown
-                print(shown if json else f"{moment(datetime.now(UTC))}  {shown}", flush=True)
+            changed = NUMBERS.sub("", seen) if isinstance(seen, str) else _change(seen)
+            if json or changed != last:
+                last, now = changed, moment(datetime.now(UTC))
+                print(_as_json(seen, now) if json else f"{now}  {_line(seen)}", flush=True)
     return OK
 
 
@@ -83,7 +85,7 @@ async def _opened(
 
 
 async def _looks(settings: Settings, services: dict[str, Service], relay: str) -> AsyncGenerator[State | str, None]:
-    """Look after look, for ever. What a look cannot do is told, and done with a fresh connection."""
+    """Yield look after look, for ever. If a look fails, yield the error, and connect again."""
     while True:
         try:
             async with _opened(settings, services, relay) as look:
@@ -103,7 +105,7 @@ async def _redraw(looks: AsyncIterator[State | str]) -> None:
     lines: list[str] = []
     with Live(console=Console(highlight=False), auto_refresh=False, screen=False) as live:
         async for state in looks:
-            if isinstance(state, str):  # what was seen last stays in sight
+            if isinstance(state, str):  # keep showing what was seen last
                 now = moment(datetime.now(UTC))
                 shown = [*lines, paint(f"UNAVAILABLE since the look above; tried again {now}", RED), plain(state)]
             else:
@@ -116,11 +118,28 @@ def state_facts(state: State) -> dict[str, object]:
 
     oldest = state.relay.oldest_seconds
     relay = asdict(state.relay) | {"oldest_seconds": None if oldest is None else round(oldest)}
-    return {"healthy": not state.problems} | asdict(state) | {"relay": relay}
+    healthy = False if state.problems else True if state.services else None
+    return {"healthy": healthy} | asdict(state) | {"relay": relay}
 
 
-def _line(state: State) -> str:
-    """What a change is noticed by: ages, which always change, are not in it."""
+def _as_json(seen: State | str, now: str) -> str:
+    told = {"healthy": False, "problems": [seen]} if isinstance(seen, str) else state_facts(seen)
+    return facts({"at": now} | told)
+
+
+def _change(state: State) -> str:
+    """Return the text by which a change is noticed, without the numbers in problems, which are mostly ages."""
+    return NUMBERS.sub("", "\n".join([_counts(state), *state.problems])) + _counts(state)
+
+
+def _line(seen: State | str) -> str:
+    """Return one look as one line, with the problems at its end."""
+    if isinstance(seen, str):
+        return plain(f"problems=1 {seen}")
+    return " ".join([_counts(seen), *(f"UNHEALTHY {plain(problem)}" for problem in seen.problems)])
+
+
+def _counts(state: State) -> str:
     parts = [f"head={state.head}", f"relay={state.relay.checkpoint}", f"behind={state.relay.behind}"]
     for part in state.services:
         counts = ("floor", "pending", "held", "staged", "dead", "ready", "consumers")
@@ -134,7 +153,7 @@ def _count(number: int | None, complete: bool) -> str | None:
 
 
 def _codes(part: ServiceState) -> list[str]:
-    """Where processes of a service run different code."""
+    """Return a line if processes of a service run different code."""
     if len({(one.version, one.code) for one in part.processes}) < 2:
         return []
     return [plain(f"{part.service}: its processes run different code: {', '.join(map(str, part.processes))}")]
@@ -174,8 +193,10 @@ def _lines(state: State) -> list[str]:
             for line in handler.lines(part.service)
         ]
         lines += [f"{plain(part.service)}: {plain(line)}" for line in said]
-    if not state.problems:
-        return [*lines, paint("healthy", GREEN)]
+    if not state.services:
+        lines.append(f"{paint('NO SERVICE', YELLOW)}  was looked at: give MODULE:SERVICE, or set TIDINGS_SERVICES")
+    elif not state.problems:
+        lines.append(paint("healthy", GREEN))
     for problem in state.problems:
         lines.append(f"{paint('UNHEALTHY', RED)}  {plain(problem)}")
         lines += [f"    follows  {plain(effect)}" for effect in state.effects.get(problem, ())]

@@ -1,4 +1,4 @@
-"""`tidings streams`: look into the log, and append to it. It never changes what is there."""
+"""`tidings streams`: shows the log, and appends to it. It never changes an existing event."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Category = Annotated[
     str | None, typer.Option(metavar="NAME", help="Only streams whose name begins with NAME and '-', as order-1.")
 ]
 System = Annotated[
-    bool, typer.Option("--system", help="Also the streams of Tidings ('tidings_...') and the store ('$...').")
+    bool, typer.Option("--system", help="Also streams of Tidings ('tidings_...') and of the store ('$...').")
 ]
 
 
@@ -63,11 +63,11 @@ async def list_(
     limit: Annotated[int, typer.Option(min=1, help="Read at most this many of the newest events.")] = 10_000,
     json: Json = False,
 ) -> None:
-    """List streams, the one that was written last first.
+    """List streams, beginning with the one that was written last.
 
-    A store keeps no list of its streams: this reads the log backwards, as far as --limit, and shows what it meets
-    (EVENTS counts those it met; deleted streams are met, too). 10,000 events take some tenths of a second from the
-    embedded store.
+    A store has no list of its streams. So this reads the log backwards, at most --limit events, and lists the streams
+    of these events, also deleted ones. EVENTS counts only the events that were read. 10,000 events take a fraction of a
+    second from the embedded store.
     """
     streams: dict[str, tuple[RecordedEvent, int]] = {}
     looked = 0
@@ -98,12 +98,16 @@ async def list_(
 @answering
 async def show(
     stream: Annotated[str, typer.Argument(metavar="STREAM")],
-    start: Annotated[int | None, typer.Option("--from", min=0, metavar="VERSION", help="Begin there.")] = None,
-    backwards: Annotated[bool, typer.Option("--backwards", "-b", help="From the end, or --from, downwards.")] = False,
+    start: Annotated[
+        int | None, typer.Option("--from", min=0, metavar="VERSION", help="Begin at this version.")
+    ] = None,
+    backwards: Annotated[
+        bool, typer.Option("--backwards", "-b", help="Read backwards, from the end or from --from.")
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most this many events.")] = None,
     json: Json = False,
 ) -> None:
-    """Show a stream's events whole, with data and metadata."""
+    """Show the events of a stream with their data and metadata."""
     async with existing_store(Settings()) as store:
         async for event in store.read_stream(stream, start=start, backwards=backwards, limit=limit):
             if json:
@@ -125,7 +129,7 @@ async def tail(
 ) -> None:
     """Show the last events, one per line: position, time, stream@version, type, data."""
     if stream is not None and (category or system):
-        raise Refused(USAGE, "give either a STREAM, or --category and --system for all of them")
+        raise Refused(USAGE, "give either a STREAM, or --category and --system, which are for all streams")
     async with existing_store(Settings()) as store:
         if stream is not None:
             events = _of_stream(store, stream, count, follow)
@@ -172,7 +176,7 @@ async def append(
     stream: Annotated[str, typer.Argument(metavar="STREAM")],
     type: Annotated[str, typer.Argument(metavar="TYPE", help="The event's wire name.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSON; '-' reads it from standard input.")] = "{}",
-    metadata: Annotated[str, typer.Option(metavar="JSON", help="An object, for what handlers find in context.")] = "{}",
+    metadata: Annotated[str, typer.Option(metavar="JSON", help="A JSON object for handlers.")] = "{}",
     key: Annotated[
         str | None, typer.Option(metavar="KEY", help="Partition key. Default: as the event's class says.")
     ] = None,
@@ -180,20 +184,23 @@ async def append(
         int | None, typer.Option("--schema-version", min=1, metavar="N", help="Default: as the event's class says.")
     ] = None,
     expected: Annotated[
-        str, typer.Option(metavar="any|no-stream|exists|VERSION", help="What the stream must be like.")
+        str, typer.Option(metavar="any|no-stream|exists|VERSION", help="State that the stream must be in.")
     ] = "any",
     id: Annotated[UUID | None, typer.Option(metavar="UUID", help="The event's id; by default a new one.")] = None,
-    octets: Annotated[bool, typer.Option("--octets", help="DATA is not JSON, but bytes; nothing is checked.")] = False,
-    unchecked: Annotated[bool, typer.Option("--unchecked", help="Compare it with no class or event.")] = False,
+    octets: Annotated[bool, typer.Option("--octets", help="DATA is bytes, not JSON; nothing is checked.")] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Do not compare it with classes or other events.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be appended; append nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Append one event, and print its version and position.
 
-    It is checked by the classes that the services of TIDINGS_SERVICES declare for its type, and gets the partition key
-    and schema version that these say. Without such a class the stream's name is its key, unless --key names another.
-    An event appended with --unchecked says so in its metadata, and is no example for later events of its type.
-    With --id and --expected no-stream or a VERSION, it can be repeated without being written twice.
+    It is checked with the classes that the services of TIDINGS_SERVICES declare for its type, and gets its partition
+    key and schema version from them. Without such a class, the name of the stream is its key, unless --key gives
+    another. The metadata of an event appended with --unchecked says so, and later events of its type are not compared
+    with it. With --id and --expected no-stream or VERSION, the command can be repeated without appending twice. Use an
+    id in one stream only, because a server remembers the first stream that had it.
     """
     _check_names(stream, type)
     content = sys.stdin.buffer.read() if data == "-" else data.encode("utf-8", "surrogateescape")
@@ -209,7 +216,7 @@ async def append(
         print(f"Note: {plain(note)}", file=sys.stderr)
     if dry_run:
         if looked and not known.by:
-            with suppress(StoreUnavailable):  # there is no log yet, or none to be asked
+            with suppress(StoreUnavailable):  # there is no log yet, or it does not answer
                 async with existing_store(settings) as store:
                     _ask_about(type, services, await check_against(given, store))
         for line in dry_lines(stream, event, expected, known, json):
@@ -228,7 +235,7 @@ async def append(
 
 
 def _check_names(stream: str, type: str) -> None:
-    """Raise `Refused` for a name that is Tidings' or the store's own, `InvalidStreamName` for one that is none."""
+    """Raise `Refused` for a name that is reserved for Tidings or the store, `InvalidStreamName` for an invalid one."""
     for what, name in (("stream", stream), ("type", type)):
         if name.startswith(RESERVED):
             raise Refused(USAGE, f"{what} {name!r}: names that begin with '$', 'tidings_' or 'tidings.' are reserved")
@@ -236,7 +243,7 @@ def _check_names(stream: str, type: str) -> None:
 
 
 def _ask_about(type: str, services: Collection[str], known: bool) -> None:
-    """Ask whether the name of a type is right that no service declares, unless the log knows it."""
+    """Ask whether the name is right if no service declares the type and the log does not have it."""
     if services and not known:
         print(f"Note: no service of TIDINGS_SERVICES declares {plain(repr(type))}: is the name right?", file=sys.stderr)
 
@@ -244,7 +251,7 @@ def _ask_about(type: str, services: Collection[str], known: bool) -> None:
 def _expected(text: str) -> Expected:
     if text in _STATES:
         return _STATES[text]
-    if text.isdecimal() and len(text) < 20:  # no version has more digits, and Python reads no more than some thousand
+    if text.isdecimal() and len(text) < 20:  # no version has more digits, and Python limits how many it reads
         return int(text)
     raise Refused(
         USAGE, f"--expected {text!r}: write any, no-stream, exists, or the version of the stream's last event"

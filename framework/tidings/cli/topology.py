@@ -1,4 +1,4 @@
-"""`tidings topology`: what the bus must have for these services, and what it has; users for it. It deletes nothing."""
+"""`tidings topology`: shows what services need on the bus and what it has, and makes users. It deletes nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidings.adapters import open_bus
-from tidings.buses import ExportsUsers, Found, ListsQueues, Subscription
+from tidings.buses import ExportsUsers, Found, ListsBindings, ListsLimits, ListsQueues, Subscription
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import Json, columns, facts, plain, say
 from tidings.cli.verify import Targets
-from tidings.errors import TopologyMismatch
-from tidings.operations.looking import subscriptions_of
+from tidings.errors import ConfigurationError, DatabaseUnavailable, TopologyMismatch
+from tidings.operations.looking import existing_layout, subscriptions_of
+from tidings.protocol.position import BUCKETS
 from tidings.settings import Settings
 from tidings.urls import redact
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="What the bus must have for the services, what it has, what differs.")
+app = typer.Typer(no_args_is_help=True, help="What services need on the bus, what it has, and what differs.")
 
 _PLAN = {"missing": "make", "fits": "keep", "differs": "delete it by hand, then apply"}
 
@@ -36,7 +37,7 @@ _PLAN = {"missing": "make", "fits": "keep", "differs": "delete it by hand, then 
 @app.command()
 @answering
 async def plan(services: Targets = None, json: Json = False) -> int:
-    """Show what is needed, what is there, and what 'apply' would do."""
+    """Show what services need, what the bus has, and what 'apply' would do."""
     _show(await _found(*await _needed(services)), json)
     return OK
 
@@ -46,7 +47,8 @@ async def plan(services: Targets = None, json: Json = False) -> int:
 async def diff(
     services: Targets = None,
     former: Annotated[
-        list[str] | None, typer.Option("--former", metavar="NAME", help="A service that there was once; repeat it.")
+        list[str] | None,
+        typer.Option("--former", metavar="NAME", help="A service that no longer exists. Repeat it for more."),
     ] = None,
     management: Annotated[
         str | None,
@@ -54,22 +56,35 @@ async def diff(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Show only what is missing or differs, and queues that nobody serves; exit code 1 when there is anything.
+    """Show what is missing or differs, queues that no service consumes, and foreign bindings. Exit code 1 if any.
 
-    Queues of renamed and retired services are known by the databases, by --former, or by --management.
+    Queues of renamed and retired services are found through the databases, --former, or --management. Foreign bindings
+    to Tidings' exchanges and queues are only seen with --management; without it, the command says so.
     """
-    from tidings.cli._orphans import former_services, orphans
+    from tidings.cli._orphans import former_services, orphans, unneeded
 
     settings, subscriptions = await _needed(services)
     names = {subscription.service for subscription in subscriptions}
     past = await former_services(settings, names) | set(former or ())
     async with open_bus(settings.bus) as bus:
-        found = [thing for thing in await bus.inspect(subscriptions) if thing.state != "fits"]
+        there = await bus.inspect(subscriptions)
+        found = [thing for thing in there if thing.state != "fits"]
+        for thing in there:
+            if thing.state == "fits" and thing.detail:
+                print(plain(f"{thing.kind} {thing.name}: {thing.detail}"), file=sys.stderr)
         listed: list[Found] = []
         if management is not None:
             if not isinstance(bus, ListsQueues):
                 raise Refused(USAGE, f"{redact(settings.bus)} cannot list its queues: leave out --management")
             listed = await bus.listed_queues(management)
+        if isinstance(bus, ListsBindings):
+            if management is None:
+                print(bus.bindings_unseen, file=sys.stderr)
+            else:
+                found += await bus.foreign_bindings(management, subscriptions)
+        if isinstance(bus, ListsLimits) and management is not None:
+            found += await bus.limiting_policies(management, subscriptions)
+        found += await unneeded(bus, subscriptions)
         found += await orphans(bus, past - names, {subscription.queue for subscription in subscriptions}, listed)
     _show(found, json)
     if json and not found:
@@ -84,8 +99,8 @@ async def diff(
 async def apply(services: Targets = None, json: Json = False) -> int:
     """Make what is missing, bind each queue, and show the outcome.
 
-    What exists with other properties is left alone and named (exit code 1). Services and relay do the same when they
-    start.
+    Queues and exchanges with other properties are left alone and named (exit code 1). Services and relay do the same
+    when they start.
     """
     settings, subscriptions = await _needed(services)
     async with open_bus(settings.bus) as bus:
@@ -106,33 +121,78 @@ async def export(
     relay: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A relay's name; by default 'main'.")] = None,
     secrets: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Passwords, a JSON object by user; those it lacks are made and added."),
+        typer.Option(metavar="FILE", help="JSON object of passwords by user. Missing ones are made and added."),
+    ] = None,
+    partitions: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COUNT", help="Allow a service this many partitions. Repeat it for more."),
     ] = None,
 ) -> int:
-    """Print RabbitMQ definitions: a user for each service and relay who may do only what it needs, and the exchanges.
+    """Print RabbitMQ definitions: the exchanges, and a user with only the necessary rights for each service and relay.
 
-    'rabbitmqctl import_definitions FILE' takes them. They hold salted hashes; the passwords themselves are in the file
-    of --secrets alone, and without it nobody can log in before 'rabbitmqctl change_password USER'. Users are named as
-    their queues: tidings.SERVICE, tidings.relay.NAME. The vhost is that of TIDINGS_BUS, which need not answer.
+    Each service's user may make the queues of its present partitions, and its number of connections is limited. Before
+    'tidings partitions --resize', export and import with --partitions.
+
+    'rabbitmqctl import_definitions FILE' imports them. They contain salted hashes; only the file of --secrets has the
+    passwords. Without --secrets, nobody can log in until 'rabbitmqctl change_password USER' sets a password. Users have
+    the names of their queues: tidings.SERVICE, tidings.relay.NAME. The vhost is that of TIDINGS_BUS, which need not
+    answer.
     """
     settings, chosen = _chosen(services)
     names, relays = [service.name for service in chosen], list(dict.fromkeys(relay or ("main",)))
+    counts = _counts(partitions or (), names)
+    queues = [
+        queue for service in chosen for queue in await _own_queues(settings, service, counts.get(service.name, 0))
+    ]
     async with open_bus(settings.bus) as bus:
         if not isinstance(bus, ExportsUsers):
-            raise Refused(USAGE, f"{redact(settings.bus)} has no users and permissions that could be exported")
+            raise Refused(USAGE, f"{redact(settings.bus)} has no users and permissions to export")
         passwords = _passwords(secrets, bus.users(names, relays)) if secrets is not None else {}
-        say(json_.dumps(bus.definitions(names, relays, passwords), indent=2))
+        say(json_.dumps(bus.definitions(queues, relays, passwords), indent=2))
     if secrets is None:
-        print("Imported like this, these users have no passwords; --secrets FILE makes some.", file=sys.stderr)
+        print("Imported as they are, these users have no passwords; --secrets FILE makes some.", file=sys.stderr)
     return OK
 
 
+def _counts(given: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """Read --partitions: the number of partitions that each service may have. Raises `Refused`."""
+    counts = {}
+    for text in given:
+        name, _, count = text.partition("=")
+        if name not in names or not count.isdecimal() or not 1 <= int(count) <= BUCKETS:
+            raise Refused(
+                USAGE,
+                f"--partitions {text!r}: write NAME=COUNT, with the name of a service that is exported ("
+                f"{', '.join(names)}) and a number from 1 to {BUCKETS}",
+            )
+        counts[name] = int(count)
+    return counts
+
+
+async def _own_queues(settings: Settings, service: Service, count: int) -> list[Subscription]:
+    """Return every queue that the service may make or delete.
+
+    These are the queues of its layout, of the layout before, and of `count` partitions.
+    """
+    numbered = max(count, service.partitions or 1)
+    try:
+        layout = await existing_layout(settings, service)
+        numbered = max(numbered, layout.count, layout.former)
+        divided = numbered > 1 or layout.epoch > 0
+    except (
+        DatabaseUnavailable,
+        ConfigurationError,
+    ):  # it has no layout yet, or its database is not reachable from here
+        divided = numbered > 1
+    return [Subscription(service.name), *(Subscription(service.name, n, BUCKETS) for n in range(numbered * divided))]
+
+
 def _passwords(file: Path, users: Sequence[str]) -> dict[str, str]:
-    """What the file has, and for whom it has nothing a new one, kept there before anybody hears of its hash."""
+    """Return the file's passwords, with new ones for missing users, which are stored before a hash is printed."""
     try:
         known = json_.loads(file.read_bytes()) if file.exists() else {}
         if not isinstance(known, dict) or not all(isinstance(word, str) and word for word in known.values()):
-            raise ValueError("it is no object of texts")
+            raise ValueError("it is not an object of strings")
         if missing := [user for user in users if user not in known]:
             known |= {user: random.token_urlsafe(24) for user in missing}
             fresh = file.with_name(f"{file.name}.new")
@@ -142,7 +202,7 @@ def _passwords(file: Path, users: Sequence[str]) -> dict[str, str]:
                 os.fsync(writing.fileno())
             fresh.replace(file)
     except (OSError, ValueError, RecursionError) as error:
-        # Never with a part of the file, which json's own errors do not quote either.
+        # The error must not quote the file; json's own errors do not either.
         raise Refused(
             USAGE,
             f"the passwords in {str(file)!r} cannot be kept: {error}. Name a file that this user may write, with JSON "
@@ -156,8 +216,8 @@ def _chosen(targets: Sequence[str] | None) -> tuple[Settings, list[Service]]:
     if settings.embedded_bus:
         raise Refused(
             USAGE,
-            f"TIDINGS_BUS is {redact(settings.bus)}: such a bus lives in the process of its services, which make there "
-            "what they need. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost",
+            f"TIDINGS_BUS is {redact(settings.bus)}: such a bus is in the process of its services, which make what "
+            "they need. Set TIDINGS_BUS=amqp://user:password@host:5672/vhost",
         )
     return settings, list(find_services(targets or (), settings).values())
 
@@ -172,18 +232,20 @@ async def _found(settings: Settings, subscriptions: Sequence[Subscription]) -> l
         return await bus.inspect(subscriptions)
 
 
+def _plan(thing: Found) -> str:
+    return _PLAN[thing.state] if thing.kind in ("exchange", "queue") else "mend it by hand, see below"
+
+
 def _show(found: Sequence[Found], json: bool) -> None:
     if json:
         for thing in found:
             say(facts(thing))
         return
-    rows = [
-        (thing.kind, thing.name, thing.state, thing.messages, thing.consumers, _PLAN[thing.state]) for thing in found
-    ]
+    rows = [(thing.kind, thing.name, thing.state, thing.messages, thing.consumers, _plan(thing)) for thing in found]
     if rows:
         titles = ("KIND", "NAME", "STATE", "MESSAGES", "CONSUMERS", "PLAN")
         for line in columns(titles, rows, right=(3, 4)):
             say(line)
     for thing in found:
         if thing.detail:
-            say(plain(f"{thing.name}: {thing.detail}"))  # what the broker says may quote others
+            say(plain(f"{thing.name}: {thing.detail}"))  # the broker may quote foreign text

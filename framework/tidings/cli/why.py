@@ -1,4 +1,4 @@
-"""`tidings why`: one event's timeline, from what caused it to what it caused. It only reads."""
+"""`tidings why`: shows one event's timeline, from its causes to what it caused. It only reads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidings.cli._exits import OK, answering
+from tidings.cli._exits import answering
 from tidings.cli._find import event_named, find_services
 from tidings.cli._output import BOLD, Json, facts, moment, paint, plain, say
 from tidings.cli._reading import Reading
+from tidings.cli._unseen import Unseen
 from tidings.cli.verify import Targets
 from tidings.operations.looking import existing_database, existing_store
 from tidings.operations.report import moment_of
@@ -31,37 +32,41 @@ async def why(
     relay: Annotated[str, typer.Option(metavar="NAME", help="The relay whose checkpoint is compared.")] = "main",
     json: Json = False,
 ) -> int:
-    """Show what became of one event: its cause, whether it was published, how each service stands, what it caused.
+    """Show what became of one event: its causes, whether it was published, its state in each service, what it caused.
 
-    STREAM@VERSION is found at once, a position by reading the log from its nearer end. An id is looked for in what
-    services hold, then in the log, newest first; what the event caused is found by reading the log behind it. Ctrl-C
-    ends a long search. Services are those of TIDINGS_SERVICES unless some are named; without any, the log alone is
-    told.
+    STREAM@VERSION is found at once, and a position by reading the log from its nearer end. An id is searched in the
+    services' databases, and then backwards in the log. What the event caused is found by reading the log from the event
+    on. Ctrl-C ends a long search. Without arguments, the services are those of TIDINGS_SERVICES; without any services,
+    only the log is searched.
     """
     settings, target = Settings(), event_named(event)
     found = find_services(services or (), settings, needed=False).values()
+    unseen = Unseen(len(found))
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(existing_store(settings))
-        pairs = [
-            (service, await stack.enter_async_context(existing_database(settings, service.name))) for service in found
-        ]
+        pairs = []
+        for service in found:
+            with unseen.without(service.name):
+                database = await stack.enter_async_context(existing_database(settings, service.name))
+                pairs.append((service, database))
         from tidings.operations.timeline import trace
 
         with Reading() as reading:
             timeline = await trace(store, pairs, target, relay=relay, progress=reading.reached)
     if json:
-        say(facts(_facts(timeline)))
+        say(facts(_facts(timeline) | ({"unseen": unseen.facts()} if unseen.errors else {})))
     else:
         for line in _lines(timeline):
             say(line)
-    return OK
+    unseen.tell()
+    return unseen.code
 
 
 # ---- JSON ----------------------------------------------------------------------------
 
 
 def _facts(timeline: Timeline) -> dict[str, Any]:
-    """What was caused is a flat list in the order of the tree: a tree may be deeper than JSON readers like."""
+    """Return the timeline for JSON. What was caused is a flat list in the order of the tree, which may be very deep."""
     return {
         "event": _happening(timeline.event),
         "causes": [_happening(cause) for cause in timeline.causes],
@@ -82,7 +87,7 @@ def _happening(happening: Happening) -> dict[str, Any]:
 
 
 def _published(timeline: Timeline, happening: Happening) -> bool | None:
-    """None where nobody can know."""
+    """Return whether the event was published; None if that is not known."""
     if happening.position is None or happening.bucket is None:
         return False
     return None if timeline.checkpoint is None else happening.position <= timeline.checkpoint
@@ -98,10 +103,12 @@ def _lines(timeline: Timeline) -> Iterator[str]:
         yield f"  {'recorded':<12} {moment(event.recorded_at)}"
     if event.correlation_id is not None:
         yield f"  {'correlation':<12} {plain(event.correlation_id)}"
+    if event.actor is not None or event.principal is not None:
+        yield f"  {'actor':<12} {_who(event)}"
     for cause in timeline.causes:
         yield f"  {'caused by':<12} {_one(cause)}"
     if timeline.unknown_cause is not None:
-        yield f"  {'caused by':<12} {plain(timeline.unknown_cause)}, which was not found below it"
+        yield f"  {'caused by':<12} {plain(timeline.unknown_cause)}, which was not found in the log before it"
     elif event.causation_id is None:
         yield f"  {'caused by':<12} no event: it was appended from outside"
     yield f"  {'published':<12} {_told(timeline)}"
@@ -124,6 +131,13 @@ def _one(happening: Happening) -> str:
     return f"{plain(happening.type)} {happening.event_id} at {where}{by}{waiting}"
 
 
+def _who(happening: Happening) -> str:
+    proved = happening.principal
+    if happening.actor is None or happening.actor == proved:
+        return plain(proved or "")
+    return plain(happening.actor) if proved is None else f"{plain(happening.actor)}, as {plain(proved)} says"
+
+
 def _told(timeline: Timeline) -> str:
     event = timeline.event
     if event.position is None:
@@ -139,7 +153,7 @@ def _told(timeline: Timeline) -> str:
 def _stands(standing: Standing) -> str:
     if standing.state not in ("held", "dead"):
         if standing.state == "not given":
-            return f"not given to {plain(standing.handler or 'its handler')}: it was settled before that began"
+            return f"not given to {plain(standing.handler or 'its handler')}: it was settled before that handler began"
         return f"{standing.state} by {plain(standing.handler)}" if standing.handler else standing.state
     attempts = "1 attempt" if standing.attempts == 1 else f"{standing.attempts} attempts"
     tried = f"{attempts} of {plain(standing.handler or 'its handler')}"
@@ -153,7 +167,7 @@ def _stands(standing: Standing) -> str:
 
 
 def _brief(happening: Happening) -> str:
-    """Where it is handled, and how it stands there."""
+    """Return in which services the event is handled, and its state there."""
     states = [
         f"{standing.service} {standing.state}"
         for standing in happening.services

@@ -20,20 +20,26 @@ class BulkUpdate:
     numbers.
     """
 
-    def __init__(self, statement: Update) -> None:
+    def __init__(self, statement: Update, names: Sequence[str]) -> None:
+        """`names` are those of the bound parameters that rows give."""
         self._statement = statement
+        self._names = tuple(names)
         self._compiled: Any = None
 
-    async def run(self, connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> int:
-        """Return how many rows of the table it changed; `rows`, one or more, give its bound parameters."""
+    async def run(self, connection: AsyncConnection, values: Sequence[tuple[Any, ...]]) -> int:
+        """Return how many rows of the table it changed; `values`, one or more, give its bound parameters, in the order
+        of their names."""
         dialect = connection.dialect
         if dialect.name == "sqlite":
             if self._compiled is None:
                 self._compiled = self._statement.compile(dialect=dialect)
                 assert len(self._compiled.positiontup) > 1
-            fixed, pick = self._compiled.params, itemgetter(*self._compiled.positiontup)
-            result = await connection.exec_driver_sql(self._compiled.string, [pick(fixed | row) for row in rows])
+            fixed = {name: value for name, value in self._compiled.params.items() if name not in self._names}
+            places = {name: place for place, name in enumerate((*self._names, *fixed))}
+            pick, rest = itemgetter(*map(places.__getitem__, self._compiled.positiontup)), tuple(fixed.values())
+            result = await connection.exec_driver_sql(self._compiled.string, [pick(row + rest) for row in values])
             return result.rowcount
+        rows = [dict(zip(self._names, row, strict=True)) for row in values]
         if len(rows) == 1 or dialect.supports_sane_multi_rowcount:
             return (await connection.execute(self._statement, rows)).rowcount
         changed = 0

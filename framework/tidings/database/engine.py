@@ -39,6 +39,9 @@ FEWEST: Final = 3
 SHARE: Final = 4
 """One of so many connections is for handlers with a session. The others stay free for commits, requests and health."""
 _MADE_AT: Final = "tidings_made_at"
+_ONE_MOMENT: Final = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+"""Without this, each statement of a transaction on PostgreSQL sees what was committed before that statement. On SQLite,
+a transaction sees one moment in any case."""
 
 
 class Database:
@@ -61,6 +64,7 @@ class Database:
         others wait."""
         level = {"isolation_level": "IMMEDIATE"} if self.one_writer else {}
         self._writing = engine.execution_options(tidings_writing=True, **level)
+        self._reading = engine.execution_options(**_ONE_MOMENT) if engine.dialect.name == "postgresql" else engine
         sa.event.listen(engine.sync_engine, "handle_error", marked)
         sa.event.listen(engine.sync_engine, "connect", self._learn)
         self._distrusted = 0.0
@@ -139,10 +143,11 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """Enter a connection for reading only. Raises as `transaction`."""
+        """Enter a transaction for reading only. All its statements see the database at one moment, that of the first:
+        what moves from one table to another meanwhile is seen once. Raises as `transaction`."""
         try:
             with outages(self.shown):
-                async with self._connected(self.engine) as connection:
+                async with self._connected(self._reading) as connection:
                     yield connection
         except DatabaseUnavailable as error:
             mark(error, self)

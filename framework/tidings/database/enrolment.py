@@ -19,6 +19,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tidings.database.held_events import lock_held
 from tidings.database.scope import Scope
 from tidings.database.tables import dead, floors, handlers, held, partials, partitions, spans, watermarks
 from tidings.errors import Fenced
@@ -128,7 +129,7 @@ class Enrolment:
         found = sa.select(floors.c.handlers).where(*this)
         row = (await self._connection.execute(found)).one_or_none()
         if row is None:
-            raise Fenced(f"service {self._service.name!r} was resized, and this process has not heard of it yet")
+            raise self._resized()
         before: Since | None = None
         if row.handlers is not None:
             before = {name: Begun(*begun) for name, begun in json.loads(row.handlers).items()}
@@ -144,6 +145,7 @@ class Enrolment:
             for name, begun in since.items()
         }
         if await self._failed_before():
+            await lock_held(self._connection, *self._scope.in_range(held))
             for handler in self._service.named.values():
                 await self._set_lines(handler)
         text = json.dumps(since, sort_keys=True)
@@ -355,6 +357,9 @@ class Enrolment:
         if rows:
             await self._connection.execute(spans.insert(), rows)
 
+    def _resized(self) -> Fenced:
+        return Fenced(f"service {self._service.name!r} was resized, and this process has not heard of it yet")
+
     async def _settled(self) -> dict[int, int]:
         """Return how far each bucket of the range is. It stays so until the end of the transaction: what the version
         before has under way is waited for, and counts. What it begins afterwards is fenced."""
@@ -363,7 +368,9 @@ class Enrolment:
         # In the order in which groups move them. Whoever raises the floor has a lock on one of them, too.
         rows = (await self._connection.execute(of_range.order_by(watermarks.c.bucket).with_for_update())).all()
         of_floor = sa.select(floors.c.position).where(*self._scope.of_floor())
-        floor = (await self._connection.execute(of_floor)).scalar_one()
+        floor = await self._connection.scalar(of_floor)
+        if floor is None:  # between the first look and the first lock
+            raise self._resized()
         return dict.fromkeys(self._scope.buckets, floor) | {row.bucket: max(row.position, floor) for row in rows}
 
     async def _spans(self, name: str | None = None) -> list[Span]:

@@ -25,6 +25,8 @@ def key_of(event: RecordedEvent, own: Mapping[str, Any] | None = None) -> str:
     same text by chance.
     """
     name = partition_key(event, own)
+    if len(name) <= KEY_BYTES // 4 and name.isascii() and "\0" not in name:  # nearly always
+        return name
     key: str = _plain(name)
     if key == name and (len(key) <= KEY_BYTES // 4 or len(key.encode()) <= KEY_BYTES):
         return key

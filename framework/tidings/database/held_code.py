@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.held_events import NEVER_TRIED
+from tidings.database.held_events import NEVER_TRIED, lock_held
 from tidings.database.scope import Scope
 from tidings.database.tables import held
 
@@ -71,6 +71,8 @@ class HeldCode:
         total = sum(found.values())
         step = min(1 / RENEWED_RATE, RENEWED_SECONDS / max(total, 1))
         other = (*self._in_range, held.c.attempts > NEVER_TRIED, held.c.handler == sa.bindparam("of"))
+        if found:
+            await lock_held(connection, *self._in_range, held.c.attempts > NEVER_TRIED)
         for handler in found:
             code = codes[handler]
             await connection.execute(

@@ -17,7 +17,17 @@ from tidings.database.event_rows import recorded
 from tidings.database.tables import held
 from tidings.stores import RecordedEvent
 
-__all__ = ["NEVER_TRIED", "HeldCount", "HeldEvent", "Line", "changing", "held_by_handler", "held_event"]
+__all__ = [
+    "NEVER_TRIED",
+    "HeldCount",
+    "HeldEvent",
+    "Line",
+    "changing",
+    "held_by_handler",
+    "held_event",
+    "lock_held",
+    "turns",
+]
 
 NEVER_TRIED: Final[sa.ColumnElement[int]] = sa.literal_column("0", sa.Integer)
 """Attempts at an event that only waits behind another one. It is written as the index of those that failed has it: of a
@@ -79,6 +89,21 @@ async def held_by_handler(connection: AsyncConnection, service: str, log: UUID) 
         reason = await connection.scalar(one)
         found.append(HeldCount(handler, events, since, due, (reason or "").partition("\n")[0]))
     return found
+
+
+def turns(connection: AsyncConnection) -> tuple[sa.ColumnElement[int], sa.ColumnElement[str]]:
+    """Return position and handler, to order held events in the order in which everybody locks them. That is the one in
+    which Python sorts texts: the order of a database's own collation would let two wait for each other."""
+    if connection.dialect.name == "postgresql":
+        return held.c.position, sa.collate(held.c.handler, "C")
+    return held.c.position, held.c.handler
+
+
+async def lock_held(connection: AsyncConnection, *where: sa.ColumnElement[bool]) -> None:
+    """Lock these rows in the order in which everybody locks them, before a statement changes many at once."""
+    if connection.dialect.name == "postgresql":
+        rows = sa.select(sa.literal(1)).select_from(held).where(*where)
+        await connection.execute(rows.order_by(*turns(connection)).with_for_update())
 
 
 def held_event(row: sa.Row[Any]) -> HeldEvent:

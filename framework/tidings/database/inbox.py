@@ -90,19 +90,28 @@ class Inbox:
         except IntegrityError as error:
             raise Fenced(f"service {self._scope.service!r}: another process joined at the same moment") from error
 
+    async def check_layout(self) -> None:
+        """Raises `Fenced` when the service was resized since this process laid it out, and `DatabaseUnavailable`."""
+        async with self._database.reading() as connection:
+            await self._check_layout(connection)
+
     async def _join(self, connection: AsyncConnection) -> Remembered:
-        await self._check_layout(connection)
+        await self._check_layout(connection, locked=True)
         await self._check_log(connection)
-        marks = await self.watermarks.read(connection)
+        # The floor first: receipts that are read afterwards have everything up to it.
         floor = await self.floor.make(connection)
+        receipted = await self.floor.is_receipted(connection)
+        marks = await self.watermarks.read(connection, floor, receipted=receipted)
+        if not receipted:
+            await self.floor.receipt(connection, floor)
         await self.notes.forget_settled(connection)
         self._replay = await find_replay(connection, self._scope, floor, marks)
         skips = await self.skips.read(connection, floor)
         return Remembered(floor, marks, self._replay, skips, *await self.partials.read(connection, floor, marks))
 
-    async def _check_layout(self, connection: AsyncConnection) -> None:
+    async def _check_layout(self, connection: AsyncConnection, *, locked: bool = False) -> None:
         if self._epoch is not None:
-            layout = await layout_of(connection, self._scope.service, locked=True)
+            layout = await layout_of(connection, self._scope.service, locked=locked)
             if layout is None or layout.epoch != self._epoch:
                 raise Fenced(f"service {self._scope.service!r} was resized, and this process has not heard of it yet")
 
@@ -117,6 +126,12 @@ class Inbox:
         async with self._database.reading() as connection:
             floor = await self.floor.read(connection)
         return -1 if floor is None else floor
+
+    async def read_active(self) -> str | None:
+        """Return the process that is at work, or ended without a word; None after a clean end. Raises
+        `DatabaseUnavailable`."""
+        async with self._database.reading() as connection:
+            return await self.occupancy.read(connection)
 
     async def read_staged(self) -> list[StagedEvent]:
         """Return what an earlier process staged and may or may not have appended, the oldest first. Raises

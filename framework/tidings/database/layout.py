@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Subscription, check_partitions
-from tidings.database.contention import again_when_contended
+from tidings.database.contention import again_when_contended, commanding
 from tidings.database.engine import Database
 from tidings.database.notebook import Notebook, notebook_of
 from tidings.database.tables import floors, partitions, watermarks
@@ -85,6 +85,8 @@ class Range(NamedTuple):
     """Id of a process that asks for the range."""
     handlers: str | None = None
     """The handlers that get its events, as `tidings.database.enrolment` writes them; None where nothing was noted."""
+    receipted: int = -2
+    """The floor for which receipts were written last."""
 
 
 async def layout_of(connection: AsyncConnection, service: str, *, locked: bool = False) -> Layout | None:
@@ -134,7 +136,7 @@ async def resize(database: Database, service: str, to: int) -> tuple[Layout, Lay
     """
     check_partitions(to)
     begun: list[tuple[str, int]] = []
-    async with database.turn, database.transaction() as connection:
+    async with database.turn, commanding(database) as connection:
         before = await layout_of(connection, service, locked=True) or await _begin(connection, service, None)
         if before.count == to:
             return before, before
@@ -175,7 +177,14 @@ def _covering(rows: Iterable[Range], buckets: range) -> dict[str, object]:
     No process is at work on it. The one that was at work on the old range may still stop cleanly, and finds no row.
     """
     below = [row for row in rows if row.first < buckets.stop and row.last >= buckets.start]
-    return {"first_bucket": buckets.start, "last_bucket": buckets.stop - 1, "position": lowest(below, buckets)}
+    floor = lowest(below, buckets)
+    receipted = floor if all(row.receipted == row.floor for row in below) else -2
+    return {
+        "first_bucket": buckets.start,
+        "last_bucket": buckets.stop - 1,
+        "position": floor,
+        "receipted": receipted,
+    }
 
 
 async def was_rebound(database: Database, layout: Layout) -> None:
@@ -194,6 +203,7 @@ async def ranges_of(connection: AsyncConnection, service: str, log: UUID) -> lis
         floors.c.active,
         floors.c.asked,
         floors.c.handlers,
+        floors.c.receipted,
     )
     of_log = (floors.c.service == service, floors.c.log == str(log))
     found = await connection.execute(sa.select(*columns).where(*of_log).order_by(floors.c.first_bucket))

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings._support.json_limits import parse
-from tidings.database.contention import again_when_contended
+from tidings.database.contention import again_when_contended, commanding
 from tidings.database.engine import Database
 from tidings.database.tables import (
     begun,
@@ -31,8 +31,8 @@ from tidings.database.tables import (
     skips,
     spans,
     staged,
-    watermarks,
 )
+from tidings.database.watermarks import lock_service, lower
 from tidings.errors import LogChanged, StreamNotFound, TidingsError
 from tidings.stores import EventData, EventStore
 
@@ -122,7 +122,7 @@ async def adopt(database: Database, service: str, lineage: Lineage) -> Adopted:
     forgotten, except for its effects. Raises `LogChanged` for a database of another log, `NothingToAdopt`,
     `DatabaseUnavailable`.
     """
-    async with database.turn, database.transaction() as connection:
+    async with database.turn, commanding(database) as connection:
         logs = set(await connection.scalars(sa.select(floors.c.log).where(floors.c.service == service).distinct()))
         if str(lineage.log) in logs or not logs:
             what = "follows this log already" if logs else "has never followed a log"
@@ -131,6 +131,7 @@ async def adopt(database: Database, service: str, lineage: Lineage) -> Adopted:
         if not known:
             raise LogChanged(f"service {service!r}", UUID(min(logs)), lineage.log)
         upto, before = max(known, key=lambda one: one[0])
+        await lock_service(connection, service, before)
         lost = await _lose(connection, service, before, upto)
         beyond = await _cap(connection, service, before, upto)
         for table in _FOLLOWING:
@@ -145,23 +146,19 @@ def _of(table: sa.Table, service: str, log: UUID) -> tuple[sa.ColumnElement[bool
 async def _cap(connection: AsyncConnection, service: str, log: UUID, upto: int) -> int:
     """Lower to the position whatever is above it. Returns the number of buckets concerned."""
     columns: list[tuple[sa.Table, Any]] = [
-        (watermarks, watermarks.c.position),
-        (floors, floors.c.position),
         (replays, replays.c.upto),
         (spans, spans.c.done),
         (spans, spans.c.upto),
         (handlers, handlers.c.since),
         (staged, staged.c.cause),
     ]
-    counts = {}
     for table, column in columns:
-        done = await connection.execute(
+        await connection.execute(
             table.update().where(*_of(table, service, log), column > upto).values({column.key: upto})
         )
-        counts[table.name] = done.rowcount
     for table in (partials, begun, skips):
         await connection.execute(table.delete().where(*_of(table, service, log), table.c.position > upto))
-    return counts[watermarks.name]
+    return await lower(connection, service, log, upto)
 
 
 async def _lose(connection: AsyncConnection, service: str, log: UUID, upto: int) -> int:

@@ -16,7 +16,7 @@ from tidings.protocol.position import BUCKETS
 
 __all__ = ["Notebook", "notebook_of"]
 
-_SLOT: Final = Struct("<qq")
+_SLOT: Final = Struct("=qq")
 """Position + 1 (0: empty), and bucket."""
 
 
@@ -32,7 +32,9 @@ class Notebook:
         self._path = path
         self._size = slots * _SLOT.size
         self._file: mmap.mmap | None = None
-        self._free = list(range(slots))
+        self._slots: memoryview | None = None
+        """The file's numbers, two for each slot."""
+        self._free = list(range(0, 2 * slots, 2))
         self._used: dict[int, int] = {}
         self._make()
 
@@ -44,6 +46,7 @@ class Notebook:
                     file.write(bytes(self._size))
                     file.flush()
                     self._file = mmap.mmap(file.fileno(), self._size)
+                    self._slots = memoryview(self._file).cast("q")
 
     @property
     def open(self) -> bool:
@@ -54,30 +57,38 @@ class Notebook:
         """Make the file again if it is gone: another process has taken over meanwhile, read it and deleted it."""
         if self._file is not None and self._path is not None and not os.path.exists(self._path):
             noted = bytes(self._file)
-            self._file.close()
-            self._file = None
+            self._unmap()
             self._make()
             if self._file is not None:
                 self._file[:] = noted
 
     def begin(self, position: int, bucket: int) -> None:
         """Note that an attempt at an event begins."""
-        if self._file is not None and self._free:
+        slots = self._slots
+        if slots is not None and self._free:
             slot = self._used[position] = self._free.pop()
-            _SLOT.pack_into(self._file, slot * _SLOT.size, position + 1, bucket)
+            slots[slot + 1] = bucket
+            slots[slot] = position + 1
 
     def end(self, position: int) -> None:
         """Delete the note: the attempt has ended, and the process has not."""
-        if self._file is not None and (slot := self._used.pop(position, None)) is not None:
-            _SLOT.pack_into(self._file, slot * _SLOT.size, 0, 0)
+        slots = self._slots
+        if slots is not None and (slot := self._used.pop(position, None)) is not None:
+            slots[slot] = 0
             self._free.append(slot)
 
     def close(self) -> None:
         """Delete the file: no attempt is under way any more."""
         if self._file is not None and self._path is not None:
-            self._file.close()
-            self._file = None
+            self._unmap()
             self.discard(self._path)
+
+    def _unmap(self) -> None:
+        if self._slots is not None:
+            self._slots.release()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._slots = None
 
     @staticmethod
     def read(path: str | None) -> dict[int, int] | None:

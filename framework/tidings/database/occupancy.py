@@ -27,6 +27,11 @@ class Occupancy:
         await connection.execute(ours.values(active=process, asked=None))
         return before
 
+    async def read(self, connection: AsyncConnection) -> str | None:
+        """Return the process that is at work on the range, or ended there without a word; None after a clean end."""
+        process: str | None = await connection.scalar(self._active)
+        return process
+
     async def lock(self, connection: AsyncConnection, process: str) -> None:
         """Let nobody take the range over before the end of the transaction. Raises `Fenced` when somebody has done."""
         if await connection.scalar(self._active.with_for_update(read=True)) != process:

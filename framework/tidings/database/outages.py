@@ -17,6 +17,7 @@ from tidings.errors import DatabaseMoved, DatabaseUnavailable
 __all__ = [
     "advice_for",
     "is_contention",
+    "is_lock_timeout",
     "is_outage",
     "is_refusal",
     "is_unusable",
@@ -94,6 +95,11 @@ def is_contention(error: BaseException, dialect: Dialect | None = None) -> bool:
         isinstance(each, DBAPIError) and _is_of(each, dialect) and _state(each).startswith("40")
         for each in related(error)
     )
+
+
+def is_lock_timeout(error: BaseException) -> bool:
+    """Return whether PostgreSQL gave up waiting for a lock."""
+    return any(isinstance(each, DBAPIError) and _state(each) == "55P03" for each in related(error))
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -69,7 +69,8 @@ class Partials:
         known: Mapping[int, tuple[int, frozenset[str]]],
     ) -> None:
         """Check buckets whose watermarks move over an event with several handlers. Raises `Fenced` when rows say that
-        another process is done with one of them: `known` has those of this process.
+        another process is done with one of them: `known` has those of this process, by bucket for the last such event.
+        Rows of an event before that one are left from an event that retention has removed: nobody handles it any more.
 
         Call it after `Watermarks.move`, which waits for whoever has written such rows and not committed yet.
         """
@@ -81,7 +82,8 @@ class Partials:
         for bucket, position, handler in await connection.execute(these):
             old, new = moves[bucket]
             at, handlers = known.get(bucket, (-1, frozenset()))
-            if old < position <= new and (position != at or handler not in handlers):
+            is_news = position > at or (position == at and handler not in handlers)
+            if old < position <= new and is_news:
                 raise Fenced(
                     f"service {self._scope.service!r}: another process has handled position {position} with "
                     f"{handler!r}; joining again"

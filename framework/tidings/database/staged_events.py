@@ -60,7 +60,7 @@ class StagedEvents:
     async def remove(self, connection: AsyncConnection, ids: Sequence[UUID]) -> None:
         """Forget staged events that were appended."""
         if ids:
-            await connection.execute(self._remove, [{"of_id": str(identity)} for identity in ids])
+            await connection.execute(self._remove, [{"of_id": str(identity)} for identity in sorted(ids)])
 
     async def give_up(self, connection: AsyncConnection, id: UUID) -> bool:
         """Forget a staged event that is to be a dead letter; False when another process did before."""

@@ -15,10 +15,12 @@ __all__ = [
     "floors",
     "handlers",
     "held",
+    "id_keys",
     "metadata",
     "partials",
     "partitions",
     "processes",
+    "proofs",
     "replays",
     "schema",
     "skips",
@@ -57,7 +59,32 @@ watermarks = sa.Table(
         server_default="0",
         comment="counts up whenever a process at work on the bucket must notice: a replay, a skip, newer code, a rival",
     ),
+    sa.Column(
+        "receipt_at",
+        sa.BigInteger,
+        nullable=False,
+        server_default="-1",
+        comment="position up to which the receipt has all events of the bucket",
+    ),
+    sa.Column(
+        "receipt",
+        sa.Text,  # always ASCII
+        nullable=False,
+        server_default="",
+        comment="what was settled: since which position, first event out of order, count, sums; empty: it begins anew",
+    ),
     comment="Position of the last event in each bucket whose effects are committed",
+)
+
+proofs = sa.Table(
+    "tidings_proofs",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("log", _LOG, primary_key=True),
+    sa.Column("bucket", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.BigInteger, nullable=False, comment="the receipt agrees with the log up to here"),
+    sa.Column("receipt", sa.Text, nullable=False, comment="as it was then"),
+    comment="What 'tidings verify --deep' has proved last, where the next proof can begin",
 )
 
 replays = sa.Table(
@@ -82,6 +109,13 @@ floors = sa.Table(
     sa.Column("asked", sa.String(36), comment="id of a process that asks for the range"),
     sa.Column(
         "handlers", Text, comment="JSON: the handlers of the range, and the position after which each gets events"
+    ),
+    sa.Column(
+        "receipted",
+        sa.BigInteger,
+        nullable=False,
+        server_default="-2",
+        comment="the floor for which receipts were written last; another one: a version without receipts raised it",
     ),
     comment="Position up to which everything is settled, for each range of buckets",
 )
@@ -157,6 +191,14 @@ skips = sa.Table(
     sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("bucket", sa.Integer, nullable=False),
     comment="Events that an operator has skipped and that the service has not reached yet",
+)
+
+id_keys = sa.Table(
+    "tidings_id_keys",
+    metadata,
+    sa.Column("service", _NAME, primary_key=True),
+    sa.Column("name", sa.String(16), primary_key=True, comment="digest of the key; open: ids without a key"),
+    comment="Keys that the service has made ids of emitted events with",
 )
 
 partitions = sa.Table(

@@ -14,13 +14,15 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-__all__ = ["Text", "decoded", "encoded", "learn_encoding"]
+__all__ = ["MARK", "Text", "decoded", "encoded", "learn_encoding"]
 
 ESCAPED: Final = "tidings-escaped:"
 """Prefix of a text in which a backslash is `\\\\`, and a character that could not be written `\\u{hexadecimal}`."""
 BASE64: Final = "tidings-base64:"
 """Prefix of a long text in base64. Escaping would multiply its length, and indexes have limits."""
 _MARKED: Final = (ESCAPED, BASE64)
+MARK: Final = "tidings-"
+"""How each text that is written in another way begins."""
 LONG: Final = 1000
 """Characters of an escaped text from which on base64 is written if it is shorter."""
 

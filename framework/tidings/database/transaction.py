@@ -212,6 +212,24 @@ class _HandlerSession(Session):
             assert self.group is not None
         return self.group
 
+    def in_transaction(self) -> bool:
+        return self.group is not None or super().in_transaction()
+
+    def rollback(self) -> None:
+        if self.group is not None and self.get_transaction() is None:
+            raise TransactionMisuse("rollback")  # what it has passed on is part of the group's
+        super().rollback()
+
+    def leaves_alone(self, statement: Any) -> bool:
+        """Return whether it would only pass a statement on to the connection: the statement names no mapped class,
+        nothing waits to be flushed before it, nobody listens, and no transaction of the session's own has begun."""
+        return (
+            not getattr(statement, "_propagate_attrs", True)
+            and self.get_transaction() is None
+            and self._is_clean()
+            and not (self.dispatch.do_orm_execute or self.dispatch.after_begin)
+        )
+
     def flush(self, objects: Any = None) -> None:
         """As usual. One that fails rolls back to the handler's savepoint; without one, the group's transaction, which
         is then undone and run again."""
@@ -252,6 +270,16 @@ class GuardedSession(_Guarded, AsyncSession):
 
     def _end(self) -> None:
         self.__class__ = _EndedSession
+
+    async def execute(self, statement: Any, params: Any = None, **options: Any) -> Any:
+        """As usual; but a statement that the session would only pass on takes the direct way, which takes half the
+        time."""
+        sync: Any = self.sync_session
+        if options or not sync.leaves_alone(statement):
+            return await super().execute(statement, params, **options)
+        connection = await self._opening()
+        sync.group = connection.sync_connection
+        return await connection.execute(statement, params)
 
     async def reset(self) -> NoReturn:
         raise TransactionMisuse("reset")
@@ -306,6 +334,8 @@ def drop(connection: Connection, session: Session) -> None:
 
 
 def _bury(session: Session) -> None:
+    # It knows the session: left to each other, they would wait for the garbage collector.
+    session.__dict__.pop("opening", None)
     session.__class__ = _EndedHandlerSession
 
 

@@ -15,7 +15,7 @@ from tidings.errors import ConfigurationError
 
 __all__ = ["SCHEMA", "prepare", "version_of"]
 
-SCHEMA: Final = 8
+SCHEMA: Final = 9
 """Version of the tables in `tidings.database.tables`."""
 _MAKING_TABLES: Final = 0x74696469
 """Key of PostgreSQL's advisory lock."""
@@ -42,6 +42,11 @@ _UPGRADES: Final = {
     7: (
         ("tidings_held", "line", "TEXT DEFAULT '' NOT NULL"),
         ("tidings_dead", "line", "TEXT DEFAULT '' NOT NULL"),
+    ),
+    8: (
+        ("tidings_watermarks", "receipt_at", "BIGINT DEFAULT -1 NOT NULL"),
+        ("tidings_watermarks", "receipt", "TEXT DEFAULT '' NOT NULL"),
+        ("tidings_floors", "receipted", "BIGINT DEFAULT -2 NOT NULL"),
     ),
 }
 """Columns that each older version lacks; tables that are missing are made whole before."""

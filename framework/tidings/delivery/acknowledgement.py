@@ -9,6 +9,7 @@ import asyncio
 
 from tidings._support.timers import Timers
 from tidings.buses import Consumer
+from tidings.database.receipts import Receipts
 from tidings.delivery.batch import Pending
 from tidings.delivery.inflight import InFlight, Step
 from tidings.delivery.limits import FULL, ROOM
@@ -37,6 +38,11 @@ class Acknowledgement:
         return len(self._taken)
 
     @property
+    def receipts(self) -> Receipts:
+        """What was settled, so that the log can contradict it."""
+        return self._progress.receipts
+
+    @property
     def oldest(self) -> InFlight | None:
         """The event that the floor waits for; None where something else does, or nothing."""
         ticket = self._taken.oldest
@@ -57,6 +63,8 @@ class Acknowledgement:
 
     def settle(self, step: Step) -> None:
         """Nothing to handle, but to be settled in its turn: a marker, a duplicate, the progress of a pass."""
+        if step.floor >= 0 and (tails := self.receipts.tails()):
+            step = step._replace(passed=tails)
         self._taken.begin(step, done=True)
         self._pending.wake.set()
 
@@ -70,6 +78,8 @@ class Acknowledgement:
                 continue
             progress.floor = max(progress.floor, step.floor)
             progress.caught = max(progress.caught, step.caught)
+            if step.passed is not None:
+                progress.receipts.settled(step.passed)
             if step.consumer is not None:
                 if consumer is not None and step.consumer is not consumer:
                     consumer.settle_through(tag)

@@ -13,7 +13,7 @@ from tidings.database.dead_letters import Letter
 from tidings.database.replays import Replay
 from tidings.delivery.acknowledgement import Acknowledgement
 from tidings.delivery.batch import Pending
-from tidings.delivery.inflight import InFlight, Role, Step
+from tidings.delivery.inflight import PLAIN, InFlight, Role, Step
 from tidings.delivery.lanes import EventLanes
 from tidings.modelling.declaration import Declaration
 from tidings.modelling.handlers import Handler
@@ -47,6 +47,7 @@ class Admission:
         self._lanes = lanes
         self._pending = pending
         self._acknowledgement = acknowledgement
+        self._receipts = acknowledgement.receipts
 
     def submit(
         self,
@@ -57,24 +58,27 @@ class Admission:
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """An accepted event, and its metadata document where that was read. One that this service does not handle is
-        settled without a trace."""
-        position, roster, lanes = event.position, self._roster, self._lanes
+        settled without a trace but for its bucket's receipt."""
+        position, roster, lanes, replay = event.position, self._roster, self._lanes, self.replay
         handlers = roster.handlers(event.type, bucket, position)
         if not handlers:
+            self._receipts.pass_over(bucket, event)
             if step is not None:
                 self._acknowledgement.settle(step)
             return
-        replayed = self.replay.covers(bucket, position)
-        for handler in handlers[:-1]:
-            item = InFlight(event, bucket, handler, Role.SHARED, None, metadata)
-            item.replayed = replayed or roster.again(handler.name, position)
-            lanes.add(item)
-        handler = handlers[-1]
-        item = InFlight(event, bucket, handler, Role.PLAIN, step, metadata)
-        item.replayed = replayed or roster.again(handler.name, position)
+        self._receipts.accept(bucket)
+        replayed = bool(replay.upto) and replay.covers(bucket, position)
+        if len(handlers) > 1:
+            for handler in handlers[:-1]:
+                item = InFlight(event, bucket, handler, Role.SHARED, None, metadata)
+                item.replayed = replayed or roster.again(handler.name, position)
+                lanes.add(item)
+        item = InFlight(event, bucket, handlers[-1], PLAIN, step, metadata)
+        if replayed or roster.partial:
+            item.replayed = replayed or roster.again(item.handler.name, position)
         self._acknowledgement.take(item)
         lanes.add(item)
-        lanes.pump()
+        lanes.flow()
 
     def submit_late(self, event: RecordedEvent, handler: Handler, span: Span, metadata: dict[str, Any] | None) -> None:
         """An event of the past, for a handler that is given it on its own."""

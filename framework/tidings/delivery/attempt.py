@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import inspect
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from tidings._support.eager import EagerStart
+from tidings._support.shared_timeouts import SharedTimeouts
 from tidings.database.outages import is_outage
 from tidings.delivery.failure import Failure
 from tidings.delivery.log_facts import bind_handling, handling
@@ -31,12 +32,13 @@ from tidings.errors import (
 )
 from tidings.modelling.codec import check_key, decode
 from tidings.modelling.context import ATTEMPT, Context
+from tidings.modelling.events import Event
 from tidings.modelling.handlers import Handler, Inject
 
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["Attempt", "Attempts", "is_infrastructure"]
+__all__ = ["Attempt", "Attempts", "HandlerThreads", "is_infrastructure"]
 
 log = structlog.get_logger("tidings.attempt")
 
@@ -47,6 +49,11 @@ PARTING_SECONDS: Final = 1.0
 
 WAITING_SECONDS: Final = 0.05
 """Seconds between looks whether a handler that waited for its transaction is over its time."""
+
+# To look a member up in its class takes ten times as long on Python 3.11, and is done for each event.
+_EVENT: Final = Inject.EVENT
+_CONTEXT: Final = Inject.CONTEXT
+_RECORDED: Final = Inject.RECORDED
 
 HANDLER_TASK: Final = "handler "
 """The beginning of the name of each task that runs a handler."""
@@ -60,12 +67,18 @@ def is_infrastructure(error: BaseException) -> bool:
 class Attempt:
     """One that has begun and waits for something. Attempts never overlap: one that is over its time is waited for."""
 
-    __slots__ = ("_context", "_handler", "_ours", "_work")
+    __slots__ = ("_context", "_handler", "_ours", "_timeouts", "_work")
 
     def __init__(
-        self, work: asyncio.Future[BaseException | None], handler: Handler, context: Context, ours: Ours
+        self,
+        work: asyncio.Future[BaseException | None],
+        handler: Handler,
+        context: Context,
+        ours: Ours,
+        timeouts: SharedTimeouts,
     ) -> None:
         self._ours = ours
+        self._timeouts = timeouts
         self._work = work
         self._handler = handler
         self._context = context
@@ -78,7 +91,7 @@ class Attempt:
     async def outcome(self) -> Failure | None:
         """None when it succeeded. Raises what `begin` does, and the cancellation of the running task."""
         try:
-            late = await _ended(self._work, self._handler, self._context)
+            late = await _ended(self._work, self._handler, self._context, self._timeouts)
         finally:
             self._context.end("was stopped with its process, or to be run again")
         if self._work.cancelled():  # it cancelled its own task, and returned without another await
@@ -87,20 +100,34 @@ class Attempt:
         return _judged(self._ours, self._handler, self._context, self._work.result(), late)
 
 
+class HandlerThreads(ThreadPoolExecutor):
+    """Threads of the plain handlers of one service."""
+
+
 class Attempts:
     """How the handlers of one service are called; for one event loop."""
 
-    def __init__(self, service: Declaration, resources: Resources, ours: Ours, witness: Witness | None = None) -> None:
+    def __init__(
+        self,
+        service: Declaration,
+        resources: Resources,
+        ours: Ours,
+        witness: Witness | None = None,
+        threads: Executor | None = None,
+    ) -> None:
         self._witness = witness
         self._view = service.view
         self._ours = ours
         self._resources = resources
         self._first_step = EagerStart()
-        self._threads = ThreadPoolExecutor(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
+        self._timeouts = SharedTimeouts()
+        self._threads = threads or HandlerThreads(service.concurrency, thread_name_prefix=f"tidings-{service.name}")
         self._service = service.name
         self._reader = f"service {service.name!r}"
-        self._variables = dict[str, contextvars.Context]()
-        """What calls of each handler begin with."""
+        self._views: dict[str, type[Event]] = {}
+        """By wire name: what `_view` said."""
+        self._beginnings: dict[str, tuple[contextvars.Context, str]] = {}
+        """By handler: the variables that its calls begin with, and the name of their tasks."""
 
     def begin(self, handler: Handler, context: Context, provide: Callable[[Inject], Any]) -> Attempt | Failure | None:
         """Run the handler until it waits for something; what came of it, None for success, when it waited for nothing.
@@ -112,16 +139,20 @@ class Attempts:
         arguments: dict[str, Any] = {}
         try:
             if handler.events:
-                view = self._view(context.event.type)
-                assert view is not None
+                kind = context.event.type
+                view = self._views.get(kind)
+                if view is None:
+                    view = self._view(kind)
+                    assert view is not None
+                    self._views[kind] = view
                 event = decode(context.event, view, context.metadata, reader=self._reader)
                 check_key(context.event, event, context.metadata, reader=self._reader)
             for parameter, wanted in handler.parameters:
-                if wanted is Inject.EVENT:
+                if wanted is _EVENT:
                     arguments[parameter] = event
-                elif wanted is Inject.CONTEXT:
+                elif wanted is _CONTEXT:
                     arguments[parameter] = context
-                elif wanted is Inject.RECORDED:
+                elif wanted is _RECORDED:
                     arguments[parameter] = context.event
                 elif isinstance(wanted, Inject):
                     arguments[parameter] = provide(wanted)
@@ -130,19 +161,19 @@ class Attempts:
         except TidingsError as error:
             context.end("was not called")
             return Failure.of(error, handler)
-        base = self._variables.get(handler.name)
-        if base is None:
-            base = self._variables[handler.name] = handling(self._service, handler.name)
-        variables = base.copy()
+        beginning = self._beginnings.get(handler.name)
+        if beginning is None:
+            beginning = handling(self._service, handler.name), HANDLER_TASK + handler.name
+            self._beginnings[handler.name] = beginning
+        variables = beginning[0].copy()
         if handler.threaded:
             call = partial(variables.run, _call, handler, arguments, context, self._witness)
-            return Attempt(
-                asyncio.get_running_loop().run_in_executor(self._threads, call), handler, context, self._ours
-            )
+            thread = asyncio.get_running_loop().run_in_executor(self._threads, call)
+            return Attempt(thread, handler, context, self._ours, self._timeouts)
         attempt = _run(handler, arguments, context, self._witness)
-        work, raised = self._first_step.run(attempt, variables, HANDLER_TASK + handler.name)
+        work, raised = self._first_step.run(attempt, variables, beginning[1])
         if work is not None:
-            return Attempt(work, handler, context, self._ours)
+            return Attempt(work, handler, context, self._ours, self._timeouts)
         return None if raised is None else _judged(self._ours, handler, context, raised, late=False)
 
     def open(self) -> None:
@@ -212,13 +243,15 @@ def _call(
     return None
 
 
-async def _ended(work: asyncio.Future[BaseException | None], handler: Handler, context: Context) -> bool:
+async def _ended(
+    work: asyncio.Future[BaseException | None], handler: Handler, context: Context, timeouts: SharedTimeouts
+) -> bool:
     """Wait until the handler has ended; True when it took longer than its time."""
     loop = asyncio.get_running_loop()
     left, ends = handler.timeout, loop.time() + handler.timeout
     try:
         while left > 0:
-            await asyncio.wait((work,), timeout=left)
+            await timeouts.wait(work, left)
             if work.done():
                 return False
             # What it waited for its transaction does not count: others were at work in that time.

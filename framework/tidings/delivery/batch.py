@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from tidings.database.dead_letters import Letter
-from tidings.delivery.inflight import InFlight, Role, Step
+from tidings.delivery.inflight import AGAIN, PLAIN, InFlight, Role, Step
 from tidings.modelling.roster import Span
 from tidings.protocol.position import Ticket
 
@@ -51,7 +51,7 @@ class Batch:
         """True when it leaves more behind than the watermark."""
         self.finished.append(item)
         role = item.role
-        if role is Role.PLAIN:
+        if role is PLAIN:
             self.moves[item.bucket] = item.event.position
             if self.parts and self.parts.pop(item.bucket, None) is not None:
                 self.shared.add(item.bucket)
@@ -62,7 +62,7 @@ class Batch:
                 self.ended.append(span)
             else:
                 self.late[span[:3]] = item.event.position
-        if role < Role.AGAIN and not item.leaves:
+        if role < AGAIN and not item.leaves:
             return False
         self.notable.append(item)
         return True
@@ -120,9 +120,11 @@ class Pending:
 
     def finish(self, item: InFlight) -> bool:
         """True when it leaves more behind than the watermark."""
+        batch = self.batch
         self.buckets.add(item.bucket)
-        self.wake.set()
-        return self.batch.finish(item)
+        if not batch.finished:  # the first one wakes who commits, and that one rests when nothing is left
+            self.wake.set()
+        return batch.finish(item)
 
     def bury(self, letter: Letter, ticket: Ticket[Step | None]) -> None:
         """A message that is not ours: recorded, then settled."""
@@ -140,7 +142,9 @@ class Pending:
         self.wake.set()
 
     def doubt(self, item: InFlight) -> None:
-        """As `Batch.doubt`."""
+        """As `Batch.doubt`. Its bucket's next attempt waits in its lane for the commit, which would take what that
+        one has committed for another process's doing."""
+        self.buckets.add(item.bucket)
         self.batch.doubt(item)
         self.wake.set()
 

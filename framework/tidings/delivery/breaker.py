@@ -106,20 +106,21 @@ class Breakers:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._breakers: dict[str, Breaker] = {}
+        self.known: dict[str, Breaker] = {}
+        """Those of handlers of which an attempt has failed, and none succeeded since. To look at only."""
         self.open: dict[str, Breaker] = {}
         """Those that are open. To look at only."""
 
     def of(self, handler: str) -> Breaker:
         """The breaker of one handler."""
-        found = self._breakers.get(handler)
+        found = self.known.get(handler)
         if found is None:
-            found = self._breakers[handler] = Breaker(self._clock)
+            found = self.known[handler] = Breaker(self._clock)
         return found
 
     def succeeded(self, handler: str) -> bool:
         """An attempt succeeded. True when this closed the handler's breaker."""
-        known = self._breakers.pop(handler, None)
+        known = self.known.pop(handler, None)
         self.open.pop(handler, None)
         return known is not None and known.succeeded()
 
@@ -130,8 +131,3 @@ class Breakers:
         if opened:
             self.open[handler] = breaker
         return opened
-
-    @property
-    def any(self) -> bool:
-        """An attempt has failed, and none of the same handler has succeeded since."""
-        return bool(self._breakers)

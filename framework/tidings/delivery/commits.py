@@ -10,7 +10,6 @@ from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 
-from tidings._support.timers import counting_sleep
 from tidings.delivery.acknowledgement import Acknowledgement
 from tidings.delivery.batch import Pending
 from tidings.delivery.groups import Groups
@@ -45,7 +44,7 @@ class Commits:
     ) -> None:
         self._database = joined.site.database
         self._memory = joined.site.memory
-        self._clock = counting_sleep(joined.site.clock)
+        self._clock = joined.site.clock
         self._pending = pending
         self._groups = groups
         self._progress = progress
@@ -110,7 +109,7 @@ class Commits:
 
     async def _commit(self) -> None:
         ran: list[InFlight] = []
-        complete, began = False, self._clock()
+        complete, began = False, self._ledger.begins()
         try:
             async with self._database.turn, self._database.transaction() as connection:
                 await self._groups.run(connection, ran)

@@ -45,9 +45,10 @@ __all__ = ["ConcurrentGroups"]
 
 log = structlog.get_logger("tidings.delivery")
 
-GROUP_SECONDS: Final = 0.1
+GROUP_SECONDS: Final = 0.25
 """Seconds after which a group takes no further seat. Groups share the event loop, so each of them gets only a part of
-this time; rows that it has locked stay locked for so long."""
+this time. In a shorter one, groups of handlers that await are smaller, and more of the work is commits; in a longer
+one, rows that a handler has locked stay locked for longer."""
 
 
 class _Undone(Exception):
@@ -174,7 +175,7 @@ class ConcurrentGroups:
             self._fitness.pending.wake.set()  # who waits until nothing is under way, looks after each commit
 
     async def _transact(self, group: Group, seat: Seat) -> None:
-        database, began, complete = self._site.database, self._site.clock(), False
+        database, began, complete = self._site.database, self._ledger.begins(), False
         try:
             async with database.turn, database.transaction() as connection:
                 try:

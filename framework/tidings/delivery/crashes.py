@@ -81,8 +81,9 @@ class _Own:
 class Notes:
     """Events that this process has taken to note them, until their notes are forgotten."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], changed: Callable[[], None]) -> None:
         self._clock = clock
+        self._changed = changed
         self.rows: dict[int, _Own] = {}
         """By position. For `Caution`."""
 
@@ -102,6 +103,7 @@ class Notes:
         own = self.rows.get(position)
         if own is None:
             self.rows[position] = _Own(bucket, self._clock())
+            self._changed()
         else:
             own.stage, own.since = _Stage.AGAIN, self._clock()
 
@@ -112,6 +114,7 @@ class Notes:
             if not suspected:
                 return False
             own = self.rows[position] = _Own(-1, self._clock())
+            self._changed()
         elif own.stage is not _Stage.NOTED and not suspected:
             return False
         own.stage = _Stage.ENDED
@@ -124,6 +127,7 @@ class Notes:
             own.stage = _Stage.TAKEN
         elif own is not None and own.stage is _Stage.ENDED:
             del self.rows[position]
+            self._changed()
 
 
 class Caution:
@@ -134,7 +138,7 @@ class Caution:
         self._clock = clock
         self._left = 0
         """Events at most that are still to be noted although nobody suspects them."""
-        self.notes = Notes(clock)
+        self.notes = Notes(clock, self._look)
         """Those of this process."""
         self._found: dict[int, int] = {}
         """Notes that another process left, position to number of unclean ends, until this one has survived the
@@ -146,11 +150,12 @@ class Caution:
         way, and this one knows better."""
         self.informed = False
         """It has been told how the process before this one ended."""
-
-    @property
-    def alert(self) -> bool:
+        self.alert = False
         """There may be something to be careful about: asked first, because nearly always there is nothing."""
-        return bool(self._left or self._found or self.notes.rows)
+
+    def _look(self) -> None:
+        """What `alert` follows from has changed."""
+        self.alert = bool(self._left or self._found or self.notes.rows)
 
     # ---- taking over
 
@@ -159,12 +164,14 @@ class Caution:
         one, and for each other event that was cut off in its noted attempt one more is noted."""
         self._left += sum(own.stage is _Stage.NOTED and at not in self._found for at, own in self.notes.rows.items())
         self.notes.rows.clear()
+        self._look()
 
     def rejoined(self, notes: Mapping[int, int]) -> dict[int, int]:
         """Compare with the notes in the database: this process was the last one at work. Returns notes to correct,
         position to number: they count an attempt that was cut off and is not under way any more."""
         own = self.notes.own
         self._found = {at: times for at, times in self._found.items() if at in notes or at in own}
+        self._look()
         return {at: times for at, times in self._found.items() if at not in own and notes[at] != times}
 
     @property
@@ -188,6 +195,7 @@ class Caution:
         self._survived.clear()
         self._left = events if blind else 0
         self.informed = True
+        self._look()
         return condemned_and_suspected(self._found)[0]
 
     def forgotten(self) -> None:
@@ -196,6 +204,7 @@ class Caution:
         self._found = {at: times for at, times in self._found.items() if at in own}
         self._left = 0
         self.informed = True
+        self._look()
 
     @property
     def suspects(self) -> frozenset[int]:
@@ -236,6 +245,7 @@ class Caution:
         should this process end so too."""
         own = self.notes.rows[position]
         self._left = max(0, self._left - 1)
+        self._look()
         self._noted_once.add(position)
         own.stage, own.times = _Stage.NOTED, self._found.get(position, 0) + 1
         return own.bucket, own.times
@@ -250,4 +260,5 @@ class Caution:
             survived.add(handler)
             if survived.issuperset(others):
                 del self._found[position], self._survived[position]
+                self._look()
         return self.notes.ended(position, suspected=found is not None)

@@ -17,6 +17,10 @@ __all__ = ["HELD_SECONDS", "Due"]
 HELD_SECONDS: Final = 1.0
 """Seconds between looks through all held events, because operators may have changed what they wait for. What a service
 knows itself (a time that has come, an event that ran) it looks for at once, and only for that."""
+MANY: Final = 4_000
+"""Held events from which on looks through all of them are further apart: each reads all their keys."""
+LONGEST: Final = 10.0
+"""Factor by which such looks are further apart than `HELD_SECONDS`, at most."""
 
 
 class Due:
@@ -36,6 +40,11 @@ class Due:
         self.stale = False
         """Operators may have changed what blocks keys: read it again. What this process does, it knows; what another
         process does, fences it."""
+
+    @property
+    def pauses(self) -> float:
+        """How many times `HELD_SECONDS` lie between two looks through all held events."""
+        return min(max(1.0, self._keys.rows / MANY), LONGEST)
 
     def resume(self) -> None:
         """A handler that was paused has succeeded."""

@@ -6,6 +6,8 @@ It runs no handler, and writes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tidings.database.replays import Replay
 from tidings.delivery.guard import Guard
 from tidings.delivery.inflight import InFlight, Role
@@ -21,7 +23,7 @@ class Gate:
 
     def __init__(self, joined: Joined, guard: Guard, runners: Runners, verdicts: Verdicts, replay: Replay) -> None:
         self._memory = joined.site.memory
-        self._caution = joined.caution
+        self.caution = joined.caution
         self._guard = guard
         self._runners = runners
         self._verdicts = verdicts
@@ -29,12 +31,12 @@ class Gate:
 
     def shut(self) -> float:
         """Seconds until an event may be taken, 0 for now."""
-        caution = self._caution
+        caution = self.caution
         return caution.holds() if caution.alert else 0.0
 
     def take(self, item: InFlight) -> None:
         """One event out of its lane."""
-        memory, caution, concurrent = self._memory, self._caution, self._runners.concurrent
+        memory, caution, concurrent = self._memory, self.caution, self._runners.concurrent
         if concurrent is not None and concurrent.take(item):
             return
         if item.replayed and self._is_passed_over(item):
@@ -49,6 +51,16 @@ class Gate:
             self._guard.give(item)
         else:
             self._runners.give(item)
+
+    def take_all(self, items: Sequence[InFlight]) -> None:
+        """As `take` of each, while `caution` is not alert: there is nothing to decide about most of them."""
+        memory, runners = self._memory, self._runners
+        careful = runners.concurrent is not None or memory.condemned or memory.crashed
+        if careful or any(item.replayed for item in items):
+            for item in items:
+                self.take(item)
+        else:
+            runners.give_all(items)
 
     def _is_passed_over(self, item: InFlight) -> bool:
         """A replay does not run it: its handler is not to be run again, or a held row will run it."""

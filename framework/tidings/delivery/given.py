@@ -34,6 +34,11 @@ class Given:
         self.objects: Session | None = None
         """Behind the session, which is closed to everybody from the end of the attempt on."""
         context.opens(self.enter)
+        context.ends_with(self._end)
+
+    def _end(self) -> None:
+        # Who waits and the session both know this: left to each other, they would wait for the garbage collector.
+        self._wait = self._session = None
 
     def open(self, connection: AsyncConnection) -> None:
         """The transaction is there: what waits for it goes on."""
@@ -48,6 +53,7 @@ class Given:
                 return GuardedConnection.unopened(self._engine, self.context, self._open)
             return GuardedConnection(self._engine, self.context, connection)
         if self._session is None:
+            self.context.check_alive("its session or connection")
             self._session = GuardedSession(self._engine, self.context, self._open, connection)
             self.objects = self._session.sync_session
         return self._session
@@ -60,8 +66,8 @@ class Given:
         return self._connection
 
     @asynccontextmanager
-    async def enter(self) -> AsyncIterator[AsyncSession]:
-        """Wait for the transaction, and flush at the end of the block."""
+    async def enter(self, _: Context) -> AsyncIterator[AsyncSession]:
+        """Wait for the transaction of the attempt that this was given to, and flush at the end of the block."""
         await self._open()
         session: GuardedSession = self.provide(Inject.SESSION)
         yield session

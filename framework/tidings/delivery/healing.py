@@ -31,6 +31,8 @@ class Pass:
         self._accepted = accepted
         self._admission = admission
         self._clock = site.clock
+        # Where messages only say that there is something to read, a pass is nothing to speak of.
+        self._say = log.info if site.trust.content else log.debug
         self._upto = -1
         self._asked = asyncio.Event()
         self._found = 0
@@ -55,7 +57,7 @@ class Pass:
     async def _heal(self) -> None:
         accepted, began = self._accepted, self._clock()
         start, lagging, self._found = accepted.reached, 0, 0
-        log.info("pass.started", service=self._service, after=start, upto=self._upto)
+        self._say("pass.started", service=self._service, after=start, upto=self._upto)
         while accepted.reached < self._upto:
             # The end is asked for before reading: what is read afterwards then holds everything up to it.
             head = await self._store.head()
@@ -68,7 +70,7 @@ class Pass:
                     log.warning("pass.waiting_for_store", service=self._service, head=head, upto=self._upto)
                 await asyncio.sleep(LAGGING_SECONDS)
         seconds = round(self._clock() - began, 3)
-        log.info("pass.finished", service=self._service, reached=accepted.reached, found=self._found, seconds=seconds)
+        self._say("pass.finished", service=self._service, reached=accepted.reached, found=self._found, seconds=seconds)
 
     # ---- an end of `read_log`
 

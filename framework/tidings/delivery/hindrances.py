@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings.database.held_rows import HeldRows
 from tidings.delivery.breaker import Breakers
 from tidings.delivery.due import Due
-from tidings.delivery.inflight import InFlight, Role
+from tidings.delivery.inflight import AGAIN, TRIAL, InFlight
 from tidings.delivery.keys import Keys
 from tidings.delivery.outcomes import BEHIND
 
@@ -30,7 +30,9 @@ class Hindrances:
 
     def of(self, item: InFlight) -> str | None:
         """Return why the event is not run now; None where it may begin."""
-        breaker = None if item.role is Role.TRIAL else self._breakers.open.get(item.handler.name)
+        if not self._keys.blocked and not self._breakers.open and item.role < AGAIN:  # nearly always
+            return None
+        breaker = None if item.role is TRIAL else self._breakers.open.get(item.handler.name)
         if self._keys.must_wait(item):
             return BEHIND
         if breaker is None:
@@ -39,16 +41,11 @@ class Hindrances:
 
     async def read(self, connection: AsyncConnection, uncommitted: Iterable[InFlight]) -> None:
         """Read which keys are blocked, in the transaction of `connection`; `uncommitted` will change it."""
+        self._keys.reading()
         self._keys.read(await self._held.blocked(connection), uncommitted)
 
     async def refresh(self, connection: AsyncConnection, uncommitted: Iterable[InFlight]) -> None:
-        """As `read`, where operators may have changed it since it was read last. While other transactions block keys,
-        nobody can say whether they are in what is read; then it is read with a later commit."""
-        keys = self._keys
-        if not self._due.stale or keys.apart:
-            return
-        before = keys.set_apart
-        blocked = await self._held.blocked(connection)
-        if keys.set_apart == before:
-            keys.read(blocked, uncommitted)
+        """As `read`, where operators may have changed it since it was read last."""
+        if self._due.stale:
             self._due.stale = False
+            await self.read(connection, uncommitted)

@@ -5,7 +5,7 @@ It decides nothing: stages move it on, and `to` refuses what the table does not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, cast
 
@@ -13,6 +13,7 @@ from tidings.buses import Consumer
 from tidings.database.dead_letters import Letter
 from tidings.database.event_rows import key_of
 from tidings.database.held_events import HeldEvent, Line
+from tidings.database.receipts import Passed
 from tidings.database.staged_events import StagedEvent
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span
@@ -20,7 +21,21 @@ from tidings.protocol.metadata import own_metadata
 from tidings.protocol.position import Ticket
 from tidings.stores import RecordedEvent
 
-__all__ = ["TRANSITIONS", "InFlight", "Role", "State", "Step", "Turn"]
+__all__ = [
+    "AGAIN",
+    "COMMITTED",
+    "DONE",
+    "PLAIN",
+    "RUNNING",
+    "TAKEN",
+    "TRANSITIONS",
+    "TRIAL",
+    "InFlight",
+    "Role",
+    "State",
+    "Step",
+    "Turn",
+]
 
 
 class Step(NamedTuple):
@@ -31,6 +46,8 @@ class Step(NamedTuple):
     floor: int = -1
     caught: int = -1
     """Handlers that are behind have been given everything up to here."""
+    passed: Mapping[int, Passed] | None = None
+    """What had gone by that no handler wants, when the floor was known: it is written with the floor."""
 
 
 Turn = tuple[int, str]
@@ -99,6 +116,17 @@ class Role(IntEnum):
     """As `AGAIN`; it runs to find out whether its handler, whose breaker is open, still fails."""
 
 
+# For what is done with each event: to look a member up in its class takes ten times as long on Python 3.11.
+PLAIN: Final = Role.PLAIN
+AGAIN: Final = Role.AGAIN
+TRIAL: Final = Role.TRIAL
+WAITING: Final = State.WAITING
+TAKEN: Final = State.TAKEN
+RUNNING: Final = State.RUNNING
+DONE: Final = State.DONE
+COMMITTED: Final = State.COMMITTED
+
+
 class InFlight(Ticket[Step | None]):
     """One event for one handler, and in the end what came of it. It is its own ticket, which says what to do when it
     and everything before it are settled."""
@@ -115,7 +143,7 @@ class InFlight(Ticket[Step | None]):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """`source` is what brought it: a step to settle (`PLAIN`), the row of a held event, or a span."""
-        self.value = source if role is Role.PLAIN else None  # type: ignore[assignment]
+        self.value = source if role is PLAIN else None  # type: ignore[assignment]
         self.done = False
         self.event = event
         self.bucket = bucket
@@ -128,7 +156,7 @@ class InFlight(Ticket[Step | None]):
         """It had been settled before a replay."""
         self.since = 0.0
         """When its handler was called last, in seconds of the site's clock."""
-        self.state: State = State.WAITING
+        self.state: State = WAITING
         self.leaves: Sequence[StagedEvent] | Letter | HeldEvent = ()
         """What it leaves behind beside the watermark: emitted events when it is done, else a letter or a held event."""
 
@@ -155,7 +183,7 @@ class InFlight(Ticket[Step | None]):
     @property
     def held(self) -> HeldEvent | None:
         """The row that this event was read from; None for one that comes from the bus or from a pass."""
-        return cast("HeldEvent", self.source) if self.role >= Role.AGAIN else None
+        return cast("HeldEvent", self.source) if self.role >= AGAIN else None
 
     @property
     def span(self) -> Span | None:
@@ -178,9 +206,8 @@ class InFlight(Ticket[Step | None]):
     @property
     def key(self) -> str:
         """The partition key; it is read from the metadata, so ask only where it matters."""
-        held = self.held
-        if held is not None:
-            return held.key
+        if self.role >= AGAIN:
+            return cast("HeldEvent", self.source).key
         own = self.metadata
         if own is None:
             own = self.metadata = own_metadata(self.event.metadata)  # the attempt that comes next needs it too

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tidings.database.held_events import HeldEvent, Line
-from tidings.delivery.inflight import InFlight, Role
+from tidings.delivery.inflight import AGAIN, InFlight
 
 __all__ = ["Keys"]
 
@@ -23,43 +23,59 @@ class Keys:
         self.blocked: dict[int, dict[Line, int]] = {}
         """By bucket, so that few events are asked for their key: line to the number of rows that block it. To look
         at only."""
-        self.apart = 0
-        """Items that block a line in transactions of their own, which may or may not be committed. Whatever is read
-        meanwhile says nothing about them."""
-        self.set_apart = 0
-        """Such items until now."""
+        self.rows = 0
+        """How many rows block keys, as they were read last."""
+        self._apart: Counter[tuple[int, Line]] = Counter()
+        """Buckets and lines that items block in transactions of their own, which may or may not be committed."""
+        self._meanwhile: set[tuple[int, Line]] = set()
+        """Those of them since a reading began: it may or may not have seen them."""
         self._flying: Counter[Line] = Counter()
         self._failed: set[Line] = set()
 
+    def reading(self) -> None:
+        """The database is about to be read."""
+        self._meanwhile = set(self._apart)
+
     def read(self, blocked: dict[int, dict[Line, int]], uncommitted: Iterable[InFlight]) -> None:
         """What the database holds now, which becomes ours to change, and the items that will change it with the next
-        commit."""
-        self.blocked = blocked
+        commit. Of lines that were blocked apart since `reading`, the larger number is true."""
+        known, self.blocked = self.blocked, blocked
+        self.rows = sum(sum(lines.values()) for lines in blocked.values())
         for item in uncommitted:
             self.ended(item)
+        for bucket, line in self._meanwhile:
+            before, lines = known.get(bucket, {}).get(line, 0), self.blocked.get(bucket, {})
+            if before > lines.get(line, 0):
+                self.blocked.setdefault(bucket, lines)[line] = before
+        self._meanwhile.clear()
 
     def ended(self, item: InFlight, *, apart: bool = False) -> None:
         """It was run, or held, or is dead; the next commit will say so, or another transaction, `apart` from it. Later
         items in its lane are judged by it."""
         if blocks := item.blocks:
-            self.apart += apart
-            self.set_apart += apart
             lines, line = self.blocked.setdefault(item.bucket, {}), item.line
+            if apart:
+                self._apart[item.bucket, line] += 1
+                self._meanwhile.add((item.bucket, line))
             lines[line] = lines.get(line, 0) + blocks
             if lines[line] <= 0:
                 del lines[line]
             if not lines:
                 del self.blocked[item.bucket]
-        if item.role >= Role.AGAIN and not blocks:
+        if item.role >= AGAIN and not blocks:
             self._failed.add(item.line)
 
     def committed(self, items: Iterable[InFlight]) -> None:
         """The transaction of these, apart from the next commit, is committed."""
-        self.apart -= sum(item.blocks != 0 for item in items)
+        for item in items:
+            if item.blocks:
+                self._apart[item.bucket, item.line] -= 1
+                if not self._apart[item.bucket, item.line]:
+                    del self._apart[item.bucket, item.line]
 
     def must_wait(self, item: InFlight) -> bool:
         """A new event of a blocked key is to be held; a held one behind another that failed is to be left alone."""
-        if item.role >= Role.AGAIN:
+        if item.role >= AGAIN:
             return item.line in self._failed
         lines = self.blocked.get(item.bucket)
         return lines is not None and item.line in lines

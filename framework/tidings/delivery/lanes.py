@@ -6,21 +6,33 @@ It gives events to the gate while the gate is open. It knows no handler, and doe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tidings._support.timers import Timers
-from tidings.delivery.inflight import InFlight, State
+from tidings.delivery.crashes import Caution
+from tidings.delivery.inflight import TAKEN, InFlight, State
 from tidings.protocol.position import Lanes
 
 __all__ = ["EventLanes"]
 
 
 class _Gate(Protocol):
+    caution: Caution
+    """While this is not alert, the gate is not shut."""
+
     def shut(self) -> float:
         """Seconds until an event may be taken, 0 for now."""
 
     def take(self, item: InFlight) -> None: ...
+
+    def take_all(self, items: Sequence[InFlight]) -> None:
+        """As `take` of each, while `caution` is not alert."""
+
+
+class _Puller(Protocol):
+    led: bool
+    """It is at work, and calls `pump` when it has nothing left to begin."""
 
 
 class EventLanes:
@@ -35,6 +47,8 @@ class EventLanes:
         self._look_again: asyncio.TimerHandle | None = None
         self.under_way = 0
         """Events given out whose outcome is not committed."""
+        self.puller: _Puller | None = None
+        """Who need not be told of what is ready while it is at work: it takes many at once, which is less work."""
         self._rests: dict[int, tuple[InFlight, asyncio.TimerHandle]] = {}
         """By bucket: the event that rests between two quick attempts, and the end of its pause."""
 
@@ -69,21 +83,36 @@ class EventLanes:
         self._pumping = True
         gate = self._gate
         assert gate is not None
-        while lanes.ready and not gate.shut():
+        caution = gate.caution
+        while lanes.ready:
+            if not caution.alert:
+                items = lanes.take_all()
+                self.under_way += len(items)
+                for item in items:
+                    item.to(TAKEN)
+                gate.take_all(items)
+                continue
+            if gate.shut():
+                break
             taken = lanes.take()
             assert taken is not None
             item = taken[1]
             self.under_way += 1
-            item.to(State.TAKEN)
+            item.to(TAKEN)
             gate.take(item)
         self._pumping = False
         if lanes.ready and self._look_again not in self._timers and (pause := gate.shut()):
             self._look_again = self._timers.later(pause, self.pump)
 
+    def flow(self) -> None:
+        """Have given out what is ready: at once, or as soon as the puller asks for it."""
+        if self._lanes.ready and (self.puller is None or not self.puller.led):
+            self.pump()
+
     def finish(self, item: InFlight) -> None:
         """It is done, held or dead: its lane goes on. Whoever commits it says so with `committed`."""
         self._lanes.finish(item.bucket)
-        self.pump()
+        self.flow()
 
     def leave(self, item: InFlight) -> None:
         """It is left as it was, and leaves its lane without a commit."""

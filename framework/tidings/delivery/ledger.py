@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.delivery.acknowledgement import Acknowledgement
 from tidings.delivery.batch import Batch
-from tidings.delivery.inflight import State
+from tidings.delivery.inflight import COMMITTED
 from tidings.delivery.progress import Progress
 from tidings.delivery.release import Release
 from tidings.delivery.site import Joined
@@ -29,19 +29,24 @@ class Ledger:
         self.commits = 0
         """Transactions that were committed."""
 
+    def begins(self) -> float:
+        """A transaction begins: the time that `committed` is to be told. No other clock will do: how long ago that is
+        must not depend on whether the machine slept."""
+        return self._release.begins()
+
     async def write(self, connection: AsyncConnection, batch: Batch, *, floor_now: bool | None) -> None:
         """Write the batch in the transaction of `connection`, and the floor where it is due, or `floor_now`; with None,
         never. Raises `Fenced` when another process was here: roll back."""
         await self._progress.write(connection, batch, floor_now=floor_now)
 
     def committed(self, batch: Batch, began: float) -> None:
-        """It is durable; its transaction began at `began`."""
+        """It is durable; its transaction began at `began`, as `begins` said."""
         if len(batch):
             self._database.writes.proven()
         self._progress.written(batch)
         self.commits += 1
         for item in batch.finished:
-            item.to(State.COMMITTED)
+            item.to(COMMITTED)
             item.done = True
         for _, ticket in batch.foreign:
             ticket.done = True

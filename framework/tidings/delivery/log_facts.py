@@ -8,6 +8,7 @@ from typing import Final
 
 from structlog.contextvars import bind_contextvars
 
+from tidings.modelling.codec import CORRELATION
 from tidings.modelling.context import Context
 
 __all__ = ["bind_handling", "handling"]
@@ -53,14 +54,14 @@ def bind_handling(context: Context) -> None:
 
     It is never undone: call it inside a copy that ends with the handler.
     """
-    event = context.event
+    event, metadata = context.event, context.metadata
     digits = event.id_bytes.hex()  # making a UUID and its text takes three times as long
     _set_event_id(f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}")
     _set_position(event.position)
     _set_stream(event.stream)
-    _set_correlation(context.correlation_id)
+    correlation = metadata.get(CORRELATION)
+    _set_correlation(correlation if correlation and type(correlation) is str else context.correlation_id)
     if context.attempt != 1:
         _set_attempt(context.attempt)
-    trace = context.metadata.get("traceparent")
-    if isinstance(trace, str):
+    if "traceparent" in metadata and isinstance(trace := metadata["traceparent"], str):
         _set_trace(trace)

@@ -8,8 +8,9 @@ is kept through threads, exception groups and `raise ... from`. It asks nobody.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from uuid import UUID
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tidings.database.engine import Database
     from tidings.protocol.message import Message
 
-__all__ = ["Ours", "OwnBus", "OwnStore", "inner", "marking"]
+__all__ = ["PROBED", "Ours", "OwnBus", "OwnStore", "inner", "marking"]
 
 T = TypeVar("T")
 
@@ -120,21 +121,52 @@ class _Marked:
                     yield item
 
 
-class OwnStore(_Marked, EventStore):
+class _Probed(_Marked):
+    """A store of which is known whether it takes writes, also while nobody writes."""
+
+    def __init__(self, store: EventStore) -> None:
+        super().__init__(store)
+        self.may_probe = True
+        """The user was not refused an append that only tries whether the log takes it."""
+
+    async def probe_writes(self) -> None:
+        """Append one event to a stream of Tidings' own that keeps one: `writes` knows then whether the log takes it. A
+        user who may not append there learns nothing, and is not asked again."""
+        try:
+            done = await self._write(self.inner.append(PROBED, [EventData("tidings_Probed", b"{}")]))
+            if done.version == 0:
+                await self._write(self.inner.set_metadata(PROBED, {"$maxCount": 1}))
+        except StreamForbidden:
+            self.may_probe = False
+        except StoreError:
+            pass  # `writes` knows
+
+    @property
+    def is_local(self) -> bool:
+        """Its file is on this machine, so that `unwritable` can look at it."""
+        return hasattr(self.inner, "unwritable")
+
+    def unwritable(self) -> str | None:
+        """Return why the log takes no appends, as the file system says; None where nothing is against them, and for a
+        log that is elsewhere."""
+        return cast("str | None", self.inner.unwritable()) if hasattr(self.inner, "unwritable") else None
+
+    async def is_quiet(self, seconds: float) -> bool:
+        """Return whether nothing shows that the log took an append of anybody within so many seconds."""
+        if time.monotonic() - self.writes.last_at <= seconds or not self.may_probe:
+            return False
+        async for event in self._read(self.inner.read_all(backwards=True, limit=1)):
+            return time.time() - event.ticks / 1e7 > seconds
+        return True
+
+
+class OwnStore(_Probed, EventStore):
     """Stands before a service's own store: marks its errors, and learns whether it takes writes."""
 
     @classmethod
     def of(cls, store: EventStore) -> OwnStore:
         """The store itself, where it is one already: who shares it shares what is known of it."""
         return store if isinstance(store, OwnStore) else cls(store)
-
-    async def probe_writes(self) -> None:
-        """Append one event to a stream of Tidings' own that keeps one: `writes` knows then whether the log takes it. A
-        user who may not append there learns nothing."""
-        with suppress(StoreError):
-            done = await self.append(PROBED, [EventData("tidings_Probed", b"{}")])
-            if done.version == 0:
-                await self.set_metadata(PROBED, {"$maxCount": 1})
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         return await self._write(self.inner.append(stream, events, expected=expected))

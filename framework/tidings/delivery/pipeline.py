@@ -109,8 +109,7 @@ class Pipeline:
         stages = self.stages
         self._attempts.open()
         try:
-            stages.stager.add(await self._joined.inbox.read_staged(), since=None)
-            await self.takeover.read_keys()
+            await self.takeover.read_staged()
             if not self._stopping:
                 stages.lanes.open(stages.gate)
             async with asyncio.TaskGroup() as tasks:

@@ -5,17 +5,18 @@ It never begins or commits a transaction; `written` is told when the one that `w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database.held_events import HeldEvent
-from tidings.database.held_rows import HeldRows
+from tidings.database.held_rows import Ended, HeldRows
 from tidings.database.inbox import Inbox, Remembered
+from tidings.database.receipts import Receipts, Written
 from tidings.delivery.batch import Batch, Late
 from tidings.delivery.failure_memory import SKIPPED
-from tidings.delivery.inflight import InFlight, Role
+from tidings.delivery.inflight import PLAIN, InFlight, Role
 
 __all__ = ["Progress"]
 
@@ -50,6 +51,11 @@ class Progress:
         """Up to where the commit under way moves all spans."""
 
     @property
+    def receipts(self) -> Receipts:
+        """What was settled, so that the log can contradict it."""
+        return self._inbox.watermarks.receipts
+
+    @property
     def floor_is_stored(self) -> bool:
         return self.floor <= self._stored_floor and self.caught <= self._stored_caught
 
@@ -77,7 +83,7 @@ class Progress:
             # Also where it does not move, the watermark must stand where this process knows it.
             marks = {bucket: self._watermarks[bucket] for bucket in batch.parts}
             moves = {bucket: (at, at) for bucket, at in marks.items()} | moves
-        await inbox.watermarks.move(connection, moves)
+        await self._move(connection, batch, moves, floor_is_due)
         if batch.shared or self._parts:
             # The watermark does not tell that another process is done with some handlers of an event: its rows do.
             steps = {b: moves[b] for b in batch.moves if b in batch.shared or b in self._parts}
@@ -91,8 +97,7 @@ class Progress:
             await inbox.spans.end(connection, [(span[:3], reached[span[:3]]) for span in batch.ended])
         await inbox.partials.add(connection, [(at, *item.turn) for at, items in batch.parts.items() for item in items])
         if again:
-            await held.postpone(connection, _postponed(again))
-            await held.release(connection, [item.turn for item in again if item.postponed is None])
+            await held.end(connection, map(_ended, again))
         await held.hold(connection, _postponed(fresh))
         emissions = [row for item in batch.notable for row in item.emissions]
         replayed = {item.event.position for item in again if item.replayed}
@@ -113,6 +118,18 @@ class Progress:
         if floor_is_due:
             await self._store_floor(connection)
 
+    async def _move(
+        self, connection: AsyncConnection, batch: Batch, moves: Mapping[int, tuple[int, int]], floor_is_due: bool
+    ) -> None:
+        """Move watermarks and their receipts, and with the floor the receipts of what has gone by up to there."""
+        receipts, resting = self.receipts, dict[int, tuple[int, Written]]()
+        written = receipts.settle([(item.bucket, item.event) for item in batch.finished if item.role is PLAIN])
+        if floor_is_due and (due := receipts.due()):
+            resting = {bucket: (self._watermarks[bucket], row) for bucket, row in due.items() if bucket not in moves}
+            written = {bucket: row for bucket, row in due.items() if bucket in moves} | written
+            receipts.wrote(due)
+        await self._inbox.watermarks.move(connection, moves, written, resting)
+
     async def _store_floor(self, connection: AsyncConnection) -> None:
         """Write the floor, and how far handlers that are behind have caught up."""
         self._stored_floor, self._stored_at = self.floor, self._clock()
@@ -130,6 +147,7 @@ class Progress:
             self.spans = {late: max(at, self._raised) for late, at in self.spans.items()}
             self._raised = -1
         self._watermarks.update(batch.moves)
+        self.receipts.committed(batch.moves)
         self._inbox.watermarks.fenced_rivals(_emitting_again(batch))
         if self._parts:
             for bucket in batch.moves:
@@ -144,6 +162,12 @@ class Progress:
 def _emitting_again(batch: Batch) -> set[int]:
     """Return the buckets in which a held event emits something."""
     return {item.bucket for item in batch.notable if item.role >= Role.AGAIN and item.emissions}
+
+
+def _ended(item: InFlight) -> Ended:
+    row = item.held
+    assert row is not None
+    return Ended(row, item.postponed, dead=item.letter is not None)
 
 
 def _postponed(items: Iterable[InFlight]) -> list[HeldEvent]:

@@ -28,8 +28,12 @@ class Release:
         self._pending = pending
         self._side_by_side = side_by_side
 
+    def begins(self) -> float:
+        """A transaction begins: the time that `committed` is to be told."""
+        return self._stager.now()
+
     def committed(self, batch: Batch, began: float) -> None:
-        """It is durable; its transaction began at `began`."""
+        """It is durable; its transaction began at `began`, as `begins` said."""
         for item in batch.notable:
             held = item.held
             if held is not None:

@@ -10,21 +10,34 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, NamedTuple
+from uuid import UUID
+
+import structlog
 
 from tidings.database.staged_events import StagedEvent
+from tidings.delivery.claims import Sought, claim
 from tidings.errors import StreamDeleted, StreamNotFound
+from tidings.protocol.identity import instead_of
 from tidings.protocol.position import CARRIED
 from tidings.stores import NO_STREAM, Appended, EventStore, Expected, RecordedEvent
 
-__all__ = ["Ids", "Resolver"]
+__all__ = ["Ids", "Place", "Resolver"]
+
+log = structlog.get_logger("tidings.staged")
 
 REMEMBERED: Final = 2_000_000
-"""Event ids that one resolver remembers at most; some 25 bytes each."""
+"""Event ids, and what events say of themselves, that one resolver remembers at most; some 25 bytes each."""
 LONG: Final = 50
 """Events of a stream, read at once, from which on its ids are remembered."""
-_HANDLER: Final = b'"tidingsHandler"'
-"""In the metadata of everything that handlers emit."""
+
+
+class Place(NamedTuple):
+    """Where to append a staged event."""
+
+    expected: Expected
+    identity: UUID
+    """The id to append it under: its own, unless somebody else has used that for another event."""
 
 
 class Ids:
@@ -59,10 +72,13 @@ class Ids:
 class _Part:
     """The end of a stream as it was read, or a stretch of the log."""
 
-    __slots__ = ("after", "counted", "high", "ids", "low")
+    __slots__ = ("after", "claims", "counted", "high", "ids", "low")
 
     def __init__(self) -> None:
         self.ids = Ids()
+        """Ids of all events that were read; of a stretch of the log, of none."""
+        self.claims = Ids()
+        """What the events say of themselves that somebody emitted."""
         self.counted = 0
         """Ids when it was remembered last."""
         self.low = -1
@@ -72,8 +88,22 @@ class _Part:
         self.after = -1
         """All events above this position were read."""
 
-    def holds(self, row: StagedEvent) -> bool:
-        return any(identity.bytes in self.ids for identity in row.ids)
+    def __len__(self) -> int:
+        """Ids and claims."""
+        return len(self.ids) + len(self.claims)
+
+    def add(self, event: RecordedEvent) -> None:
+        self.ids.add(event.id_bytes)
+        self.claim(event)
+
+    def claim(self, event: RecordedEvent) -> None:
+        """Remember what the event says of itself, if somebody emitted it."""
+        said = claim(event)
+        if said is not None:
+            self.claims.add(said)
+
+    def holds(self, sought: Sought) -> bool:
+        return any(said in self.claims for said in sought.claims)
 
 
 class Resolver:
@@ -110,55 +140,69 @@ class Resolver:
             if not users:
                 del self._turns[stream]
 
-    async def resolve(self, row: StagedEvent, actual: int) -> Expected | None:
-        """Return the version to append at, None when the event is in the log already.
+    async def resolve(self, row: StagedEvent, actual: int) -> Place | None:
+        """Return where to append the event, None when it is in the log already.
 
         `actual` is the stream's version as a refused append named it; -1 when there was none. Raises `StreamDeleted`
         for an event that is not in its tombstoned stream; `StoreUnavailable`.
         """
-        stream = row.stream
+        stream, sought = row.stream, Sought(row)
         part = self._parts.get(stream)
-        whole = None if part is None else await self._read_on(part, row, actual)
+        whole = None if part is None else await self._read_on(part, sought, actual)
         if part is None or whole is None:
             part = _Part()
             try:
-                whole = await self._read_down(part, row, None)
+                whole = await self._read_down(part, sought, None)
             except StreamDeleted:
-                if await self._in_log(row):
+                if await self._in_log(sought):
                     return None
                 raise
         self._keep(stream, part)
-        if part.holds(row) or (not whole and await self._is_hidden(row)):
+        if part.holds(sought) or (not whole and await self._is_hidden(sought)):
             return None
-        if part.high >= 0:
-            return part.high
-        return NO_STREAM if actual < 0 else actual
+        expected: Expected = NO_STREAM if actual < 0 else actual
+        return Place(part.high if part.high >= 0 else expected, _free(part, sought))
 
-    def appended(self, row: StagedEvent, done: Appended) -> None:
+    def appended(self, row: StagedEvent, place: Place, done: Appended) -> None:
         """Take note that a row was appended where `resolve` said: nothing came between what was read and it."""
         part = self._parts.get(row.stream)
         if part is not None and done.version == part.high + 1:
-            part.ids.add(row.event.id.bytes)
+            event = row.event
+            part.add(
+                RecordedEvent(
+                    done.position,
+                    row.stream,
+                    done.version,
+                    event.type,
+                    b"",
+                    event.metadata,
+                    True,
+                    place.identity.bytes,
+                    0,
+                )
+            )
             part.high = done.version
 
-    async def _read_on(self, part: _Part, row: StagedEvent, actual: int) -> bool | None:
+    async def _read_on(self, part: _Part, sought: Sought, actual: int) -> bool | None:
         """Read what is needed beyond what is known; as `_read_down`. None when the stream is not what it was."""
+        row = sought.row
         try:
-            if actual > part.high and not part.holds(row):
+            if actual > part.high and not part.holds(sought):
                 async for event in self._store.read_stream(row.stream, start=part.high + 1):
-                    part.ids.add(event.id_bytes)
+                    sought.is_it(event)
+                    part.add(event)
                     part.high = event.version
                 if actual > part.high:
                     return None
-            if part.holds(row) or row.cause >= part.after:
+            if part.holds(sought) or row.cause >= part.after:
                 return True
-            return await self._read_down(part, row, part.low - 1)
+            return await self._read_down(part, sought, part.low - 1)
         except (StreamNotFound, StreamDeleted):
             return None
 
-    async def _read_down(self, part: _Part, row: StagedEvent, start: int | None) -> bool:
+    async def _read_down(self, part: _Part, sought: Sought, start: int | None) -> bool:
         """Read backwards as far as the row, or its cause, below which it cannot be. True when it came so far."""
-        wanted = frozenset(identity.bytes for identity in row.ids)
+        row = sought.row
         try:
             async for event in self._store.read_stream(row.stream, start=start, backwards=True):
                 if part.high < 0:
@@ -167,8 +211,8 @@ class Resolver:
                     part.after = row.cause
                     return True
                 part.low, part.after = event.version, event.position - 1
-                part.ids.add(event.id_bytes)
-                if event.id_bytes in wanted:
+                part.add(event)
+                if sought.is_it(event):
                     return True
                 if event.version == 0:
                     part.after = -1
@@ -185,16 +229,17 @@ class Resolver:
         if len(part.ids) < LONG:
             return
         self._parts[stream] = part
-        part.counted = len(part.ids)
+        part.counted = len(part)
         self._remembered += part.counted
         while self._remembered > self._limit:
             self._remembered -= self._parts.popitem(last=False)[1].counted
 
-    async def _is_hidden(self, row: StagedEvent) -> bool:
+    async def _is_hidden(self, sought: Sought) -> bool:
         """Was it appended, and then truncated or deleted? What a stream hides, the log still shows."""
-        return (await self._store.get_metadata(row.stream)).version >= 0 and await self._in_log(row)
+        return (await self._store.get_metadata(sought.row.stream)).version >= 0 and await self._in_log(sought)
 
-    async def _in_log(self, row: StagedEvent) -> bool:
+    async def _in_log(self, sought: Sought) -> bool:
+        row = sought.row
         async with self._log_turn:
             part = self._log
             if part is None:
@@ -204,16 +249,31 @@ class Resolver:
                 async for event in self._store.read_all(after=row.cause, filter=CARRIED):
                     if event.position > part.after:
                         break
-                    _remember(part.ids, event)
+                    part.claim(event)
                 part.after = row.cause
             async for event in self._store.read_all(after=part.high, filter=CARRIED):
-                _remember(part.ids, event)
+                part.claim(event)
                 part.high = event.position
-            if len(part.ids) > self._limit:
+            if len(part) > self._limit:
                 self._log = None
-            return part.holds(row)
+            return part.holds(sought)
 
 
-def _remember(ids: Ids, event: RecordedEvent) -> None:
-    if _HANDLER in event.metadata:
-        ids.add(event.id_bytes)
+def _free(part: _Part, sought: Sought) -> UUID:
+    """Return the id to append the event under, and name in the log who has used its own."""
+    row, foreign = sought.row, sought.foreign
+    taken = [identity for identity in row.ids if identity.bytes in part.ids]
+    identity = instead_of(row.event.id) if row.event.id in taken else row.event.id
+    if taken:
+        log.error(
+            "staged.foreign",
+            stream=row.stream,
+            event_id=str(taken[0]),
+            type=row.event.type,
+            appended_as=str(identity),
+            foreign_position=None if foreign is None else foreign.position,
+            foreign_type=None if foreign is None else foreign.type,
+            advice="somebody else has appended another event under an id that only this service should use; the real "
+            "event is appended beside it. See who may write to the stream, and set TIDINGS_ID_KEYS (docs/trust.md)",
+        )
+    return identity

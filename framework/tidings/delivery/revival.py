@@ -63,18 +63,19 @@ class Revival:
         log.info("service.tries_held_again", service=self._service.name, events=events, reason="its code has changed")
 
     async def run(self) -> None:
-        """Until cancelled; begin it when `keys` has just been read. Raises `DatabaseUnavailable`, and `Fenced` after a
-        replay was asked for."""
+        """Until cancelled; `keys` has just been read when it becomes active. Raises `DatabaseUnavailable`, and `Fenced`
+        after a replay was asked for."""
         holds = [handler.retry.hold for handler in self._service.named.values()]
         longest = max((hold.maximum for hold in holds if hold is not None), default=0.0)
         loop, due = asyncio.get_running_loop(), self._due
-        next_whole = loop.time() + HELD_SECONDS
+        await self.active.wait()
+        next_whole = loop.time() + HELD_SECONDS * due.pauses
         while True:
             await self.active.wait()
             due.look.clear()
             if loop.time() >= next_whole:
                 due.whole = due.stale = True
-                next_whole = loop.time() + HELD_SECONDS
+                next_whole = loop.time() + HELD_SECONDS * due.pauses
             # What flies now may be settled by a commit that this reading does not see.
             flying = self._keys.flying
             if len(flying) < FLYING:
@@ -97,7 +98,7 @@ class Revival:
         paused, held = dict(self._breakers.open), self._joined.held
         try:
             async with self._database.reading() as connection:
-                await self._joined.inbox.watermarks.fence(connection)
+                await self._joined.inbox.watermarks.fence(connection, locking=False)
                 if left is None:
                     self._find_gone(await held.code.gone(connection, self._service))
                 rows = await self._joined.held.due.find(

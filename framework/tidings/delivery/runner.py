@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from tidings.database.held_events import HeldEvent
 from tidings.delivery.attempt import Attempt, Attempts
 from tidings.delivery.failure import Failure
 from tidings.delivery.guard import Survivors
-from tidings.delivery.inflight import InFlight, State
+from tidings.delivery.inflight import AGAIN, RUNNING, InFlight
 from tidings.delivery.site import Joined
 from tidings.delivery.succession import Succession
 from tidings.modelling.codec import read_metadata
@@ -28,6 +29,7 @@ class Runner:
     def __init__(self, joined: Joined, attempts: Attempts, succession: Succession, survivors: Survivors) -> None:
         self._service = joined.site.service.name
         self._clock = joined.site.clock
+        self._ids = joined.site.trust.ids
         self._memory = joined.site.memory
         self._lineage = joined.lineage
         self._caution = joined.caution
@@ -41,21 +43,23 @@ class Runner:
 
     def context(self, item: InFlight) -> Context:
         """Return what the next attempt is told of its event."""
-        event, held = item.event, item.held
+        event = item.event
         metadata, item.metadata = item.metadata, None  # the next attempt must not see what this one makes of it
         attempts = self._memory.attempts
         tried = attempts.get(item.turn, 0) if attempts else 0
-        if held is not None:
-            tried += held.attempts
+        if item.role >= AGAIN:
+            tried += cast("HeldEvent", item.source).attempts
         if metadata is None:
             metadata = read_metadata(event)
-        handler = item.handler
-        log_id = self._lineage.at(event.position)
-        return Context(self._service, handler.name, log_id, event, metadata, tried + 1, item.replayed, handler.was)
+        handler, lineage = item.handler, self._lineage
+        log_id = lineage.at(event.position) if lineage.former else lineage.log
+        return Context(
+            self._service, handler.name, log_id, event, metadata, tried + 1, item.replayed, handler.was, self._ids
+        )
 
     def begin(self, item: InFlight, context: Context, provide: Callable[[Inject], Any]) -> Attempt | Failure | None:
         """Begin an attempt, and end it where it waits for nothing; whoever gets an `Attempt` awaits its `outcome`."""
-        item.to(State.RUNNING)
+        item.to(RUNNING)
         item.since = self._clock()
         self.working[item.event.position] = item
         self._succession.notebook.begin(item.event.position, item.bucket)

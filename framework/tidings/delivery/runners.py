@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tidings.delivery.concurrent_groups import ConcurrentGroups
 from tidings.delivery.groups import Groups
 from tidings.delivery.inflight import InFlight
@@ -27,6 +29,14 @@ class Runners:
             self.groups.give(item)
         else:
             self.side_by_side.give(item)
+
+    def give_all(self, items: Sequence[InFlight]) -> None:
+        """As `give` of each."""
+        if any(item.handler.transactional for item in items):
+            for item in items:
+                self.give(item)
+        else:
+            self.side_by_side.give_all(items)
 
     def ask(self, seat: Seat) -> None:
         """Give a handler that declared no session, and is at work, the next transaction that has room."""

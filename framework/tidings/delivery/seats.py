@@ -37,22 +37,20 @@ class Seat:
         self._ask = ask
         self._waiting: list[asyncio.Future[AsyncConnection]] = []
         """Tasks of the handler that wait for the transaction."""
-        self._over: asyncio.Future[Failure | None] | None = None
+        self.is_over = False
+        """The attempt has ended."""
+        self._outcome: Failure | BaseException | None = None
+        self._held: asyncio.Future[None] | None = None
+        """Done when the attempt that has the transaction ends."""
 
     @property
     def context(self) -> Context:
         return self.opened.context
 
     @property
-    def is_over(self) -> bool:
-        """The attempt has ended."""
-        return self._over is not None and self._over.done()
-
-    @property
     def has_failed(self) -> bool:
         """The attempt has ended with a failure of its own."""
-        over = self._over
-        return over is not None and over.done() and over.exception() is None and over.result() is not None
+        return isinstance(self._outcome, Failure)
 
     @property
     def opened(self) -> Given:
@@ -62,7 +60,6 @@ class Seat:
 
     def begin(self, context: Context, engine: AsyncEngine) -> Given:
         """Return what the attempt that begins now is given."""
-        self._over = asyncio.get_running_loop().create_future()
         self.given = Given(context, engine, self._wait)
         return self.given
 
@@ -74,12 +71,9 @@ class Seat:
 
     def end(self, outcome: Failure | BaseException | None) -> None:
         """The attempt has ended with a failure or without one, or was cut off by an exception that is not its own."""
-        assert self._over is not None
-        if not isinstance(outcome, BaseException):
-            self._over.set_result(outcome)
-        else:
-            self._over.set_exception(outcome)
-            self._over.exception()  # where nobody is left to ask for it, nobody has to
+        self._outcome, self.is_over = outcome, True
+        if self._held is not None and not self._held.done():
+            self._held.set_result(None)
 
     def recall(self) -> None:
         """Cut the attempt off, if it is under way."""
@@ -89,19 +83,24 @@ class Seat:
 
     async def hold(self, connection: AsyncConnection) -> Failure | None:
         """Let the handler have the transaction, and wait until the attempt is over: None when it succeeded."""
-        assert self._over is not None
-        self.context.waits(asyncio.get_running_loop().time(), False)
+        loop = asyncio.get_running_loop()
+        self.context.waits(loop.time(), False)
         waiting, self._waiting = self._waiting, []
         for each in waiting:
             if not each.done():  # it was cancelled
                 each.set_result(connection)
-        if not self._over.done():
+        if not self.is_over:
+            self._held = loop.create_future()
             try:
-                await asyncio.shield(self._over)
+                await self._held
             except asyncio.CancelledError:
-                await asyncio.wait((self._over,), timeout=PARTING_SECONDS)
+                if not self.is_over:
+                    self._held = loop.create_future()
+                    await asyncio.wait((self._held,), timeout=PARTING_SECONDS)
                 raise
-        return self._over.result()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
 
     async def _wait(self) -> AsyncConnection:
         loop = asyncio.get_running_loop()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -35,7 +34,7 @@ class SideBySide:
         self._hindrances = hindrances
         self._verdicts = verdicts
         self._pending = pending
-        self._workers: Workers[InFlight] = Workers(joined.site.service.concurrency, self._begin)
+        self.workers: Workers[InFlight] = Workers(joined.site.service.concurrency, self._begin)
         self._deferred: list[InFlight] = []
         """Their bucket has effects in a transaction under way, which they would not see."""
         self._seats: dict[Turn, Seat] = {}
@@ -47,23 +46,31 @@ class SideBySide:
         if item.bucket in self._pending.unseen:
             self._deferred.append(item)
         else:
-            self._workers.give(item)
+            self.workers.give(item)
+
+    def give_all(self, items: Sequence[InFlight]) -> None:
+        """As `give` of each."""
+        if self._pending.unseen:
+            for item in items:
+                self.give(item)
+        else:
+            self.workers.give_all(items)
 
     def committed(self) -> None:
         """What handlers with a session have written can be seen now."""
         deferred, self._deferred = self._deferred, []
         for item in deferred:
-            self._workers.give(item)
+            self.workers.give(item)
 
     def take_back(self) -> int:
         """Forget what nobody has begun, and say how many that were."""
-        number = len(self._deferred) + self._workers.take_back()
+        number = len(self._deferred) + self.workers.take_back()
         self._deferred.clear()
         return number
 
     async def run(self) -> None:
         """Until cancelled, or until an object of the service's own is away."""
-        await self._workers.run()
+        await self.workers.run()
 
     def _begin(self, item: InFlight) -> Awaitable[None] | None:
         """Do what can be done at once; what is left to be awaited of it."""
@@ -72,7 +79,7 @@ class SideBySide:
             self._verdicts.hindered(item, why)
             return None
         context = self._runner.context(item)
-        context.opens(partial(self._open, item, context))
+        context.opens(self._open)
         begun = self._runner.begin(item, context, _no_session)
         if isinstance(begun, Attempt):
             return self._end(item, context, begun)
@@ -96,13 +103,15 @@ class SideBySide:
             seat.end(outcome)  # it is judged in its transaction
 
     @asynccontextmanager
-    async def _open(self, item: InFlight, context: Context) -> AsyncIterator[AsyncSession]:
+    async def _open(self, context: Context) -> AsyncIterator[AsyncSession]:
         """What the handler is given when it asks for a session at work."""
+        context.check_alive("context.session()")
+        item = self._runner.working[context.event.position]
         seat = self._seats.get(item.turn)
         if seat is None:
             seat = self._seats[item.turn] = Seat(item, self.ask)
             seat.begin(context, self._engine)
-        async with seat.opened.enter() as session:
+        async with seat.opened.enter(context) as session:
             yield session
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from tidings.buses import EventBus
 from tidings.database.engine import Database
@@ -18,12 +18,14 @@ from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.resources import Resources
 from tidings.modelling.context import Context
+from tidings.protocol.identity import UNKEYED, IdKeys
+from tidings.protocol.seal import Seal
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["Joined", "Site", "Witness"]
+__all__ = ["TRUSTING", "Joined", "Site", "Trust", "Witness"]
 
 
 class Witness(Protocol):
@@ -36,6 +38,21 @@ class Witness(Protocol):
     def failed(self, item: InFlight, failure: Failure) -> None:
         """Hear of an attempt that failed."""
         ...
+
+
+class Trust(NamedTuple):
+    """What is believed of what others may have written: of messages on the bus, and of events in the log."""
+
+    seal: Seal | None = None
+    """Only sealed messages are read; None reads all."""
+    content: bool = True
+    """An event is what its message says; else the log is read for it."""
+    ids: IdKeys = UNKEYED
+    """Whose ids emitted events have."""
+
+
+TRUSTING: Final = Trust()
+"""Whoever may publish on the bus is believed, as far as the head of the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +69,7 @@ class Site:
     memory: FailureMemory
     clock: Callable[[], float] = time.monotonic
     witness: Witness | None = None
+    trust: Trust = TRUSTING
 
 
 @dataclass(frozen=True, slots=True)

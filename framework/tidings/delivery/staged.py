@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 from uuid import UUID
 
 import structlog
 
 from tidings._support.backoff import nth_pause
+from tidings._support.telling import Telling
 from tidings.database.dead_letters import Letter
 from tidings.database.staged_events import StagedEvent
 from tidings.delivery.requests import Requests
@@ -94,6 +96,7 @@ class Stager:
         self._clock = clock
         self._outage = -FRESH_SECONDS
         """When the store was last away: what was staged before is fresh no more."""
+        self._telling = Telling(log, clock)
         self._requests = Requests(clock)
         self._resolver = Resolver(store)
         self._resolved_at = 0.0
@@ -102,6 +105,10 @@ class Stager:
         self._newest: int | None = None
         """Position of an append of this tenure. What stands above it was appended later still, so nobody can have
         handled it before. The log's own head would do, if no store ever answered from a replica that lags."""
+
+    def now(self) -> float:
+        """The time by which `add` is told since when rows may be committed."""
+        return self._clock()
 
     def __len__(self) -> int:
         """Events not appended yet."""
@@ -159,6 +166,7 @@ class Stager:
                 self._requests.tell(identity, False)
             else:
                 self._outcome.appended(identity)
+                self._telling.seems_over("staged.goes_on")
                 self._requests.tell(identity, True)
             self._requests.away = False
             self._requests.ended(row.staged)
@@ -199,10 +207,7 @@ class Stager:
                 if row.attempts >= AWAY_ATTEMPTS and not self._requests.away:
                     self._requests.away = True
                     self._requests.disappoint()
-                if row.attempts in (1, 10) or row.attempts % 100 == 0:
-                    log.warning(
-                        "staged.waiting", stream=staged.stream, attempts=row.attempts, pause=pause, error=str(error)
-                    )
+                self._telling.failed("staged.waiting", error, kind="", stream=staged.stream, pause=pause)
                 await asyncio.sleep(pause)
 
     def _is_new_to_log(self, staged: StagedEvent) -> bool:
@@ -219,10 +224,11 @@ class Stager:
         staged, tenure = row.staged, self._tenure
         self._resolved_at = self._clock()
         async with self._resolver.turn(staged.stream):
-            expected = await self._resolver.resolve(staged, row.actual)
-            if expected is None:
+            place = await self._resolver.resolve(staged, row.actual)
+            if place is None:
                 return
-            done = await self._store.append(staged.stream, [staged.event], expected=expected)
-            self._resolver.appended(staged, done)
+            event = replace(staged.event, id=place.identity)
+            done = await self._store.append(staged.stream, [event], expected=place.expected)
+            self._resolver.appended(staged, place, done)
         if self._newest is None and tenure == self._tenure:
             self._newest = done.position

@@ -93,6 +93,7 @@ def assemble(
     if site.database.width:
         fitness = Fitness(joined, hindrances, pending, progress)
         concurrent = ConcurrentGroups(joined, fitness, lanes, runner, verdicts, ledger)
+    side_by_side.workers.drained, lanes.puller = lanes.pump, side_by_side.workers
     runners = Runners(side_by_side, groups, concurrent)
     guard = Guard(joined, succession, lanes, runners)
     gate = Gate(joined, guard, runners, verdicts, remembered.replay)

@@ -13,6 +13,7 @@ import structlog
 from tidings.database.notebook import Notebook, notebook_of
 from tidings.delivery.limits import FULL
 from tidings.delivery.site import Joined
+from tidings.errors import Fenced
 
 __all__ = ["Succession"]
 
@@ -32,10 +33,11 @@ class Succession:
         """Told of each attempt's begin and end."""
         self.caution = joined.caution
 
-    async def take_over(self) -> list[int]:
+    async def take_over(self, *, unless_at_work: bool = False) -> list[int]:
         """This process is at work on the range from now on. Returns positions whose notes were written again and
         are not needed any more. Raises `DatabaseUnavailable`, and `Fenced` when a replay sent the service back since
-        it joined, or another process is at it too."""
+        it joined, or another process is at it too. `unless_at_work`: the bus has not chosen this process, so it raises
+        `Fenced` if another one is noted as being at work."""
         service = self._joined.site.service
         if self.notebook.open:
             self.notebook.keep()
@@ -48,6 +50,8 @@ class Succession:
             async with self._database.turn, self._database.transaction() as connection:
                 await inbox.watermarks.fence(connection)
                 before = await inbox.occupancy.take(connection, me)
+                if unless_at_work and before not in (None, me):
+                    raise Fenced(f"service {service.name!r}: another process has begun to read the log; joining again")
                 notes = await inbox.notes.read(connection, service.names)
                 # A takeover whose commit was cut off has marked the range, and nobody has looked at what it found.
                 unclean, under_way = before is not None and (before != me or not caution.informed), None

@@ -37,20 +37,20 @@ class Takeover:
         self.began = False
         """It has been at work since it joined."""
         self._again = asyncio.Event()
-        self._knows_keys = asyncio.Event()
+        self._staged_is_read = asyncio.Event()
 
-    async def read_keys(self) -> None:
-        """Which keys are blocked, as committed; call it while nothing waits for a commit."""
-        async with self._joined.site.database.reading() as connection:
-            await self._stages.hindrances.read(connection, ())
-        self._knows_keys.set()
+    async def read_staged(self) -> None:
+        """Read the events that were staged and not appended when this process joined."""
+        self._stages.stager.add(await self._joined.inbox.read_staged(), since=None)
+        self._staged_is_read.set()
 
-    async def take_over(self) -> None:
+    async def take_over(self, *, unless_at_work: bool = False) -> None:
         """The bus has begun to give this process messages; before that, it runs nothing. After another process that
-        ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`."""
+        ended uncleanly, events are noted before they are run. Raises `DatabaseUnavailable`, and `Fenced` as
+        `Succession.take_over` does."""
         # Work left from an earlier connection was taken for the handlers known then, so keep them.
         stages, fresh = self._stages, self._stages.idle or not self._roster.known
-        for position in await self._succession.take_over():
+        for position in await self._succession.take_over(unless_at_work=unless_at_work):
             stages.pending.noted(position, self._joined.caution.times(position))
         await self._enrol(fresh)
         stages.stager.begin()
@@ -63,16 +63,16 @@ class Takeover:
     async def _enrol(self, fresh: bool) -> None:
         inbox, site, roster = self._joined.inbox, self._joined.site, self._roster
         async with site.database.turn, site.database.transaction() as connection:
-            await inbox.watermarks.fence(connection)
+            # The layout is locked before watermarks, by whoever locks both.
+            await inbox.watermarks.fence(connection, locking=False)
             enrolled = await enrol(connection, site.service, self._joined.lineage.log, inbox.buckets)
+            if fresh:  # not before: what is held may wait in another line now
+                await self._stages.hindrances.read(connection, self._stages.pending.batch.notable)
         if enrolled.changed:
             inbox.watermarks.fenced_others()
             if roster.partial or self._admission.replay.waiting:  # it was read with the handlers' names of before
                 raise Fenced(f"service {site.service.name!r}: its handlers are others than before; joining again")
         if fresh:
-            if enrolled.changed:  # what is held may wait in another line now
-                await self._knows_keys.wait()
-                await self.read_keys()
             roster.read(enrolled.after, enrolled.spans)
             self._stages.progress.spans = {span[:3]: span.done for span in enrolled.spans if span.open}
         elif enrolled.changed:
@@ -80,9 +80,8 @@ class Takeover:
 
     async def resume(self, remembered: Remembered) -> None:
         """Go on from what another process has left, instead of from what was known before; only while everything is
-        idle, and not before it is known which keys are blocked."""
-        await self._knows_keys.wait()
-        await self.read_keys()
+        idle. `take_over`, which follows, reads which keys are blocked."""
+        await self._staged_is_read.wait()
         self._stages.progress.resume(remembered)
         self._admission.replay = self._stages.gate.replay = remembered.replay
         self._joined.site.memory.skip(remembered.skips)

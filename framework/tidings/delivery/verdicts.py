@@ -15,7 +15,7 @@ from tidings.delivery.breaker import Breakers
 from tidings.delivery.due import HELD_SECONDS, Due
 from tidings.delivery.failure import Failure
 from tidings.delivery.guard import Survivors
-from tidings.delivery.inflight import InFlight, Role, State
+from tidings.delivery.inflight import DONE, TRIAL, InFlight, State
 from tidings.delivery.keys import Keys
 from tidings.delivery.lanes import EventLanes
 from tidings.delivery.outcomes import fail, hold, succeed
@@ -51,7 +51,7 @@ class Verdicts:
             if self._witness is not None:
                 self._witness.failed(item, failure)
             (self._pending if into is None else into).doubt(item)
-            if item.role is Role.TRIAL or not failure.deploy_needed:
+            if item.role is TRIAL or not failure.deploy_needed:
                 self._tell_breaker(item, failure)
             self.failed(item, failure, into)
             return
@@ -59,10 +59,10 @@ class Verdicts:
             self._memory.attempts.pop(item.turn, None)
         if context.emissions:
             succeed(item, context)
-        if self._breakers.any and self._breakers.succeeded(item.handler.name):
+        if self._breakers.known and self._breakers.succeeded(item.handler.name):
             log.info("handler.resumed", service=self._service, handler=item.handler.name)
             self._due.resume()
-        self._finish(item, State.DONE, into)
+        self._finish(item, DONE, into)
 
     def failed(self, item: InFlight, failure: Failure, into: Batch | None = None) -> None:
         """Again in its lane, or held, or dead."""
@@ -86,7 +86,7 @@ class Verdicts:
 
     def passed_over(self, item: InFlight) -> None:
         """A replay does not run it."""
-        self._finish(item, State.DONE)
+        self._finish(item, DONE)
 
     def hindered(self, item: InFlight, why: str) -> None:
         """It is not run now: a new event is held, and a held one is left as it is."""
@@ -111,17 +111,17 @@ class Verdicts:
             self._survivors.note(item, ran=ran)
         if (self._pending if into is None else into).finish(item):
             self._keys.ended(item, apart=into is not None)
-        if item.role is Role.TRIAL:
+        if item.role is TRIAL:
             self._end_trial(item)
         self._lanes.finish(item)
 
     def _end_trial(self, item: InFlight) -> None:
-        if item.role is Role.TRIAL and (breaker := self._breakers.open.get(item.handler.name)) is not None:
+        if item.role is TRIAL and (breaker := self._breakers.open.get(item.handler.name)) is not None:
             breaker.end_trial()
 
     def _tell_breaker(self, item: InFlight, failure: Failure) -> None:
         """An attempt failed: it may open the handler's breaker, or be a trial that shows that it must stay open."""
-        name, trial = item.handler.name, item.role is Role.TRIAL
+        name, trial = item.handler.name, item.role is TRIAL
         opened = self._breakers.failed(name, item.key, failure.reason, trial=trial)
         if not opened and not trial:
             return

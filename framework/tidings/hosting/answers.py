@@ -23,6 +23,8 @@ class Check:
     """The service whose part it is; "" for what all have in common."""
     serious: bool = True
     """Where it is not ok, events do not get through; else some are late, and the rest is well."""
+    origin: str = ""
+    """What it has in common with what other services say of the same server; "" for what is nobody else's."""
 
     def document(self) -> dict[str, Any]:
         told = {"name": self.name, "ok": self.ok, "detail": self.detail}

@@ -20,6 +20,7 @@ __all__ = [
     "check_liveness",
     "check_relay",
     "check_service",
+    "is_overdue",
     "is_still",
     "leads",
 ]
@@ -42,17 +43,25 @@ def check_liveness(facts: ServiceFacts) -> Iterator[Check]:
     """What a restart would mend."""
     if facts.died is not None:
         yield Check(f"{facts.name}.running", False, facts.died, "restart the process; its log says why")
-    for work in facts.work:
-        if work.seconds > work.timeout + GRACE_SECONDS:
-            yield Check(
-                f"{facts.name}.handlers",
-                False,
-                f"{work}; its timeout is {work.timeout:g} s, and it does not end when it is cancelled",
-                "restart the process: the event comes again. Give what the handler waits for a limit of its own",
-            )
+    overdue = [work for work in facts.work if is_overdue(work)]
+    # A handler's transaction cannot be undone while its database does not answer: a restart would not help that.
+    if overdue and facts.database is None:
+        slowest = max(overdue, key=lambda work: work.seconds)
+        more = f" (and {len(overdue) - 1} more like it)" if len(overdue) > 1 else ""
+        yield Check(
+            f"{facts.name}.handlers",
+            False,
+            f"{slowest}; its timeout is {slowest.timeout:g} s, and it does not end when it is cancelled{more}",
+            "restart the process: the event comes again. Give what the handler waits for a limit of its own",
+        )
     for part in facts.partitions or (facts,):
         if is_still(part):
             yield _still(part)
+
+
+def is_overdue(work: Work) -> bool:
+    """Its timeout was over long ago, and it has not ended."""
+    return work.seconds > work.timeout + GRACE_SECONDS
 
 
 def is_still(facts: ServiceFacts) -> bool:
@@ -144,6 +153,18 @@ def _other_at_work(facts: ServiceFacts) -> Check:
 def _path(facts: ServiceFacts, service: str, relay_leads: bool) -> Iterator[Check]:
     markers = _markers(facts, service, relay_leads)
     yield markers
+    if facts.refused is not None:
+        yield Check(
+            f"{facts.name}.foreign",
+            False,
+            f"queue {facts.queue} holds messages that are not of this log's relay: {facts.refused}",
+            "what the log holds is handled when the next marker of its own relay comes. Has that relay the same "
+            "TIDINGS_BUS_KEYS? Does another one run on a copy of the log? See who may write to exchange tidings.events "
+            "and to the queue (rabbitmqctl list_permissions)",
+            Part.FOREIGN,
+            service,
+            serious=False,
+        )
     if facts.marker_age is not None:
         yield _progress(facts, service)
 
@@ -151,10 +172,12 @@ def _path(facts: ServiceFacts, service: str, relay_leads: bool) -> Iterator[Chec
 def _database(facts: ServiceFacts) -> Check:
     name, what, ours = f"{facts.name}.database", "the service's database", (Part.DATABASE, facts.name)
     if facts.database is not None:
-        return Check(name, False, facts.database, f"is {what} up, and TIDINGS_DATABASE right?", *ours)
+        remedy = f"is {what} up, and TIDINGS_DATABASE right?"
+        return Check(name, False, facts.database, remedy, *ours, origin=facts.database_origin)
     if facts.database_writes is not None:
         detail = f"{what} answers, but takes no writes: {facts.database_writes}"
-        return Check(name, False, detail, writable(facts.database_place), *ours)
+        remedy = writable(facts.database_place, facts.database_client)
+        return Check(name, False, detail, remedy, *ours, origin=facts.database_origin)
     return Check(name, True, f"{what} answers")
 
 
@@ -204,10 +227,14 @@ def _markers(facts: ServiceFacts, service: str, relay_leads: bool) -> Check:
             return Check(name, True, detail)
         if facts.stranger is not None:
             return _misled(facts, detail)
-        if facts.full or _recent(facts.heard_age):
-            # Markers come in order with the events: they wait in its own queue behind what it has not done yet.
+        # Markers come in order with the events: they wait in its own queue behind what it has not done yet.
+        if facts.full:
             return Check(
                 name, True, f"{detail}; newer ones wait in its queue, behind {facts.unsettled} unsettled events"
+            )
+        if _recent(facts.heard_age):
+            return Check(
+                name, True, f"{detail}; messages come, so far up to position {facts.heard_upto}: newer markers follow"
             )
         return _silent(facts, service, relay_leads, detail)
     if facts.stranger is not None:
@@ -252,6 +279,26 @@ def _misled(facts: ServiceFacts, detail: str) -> Check:
 def _silent(facts: ServiceFacts, service: str, relay_leads: bool, detail: str) -> Check:
     """Nothing comes, though there is room for more: of a relay, or of a queue that a relay does not reach."""
     name = f"{facts.name}.markers"
+    # On a new connection nothing is known of the relay yet: whatever ended the one before may end this one.
+    unproved = (Part.MARKERS, service) if facts.marker_age is None else (Part.RELAY,)
+    if facts.read_age is not None:
+        detail = f"{detail}. It reads the log by itself meanwhile, {facts.read_age:.0f} s ago the last time"
+    if _recent(facts.came_age):  # of a relay that is at work, or by somebody who sends what an older one has sent
+        if _recent(facts.heard_age):
+            what = f"Messages come, so far up to position {facts.heard_upto}, and no marker yet"
+        else:
+            what = (
+                f"Messages come, but none newer than position {facts.heard_upto}: of a relay that begins again, or old "
+                "ones that somebody sends again"
+            )
+        return Check(
+            name,
+            False,
+            f"{detail}. {what}",
+            "tidings status shows how far each relay is. One that begins again proves itself when it has come that "
+            "far. If none moves, see who may write to exchange tidings.events and to the queue",
+            *unproved,
+        )
     if relay_leads:
         return Check(
             name,
@@ -269,8 +316,7 @@ def _silent(facts: ServiceFacts, service: str, relay_leads: bool, detail: str) -
         detail,
         "start a relay on this store and bus: tidings relay. It sends a marker every 5 s. If one runs, its /ready says "
         "what holds it up",
-        # On a new connection nothing is known of the relay yet: whatever ended the one before may end this one.
-        *((Part.MARKERS, service) if facts.marker_age is None else (Part.RELAY,)),
+        *unproved,
     )
 
 
@@ -365,6 +411,10 @@ def check_relay(facts: RelayFacts) -> Iterator[Check]:
         )
         stalled = facts.waiting_event is not None and facts.stalled > STALLED_SECONDS
         upon = f", and no further for {facts.stalled:.0f} s: {facts.waiting_event} waits" if stalled else ""
+        if facts.refusing is not None:
+            what, _, remedy = facts.refusing.partition(". ")
+            others = "the others get everything, and the service behind it reads the log by itself"
+            yield Check(f"{name}.queues", False, f"{what}; {others}", remedy, Part.QUEUE, serious=False)
         yield Check(
             f"{name}.progress",
             not stalled,

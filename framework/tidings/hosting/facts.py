@@ -88,6 +88,10 @@ class ServiceFacts:
     """What the database answered to the last write, if that failed."""
     database_place: str = ""
     """The file or URL of the database."""
+    database_origin: str = ""
+    """What the database's fault has in common with those of others on its server; "" where there is none."""
+    database_client: str = ""
+    """The command that opens a database on a server; "" for a file."""
     store: str | None = None
     """What the store answered instead of an answer."""
     store_writes: str | None = None
@@ -98,9 +102,15 @@ class ServiceFacts:
     """What the bus answered last instead of messages."""
     stranger: str | None = None
     """Another log, whose relay publishes on this bus, and was heard since the last marker."""
+    refused: str | None = None
+    """How many messages were refused as none of this log's relay, and the last of them, if it came lately."""
     queue: str = ""
     heard_age: float | None = None
-    """Seconds since anything came from the queue."""
+    """Seconds since something new came from the queue."""
+    came_age: float | None = None
+    """Seconds since anything came from the queue, new or not."""
+    heard_upto: int = -1
+    """The highest position that it named."""
     unsettled: int = 0
     """Events and markers that were taken, and are not settled."""
     full: bool = False
@@ -115,6 +125,8 @@ class ServiceFacts:
     """Another process that is at work on it."""
     still: float = 0.0
     """Seconds for which nothing at all has moved though there is something to do."""
+    read_age: float | None = None
+    """Seconds since it last had the log read because nothing new came; None while news comes."""
     partitions: tuple[ServiceFacts, ...] = ()
     """Where the service is divided: of each partition what can differ among them."""
 
@@ -138,6 +150,8 @@ class RelayFacts:
     waiting_event: str | None = None
     trouble: str | None = None
     trouble_is_the_stores: bool = False
+    refusing: str | None = None
+    """Which queue refuses what it publishes, and what to do."""
     store: str | None = None
     store_writes: str | None = None
     """What the store answered to the last append, if that failed."""

@@ -9,22 +9,24 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
 
-from tidings._support.writes import Writes
+from tidings._support.room import no_room
 from tidings.database.held_events import HeldCount
 from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
 from tidings.hosting.answers import Health
-from tidings.hosting.checks import is_still
+from tidings.hosting.checks import is_overdue, is_still
 from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
 from tidings.hosting.health import judge_live, judge_ready
 from tidings.logs import masked
+from tidings.operations.remedies import client_for, origin_of
 from tidings.protocol.position import CARRIED, carried
 from tidings.stores import EventStore
 
 if TYPE_CHECKING:
+    from tidings.database.engine import Database
     from tidings.delivery.inflight import InFlight
     from tidings.hosting.hosted import Hosted
     from tidings.hosting.partition import Partition
@@ -39,6 +41,8 @@ ANSWER_SECONDS: Final = 2.0
 """Seconds that a database or store may take to answer; give probes that ask a timeout of 5 s."""
 IDLE_SECONDS: Final = 10.0
 """Seconds without a write after which a probe writes, to learn whether that is possible."""
+QUIET_SECONDS: Final = 30.0
+"""Seconds without an append of anybody to a log on another machine after which a probe appends."""
 FRESH_SECONDS: Final = 0.5
 """An answer is good for so long: whoever asks more often gets it again."""
 
@@ -58,6 +62,7 @@ class Probe:
         self._clock = clock
         self._progress: dict[str, Progress] = {}
         self._turn = asyncio.Lock()
+        self._probing = False
         self._last: tuple[float, Health] | None = None
 
     async def live(self) -> Health:
@@ -72,11 +77,17 @@ class Probe:
             return ServiceFacts(service.name, work=work, **known)
         now = self._clock()
         parts = tuple(self._still(part, running, now) for part in running.partitions)
-        if any(is_still(part) for part in parts):
+        work = tuple(work for part in parts for work in part.work)
+        if any(is_still(part) for part in parts) or any(map(is_overdue, work)):
             (_, database), (_, store) = await asyncio.gather(_answer(running.ranges()), _answer(running.store.head()))
             parts = tuple(replace(part, database=database, store=store) for part in parts)
-        work = tuple(work for part in parts for work in part.work)
-        return ServiceFacts(service.name, work=work, consuming=running.consuming, partitions=parts)
+        return ServiceFacts(
+            service.name,
+            work=work,
+            consuming=running.consuming,
+            partitions=parts,
+            database=parts[0].database,
+        )
 
     def _still(self, part: Partition, running: RunningService, now: float) -> ServiceFacts:
         """What tells whether anything moves."""
@@ -133,6 +144,7 @@ class Probe:
             held=_held(held or (), time.time()),
             settled=settled,
             database=database,
+            database_origin=_origin(running, database),
             store=store,
             log=log,
             partitions=tuple(parts) if len(parts) > 1 else (),
@@ -154,17 +166,39 @@ class Probe:
             stalled=stalled,
             waiting_event=waiting,
             database=database,
+            database_origin=_origin(running, database),
             store=store,
         )
 
     async def _probe_writes(self, running: RunningService) -> None:
         """Where nothing was written for a while, write something: a database that only reads, or a log whose last
         append failed, would else be noticed by the next event alone, or never be known to be well again."""
-        now, database, writes = time.monotonic(), running.database, store_writes(running.store)
-        if now - database.writes.last_at > IDLE_SECONDS and running.consuming:
-            await _answer(database.probe_writes())
-        if writes is not None and writes.error is not None and now - writes.last_at > IDLE_SECONDS:
-            await _answer(cast("OwnStore", running.store).probe_writes())
+        database = running.database
+        probing = [self._probe_store(running.store, well=running.consuming)]
+        if time.monotonic() - database.writes.last_at > IDLE_SECONDS and running.consuming:
+            probing.append(self._probe_database(database))
+        await asyncio.gather(*probing)
+
+    async def _probe_database(self, database: Database) -> None:
+        await _answer(database.probe_writes())
+
+    async def _probe_store(self, store: EventStore, *, well: bool) -> None:
+        """Append after an append that failed; and to a log elsewhere if nothing else shows whether it takes appends:
+        of all processes that ask, one does it each time, and the others find its event. `well`: whoever asks works."""
+        if not isinstance(store, OwnStore) or self._probing:
+            return
+        self._probing = True
+        try:
+            if store.writes.error is not None:
+                due = time.monotonic() - store.writes.last_at > IDLE_SECONDS
+            else:
+                due = well and not store.is_local and bool((await _answer(store.is_quiet(QUIET_SECONDS)))[0])
+            if due:
+                _, late = await _answer(store.probe_writes())
+                if late is not None:
+                    store.writes.failed(StoreUnavailable(f"an append was not answered within {ANSWER_SECONDS:g} s"))
+        finally:
+            self._probing = False
 
     def _partition(
         self, part: Partition, running: RunningService, floors: Mapping[int, int] | None, now: float
@@ -193,7 +227,8 @@ class Probe:
         relay = runtime.relay
         if relay is None:
             return (RelayFacts(runtime.relay_name, started=False),)
-        confirmed, writes = relay.confirmed, store_writes(runtime.store)
+        await self._probe_store(runtime.store, well=relay.leading)
+        confirmed = relay.confirmed
         waiting, store = await _answer(_first_after(runtime.store, confirmed))
         stalled = self._of("relay").look(confirmed, behind=waiting is not None, now=self._clock())
         return (
@@ -208,8 +243,9 @@ class Probe:
                 waiting_event=waiting,
                 trouble=None if relay.trouble is None else masked(relay.trouble),
                 trouble_is_the_stores=relay.trouble_is_the_stores,
+                refusing=_masked(relay.refusals.told),
                 store=store,
-                store_writes=_masked(writes.error if writes is not None else None),
+                store_writes=_no_appends(runtime.store),
             ),
         )
 
@@ -217,9 +253,11 @@ class Probe:
         return self._progress.setdefault(name, Progress())
 
 
-def store_writes(store: EventStore) -> Writes | None:
-    """What is known of a store's appends; None of one that nobody stands before."""
-    return store.writes if isinstance(store, OwnStore) else None
+def _no_appends(store: EventStore) -> str | None:
+    """Why the log takes no appends, as its last one or its file system says."""
+    if not isinstance(store, OwnStore):
+        return None
+    return _masked(store.writes.error or store.unwritable())
 
 
 def _masked(text: str | None) -> str | None:
@@ -229,7 +267,7 @@ def _masked(text: str | None) -> str | None:
 def _condition(part: Partition, running: RunningService) -> ServiceFacts:
     """What one partition knows of itself, without asking anybody."""
     pipeline, intake = part.pipeline, part.intake
-    writes, database = store_writes(running.store), running.database
+    database = running.database
     unsettled = pipeline.unsettled if pipeline else 0
     oldest = pipeline.oldest if pipeline else None
     return ServiceFacts(
@@ -239,19 +277,31 @@ def _condition(part: Partition, running: RunningService) -> ServiceFacts:
         marker_age=part.marker_age,
         marker=part.marker,
         floor=part.floor,
-        database_writes=_masked(database.writes.error),
+        database_writes=_masked(database.writes.error or (no_room(database.file) if database.file else None)),
         database_place=database.file or database.shown,
-        store_writes=_masked(writes.error if writes is not None else None),
+        database_client=client_for(database.engine.url),
+        store_writes=_no_appends(running.store),
         bus_trouble=_masked(intake.pulse.trouble if intake else None),
         stranger=None if part.stranger is None else str(part.stranger),
+        refused=_masked(part.refused),
         queue=part.subscription.queue,
         heard_age=part.heard_age,
+        came_age=part.came_age,
+        heard_upto=part.heard_upto,
+        read_age=part.read_age,
         unsettled=unsettled,
         full=unsettled >= running.service.prefetch,
         oldest=None if oldest is None else _told(oldest),
         oldest_tried=running.failed_attempts(oldest) if oldest is not None else 0,
         resting=pipeline.resting if pipeline else 0,
     )
+
+
+def _origin(running: RunningService, answered: str | None) -> str:
+    """What the fault of its database, if it has one, has in common with those of others."""
+    database = running.database
+    error = answered or _masked(database.writes.error)
+    return "" if error is None else origin_of(database.engine.url, database.shown, error)
 
 
 def _told(item: InFlight) -> str:

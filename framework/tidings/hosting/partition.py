@@ -16,7 +16,9 @@ import structlog
 
 from tidings._support.backoff import Backoff
 from tidings._support.tasks import leaves, task_group
+from tidings._support.telling import Telling
 from tidings.buses import Subscription
+from tidings.database.id_keys import keep_keys
 from tidings.database.inbox import Inbox
 from tidings.database.lineage import lineage_of
 from tidings.delivery.attempt import is_infrastructure
@@ -36,6 +38,8 @@ log = structlog.get_logger("tidings.running")
 
 DRAIN_SECONDS: Final = 3.5
 """Seconds that a process may take to stop."""
+REFUSED_SECONDS: Final = 600.0
+"""Seconds for which a refused message is spoken of."""
 REJOIN_SECONDS: Final = (0.1, 5.0)
 """First and longest pause before joining again."""
 
@@ -91,6 +95,15 @@ class Partition:
         return pulse.stranger
 
     @property
+    def refused(self) -> str | None:
+        """How many messages were refused as none of this log's relay, and the last of them; None where none came
+        lately."""
+        pulse = self.intake.pulse if self.intake else None
+        if pulse is None or pulse.refused_at is None or self._clock() - pulse.refused_at > REFUSED_SECONDS:
+            return None
+        return f"{pulse.refused} messages were refused; the last: {pulse.refusal}"
+
+    @property
     def marker(self) -> int:
         """The position up to which the last marker says that everything was published; -1 before the first."""
         return self.intake.pulse.marker if self.intake else -1
@@ -102,9 +115,26 @@ class Partition:
 
     @property
     def heard_age(self) -> float | None:
-        """Seconds since anything came on this connection to the bus; None before that."""
-        heard = self.intake.pulse.heard_at if self.intake else None
+        """Seconds since the bus brought something new; None before that."""
+        heard = self.intake.pulse.news.at if self.intake else None
         return None if heard is None else self._clock() - heard
+
+    @property
+    def came_age(self) -> float | None:
+        """Seconds since the bus brought anything, new or not; None before that."""
+        came = self.intake.pulse.news.came_at if self.intake else None
+        return None if came is None else self._clock() - came
+
+    @property
+    def heard_upto(self) -> int:
+        """The highest position that a message has named, or that was accepted before the connection."""
+        return self.intake.pulse.news.furthest if self.intake else -1
+
+    @property
+    def read_age(self) -> float | None:
+        """Seconds since it last had the log read because nothing new came; None while news comes."""
+        read_at = self.intake.own_clock.read_at if self.intake else None
+        return None if read_at is None else self._clock() - read_at
 
     @property
     def moves(self) -> int:
@@ -138,7 +168,7 @@ class Partition:
     def _lost(self, error: BaseException) -> None:
         self.lost = error
 
-    async def _membership(self) -> None:
+    async def _membership(self, telling: Telling) -> None:
         """From joining to the first loss of what was joined, or to leaving it."""
         site, subscription = self._site, self.subscription
         service = site.service
@@ -147,6 +177,7 @@ class Partition:
         self.log_id = log_id = lineage.log
         inbox = Inbox(site.database, service.name, log_id, subscription.buckets, epoch=self._epoch)
         remembered = await inbox.join()
+        await keep_keys(site.database, service.name, site.trust.ids)
         head = await site.store.head()
         if remembered.highest > head:
             raise LogBehind(f"service {service.name!r}", log_id, head, remembered.highest)
@@ -158,9 +189,10 @@ class Partition:
         admission, takeover = pipeline.admission, pipeline.takeover
         self._healing = healing = Pass(site, accepted, admission)
         catching_up = CatchUp(site, accepted, admission, takeover, pipeline.roster, pipeline.breakers)
-        self.intake = intake = Intake(subscription, joined, accepted, pipeline, healing)
+        self.intake = intake = Intake(subscription, joined, accepted, pipeline, healing, head)
         self.joins += 1
         log.info("service.joined", log=str(log_id), floor=remembered.floor, joins=self.joins, **self._told)
+        telling.seems_over("service.rejoined", **self._told)
         async with task_group() as tasks:
             working = tasks.create_task(pipeline.run())
             reading = tasks.create_task(healing.run())
@@ -185,19 +217,19 @@ class Partition:
 
 
 async def persistently(
-    membership: Callable[[], Awaitable[None]],
+    membership: Callable[[Telling], Awaitable[None]],
     stop: asyncio.Event,
     clock: Callable[[], float],
     lost: Callable[[BaseException], None] | None = None,
     **told: str,
 ) -> None:
     """Run one membership after the other until `stop` is set, with growing pauses while they fail for what waiting may
-    heal. Raises any other error, out of any group."""
-    backoff = Backoff(*REJOIN_SECONDS)
+    heal. A membership that has begun says so to its argument. Raises any other error, out of any group."""
+    backoff, telling = Backoff(*REJOIN_SECONDS), Telling(log, clock)
     while not stop.is_set():
         began = clock()
         try:
-            await membership()
+            await membership(telling)
             backoff.reset()
         except Exception as error:
             causes = list(leaves(error))
@@ -208,5 +240,5 @@ async def persistently(
                 backoff.reset()
             if lost is not None:
                 lost(causes[0])
-            log.warning("service.rejoining", error=str(causes[0]), pause=backoff.pause, **told)
+            telling.failed("service.rejoining", causes[0], pause=backoff.pause, **told)
         await backoff.wait(until=stop)

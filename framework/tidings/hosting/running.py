@@ -19,6 +19,7 @@ import structlog
 
 from tidings._support.backoff import Backoff, becomes_true
 from tidings._support.tasks import supervised, task_group
+from tidings._support.telling import Telling
 from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus, WithinProcess
 from tidings.database.engine import Database, open_database
@@ -31,7 +32,7 @@ from tidings.delivery.failure_memory import FailureMemory
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.delivery.resources import Resources
-from tidings.delivery.site import Site, Witness
+from tidings.delivery.site import TRUSTING, Site, Trust, Witness
 from tidings.errors import BusUnavailable, DatabaseMoved, DatabaseUnavailable, StoreUnavailable
 from tidings.hosting.balance import asked_of, to_ask
 from tidings.hosting.partition import DRAIN_SECONDS, Partition, persistently
@@ -80,6 +81,7 @@ class RunningService:
         *,
         clock: Callable[[], float] = time.monotonic,
         witness: Witness | None = None,
+        trust: Trust = TRUSTING,
     ) -> None:
         self.service = service
         self.store: EventStore = OwnStore.of(store)
@@ -100,6 +102,7 @@ class RunningService:
         """Id of this process of the service, another one after each start."""
         self._clock = clock
         self._witness = witness
+        self.trust = trust
         self._memory = FailureMemory()
         self._log_id: UUID | None = None
         self._alone: Final = isinstance(bus, WithinProcess) and bus.within_process
@@ -237,12 +240,12 @@ class RunningService:
         membership = self._as_laid_out if self._post is None else partial(self._at_post, self._post)
         await persistently(membership, self.stopping, self._clock, service=self.service.name)
 
-    async def _at_post(self, post: Post) -> None:
+    async def _at_post(self, post: Post, telling: Telling) -> None:
         """Work while this process has the place of the service at work; until then, stand by."""
         while not self.stopping.is_set():
             try:
                 async with post.held():
-                    await self._take_over(post)
+                    await self._take_over(post, telling)
                 return
             except Taken as taken:
                 await self._stand_by(taken.by)
@@ -264,13 +267,13 @@ class RunningService:
         self.partitions = []
         self.joined.set()
 
-    async def _take_over(self, post: Post) -> None:
+    async def _take_over(self, post: Post, telling: Telling) -> None:
         if self.standing_by is not None:
             log.info("service.takes_over", service=self.service.name, was_at_work=self.standing_by)
             self.standing_by = None
         async with task_group() as tasks:
             guarding = tasks.create_task(self._stay(post))
-            await self._as_laid_out()
+            await self._as_laid_out(telling)
             guarding.cancel()
 
     async def _stay(self, post: Post) -> None:
@@ -285,10 +288,11 @@ class RunningService:
             async with asyncio.timeout(seconds):
                 await self.stopping.wait()
 
-    async def _as_laid_out(self) -> None:
+    async def _as_laid_out(self, telling: Telling) -> None:
         """Run the partitions until the service is resized, or stops."""
         service = self.service
         layout = await lay_out(self.database, service.name, service.partitions)
+        telling.seems_over("service.rejoined", service=service.name)
         ready = asyncio.Event()
         site = Site(
             service,
@@ -300,6 +304,7 @@ class RunningService:
             self._memory,
             self._clock,
             self._witness,
+            self.trust,
         )
         self.partitions = parts = [
             Partition(site, subscription, layout.epoch, ready) for subscription in layout.subscriptions
@@ -331,7 +336,7 @@ class RunningService:
         if not layout.queues_are_old:
             ready.set()
         doomed = layout.strays + (layout.subscriptions if layout.queues_are_old else [])
-        backoff = Backoff(*REBIND_SECONDS)
+        backoff, telling = Backoff(*REBIND_SECONDS), Telling(log)
         while doomed:
             try:
                 await self.bus.delete(doomed)
@@ -342,9 +347,7 @@ class RunningService:
                     log.info("service.rebound", service=layout.service, partitions=layout.count, epoch=layout.epoch)
                 break
             except (BusUnavailable, DatabaseUnavailable) as error:
-                log.warning(
-                    "service.not_rebound", service=layout.service, error=str(error), next_attempt_in=backoff.pause
-                )
+                telling.failed("service.not_rebound", error, service=layout.service, next_attempt_in=backoff.pause)
             await backoff.wait()
         ready.set()
 
@@ -421,7 +424,7 @@ async def run_service(
         if bus is None:
             bus = await stack.enter_async_context(open_bus(settings.bus))
             if settings.embedded_bus:  # no relay of another process can reach it
-                relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: at_work())
+                relay = Relay(store, bus, marker_seconds=EMBEDDED_MARKERS, needed=lambda: at_work(), seal=settings.seal)
                 await stack.enter_async_context(supervised(relay.run()))
                 stack.push_async_callback(relay.part)
         if around.database is not None:
@@ -431,7 +434,8 @@ async def run_service(
             database = await open_when_available(
                 stack, lambda: open_database(url, service.tables), f"the database of service {service.name}"
             )
-        running = RunningService(service, store, bus, database, clock=around.clock, witness=around.witness)
+        trust = Trust(settings.seal, settings.bus_content == "message", settings.ids)
+        running = RunningService(service, store, bus, database, clock=around.clock, witness=around.witness, trust=trust)
         at_work = lambda: running.standing_by is None  # noqa: E731
         yielded = await stack.enter_async_context(hosted(running))
         running.resources = Resources(service.name, yielded, around.resources)

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import structlog
 
+from tidings._support.only_async import OnlyAsync
 from tidings._support.tasks import supervised, together
 from tidings.adapters import open_bus, open_store
-from tidings.buses import EventBus
+from tidings.buses import EventBus, Subscription
 from tidings.delivery.owned import OwnBus, OwnStore
 from tidings.errors import ConfigurationError
 from tidings.hosting.waiting import open_when_available
 from tidings.logs import configure_by_default
 from tidings.modelling.declaration import Declaration
+from tidings.operations.looking import subscriptions_of
 from tidings.operations.verify import Report, verify
+from tidings.relay.refusals import Queues
 from tidings.relay.relay import EMBEDDED_MARKERS, MARKER_SECONDS, Relay
 from tidings.settings import Settings
 from tidings.stores import EventStore
@@ -37,7 +40,7 @@ STUCK_SECONDS: Final = 1.0
 """Seconds for which nothing but held events must be left before `Runtime.settled` gives up."""
 
 
-class Runtime:
+class Runtime(OnlyAsync):
     """An async context manager that runs services. By default everything is embedded, and nothing must be installed.
 
     If the bus lives in this process, the relay runs here, too. Over a network the relay is a process of its own, unless
@@ -49,12 +52,21 @@ class Runtime:
     process that should end cleanly.
     """
 
-    def __init__(self, *services: Hosted, settings: Settings | None = None, relay: bool | str | None = None) -> None:
+    def __init__(
+        self,
+        *services: Hosted,
+        settings: Settings | None = None,
+        relay: bool | str | None = None,
+        queues: Queues | None = None,
+    ) -> None:
+        """`queues` returns the partitions that the relay looks at when a queue refuses messages; by default those of
+        the services that run here."""
         self.settings = settings or Settings()
         self.with_relay = self.settings.embedded_bus if relay is None else bool(relay)
         """Whether the relay runs here."""
         self.relay_name = relay if isinstance(relay, str) else "main"
         self.relay: Relay | None = None
+        self._queues = queues or self._own_queues
         self._services = services
         self._stack = AsyncExitStack()
         self._stop = asyncio.Event()
@@ -78,6 +90,8 @@ class Runtime:
                     name=self.relay_name,
                     marker_seconds=EMBEDDED_MARKERS if self.settings.embedded_bus else MARKER_SECONDS,
                     needed=self._at_work,
+                    seal=self.settings.seal,
+                    queues=self._queues,
                 )
                 self._tasks.create_task(self._carry(self.relay))
             elif self.settings.embedded_bus:
@@ -108,6 +122,9 @@ class Runtime:
     def services(self) -> list[Declaration]:
         """The services, in the order in which they were started."""
         return [running.service for running in self._running.values()]
+
+    async def _own_queues(self) -> list[Subscription]:
+        return [part for service in self.services for part in await subscriptions_of(self.settings, service)]
 
     async def start(self, service: Hosted) -> RunningService:
         """Start a service; it stops with the runtime."""

@@ -13,6 +13,7 @@ from tidings.hosting.hosted import Hosted
 from tidings.hosting.runtime import Runtime
 from tidings.hosting.signals import StopSignals
 from tidings.logs import configure_logging
+from tidings.relay.refusals import Queues
 from tidings.settings import Settings
 from tidings.urls import redact
 
@@ -27,18 +28,20 @@ async def serve(
     relay: bool | str | None = None,
     health: int | str | None = None,
     beside: Sequence[AbstractAsyncContextManager[object]] = (),
+    queues: Queues | None = None,
 ) -> None:
     """Run services until SIGINT or SIGTERM, then drain and return; that takes less than 5 seconds, whatever hangs.
 
-    A second signal ends the process at once, with 130 or 143. `relay` as for `Runtime`: `serve(relay=True)` is the
-    relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`, that answers `/live` and
-    `/ready` (see `probes`). `beside` are entered after the services and left before them. Where structlog is
-    not configured yet, this does it (`tidings.logs`). For the main thread; raises `ConfigurationError`, `LogChanged`,
-    `LogBehind`, and `StoreUnavailable` or `DatabaseUnavailable` where waiting does not help.
+    A second signal ends the process at once, with 130 or 143. `relay` and `queues` as for `Runtime`:
+    `serve(relay=True)` is the relay's own process on a networked bus. `health` is a port of 127.0.0.1, or `host:port`,
+    that answers `/live` and `/ready` (see `probes`). `beside` are entered after the services and left before them.
+    Where structlog is not configured yet, this does it (`tidings.logs`). For the main thread; raises
+    `ConfigurationError`, `LogChanged`, `LogBehind`, and `StoreUnavailable` or `DatabaseUnavailable` where waiting does
+    not help.
     """
     if not structlog.is_configured():
         configure_logging()
-    runtime = Runtime(*services, settings=settings, relay=relay)
+    runtime = Runtime(*services, settings=settings, relay=relay, queues=queues)
     with StopSignals(runtime.unfinished) as signals:
         async with AsyncExitStack() as stack:
             address = None

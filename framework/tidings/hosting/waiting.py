@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 import structlog
 
 from tidings._support.backoff import Backoff
+from tidings._support.telling import Telling
 from tidings.errors import DatabaseUnavailable, StoreUnavailable
 
 __all__ = ["open_when_available"]
@@ -29,12 +30,15 @@ async def open_when_available(
 
     Raises at once every error that waiting does not mend.
     """
-    backoff = Backoff(*PAUSES)
+    backoff, telling = Backoff(*PAUSES), Telling(log)
     while True:
         try:
-            return await stack.enter_async_context(opening())
+            opened = await stack.enter_async_context(opening())
         except (StoreUnavailable, DatabaseUnavailable) as error:
             if not error.waiting_helps:
                 raise
-            log.warning("process.waiting", waits_for=what, error=str(error), next_attempt_in=backoff.pause)
+            telling.failed("process.waiting", error, waits_for=what, next_attempt_in=backoff.pause)
+        else:
+            telling.over("process.goes_on", waited_for=what)
+            return opened
         await backoff.wait()

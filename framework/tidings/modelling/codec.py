@@ -156,7 +156,7 @@ def _said(error: Exception) -> str:
     return str(error) if type(error) is ValueError else f"reading it raises {type(error).__name__}"
 
 
-def read_metadata(event: RecordedEvent) -> dict[str, Any]:
+def read_metadata(event: RecordedEvent | EventData) -> dict[str, Any]:
     """The metadata document; empty where it is no JSON object (other writers may do as they like)."""
     if not event.metadata:
         return {}

@@ -15,7 +15,7 @@ from weakref import ref
 from tidings.errors import AttemptEnded, ConfigurationError, EventTooLarge
 from tidings.modelling.codec import CORRELATION, Cause, encode
 from tidings.modelling.events import Event
-from tidings.protocol.identity import digest
+from tidings.protocol.identity import UNKEYED, IdKeys, digest
 from tidings.protocol.position import RESERVED
 from tidings.stores import APPEND_LIMIT, EventData, RecordedEvent, check_stream_name, check_text
 
@@ -54,11 +54,12 @@ class Context:
     __slots__ = (
         "_counts",
         "_ended",
+        "_keys",
         "_mortal",
-        "_names",
         "_open",
         "_waited",
         "_waits_since",
+        "_was",
         "_works_on",
         "aliases",
         "attempt",
@@ -81,8 +82,9 @@ class Context:
         attempt: int,
         replayed: bool = False,
         was: tuple[str, ...] = (),
+        keys: IdKeys = UNKEYED,
     ) -> None:
-        """Begin an attempt. `was` are former names of the handler, oldest first."""
+        """Begin an attempt. `was` are former names of the handler, oldest first; `keys` make ids."""
         self.service = service
         self.handler = handler
         self.log = log
@@ -97,15 +99,16 @@ class Context:
         then, because it was never handled."""
         self.emissions: list[Emission] = []
         self.aliases: dict[UUID, tuple[UUID, ...]] = {}
-        """Id of an emitted event to the ids that it would have under the handler's other names, if there are any."""
-        self._names = (*was, handler)
-        """The handler's names. The first one makes new ids; events emitted under any of them are not emitted again."""
-        self._counts: dict[tuple[str, ...], int] = {}  # a Counter takes longer to make than all the rest here
+        """Id of an emitted event to the ids that it would have under the handler's other names and with other keys, if
+        there are any."""
+        self._was = was
+        self._keys = keys
+        self._counts: dict[tuple[str, ...], int] | None = None  # most attempts need none
         self._ended = ""
         """How the attempt ended; empty while it is under way."""
         self._mortal: tuple[Callable[[], object], ...] = ()
         self._works_on: ref[object] | None = None
-        self._open: Callable[[], AbstractAsyncContextManager[AsyncSession]] | None = None
+        self._open: Callable[[Context], AbstractAsyncContextManager[AsyncSession]] | None = None
         self._waited = 0.0
         """Seconds that the attempt has waited for its transaction."""
         self._waits_since: float | None = None
@@ -134,8 +137,8 @@ class Context:
         """Whether the attempt has a transaction."""
         return self._works_on is not None
 
-    def opens(self, open: Callable[[], AbstractAsyncContextManager[AsyncSession]]) -> None:
-        """Have `session` answered by this."""
+    def opens(self, open: Callable[[Context], AbstractAsyncContextManager[AsyncSession]]) -> None:
+        """Have `session` answered by this, which is given the attempt."""
         self._open = open
 
     def waits(self, now: float, waits: bool) -> None:
@@ -160,7 +163,7 @@ class Context:
         self.check_alive("context.session()")
         if opening is None:
             raise ConfigurationError("context.session() works while a service runs the handler; here, nobody does")
-        return opening()
+        return opening(self)
 
     def check_statement(self, connection: object) -> None:
         """Raise `AttemptEnded` for a statement on the group's connection after the end, however the handler got hold of
@@ -201,11 +204,17 @@ class Context:
             f"{self.service}.{self.handler}",
         )
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """The handler's names. The first one makes new ids; events emitted under any of them are not emitted again."""
+        return (*self._was, self.handler)
+
     def idempotency_key(self, suffix: str = "") -> str:
         """Return a key that is the same for every attempt of this handler at this event, also after a rename with
         `was`.
 
-        Pass it to systems outside the database. `suffix` distinguishes several calls of one handler.
+        Pass it to systems outside the database. `suffix` distinguishes several calls of one handler. No secret is part
+        of it, because another system could not recognise the key that it was given before the secret changed.
         """
         name = self._names[0]
         return str(uuid5(_NAMESPACE, f"{self.service}/{name}/{self.log}/{self.event.position}/key/{suffix}"))
@@ -260,11 +269,15 @@ class Context:
         )
 
     def _next(self, *what: str) -> tuple[UUID, ...]:
-        """Return the ids of the next event or change of a kind, one for each of the handler's names."""
-        nth = self._counts.get(what, 0)
-        self._counts[what] = nth + 1
+        """Return the ids of the next event or change of a kind: for each of the handler's names, with each key."""
+        counts = self._counts
+        if counts is None:
+            counts = self._counts = {}
+        nth = counts.get(what, 0)
+        counts[what] = nth + 1
         cause = (str(self.log), str(self.event.position), *what, str(nth))
-        return tuple(digest(self.service, name, *cause) for name in self._names)
+        secrets = self._keys.secrets(self.event.position)
+        return tuple(digest(self.service, name, *cause, secret=secret) for secret in secrets for name in self._names)
 
 
 def name_of(decide: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -43,11 +44,8 @@ class Declaration:
             raise ConfigurationError(
                 f"service {name!r}: concurrency={concurrency!r} and prefetch={prefetch!r} must be whole numbers from 1"
             )
-        if lifespan is not None and not callable(lifespan):
-            raise ConfigurationError(
-                f"service {name!r}: lifespan={lifespan!r}: give a function of the service that returns an async "
-                "context manager"
-            )
+        if lifespan is not None:
+            _check_lifespan(name, lifespan)
         if tables is not None and not hasattr(tables, "sorted_tables"):
             raise ConfigurationError(
                 f"service {name!r}: tables={tables!r}: give sqlalchemy.MetaData (of declarative models, Base.metadata)"
@@ -187,3 +185,22 @@ class Declaration:
     def view(self, wire_name: str) -> type[Event] | None:
         """Return the service's class for an event type, or None if it declares none."""
         return self._types.get(wire_name)
+
+
+def _check_lifespan(name: str, lifespan: Lifespan) -> None:
+    """Raise `ConfigurationError` for what could only fail when the service starts."""
+    wanted = "give a function of the service that returns an async context manager"
+    if not callable(lifespan):
+        raise ConfigurationError(f"service {name!r}: lifespan={lifespan!r}: {wanted}")
+    if inspect.isasyncgenfunction(lifespan) or inspect.iscoroutinefunction(lifespan):
+        raise ConfigurationError(
+            f"service {name!r}: lifespan={lifespan!r}: {wanted}. Decorate it: @contextlib.asynccontextmanager"
+        )
+    try:
+        inspect.signature(lifespan).bind(object())
+    except ValueError:  # a builtin that does not say what it takes
+        return
+    except TypeError as error:
+        raise ConfigurationError(
+            f"service {name!r}: lifespan={lifespan!r}: {wanted}; it is called with the service alone: {error}"
+        ) from None

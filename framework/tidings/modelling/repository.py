@@ -10,6 +10,8 @@ from datetime import datetime
 from typing import Any, Concatenate, Final, Generic, TypeVar
 from uuid import UUID, uuid4, uuid5
 
+import structlog
+
 from tidings.errors import (
     ConfigurationError,
     StreamTruncated,
@@ -21,9 +23,12 @@ from tidings.modelling.aggregate import Aggregate, apply, begin, declared, state
 from tidings.modelling.codec import CAUSATION, CORRELATION, Cause, decode, encode, read_metadata
 from tidings.modelling.contention import CHANGE_SECONDS, Turns
 from tidings.modelling.events import Event, Registry
+from tidings.protocol.identity import instead_of
 from tidings.stores import NO_STREAM, EventStore, Expected, RecordedEvent
 
 __all__ = ["Changed", "HistoryEntry", "Repository"]
+
+log = structlog.get_logger("tidings.repository")
 
 A = TypeVar("A", bound=Aggregate)
 
@@ -165,24 +170,30 @@ class Repository(Generic[A]):
         """Do the work of `Context.change`: like `change`, but skipped if the stream has its events after position
         `since`.
 
-        The first `base` gives the ids of new events; events with ids from the other ones count, too.
+        The first `base` gives the ids of new events; events with ids from the other ones count, too. An event with such
+        an id that this service has not emitted for this cause does not count.
         """
-        bases = base if isinstance(base, tuple) else (base,)
-        known = {_nth(one, 0).bytes for one in bases}
+        first, *others = base if isinstance(base, tuple) else (base,)
+        spare = instead_of(first)
+        known = {_nth(one, 0).bytes for one in (first, *others, spare)}
 
         async def attempt() -> Changed[A]:
             aggregate: A = begin(self._aggregate, id)
-            done = -1
+            done, begins = -1, first
             async for event in self._store().read_stream(self.stream_of(id)):
                 await self._apply(aggregate, event)
                 if event.position > since and event.id_bytes in known:
-                    done = event.position
+                    if _is_of(cause, event):
+                        done = event.position
+                    else:
+                        begins = spare
+                        _name_foreign(event, cause)
             if stream_version(aggregate) < 0:
                 await self._check_begins(id, -1)
             if done >= 0:
                 return Changed(aggregate, stream_version(aggregate), done, ())
             result = _decided(decide, aggregate, args, kwargs)
-            return await self._append(aggregate, result, stream_version(aggregate), bases[0], metadata, cause, None)
+            return await self._append(aggregate, result, stream_version(aggregate), begins, metadata, cause, None)
 
         return await self._turns.until_won(self.stream_of(id), attempt)
 
@@ -285,6 +296,27 @@ def _decided(decide: Callable[..., Any], aggregate: Aggregate, args: tuple[Any, 
             f"{_named(decide)} is async, but a decision must be pure: look things up before, and pass them as arguments"
         )
     return decide(aggregate, *args, **kwargs)
+
+
+def _is_of(cause: Cause, event: RecordedEvent) -> bool:
+    """Whether the event says that a handler of the same service has emitted it for the same cause."""
+    own = read_metadata(event)
+    service = str(own.get("tidingsHandler")).partition(".")[0]
+    return own.get(CAUSATION) == str(cause.event_id) and service == str(cause.handler).partition(".")[0]
+
+
+def _name_foreign(event: RecordedEvent, cause: Cause) -> None:
+    log.error(
+        "change.foreign",
+        stream=event.stream,
+        version=event.version,
+        position=event.position,
+        event_id=str(event.id),
+        type=event.type,
+        handler=cause.handler,
+        advice="somebody else has appended this event under an id that only this service should use; the handler's own "
+        "events are appended beside it. See who may write to the stream, and set TIDINGS_ID_KEYS (docs/trust.md)",
+    )
 
 
 def _nth(base: UUID, n: int) -> UUID:

@@ -1,4 +1,4 @@
-"""Which handlers emitted what the log holds, where no handler of today answers to their names. It only reads."""
+"""Finds emitted events whose handler no longer exists under the name that the log has. It only reads."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _HANDLER: Final = b'"tidingsHandler"'
 
 @dataclass(slots=True)
 class Stranger:
-    """A name in the log, and the handler of today that runs for the same events without answering to it."""
+    """A handler name in the log, and a handler of today that runs for the same events but does not have that name."""
 
     name: str
-    """Whose emitted events the log holds."""
+    """The name under which events in the log were emitted."""
     handler: str
-    """Which runs again for what caused them."""
+    """The handler of today, which a replay runs for the events that caused them."""
     events: tuple[str, ...]
-    """Class names of what `handler` handles."""
+    """Class names of the events that `handler` handles."""
     was: tuple[str, ...]
-    """Former names that `handler` has already."""
+    """Former names that `handler` already declares."""
     is_there: bool
-    """A handler of today has that name, and takes other events."""
+    """Whether a handler of today has this name, but handles other events."""
     count: int = 0
     """Events in the log that were emitted under `name`."""
     causes: list[str] = field(default_factory=list)
-    """Types of what caused them."""
+    """Types of the events that caused them."""
     emitted: list[str] = field(default_factory=list)
-    """Their own types."""
+    """Types of the emitted events."""
     first: int = 0
-    """Position of the first of them."""
+    """Position of the first emitted event."""
 
     @property
     def line(self) -> str:
-        """What to write where the handler of today is the one of that name; empty where it cannot be."""
+        """The declaration to write if `handler` is the one called `name` under a new name; empty if it cannot be."""
         if self.is_there:
             return ""
         was = ", ".join(f'"{name}"' for name in (*self.was, self.name))
@@ -54,7 +54,7 @@ class Stranger:
 
     @property
     def remedy(self) -> str:
-        """What to do so that nothing is appended twice, as a sentence without its end."""
+        """What to do so that nothing is appended twice: a sentence without its full stop."""
         if self.is_there:
             return f"have handler {self.name!r}, which is still there, handle {', '.join(self.causes)} again"
         return f"if {self.handler!r} is {self.name!r} under another name, write {self.line} and deploy that"
@@ -66,11 +66,11 @@ def may_emit(handler: Handler) -> bool:
 
 
 async def strangers(store: EventStore, service: Declaration, after: int) -> list[Stranger]:
-    """Find what the service emitted for events above position `after` under names that today's handlers of these
-    events do not answer to; the oldest first.
+    """Find events that the service emitted under handler names that it no longer has, the oldest first.
 
-    A replay of those events would append it again, as far as the handlers of today emit the same. It reads the log
-    backwards, and remembers each emitted event until it comes to its cause. Raises `StoreUnavailable`.
+    Looks at what was emitted for events above position `after`. If today's handlers emit the same, a replay of those
+    events would append it again. Reads the log backwards, and remembers each emitted event until it reads its cause.
+    Raises `StoreUnavailable`.
     """
     prefix = f"{service.name}."
     found: dict[tuple[str, str], Stranger] = {}

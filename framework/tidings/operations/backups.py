@@ -1,6 +1,6 @@
-"""Backups of SQLite files, logs and services' databases alike: taken while they are in use, checked, put back whole.
+"""Backups of SQLite files, both logs and services' databases: taken while they are in use, checked, and restored whole.
 
-A backup is a folder with a file each and a list of them. It is complete when the list is there.
+A backup is a folder with one file per database, and a list of these files. It is complete when the list is there.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["Backup", "BackupRefused", "Kept", "read", "restore", "take"]
 LIST: Final = "backup.json"
 VERSION: Final = 1
 PAGES: Final = 1000
-"""Pages that are copied before others may write again."""
+"""Pages to copy at a time; between two copies, others may write."""
 
 
 class BackupRefused(TidingsError):
-    """A backup cannot be taken, or must not be put back; nothing was changed."""
+    """A backup cannot be taken, or must not be restored. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,14 @@ class Kept:
     name: str
     """`log`, or the name of a service."""
     file: str
-    """In the backup's folder."""
+    """The name of the file in the backup's folder."""
     sha256: str
     bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A folder with all that was kept at once."""
+    """A folder with one backup of all files."""
 
     folder: Path
     taken_at: str
@@ -54,16 +54,16 @@ class Backup:
 
 
 def take(folder: Path, files: Mapping[str, Path]) -> Backup:
-    """Copy SQLite databases, by name, in this order, into a new folder, while others read and write them.
+    """Copy SQLite databases into a new folder while others read and write them.
 
-    Each copy is of one moment; give services before the log, so that no service is ahead of it. Raises
-    `BackupRefused`.
+    `files` has the path of each database by name; they are copied in this order. Each copy shows one moment. Give
+    services before the log, so that no service is ahead of the log. Raises `BackupRefused`.
     """
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else (folder,)):
         raise BackupRefused(f"{folder} is there already, and not empty: name a new folder. Nothing was written.")
     for name, path in files.items():
         if not path.is_file():
-            raise BackupRefused(f"{name}: there is no file {path}: nothing was written.")
+            raise BackupRefused(f"{name}: there is no file {path}. Nothing was written.")
     folder.mkdir(parents=True, exist_ok=True)
     kept = []
     for number, (name, path) in enumerate(files.items()):
@@ -91,11 +91,13 @@ def take(folder: Path, files: Mapping[str, Path]) -> Backup:
 
 
 def read(folder: Path) -> Backup:
-    """What a folder holds, every file checked. Raises `BackupRefused` for one that is incomplete or damaged."""
+    """Read the backup in a folder, and check every file. Raises `BackupRefused` if it is incomplete or damaged."""
     try:
         told: Any = json.loads((folder / LIST).read_bytes())
         if told["version"] != VERSION:
-            raise BackupRefused(f"{folder / LIST} is of version {told['version']}: use the Tidings that wrote it")
+            raise BackupRefused(
+                f"{folder / LIST} has version {told['version']}: use the version of Tidings that wrote it"
+            )
         kept = tuple(Kept(**{name: one[name] for name in Kept.__slots__}) for one in told["files"])
         backup = Backup(folder, str(told["taken_at"]), kept)
     except FileNotFoundError:
@@ -114,9 +116,10 @@ def read(folder: Path) -> Backup:
 
 
 def restore(backup: Backup, files: Mapping[str, Path], *, overwrite: bool = False) -> None:
-    """Put files back where `files`, by name, says; what is there is kept beside it, as `NAME.before-restore-N`.
+    """Restore files from a backup to the paths that `files` gives by name.
 
-    Raises `BackupRefused` while another process has one of them open, or, without `overwrite`, where one exists.
+    A file that is replaced is kept beside the new one, as `NAME.before-restore-N`. Raises `BackupRefused` if another
+    process has one of them open, or if one exists and `overwrite` is not set.
     """
     wanted = {one.name: one for one in backup.kept if one.name in files}
     if missing := sorted(files.keys() - wanted.keys()):
@@ -138,7 +141,7 @@ def restore(backup: Backup, files: Mapping[str, Path], *, overwrite: bool = Fals
             for number in range(1, 10_000)
             if not (beside := path.with_name(f"{path.name}.before-restore-{number}")).exists()
         )
-        for ending in ("-wal", "-shm", ""):  # a log of changes belongs to the file that it lay beside
+        for ending in ("-wal", "-shm", ""):  # a write-ahead log belongs to the file beside it
             old = path.with_name(path.name + ending)
             if old.exists():
                 old.replace(kept.with_name(kept.name + ending))
@@ -147,7 +150,7 @@ def restore(backup: Backup, files: Mapping[str, Path], *, overwrite: bool = Fals
 
 
 def _copy(source: Path, target: Path) -> None:
-    """One moment of a database that others may be using, as a file that needs no others beside it."""
+    """Copy one moment of a database that others may be using, to a file that needs no other files beside it."""
     make_private(target)
     with (
         closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=30)) as reading,

@@ -1,8 +1,8 @@
-"""What a service's handlers had before them when they were given one event, read from log and database. It only reads.
+"""What a service's handlers could see when they were given one event, read from log and database. It only reads.
 
-Nothing records which streams a handler has read. Known are the repositories that its code uses, and the values that the
-event carries: a stream of such a repository whose id is one of these values was read, or could have been. For the
-service's own tables there are the earlier events of the partition key, because handlers made the rows from them.
+Nothing records which streams a handler has read. What is known: the repositories that its code uses, and the values in
+the event. If such a value is the id of a stream in one of these repositories, the handler has or could have read that
+stream. The rows of the service's own tables come from earlier events of the partition key, so those are read, too.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ if TYPE_CHECKING:
 __all__ = ["Captured", "NotCapturable", "Run", "capture", "repositories_of"]
 
 BACK: Final = 100_000
-"""Events of the service's types below the event that are looked at for its partition key."""
+"""Events before the event, of the service's types, in which to look for its partition key."""
 VALUES: Final = 50
-"""Values of an event that are tried as ids of streams."""
+"""Values of an event to try as ids of streams."""
 LONGEST: Final = 1000
-"""Events of a stream or a partition key that are kept, the newest."""
+"""Events to keep of a stream or a partition key: the newest."""
 
 State = Literal["held", "dead", "settled", "pending"]
 
 
 class NotCapturable(TidingsError):
-    """The event was not given to a handler whose run a test could repeat."""
+    """The event was not given to any handler whose run a test could repeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A handler and the event."""
+    """One handler's run for the event."""
 
     handler: Handler
     state: State
     reason: str = ""
     died_at: datetime | None = None
     emitted: tuple[RecordedEvent, ...] = ()
-    """What it emitted, and what aggregates that it changed recorded; in the order of the log."""
+    """Events that it emitted, and events of aggregates that it changed, in the order of the log."""
     detail: str = ""
-    """The traceback of its last attempt, if it failed."""
+    """The traceback of its last attempt, if that failed."""
 
     @property
     def failed(self) -> bool:
@@ -68,23 +68,23 @@ class Run:
 
 @dataclass(slots=True)
 class Captured:
-    """One event, and what there was before it."""
+    """One event, and what its handlers could see."""
 
     service: Declaration
     event: RecordedEvent
     runs: list[Run]
     repositories: list[Repository[Any]]
     causes: list[RecordedEvent] = field(default_factory=list)
-    """Its cause and that one's cause, and so on; the first one first."""
+    """Its cause, the cause of that, and so on; the first cause comes first."""
     unknown_cause: str | None = None
     read: list[RecordedEvent] = field(default_factory=list)
-    """What the streams held that the handlers have read, in the order of the log."""
+    """Events of the streams that the handlers have read, in the order of the log."""
     earlier: list[RecordedEvent] = field(default_factory=list)
     """Earlier events of its partition key that the service handles, in the order of the log."""
     failed: frozenset[int] = frozenset()
     """Positions of events of its partition key that are held or dead in the service."""
     left_out: list[str] = field(default_factory=list)
-    """What there is more of, in words."""
+    """What was left out because there is too much of it, in words."""
 
 
 async def capture(
@@ -94,9 +94,10 @@ async def capture(
     *,
     progress: Progress = lambda events, position, end: None,
 ) -> Captured:
-    """Read what one event's handlers had before them, in the one of these services where it failed.
+    """Read what one event's handlers could see, in the service in which the event failed.
 
-    If it failed in none of them, that is the only one that handles it. Raises `NotCapturable`, and what `trace` raises.
+    If it failed in none of them, take the only service that handles it. Raises `NotCapturable`, and what `trace`
+    raises.
     """
     timeline = await trace(store, services, target, progress=progress)
     happening = timeline.event
@@ -152,7 +153,7 @@ def _where(happening: Happening, services: Sequence[Declaration]) -> tuple[Decla
 def _run(handler: Handler, standings: Sequence[Standing]) -> Run:
     for one in standings:
         if one.handler in (handler.name, *handler.was) and (one.state == "held" or one.state == "dead"):
-            # One that was never tried waits behind another event of its key, or an operator wants it tried.
+            # An event without attempts waits behind another one of its key, or an operator has ordered a retry.
             return Run(handler, one.state if one.attempts else "pending", one.reason, one.died_at)
     return Run(handler, "pending" if any(one.state == "pending" for one in standings) else "settled")
 
@@ -190,7 +191,7 @@ async def _read_streams(store: EventStore, captured: Captured) -> None:
         kept: list[RecordedEvent] = []
         with suppress(StreamNotFound, StreamDeleted):
             async for one in store.read_stream(stream, backwards=True, limit=LONGEST + len(own) + 1):
-                # A failed attempt came after the event, and has read what was there by then.
+                # A failed attempt came after the event, and has read what was there at that time.
                 late = one.position >= event.position if not failed or stream == event.stream else False
                 late = late or one.position == event.position
                 if late or one.position in own or (moment is not None and one.recorded_at > moment):
@@ -210,7 +211,7 @@ def _streams(captured: Captured) -> Iterator[str]:
 
 
 def _values(event: RecordedEvent) -> list[str]:
-    """Return what in an event may be an id: its partition key, then its texts and whole numbers."""
+    """Return the values of an event that may be ids: its partition key, then its strings and whole numbers."""
     try:
         document = parse(event.data)
     except ValueError:
@@ -227,7 +228,7 @@ def _values(event: RecordedEvent) -> list[str]:
 
 
 async def _read_earlier(store: EventStore, captured: Captured) -> None:
-    """Read the earlier events of the partition key, newest first, as far as that is worth it."""
+    """Read the earlier events of the partition key, the newest first, up to `LONGEST` events or `BACK` looked at."""
     event, service = captured.event, captured.service
     key, found, looked = partition_key(event), list[RecordedEvent](), 0
     types = tuple(name for name, handlers in service.handlers.items() if handlers)
@@ -244,7 +245,7 @@ async def _read_earlier(store: EventStore, captured: Captured) -> None:
 
 
 async def _leave_out_failed(database: Database, captured: Captured, log: UUID) -> None:
-    """Leave out earlier events that the service itself could not handle: nothing came of them."""
+    """Leave out earlier events that are held or dead in the service: they had no effects."""
     service = captured.service.name
     failed: set[int] = set()
     async with database.reading() as connection:
@@ -256,14 +257,14 @@ async def _leave_out_failed(database: Database, captured: Captured, log: UUID) -
 
 
 async def _recorded(store: EventStore, happening: Happening, progress: Progress) -> RecordedEvent:
-    """Return an event of a timeline, whole. Raises `NotCapturable` if retention has removed it."""
+    """Read a timeline's event with its data. Raises `NotCapturable` if retention has removed it."""
     assert happening.version is not None
     with suppress(StreamNotFound, StreamDeleted):
         async for event in store.read_stream(happening.stream, start=happening.version, limit=1):
             if str(event.id) == happening.event_id:
                 return event
     assert happening.position is not None
-    # The stream hides it, the log may not.
+    # The stream hides it, but the log may still show it.
     found = await Lookup(store, (), await store.log_id(), progress).at(happening.position)
     if found is not None:
         return found
@@ -281,7 +282,7 @@ def _place(event: RecordedEvent) -> str:
 
 
 def repositories_of(function: Callable[..., Any]) -> list[Repository[Any]]:
-    """Return the repositories that a handler's code names, or a function that it calls in its own package."""
+    """Return the repositories that a handler uses, itself or through functions of its own package."""
     found: list[Repository[Any]] = []
     seen: set[int] = set()
     waiting: list[Any] = [function]

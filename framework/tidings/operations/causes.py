@@ -1,7 +1,7 @@
-"""What follows from what when something is wrong: the one model behind `/ready`, `/live` and `tidings status`.
+"""Which faults cause which others: the one model behind `/ready`, `/live` and `tidings status`.
 
-Every fault is of one part of an event's path. A part that cannot work because another one does not is an effect, and
-is folded under its cause, so that who looks at it at night reads what to mend first and nothing else. Pure; no I/O.
+Every fault belongs to one part of an event's path. A part that cannot work because another part does not is an effect,
+and is listed under its cause, so that somebody who looks at it at night reads first what to mend. Pure; no I/O.
 """
 
 from __future__ import annotations
@@ -21,34 +21,39 @@ class Part(IntEnum):
     STORE = 2
     """Reading the log."""
     STORE_WRITES = 3
-    """Appending to the log: its disk may be full while it is read as ever."""
+    """Appending to the log: its disk may be full while reading still works."""
     BUS = 4
     """The broker."""
     RELAY = 5
-    """From the log to the bus: one that leads, and moves."""
+    """From the log to the bus: one relay leads, and its checkpoint moves."""
     QUEUE = 6
-    """A service's queue, its binding, and who is given its messages."""
+    """A service's queue, its binding, and the process that is given its messages."""
     PROCESS = 7
     """A process of a service that starts, stops, stands by or has ended."""
     CONNECTION = 8
     """A service's connection to its queue."""
     HANDLER = 9
-    """A handler that hangs, or is over its time."""
+    """A handler that hangs, or runs longer than its timeout."""
     BREAKER = 10
     """A handler that is paused because it always fails."""
     HELD = 11
     """Events that are held because their handler failed."""
     MARKERS = 12
-    """The pulse of the path: what a service hears of the relay."""
+    """The relay's markers, which show a service that the path works."""
     PROGRESS = 13
-    """Events become settled."""
+    """Settling events: whether those that are pending become fewer."""
     DEAD = 14
     """Events that handlers gave up."""
+    FOREIGN = 15
+    """Messages on the bus that no relay of this log has published."""
 
 
 SHARED: Final = frozenset({Part.STORE, Part.STORE_WRITES, Part.BUS, Part.RELAY})
-"""Parts that all services have in common; a fault of any other part is one service's. What one service says of a
-shared part explains its own faults and those of other shared parts, and nothing of another service."""
+"""Parts that all services share; a fault of any other part belongs to one service.
+
+A fault of a shared part that one service reports explains that service's own faults and faults of other shared parts,
+but not those of another service.
+"""
 
 BECAUSE: Final[Mapping[Part, frozenset[Part]]] = {
     Part.DATABASE: frozenset(),
@@ -65,8 +70,9 @@ BECAUSE: Final[Mapping[Part, frozenset[Part]]] = {
     Part.MARKERS: frozenset({Part.RELAY, Part.CONNECTION, Part.HANDLER}),
     Part.PROGRESS: frozenset({Part.MARKERS, Part.HANDLER, Part.STORE_WRITES}),
     Part.DEAD: frozenset(),
+    Part.FOREIGN: frozenset(),
 }
-"""Part to what may directly bring its fault about."""
+"""By part: the parts whose faults may directly cause its own."""
 
 
 def _all() -> dict[Part, frozenset[Part]]:
@@ -84,7 +90,7 @@ def _all() -> dict[Part, frozenset[Part]]:
 
 
 _BECAUSE: Final = _all()
-"""Part to everything that may bring its fault about, however far away."""
+"""By part: all parts whose faults may cause its own, directly or through others."""
 
 
 class Faulty(Protocol):
@@ -95,7 +101,12 @@ class Faulty(Protocol):
 
     @property
     def scope(self) -> str:
-        """The service whose part it is, or that says it of a shared one; "" for what is nobody's alone."""
+        """The service whose part it is, or that reports it of a shared part; "" if it belongs to no single service."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """A text that is equal in faults with one origin, such as a server's address with its error; else ""."""
         ...
 
 
@@ -103,17 +114,20 @@ F = TypeVar("F", bound=Faulty)
 
 
 class Cause(NamedTuple, Generic[F]):
-    """A fault that no other one explains, and those that follow from it."""
+    """A fault that no other fault explains, and the faults that follow from it."""
 
     fault: F
     effects: tuple[F, ...]
 
 
 def explain(faults: Iterable[F]) -> list[Cause[F]]:
-    """Every fault once: as a cause, or among the effects of the first cause that explains it, itself or by one of its
-    effects. Of a shared part, what several say is one cause; the others are its effects."""
+    """Sort faults into causes and effects: each is a cause, or an effect of the first cause that explains it.
+
+    A cause explains what it or one of its effects may cause. If several services report a fault of one shared part, or
+    faults with one origin, the first is the cause and the others are its effects.
+    """
     found: list[tuple[F, list[F]]] = []
-    # Parts are in the order of causation: whatever explains a fault was met before it.
+    # Parts are sorted by causation: whatever explains a fault comes before it.
     for fault in sorted(faults, key=lambda fault: (fault.part, fault.scope)):
         effects = next(
             (effects for cause, effects in found if any(_explains(each, fault) for each in (cause, *effects))), None
@@ -127,7 +141,7 @@ def explain(faults: Iterable[F]) -> list[Cause[F]]:
 
 def _explains(cause: Faulty, effect: Faulty) -> bool:
     if cause.part == effect.part:
-        return cause.part in SHARED
+        return cause.part in SHARED or cause.origin == effect.origin != ""
     if cause.part not in _BECAUSE[effect.part]:
         return False
     return cause.scope in ("", effect.scope) or (not effect.scope and cause.part in SHARED)

@@ -1,11 +1,12 @@
-"""Verification for programs and tests: opens what the settings name, looks once, and closes it. It never repairs."""
+"""Verification for programs and tests: opens what the settings name, verifies once, and closes it. It never repairs."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
+from tidings.errors import ConfigurationError, DatabaseUnavailable, TidingsError
 from tidings.modelling.declaration import Declaration
 from tidings.operations.looking import existing_database, existing_store
 from tidings.operations.report import Report
@@ -23,11 +24,11 @@ async def verify(
 ) -> Report:
     """Tell whether every event of the log is settled in these services, as `tidings verify --strict` does.
 
-    It looks once, from beside the processes that run the services, and takes what is on the way at that moment for not
-    settled; no log, database or table is made. A service without a database has never run. `relay` names the relay
-    whose checkpoint is compared; at most `limit` events of the log are read. `settings` are by default those of the
-    environment. Raises `StoreUnavailable`, `DatabaseUnavailable`, and `ConfigurationError` for a log in memory, which
-    only its own process can read: there, use `Runtime.settled`.
+    Looks once, while other processes may run the services. What is on the way at that moment counts as not settled. It
+    creates no log, database or table. A service without a database has never run. `relay` names the relay whose
+    checkpoint is compared. At most `limit` events of the log are read. Without `settings`, those of the environment
+    apply. Raises `StoreUnavailable`, `DatabaseUnavailable`, and `ConfigurationError` for a log in memory, which only
+    its own process can read: there, use `Runtime.settled`.
     """
     from tidings.operations.verify import verify as look
 
@@ -37,15 +38,23 @@ async def verify(
 
 @asynccontextmanager
 async def opened_to_look(
-    settings: Settings, services: Sequence[Declaration]
+    settings: Settings,
+    services: Sequence[Declaration],
+    unseen: Callable[[str, TidingsError], None] | None = None,
 ) -> AsyncIterator[tuple[EventStore, list[tuple[Declaration, Database | None]]]]:
-    """The log, and each service with its database, open while the block runs. Raises what `verify` does."""
+    """Open the log, and each service's database, while the block runs.
+
+    Raises what `verify` raises. With `unseen`, a service whose database cannot be opened is left out, and `unseen` is
+    called with its name and the error.
+    """
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(existing_store(settings))
-        yield (
-            store,
-            [
-                (service, await stack.enter_async_context(existing_database(settings, service.name)))
-                for service in services
-            ],
-        )
+        pairs: list[tuple[Declaration, Database | None]] = []
+        for service in services:
+            try:
+                pairs.append((service, await stack.enter_async_context(existing_database(settings, service.name))))
+            except (DatabaseUnavailable, ConfigurationError) as error:
+                if unseen is None:
+                    raise
+                unseen(service.name, error)
+        yield store, pairs

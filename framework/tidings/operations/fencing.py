@@ -1,4 +1,4 @@
-"""Fencing the processes of a service: what they knew when they joined is not true any more, so they join again."""
+"""Fences processes of a service when what they read on joining is no longer true, so that they join again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["fence"]
 
 
 async def fence(connection: AsyncConnection, service: str, log: UUID, buckets: Collection[int]) -> None:
-    """Let no process that joined before commit anything more in the ranges of these buckets."""
+    """Fence every process that has joined a partition with one of these buckets: it cannot commit there any more."""
     if not buckets:
         return
     of_log = (floors.c.service == service, floors.c.log == str(log))

@@ -1,6 +1,6 @@
-"""How the handlers of a service stand beside its watermarks: behind, not begun yet, gone, or not given the past.
+"""Which handlers of a service differ from its watermarks: behind, not begun yet, gone, or not given the past.
 
-It only reads, and costs a few rows for each handler that was added late or has left, none for any other.
+It only reads: a few rows for each handler that was added late or was removed, none for the others.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ __all__ = ["read_handlers", "read_spans"]
 
 
 async def read_spans(connection: AsyncConnection, service: Declaration, log: UUID) -> list[Span]:
-    """What handlers are behind, or were not given; what is noted under another name of a handler counts as the
-    present one's."""
+    """Read what handlers are behind with, or were not given.
+
+    What is noted under a handler's former name counts for its present name.
+    """
     columns = [spans.c[column] for column in Span._fields]
     found = await connection.execute(
         sa.select(*columns).where(spans.c.service == service.name, spans.c.log == str(log)).order_by(spans.c.bucket)
@@ -49,14 +51,14 @@ async def read_spans(connection: AsyncConnection, service: Declaration, log: UUI
 
 
 def _noted(part: Range) -> dict[str, Begun]:
-    """Return the handlers that the range's events are given to."""
+    """Return the handlers that are given the events of a range of buckets, by name."""
     return {name: Begun(*begun) for name, begun in json.loads(part.handlers or "{}").items()}
 
 
 def read_handlers(
     service: Declaration, ranges: Sequence[Range], highest: int, found: Sequence[Span]
 ) -> list[HandlerReport]:
-    """Only those of which there is something to say; `highest` is what the service has settled at most."""
+    """Report on each handler that is not simply at work; `highest` is the highest position settled by the service."""
     of: dict[str, list[Span]] = {}
     for span in found:
         of.setdefault(span.handler, []).append(span)

@@ -1,7 +1,7 @@
-"""Verify while services are at work: whether all that there was when it was asked becomes settled within seconds.
+"""Verifies while services are at work: does everything that was there at the beginning become settled within seconds?
 
-Under traffic something is always on its way. It is no failure, but nor is it proof: so a baseline is taken first, and
-only what was there then must be settled. It only reads.
+Under traffic some events are always on the way. They are no failure, but also no proof. So a baseline is taken first,
+and only what was there then must become settled. It only reads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["verify_live"]
 
 PATIENCE: Final = 5.0
-"""Seconds that services at work have to settle what there was when they were asked."""
+"""Seconds that services at work have to settle what was there when `verify_live` began."""
 LOOK_SECONDS: Final = 0.1
-"""Seconds between two looks, or three times what one takes."""
+"""Seconds between two looks, at least; three times as long as a look takes, if that is more."""
 
 
 async def verify_live(
@@ -34,10 +34,10 @@ async def verify_live(
     relay: str | None = None,
     seconds: float = PATIENCE,
 ) -> Report:
-    """Look until all that there was at first is settled, but no longer than `seconds` seconds.
+    """Verify again and again until everything that was there at first is settled, for at most `seconds` seconds.
 
-    Where no process of an unsettled service was seen within a minute, nothing is on its way, and the first look is the
-    answer. Raises `StoreUnavailable`, `DatabaseUnavailable`.
+    If no process of an unsettled service was seen within a minute, waiting is no use: the report of the first look is
+    returned. Raises `StoreUnavailable`, `DatabaseUnavailable`.
     """
     clock = asyncio.get_running_loop().time
     deadline, baseline = clock() + seconds, await baseline_of(store, services)
@@ -50,7 +50,7 @@ async def verify_live(
 
 
 async def _may_move(report: Report, services: Sequence[tuple[Declaration, Database | None]]) -> bool:
-    """Every service that is not settled has processes, and waits for nothing but them."""
+    """Return whether every unsettled service has processes, and nothing but those can be waited for."""
     from tidings.database.presence import present
 
     for part, (service, database) in zip(report.services, services, strict=True):

@@ -1,4 +1,4 @@
-"""Store and databases as commands open them: to look at what is there. Looking makes no file and no table."""
+"""Opens store and databases for commands that look at what is there, without creating any file or table."""
 
 from __future__ import annotations
 
@@ -20,32 +20,37 @@ if TYPE_CHECKING:
     from tidings.database.layout import Layout
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["existing_database", "existing_layout", "existing_store", "subscriptions_of", "writable_store"]
+__all__ = ["existing_database", "existing_layout", "existing_store", "no_log", "subscriptions_of", "writable_store"]
 
 ANSWER_SECONDS: Final = 10.0
-"""Seconds that a command waits for a database's first answer. A paused server accepts connections and says nothing."""
+"""Seconds to wait for a database's first answer. A paused server accepts connections, but does not answer."""
 
 
 @asynccontextmanager
 async def existing_store(settings: Settings) -> AsyncIterator[EventStore]:
-    """The store of `settings`. Raises `StoreUnavailable` where there is none yet."""
+    """Open the store of `settings`. Raises `StoreUnavailable` if there is none yet."""
     _shared(settings)
     scheme, _, path = settings.store.partition(":///")
     if scheme.lower() == "sqlite" and path not in ("", ":memory:") and _absent(path):
-        raise StoreUnavailable(
-            f"there is no log at {_full(path)}: go to its folder, or set TIDINGS_STORE. The first append, or "
-            "the first run of a service, makes one"
-        )
+        raise no_log(path)
     async with open_store(settings.store) as store:
         yield store
 
 
 @asynccontextmanager
 async def writable_store(settings: Settings) -> AsyncIterator[EventStore]:
-    """The store of `settings`, made where there is none."""
+    """Open the store of `settings`, and create it if there is none."""
     _shared(settings)
     async with open_store(settings.store) as store:
         yield store
+
+
+def no_log(path: str | Path) -> StoreUnavailable:
+    """Return the error for an embedded log that does not exist."""
+    return StoreUnavailable(
+        f"there is no log at {Path(path).absolute()}: go to its folder, or set TIDINGS_STORE. The first append, or the "
+        "first run of a service, makes one"
+    )
 
 
 def _shared(settings: Settings) -> None:
@@ -60,13 +65,11 @@ def _absent(path: str) -> bool:
     return not Path(path).exists()
 
 
-def _full(path: str) -> Path:
-    return Path(path).absolute()
-
-
 async def subscriptions_of(settings: Settings, service: Declaration) -> list[Subscription]:
-    """What a service needs on the bus, as its database says; where that is not named here, or does not answer, as the
-    service declares."""
+    """Return what a service needs on the bus, as its database says.
+
+    If the database is not configured here or does not answer, return what the service declares.
+    """
     try:
         return (await existing_layout(settings, service)).subscriptions
     except (DatabaseUnavailable, ConfigurationError):
@@ -75,7 +78,10 @@ async def subscriptions_of(settings: Settings, service: Declaration) -> list[Sub
 
 
 async def existing_layout(settings: Settings, service: Declaration) -> Layout:
-    """How a service is divided, or will be when it first runs. Raises what `existing_database` does."""
+    """Return how a service is divided into partitions, or will be when it first runs.
+
+    Raises what `existing_database` raises.
+    """
     from tidings.database.layout import Layout, layout_of
 
     async with existing_database(settings, service.name) as database:
@@ -89,9 +95,9 @@ async def existing_layout(settings: Settings, service: Declaration) -> Layout:
 
 @asynccontextmanager
 async def existing_database(settings: Settings, service: str) -> AsyncIterator[Database | None]:
-    """The database of a service, None where it has never run.
+    """Open the database of a service; None if the service has never run.
 
-    Raises `ConfigurationError` for a URL that cannot work or tables of another version, `DatabaseUnavailable`.
+    Raises `ConfigurationError` for an unusable URL or tables of another version, and `DatabaseUnavailable`.
     """
     from tidings.database.engine import connected, file_of, prepared
 

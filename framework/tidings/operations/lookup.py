@@ -1,6 +1,7 @@
 """Find one event: by its id, at a stream's version, or at a global position. It only reads.
 
-The store has no look-up by id: what services keep in rows is found by these, everything else by reading the log.
+The store has no look-up by id. An event that a service keeps in a row is found through that row, and every other one
+by reading the log.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["EventNotFound", "Lookup", "Progress", "Target", "Waiting", "waiting_rows"]
 
 Target = UUID | int | tuple[str, int]
-"""An event's id, its global position, or stream and version."""
+"""What names one event: its id, its global position, or stream and version."""
 
 Progress = Callable[[int, int, int], None]
-"""Told events read, position, and where reading goes to."""
+"""A callback that is told of progress: events read, the position reached, and the position where reading ends."""
 
 STEP: Final = 1000
 """Events between two reports of progress."""
 
 
 class EventNotFound(TidingsError):
-    """Neither the log nor a service's row has the event."""
+    """Neither the log nor any row of a service has the event."""
 
 
 class Waiting(NamedTuple):
-    """A staged event, or a dead letter of one."""
+    """An emitted event that is not in the log: staged, or a dead letter because the store refused it."""
 
     service: str
     refused: str | None
@@ -47,7 +48,7 @@ class Waiting(NamedTuple):
 
 
 class Lookup:
-    """In one log and its services; a service without a database has never run."""
+    """A search in one log and its services. A service without a database has never run."""
 
     def __init__(
         self,
@@ -63,7 +64,10 @@ class Lookup:
         self._looked = 0
 
     async def find(self, target: Target) -> RecordedEvent | Waiting:
-        """Raises `EventNotFound`, `StreamNotFound`, `StreamDeleted`, `StoreUnavailable`, `DatabaseUnavailable`."""
+        """Find the event.
+
+        Raises `EventNotFound`, `StreamNotFound`, `StreamDeleted`, `StoreUnavailable`, `DatabaseUnavailable`.
+        """
         if isinstance(target, UUID):
             return await self._by_id(target)
         if isinstance(target, int):
@@ -85,8 +89,10 @@ class Lookup:
         return None
 
     async def at(self, position: int) -> RecordedEvent | None:
-        """The event at a global position, None for none; read from the nearer end of the log, because stores begin to
-        read at an event or at an end, and not between."""
+        """Return the event at a global position; None if there is none.
+
+        Reads from the nearer end of the log, because a store can only begin to read at an end or at an event.
+        """
         head = await self.store.head()
         backwards = position > head // 2
         async for event in self.store.read_all(backwards=backwards):
@@ -106,7 +112,7 @@ class Lookup:
                 kept = await self._kept_at(connection, service.name, id)
                 waiting = waiting or await self._waiting(connection, service.name, id)
             for stream, version in kept:
-                with suppress(StreamNotFound, StreamDeleted):  # retention: the log itself still shows it
+                with suppress(StreamNotFound, StreamDeleted):  # retention hides it: the log may still show it
                     event = await self._in_stream(stream, version)
                     if event is not None and event.id == id:
                         return event
@@ -124,11 +130,11 @@ class Lookup:
         )
 
     def own(self, table: sa.Table, service: str) -> tuple[sa.ColumnElement[bool], ...]:
-        """Which rows are the service's, and of this log."""
+        """Return the conditions for rows of the service and this log."""
         return table.c.service == service, table.c.log == str(self.log)
 
     async def _kept_at(self, connection: AsyncConnection, service: str, id: UUID) -> list[tuple[str, int]]:
-        """Stream and version in held and dead rows."""
+        """Return stream and version of the event from held and dead rows."""
         letters = sa.select(dead.c.stream, dead.c.version).where(*self.own(dead, service), dead.c.kind == "handler")
         late = sa.select(held.c.stream, held.c.version).where(*self.own(held, service))
         query = sa.union_all(late.where(held.c.event_id == str(id)), letters.where(dead.c.event_id == str(id)))
@@ -142,20 +148,20 @@ class Lookup:
         return None
 
     async def backwards(self, after: int) -> AsyncIterator[RecordedEvent]:
-        """The newest first, down to `after`."""
+        """Yield the log's events above position `after`, the newest first."""
         async for event in self.store.read_all(after=after, backwards=True):
             self.read(event, max(after, 0))
             yield event
 
     def read(self, event: RecordedEvent, end: int) -> None:
-        """Count it, and tell now and then; reading goes to `end`."""
+        """Count an event that was read, and report progress after every `STEP` events; reading ends at `end`."""
         self._looked += 1
         if self._looked % STEP == 0:
             self._progress(self._looked, event.position, end)
 
 
 def waiting_rows(table: sa.Table) -> sa.Select[Any]:
-    """Rows of emitted events that are not in the log, of either table alike."""
+    """Return the query for emitted events that are not in the log, with the same columns for both tables."""
     columns = [table.c[name] for name in ("event_id", "type", "stream", "data", "metadata", "is_json")]
     if table is staged:
         return sa.select(*columns, staged.c.cause, sa.null().label("reason"))

@@ -1,6 +1,7 @@
-"""The deep look: read the whole log once, and recount from it what the services' databases say. It only reads.
+"""Verifies deeply: reads the whole log once, and compares everything that the services' databases say with it.
 
-It costs a full scan, and some 100 bytes of memory per event for the ids by which causes and repetitions are found.
+The only thing changed is the note of what is proved (`receipts`). It costs a full scan of the log and about 100 bytes
+of memory per event: the ids by which causes and repetitions are found.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from tidings._support.escaping import plain
 from tidings.database.engine import Database
+from tidings.database.event_rows import recorded
 from tidings.database.lineage import lineage_of
 from tidings.database.tables import dead, held, partials, replays, staged
+from tidings.errors import DatabaseUnavailable
 from tidings.modelling.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.modelling.roster import BEHIND, Span
 from tidings.operations.handlers import read_spans
+from tidings.operations.receipts import Proof, explain, keep, proof_of
 from tidings.operations.verify import Settled, last_carried, settled_in
 from tidings.protocol.position import carried
+from tidings.protocol.receipts import mark
 from tidings.stores import EventStore, RecordedEvent
 
 if TYPE_CHECKING:
@@ -30,14 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["Recount", "Tally", "recount"]
 
 NAMED: Final = 50
-"""Contradictions and notes that are named; all are counted."""
+"""Contradictions and notes to name; all are counted."""
 STEP: Final = 1000
 """Events between two reports of progress."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Where the carried events stand whose types a service handles. The counts add up to `events`."""
+    """How many carried events of a service's types are handled, held, dead or pending; together `events`."""
 
     service: str
     events: int = 0
@@ -46,45 +52,52 @@ class Tally:
     dead: int = 0
     pending: int = 0
     late: dict[str, int] = field(default_factory=dict)
-    """By handler: events that others have done, and that are still to be given to it."""
+    """By handler: events that other handlers have done, and that it is still to be given."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """By handler: events that were settled before it began, and that it was never given."""
+    """By handler: events that were settled before it began, and that it will not be given."""
 
 
 @dataclass(slots=True)
 class Recount:
-    """What was read, and every row that the log contradicts."""
+    """What was read, and every row that the log contradicts; `str` of it is for people."""
 
     log: UUID
     position: int
-    """Events up to here were counted."""
+    """Position up to which events were counted."""
     events: int = 0
     carried: int = 0
     services: list[Tally] = field(default_factory=list)
     wrong_count: int = 0
     wrong: list[str] = field(default_factory=list)
-    """What cannot be: somebody changed rows by hand, or mixed up logs or backups."""
+    """Contradictions: somebody changed rows by hand, or mixed up logs or backups."""
+    advice: list[str] = field(default_factory=list)
+    """What to do about receipts that the log contradicts."""
+    proved: dict[str, int] = field(default_factory=dict)
+    """By service: the position up to which the log confirms its receipts; no entry if the log contradicts them."""
     notes_count: int = 0
     notes: list[str] = field(default_factory=list)
-    """What cannot be proved, because what it names is not in the log (any more), and what is left over."""
+    """What cannot be proved, because the log does not have (or no longer has) what a row names; and rows left over."""
 
     @property
     def ok(self) -> bool:
-        """The log contradicts nothing, and nothing is pending."""
+        """Whether the log contradicts nothing, and nothing is pending."""
         return not self.wrong_count and not any(tally.pending or tally.late for tally in self.services)
 
     def contradict(self, text: str) -> None:
+        """Add a contradiction."""
         self.wrong_count += 1
         if len(self.wrong) < NAMED:
             self.wrong.append(text)
 
     def note(self, text: str) -> None:
+        """Add a note."""
         self.notes_count += 1
         if len(self.notes) < NAMED:
             self.notes.append(text)
 
     def __str__(self) -> str:
-        found = f"{self.wrong_count} contradictions" if self.wrong_count else "no contradiction"
+        number = self.wrong_count
+        found = f"{number or 'no'} contradiction{'s' if number > 1 else ''}"
         lines = [f"recounted {self.events} events, {self.carried} of them carried to services: {found}"]
         lines += [
             f"  {tally.service}: of {tally.events} events of its types {tally.handled} are handled, "
@@ -100,8 +113,14 @@ class Recount:
                 f"    {count} of them were settled before handler {plain(name)} began, and never given to it"
                 for name, count in tally.skipped.items()
             ]
+        lines += [
+            f"  {service}: proved up to position {position}: its receipts are those of the log"
+            + (", but for what the notes say" if self.notes_count else "")
+            for service, position in self.proved.items()
+        ]
         lines += [f"  WRONG {plain(text)}" for text in self.wrong]
         lines += [f"  and {self.wrong_count - len(self.wrong)} more"] if self.wrong_count > len(self.wrong) else []
+        lines += [f"  {plain(text)}" for text in self.advice]
         lines += [f"  note: {plain(text)}" for text in self.notes]
         lines += [f"  and {self.notes_count - len(self.notes)} more"] if self.notes_count > len(self.notes) else []
         return "\n".join(lines)
@@ -113,43 +132,88 @@ async def recount(
     progress: Callable[[int, int, int], None] = lambda events, position, end: None,
     *,
     upto: int | None = None,
+    since: int | None = None,
 ) -> Recount:
-    """Read the whole log, and count where its events up to position `upto` stand; by default all that it has now.
+    """Read the whole log, and compare with it what services say of its events up to position `upto`.
 
-    `progress` is told events read, position, and the log's end. Raises `StoreUnavailable`, `DatabaseUnavailable`.
+    By default, `upto` is the last event that the log has now. With `since`, only read what came after the last proof,
+    which must end at that position or above. What receipts prove is noted in the services' databases. `progress` is
+    told the events read, the position, and the log's end. Raises `StoreUnavailable`, `DatabaseUnavailable`, and
+    `ConfigurationError` if the service is not proved up to `since`.
     """
     log = await store.log_id()
-    # In this order: what rows say is about events at or below the end, and what counts was there before the rows.
+    # The order matters: the position is read before the rows, so the rows are complete up to it, and the head is read
+    # after them, so every event that a row names is at or below it.
     found = Recount(log, await last_carried(store) if upto is None else upto)
-    # Adopting a restored log lowered watermarks to the position that it has in common with the former one.
+    # Adopting a restored log has lowered watermarks to the last position that both logs have in common.
     cuts = {position for position, _ in (await lineage_of(store)).former}
-    ledgers = [await _ledger(service, database, log, found, cuts) for service, database in services]
+    ledgers = [await _ledger(service, database, log, found, cuts, since) for service, database in services]
     end = await store.head()
-    causes = _Causes({service.name for service, _ in services}, found)
-    async for event in store.read_all():
+    after = -1 if since is None else min(since, *(ledger.proof.after for ledger in ledgers))
+    causes = _Causes({service.name for service, _ in services}, found, after)
+    async for event in store.read_all(after=after):
         if event.position > end:
             break
         found.events += 1
-        bucket = carried(event)
+        bucket, mark = carried(event), None
         if bucket is not None:
             if event.position <= found.position:
                 found.carried += 1
             causes.meet(event)
         for ledger in ledgers:
             ledger.meet(event, bucket)
+            if bucket is not None:
+                mark = ledger.proof.meet(event, bucket, mark)
         if found.events % STEP == 0:
             progress(found.events, event.position, end)
     for ledger, (_, database) in zip(ledgers, services, strict=True):
         ledger.close(end, await _staged_ids(ledger, database, log))
+        await _prove(store, database, ledger.proof, found)
     return found
 
 
-class _Causes:
-    """Events that handlers and requests emitted: each once, and those of handlers with a cause before them."""
+async def _prove(store: EventStore, database: Database | None, proof: Proof, found: Recount) -> None:
+    """Add to the recount what the receipts prove, or what is wrong with them."""
+    service = proof.service
+    proof.close()
+    if proof.begun:
+        found.note(
+            f"{service}: the receipts of {len(proof.begun)} buckets begin after position {min(proof.begun)} or later, "
+            "where an upgrade, a replay or a restored log began: of what was before, they prove nothing"
+        )
+    if proof.unknown:
+        found.note(f"{service}: {proof.unknown} buckets have no receipt; they get one when the service is started")
+    wrong: Collection[int] = ()
+    if proof.bad:
+        wrong = await explain(
+            store,
+            proof,
+            lambda text: found.contradict(f"{service}: {text}"),
+            lambda text: found.note(f"{service}: {text}"),
+        )
+        if wrong:
+            found.advice.append(
+                f"{service}: find out who may publish on the bus (docs/trust.md). 'tidings replay MODULE:SERVICE "
+                "--from POSITION', from the first position named, gives its handlers what the log has from there on"
+            )
+    if database is not None:
+        if not wrong and proof.upto >= 0:
+            found.proved[service] = proof.upto
+        try:
+            await keep(database, proof, found.log, wrong)
+        except (DatabaseUnavailable, DBAPIError) as error:  # the result is still good, and took a scan of the whole log
+            why = error.orig if isinstance(error, DBAPIError) else error
+            found.note(f"{service}: its proof could not be noted, so --since can only go on from the one before: {why}")
 
-    def __init__(self, services: set[str], found: Recount) -> None:
+
+class _Causes:
+    """The emitted events of the log: each must be there once, and after its cause if a handler emitted it."""
+
+    def __init__(self, services: set[str], found: Recount, after: int) -> None:
         self._services = services
         self._found = found
+        self._after = after
+        """Position up to which events were not read, so that causes there are unknown."""
         self._ids: set[int] = set()
         self._emitted: set[int] = set()
 
@@ -175,22 +239,23 @@ class _Causes:
         except (ValueError, TypeError, AttributeError):
             self._found.contradict(f"{what} names no cause")
             return
-        if int.from_bytes(cause.bytes[8:]) not in self._ids:
+        if int.from_bytes(cause.bytes[8:]) not in self._ids and self._after < 0:
             self._found.note(f"{what} names cause {cause}, which is not in the log before it: removed by retention?")
 
 
 class _Ledger:
-    """One service's rows, each to be met in the log."""
+    """One service's rows; each must be met in the log at the position that it names."""
 
     def __init__(self, service: Declaration, found: Recount) -> None:
         self.service = service.name
+        self.proof = Proof(service.name)
         self.settled = Settled([], {})
         self.staged: dict[bytes, sa.Row[Any]] = {}
         """By event id."""
         self.rows: dict[int, list[tuple[str, sa.Row[Any]]]] = defaultdict(list)
         """Held and dead rows of events, by position."""
         self.marks: dict[int, list[int]] = defaultdict(list)
-        """Buckets whose watermark names a position."""
+        """By position: the buckets whose watermark is there."""
         self.causes: dict[int, list[sa.Row[Any]]] = defaultdict(list)
         """Staged rows by the position of their cause."""
         self.replayed: dict[int, int] = {}
@@ -242,6 +307,11 @@ class _Ledger:
         what = f"the {kind} row of {row.type} {row.event_id}, position {row.position},"
         if (str(event.id), event.type, event.stream) != (row.event_id, row.type, row.stream):
             self._wrong(f"{what} is not the event that the log has there: {_place(event)}")
+        elif row.version is not None and mark(recorded(row)) != mark(event):
+            self._wrong(
+                f"{what} has other content than the log has there: it was forged, or changed by hand. Drop the row "
+                f"(tidings {kind} drop) before a replay from that position, or its content is handled again"
+            )
         elif bucket is None or (row.bucket is not None and row.bucket != bucket):
             self._wrong(f"{what} is of bucket {row.bucket}, the event of {'none' if bucket is None else bucket}")
         elif (
@@ -252,7 +322,7 @@ class _Ledger:
             self._wrong(f"{what} stands above the watermark of its bucket: the event would be handled once more")
 
     def close(self, end: int, still_staged: set[bytes]) -> None:
-        """The log was read to its end: what was not met is not in it."""
+        """Tell, after the log was read to its end, which rows name events that were not met."""
         for rows in self.rows.values():
             for kind, row in rows:
                 self._unmet(f"the {kind} row of {row.type} {row.event_id}", row.position, end)
@@ -280,7 +350,12 @@ class _Ledger:
 
 
 async def _ledger(
-    service: Declaration, database: Database | None, log: UUID, found: Recount, cuts: Collection[int]
+    service: Declaration,
+    database: Database | None,
+    log: UUID,
+    found: Recount,
+    cuts: Collection[int],
+    since: int | None,
 ) -> _Ledger:
     ledger = _Ledger(service, found)
     if database is None:
@@ -291,10 +366,11 @@ async def _ledger(
             columns = [table.c[name] for name in ("event_id", "type", "stream", "bucket", *names)]
             return sa.select(*columns).where(table.c.service == service.name, table.c.log == str(log))
 
-        # The watermarks last: in their own transactions, they move before a row of that event is to be seen.
-        for row in await connection.execute(rows(held, "position", "handler")):
+        # Read the watermarks last: once a row is visible, the watermark has moved to its event or beyond.
+        whole = ("position", "handler", "version", "data", "metadata", "is_json", "ticks")
+        for row in await connection.execute(rows(held, *whole)):
             ledger.rows[row.position].append(("held", row))
-        for row in await connection.execute(rows(dead, "position", "handler").where(dead.c.kind == "handler")):
+        for row in await connection.execute(rows(dead, *whole).where(dead.c.kind == "handler")):
             ledger.rows[row.position].append(("dead", row))
         for row in await connection.execute(rows(staged, "cause", "requested")):
             ledger.staged[UUID(row.event_id).bytes] = row
@@ -312,15 +388,20 @@ async def _ledger(
                 replays.c.service == service.name, replays.c.log == str(log)
             )
         )
+        ledger.proof = await proof_of(connection, service.name, log, since)
         ledger.replayed = {row.bucket: row.upto for row in again if row.upto > marks.get(row.bucket, -1)}
     for bucket, position in marks.items():
         if position >= 0 and bucket not in ledger.replayed and position not in cuts:
             ledger.marks[position].append(bucket)
+    if since is not None:
+        for named in (ledger.rows, ledger.marks, ledger.causes):
+            for position in [position for position in named if position <= since]:
+                del named[position]
     return ledger
 
 
 async def _staged_ids(ledger: _Ledger, database: Database | None, log: UUID) -> set[bytes]:
-    """What is staged now that the log was read: what was appended meanwhile is nothing to be told."""
+    """Return the ids that are still staged after the log was read; those appended meanwhile need no note."""
     if database is None or not ledger.staged:
         return set()
     query = sa.select(staged.c.event_id).where(staged.c.service == ledger.service, staged.c.log == str(log))

@@ -1,7 +1,7 @@
-"""Heal what `verify` found: have the log read by whoever is behind. What is settled is never run again.
+"""Repairs what `verify` found: services that are behind read the log. What is settled is never run again.
 
-It handles nothing itself where another process may be at work: over a network it publishes one marker, which makes
-every consumer that is behind start a pass, and which the others drop. Nothing here moves a floor or a watermark.
+It runs no handler, because other processes may be at work. Over a network it publishes one marker: every consumer that
+is behind starts a pass, and the others drop the marker. Nothing here moves a floor or a watermark.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tidings.delivery.staged import FRESH_SECONDS, Stager
 from tidings.operations.report import Report
 from tidings.protocol.message import Marker
 from tidings.protocol.position import ALL_BUCKETS
+from tidings.protocol.seal import Seal
 from tidings.relay.checkpoints import write_checkpoint
 from tidings.stores import EventStore
 
@@ -24,11 +25,11 @@ __all__ = ["append_staged", "move_checkpoint", "publish_marker"]
 
 
 async def move_checkpoint(store: EventStore, report: Report) -> int | None:
-    """Give a relay whose checkpoint cannot be right one that can; the new checkpoint, None where none was needed.
+    """Replace a relay's checkpoint that cannot be right, and return the new one; None if that was not needed.
 
-    It is the lowest floor of the services in the report: what they have settled need not go out again. A service that
-    is not in the report and is further behind learns so from the relay's first marker, and reads the log. Raises
-    `StoreUnavailable`; `StreamDeleted` where the relay's stream was tombstoned.
+    The new checkpoint is the lowest floor of the services in the report: what they have settled need not be published
+    again. A service that is not in the report and is further behind sees that from the relay's first marker, and reads
+    the log. Raises `StoreUnavailable`, and `StreamDeleted` if the relay's stream was tombstoned.
     """
     if report.relay is None or report.relay.ok:
         return None
@@ -38,35 +39,37 @@ async def move_checkpoint(store: EventStore, report: Report) -> int | None:
     return position
 
 
-async def publish_marker(bus: EventBus, log: UUID, position: int) -> None:
-    """Make every service that has not taken in everything up to `position` read it from the log.
+async def publish_marker(bus: EventBus, log: UUID, position: int, seal: Seal | None = None) -> None:
+    """Make every service that has not accepted everything up to `position` read the log up to there.
 
-    The marker's base is its position. To who has accepted everything so far it is a duplicate; to anybody else a base
-    above what was heard is a gap. It says nothing of single buckets, so it cannot claim what is not true. It waits in
-    the queues of services that are not running. Raises `Unroutable`, `BusUnavailable`.
+    The marker's base is its position. For a service that has accepted everything so far, the marker is a duplicate. For
+    any other service, the base is above the last marker that it heard, which is a gap. The marker names no buckets, so
+    it cannot say anything untrue about one. It waits in the queues of services that are not running. Raises
+    `Unroutable`, `BusUnavailable`.
     """
     await bus.provision()
     async with bus.publisher() as publisher:
-        await publisher.send(Marker(log, position, position, {}).encode())
+        await publisher.send(Marker(log, position, position, {}).encode(seal))
 
 
 async def append_staged(
     store: EventStore, database: Database, service: str, log: UUID, *, seconds: float
 ) -> tuple[int, list[str]]:
-    """Append what handlers emitted long enough ago, for at most `seconds` seconds.
+    """Append events that have been staged for a while, for at most `seconds` seconds.
 
-    Returns how many were appended, and why others cannot be.
+    Return how many were appended, and why the store refused others.
 
-    Safe beside the service's own process: both look for the id in the stream first, and append at the version that
-    they have just read; of two at once one is refused, or told the first one's answer. What is too fresh to be left
-    alone for certain is left alone. An event that the store refuses for good stays as it is: its service buries it.
-    Raises `StoreUnavailable`, `DatabaseUnavailable`.
+    This is safe while the service is running: both look for the id in the stream first, and append at the version that
+    they have just read. If both append at once, one is refused, or gets the answer that the first one got. Events that
+    were staged a moment ago are left alone. An event that the store refuses for good stays as it is; its service makes
+    it a dead letter. Raises `StoreUnavailable`, `DatabaseUnavailable`.
     """
     inbox = Inbox(database, service, log, ALL_BUCKETS)
     before = {row.event.id for row in await inbox.read_staged()}
     if not before:
         return 0, []
-    await asyncio.sleep(2 * FRESH_SECONDS)  # its own process may append a fresh row without looking
+    # Until then, the service's own process may append a new row without looking for its id first.
+    await asyncio.sleep(2 * FRESH_SECONDS)
     rows = [row for row in await inbox.read_staged() if row.event.id in before]
     told = _Told()
     stager = Stager(store, told)

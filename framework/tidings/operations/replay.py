@@ -1,10 +1,10 @@
-"""Replays: a service is sent back to a position, so that its handlers run again. Here no handler is run.
+"""Sends a service back to a position, so that its handlers run again. It runs no handler itself.
 
-Watermarks and floors are lowered in one transaction, which counts up `replays` in every watermark. A process that
-joined before cannot commit any more, joins again, and its next marker starts a pass over the log. Up to where a bucket
-had been settled is kept for good: up to there, handlers with `replay=False` are passed over, and what was emitted is
-not appended again. What was never done keeps its row: a held event has its turn when the replay comes to it, and a
-dead one, unless its handler has `replay=False`, becomes held.
+One transaction lowers watermarks and floors, and increments `replays` in every watermark. A process that joined before
+that can no longer commit: it joins again, and the next marker starts a pass over the log. The position up to which each
+bucket had been settled is kept for good. Up to that position, handlers with `replay=False` are passed over, and events
+that were emitted are not appended again. An event that was never done keeps its row: a held event runs when the replay
+comes to it, and a dead one becomes held, unless its handler has `replay=False`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.contention import again_when_contended
+from tidings.database.contention import again_when_contended, commanding
 from tidings.database.engine import Database
 from tidings.database.enrolment import sent_back
 from tidings.database.layout import ranges_of
 from tidings.database.tables import dead, floors, held, replays, staged, watermarks
-from tidings.database.watermarks import lock_service
+from tidings.database.watermarks import lock_service, lower
 from tidings.errors import TidingsError
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span
 from tidings.operations.authors import Stranger, may_emit, strangers
 from tidings.operations.dead import held_again
+from tidings.operations.genuine import Counterfeit, Genuine, claims_at, contradicted, genuine
 from tidings.operations.handlers import read_handlers, read_spans
 from tidings.protocol.position import ALL_BUCKETS, CARRIED, carried
 from tidings.stores import EventStore
@@ -39,40 +40,39 @@ if TYPE_CHECKING:
 __all__ = ["NothingToReplay", "Plan", "Share", "Start", "find_start", "plan", "send_back"]
 
 NAMED: Final = 20
-"""Streams with missing events that are named; all are counted."""
+"""Streams with missing events to name; all are counted."""
 
 
 class NothingToReplay(TidingsError):
-    """The service has settled nothing from there on."""
+    """The service has settled nothing from the start of the replay on."""
 
 
 class Start(NamedTuple):
     """Where a replay begins."""
 
     position: int
-    """The first event that services receive, at or above what was asked for."""
+    """The first carried event at or above what was asked for."""
     before: int
-    """The one before it, -1 for none: positions between them belong to nobody, and stores do not begin to read there.
-    """
+    """The carried event before it, -1 for none. Stores begin to read at an event sooner than between two of them."""
     recorded_at: datetime
 
 
 @dataclass(slots=True)
 class Share:
-    """What a replay means for one handler and one type of event, as far as the service has settled them."""
+    """What a replay means for one handler and one type of event that the service has settled."""
 
     handler: str
     type: str
     replay: bool
     may_emit: bool
-    """It takes a `Context`."""
+    """Whether the handler takes a `Context`."""
     run: int = 0
-    """Events that are run again."""
+    """Events that run again."""
     passed_over: int = 0
     never_given: int = 0
     """Events that were settled before the handler began, or while it was away: they run for the first time."""
     held: int = 0
-    """Held, or dead and to be held: these have not been done, and each runs in its turn."""
+    """Events that are held, or dead and become held: they were never done, and each runs in its turn."""
     first: int | None = None
     """Position of the first event counted here."""
     last: int | None = None
@@ -80,28 +80,30 @@ class Share:
 
 @dataclass(slots=True)
 class Plan:
-    """What a replay would do, when this was looked at."""
+    """What a replay would do, as of the moment at which `plan` looked."""
 
     service: str
     log: UUID
     start: Start
     upto: int = -1
-    """The highest position that the service has settled, in whatever bucket."""
+    """The highest position that the service has settled in any bucket."""
     shares: list[Share] = field(default_factory=list)
     held: int = 0
-    """Held events from the start on: they stay."""
+    """Held events from the start on; they stay held."""
     dead_again: int = 0
     """Dead letters from the start on that become held."""
     dead_stay: int = 0
     staged: int = 0
-    """Emitted events that are still to be appended: they stay."""
+    """Emitted events that are not appended yet; they stay staged."""
     missing: int = 0
-    """The least number of events, from the start on, that were in the log once and are not any more."""
+    """Events from the start on that are no longer in the log: at least this many."""
     missing_streams: list[str] = field(default_factory=list)
-    """The first of the streams that lack some."""
+    """The first few streams with missing events."""
+    forged: list[Counterfeit] = field(default_factory=list)
+    """Held events and dead letters whose content differs from the log. The replay would run them as they are."""
     strangers: list[Stranger] = field(default_factory=list)
-    """Names of handlers in the log that nobody answers to any more: a replay appends again what they emitted, unless
-    it is said who they are (`was=`), or that they are gone."""
+    """Handler names in the log that no handler has any more. A replay appends what they emitted again, unless `was=`
+    says which handlers they are."""
 
     @property
     def run(self) -> int:
@@ -109,9 +111,10 @@ class Plan:
 
 
 async def find_start(store: EventStore, wanted: int | datetime) -> Start | None:
-    """The first event at or above a position, or after the last that was recorded before a moment; None for none.
+    """Find the first carried event at or above a position, or after the last one recorded before a moment.
 
-    It reads the log backwards from its end, so it costs as much as what is replayed. Raises `StoreUnavailable`.
+    Returns None if there is none. Reads the log backwards from its end, so it costs as much as reading what is
+    replayed. Raises `StoreUnavailable`.
     """
     position, recorded_at, before = -1, None, -1
     async for event in store.read_all(backwards=True, filter=CARRIED):
@@ -125,9 +128,9 @@ async def find_start(store: EventStore, wanted: int | datetime) -> Start | None:
 
 
 async def plan(store: EventStore, database: Database, service: Declaration, start: Start) -> Plan:
-    """What a replay from there would do. It only reads: the rows, and the log up to where the service has come.
+    """Find out what a replay from `start` would do. It only reads rows, and the log up to what the service has settled.
 
-    It remembers a number for each stream on the way. Raises `NothingToReplay`, `StoreUnavailable`,
+    It keeps a number in memory for each stream that it reads. Raises `NothingToReplay`, `StoreUnavailable`,
     `DatabaseUnavailable`.
     """
     log_id = await store.log_id()
@@ -166,7 +169,11 @@ async def plan(store: EventStore, database: Database, service: Declaration, star
     def never_given(handler: str, bucket: int, position: int) -> bool:
         return handler in new or any(span.covers(position) for span in spans.get((bucket, handler), ()))
 
-    await _count(store, service, found, state, waiting | again, never_given)
+    undone = waiting | again
+    known = await _count(store, service, found, state, undone, never_given)
+    async with database.reading() as connection:
+        claims = await claims_at(connection, service.name, log_id, {position for position, _ in undone})
+    found.forged = await contradicted(store, claims, known)
     found.strangers = await strangers(store, service, start.before)
     return found
 
@@ -178,7 +185,9 @@ async def _count(
     state: _State,
     undone: set[tuple[int, str]],
     never_given: Callable[[str, int, int], bool],
-) -> None:
+) -> dict[int, Genuine]:
+    """Return what the log has at the positions of what is undone."""
+    at, known = {position for position, _ in undone}, dict[int, Genuine]()
     shares = {
         (name, handler.name): _share(handler, name)
         for name, handlers in service.handlers.items()
@@ -193,13 +202,15 @@ async def _count(
         bucket = carried(event)
         if bucket is None:
             continue
-        # From the log's beginning, every stream's first version is known too.
+        # If the replay begins with the log, every stream must begin with version 0.
         expected = versions.get(event.stream, 0 if found.start.before < 0 else event.version)
         if event.version > expected:
             found.missing += event.version - expected
             lacking[event.stream] = None
         versions[event.stream] = event.version + 1
         marks.discard(event.position)
+        if event.position in at:
+            known[event.position] = genuine(event)
         if event.position > state.upto(bucket):
             continue
         for handler in service.handlers_of(event.type):
@@ -216,25 +227,27 @@ async def _count(
                 share.passed_over += 1
             share.first = event.position if share.first is None else share.first
             share.last = event.position
-    # A watermark above the start stands at an event that was handled; there may be no later one of its stream.
+    # A watermark above the start names an event that was handled. If it was removed, no later event of its stream may
+    # show that.
     found.missing = max(found.missing, len(marks))
     found.missing_streams = list(lacking)[:NAMED]
     found.shares = list(shares.values())
+    return known
 
 
 @again_when_contended
 async def send_back(database: Database, service: Declaration, log: UUID, start: Start) -> None:
-    """Do it: durable when this returns, and the service begins within seconds, at once or when it is started again.
+    """Send the service back. This is durable when the function returns; the service begins within seconds if it runs.
 
-    Raises `NothingToReplay`; `DatabaseUnavailable`, after which a look at `plan` says whether it was done.
+    Raises `NothingToReplay`, and `DatabaseUnavailable`, after which `plan` shows whether it was done.
     """
     own, before = _Own(service.name, log), start.before
-    async with database.turn, database.transaction() as connection:
+    async with database.turn, commanding(database) as connection:
         await lock_service(connection, service.name, log)
         await connection.execute(
             watermarks.update().where(*own.of(watermarks)).values(replays=watermarks.c.replays + 1)
         )
-        state = await own.state(connection)
+        state = await own.state(connection, locked=True)
         if state.highest < start.position:
             raise NothingToReplay(_nothing(service.name, start))
         await connection.execute(replays.delete().where(*own.of(replays)))
@@ -245,14 +258,13 @@ async def send_back(database: Database, service: Declaration, log: UUID, start: 
                 for bucket in ALL_BUCKETS
             ],
         )
-        for table in (watermarks, floors):
-            await connection.execute(table.update().where(*own.above(table, before)).values(position=before))
+        await lower(connection, service.name, log, before)
         await sent_back(connection, service, log, before, _run_again(service))
         await _revive(connection, own, before, _run_again(service))
 
 
 async def _revive(connection: AsyncConnection, own: _Own, before: int, names: Sequence[str]) -> None:
-    """Dead letters become held events: their event may be in no other place any more."""
+    """Turn dead letters into held events: retention may have removed their events from the log."""
     rows = await connection.execute(sa.select(held.c.position, held.c.handler).where(*own.above(held, before)))
     there = {(row.position, row.handler) for row in rows}
     chosen = (*own.above(dead, before), dead.c.kind == "handler", dead.c.handler.in_(names))
@@ -266,7 +278,7 @@ async def _revive(connection: AsyncConnection, own: _Own, before: int, names: Se
 
 
 class _State(NamedTuple):
-    """How far a service is, or was before the replay that is under way."""
+    """How far a service is, or was before a replay that is under way."""
 
     marks: Mapping[int, int]
     floors: Sequence[tuple[range, int]]
@@ -293,11 +305,12 @@ class _Own:
     def above(self, table: sa.Table, before: int) -> tuple[sa.ColumnElement[bool], ...]:
         return (*self.of(table), table.c.position > before)
 
-    async def state(self, connection: AsyncConnection) -> _State:
+    async def state(self, connection: AsyncConnection, *, locked: bool = False) -> _State:
         marks = await connection.execute(
             sa.select(watermarks.c.bucket, watermarks.c.position).where(*self.of(watermarks))
         )
-        ranges = await connection.execute(sa.select(floors).where(*self.of(floors)).with_for_update())
+        parts = sa.select(floors).where(*self.of(floors))
+        ranges = await connection.execute(parts.with_for_update() if locked else parts)
         before = await connection.execute(sa.select(replays.c.bucket, replays.c.upto).where(*self.of(replays)))
         return _State(
             {row.bucket: row.position for row in marks},

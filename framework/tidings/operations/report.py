@@ -1,6 +1,6 @@
-"""What `verify` found, as facts and in words: log, relay, and each service with everything that is not settled.
+"""What `verify` found, as data and as text: log, relay, and each service with everything that is not settled.
 
-It looks at nothing itself. Lists hold the first few of a kind, counts hold all.
+It reads nothing itself. Lists have the first few of each kind; counts include all.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 NAMED: Final = 20
-"""Entries of each kind that are named; all are counted."""
+"""Entries of each kind to name; all are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class PendingEvent:
-    """In the log, handled by the service's code, and neither handled nor dead."""
+    """An event in the log that the service has handlers for and has not settled."""
 
     position: int
     event_id: str
@@ -40,12 +40,12 @@ class PendingEvent:
     stream: str
     version: int
     ticks: int
-    """When it was recorded, as in `RecordedEvent`."""
+    """When it was recorded, in ticks as in `RecordedEvent`."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldSummary:
-    """Failed for now, or waiting behind one of its key that did: it runs again at `due`, seconds since 1970."""
+    """An event that failed, or waits behind a failed one of its key; it runs at `due`, seconds since 1970."""
 
     position: int
     event_id: str
@@ -59,13 +59,13 @@ class HeldSummary:
 
 @dataclass(frozen=True, slots=True)
 class FailingHandler:
-    """A handler whose events are held because it failed. Times are seconds since 1970."""
+    """A handler with held events because it failed. Times are seconds since 1970."""
 
     handler: str
     events: int
-    """Without those that only wait behind one of them."""
+    """Events in which it failed, without those that only wait behind one."""
     since: float | None
-    """When the oldest of them was held first."""
+    """When the oldest of them was first held."""
     due: float
     """When the next of them runs again."""
     reason: str
@@ -73,7 +73,7 @@ class FailingHandler:
 
 @dataclass(frozen=True, slots=True)
 class DeadEvent:
-    """Given up, with the reason: settled, but somebody should look at it."""
+    """A dead letter, with the reason: settled, but somebody should look at it."""
 
     kind: str
     position: int | None
@@ -87,14 +87,14 @@ class DeadEvent:
 
 @dataclass(frozen=True, slots=True)
 class StagedSummary:
-    """Emitted in a transaction that was committed, and not known to be appended yet."""
+    """An event that was emitted in a committed transaction, and may not be in the log yet."""
 
     event_id: str
     type: str
     stream: str
     cause: int
     requested: bool = False
-    """By a request, not by the handler of the event at position `cause`."""
+    """Whether a request emitted it, and not the handler of the event at position `cause`."""
 
     def __str__(self) -> str:
         by = "by a request" if self.requested else f"caused by position {self.cause}"
@@ -107,15 +107,15 @@ class RelayReport:
 
     name: str
     checkpoint: int | None
-    """Everything up to here was published; -1 where none was ever stored, None for one that cannot be read."""
+    """Position up to which everything was published; -1 if none was ever stored, None if it cannot be read."""
     wrong: str | None = None
     """Why it cannot be right, with the remedy."""
     behind: int = 0
-    """Carried events above the checkpoint: they may be published, but nobody noted it."""
+    """Carried events above the checkpoint. They may be published, but that was not recorded."""
 
     @property
     def ok(self) -> bool:
-        """Being behind is no fault of the log's or a service's: what is published later, or never, is read from it."""
+        """Whether the checkpoint can be right. Being behind is no fault: services can read events from the log."""
         return self.wrong is None
 
     def lines(self) -> Iterator[str]:
@@ -133,23 +133,23 @@ def _behind(count: int) -> str:
 
 @dataclass(slots=True)
 class HandlerReport:
-    """One handler of which there is something to say."""
+    """A handler that is behind, not begun, gone, or was not given all events."""
 
     handler: str
     state: Literal["at work", "catching up", "to begin", "gone"]
-    """`to begin`: the service was not started with it yet. `gone`: the code does not have it any more."""
+    """`to begin`: the service was not started with it yet. `gone`: the code no longer has it."""
     skipped_upto: int = -1
-    """What was settled before it began was not given to it, up to this position; -1 for nothing."""
+    """Position up to which it was not given what was settled before it began; -1 if it was given everything."""
     done_upto: int = -1
-    """Position up to which a handler that catches up, or is gone, has done everything."""
+    """Position up to which a handler that is catching up or gone has done everything."""
     needs_past: bool = False
-    """A handler that is to begin will be given what the service has settled."""
+    """Whether a handler that is to begin will be given what the service has already settled."""
     pending_count: int | None = None
-    """Events that a handler which catches up still has to do; None where nobody counted them."""
+    """Events that a handler which is catching up still has to do; None if they were not counted."""
 
     @property
     def ok(self) -> bool:
-        """Nothing that it is to have is missing."""
+        """Whether it has been given every event that it is to have."""
         return self.state in ("at work", "gone") or (self.state == "to begin" and not self.needs_past)
 
     def lines(self, service: str) -> Iterator[str]:
@@ -175,51 +175,60 @@ class HandlerReport:
 
 @dataclass(slots=True)
 class ServiceReport:
-    """One service's part."""
+    """What one service has settled, and everything that it has not."""
 
     service: str
     floor: int
-    """Everything up to here is settled in all buckets."""
+    """Position up to which everything is settled in all buckets."""
     ran: bool = True
-    """Whether its database knows it; where it never ran, everything is pending."""
+    """Whether its database knows the service on this log. If not, everything is pending."""
     other_log: str | None = None
-    """The log that its database knows instead of this one."""
+    """The log that its database follows instead of this one, whose events it has therefore not done."""
     behind: int = 0
-    """Events above the floor that are carried to services."""
+    """Carried events above the floor."""
     beyond: int = -1
-    """A floor or watermark above the end of the log: something that never was counts as settled."""
+    """A floor or watermark above the end of the log, so that events not yet appended count as settled; else -1."""
     unmarked: int = -1
-    """The relay's checkpoint where the floor is below it: the marker that follows it was not taken in yet."""
+    """The relay's checkpoint if the floor is below it: its marker was not taken in yet; else -1."""
     partitions: int = 1
-    """Ranges of buckets with a floor of their own."""
+    """Number of partitions, each with a floor of its own."""
     pending_count: int = 0
     pending: list[PendingEvent] = field(default_factory=list)
     held_count: int = 0
     held: list[HeldSummary] = field(default_factory=list)
     failing: list[FailingHandler] = field(default_factory=list)
-    """What the held events failed in, the handler with the most first."""
+    """Handlers that the held events failed in, the one with the most events first."""
     held_due: float | None = None
-    """When the first held event that waits for nothing but its time has its turn, seconds since 1970."""
+    """When the first held event that waits only for its time is due, seconds since 1970."""
     dead_count: int = 0
     dead: list[DeadEvent] = field(default_factory=list)
     staged_count: int = 0
     staged: list[StagedSummary] = field(default_factory=list)
     on_the_way: int = 0
-    """Events and staged events that came after the question was asked, and are not settled or appended yet."""
+    """Events that were appended or staged after verifying began, and are not settled or appended yet."""
     missing: bool = False
-    """There is no database of the service where the settings say."""
+    """Whether the service has no database where the settings say."""
     handlers: list[HandlerReport] = field(default_factory=list)
-    """Handlers that are behind the service, or were not given all that it has settled."""
+    """Handlers that are behind, or were not given everything that the service has settled."""
+
+    @property
+    def astray(self) -> bool:
+        """Whether its database follows another log, or is ahead of this one.
+
+        Until that is mended, the service can be neither verified nor repaired.
+        """
+        return self.beyond >= 0 or self.other_log is not None
 
     @property
     def ok(self) -> bool:
+        """Whether everything is settled: nothing is pending, held or staged, and no handler is behind."""
         waits = self.pending_count or self.held_count or self.staged_count
-        return not waits and self.beyond < 0 and all(handler.ok for handler in self.handlers)
+        return not waits and not self.astray and all(handler.ok for handler in self.handlers)
 
     @property
     def healable(self) -> bool:
-        """`--repair` can do something: what is held has its time, and what is beyond the log has no remedy here."""
-        return self.beyond < 0 and bool(self.pending_count or self.staged_count)
+        """Whether `--repair` can do something: held events run when they are due, and what is astray it cannot mend."""
+        return not self.astray and bool(self.pending_count or self.staged_count)
 
     def lines(self, upto: int) -> Iterator[str]:
         done = "settled" if self.ran else "nothing to do"
@@ -230,7 +239,8 @@ class ServiceReport:
         later = f"; {self.on_the_way} came since and are on the way" if self.on_the_way else ""
         yield f"{self.service}: {state} ({counts}; {floor}){later}"
         if self.other_log is not None:
-            yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right? Or: tidings log adopt"
+            yield f"  follows log {self.other_log}, not this one: is TIDINGS_STORE right? After a restore of the log:"
+            yield f"  tidings log adopt {self.service}"
         elif self.missing:
             yield "  has no database: it has never run, or TIDINGS_DATABASE names another place than where it runs"
         elif not self.ran:
@@ -273,7 +283,7 @@ def _first_line(text: str) -> str:
 
 
 def moment_of(seconds: float) -> str:
-    """Seconds since 1970 as people read them, UTC; a clock that jumped may have written any number."""
+    """Format seconds since 1970 for people, in UTC. Works for any number: a clock may have been wrong."""
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     except (ValueError, OverflowError, OSError):
@@ -282,16 +292,18 @@ def moment_of(seconds: float) -> str:
 
 @dataclass(slots=True)
 class Report:
-    """The answer for all services; `str` of it is for people."""
+    """The result for all services; `str` of it is for people."""
 
     log: UUID
     position: int
-    """The last event that is carried to services; what is asked is whether everything up to it is settled."""
+    """Position of the last carried event. Everything up to it must be settled."""
     services: list[ServiceReport]
     complete: bool = True
-    """False when a limit ended the counting: then there may be more pending than the report says."""
+    """False if a limit ended the counting: more may be pending than the report says."""
     relay: RelayReport | None = None
-    """None when nobody asked for a relay."""
+    """The relay whose checkpoint was compared; None if none was asked for."""
+    unseen: tuple[str, ...] = ()
+    """Services of which nothing is known, because their databases do not answer."""
 
     @property
     def dead(self) -> int:
@@ -300,12 +312,17 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Every event is settled in every service: handled, or dead with its reason; nothing is held or staged; and
-        the relay's checkpoint, if it was asked for, is one."""
-        return all(service.ok for service in self.services) and (self.relay is None or self.relay.ok)
+        """Whether every event is settled in every service, and nothing is held or staged.
+
+        The relay's checkpoint, if asked for, must be a possible one, and every service must have been seen.
+        """
+        seen = all(service.ok for service in self.services) and (self.relay is None or self.relay.ok)
+        return seen and not self.unseen
 
     def __str__(self) -> str:
         head = f"log {self.log}: {'all settled' if self.ok else 'NOT all settled'} up to position {self.position}"
+        if self.unseen:
+            head += f"; NOT SEEN: {', '.join(self.unseen)}"
         if self.dead:
             head += f"; {self.dead} DEAD, which were given up (tidings dead list)"
         relay = self.relay.lines() if self.relay is not None else ()

@@ -1,4 +1,4 @@
-"""Which held events or dead letters an operator means: by handler, error, type, key, stream, time. It reads nothing."""
+"""Selects held events or dead letters: by handler, error, type, key, stream, time. It reads nothing itself."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["EVERYTHING", "Selection"]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """All conditions hold together; one that is None selects nothing away."""
+    """Conditions that must all hold; None is no condition."""
 
     handler: str | None = None
     error: str | None = None
-    """A part of the reason, in capitals or not: an error's type, or words of its message."""
+    """A part of the reason in any case: an error's type, or words of its message."""
     type: str | None = None
     key: str | None = None
     stream: str | None = None
     since: float | None = None
-    """Held, or dead, since then or later; seconds since 1970."""
+    """Held or dead since this moment or later, in seconds since 1970."""
     until: float | None = None
-    """Held, or dead, since before then; seconds since 1970."""
+    """Held or dead since before this moment, in seconds since 1970."""
 
     def where(self, table: sa.Table) -> list[sa.ColumnElement[bool]]:
-        """For the table of held events or of dead letters."""
+        """Return the conditions for the table of held events or of dead letters."""
         found: list[sa.ColumnElement[bool]] = [
             table.c[name] == value
             for name in ("handler", "type", "key", "stream")
@@ -41,7 +41,7 @@ class Selection:
             column: sa.ColumnElement[object] = table.c.died_at
         else:
             moments = [self.since, self.until]  # type: ignore[list-item]
-            # Rows of older versions did not note it.
+            # Rows of older versions do not have it: take when the event was recorded.
             column = sa.func.coalesce(table.c.since, table.c.ticks / sa.literal(1e7, sa.Double))
         if moments[0] is not None:
             found.append(column >= moments[0])

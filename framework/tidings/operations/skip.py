@@ -1,8 +1,8 @@
-"""Skipping one event: it becomes a dead letter that holds nothing up, wherever it stands in a service.
+"""Skips one event of a service: the event becomes a dead letter that blocks nothing, whatever its state was.
 
-What the service has not done yet is noted in its database, and every process that knew nothing of the note is fenced:
-it cannot commit the event any more, joins again, and buries it without running it. So a skip is durable before the
-service comes to the event, and holds while the service is paused, stuck, or dies at every start.
+If the service has not done the event yet, the skip is noted in its database, and every process that does not know the
+note is fenced: it can no longer commit the event, joins again, and makes it dead without running it. So a skip is
+durable before the service comes to the event, and works even if the service is paused, stuck, or dies at every start.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tidings.database.contention import again_when_contended
+from tidings.database.contention import again_when_contended, commanding
 from tidings.database.engine import Database
+from tidings.database.held_events import turns
 from tidings.database.tables import dead, floors, held, skips, watermarks
 from tidings.database.watermarks import lock_service
 from tidings.errors import TidingsError
@@ -32,37 +33,40 @@ __all__ = ["NotSkippable", "Skip", "skip", "standing"]
 
 
 class NotSkippable(TidingsError):
-    """The service never runs the event, or has done it."""
+    """The service will never run the event, or has already done so."""
 
 
 class Skip(Enum):
-    """Where an event stood, and what skipping it means."""
+    """The state that an event was in, and what skipping it changes."""
 
     HELD = "held"
-    """It was held: it is dead now."""
+    """It was held, and is dead now."""
     DEAD = "dead"
-    """It was dead, and held its partition key up: that goes on now."""
+    """It was dead and blocked its partition key, which goes on now."""
     RELEASED = "dead already"
-    """It was dead, and held nothing up. Nothing was changed."""
+    """It was dead and blocked nothing. Nothing was changed."""
     PENDING = "not handled yet"
-    """It will be dead as soon as the service comes to it."""
+    """It will be dead when the service comes to it."""
     NOTED = "skipped before"
-    """It will be dead, as was said before. Nothing was changed."""
+    """It was skipped before, and will be dead when the service comes to it. Nothing was changed."""
 
 
 async def standing(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
-    """What `skip` would find. Raises `NotSkippable`, `DatabaseUnavailable`."""
+    """Return what `skip` would return, without changing anything. Raises `NotSkippable`, `DatabaseUnavailable`."""
     async with database.reading() as connection:
         return (await _look(connection, service, log, event))[0]
 
 
 @again_when_contended
 async def skip(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
-    """Do it, in one transaction. Raises `NotSkippable`, `DatabaseUnavailable`."""
+    """Skip the event, in one transaction, and return which state it was in.
+
+    Raises `NotSkippable`, `DatabaseUnavailable`.
+    """
     name, at = service.name, event.position
-    async with database.turn, database.transaction() as connection:
+    async with database.turn, commanding(database) as connection:
         await lock_service(connection, name, log)
-        found, rows, pending = await _look(connection, service, log, event)
+        found, rows, pending = await _look(connection, service, log, event, locked=True)
         if rows:
             await connection.execute(dead.insert(), [as_skipped(row) for row in rows])
             await connection.execute(held.delete().where(*_of(held, name, log), held.c.position == at))
@@ -83,14 +87,15 @@ def _of(table: sa.Table, service: str, log: UUID) -> tuple[sa.ColumnElement[bool
 
 
 async def _look(
-    connection: AsyncConnection, service: Declaration, log: UUID, event: RecordedEvent
+    connection: AsyncConnection, service: Declaration, log: UUID, event: RecordedEvent, *, locked: bool = False
 ) -> tuple[Skip, Sequence[sa.Row[Any]], bool]:
-    """Where the event stands, the rows that hold it, and whether a handler may still come to it."""
+    """Return the event's state, its held rows, and whether a handler may still come to it."""
     name, at, bucket = service.name, event.position, carried(event)
     where = f"event {event.id} (position {at}) of stream {event.stream!r}"
     if bucket is None:
         raise NotSkippable(f"{where} is never carried to services: there is nothing to skip")
-    rows = (await connection.execute(sa.select(held).where(*_of(held, name, log), held.c.position == at))).all()
+    of_event = sa.select(held).where(*_of(held, name, log), held.c.position == at).order_by(*turns(connection))
+    rows = (await connection.execute(of_event.with_for_update() if locked else of_event)).all()
     letters = (*_of(dead, name, log), dead.c.kind == "handler", dead.c.position == at)
     holding = list(await connection.scalars(sa.select(dead.c.holds_key).where(*letters)))
     mark = await connection.scalar(

@@ -1,7 +1,7 @@
-"""What became of one event: where it came from, whether it was published, how each service stands, what it caused.
+"""What became of one event: its causes, whether it was published, its state in each service, and what it caused.
 
-It only reads. The store has no look-up by id: what no service keeps in a row is looked for in the log, the newest
-first; what an event caused is found by reading the log once behind it.
+It only reads. The store has no look-up by id: if no service keeps an event in a row, the log is read backwards until
+it is found. What an event caused is found by reading the log once from there on.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ if TYPE_CHECKING:
 __all__ = ["EventNotFound", "Happening", "Standing", "Timeline", "trace"]
 
 BACK: Final = 100_000
-"""Events below one that are looked at for its cause: handlers emit soon after it."""
+"""Events before an event in which to look for its cause: handlers emit soon after the cause."""
 MOST: Final = 1000
-"""Caused events that are kept; more are counted."""
+"""Caused events to keep; more are only counted."""
+LOOKS: Final = 3
+"""Times, at most, to read the end of the log again until nothing new is there."""
 _AT_ONCE: Final = 500
 """Positions in one query: below the number of parameters that databases allow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """An event in one service: for all of its handlers alike, or for one of them."""
+    """The state of an event in one service: for all of its handlers, or for one of them."""
 
     service: str
     state: Literal["settled", "held", "dead", "pending", "not given", "not handled here", "not carried"]
-    """`not given`: it was settled before the handler began, which was not to have it."""
+    """`not given`: it was settled before the handler began, and the handler did not ask for earlier events."""
     handler: str | None = None
     attempts: int = 0
     reason: str = ""
     due: float | None = None
-    """When a held event is tried next, in seconds since 1970."""
+    """When a held event runs next, in seconds since 1970."""
     letter: int | None = None
     """The id of a dead letter, for `tidings dead`."""
     died_at: datetime | None = None
@@ -59,7 +61,7 @@ class Standing:
 
 @dataclass(slots=True)
 class Happening:
-    """An event that is in the log, or that a handler emitted and that is not there yet: then without a position."""
+    """An event in the log; or one that a handler emitted and that is not in the log, and then has no position."""
 
     event_id: str
     type: str
@@ -70,17 +72,21 @@ class Happening:
     correlation_id: str | None
     causation_id: str | None
     handler: str | None
-    """`service.handler` that emitted it."""
+    """The handler that emitted it, as `service.handler`."""
     bucket: int | None
-    """None for what is not carried to services: the log's own events, and Tidings'."""
+    """None for events that are not carried to services: those of the store itself, and of Tidings."""
     depth: int = 0
     waiting: str | None = None
-    """Why it is not in the log: staged, or refused by the store, in which service."""
+    """Why it is not in the log, and which service emitted it: it is staged, or the store refused it."""
+    actor: str | None = None
+    """Who wanted it, as the producer's metadata says."""
+    principal: str | None = None
+    """The authenticated sender of the request that led to it, as the producer's metadata says."""
     services: list[Standing] = field(default_factory=list)
     caused: list[Happening] = field(default_factory=list)
 
     def tree(self) -> Iterable[Happening]:
-        """All that it caused, each behind its cause; not itself."""
+        """Yield everything that it caused, directly or not, each after its cause."""
         waiting = list(reversed(self.caused))
         while waiting:
             happening = waiting.pop()
@@ -90,17 +96,20 @@ class Happening:
 
 @dataclass(slots=True)
 class Timeline:
-    """`causes` begins with the first one known. `checkpoint` is the relay's; None with what is `wrong` with it."""
+    """One event with its causes and effects, and the relay's checkpoint.
+
+    `causes` begins with the first known one. `checkpoint` is None if it cannot be read; `wrong` says why.
+    """
 
     event: Happening
     causes: list[Happening] = field(default_factory=list)
     unknown_cause: str | None = None
-    """Id of a cause that was not found."""
+    """The id of a cause that was not found."""
     relay: str = "main"
     checkpoint: int | None = None
     wrong: str | None = None
     more: int = 0
-    """Events that were caused, too, and are not in the tree."""
+    """Number of caused events that are not in the tree."""
 
 
 async def trace(
@@ -111,12 +120,11 @@ async def trace(
     relay: str = "main",
     progress: Progress = lambda events, position, end: None,
 ) -> Timeline:
-    """The timeline of the event with an id, at a global position, or at (stream, version).
+    """Find the timeline of an event, named by its id, its global position, or its stream and version.
 
-    A place is cheap to find, a position costs half of the log at most; `progress` is told events read, position, and
-    where reading goes to.
-    Raises `EventNotFound`, which says what was searched; `StreamNotFound`, `StreamDeleted`, `StoreUnavailable`,
-    `DatabaseUnavailable`.
+    Finding it by stream and version is cheap; by position, at most half of the log is read. `progress` is told the
+    events read, the position, and where reading ends. Raises `EventNotFound`, which says what was searched,
+    `StreamNotFound`, `StreamDeleted`, `StoreUnavailable`, `DatabaseUnavailable`.
     """
     return await _Tracer(Lookup(store, services, await store.log_id(), progress)).run(target, relay)
 
@@ -134,18 +142,34 @@ class _Tracer:
         else:
             event, timeline = found, Timeline(_recorded(found, 0), relay=relay)
             timeline.causes, timeline.unknown_cause = await self._causes(event.position, timeline.event.causation_id)
-            timeline.more = await self._children(timeline.event, event.position)
+        await self._look(timeline)
         try:
             timeline.checkpoint = await read_checkpoint(self._store, relay)
         except StoreError as error:
             timeline.wrong = str(error)
-        await self._stand(timeline)
         return timeline
+
+    async def _look(self, timeline: Timeline) -> None:
+        """Find what the event caused, and the state of all these events in each service.
+
+        An event may be appended after the log was read and before the staged rows are. Neither has it then. So the end
+        of the log is read again, and the rows, too, if there is something new.
+        """
+        after = timeline.event.position
+        if after is None:
+            await self._stand(timeline)
+            return
+        for look in range(LOOKS):
+            upto, found = await self._children(timeline, after)
+            if look and not found:
+                return
+            await self._stand(timeline)
+            after = upto
 
     # ---- before it -------------------------------------------------------------------
 
     async def _causes(self, position: int, wanted: str | None) -> tuple[list[Happening], str | None]:
-        """What led to the event at `position`, the first cause first; and the cause that could not be found."""
+        """Return the causes of the event at `position`, the first one first, and the id of one that is not found."""
         causes: list[Happening] = []
         below = 0
         if wanted is not None:
@@ -170,29 +194,39 @@ class _Tracer:
 
     # ---- behind it -------------------------------------------------------------------
 
-    async def _children(self, root: Happening, after: int) -> int:
-        """Hang what was caused into the tree: one reading, because a cause stands before what it caused. Returns how
-        many more there are."""
-        known, more = {root.event_id: root}, 0
+    async def _children(self, timeline: Timeline, after: int) -> tuple[int, int]:
+        """Add what was caused to the tree. Return the position up to which the log was read, and how many were found.
+
+        The log is read once, because a cause comes before what it caused.
+        """
+        found = 0
+        happenings = [timeline.event, *timeline.event.tree()]
+        known = {happening.event_id: happening for happening in happenings if happening.position is not None}
         end = await self._store.head()
         async for event in self._store.read_all(after=after, filter=CARRIED):
+            after = event.position
             self._lookup.read(event, end)
             if _CAUSATION not in event.metadata:
                 continue
             cause = known.get(_cause_of(read_metadata(event)) or "")
             if cause is None:
                 continue
+            found += 1
             if len(known) > MOST:
-                more += 1
+                timeline.more += 1
                 continue
             child = _recorded(event, cause.depth + 1)
             cause.caused.append(child)
             known.setdefault(child.event_id, child)
-        return more
+        return after, found
 
     # ---- in the services -------------------------------------------------------------
 
     async def _stand(self, timeline: Timeline) -> None:
+        """Read the state of each event in each service, and add what is staged to the tree."""
+        for happening in [timeline.event, *timeline.event.tree()]:
+            happening.services = []
+            happening.caused = [caused for caused in happening.caused if caused.position is not None]
         happenings = [timeline.event, *timeline.event.tree()]
         at = {happening.position: happening for happening in happenings if happening.position is not None}
         known = {happening.event_id for happening in happenings}
@@ -255,8 +289,11 @@ def _standings(
     late: Sequence[Span],
     done: set[tuple[int, str]],
 ) -> list[Standing]:
-    """One for each handler, or one for all where nothing tells them apart. `kept` are held and dead rows, `late` what
-    handlers are behind or were not given, `done` who is done with an event that waits for others."""
+    """Return a standing for each handler, or a single one if it is the same for all handlers.
+
+    `kept` has the held and dead rows by handler, `late` what handlers are behind with or were not given. `done` has
+    position and handler of events that a handler has done while others of the event have not.
+    """
     bucket = happening.bucket
     if bucket is None:
         return [Standing(service.name, "not carried")]
@@ -289,7 +326,7 @@ def _text(document: dict[str, Any], name: str) -> str | None:
 
 
 def _cause_of(metadata: dict[str, Any]) -> str | None:
-    """As `str(UUID)` writes it: other writers may use capitals."""
+    """Return the cause's id in lower case, as `str(UUID)` writes it. Other writers may use upper case."""
     value = _text(metadata, CAUSATION)
     return value.lower() if value is not None else None
 
@@ -308,6 +345,8 @@ def _recorded(event: RecordedEvent, depth: int) -> Happening:
         _text(metadata, "tidingsHandler"),
         carried(event),
         depth,
+        actor=_text(metadata, "actor"),
+        principal=_text(metadata, "principal"),
     )
 
 

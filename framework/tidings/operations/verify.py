@@ -1,7 +1,7 @@
-"""Is every event of the log settled in every service? Compares log, relay checkpoint, floors and watermarks.
+"""Verifies that every event of the log is settled in every service, from checkpoint, floors and watermarks.
 
-It only reads. When all is well it costs a few rows per service, however long the log is; otherwise it reads the log
-above the lowest floor, as far as a limit allows.
+It only reads. If everything is settled, it reads a few rows per service, however long the log is. Otherwise it reads
+the log above the lowest floor, up to a limit.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ async def verify(
     relay: str | None = None,
     baseline: Baseline | None = None,
 ) -> Report:
-    """Look once, now. A service without a database has never run.
+    """Look once, and report what is not settled. A service without a database has never run.
 
-    At most `limit` events of the log are looked at. `relay` names the relay whose checkpoint is compared. What came
-    after `baseline` is counted as on its way, not as pending or staged. Raises `StoreUnavailable`,
+    At most `limit` events of the log are read. `relay` names the relay whose checkpoint is compared. Events that came
+    after `baseline` are counted as on the way, not as pending or staged. Raises `StoreUnavailable`,
     `DatabaseUnavailable`.
     """
     log_id = await store.log_id()
-    # The log first: what is settled afterwards can only be more.
+    # Read the end of the log first: what services have settled can only become more.
     end = await last_carried(store)
     position = end if baseline is None else baseline.position
     views = [await _look(service, database, log_id, baseline) for service, database in services]
     publishing = None if relay is None else await _checkpoint(store, relay)
-    # The end last: what is settled by then cannot be above it.
+    # Read the head last: nothing that was settled before can be above it.
     head = await store.head()
     for view in views:
         view.report.beyond = view.settled.highest if view.settled.highest > head else -1
@@ -74,16 +74,16 @@ async def verify(
 
 
 class Baseline(NamedTuple):
-    """What there was at one moment, for a later look that asks for nothing beyond it."""
+    """What there was at one moment, so that a later look can leave out everything newer."""
 
     position: int
     """Position of the last carried event."""
     staged: Mapping[str, frozenset[str]]
-    """Service to the ids of its staged events."""
+    """Ids of staged events by service."""
 
 
 async def baseline_of(store: EventStore, services: Sequence[tuple[Declaration, Database | None]]) -> Baseline:
-    """Return what there is now. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+    """Return the baseline of this moment. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
     log_id, ids = await store.log_id(), dict[str, frozenset[str]]()
     for service, database in services:
         if database is not None:
@@ -94,7 +94,7 @@ async def baseline_of(store: EventStore, services: Sequence[tuple[Declaration, D
 
 
 async def last_carried(store: EventStore) -> int:
-    """Position of the last event that is carried to services, -1 without one."""
+    """Return the position of the last carried event; -1 if there is none."""
     async for event in store.read_all(backwards=True, filter=CARRIED):
         if carried(event) is not None:
             return event.position
@@ -130,9 +130,9 @@ def _judge(relay: RelayReport, views: Sequence[_View], head: int) -> None:
 async def _count(
     store: EventStore, position: int, end: int, limit: int | None, views: Sequence[_View], relay: RelayReport | None
 ) -> bool:
-    """Read what is not known to be settled or published, and count it; False when `limit` ended it.
+    """Read and count events that are not known to be settled or published; return False if `limit` ended that.
 
-    Events above `position`, up to `end`, are on their way.
+    Events above `position`, up to `end`, are on the way.
     """
     handling = [view for view in views if view.service.named]
     published = end
@@ -141,7 +141,7 @@ async def _count(
     if limit is None:
         for handler in (handler for view in handling for handler in view.report.handlers):
             handler.pending_count = 0
-    # With a limit, what a late handler has before it is not counted: it may be all of the log.
+    # With a limit, do not count what handlers are behind with: it may be the whole log.
     lowest = min((published, *(view.lowest if limit is None else view.report.floor for view in handling)))
     if lowest >= end:
         return True
@@ -166,7 +166,7 @@ async def _count(
 
 
 class Settled:
-    """How far a service is in each bucket: the floor of the bucket's range or the bucket's watermark, the higher."""
+    """How far a service is in each bucket: the floor of its range or its watermark, whichever is higher."""
 
     __slots__ = ("_upto", "floor", "highest", "ranges")
 
@@ -176,19 +176,19 @@ class Settled:
             for bucket in ALL_BUCKETS[max(part.first, 0) : part.last + 1]:
                 self._upto[bucket] = max(self._upto[bucket], part.floor)
         self.floor = min(self._upto)
-        """The lowest position of all buckets."""
+        """The lowest floor of all buckets."""
         for bucket, position in watermarks.items():
             self._upto[bucket] = max(self._upto[bucket], position)
         self.highest = max(self._upto)
         self.ranges = len(ranges)
 
     def __call__(self, bucket: int, position: int) -> bool:
-        """Whether the event at `position` was handled, held or given up."""
+        """Return whether the event at `position` is settled: handled, held or dead."""
         return position <= self._upto[bucket]
 
 
 async def settled_in(connection: AsyncConnection, service: str, log: UUID) -> tuple[Settled, dict[int, int]]:
-    """How far a service is, and its watermarks by bucket."""
+    """Read how far a service is, and its watermarks by bucket."""
     found = await connection.execute(
         sa.select(watermarks.c.bucket, watermarks.c.position).where(*_of(service, log)(watermarks))
     )
@@ -214,7 +214,7 @@ class _View:
 
     @property
     def lowest(self) -> int:
-        """Everything up to here is settled, for every handler."""
+        """Position up to which everything is settled for every handler."""
         return min(self.report.floor, self.roster.first) if self.roster.spans else self.report.floor
 
     def compare(self, event: RecordedEvent, bucket: int, *, under_way: bool) -> None:
@@ -295,7 +295,7 @@ async def _look(service: Declaration, database: Database | None, log_id: UUID, b
 async def _look_at_staged(
     connection: AsyncConnection, of: Own, report: ServiceReport, before: Mapping[str, frozenset[str]] | None
 ) -> None:
-    """Count the staged events, and name the first; those that were not there `before` are on their way."""
+    """Count the staged events, and name the first ones; those that were not there `before` are on the way."""
     columns = [staged.c[name] for name in StagedSummary.__slots__]
     query = sa.select(*columns).where(*of(staged)).order_by(staged.c.id)
     if before is None:
@@ -310,7 +310,7 @@ async def _look_at_staged(
 
 
 async def _first_due(connection: AsyncConnection, of: Own, service: Declaration) -> float | None:
-    """Return when the first held event is due that waits for nothing but its time and has a handler in this code."""
+    """Return when the first held event is due that waits only for its time and has a handler in this code."""
 
     def before(table: sa.FromClause) -> tuple[sa.ColumnElement[bool], ...]:
         same_line = (table.c.key == held.c.key, table.c.line == held.c.line)

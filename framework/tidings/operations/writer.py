@@ -1,4 +1,4 @@
-"""Who holds the one writer of a service's SQLite database, for a command that could not write. It changes nothing."""
+"""Finds the process that holds the write lock of a service's SQLite database. It changes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tidings._support.holders import writer_elsewhere
 from tidings.database.engine import connected, file_of
@@ -22,14 +22,36 @@ from tidings.urls import redact
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["naming_the_writer"]
+__all__ = ["Holder", "find_holder", "naming_the_writer"]
+
+
+class Holder(NamedTuple):
+    """The process that holds the write lock of a service's database."""
+
+    pid: int
+    service: str
+    """The service whose database it is."""
+    ours: bool
+    """Whether the process runs the service."""
+    doing: str
+    """What it holds the lock for, if that is known; "" if the process does not run the service."""
+
+    def __str__(self) -> str:
+        who = f"process {self.pid} on this machine"
+        if self.ours:
+            return f"{who}, which runs service {self.service!r}, holds the one writer that SQLite has{self.doing}"
+        return (
+            f"{who}, which is none of service {self.service!r} (ps -p {self.pid} shows what it is), holds the one "
+            "writer that SQLite has"
+        )
 
 
 @asynccontextmanager
 async def naming_the_writer(store: EventStore, settings: Settings, service: Declaration) -> AsyncIterator[None]:
-    """Within the block, a SQLite database that is locked is said with the process that holds it, and what to do.
+    """Add to errors about a locked SQLite database, within the block, which process holds the lock, and what to do.
 
-    Open the database within the block: while this process has it open, nobody can be asked who holds it.
+    Open the database within the block: while this process has it open, the system does not tell who holds the lock.
+    Raises `DatabaseUnavailable`.
     """
     try:
         yield
@@ -47,33 +69,41 @@ def _is_locked(error: DatabaseUnavailable) -> bool:
     return code & 0xFF == sqlite3.SQLITE_BUSY
 
 
-async def _holder(file: str, url: str, store: EventStore, service: Declaration) -> str:
-    """Return who holds the writer, and the steps to the command's success."""
+async def find_holder(file: str, url: str, store: EventStore, service: Declaration) -> Holder | None:
+    """Return who holds the write lock now; None if nobody does, or if the system does not tell.
+
+    This process must not have the database open.
+    """
     pid = None
     with suppress(OSError):
         pid = writer_elsewhere(file)
     if not pid:
+        return None
+    process = await _process(url, service, pid)
+    if process is None:
+        return Holder(pid, service.name, ours=False, doing="")
+    under_way = await _under_way(file, process, store, service)
+    doing = f" while it runs {' and '.join(under_way)}" if under_way else " while a handler with a session runs"
+    return Holder(pid, service.name, ours=True, doing=doing)
+
+
+async def _holder(file: str, url: str, store: EventStore, service: Declaration) -> str:
+    """Return who holds the write lock, and what to do so that the command succeeds."""
+    holder = await find_holder(file, url, store, service)
+    if holder is None:
         return (
             "another process holds the one writer that SQLite has, and the system does not say which. Nothing was "
             f"changed. Find it (lsof {file}) and stop it, give this command again, then start it again"
         )
-    who, doing = f"process {pid} on this machine", ""
-    process = await _process(url, service, pid)
-    if process is None:
-        who += f", which is none of service {service.name!r} (ps -p {pid} shows what it is),"
-    else:
-        under_way = await _under_way(file, process, store, service)
-        doing = f" while it runs {' and '.join(under_way)}" if under_way else " while a handler with a session runs"
-        who += f", which runs service {service.name!r},"
     return (
-        f"{who} holds the one writer that SQLite has{doing}. Nothing was changed. Stop that process (kill {pid}; if it "
-        f"does not end, kill -9 {pid}: what it has not committed is undone and done again), give this command again, "
-        "then start the process again"
+        f"{holder}. Nothing was changed. Stop that process (kill {holder.pid}; if it does not end, kill -9 "
+        f"{holder.pid}: what it has not committed is undone and done again), give this command again, then start the "
+        "process again"
     )
 
 
 async def _process(url: str, service: Declaration, pid: int) -> Process | None:
-    """Return the process of the service that has this id on this machine."""
+    """Return the service's process with this process id on this machine."""
     here = socket.gethostname()
     async with connected(url) as database:
         with suppress(DatabaseUnavailable):
@@ -83,7 +113,7 @@ async def _process(url: str, service: Declaration, pid: int) -> Process | None:
 
 
 async def _under_way(file: str, process: Process, store: EventStore, service: Declaration) -> list[str]:
-    """Return handlers with a session that the process runs, each with its event, as far as its notebooks tell."""
+    """Return the handlers with a session that the process is running, each with its event, from its notebooks."""
     found: list[str] = []
     for notebook in glob.glob(f"{glob.escape(file)}-begun-{process.process}-*"):
         for position in sorted(Notebook.read(notebook) or {}):

@@ -31,7 +31,7 @@ from tidings.modelling.codec import BY_REQUEST, encode
 from tidings.modelling.context import ATTEMPT
 from tidings.modelling.events import Event
 from tidings.producing.repetition import check_repetition
-from tidings.protocol.identity import digest
+from tidings.protocol.identity import UNKEYED, IdKeys, digest
 from tidings.protocol.position import bucket_of
 from tidings.stores import APPEND_LIMIT, check_stream_name
 
@@ -58,13 +58,20 @@ class RequestSession(TransactionGoesOn, AsyncSession):
 class Emit:
     """A function that stages events of one transaction, in the order of its calls."""
 
-    def __init__(self, service: str, key: str | None, gone: Callable[[Sequence[UUID]], Awaitable[bool]]) -> None:
-        """`gone` returns whether none of these events is still waiting for its append."""
+    def __init__(
+        self,
+        service: str,
+        key: str | None,
+        gone: Callable[[Sequence[UUID]], Awaitable[bool]],
+        ids: IdKeys = UNKEYED,
+    ) -> None:
+        """`gone` returns whether none of these events is still waiting for its append; `ids` are keys of ids."""
         self._gone = gone
         self._service = service
         self._key = key
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._correlation = str(uuid4() if key is None else digest(service, "request", key))
+        self._secrets = ids.secrets()
+        self._correlation = str(uuid4() if key is None else digest(service, "request", key, secret=self._secrets[0]))
         self.events: list[StagedEvent] = []
         self.open = True
 
@@ -96,10 +103,10 @@ class Emit:
         )
         if data.size > APPEND_LIMIT:
             raise EventTooLarge(stream, data.size, APPEND_LIMIT)
-        identity = self._next(stream, data.type)
+        identity, *others = self._next(stream, data.type)
         key = from_json(data.metadata).get("partitionKey")
         self.events.append(
-            StagedEvent(bucket_of(key or stream), -1, stream, replace(data, id=identity), requested=True)
+            StagedEvent(bucket_of(key or stream), -1, stream, replace(data, id=identity), tuple(others), requested=True)
         )
         return identity
 
@@ -115,12 +122,14 @@ class Emit:
         ids = [row.event.id for row in self.events]
         return await becomes_true(lambda: self._gone(ids), timeout, Backoff(*POLL_SECONDS, factor=1.5))
 
-    def _next(self, stream: str, type: str) -> UUID:
+    def _next(self, stream: str, type: str) -> tuple[UUID, ...]:
+        """Return the event's id, and then those that it would have with other keys."""
         if self._key is None:
-            return uuid4()
+            return (uuid4(),)
         nth = self._counts[stream, type]
         self._counts[stream, type] += 1
-        return digest(self._service, "request", self._key, stream, type, str(nth))
+        parts = (self._service, "request", self._key, stream, type, str(nth))
+        return tuple(digest(*parts, secret=secret) for secret in self._secrets)
 
 
 _NO_ID: Final = UUID(int=0)
@@ -135,7 +144,7 @@ async def transaction(
     name = running.service.name
     _refuse_within(name)
     log_id = await running.log_id()
-    emit = Emit(name, idempotency_key, partial(_are_gone, running, log_id))
+    emit = Emit(name, idempotency_key, partial(_are_gone, running, log_id), running.trust.ids)
     watched: list[asyncio.Future[bool]] = []
     token, before = None, _OPEN.get()
     database = running.database
@@ -203,9 +212,9 @@ async def _new(
         return []
     own = (staged.c.service == service, staged.c.log == log)
     if known:
-        ids = [str(row.event.id) for row in events]
+        ids = [str(identity) for row in events for identity in row.ids]
         waiting = set(await connection.scalars(sa.select(staged.c.event_id).where(*own, staged.c.event_id.in_(ids))))
-        return [row for row in events if str(row.event.id) not in waiting]
+        return [row for row in events if not waiting.intersection(map(str, row.ids))]
     highest = sa.select(sa.func.max(floors.c.position)).where(floors.c.service == service, floors.c.log == log)
     settled = await connection.scalar(highest)
     return [row._replace(cause=-1 if settled is None else settled) for row in events]

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tidings._support.json_limits import parse
 from tidings.database.staged_events import StagedEvent
 from tidings.database.tables import staged
+from tidings.delivery.claims import Sought
 from tidings.errors import RepetitionDiffers, StoreError
 from tidings.modelling.codec import read_metadata
 from tidings.stores import EventStore
@@ -34,14 +35,13 @@ async def check_repetition(
 
     The log is read for `LOOK_SECONDS` at most, and not when the store is away.
     """
-    wanted = {row.event.id: row for row in rows}
-    ids = [str(identity) for identity in wanted]
+    ids = [str(identity) for row in rows for identity in row.ids]
     mine = (staged.c.service == service, staged.c.log == log, staged.c.event_id.in_(ids))
     found = await connection.execute(sa.select(staged.c.event_id, staged.c.data, staged.c.metadata).where(*mine))
     waiting = {row.event_id: row for row in found}
     streams = set[str]()
     for row in rows:
-        other = waiting.get(str(row.event.id))
+        other = next((waiting[str(identity)] for identity in row.ids if str(identity) in waiting), None)
         if other is None:
             streams.add(row.stream)
         else:
@@ -49,11 +49,12 @@ async def check_repetition(
     with suppress(StoreError, TimeoutError):
         async with asyncio.timeout(LOOK_SECONDS):
             for stream in sorted(streams):
-                missing = {row.event.id for row in rows if row.stream == stream}
+                missing = [Sought(row) for row in rows if row.stream == stream]
                 async for event in store.read_stream(stream, backwards=True):
-                    if event.id in missing:
-                        missing.remove(event.id)
-                        _compare(key, wanted[event.id], event.data, read_metadata(event).get("schemaVersion"))
+                    it = next((each for each in missing if each.is_it(event)), None)
+                    if it is not None:
+                        missing.remove(it)
+                        _compare(key, it.row, event.data, read_metadata(event).get("schemaVersion"))
                         if not missing:
                             break
 

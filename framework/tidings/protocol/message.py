@@ -17,6 +17,7 @@ from uuid import UUID
 from tidings._support.json_limits import parse
 from tidings.errors import MalformedMessage
 from tidings.protocol.position import BUCKETS, RESERVED, bucket_of, partition_key
+from tidings.protocol.seal import HEADER, Seal
 from tidings.stores import EPOCH, JSON, OCTETS, RecordedEvent
 
 __all__ = ["BODY_LIMIT", "MARKER", "Marker", "Message", "Stamped", "decode", "encode"]
@@ -59,8 +60,8 @@ class Stamped(NamedTuple):
     event: RecordedEvent
 
 
-def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int) -> Message:
-    """Return the message that carries `event`.
+def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int, seal: Seal | None = None) -> Message:
+    """Return the message that carries `event`, sealed where there is a seal.
 
     Raises `MalformedMessage` for an event whose message `decode` would refuse: nothing is published that no service
     could read. `bucket` is that of the event's partition key, as `carried` has computed it.
@@ -84,6 +85,8 @@ def encode(event: RecordedEvent, *, log: UUID, previous: int, bucket: int) -> Me
     }
     if metadata:
         headers["tidings-metadata"] = metadata
+    if seal is not None:
+        headers[HEADER] = seal.of(event.type, event.content_type, headers, event.data)
     correlation = None
     if b'"traceparent"' in metadata and (found := _TRACEPARENT.search(metadata)):
         headers["traceparent"] = found[1].decode("ascii")
@@ -168,7 +171,7 @@ class Marker(NamedTuple):
     touched: Mapping[int, int]
     """Bucket to the position of its last event in (base, position]."""
 
-    def encode(self) -> Message:
+    def encode(self, seal: Seal | None = None) -> Message:
         """Raises `MalformedMessage` for a marker that `decode` would refuse."""
         body = {
             "log": str(self.log),
@@ -176,9 +179,11 @@ class Marker(NamedTuple):
             "base": self.base,
             "touched": {str(bucket): at for bucket, at in self.touched.items()},
         }
+        data = json.dumps(body, separators=(",", ":")).encode()
         message = Message(
-            body=json.dumps(body, separators=(",", ":")).encode(),
+            body=data,
             message_id=f"marker-{self.log}-{self.position}",
+            headers={} if seal is None else {HEADER: seal.of(MARKER, JSON, {}, data)},
             type=MARKER,
             app_id="tidings",
         )

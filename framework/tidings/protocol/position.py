@@ -67,7 +67,7 @@ def partition_key(event: RecordedEvent, own: Mapping[str, Any] | None = None) ->
     alone. A relay and a service that disagreed would do the event in two buckets, so what different interpreters read
     differently (nesting beyond `NESTING`, bytes that are no UTF-8) has no key.
     """
-    if own is None or deep(event.metadata):
+    if own is None or (len(event.metadata) > NESTING and deep(event.metadata)):
         return _partition_key(event.metadata, event.stream)
     return own.get("partitionKey") or event.stream
 
@@ -231,6 +231,13 @@ class Lanes(Generic[T]):
             return None
         bucket = self.ready.popleft()
         return bucket, self._items[bucket][0]
+
+    def take_all(self) -> list[T]:
+        """As `take`, of every bucket of which it has something to give."""
+        items, ready = self._items, self.ready
+        taken = [items[bucket][0] for bucket in ready]
+        ready.clear()
+        return taken
 
     def finish(self, bucket: int) -> None:
         """The item given out is done (or has left the lane for good)."""

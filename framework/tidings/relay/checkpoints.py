@@ -7,11 +7,28 @@ marker say so, and they read the rest from the log. So it may be moved, but neve
 from __future__ import annotations
 
 import json
+from typing import Any, NamedTuple
 
 from tidings.errors import StoreUnavailable, StreamNotFound
 from tidings.stores import ANY, MAX_POSITION, EventData, EventStore
 
-__all__ = ["UnreadableCheckpoint", "checkpoint_stream", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "Checkpointed",
+    "UnreadableCheckpoint",
+    "checkpoint_stream",
+    "read_checkpoint",
+    "read_last",
+    "write_checkpoint",
+]
+
+
+class Checkpointed(NamedTuple):
+    """What a relay noted last."""
+
+    position: int = -1
+    """Everything up to here was published; -1 where none was ever stored."""
+    refusing: str | None = None
+    """Which queue refuses messages, and what to do; None where none does."""
 
 
 class UnreadableCheckpoint(StoreUnavailable):
@@ -31,7 +48,13 @@ def checkpoint_stream(relay: str) -> str:
 
 
 async def read_checkpoint(store: EventStore, relay: str) -> int:
-    """Return the position up to which everything was confirmed by the bus; -1 where none was ever stored.
+    """Return the position up to which everything was published; -1 where none was ever stored. Raises as `read_last`
+    does."""
+    return (await read_last(store, relay)).position
+
+
+async def read_last(store: EventStore, relay: str) -> Checkpointed:
+    """Return what the relay noted last.
 
     A number that no position can be is above the end of every log, as `MAX_POSITION` is, which is returned for it.
     Raises `UnreadableCheckpoint`, `StoreUnavailable`.
@@ -39,23 +62,26 @@ async def read_checkpoint(store: EventStore, relay: str) -> int:
     try:
         async for event in store.read_stream(checkpoint_stream(relay), backwards=True, limit=1):
             try:
-                position = json.loads(event.data)["position"]
+                noted = json.loads(event.data)
+                position = noted["position"]
                 if type(position) is int and position >= -1:
-                    return min(position, MAX_POSITION)
+                    refusing = noted.get("refusing")
+                    return Checkpointed(min(position, MAX_POSITION), refusing if isinstance(refusing, str) else None)
             except (ValueError, KeyError, TypeError, RecursionError):
                 pass
             raise UnreadableCheckpoint(relay, event.version)
     except StreamNotFound:
         pass
-    return -1
+    return Checkpointed()
 
 
-async def write_checkpoint(store: EventStore, relay: str, position: int) -> int:
+async def write_checkpoint(store: EventStore, relay: str, position: int, refusing: str | None = None) -> int:
     """Append the checkpoint, of which two are kept; return where it is in the log.
 
     Raises `StoreUnavailable`; then the outcome is unknown.
     """
-    event = EventData("tidings_Checkpoint", json.dumps({"position": position}).encode())
+    noted: dict[str, Any] = {"position": position} | ({} if refusing is None else {"refusing": refusing})
+    event = EventData("tidings_Checkpoint", json.dumps(noted).encode())
     done = await store.append(checkpoint_stream(relay), [event], expected=ANY)
     if done.version == 0:
         return (await store.set_metadata(checkpoint_stream(relay), {"$maxCount": 2})).position

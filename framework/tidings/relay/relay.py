@@ -18,19 +18,23 @@ import structlog
 
 from tidings._support.backoff import Backoff
 from tidings._support.tasks import leaves, task_group
+from tidings._support.telling import Telling
 from tidings.buses import EventBus, Publisher
 from tidings.errors import (
     BusError,
     BusUnavailable,
     MalformedMessage,
     PublishRejected,
+    QueueRefused,
     StoreUnavailable,
     TopologyMismatch,
     Unroutable,
 )
 from tidings.protocol.message import Marker, encode
 from tidings.protocol.position import CARRIED, Chain, Ticket, Window, carried
-from tidings.relay.checkpoints import checkpoint_stream, read_checkpoint, write_checkpoint
+from tidings.protocol.seal import Seal
+from tidings.relay.checkpoints import Checkpointed, checkpoint_stream, read_last, write_checkpoint
+from tidings.relay.refusals import Queues, Refusals
 from tidings.stores import MAX_POSITION, EventStore, RecordedEvent
 
 __all__ = ["Relay"]
@@ -70,8 +74,12 @@ class Relay:
         confirm_seconds: float = CONFIRM_SECONDS,
         needed: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
+        seal: Seal | None = None,
+        queues: Queues | None = None,
     ) -> None:
-        """`needed` is false while nobody can hear it, because all services of this process stand by."""
+        """`needed` is false while nobody can hear it, because all services of this process stand by. What it publishes
+        is sealed where there is a seal. `queues` returns the partitions of the services that it knows: among them it
+        looks for a queue that refuses messages."""
         self.name = name
         self.stream = checkpoint_stream(name)
         self._store = store
@@ -81,6 +89,7 @@ class Relay:
         self._marker_seconds = marker_seconds
         self._needed = needed
         self._clock = clock
+        self.seal = seal
         self.confirm_seconds = confirm_seconds
         self._rejected: dict[int, int] = {}
         """Position to how often the bus refused the event."""
@@ -98,6 +107,11 @@ class Relay:
         self._log_id: UUID | None = None
         self._head = -1
         """A position that the log was seen to have."""
+        self.refusals = Refusals(name, bus, queues, clock)
+        """Queues that refuse what it publishes. The others get everything, and their services go on."""
+        self._noted: str | None = None
+        """What the stored checkpoint says of them."""
+        self._telling = Telling(log, clock)
         self._turn: _Turn | None = None
         """While it leads."""
 
@@ -149,9 +163,10 @@ class Relay:
                     if unheard == UNHEARD:  # services that start together with the relay need a moment
                         log.warning("relay.waiting_for_services", relay=self.name, reason=str(causes[0]))
                 else:
-                    log.warning("relay.interrupted", relay=self.name, error=str(causes[0]), pause=backoff.pause)
+                    self._telling.failed("relay.interrupted", causes[0], relay=self.name, pause=backoff.pause)
             finally:
                 self.leading, self._waiting_since, self._turn = False, None, None
+                self.refusals.forget()
             await backoff.wait()
 
     async def part(self) -> None:
@@ -175,7 +190,8 @@ class Relay:
 
     async def _start(self) -> int:
         """Return where the log was published up to; its end, when the checkpoint is above that."""
-        start, head = max(await self.checkpoint(), self.confirmed), await self._store.head()
+        stored, self._noted = await self.last()
+        start, head = max(stored, self.confirmed), await self._store.head()
         self._head = head
         if start > head:
             self._beyond_the_log(start, head, "somebody else wrote the checkpoint, or a replica lags")
@@ -209,6 +225,7 @@ class Relay:
             # every bucket would look like a gap.
             await turn.mark()
             log.info("relay.leading", relay=self.name, log=str(log_id), after=start)
+            self._telling.seems_over("relay.resumed", relay=self.name)
             tasks.create_task(self._beat(turn))
             tasks.create_task(turn.watch())
             async for item in self._store.subscribe_all(after=start, filter=CARRIED):
@@ -249,13 +266,15 @@ class Relay:
         stored, marked_at = turn.start, self._clock()
         while True:
             await turn.moved(self._marker_seconds)
-            if self.confirmed > stored and turn.carried:
+            if (self.confirmed > stored and turn.carried) or self.refusals.told != self._noted:
                 turn.carried, stored = False, self.confirmed
                 await self._store_checkpoint(stored)
             elif self._clock() - marked_at < self._marker_seconds:
                 continue
-            await turn.mark()
+            refused = await turn.mark()
             marked_at = self._clock()
+            if refused is not None:
+                await self.refusals.look(refused)
             await asyncio.sleep(self._checkpoint_seconds)
 
     def refused(self, position: int, sent_up_to: int) -> None:
@@ -264,10 +283,16 @@ class Relay:
 
     async def checkpoint(self) -> int:
         """The stored checkpoint, -1 when there is none. Raises `StoreUnavailable` for one that cannot be read."""
-        return await read_checkpoint(self._store, self.name)
+        return (await self.last()).position
+
+    async def last(self) -> Checkpointed:
+        """What was noted with the stored checkpoint. Raises as `checkpoint` does."""
+        return await read_last(self._store, self.name)
 
     async def _store_checkpoint(self, position: int) -> None:
-        self._head = max(self._head, await write_checkpoint(self._store, self.name, position))
+        refusing = self.refusals.told
+        self._head = max(self._head, await write_checkpoint(self._store, self.name, position, refusing))
+        self._noted = refusing
 
 
 class _Turn:
@@ -314,7 +339,8 @@ class _Turn:
 
         Raises `MalformedMessage` when its message is one that no service could read: nothing went out.
         """
-        message = encode(event, log=self._log_id, previous=self._chain.stamp(bucket, event.position), bucket=bucket)
+        previous = self._chain.stamp(bucket, event.position)
+        message = encode(event, log=self._log_id, previous=previous, bucket=bucket, seal=self._relay.seal)
         ticket = self._window.begin((bucket, event.position))
         self._sent = event.position
         try:
@@ -329,6 +355,9 @@ class _Turn:
         if confirm.cancelled():
             return
         error = confirm.exception()
+        if isinstance(error, QueueRefused):  # the other queues have it, and the service behind this one reads the log
+            self._relay.refusals.refused(error)
+            error = None
         if error is None:
             self._end(ticket)
             return
@@ -356,16 +385,23 @@ class _Turn:
         if self.carried:
             self._moved.set()
 
-    async def mark(self) -> None:
-        position = self._relay.confirmed
+    async def mark(self) -> QueueRefused | None:
+        """Send a marker. Return what a queue has against it; every other queue took it."""
+        position, refused = self._relay.confirmed, None
         base, touched = self._chain.mark(position)
-        marker = Marker(self._log_id, position, base, touched).encode()
+        marker = Marker(self._log_id, position, base, touched).encode(self._relay.seal)
         try:
             async with asyncio.timeout(self._relay.confirm_seconds):
                 await self._publisher.send(marker)
         except TimeoutError as error:
             raise self._unconfirmed("the marker") from error
+        except QueueRefused as error:
+            refused = error
+            self._relay.refusals.refused(error)
+        else:
+            self._relay.refusals.taken()
         self._relay.marked()
+        return refused
 
     async def watch(self) -> None:
         """Raise when an event failed, or its confirm does not come. One look at the oldest in each `confirm_seconds`

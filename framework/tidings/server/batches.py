@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, NamedTuple
 
 from tidings.errors import EventTooLarge, StoreError, StreamDeleted, WrongExpectedVersion
+from tidings.server.budgets import Charge
 from tidings.server.calls import Call, Send
 from tidings.server.log import ServedLog
 from tidings.server.protocol import any_pb2, empty_pb2, packed, shared, status, streams
-from tidings.server.refusals import Refusal, Status, shown
+from tidings.server.refusals import Refusal, Status, WholeTooLarge, exceeded, shown
+from tidings.server.releases import Release
 from tidings.server.security import Access
-from tidings.server.wire import Malformed, event_data, expected_version, stream_name, uuid_of
-from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
-from tidings.stores.sqlite.writer import Kind
+from tidings.server.wire import Malformed, cost_of, event_data, expected_version, stream_name, uuid_of, written_name
+from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
+from tidings.stores.table import Kind
 
 __all__ = ["IN_FLIGHT", "UnderWay", "batch_append"]
 
@@ -59,13 +61,25 @@ class _Unfinished:
 
     def __init__(self, options: Any) -> None:
         self.identifier = options.stream_identifier
-        self.stream = stream_name(options.stream_identifier)
+        self.stream = written_name(options.stream_identifier)
         self.expected = expected_version(options, "expected_stream_position", "stream_position")
         self.events: list[EventData] = []
         self.size = 0
+        self.data = 0
+        """Bytes of data alone, which EventStoreDB limits."""
         self.charged = 0
         """Bytes that count against the call's budget, until it is whole."""
         self.timer: asyncio.TimerHandle | None = None
+
+    def add(self, event: EventData, release: Release) -> None:
+        """Take one more event. Raises `EventTooLarge` when there are too many."""
+        self.size += cost_of(event)
+        self.data += len(event.data)
+        if self.data > release.data:
+            raise EventTooLarge(self.stream, self.data, release.data)
+        if self.size > release.whole:
+            raise WholeTooLarge(self.stream, self.size, release.whole)
+        self.events.append(event)
 
 
 class _Answer(NamedTuple):
@@ -84,15 +98,24 @@ class _Answer(NamedTuple):
 class _Answers:
     """What is to be answered, in order, within the limits."""
 
-    def __init__(self) -> None:
+    def __init__(self, charge: Charge | None) -> None:
         self._queue: asyncio.Queue[_Answer | None] = asyncio.Queue(IN_FLIGHT)
+        self._charge = charge
         self._bytes = 0
         self._less = asyncio.Event()
 
-    async def put(self, answer: _Answer | None) -> None:
-        while self._bytes > BYTES_IN_FLIGHT:
+    async def room_for(self, size: int) -> None:
+        """Wait until there is room for an append. Raises `Refusal` where there is none although nothing of this call is
+        on its way."""
+        charge = self._charge
+        while self._bytes and (self._bytes > BYTES_IN_FLIGHT or (charge is not None and charge.excess(size))):
             self._less.clear()
             await self._less.wait()
+        if charge is not None:
+            await charge.wait_for(size)
+            charge.hold(-size)  # it is counted until it is written
+
+    async def put(self, answer: _Answer | None) -> None:
         self._bytes += answer.size if answer else 0
         await self._queue.put(answer)
 
@@ -118,6 +141,7 @@ async def batch_append(
     call: Call,
     requests: AsyncIterator[Any],
     send: Send,
+    release: Release,
     under_way: UnderWay | None = None,
 ) -> None:
     """The call as a whole: it ends when the client has sent everything and was answered everything.
@@ -125,10 +149,10 @@ async def batch_append(
     With `under_way`, a repetition of an append that is being written is dropped, and answered with a time-out, as
     EventStoreDB does; without, it is answered as soon as the first one is.
     """
-    answers = _Answers()
+    answers = _Answers(call.charge)
     async with asyncio.TaskGroup() as group:
         group.create_task(_reply(log, answers, send))
-        await _Intake(log, access, call, answers, under_way).run(requests)
+        await _Intake(log, access, call, answers, release, under_way).run(requests)
         await answers.put(None)
 
 
@@ -158,12 +182,19 @@ class _Intake:
     """The appends of one call, put together from their parts and begun in the order in which they are whole."""
 
     def __init__(
-        self, log: ServedLog, access: Access, call: Call, answers: _Answers, under_way: UnderWay | None
+        self,
+        log: ServedLog,
+        access: Access,
+        call: Call,
+        answers: _Answers,
+        release: Release,
+        under_way: UnderWay | None,
     ) -> None:
         self._log = log
         self._access = access
         self._call = call
         self._answers = answers
+        self._release = release
         self._under_way = under_way
         self._unfinished: dict[bytes, _Unfinished] = {}
         self._dropped: list[asyncio.TimerHandle] = []
@@ -194,12 +225,9 @@ class _Intake:
             identifier = append.identifier
             for proposed in request.proposed_messages:
                 event = event_data(proposed)
-                append.size += event.size
-                append.events.append(event)
+                append.add(event, self._release)
                 if not request.is_final:
-                    self._charge(append, event.size)
-            if append.size > APPEND_LIMIT:
-                raise EventTooLarge(append.stream, append.size, APPEND_LIMIT)
+                    self._charge(append, cost_of(event))
             if request.is_final:
                 self._forget(key)
                 await self._begin(append, correlation)
@@ -236,9 +264,12 @@ class _Intake:
             late = _Answer(correlation, append.identifier, append.expected, _timeout())
             self._dropped.append(asyncio.get_running_loop().call_later(TIMEOUT, answers.put_late, late))
             return
+        await answers.room_for(append.size)
         before = self._log.store.heard if append.events else -1
         outcome: Any = self._log.store.begin(Kind.APPEND, append.stream, append.events, append.expected)
         outcome.add_done_callback(_seen)
+        if self._call.charge is not None:
+            self._call.charge.until(outcome, append.size)
         if under_way is not None:
             under_way.add(append, outcome)
         size, stream = append.size, append.stream
@@ -329,8 +360,9 @@ def _error(error: BaseException, expected: Expected) -> Any:
         deleted = shared.StreamDeleted(stream_identifier=identifier)
         return _status(Status.NOT_FOUND, f"Event stream '{shown(error.stream)}' is deleted.", deleted)
     if isinstance(error, EventTooLarge):
-        exceeded = shared.MaximumAppendSizeExceeded(maxAppendSize=APPEND_LIMIT)
-        return _status(Status.INVALID_ARGUMENT, f"Maximum Append Size of {APPEND_LIMIT} Exceeded.", exceeded)
+        details = shared.MaximumAppendSizeExceeded(maxAppendSize=error.limit)
+        says = exceeded(error.limit, whole=isinstance(error, WholeTooLarge))
+        return _status(Status.INVALID_ARGUMENT, says, details)
     if isinstance(error, Refusal) and error.code is Status.PERMISSION_DENIED:
         return _status(error.code, error.details, shared.AccessDenied())
     if isinstance(error, Malformed | Refusal):

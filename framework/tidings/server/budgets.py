@@ -9,8 +9,9 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from math import inf
 from time import monotonic
-from typing import Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from tidings.errors import ConfigurationError
 from tidings.server.refusals import Refusal, exhausted
@@ -18,6 +19,16 @@ from tidings.server.refusals import Refusal, exhausted
 __all__ = ["Allowance", "Bucket", "Charge", "Limits", "Reservations", "Treasury"]
 
 MIB: Final = 1024 * 1024
+CALL: Final = 16 * 1024
+"""Bytes that a call counts for, whatever it holds."""
+LOOKED_AT: Final = 16
+"""Calls that wait for room and are looked at when there is some."""
+LITTLE: Final = MIB
+"""Bytes of a connection that uses little."""
+SPARE: Final = MIB
+"""Bytes that reads leave of every budget, so that requests, and what waits in the line, still find room."""
+PAGES: Final = ((0.25, 512 * 1024), (0.5, 64 * 1024), (inf, 16 * 1024))
+"""Bytes of the log that a call reads at once, by the part of a budget that is used up to which it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,14 @@ class Limits:
     request_seconds: float = 30.0
     """Seconds that a request may take to arrive, from its first byte to its last, and until the first one of a call."""
     stalled_seconds: float = 2.0
-    """Seconds without reading after which a client is ended, where its answers are more than a budget of bytes."""
+    """Seconds for which a client may take its answers too slowly, where a budget of bytes is used up."""
+    slowest_reader: int = 16 * 1024
+    """Bytes of its answers that a client must take in a second, where a budget of bytes is used up."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ConfigurationError(f"the server's limit {field.name} must be more than 0")
+            if not 0 < getattr(self, field.name) < inf:  # which nan is not, either
+                raise ConfigurationError(f"the server's limit {field.name} must be a number above 0")
         if not 24 * MIB <= self.connection_bytes <= self.process_bytes:
             raise ConfigurationError(
                 "the server's limit connection_bytes must be 24 MiB or more, for the largest request, and at most "
@@ -88,18 +101,48 @@ class Bucket:
         self._refill()
         return self._left < 1
 
+    @property
+    def used(self) -> bool:
+        """Whether something was taken that has not come back yet."""
+        self._refill()
+        return self._left < self._size
+
 
 class Treasury:
-    """What all connections of a server use together."""
+    """What all connections of a server use together. Where it has `users`, most is theirs: who gives no credentials has
+    a quarter."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, users: bool = False) -> None:
         self.limits = limits
+        self.users = users
         self.bytes = 0
+        self.nameless_bytes = 0
+        """Of these, the bytes of callers that are nobody's yet."""
         self.user_bytes: Counter[str] = Counter()
         self.user_streams: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         """How often each budget was used up."""
         self.large = Reservations(limits.process_bytes * 3 // 4)
+
+        self.waiting: deque[Waiting] = deque()
+        """Calls that wait for room."""
+
+    def make_room(self) -> None:
+        """Give one of the calls that wait what it waits for, if there is room for it now."""
+        for _ in range(min(LOOKED_AT, len(self.waiting))):
+            first = self.waiting.popleft()
+            if first.turn.done():
+                continue
+            if first.charge.excess(first.size, SPARE):
+                self.waiting.append(first)
+                continue
+            first.charge.hold(first.size)
+            first.turn.set_result(None)
+            return
+
+    def wants(self, charge: Charge) -> bool:
+        """Whether somebody waits for what this call holds."""
+        return any(waiting.wants(charge) for waiting in self.waiting)
 
     def refusal(self, budget: str, details: str) -> Refusal:
         self.refused[budget] += 1
@@ -113,6 +156,10 @@ class Allowance:
         self.treasury = treasury
         self.limits = treasury.limits
         self.bytes = 0
+        self.user = ""
+        """The last caller who has given the right credentials."""
+        self.line = Charge(self)
+        """What the connection itself holds: bytes that are no request yet."""
         self.resets = Bucket(self.limits.resets)
         self.frames = Bucket(self.limits.frames)
         self.large = Reservations(self.limits.connection_bytes * 3 // 4, treasury.large)
@@ -120,15 +167,23 @@ class Allowance:
         self.logging_in = asyncio.Lock()
         """Held while a password is checked: one at a time."""
 
-    def excess(self, user: str) -> str:
-        """The budget of bytes that is used up; empty where none is."""
+    @property
+    def trusted(self) -> bool:
+        """Whether somebody with the right credentials has called, or nobody needs any."""
+        return bool(self.user) or not self.treasury.users
+
+    def excess(self, user: str, more: int = 0, spare: int = 0) -> str:
+        """The budget of bytes that is used up, or would be with `more`; empty where none is."""
         limits, treasury = self.limits, self.treasury
-        if self.bytes > limits.connection_bytes:
+        if self.bytes + more + spare > limits.connection_bytes:
             return f"connection_bytes ({limits.connection_bytes})"
-        if user and treasury.user_bytes[user] > limits.user_bytes:
+        if user and treasury.user_bytes[user] + more + spare > limits.user_bytes:
             return f"user_bytes ({limits.user_bytes})"
-        if treasury.bytes > limits.process_bytes:
+        # A part is left to connections that use little, so that some that use much do not stop all the others.
+        if treasury.bytes + more + spare > limits.process_bytes * (4 if self.bytes + more <= LITTLE else 3) // 4:
             return f"process_bytes ({limits.process_bytes})"
+        if treasury.users and not user and treasury.nameless_bytes + more > limits.process_bytes // 4:
+            return f"process_bytes ({limits.process_bytes}, of which callers without credentials have a quarter)"
         return ""
 
 
@@ -136,10 +191,11 @@ class Charge:
     """The bytes and the stream that one call uses, until `clear`."""
 
     def __init__(self, allowance: Allowance) -> None:
-        self._allowance = allowance
+        self.allowance = allowance
         self._treasury = allowance.treasury
         self.bytes = 0
-        self._user = ""
+        self.user = ""
+        self._is_call = False
         self._over = False
 
     def of(self, user: str) -> None:
@@ -151,40 +207,115 @@ class Charge:
             raise treasury.refusal(
                 "user_streams", f"The user has {treasury.limits.user_streams} calls, as many as a user may have."
             )
-        self._user = user
         treasury.user_streams[user] += 1
-        treasury.user_bytes[user] += self.bytes
+        self._is_call = True
+        self.belongs_to(user)
+        if not self.allowance.user:
+            self.allowance.user = user
+            self.allowance.line.belongs_to(user)
+
+    def belongs_to(self, user: str) -> None:
+        """What it holds is the user's from now on."""
+        self.user = user
+        self._treasury.user_bytes[user] += self.bytes
+        self._treasury.nameless_bytes -= self.bytes
 
     def hold(self, size: int) -> None:
         """Count `size` bytes more, or less."""
-        if self._over:
+        if self._over or not size:
             return
+        treasury = self._treasury
         self.bytes += size
-        self._allowance.bytes += size
-        self._treasury.bytes += size
-        if self._user:
-            self._treasury.user_bytes[self._user] += size
+        self.allowance.bytes += size
+        treasury.bytes += size
+        if self.user:
+            treasury.user_bytes[self.user] += size
+        else:
+            treasury.nameless_bytes += size
+        if size < 0 and treasury.waiting:
+            treasury.make_room()
 
     def take(self, size: int) -> None:
         """Count `size` bytes more. Raises `Refusal` when a budget has no room for them."""
+        self.check(size)
         self.hold(size)
-        if budget := self.excess():
-            self.hold(-size)
+
+    def check(self, size: int) -> None:
+        """Raise `Refusal` when a budget has no room for `size` bytes more."""
+        if budget := self.excess(size):
             raise self._treasury.refusal(budget.split()[0], f"More bytes of requests wait than the server's {budget}.")
 
-    def excess(self) -> str:
-        return self._allowance.excess(self._user)
+    def until(self, done: asyncio.Future[Any], size: int) -> None:
+        """Count `size` bytes until that is done, also when the call is over before."""
+        apart = Charge(self.allowance)
+        if self.user:
+            apart.belongs_to(self.user)
+        apart.hold(size)
+        done.add_done_callback(lambda _: apart.hold(-size))
+
+    async def wait_for(self, size: int) -> None:
+        """Count `size` bytes more when there is room for them. Raises `Refusal` after `request_seconds`."""
+        budget = self.excess(size, SPARE)
+        if not budget:
+            self.hold(size)
+            return
+        treasury = self._treasury
+        waiting = Waiting(self, size, budget, asyncio.get_running_loop().create_future())
+        treasury.waiting.append(waiting)
+        try:
+            async with asyncio.timeout(treasury.limits.request_seconds):
+                await waiting.turn
+        except BaseException as error:
+            if waiting.turn.done() and not waiting.turn.cancelled():
+                self.hold(-size)
+            if isinstance(error, TimeoutError):
+                raise treasury.refusal("room", f"There was no room for the answer in the server's {budget}.") from None
+            raise
+        treasury.make_room()  # there may be more
+
+    def excess(self, more: int = 0, spare: int = 0) -> str:
+        """The budget that is used up, or would be with `more` bytes; empty where none is."""
+        return self.allowance.excess(self.user, more, spare)
+
+    @property
+    def page(self) -> int:
+        """Bytes of the log that the call may read at once: less where much of its connection's, its user's or the
+        process's budget is used."""
+        treasury, allowance, limits = self._treasury, self.allowance, self.allowance.limits
+        used = max(treasury.bytes / limits.process_bytes, allowance.bytes / limits.connection_bytes)
+        if self.user:
+            used = max(used, treasury.user_bytes[self.user] / limits.user_bytes)
+        return next(size for part, size in PAGES if used <= part)
 
     def clear(self) -> None:
         """The call is over. What is counted later is not."""
         self.hold(-self.bytes)
         self._over = True
-        if self._user:
-            streams = self._treasury.user_streams
-            streams[self._user] -= 1
-            if not streams[self._user]:  # so does nothing that the user holds
-                del streams[self._user], self._treasury.user_bytes[self._user]
-        self._user = ""
+        treasury, user, self.user = self._treasury, self.user, ""
+        if user and self._is_call:
+            treasury.user_streams[user] -= 1
+        if user and not treasury.user_streams[user]:
+            del treasury.user_streams[user]
+            if not treasury.user_bytes[user]:
+                del treasury.user_bytes[user]
+
+
+class Waiting(NamedTuple):
+    """A call that waits for room."""
+
+    charge: Charge
+    size: int
+    budget: str
+    """The budget that is used up."""
+    turn: asyncio.Future[None]
+
+    def wants(self, other: Charge) -> bool:
+        """Whether there is more room when the other call ends."""
+        if self.turn.done():
+            return False
+        if self.budget.startswith("connection"):
+            return other.allowance is self.charge.allowance
+        return other.user == self.charge.user if self.budget.startswith("user") else True
 
 
 class Reservations:

@@ -13,10 +13,12 @@ from typing import Any, Final
 
 from tidings.server.budgets import Charge
 
-__all__ = ["FRAME_LIMIT", "Call", "Method", "Send"]
+__all__ = ["FRAME_LIMIT", "PUBLIC_LIMIT", "Call", "Method", "Send"]
 
 FRAME_LIMIT: Final = 16 * 1024 * 1024
 """Bytes of a request message; a longer one is RESOURCE_EXHAUSTED."""
+PUBLIC_LIMIT: Final = 4 * 1024
+"""Bytes of a request message that comes without credentials."""
 
 Unary = Callable[[Any, "Call"], Coroutine[Any, Any, Any]]
 Send = Callable[[list[bytes]], Awaitable[None]]
@@ -53,3 +55,12 @@ class Method:
     """The handler receives an asynchronous iterator of requests instead of the one."""
     endless: bool = False
     """It may go on for ever: a server that ends does not wait for it."""
+    public: bool = False
+    """It answers callers without credentials, too."""
+    most: int = FRAME_LIMIT
+    """Bytes of its longest request, if callers have credentials."""
+
+    @property
+    def longest(self) -> int:
+        """Bytes of its longest request."""
+        return PUBLIC_LIMIT if self.public else self.most

@@ -27,7 +27,7 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     """For HTTP/2 alone. Raises `ConfigurationError` for files that cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols(["h2", "http/1.1"])
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as error:

@@ -6,11 +6,15 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from typing import Final, Protocol
 
+import structlog
+
 from tidings.server.budgets import Allowance, Treasury
 from tidings.server.http2_stream import Stream
 from tidings.server.refusals import Refusal, exhausted
 
 __all__ = ["Connections"]
+
+log = structlog.get_logger(__name__)
 
 TICK: Final = 1.0
 """Seconds between two looks at who is slow."""
@@ -27,6 +31,8 @@ class _Member(Protocol):
 
     @property
     def busy(self) -> bool: ...
+
+    def late(self, now: float) -> float: ...
 
     @property
     def streams(self) -> Iterable[Stream]: ...
@@ -48,15 +54,21 @@ class Connections:
         self._members: dict[_Member, None] = {}
 
     def admit(self, member: _Member) -> bool:
-        """Whether there is room for one more. The one that has been idle the longest makes room."""
+        """Whether there is room for one more. The one that has been idle the longest makes room: first one without the
+        right credentials, which need not be idle."""
         if len(self._members) >= self.treasury.limits.connections:
-            idle = [other for other in self._members if other.idle]
-            if not idle:
+            strangers = [other for other in self._members if not other.allowance.trusted]
+            candidates = (
+                [other for other in strangers if other.idle]
+                or strangers
+                or [other for other in self._members if other.idle]
+            )
+            if not candidates:
                 self.treasury.refused["connections"] += 1
                 return False
-            longest = min(idle, key=lambda other: other.since)
+            longest = min(candidates, key=lambda other: other.since)
             del self._members[longest]
-            longest.end_for("other clients need the connection, which was idle")
+            longest.end_for("other clients need the connection")
         self._members[member] = None
         return True
 
@@ -71,32 +83,40 @@ class Connections:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK)
-            for member in self:
-                member.look_for_slow(loop.time())
-            self.relieve()
+            try:
+                for member in self:
+                    member.look_for_slow(loop.time())
+                self.relieve()
+            except Exception:  # a fault with one client is not to end the server
+                log.exception("connections.not_looked_at")
 
     def relieve(self) -> None:
-        """Where a budget of bytes is used up, end calls whose clients do not read: who stopped first goes first."""
-        limits = self.treasury.limits
+        """Where a budget of bytes is used up, end calls whose clients read too slowly: who is the latest goes first."""
         now = asyncio.get_running_loop().time()
-        stalled = [
-            stream
+        slow = [
+            (stream.late(now), stream)
             for member in self._members
             if self._is_over(member)
             for stream in member.streams
-            if stream.stalled and stream.failure is None and now - stream.stalled >= limits.stalled_seconds
+            if stream.refused is None and stream.late(now) > 0
         ]
-        for stream in sorted(stalled, key=lambda stream: stream.stalled):
-            if budget := stream.charge.excess():
+        for _, stream in sorted(slow, key=lambda each: -each[0]):
+            charge = stream.charge
+            if charge.excess() or self.treasury.wants(charge):
                 self.treasury.refused["stalled"] += 1
-                stream.charge.clear()
-                stream.refuse(exhausted(f"The answers are not read, and more bytes wait than the server's {budget}."))
+                charge.clear()
+                stream.refuse(exhausted("The answers are read too slowly, and others need the server's memory."))
+        for member in list(self._members):
+            line = member.allowance.line
+            if line.bytes and (line.excess() or self.treasury.wants(line)) and member.late(now) > 0:
+                member.end_for("its answers are read too slowly")
+        self.treasury.make_room()
 
     def _is_over(self, member: _Member) -> bool:
         """Whether one of its calls may be over a budget: looking at each of them takes longer."""
         treasury = self.treasury
         return (
-            treasury.bytes > treasury.limits.process_bytes
-            or member.allowance.bytes > treasury.limits.connection_bytes
+            bool(treasury.waiting)
+            or bool(member.allowance.excess(""))
             or max(treasury.user_bytes.values(), default=0) > treasury.limits.user_bytes
         )

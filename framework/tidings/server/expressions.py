@@ -1,8 +1,8 @@
 """Regular expressions that clients send, searched without backtracking: their cost grows with the text, never faster.
 
 EventStoreDB's expressions are .NET's. google-re2 runs them where it is installed. Clients leave events out by a
-look-ahead at the beginning, which becomes a search of its own. What google-re2 cannot run, or everything without it,
-runs on Python's `re` if its shape cannot backtrack far, and is refused otherwise.
+look-ahead at the beginning, which becomes a search of its own. What google-re2 does not know is refused. Without it,
+Python's `re` runs expressions whose shape cannot backtrack far; others are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from tidings.server.wire import Malformed
 
@@ -75,21 +75,21 @@ _Conditions = tuple[tuple[bool, _Searching], ...]
 
 @lru_cache(maxsize=256)
 def _compiled(text: str) -> tuple[_Conditions, int]:
+    parts = _without_look_aheads(text)
     if _RE2 is not None:
-        parts = _without_look_aheads(text)
         try:
             return tuple((wanted, _by_re2(part)) for wanted, part in parts), LOOKED_AT
-        except _RE2.error:
-            pass  # perhaps something that only a backtracking engine knows
+        except _RE2.error as error:
+            says = error.args[0] if error.args else ""
+            reason = says.decode("utf-8", "replace") if isinstance(says, bytes) else str(says)
+            raise Malformed(
+                f"google-re2 does not run the filter's regular expression: {reason[:200]}. It knows no back "
+                "references, and look-aheads only right behind the '^' that begins the whole expression."
+            ) from None
     try:
-        bounded = _is_bounded(text)
-        found = re.compile(text)
+        return tuple((wanted, _by_re(part)) for wanted, part in parts), LOOKED_AT_BY_RE
     except (re.error, RecursionError, OverflowError) as error:
         raise Malformed(f"The filter's regular expression cannot be read: {str(error)[:200]}") from None
-    if not bounded:
-        advice = "" if _RE2 is not None else ": install google-re2 beside the server, which runs more of them"
-        raise Malformed(f"The filter's regular expression may take for ever, and is not run{advice}.")
-    return ((True, found),), LOOKED_AT_BY_RE
 
 
 def _by_re2(text: str) -> _Searching:
@@ -155,44 +155,68 @@ def _is_escaped(text: str, at: int) -> bool:
 
 # ---- Python's own engine -----------------------------------------------------------
 
-
-def _is_bounded(text: str) -> bool:
-    """Whether searching takes no more steps than the square of the text's length, times `_WAYS`: one repetition of a
-    single character at most on each way through it, and nothing that refers back. Raises `re.error`."""
-    parser: Any = import_module("re._parser")
-    repetitions, ways = _counted(parser.parse(text))
-    return repetitions <= 1 and ways <= _WAYS
-
-
-_WAYS: Final = 1000
-"""Ways through an expression: each alternative is one, and those that follow each other multiply."""
+STEPS: Final = 65_536
+"""Steps that one search may take on Python's `re`: a millisecond, in which nothing else in the process runs."""
 _SINGLE: Final = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
-_UNBOUNDED: Final = (2, 1)
 
 
-def _counted(parsed: Any) -> tuple[int, int]:
-    """The repetitions on one way through the expression, and the ways."""
-    repetitions, ways = 0, 1
+def _by_re(text: str) -> _Searching:
+    """Raises `re.error`, and `Malformed` for an expression that may take more than `STEPS`."""
+    parser: Any = import_module("re._parser")
+    if _steps(parser.parse(text)) > STEPS:
+        raise Malformed(
+            "Python's re may take for ever with the filter's regular expression, which is therefore not run: install "
+            "google-re2 beside the server, or begin the expression with '^' and repeat one single character at most."
+        )
+    return re.compile(text)
+
+
+def _steps(parsed: Any) -> int:
+    """The steps of a search at worst: from each place where it may begin, each way through the expression, and for each
+    length of its repetition all that follows. Raises `re.error`."""
+    cost = _of_all(parsed)
+    if cost.repetitions > 1:
+        return STEPS + 1
+    anchored = len(parsed) > 0 and str(parsed[0][0]) == "AT" and "BEGINNING" in str(parsed[0][1])
+    places = (1 if anchored else LOOKED_AT_BY_RE) * (LOOKED_AT_BY_RE if cost.repetitions else 1)
+    return places * cost.ways * max(cost.width, 1)
+
+
+class _Cost(NamedTuple):
+    repetitions: int
+    """Repetitions of one character on one way through it; 2 for what has no bound."""
+    ways: int
+    """Ways through it: each alternative is one, and those that follow each other multiply."""
+    width: int
+    """Characters that a way looks at, without its repetition."""
+
+
+_UNBOUNDED: Final = _Cost(2, 1, 1)
+
+
+def _of_all(parsed: Any) -> _Cost:
+    repetitions, ways, width = 0, 1, 0
     for code, argument in parsed:
-        more, times = _of_one(str(code), argument)
-        repetitions, ways = repetitions + more, min(ways * times, _WAYS + 1)
-    return repetitions, ways
+        one = _of_one(str(code), argument)
+        repetitions, ways, width = repetitions + one.repetitions, min(ways * one.ways, STEPS + 1), width + one.width
+    return _Cost(repetitions, ways, width)
 
 
-def _of_one(code: str, argument: Any) -> tuple[int, int]:
+def _of_one(code: str, argument: Any) -> _Cost:
     if code in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
         least, most, body = argument
         if int(most) == 1:
-            repetitions, ways = _counted(body)
-            return repetitions, ways + 1
+            once = _of_all(body)
+            return once._replace(ways=once.ways + 1)
         if len(body) != 1 or str(body[0][0]) not in _SINGLE:
             return _UNBOUNDED
-        return (0 if least == most else 1), 1
+        return _Cost(0, 1, int(most)) if least == most else _Cost(1, 1, int(least))
     if code == "BRANCH":
-        alternatives = [_counted(each) for each in argument[1]]
-        return max(more for more, _ in alternatives), sum(ways for _, ways in alternatives)
+        costs = [_of_all(each) for each in argument[1]]
+        ways = sum(cost.ways for cost in costs)
+        return _Cost(max(cost.repetitions for cost in costs), ways, max(cost.width for cost in costs))
     if code in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return _counted(argument[-1])
+        return _of_all(argument[-1])
     if code == "ATOMIC_GROUP":
-        return _counted(argument)
-    return (0, 1) if code in (*_SINGLE, "AT") else _UNBOUNDED
+        return _of_all(argument)
+    return _Cost(0, 1, 1) if code in (*_SINGLE, "AT") else _UNBOUNDED

@@ -22,10 +22,11 @@ from tidings.server.groups import Group
 from tidings.server.log import ServedLog
 from tidings.server.permissions import Reader
 from tidings.server.protocol import packed, persistent, shared
-from tidings.server.refusals import group_exists, group_failed, group_missing, invalid_argument, thrown
+from tidings.server.refusals import group_exists, group_failed, group_missing, invalid_argument, shown, thrown
 from tidings.server.security import Access
+from tidings.server.stored import entries_of
 from tidings.server.streams import Wanted
-from tidings.server.wire import Resolved, group_encoder, stream_name, uuid_of
+from tidings.server.wire import Malformed, Resolved, group_encoder, stream_name, uuid_of
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
 from tidings.stores.sqlite.store import SqliteStore
@@ -72,8 +73,14 @@ class PersistentSubscriptions:
         """Start the groups that the log knows."""
         with suppress(StreamNotFound, StreamDeleted):
             async for event in self._store.read_stream(CONFIG_STREAM, backwards=True, limit=1):
-                for entry in document_of(event.data).get("entries", []):
-                    self._start(GroupSettings.of_entry(entry))
+                for entry in entries_of(document_of(event.data), "entries"):
+                    try:
+                        settings = GroupSettings.of_entry(entry)
+                    except Malformed as error:  # it is data, which never stops a start
+                        advice = "create the persistent subscription again"
+                        log.error("group.unreadable", entry=shown(repr(entry)), reason=str(error), advice=advice)
+                    else:
+                        self._start(settings)
 
     def _start(self, settings: GroupSettings) -> Group:
         group = self._groups[settings.key] = Group(settings, self._store, self._log)

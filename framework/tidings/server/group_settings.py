@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
 from tidings.server.expressions import Expression
@@ -11,8 +11,9 @@ from tidings.server.filters import choice_of
 from tidings.server.group_delivery import STRATEGIES
 from tidings.server.log import Choice
 from tidings.server.protocol import persistent
-from tidings.server.refusals import group_failed, thrown
-from tidings.server.wire import stream_name
+from tidings.server.refusals import group_failed, shown, thrown
+from tidings.server.stored import restored
+from tidings.server.wire import Malformed, stream_name
 from tidings.stores.rules import MAX_VERSION
 
 __all__ = ["ALL", "END", "GroupSettings", "position_of", "position_text", "source_of"]
@@ -118,10 +119,12 @@ class GroupSettings:
         return asdict(self)
 
     @classmethod
-    def of_entry(cls, entry: dict[str, Any]) -> Self:
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in entry.items() if name in known}
-        return cls(**values | {"prefixes": tuple(values.get("prefixes", ()))})
+    def of_entry(cls, entry: Any) -> Self:
+        """Raises `Malformed` for an entry that no server has written."""
+        settings = restored(cls, entry)
+        if settings.strategy not in STRATEGIES:
+            raise Malformed(f"there is no consumer strategy {shown(settings.strategy)!r}")
+        return settings
 
     def describe(self, info: Any) -> None:
         """Into a `SubscriptionInfo`."""

@@ -22,8 +22,8 @@ from tidings.server.protocol import persistent
 from tidings.server.refusals import Refusal, group_dropped, group_full
 from tidings.stores import ANY, OCTETS, EventData
 from tidings.stores.rules import MAX_VERSION, document_of
-from tidings.stores.sqlite.log import View
 from tidings.stores.sqlite.store import SqliteStore
+from tidings.stores.table import View
 
 __all__ = ["Group"]
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
 import structlog
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     ConnectionTerminated,
@@ -25,40 +23,29 @@ from h2.events import (
     TrailersReceived,
 )
 from h2.exceptions import H2Error
-from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 
-from tidings.server.budgets import Allowance, Charge
+from tidings.server.budgets import CALL, Allowance, Charge
 from tidings.server.calls import Method
 from tidings.server.connections import Connections
+from tidings.server.frames import Frames
+from tidings.server.http1 import Answer, Site, spoken
+from tidings.server.http2_requests import Requests, server_side
 from tidings.server.http2_serving import FLUSH, LEAVING, Authenticate, Serving
 from tidings.server.http2_stream import HEADERS, Stream, trailers_of
-from tidings.server.refusals import Refusal, exhausted, shown
+from tidings.server.pace import Pace
+from tidings.server.refusals import Refusal, shown
 
 __all__ = ["Connection"]
 
 log = structlog.get_logger(__name__)
 
-WINDOW: Final = 256 * 1024
-"""Bytes of requests that a call may send ahead of its handler. A larger request asks for room first."""
-FRAME: Final = 128 * 1024
-"""Bytes of a frame from the client."""
-HEADER_LIST: Final = 16 * 1024
-"""Bytes of a call's metadata."""
 SLICE: Final = 8 * 1024
 """Bytes of what has come that are looked at in one turn of the loop, so that others have theirs."""
-OVER: Final = 2
-"""How many times the announced number of calls h2 lets in: what is above the number is refused call by call."""
+LINGER: Final = 5.0
+"""Seconds in which a client whose connection is ended may read why."""
 UNREAD: Final = 1024 * 1024
 """Bytes of small answers (to pings, to settings) that a client may leave unread."""
-
-
-class _Announced(Settings):
-    """h2's settings. h2 ends a connection that has one call too many; here such a call is refused by itself."""
-
-    @property  # type: ignore[misc]  # nothing sets it
-    def max_concurrent_streams(self) -> int:
-        return OVER * super().max_concurrent_streams
 
 
 class Connection(asyncio.Protocol):
@@ -71,36 +58,31 @@ class Connection(asyncio.Protocol):
         group: asyncio.TaskGroup,
         connections: Connections,
         quiet: Callable[[], None],
+        site: Site,
     ) -> None:
         self._serving = Serving(self, methods, authenticate)
         self._group = group
         self._connections = connections
         self._quiet = quiet
+        self._site = site
+        self._begun = False
+        """It speaks HTTP/2: until its first bytes have come, it may speak HTTP/1."""
         self.allowance = Allowance(connections.treasury)
         self._calls = self.allowance.limits.streams
         """Calls that it may have open."""
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._h2 = H2Connection(
-            H2Configuration(
-                client_side=False,
-                header_encoding=None,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-                validate_inbound_headers=False,
-            )
-        )
-        self._h2.local_settings = _Announced(
-            client=False,
-            initial_values={
-                SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
-                SettingCodes.MAX_CONCURRENT_STREAMS: self._calls,
-                SettingCodes.MAX_FRAME_SIZE: FRAME,
-                SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST,
-            },
-        )
-        self._h2.max_inbound_frame_size = FRAME
-        self._h2.decoder.max_header_list_size = HEADER_LIST
+        self.peer = ""
+        self._h2 = server_side(self._calls)
+        self._requests = Requests(self._h2, self.allowance, connections.relieve, self.schedule_flush)
+        self._frames = Frames()
+        self._counted = 0
+        """Frames that were whole when the one began to arrive that has not."""
+        self._arriving_since = 0.0
+        self._pace = Pace(self.allowance.limits.slowest_reader, self.allowance.limits.stalled_seconds)
+        """The pace at which the client takes what was handed to its socket."""
+        self._unsent = 0
+        """Bytes that the socket has not taken."""
         self._streams: dict[int, Stream] = {}
         self._inbox = bytearray()
         """What has come and was not looked at yet."""
@@ -117,46 +99,53 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        address = transport.get_extra_info("peername")
+        self.peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else ""
         if not self._connections.admit(self):
             self._abort_with("too many connections")
             return
         tls = cast("ssl.SSLObject | None", transport.get_extra_info("ssl_object"))
-        if tls is not None and tls.selected_alpn_protocol() not in (None, "h2"):
+        if tls is not None and tls.selected_alpn_protocol() not in (None, "h2", "http/1.1"):
             transport.close()
             return
         sock = cast("socket.socket", transport.get_extra_info("socket"))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._h2.initiate_connection()
-        # Room for the windows of all calls: what one call leaves there does not stop the others.
-        self._h2.increment_flow_control_window((self._calls + 1) * WINDOW - 65_535)
-        self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
         self._transport = None
         for stream in list(self._streams.values()):
             self._end(stream)
+        self.allowance.line.clear()
 
     def pause_writing(self) -> None:
         self._paused = True
+        self._pace.wait(self._loop.time())
 
     def resume_writing(self) -> None:
         self._paused = False
+        self._pace.rest(self._loop.time())
+        self._count()
         self._let_write()
 
     def data_received(self, data: bytes) -> None:
         waiting = bool(self._inbox)
         self._inbox += data
-        if not waiting:
+        if not waiting or not self._begun:
             self._look()
 
     def _look(self) -> None:
         """Look at a slice of what has come, and at the rest after the others' turns."""
-        if self._transport is None or self._transport.is_closing():
+        if self._is_closing():
             self._inbox.clear()
+            return
+        if not self._begun and not self._begin():
             return
         piece = bytes(self._inbox[:SLICE])
         del self._inbox[:SLICE]
+        if not self._frames.feed(piece):
+            self.end_for("the headers of a call are too long")
+            return
         try:
             for event in self._h2.receive_data(piece):
                 self._handle(event)
@@ -172,14 +161,52 @@ class Connection(asyncio.Protocol):
             return
         if self._transport.get_write_buffer_size() > UNREAD + FLUSH:
             self.end_for("its answers are not read")
-        elif self._inbox:
+            return
+        self._count()
+        if self.allowance.line.bytes and self.allowance.line.excess():
+            self._connections.relieve()
+            if self.allowance.line.excess():
+                self.end_for("more of its bytes wait than the server has room for")
+                return
+        if self._inbox:
             self._transport.pause_reading()
             self._loop.call_soon(self._look)
         else:
             self._transport.resume_reading()
 
+    def _begin(self) -> bool:
+        """Return whether it speaks HTTP/2. Answer it if it speaks HTTP/1, which is all that it may say then."""
+        kind = spoken(self._inbox)
+        if kind is False:
+            self._begun = True
+            self._h2.initiate_connection()
+            self._requests.trust()
+            self.flush()
+            return True
+        answer = self._site.respond(self._inbox) if kind else None
+        if answer is not None and self._transport is not None:
+            self._inbox.clear()
+            self._transport.write(answer)
+            self._transport.close()
+        self._count()
+        return False
+
+    def _count(self) -> None:
+        """Charge what lies here: bytes that are no request yet, and answers that the client has not taken."""
+        frames = self._frames
+        if frames.done != self._counted or not frames.unfinished:
+            self._counted, self._arriving_since = frames.done, self._loop.time()
+        unsent = 0 if self._is_closing() else cast("asyncio.Transport", self._transport).get_write_buffer_size()
+        if unsent < self._unsent and self._pace.waits:
+            self._pace.took(self._unsent - unsent, self._loop.time())
+        self._unsent = unsent
+        line = self.allowance.line
+        line.hold(len(self._inbox) + frames.unfinished + unsent - line.bytes)
+
     def end_for(self, reason: str) -> None:
-        """The client has used up a budget of its connection: say so, and end it with all of its calls."""
+        """The client has used up a budget of its connection: say so once, and end it with all of its calls."""
+        if self._ended:
+            return
         self._connections.treasury.refused[reason] += 1
         log.info("connection.ended", peer=self.peer, reason=reason)
         for stream in list(self._streams.values()):
@@ -188,35 +215,32 @@ class Connection(asyncio.Protocol):
 
     def _abort_with(self, reason: str) -> None:
         transport, self._ended = self._transport, True
-        if transport is None:
-            return
         self._inbox.clear()
+        if transport is None or self._is_closing():
+            return
         self.flush()
-        if not transport.is_closing():
-            transport.write(
-                GoAwayFrame(
-                    0,
-                    last_stream_id=self._last,
-                    error_code=ErrorCodes.ENHANCE_YOUR_CALM,
-                    additional_data=reason.encode(),
-                ).serialize()
-            )
+        calm, said = ErrorCodes.ENHANCE_YOUR_CALM, reason.encode()
+        frame = GoAwayFrame(0, last_stream_id=self._last, error_code=calm, additional_data=said)
+        transport.write(frame.serialize())
         if transport.get_write_buffer_size() > FLUSH:
             transport.abort()  # it does not read: what waits for it would wait for ever
         else:
             transport.close()
+            self._loop.call_later(LINGER, transport.abort)
+
+    def _is_closing(self) -> bool:
+        """Nothing may be asked of such a transport: one with TLS fails."""
+        return self._transport is None or self._transport.is_closing()
 
     # ---- HTTP/2
-
-    @property
-    def peer(self) -> str:
-        address = self._transport and self._transport.get_extra_info("peername")
-        return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else ""
 
     def _handle(self, event: Event) -> None:
         match event:
             case DataReceived():
-                self._on_data(event)
+                if not event.data and event.stream_ended is None and not self.allowance.frames.take():
+                    self.end_for("too many frames without data")
+                    return
+                self._requests.came(event, self._streams.get(event.stream_id or 0), self._loop.time())
             case RequestReceived():
                 self._greeted = True
                 self._on_request(event.stream_id, event.headers or [])
@@ -234,8 +258,7 @@ class Connection(asyncio.Protocol):
             case TrailersReceived():
                 pass
             case ConnectionTerminated():
-                if self._transport is not None:  # h2 sends nothing more on such a connection: nobody would be answered
-                    self._transport.close()
+                self._close()  # h2 sends nothing more on such a connection: nobody would be answered
             case _:
                 self._greeted = True
                 if not self.allowance.frames.take():
@@ -253,70 +276,41 @@ class Connection(asyncio.Protocol):
             if not self.allowance.frames.take():
                 self.end_for("too many calls at once")
             return
-        stream = Stream(number, Charge(self.allowance), self._loop.time())
         if not headers.get("content-type", "").startswith("application/grpc"):
-            self._h2.send_headers(number, [(b":status", b"415")], end_stream=True)
+            self._answer_plainly(number, headers)
             return
+        charge = Charge(self.allowance)
+        stream = Stream(number, charge, self._loop.time(), self._serving.longest(headers.get(":path", "")))
+        stream.encoding = headers.get("grpc-encoding", "")
         self._streams[number] = stream
         if self._leaving:
             self.finish(stream, LEAVING)
             return
+        charge.hold(CALL + sum(len(name) + len(value) for name, value in headers.items()))
+        if charge.excess():
+            self._connections.relieve()
+            if budget := charge.excess():
+                refusal = self._connections.treasury.refusal("calls", f"More bytes wait than the server's {budget}.")
+                self.finish(stream, refusal)
+                return
         stream.task = self._group.create_task(self._serving.serve(stream, headers))
 
-    def _on_data(self, event: DataReceived) -> None:
-        number, size, data = event.stream_id, event.flow_controlled_length or 0, event.data or b""
-        stream = self._streams.get(number)
-        if not data and event.stream_ended is None and not self.allowance.frames.take():
-            self.end_for("too many frames without data")
-            return
-        if stream is None or stream.failure is not None:
-            self._acknowledge(number, size)
-            return
-        stream.feed(data, self._loop.time())
-        stream.unread += size
-        stream.charge.hold(len(data))
-        if stream.failure is None and stream.charge.excess():
-            self._relieve(stream)
-        if not stream.messages and stream.failure is None and stream.missing > WINDOW:
-            # Part of a message that is larger than the window: it must be let in to become whole.
-            self.allowance.large.ask(stream, stream.missing, lambda: self._let_in(stream))
-            if stream.let_in:
-                self._taken(stream)
-        stream.wake()
-
-    def _let_in(self, stream: Stream) -> None:
-        stream.let_in = True
-        if stream.number in self._streams:
-            self._taken(stream)
-
-    def _relieve(self, stream: Stream) -> None:
-        """Too many bytes wait: end readers that have stalled, and where that is not enough, refuse this request."""
-        self._connections.relieve()
-        if budget := stream.charge.excess():
-            stream.refuse(exhausted(f"More bytes wait than the server's {budget}: send less at once."))
-
-    def _taken(self, stream: Stream) -> None:
-        """The handler has what came: the client may send as much again."""
-        size, stream.unread = stream.unread, 0
-        if size:
-            self._acknowledge(stream.number, size)
+    def _answer_plainly(self, number: int, headers: dict[str, str]) -> None:
+        method = headers.get(":method", "")
+        known = method in ("GET", "HEAD")
+        answer = self._site.answer(method, headers.get(":path", "")) if known else Answer(415)
+        body = b"" if method == "HEAD" else answer.body
+        self._h2.send_headers(number, [(b":status", b"%d" % answer.status)], end_stream=not body)
+        if body:
+            self._h2.send_data(number, body, end_stream=True)
 
     def have_read(self, stream: Stream) -> None:
         """All messages that were whole are with the handler."""
-        self._taken(stream)
-        stream.charge.hold(stream.kept() - stream.incoming)
-        stream.incoming = stream.kept()
-        if stream.let_in or not stream.buffer:
-            stream.let_in = False
-            self.allowance.large.give_back(stream)
+        self._requests.have_read(stream)
 
-    def _acknowledge(self, number: int, size: int) -> None:
-        if size and self._transport is not None:
-            try:
-                self._h2.acknowledge_received_data(size, number)
-            except H2Error:
-                return  # the call ended meanwhile; h2 gave the connection its share back
-            self.schedule_flush()
+    def trust(self) -> None:
+        """Somebody has called with the right credentials, or without any."""
+        self._requests.trust()
 
     def schedule_flush(self) -> None:
         if not self._flushing:
@@ -325,10 +319,12 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         self._flushing = False
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             data = self._h2.data_to_send()
             if data:
                 self._transport.write(data)
+                if self._transport.get_write_buffer_size():
+                    self._count()
 
     def _let_write(self) -> None:
         for stream in self._streams.values():
@@ -360,8 +356,7 @@ class Connection(asyncio.Protocol):
 
     def finish(self, stream: Stream, outcome: Refusal | None) -> None:
         """Send the status, unless the call is over already."""
-        stream.charge.clear()
-        self.allowance.large.give_back(stream)
+        self._requests.over(stream)
         if self._streams.pop(stream.number, None) is None or self._transport is None:
             return
         self.since = self._loop.time()
@@ -370,7 +365,7 @@ class Connection(asyncio.Protocol):
             self._h2.send_headers(stream.number, trailers, end_stream=True)
             if not stream.half_closed or stream.cut_short:
                 self._h2.reset_stream(stream.number, ErrorCodes.NO_ERROR)
-            self._acknowledge(stream.number, stream.unread)
+            self._requests.forget(stream)
         except H2Error as error:
             log.debug("call.unanswered", peer=self.peer, reason=str(error))
         self.schedule_flush()
@@ -379,13 +374,13 @@ class Connection(asyncio.Protocol):
 
     def _end(self, stream: Stream) -> None:
         """The client, or the connection, has ended the call."""
-        stream.charge.clear()
+        self._requests.over(stream)
         self._streams.pop(stream.number, None)
         self.since = self._loop.time()
-        self.allowance.large.give_back(stream)
         if stream.task is not None:
             stream.task.cancel()
-        self._acknowledge(stream.number, stream.unread)
+        if self._transport is not None:
+            self._requests.forget(stream)
 
     # ---- leaving
 
@@ -396,7 +391,7 @@ class Connection(asyncio.Protocol):
             if not stream.half_closed:
                 stream.half_closed = stream.cut_short = True
                 stream.wake()
-        if self._transport is not None:
+        if self._begun and self._transport is not None and not self._transport.is_closing():
             self.flush()
             # By hand: h2 would regard the connection as closed, and send nothing more on it.
             self._transport.write(GoAwayFrame(0, last_stream_id=self._last, error_code=0).serialize())
@@ -408,6 +403,12 @@ class Connection(asyncio.Protocol):
         """Whether it has no calls."""
         return not self._streams
 
+    def late(self, now: float) -> float:
+        """Return the seconds for which the client has taken too slowly what was handed to its socket; 0 or less if it
+        has not."""
+        self._count()
+        return self._pace.late(now)
+
     @property
     def streams(self) -> Iterable[Stream]:
         """Its calls."""
@@ -418,9 +419,11 @@ class Connection(asyncio.Protocol):
         limits = self.allowance.limits
         if not self._greeted and now - self.since > limits.handshake_seconds:
             self.end_for("no request came in time")
+        elif self._frames.unfinished and now - self._arriving_since > limits.request_seconds:
+            self.end_for("a frame did not arrive in time")
         for stream in list(self._streams.values()):
-            if stream.failure is None and stream.arriving and now - stream.began > limits.request_seconds:
-                stream.refuse(exhausted(f"The request did not arrive within {limits.request_seconds:g} s."))
+            if (refusal := stream.overdue(now, limits.request_seconds)) is not None:
+                stream.refuse(refusal)
 
     @property
     def busy(self) -> bool:
@@ -437,5 +440,5 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         self.flush()
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.close()

@@ -7,20 +7,25 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
+import structlog
 from h2.exceptions import H2Error
 
 from tidings.server.budgets import Allowance
-from tidings.server.calls import Call, Method
+from tidings.server.calls import PUBLIC_LIMIT, Call, Method
+from tidings.server.compression import Compressed, unpacked
 from tidings.server.http2_stream import Gone, Stream, refusal_of, seconds_of
 from tidings.server.protocol import packed
-from tidings.server.refusals import Refusal, Status, thrown, unimplemented
+from tidings.server.refusals import Refusal, Status, let_go, shown, thrown, unimplemented
+from tidings.server.weight import LIGHT, hold_parsed, malformed
 
 __all__ = ["FLUSH", "LEAVING", "Authenticate", "Serving"]
 
+log = structlog.get_logger(__name__)
+
 FLUSH: Final = 64 * 1024
 """Bytes that are handed to the socket at once."""
-Authenticate = Callable[[Mapping[str, str], Allowance], Awaitable[str]]
-"""From a call's metadata to the user's name; raises `Refusal`."""
+Authenticate = Callable[[Mapping[str, str], Allowance, bool], Awaitable[str]]
+"""From a call's metadata, and whether its method is public, to the user's name; raises `Refusal`."""
 
 _PREFIX: Final = struct.Struct(">BI")
 """What comes before each message: whether it is compressed, and its length (gRPC over HTTP/2, "Requests")."""
@@ -58,6 +63,8 @@ class Line(Protocol):
 
     def relieve(self) -> None: ...
 
+    def trust(self) -> None: ...
+
     def finish(self, stream: Stream, outcome: Refusal | None) -> None: ...
 
     def end_for(self, reason: str) -> None: ...
@@ -71,7 +78,19 @@ class Serving:
         self._methods = methods
         self._authenticate = authenticate
 
+    def longest(self, path: str) -> int:
+        """Return the bytes of the longest request of a method."""
+        method = self._methods.get(path)
+        return PUBLIC_LIMIT if method is None else method.longest
+
     async def serve(self, stream: Stream, headers: dict[str, str]) -> None:
+        """Answer a call. A fault here ends the call, and not the server."""
+        try:
+            await self._serve(stream, headers)
+        except Exception:
+            log.exception("call.not_ended", method=shown(headers.get(":path", "")))
+
+    async def _serve(self, stream: Stream, headers: dict[str, str]) -> None:
         outcome: Refusal | None = None
         try:
             path = headers.get(":path", "")
@@ -79,8 +98,9 @@ class Serving:
             if method is None:
                 raise unimplemented(path)
             stream.endless = method.endless
-            user = await self._authenticate(headers, self._line.allowance)
+            user = await self._authenticate(headers, self._line.allowance, method.public)
             stream.charge.of(user)
+            self._line.trust()
             call = Call(headers, self._line.peer, user, stream.charge)
             seconds = seconds_of(headers.get("grpc-timeout", ""))
             if seconds is not None and seconds <= NO_TIME:
@@ -93,8 +113,12 @@ class Serving:
                     raise LEAVING
             except TimeoutError:
                 raise _too_late() from None
+        except asyncio.CancelledError:
+            outcome = LEAVING  # by the group of all calls: nobody may take half an answer for a whole one
+            raise
         except Exception as error:
             outcome = refusal_of(error, headers.get(":path", ""))
+            let_go(error)
         finally:
             self._line.finish(stream, outcome)
             if self._line.allowance.failed_logins >= self._line.allowance.limits.failed_logins:
@@ -122,14 +146,24 @@ class Serving:
         parse = method.request.FromString
         while True:
             while stream.messages:
-                message = stream.messages.popleft()
+                message, apart = stream.messages.popleft(), 0
+                stream.handling = len(message)  # until the handler asks for the next one
+                if isinstance(message, Compressed):
+                    message = await unpacked(message, stream.encoding, method.longest, stream.charge)
+                    apart = len(message)
                 if not stream.messages:
                     self._line.have_read(stream)
+                if len(message) > LIGHT:
+                    apart += await hold_parsed(message, method.request, stream.charge)
                 try:
                     request = parse(message)
                 except Exception:  # protobuf's own DecodeError, which each of its implementations has elsewhere
-                    raise Refusal(Status.INTERNAL, "Failed to deserialize message") from None
+                    raise malformed() from None
                 yield request
+                stream.charge.hold(-apart)
+            if stream.handling:
+                stream.handling = 0
+                self._line.have_read(stream)
             if stream.failure is not None:
                 raise stream.failure
             if stream.half_closed:
@@ -157,12 +191,13 @@ class Serving:
             frames += message
         self._line.begin(stream)
         batch.clear()  # a client that does not read on keeps this once, not twice
+        loop = asyncio.get_running_loop()
         at, size, flushed = 0, len(frames), 0
         charged = 0
         try:
             while at < size:
-                if stream.failure is not None and stream.stalled:
-                    raise stream.failure
+                if stream.refused is not None:
+                    raise stream.refused
                 room = self._line.room(stream)
                 if room <= 0:
                     self._line.flush()
@@ -174,24 +209,26 @@ class Serving:
                     continue
                 self._line.write(stream, bytes(frames[at : at + room]))
                 at += room
+                if stream.pace.waits:
+                    stream.pace.took(room, loop.time())
                 if at - flushed >= FLUSH:
                     flushed = at
                     self._line.flush()
         finally:
             stream.charge.hold(-charged)
+            if stream.pace.waits:
+                stream.pace.rest(loop.time())
         self._line.schedule_flush()
 
     async def _writable(self, stream: Stream) -> None:
         """Wait until the client's windows or the socket have changed."""
-        if not stream.stalled:
-            stream.stalled = asyncio.get_running_loop().time()
-        stream.writable = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        stream.pace.wait(loop.time())
+        stream.writable = loop.create_future()
         try:
             await stream.writable
         finally:
             stream.writable = None
-        if self._line.room(stream) > 0:
-            stream.stalled = 0.0
 
 
 def _too_late() -> Refusal:

@@ -17,7 +17,7 @@ from tidings.server.log import LINK, ServedLog, is_system
 from tidings.stores import ANY, JSON, OCTETS, EventData, RecordedEvent
 from tidings.stores.rules import MAX_VERSION, document_of
 from tidings.stores.sqlite.store import SqliteStore
-from tidings.stores.sqlite.writer import Kind
+from tidings.stores.table import Kind
 
 __all__ = ["Linker", "category_of"]
 

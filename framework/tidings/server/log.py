@@ -6,18 +6,19 @@ import asyncio
 import json
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import tidings.stores.sqlite.log as reading
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.expressions import Expression
+from tidings.server.pages import PAGE_BYTES, Pages, size_of
 from tidings.server.permissions import Reader
 from tidings.server.wire import Resolved
 from tidings.stores import RecordedEvent
 from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED
-from tidings.stores.sqlite.log import PAGE_EVENTS, View
 from tidings.stores.sqlite.store import SqliteStore
+from tidings.stores.table import PAGE_EVENTS, View
 
 __all__ = ["LINK", "Batch", "Choice", "ServedLog", "target_of"]
 
@@ -28,10 +29,6 @@ _EVERYTHING: Final = ("", ())
 _HIDDEN: Final = re.compile(
     r"(?:\$\$)?tidings_log$|\$epoch-information$|\$persistentsubscription-\$all::.*-(?:checkpoint|parked)$"
 )
-
-
-PAGE_BYTES: Final = 512 * 1024
-"""Bytes of a piece of the log: what a reader that has stopped keeps in memory."""
 
 
 class Choice(NamedTuple):
@@ -86,13 +83,14 @@ class ServedLog:
         backwards: bool,
         count: int,
         reader: Reader | None,
+        most: int = PAGE_BYTES,
     ) -> Batch:
-        """A piece of `$all` between two positions, both exclusive; looks at `count` events at most.
+        """A piece of `$all` between two positions, both exclusive; looks at `count` events and `most` bytes at most.
         Of events and links, it shows what `reader` may see; None sees everything."""
-        return await self.store.look(self._piece_of_all(choice, resolve, after, before, backwards, count, reader))
+        return await self.store.look(self._piece_of_all(choice, resolve, after, before, backwards, count, reader, most))
 
     async def history(
-        self, choice: Choice | None, resolve: bool, *, after: int, count: int, reader: Reader | None
+        self, choice: Choice | None, resolve: bool, *, after: int, count: int, reader: Reader | None, pages: Pages
     ) -> AsyncGenerator[Batch, None]:
         """Yield `$all` behind a position, piece by piece, up to the piece that reaches its end.
 
@@ -100,10 +98,11 @@ class ServedLog:
         """
 
         def read(behind: int) -> asyncio.Task[Batch]:
-            piece = self.all(
-                choice, resolve, after=behind, before=MAX_VERSION, backwards=False, count=count, reader=reader
-            )
-            return asyncio.create_task(piece, name="tidings-server-history")
+            def look(most: int) -> Awaitable[Batch]:
+                piece = self._piece_of_all(choice, resolve, behind, MAX_VERSION, False, count, reader, most)
+                return self.store.look(piece)
+
+            return asyncio.create_task(pages.read(look, _events), name="tidings-server-history")
 
         reading = read(after)
         try:
@@ -120,13 +119,15 @@ class ServedLog:
             if not reading.cancelled():
                 reading.exception()  # the caller has left, or heard of it
 
-    async def news(self, choice: Choice | None, resolve: bool, after: int, reader: Reader | None) -> Batch:
+    async def news(
+        self, choice: Choice | None, resolve: bool, after: int, reader: Reader | None, most: int = PAGE_BYTES
+    ) -> Batch:
         """As `all` for who follows the log at its end, where many ask the same at once: one look answers all of them.
 
         It may be a look that began a moment ago: what it misses is behind `reached`.
         """
-        job = self._piece_of_all(choice, resolve, after, MAX_VERSION, False, PAGE_EVENTS, reader)
-        return await self._shared((choice, resolve, after, reader), job)
+        job = self._piece_of_all(choice, resolve, after, MAX_VERSION, False, PAGE_EVENTS, reader, most)
+        return await self._shared((choice, resolve, after, reader, most), job)
 
     async def touched(self, stream: str, reached: int) -> None:
         """Until the stream has an event behind the position. Followers of quiet streams share one look at what came."""
@@ -152,10 +153,12 @@ class ServedLog:
         backwards: bool,
         count: int,
         reader: Reader | None,
+        most: int,
     ) -> Callable[[sqlite3.Connection], Batch]:
         def job(connection: sqlite3.Connection) -> Batch:
             count_ = min(count, PAGE_EVENTS)
-            page = reading.page_of_all(connection, after, before, backwards, _EVERYTHING, count_, PAGE_BYTES)
+            page = reading.page_of_all(connection, after, before, backwards, _EVERYTHING, count_, most)
+            left = most
             events: list[Resolved] = []
             ranks: list[int] = []
             considered: list[int] = []
@@ -165,7 +168,13 @@ class ServedLog:
                 considered.append(event.position)
                 if choice is None or choice.wants(event):
                     ranks.append(len(considered))
-                    events.append(self._resolve(connection, event, reader) if resolve else (event, None))
+                    if not resolve or event.type != LINK:
+                        events.append((event, None))
+                        continue
+                    events.append(self._resolve(connection, event, reader))
+                    left -= size_of(events[-1:])
+                    if left <= 0:  # what links lead to is not part of the page that was measured
+                        return Batch(events, ranks, considered, event.position, False)
             return Batch(events, ranks, considered, page.reached, page.end)
 
         return job
@@ -180,26 +189,38 @@ class ServedLog:
         return await self.store.look(job)
 
     async def stream(
-        self, stream: str, view: View, resolve: bool, *, backwards: bool, count: int, reader: Reader | None
+        self,
+        stream: str,
+        view: View,
+        resolve: bool,
+        *,
+        backwards: bool,
+        count: int,
+        reader: Reader | None,
+        most: int = PAGE_BYTES,
     ) -> tuple[list[Resolved], int, bool]:
         """A piece of a stream, the version of its last event, and whether there is more."""
 
         def job(connection: sqlite3.Connection) -> tuple[list[Resolved], int, bool]:
             count_ = min(count, PAGE_EVENTS)
-            events, more = reading.page_of_stream(connection, stream, view, backwards, count_, PAGE_BYTES)
-            last = events[-1].version if events else -1
-            return self._all_resolved(connection, events, resolve, reader), last, more
+            events, more = reading.page_of_stream(connection, stream, view, backwards, count_, most)
+            resolved = self._all_resolved(connection, events, resolve, reader, most)
+            last = events[len(resolved) - 1].version if resolved else -1
+            return resolved, last, more or len(resolved) < len(events)
 
         return await self.store.look(job)
 
     async def follow(
-        self, stream: str, after: int, history: bool, resolve: bool, reader: Reader | None
+        self, stream: str, after: int, history: bool, resolve: bool, reader: Reader | None, most: int = PAGE_BYTES
     ) -> tuple[list[Resolved], reading.Following]:
         """What comes behind a version of a stream: see `sqlite_log.follow`."""
 
         def job(connection: sqlite3.Connection) -> tuple[list[Resolved], reading.Following]:
-            piece = reading.follow(connection, stream, after, history, self._clock(), PAGE_BYTES)
-            return self._all_resolved(connection, piece.events, resolve, reader), piece
+            piece = reading.follow(connection, stream, after, history, self._clock(), most)
+            resolved = self._all_resolved(connection, piece.events, resolve, reader, most)
+            if len(resolved) < len(piece.events):
+                piece = piece._replace(version=piece.events[len(resolved) - 1].version, end=False)
+            return resolved, piece._replace(events=[])
 
         return await self.store.look(job)
 
@@ -231,11 +252,23 @@ class ServedLog:
     # ---- links
 
     def _all_resolved(
-        self, connection: sqlite3.Connection, events: Sequence[RecordedEvent], resolve: bool, reader: Reader | None
+        self,
+        connection: sqlite3.Connection,
+        events: Sequence[RecordedEvent],
+        resolve: bool,
+        reader: Reader | None,
+        most: int,
     ) -> list[Resolved]:
+        """The first events with what they lead to: all of them, unless that is more than `most` bytes."""
         if not resolve:
             return [(event, None) for event in events]
-        return [self._resolve(connection, event, reader) for event in events]
+        resolved: list[Resolved] = []
+        for event in events:
+            resolved.append(self._resolve(connection, event, reader))
+            most -= size_of(resolved[-1:])
+            if most <= 0:
+                break
+        return resolved
 
     async def may_read(self, reader: Reader, stream: str) -> bool:
         """Whether the reader may see the stream's events through a link."""
@@ -260,6 +293,10 @@ class ServedLog:
             return None, event
         events, _ = reading.page_of_stream(connection, stream, View(version, version, view.since), False, 1)
         return (events[0] if events else None), event
+
+
+def _events(batch: Batch) -> list[Resolved]:
+    return batch.events
 
 
 def _streams_behind(after: int) -> Callable[[sqlite3.Connection], tuple[set[str], int]]:

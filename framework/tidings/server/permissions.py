@@ -24,8 +24,14 @@ _SECRET: Final = ("$user-", "$users", "$$$user")
 
 
 def closed(operation: str, stream: str) -> bool:
-    """Whether not even a server without users lets everybody do this: it would be the end of the installation."""
-    return operation == "$d" and stream.removeprefix("$$") == IDENTITY
+    """Whether this could take the log's identity away, which would end the installation: not even administrators may.
+
+    Its metadata can hide it (`$tb`, `$maxCount`), and so can the metadata of its metadata.
+    """
+    original = stream
+    while original.startswith("$$"):
+        original = original[2:]
+    return original == IDENTITY and (operation == "$d" or (operation == "$w" and stream != IDENTITY))
 
 
 def permitted(connection: sqlite3.Connection, roles: Collection[str], operation: str, stream: str) -> bool:

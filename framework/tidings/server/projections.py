@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import structlog
+
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.calls import Call, Method, Send
 from tidings.server.group_settings import ALL
@@ -16,11 +18,15 @@ from tidings.server.log import ServedLog
 from tidings.server.protocol import packed, projections, shared, struct_pb2
 from tidings.server.refusals import Refusal, Status, shown, thrown, unimplemented
 from tidings.server.security import Access
+from tidings.server.stored import entries_of, restored
+from tidings.server.wire import Malformed
 from tidings.stores import EventData
 from tidings.stores.rules import document_of
 from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["Projections"]
+
+log = structlog.get_logger(__name__)
 
 SERVICE: Final = "/event_store.client.projections.Projections"
 REGISTER: Final = "$projections-$all"
@@ -66,8 +72,14 @@ class Projections:
         self._known = {name: _Projection(name) for name in SYSTEM}
         try:
             async for event in self._store.read_stream(REGISTER, backwards=True, limit=1):
-                for entry in document_of(event.data).get("projections", []):
-                    self._known[entry["name"]] = _Projection(**entry)
+                for entry in entries_of(document_of(event.data), "projections"):
+                    try:
+                        projection = restored(_Projection, entry)
+                    except Malformed as error:  # it is data, which never stops a start
+                        advice = "create the projection again"
+                        log.error("projection.unreadable", entry=shown(repr(entry)), reason=str(error), advice=advice)
+                    else:
+                        self._known[projection.name] = projection
         except (StreamNotFound, StreamDeleted):
             pass
         self._apply()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any, Final
 
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.calls import Send
 from tidings.server.filters import choice_of
 from tidings.server.log import ServedLog
+from tidings.server.pages import Pages
 from tidings.server.permissions import Reader
 from tidings.server.protocol import packed, streams
 from tidings.server.refusals import stream_deleted, unknown
@@ -20,7 +23,9 @@ PAGE: Final = 512
 """Events of one batch: bounds what a reader that has stopped keeps in memory."""
 
 
-async def read_stream(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
+async def read_stream(
+    log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None, pages: Pages
+) -> None:
     """Forwards from a revision inclusive, backwards from one; what retention hides is left out."""
     wanted, left = options.stream, options.count
     stream = stream_name(wanted.stream_identifier)
@@ -45,20 +50,30 @@ async def read_stream(log: ServedLog, options: Any, encode: Encode, send: Send, 
     with_edges = options.control_option.compatibility >= 1
     found, more = False, view.first <= view.last
     while more and left > 0:
-        events, version, more = await log.stream(
-            stream, view, options.resolve_links, backwards=backwards, count=min(left, PAGE), reader=reader
+        look = partial(
+            log.stream,
+            stream,
+            view,
+            options.resolve_links,
+            backwards=backwards,
+            count=min(left, PAGE),
+            reader=reader,
         )
+        events, version, more = await pages.read(look, itemgetter(0))
         if events:
             found = True
             await send([encode(event) for event in events])
             view = view._replace(last=version - 1) if backwards else view._replace(first=version + 1)
             left -= len(events)
+        pages.sent()
     if with_edges:
         edges = [] if found or backwards or first == start else [streams.ReadResp(first_stream_position=first)]
         await send([packed(edge) for edge in (*edges, streams.ReadResp(last_stream_position=last))])
 
 
-async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
+async def read_all(
+    log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None, pages: Pages
+) -> None:
     """Forwards from a position inclusive, backwards from one exclusive; `count` is of events that match the filter."""
     wanted, left = options.all, options.count
     backwards = options.read_direction == streams.ReadReq.Options.Backwards
@@ -81,7 +96,8 @@ async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send, rea
         return
     end = False
     while not end and left > 0:
-        batch = await log.all(
+        look = partial(
+            log.all,
             choice,
             options.resolve_links,
             after=after,
@@ -90,9 +106,11 @@ async def read_all(log: ServedLog, options: Any, encode: Encode, send: Send, rea
             count=PAGE,
             reader=reader,
         )
+        batch = await pages.read(look, attrgetter("events"))
         events = batch.events[:left]
         if events:
             await send([encode(event) for event in events])
+        pages.sent()
         left -= len(events)
         end = batch.end
         if backwards:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from tidings.errors import StoreError, StoreUnavailable, StreamDeleted
-from tidings.stores import APPEND_LIMIT
+from tidings.errors import EventTooLarge, StoreError, StoreUnavailable, StreamDeleted
 from tidings.stores.eventstoredb.grpc_call import Status
 
 __all__ = [
     "Status",
     "Refusal",
+    "WholeTooLarge",
     "access_denied",
+    "exceeded",
     "exhausted",
     "group_dropped",
     "group_exists",
@@ -22,6 +23,7 @@ __all__ = [
     "group_full",
     "group_missing",
     "invalid_argument",
+    "let_go",
     "missing_metadata",
     "of_store_error",
     "shown",
@@ -44,6 +46,25 @@ def shown(text: str) -> str:
     if len(data) <= SHOWN:
         return text
     return f"{data[:SHOWN].decode('utf-8', 'ignore')}... ({len(data)} bytes)"
+
+
+def let_go(error: BaseException) -> None:
+    """Let an error go of the frames that it came through, and of the errors that it came from.
+
+    A frame may hold the error that came through it: both would stay, with the whole request, until Python looks for
+    circles.
+    """
+    errors: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while errors:
+        each = errors.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        errors += [each.__context__, each.__cause__]
+        if isinstance(each, BaseExceptionGroup):
+            errors += each.exceptions
+        each.__traceback__ = each.__context__ = each.__cause__ = None
 
 
 class Refusal(Exception):
@@ -111,12 +132,23 @@ def wrong_version(operation: str, stream: str, expected: int, actual: int) -> Re
     )
 
 
-def too_large() -> Refusal:
+class WholeTooLarge(EventTooLarge):
+    """An append whose data is within the limit of data, and which is over the server's own limit of all that it has."""
+
+
+def exceeded(limit: int, *, whole: bool) -> str:
+    """What is said of an append that is over the limit of its data; or, as a whole, over that of all that it has."""
+    if whole:
+        return f"Maximum Append Size of {limit} Exceeded, in which metadata, types and 512 bytes for each event count."
+    return f"Maximum Append Size of {limit} Exceeded."
+
+
+def too_large(limit: int, *, whole: bool = False) -> Refusal:
     return Refusal(
         Status.INVALID_ARGUMENT,
-        f"Maximum Append Size of {APPEND_LIMIT} Exceeded.",
+        exceeded(limit, whole=whole),
         exception="maximum-append-size-exceeded",
-        maximum_append_size=APPEND_LIMIT,
+        maximum_append_size=limit,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Final
 
 from tidings.errors import ConfigurationError
 from tidings.hosting.signals import StopSignals
 from tidings.logs import configure_logging
 from tidings.server.budgets import Limits
+from tidings.server.releases import EVENTSTOREDB, release_of
 from tidings.server.serving import DEFAULT_PORT, EventStoreServer
 
 __all__ = ["PASSWORDS", "run_server"]
@@ -35,6 +36,7 @@ def run_server(
     strict: bool = False,
     services: Sequence[str] = (),
     limits: Sequence[str] = (),
+    release: str = EVENTSTOREDB.name,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain; a second signal ends the process at once.
 
@@ -57,7 +59,8 @@ def run_server(
         projections=projections,
         strict=strict,
         services=services,
-        limits=_limits(limits),
+        limits=_limits(limits, release_of(release).limits),
+        release=release,
     )
     asyncio.run(_run(server))
 
@@ -72,8 +75,8 @@ def _users(text: str) -> dict[str, str]:
     return users
 
 
-def _limits(texts: Sequence[str]) -> Limits:
-    """From `name=number`. Raises `ConfigurationError`."""
+def _limits(texts: Sequence[str], default: Limits) -> Limits:
+    """From `name=number`; the others are as by default. Raises `ConfigurationError`."""
     known = {field.name: type(getattr(Limits(), field.name)) for field in fields(Limits)}
     chosen: dict[str, Any] = {}
     for text in texts:
@@ -85,7 +88,7 @@ def _limits(texts: Sequence[str]) -> Limits:
                 f"--limit {text!r} is no budget: write NAME=NUMBER, with one of the names {', '.join(known)}"
             ) from None
     try:
-        return Limits(**chosen)
+        return replace(default, **chosen)
     except ConfigurationError as error:
         raise ConfigurationError(f"--limit: {error}") from None
 

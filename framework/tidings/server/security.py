@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hashlib
-import hmac
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -20,11 +18,13 @@ from typing import Final
 import structlog
 
 from tidings.errors import ConfigurationError, StreamDeleted, StreamNotFound
-from tidings.server.budgets import Allowance, Bucket
-from tidings.server.permissions import ADMINS, SERVICES, Reader, closed, permitted
+from tidings.server.budgets import Allowance
+from tidings.server.logins import Logins, User, hashed
+from tidings.server.permissions import ADMINS, IDENTITY, SERVICES, Reader, closed, permitted
 from tidings.server.refusals import Refusal, Status, access_denied, shown
 from tidings.stores import OCTETS, EventData
-from tidings.stores.rules import document_of
+from tidings.stores.rules import MAX_VERSION, document_of
+from tidings.stores.sqlite.log import last_version
 from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["DEFAULT_PASSWORD", "Access"]
@@ -35,33 +35,8 @@ DEFAULT_PASSWORD: Final = "changeit"
 ADMIN: Final = "admin"
 USERS: Final = "$users"
 _GROUPS: Final = {ADMIN: (ADMINS,), "ops": ("$ops",)}
-_REMEMBERED: Final = 1024
 _FRESH: Final = 1.0
 """Seconds for which a user who was looked up is not looked up again."""
-_WAITING: Final = 64
-"""Passwords that may wait to be checked: one after the other, because each takes 16 MiB and much time on purpose."""
-_SCRYPT: Final = {"n": 2**14, "r": 8, "p": 1}
-
-
-# ---- users -------------------------------------------------------------------------
-
-
-def _hashed(password: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, **_SCRYPT)
-
-
-class _User:
-    def __init__(self, name: str, groups: tuple[str, ...], salt: bytes, hashed: bytes, *, disabled: bool) -> None:
-        self.name, self.groups, self.salt, self.hashed = name, groups, salt, hashed
-        self.disabled = disabled
-        self.checked = monotonic()
-
-    def has(self, password: str) -> bool:
-        return hmac.compare_digest(_hashed(password, self.salt), self.hashed)
-
-
-_NOBODY: Final = _User("", (), b"", b"", disabled=False)
-"""Stands for a user that is not known: the refusal takes as long as that of a wrong password."""
 
 
 class Access:
@@ -74,14 +49,9 @@ class Access:
         self._store = store
         self._open = open
         self._services = frozenset(services)
-        self._users: dict[str, _User] = {}
-        self._known: dict[bytes, str] = {}
-        """Digests of headers that were found right: hashing a password is slow on purpose."""
-        self._hashing = asyncio.Lock()
-        self._waiting = 0
-        self._user_failures = user_failures
-        self._failed: dict[str, Bucket] = {}
-        """For each user that exists, the wrong passwords that are left."""
+        self._users: dict[str, User] = {}
+        self._looked_up: dict[str, float] = {}
+        self._logins = Logins(user_failures)
 
     async def load(self, given: Mapping[str, str], *, default: bool) -> None:
         """The users that the log knows, and those that are given with their passwords, which replace the known.
@@ -89,16 +59,25 @@ class Access:
         `default`: where there is no user at all, make EventStoreDB's own with its well-known password. Raises
         `ConfigurationError` for a service that is no user.
         """
+        listed = set[str]()
         with suppress(StreamNotFound, StreamDeleted):
             async for event in self._store.read_stream(USERS):
-                await self._load(event.data.decode("utf-8", "replace"))
+                listed.add(event.data.decode("utf-8", "replace"))
+        for name in sorted(listed):
+            await self._load(name)
         if default and not self._users and not given:
             given = dict.fromkeys(_GROUPS, DEFAULT_PASSWORD)
         for name, password in given.items():
             known = self._users.get(name)
             if known is None or not await asyncio.to_thread(known.has, password):
-                await self._write(name, password)
-        for name in self._services - set(self._users):
+                try:
+                    await self._write(name, password)
+                except StreamDeleted as error:
+                    advice = "that cannot be undone: choose another name for the user"
+                    log.error("user.closed", user=name, reason=str(error), advice=advice)
+                    continue
+            self._logins.remember(self._users[name], password)
+        for name in self._services - set(self._users) - listed:
             raise ConfigurationError(
                 f"{name!r} is to read $all as a service, but there is no such user: give it a password"
             )
@@ -115,34 +94,33 @@ class Access:
         return await asyncio.to_thread(lambda: any(user.has(DEFAULT_PASSWORD) for user in users))
 
     async def _load(self, name: str) -> None:
-        """Read the user from the log; one who is gone there is gone here."""
+        """Read the user from the log; one who is gone there is gone here, and so is one who cannot be read."""
+        self._looked_up[name] = monotonic()
         try:
             async for event in self._store.read_stream(f"$user-{name}", backwards=True, limit=1):
-                document = document_of(event.data)
-                salt, hashed = (base64.b64decode(str(document.get(key, ""))) for key in ("salt", "hash"))
-                groups = document.get("groups")
-                named = tuple(map(str, groups)) if isinstance(groups, list) else ()
-                if not salt or not hashed:
-                    break
-                self._users[name] = _User(name, named, salt, hashed, disabled=document.get("disabled") is True)
+                self._users[name] = _user_of(name, document_of(event.data))
                 return
-        except (StreamNotFound, StreamDeleted, binascii.Error):
+        except (StreamNotFound, StreamDeleted):
             pass
+        except ValueError as error:  # it is data, which never stops the server
+            advice = "give the user a password: name it in TIDINGS_SERVER_USERS"
+            log.error(
+                "user.unreadable", user=shown(name), stream=f"$user-{shown(name)}", reason=str(error), advice=advice
+            )
         self._users.pop(name, None)
 
-    async def _current(self, name: str) -> _User | None:
+    async def _current(self, name: str) -> User | None:
         """The user as the log has it now, or had it a moment ago."""
-        user = self._users.get(name)
-        if user is not None and monotonic() - user.checked > _FRESH:
+        if name in self._users and monotonic() - self._looked_up.get(name, -_FRESH) > _FRESH:
             await self._load(name)
-            user = self._users.get(name)
+        user = self._users.get(name)
         return None if user is None or user.disabled else user
 
     async def _write(self, name: str, password: str) -> None:
         if not name or not password:
             raise ConfigurationError("a user of the server needs a name and a password")
         salt = os.urandom(16)
-        hashed = await asyncio.to_thread(_hashed, password, salt)
+        digest = await asyncio.to_thread(hashed, password, salt)
         known = self._users.get(name)
         groups = _GROUPS.get(name, ()) if known is None else known.groups
         disabled = known is not None and known.disabled
@@ -151,70 +129,49 @@ class Access:
             "fullName": name,
             "groups": list(groups),
             "salt": base64.b64encode(salt).decode(),
-            "hash": base64.b64encode(hashed).decode(),
+            "hash": base64.b64encode(digest).decode(),
             "disabled": disabled,
         }
         kind = "$UserCreated" if known is None else "$PasswordChanged"
         await self._store.append(f"$user-{name}", [EventData(kind, json.dumps(document).encode())])
         if known is None:
-            await self._store.append(USERS, [EventData("$User", name.encode(), content_type=OCTETS)])
-        self._users[name] = _User(name, groups, salt, hashed, disabled=disabled)
+            with suppress(StreamDeleted):  # then the user is known as long as the server runs
+                await self._store.append(USERS, [EventData("$User", name.encode(), content_type=OCTETS)])
+        self._users[name] = User(name, groups, salt, digest, disabled=disabled)
+        self._looked_up[name] = monotonic()
 
     # ---- who it is
 
-    async def authenticate(self, metadata: Mapping[str, str], allowance: Allowance) -> str:
-        """The caller's name, empty without credentials. Raises `Refusal` for wrong ones, and for too many of them."""
-        header = metadata.get("authorization", "")
-        if self._open or not header:
+    async def authenticate(self, metadata: Mapping[str, str], allowance: Allowance, public: bool) -> str:
+        """The caller's name; empty where there are no users, and without credentials for what is `public`.
+
+        Raises `Refusal` for wrong credentials, for too many of them, and for none.
+        """
+        if self._open:
             return ""
-        digest = hashlib.sha256(header.encode()).digest()
-        if (known := await self._remembered(digest)) is not None:
-            return known
+        header = metadata.get("authorization", "")
+        if not header:
+            if public:
+                return ""
+            raise access_denied()
+        name, password = _credentials(header)
+        if await self._is_remembered(name, password):
+            return name
         async with allowance.logging_in:
-            if (known := await self._remembered(digest)) is not None:
-                return known
+            if await self._is_remembered(name, password):
+                return name
             if allowance.failed_logins >= allowance.limits.failed_logins:
                 raise allowance.treasury.refusal("failed_logins", "Too many wrong passwords on this connection.")
-            name, password = _credentials(header)
-            user = await self._current(name)
-            if user is not None and self._bucket(name).empty:
-                raise allowance.treasury.refusal(
-                    "user_failed_logins", f"Too many wrong passwords for {shown(name)!r}: try again in some seconds."
-                )
-            if self._waiting >= _WAITING:
-                raise allowance.treasury.refusal("logins", "Too many passwords wait to be checked: try again.")
-            if not await self._right(user or _NOBODY, password):
-                allowance.failed_logins += 1
-                if user is not None:
-                    self._bucket(name).take()
+            right = await self._logins.check(await self._current(name), name, password, allowance)
+            # The user may have been disabled, or the password changed, while it waited for its turn.
+            if not right or not await self._is_remembered(name, password):
                 raise Refusal(Status.UNAUTHENTICATED, "Unauthenticated")
-        if len(self._known) >= _REMEMBERED:
-            self._known.clear()
-        self._known[digest] = name
         return name
 
-    async def _remembered(self, digest: bytes) -> str | None:
-        """The user of a header that was right before, unless the user was changed since."""
-        name = self._known.get(digest)
-        if name is None:
-            return None
-        before = self._users.get(name)
+    async def _is_remembered(self, name: str, password: str) -> bool:
+        """Whether the password was right before, and the user was not changed since."""
         user = await self._current(name)
-        if user is None or before is None or user.hashed != before.hashed:
-            self._known = {key: other for key, other in self._known.items() if other != name}
-            return None
-        return name
-
-    def _bucket(self, name: str) -> Bucket:
-        return self._failed.setdefault(name, Bucket(self._user_failures))
-
-    async def _right(self, user: _User, password: str) -> bool:
-        self._waiting += 1
-        try:
-            async with self._hashing:
-                return await asyncio.to_thread(user.has, password)
-        finally:
-            self._waiting -= 1
+        return user is not None and self._logins.remembers(user, password)
 
     # ---- what it may
 
@@ -227,9 +184,14 @@ class Access:
 
     async def check(self, user: str, operation: str, stream: str) -> None:
         """Whether the user may; `operation` is `$r`, `$w` or `$d`, as access lists name them. Raises `Refusal`."""
-        if self._open and not closed(operation, stream):
+        if closed(operation, stream):
+            raise access_denied()
+        if self._open:
+            # An event there may name another identity, and nobody is an administrator here. A tombstone answers itself.
+            if operation == "$w" and stream == IDENTITY and await self._store.look(last_version, stream) < MAX_VERSION:
+                raise access_denied()
             return
-        roles = {"$all"} if self._open else self._roles(user)
+        roles = self._roles(user)
         if ADMINS in roles:
             return
         if not await self._store.look(permitted, roles, operation, stream):
@@ -261,3 +223,13 @@ def _credentials(header: str) -> tuple[str, str]:
     except (binascii.Error, UnicodeDecodeError):
         return "", ""
     return (name, password) if scheme.lower() == "basic" else ("", "")
+
+
+def _user_of(name: str, document: Mapping[str, object]) -> User:
+    """A user from the log. Raises `ValueError` for one who cannot log in."""
+    salt, digest = (base64.b64decode(str(document.get(key, "")), validate=True) for key in ("salt", "hash"))
+    if not salt or not digest:
+        raise ValueError("it has no salt or no hash")
+    groups = document.get("groups")
+    named = tuple(map(str, groups)) if isinstance(groups, list) else ()
+    return User(name, named, salt, digest, disabled=document.get("disabled") is True)

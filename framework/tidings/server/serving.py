@@ -22,12 +22,17 @@ from tidings.server.budgets import Limits, Treasury
 from tidings.server.certificates import generated_certificate, is_loopback, tls_context
 from tidings.server.cluster import Cluster
 from tidings.server.connections import Connections
+from tidings.server.disk import watch_disk
+from tidings.server.door import SHARE, Door
 from tidings.server.group_service import PersistentSubscriptions
+from tidings.server.http1 import Site
 from tidings.server.http2 import Connection
 from tidings.server.log import ServedLog
 from tidings.server.permissions import ADMINS, IDENTITY
 from tidings.server.projections import Projections
+from tidings.server.records import Records
 from tidings.server.refusals import Refusal, Status
+from tidings.server.releases import EVENTSTOREDB, release_of
 from tidings.server.security import DEFAULT_PASSWORD, Access
 from tidings.server.streams import Streams
 from tidings.stores.sqlite.log import now
@@ -36,8 +41,6 @@ from tidings.stores.sqlite.store import SqliteStore, open_sqlite
 __all__ = ["DEFAULT_PORT", "EventStoreServer"]
 
 DEFAULT_PORT: Final = 2113
-STRIDE: Final = 8
-"""Distance of positions: as in EventStoreDB, where they are places in a file, the next number is not one."""
 OWN_FILES: Final = 128
 """Files that the server itself may have open."""
 GRACE: Final = 2.0
@@ -58,7 +61,8 @@ class EventStoreServer:
     start; without it they begin when somebody reads one of their streams. `strict` leaves out what is kinder than
     EventStoreDB: there, and then here, an append that is repeated while its first copy is being written is dropped, and
     answered with a time-out after two seconds. `services` are the users that may read `$all` as relays and services
-    must, without being administrators. `limits` are what clients may cost.
+    must, without being administrators. `limits` are what clients may cost. `release` is the server whose answers it
+    gives: "eventstoredb-24.2" or "kurrentdb-26.1".
 
     Raises `ConfigurationError` for options that do not go together and for an address that cannot be had, and
     `StoreUnavailable`, for a database that another server has too.
@@ -80,7 +84,11 @@ class EventStoreServer:
         strict: bool = False,
         services: Collection[str] = (),
         limits: Limits | None = None,
+        release: str = EVENTSTOREDB.name,
     ) -> None:
+        self._release = release_of(release)
+        limits = limits or self._release.limits
+        self._release.check(limits)
         self._db = None if db is None else str(db)
         self.host = host
         self.port = port
@@ -94,7 +102,7 @@ class EventStoreServer:
         self._projections = projections
         self._strict = strict
         self._services = frozenset(services)
-        self._connections = Connections(Treasury(_affordable(limits or Limits())))
+        self._connections = Connections(Treasury(_affordable(limits), users=self._tls))
         self._idle = asyncio.Event()
         self._started = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -172,7 +180,13 @@ class EventStoreServer:
             # Before the log is opened: what cannot listen leaves no trace. Who connects already is served in a moment.
             listening = stack.enter_context(listening_at(self.host, self.port, "the server"))
             self.port = listening.getsockname()[1]
-            store = await open_sqlite(url, remember_ids=self._remember_ids, stride=STRIDE)
+            store = await open_sqlite(
+                url,
+                remember_ids=self._remember_ids,
+                first_streams=True,
+                stride=self._release.stride,
+                limit=self._release.whole,
+            )
             stack.push_async_callback(store.close)
             await _begin_log(store)
             access = await self._access(store)
@@ -183,28 +197,34 @@ class EventStoreServer:
                 await projections.load(start=self._projections)
                 subscriptions = PersistentSubscriptions(store, log, access, projections.wanted, tasks)
                 await subscriptions.load()
+                strict, release = self._strict, self._release
                 methods = [
-                    *Streams(store, log, access, projections.wanted, strict=self._strict).methods(),
+                    *Streams(store, log, access, projections.wanted, strict=strict, release=release).methods(),
+                    *(Records(store, access, release).methods() if release.appends_records else ()),
                     *subscriptions.methods(),
                     *projections.methods(),
                 ]
                 by_path = {method.path: method for method in methods}
-                loop = asyncio.get_running_loop()
-                looking = tasks.create_task(self._connections.run())
-                server = await loop.create_server(
-                    lambda: Connection(by_path, access.authenticate, tasks, self._connections, self._idle.set),
-                    sock=listening,
-                    ssl=context,
-                    ssl_handshake_timeout=self.treasury.limits.handshake_seconds if context else None,
-                )
+                looking = [tasks.create_task(self._connections.run()), tasks.create_task(watch_disk(store))]
+
+                site = Site(release, users=self._tls)
+
+                def connection() -> Connection:
+                    return Connection(by_path, access.authenticate, tasks, self._connections, self._idle.set, site)
+
+                accepting = tasks.create_task(Door(listening, context, connection, self.treasury).run())
                 name = "localhost" if is_loopback(self.host) else self.host
-                by_path |= {method.path: method for method in Cluster(name, self.port, methods, access).methods()}
-                stack.callback(server.close)
+                by_path |= {
+                    method.path: method for method in Cluster(name, self.port, methods, access, release).methods()
+                }
                 self._started.set()
                 await self._stopping.wait()
-                server.close()
+                accepting.cancel()
+                await asyncio.wait([accepting])
+                listening.close()
                 await self._drain()
-                looking.cancel()
+                for task in looking:
+                    task.cancel()
                 await subscriptions.stop()
                 await projections.stop()
 
@@ -250,8 +270,9 @@ class EventStoreServer:
 async def _begin_log(store: SqliteStore) -> None:
     """A log of EventStoreDB begins with an event of its own, and its clients' tests look for one. The log's identity is
     the administrators'."""
-    if (await store.get_metadata("$scavenges")).version < 0:
-        await store.set_metadata("$scavenges", {"$maxAge": 2_592_000})
+    with suppress(StreamDeleted):
+        if (await store.get_metadata("$scavenges")).version < 0:
+            await store.set_metadata("$scavenges", {"$maxAge": 2_592_000})
     with suppress(StreamDeleted):
         if (await store.get_metadata(IDENTITY)).version < 0:
             admins = {"$acl": {"$r": "$all", "$w": [ADMINS], "$d": [ADMINS], "$mr": "$all", "$mw": [ADMINS]}}
@@ -290,4 +311,5 @@ def _affordable(limits: Limits) -> Limits:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if most == resource.RLIM_INFINITY:
         return limits
-    return replace(limits, connections=min(limits.connections, max(most - OWN_FILES, most // 2, 1)))
+    room = max(most - OWN_FILES, most // 2) * SHARE // (SHARE + 1)  # some more are shaking hands
+    return replace(limits, connections=min(limits.connections, max(room, 1)))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
-from tidings.errors import EventTooLarge, WrongExpectedVersion
+from tidings.errors import WrongExpectedVersion
 from tidings.server.batches import UnderWay, batch_append
 from tidings.server.calls import Call, Method, Send
 from tidings.server.group_settings import ALL
 from tidings.server.log import ServedLog
+from tidings.server.pages import Pages
 from tidings.server.protocol import shared, streams
 from tidings.server.reads import read_all, read_stream
-from tidings.server.refusals import invalid_argument, thrown, too_large, wrong_version
+from tidings.server.refusals import invalid_argument, let_go, thrown, too_large, wrong_version
+from tidings.server.releases import EVENTSTOREDB, Release
 from tidings.server.security import Access
 from tidings.server.subscriptions import follow_all, follow_stream
-from tidings.server.wire import encoder, event_data, expected_code, expected_version, stream_name
-from tidings.stores import ANY, APPEND_LIMIT, NO_STREAM, OCTETS, STREAM_EXISTS, Appended, EventData, Expected
+from tidings.server.wire import cost_of, encoder, event_data, expected_code, expected_version, stream_name, written_name
+from tidings.stores import ANY, NO_STREAM, OCTETS, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.rules import METADATA, STREAM_DELETED
 from tidings.stores.sqlite.store import SqliteStore
-from tidings.stores.sqlite.writer import Kind
+from tidings.stores.table import Kind
 
 __all__ = ["Streams", "Wanted"]
 
@@ -34,13 +37,21 @@ class Streams:
     """The service on one log."""
 
     def __init__(
-        self, store: SqliteStore, log: ServedLog, access: Access, wanted: Wanted, *, strict: bool = False
+        self,
+        store: SqliteStore,
+        log: ServedLog,
+        access: Access,
+        wanted: Wanted,
+        *,
+        strict: bool = False,
+        release: Release = EVENTSTOREDB,
     ) -> None:
         self._store = store
         self._log = log
         self._access = access
         self._wanted = wanted
         self._under_way = UnderWay() if strict else None
+        self._release = release
 
     def methods(self) -> list[Method]:
         return [
@@ -68,56 +79,63 @@ class Streams:
         await self._access.check(call.user, "$r", stream)
         reader = self._access.reader(call.user)
         await self._wanted(stream, options.resolve_links)
+        pages = Pages(call.charge)
         if kind == ("stream", "count"):
-            await read_stream(self._log, options, encode, send, reader)
+            await read_stream(self._log, options, encode, send, reader, pages)
         elif kind == ("all", "count"):
-            await read_all(self._log, options, encode, send, reader)
+            await read_all(self._log, options, encode, send, reader, pages)
         elif backwards:
             raise invalid_argument(f"The combination of {(*kind, options.read_direction, filtered)} is invalid.")
         else:
             follow = follow_stream if kind[0] == "stream" else follow_all
-            await follow(self._log, options, encode, send, reader)
+            await follow(self._log, options, encode, send, reader, pages)
 
     # ---- writing
 
     async def append(self, requests: AsyncIterator[Any], call: Call) -> Any:
         options = None
         events: list[EventData] = []
-        size = 0
+        release = self._release
+        size = data = 0
         async for request in requests:
             content = request.WhichOneof("content")
             if options is None:
                 if content != "options":
                     raise thrown()
                 options = request.options
-                await self._access.check(call.user, "$w", stream_name(options.stream_identifier))
+                await self._access.check(call.user, "$w", written_name(options.stream_identifier))
             elif content != "proposed_message":
                 raise thrown()
             else:
                 event = event_data(request.proposed_message)
-                size += event.size
-                if size > APPEND_LIMIT:
-                    raise too_large()
+                size += cost_of(event)
+                data += len(event.data)
+                if data > release.data:
+                    raise too_large(release.data)
+                if size > release.whole:
+                    raise too_large(release.whole, whole=True)
                 if call.charge is not None:
-                    call.charge.take(event.size)  # until the call ends
+                    await call.charge.wait_for(cost_of(event))  # until the call ends
                 events.append(event)
         if options is None:
             raise thrown()
         stream, expected = stream_name(options.stream_identifier), expected_version(options)
         before = self._store.heard
         try:
-            appended = await self._store.begin(Kind.APPEND, stream, events, expected)
+            outcome = self._store.begin(Kind.APPEND, stream, events, expected)
+            if call.charge is not None:
+                call.charge.until(outcome, size)
+            appended = await asyncio.shield(outcome)  # it is written, whether or not its client waits for that
         except WrongExpectedVersion as error:
+            let_go(error)
             return _refused(expected, error.actual)
-        except EventTooLarge:
-            raise too_large() from None
         # EventStoreDB does not say where a repeated event is when nobody can read it any more.
         hidden = bool(events) and appended.position <= before
         hidden = hidden and not await self._log.is_readable(stream, appended.version)
         return _accepted(appended, hidden)
 
     async def batch_append(self, requests: AsyncIterator[Any], call: Call, send: Send) -> None:
-        await batch_append(self._log, self._access, call, requests, send, self._under_way)
+        await batch_append(self._log, self._access, call, requests, send, self._release, self._under_way)
 
     async def delete(self, request: Any, call: Call) -> Any:
         appended = await self._close(call, request.options, Kind.DELETE, EventData(METADATA, b""))
@@ -131,7 +149,7 @@ class Streams:
         return streams.TombstoneResp(position=position)
 
     async def _close(self, call: Call, options: Any, kind: Kind, event: EventData) -> Appended:
-        stream, expected = stream_name(options.stream_identifier), expected_version(options)
+        stream, expected = written_name(options.stream_identifier), expected_version(options)
         await self._access.check(call.user, "$d", stream)
         try:
             return await self._store.begin(kind, stream, [event], expected)

@@ -6,6 +6,8 @@ A subscriber that does not read on costs two pieces of history at most: the one 
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +15,7 @@ from tidings.errors import StreamDeleted
 from tidings.server.calls import Send
 from tidings.server.filters import choice_of
 from tidings.server.log import Batch, ServedLog
+from tidings.server.pages import Pages
 from tidings.server.permissions import Reader
 from tidings.server.protocol import packed, streams
 from tidings.server.refusals import invalid_argument, stream_deleted
@@ -44,7 +47,9 @@ def _checkpoint(position: int) -> bytes:
     return packed(streams.ReadResp(checkpoint=checkpoint))
 
 
-async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
+async def follow_stream(
+    log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None, pages: Pages
+) -> None:
     """One stream behind a revision, exclusive. A missing or softly deleted one is waited for."""
     wanted = options.stream
     stream = stream_name(wanted.stream_identifier)
@@ -58,11 +63,14 @@ async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send
             after = {"end": last, "revision": min(wanted.revision, MAX_VERSION)}.get(start or "", -1)
             history = True
             # Asked for once before the confirmation: a stream that is closed refuses instead of confirming.
-            events, piece = await log.follow(stream, after, history, options.resolve_links, reader)
+            look = partial(log.follow, stream, resolve=options.resolve_links, reader=reader)
+            events, piece = await pages.read(partial(look, after=after, history=history), itemgetter(0))
             await send([_confirmation()])
             while True:
                 if events:
                     await send([encode(event) for event in events])
+                events.clear()
+                pages.sent()
                 if piece.version == MAX_VERSION:
                     raise StreamDeleted(stream)
                 after = piece.version
@@ -71,14 +79,16 @@ async def follow_stream(log: ServedLog, options: Any, encode: Encode, send: Send
                         history = False
                         await send([_caught_up()])
                     await log.touched(stream, piece.reached)
-                events, piece = await log.follow(stream, after, history, options.resolve_links, reader)
+                events, piece = await pages.read(partial(look, after=after, history=history), itemgetter(0))
         except StreamDeleted:
             raise stream_deleted(stream) from None
     finally:
         log.store.watch(-1)
 
 
-async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None) -> None:
+async def follow_all(
+    log: ServedLog, options: Any, encode: Encode, send: Send, reader: Reader | None, pages: Pages
+) -> None:
     """The whole log behind a position, exclusive.
 
     A position between two events is confirmed and then refused. With a filter, checkpoints say how far it was looked:
@@ -104,7 +114,7 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send, r
             raise invalid_argument(f"Position {position} is not that of an event.")
         counted, told = 0, NOTHING_TOLD
         looked = _Looked(after, window)
-        pieces = log.history(choice, options.resolve_links, after=after, count=PAGE, reader=reader)
+        pieces = log.history(choice, options.resolve_links, after=after, count=PAGE, reader=reader, pages=pages)
         async with aclosing(pieces) as history:
             async for batch in history:
                 looked.over(batch)
@@ -114,15 +124,22 @@ async def follow_all(log: ServedLog, options: Any, encode: Encode, send: Send, r
                         told, counted = looked.upto, 0
                         answers.append(_checkpoint(told))
                     answers.append(_caught_up())
+                reached, end = batch.reached, batch.end
+                del batch  # who waits for what comes next keeps nothing of what came before
                 if answers:
                     await send(answers)
+                pages.sent()
         while True:
-            if batch.end:
-                await log.store.beyond(batch.reached)
-            batch = await log.news(choice, options.resolve_links, batch.reached, reader)
+            if end:
+                await log.store.beyond(reached)
+            look = partial(log.news, choice, options.resolve_links, reached, reader)
+            batch = await pages.read(look, attrgetter("events"))
             answers, counted, told = _answers(batch, encode, interval, counted, told)
+            reached, end = batch.reached, batch.end
+            del batch
             if answers:
                 await send(answers)
+            pages.sent()
     finally:
         log.store.watch(-1)
 

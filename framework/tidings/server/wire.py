@@ -7,20 +7,25 @@ from typing import Any, Final
 from uuid import UUID
 
 from tidings.server.protocol import packed, persistent, shared, streams
-from tidings.server.refusals import missing_metadata, thrown
+from tidings.server.refusals import invalid_argument, missing_metadata, shown, thrown
 from tidings.stores import ANY, JSON, NO_STREAM, OCTETS, STREAM_EXISTS, EventData, Expected, RecordedEvent, StreamState
 from tidings.stores.rules import MAX_VERSION
 
 __all__ = [
     "Malformed",
+    "NAME",
+    "OVERHEAD",
     "Resolved",
+    "check_length",
     "encoder",
+    "cost_of",
     "event_data",
     "expected_code",
     "expected_version",
     "group_encoder",
     "stream_name",
     "uuid_of",
+    "written_name",
 ]
 
 Resolved = tuple[RecordedEvent | None, RecordedEvent | None]
@@ -33,6 +38,11 @@ class Malformed(ValueError):
 
 # ---- requests ----------------------------------------------------------------------
 
+NAME: Final = 1024
+"""Bytes of the name of a stream that is written, without the `$$` of its metadata's."""
+OVERHEAD: Final = 512
+"""Bytes that an event takes beside its data, metadata and type."""
+
 
 def stream_name(identifier: shared.StreamIdentifier) -> str:
     """Raises `Malformed` for an empty name and for bytes that are no UTF-8."""
@@ -42,6 +52,20 @@ def stream_name(identifier: shared.StreamIdentifier) -> str:
         return identifier.stream_name.decode()
     except UnicodeDecodeError:
         raise Malformed("The stream name is not valid UTF-8.") from None
+
+
+def written_name(identifier: shared.StreamIdentifier) -> str:
+    """As `stream_name`, of a stream that is to be written. Raises `Refusal` for a name that is too long."""
+    name = stream_name(identifier)
+    check_length(name)
+    return name
+
+
+def check_length(name: str) -> None:
+    """Raise `Refusal` for the name of a stream that is too long to be written: every event of it repeats its name."""
+    size = len(name.removeprefix("$$").encode("utf-8", "replace"))
+    if size > NAME:
+        raise invalid_argument(f"The name of stream '{shown(name)}' has {size} bytes, and {NAME} is the most.")
 
 
 def uuid_of(value: shared.UUID) -> UUID:
@@ -95,14 +119,17 @@ def event_data(proposed: Any) -> EventData:
     return EventData(type_, proposed.data, proposed.custom_metadata, content_type, id_)
 
 
+def cost_of(event: EventData) -> int:
+    """Return the bytes that an event counts for: an event without data takes memory, too."""
+    return event.size + OVERHEAD
+
+
 # ---- answers -----------------------------------------------------------------------
 
 Encode = Callable[[Resolved], bytes]
 
 REUSED_BYTES: Final = 64 * 1024
 """Bytes of events after which the message that answers are made in is replaced by a new one."""
-OVERHEAD: Final = 512
-"""Bytes that an event takes in such a message, beside its data and metadata."""
 
 
 def _filler(structured: bool) -> Callable[[Any, RecordedEvent], None]:

@@ -241,6 +241,8 @@ class EventStore(Protocol):
     ) -> AsyncIterator[RecordedEvent]:
         """Yield events of the whole log above position `after` in order; backwards, from the end of the log down to it.
 
+        No event need be at `after`. If none is, EventStoreDB's server cannot begin there, and the reader first looks
+        from the end of the log for the event below it.
         Ends at the end of the log as it is when the reader gets there. `limit` counts matching events.
         """
         ...
@@ -256,7 +258,11 @@ class EventStore(Protocol):
         ...
 
     async def head(self) -> int:
-        """Return the position of the last event in the log, -1 for an empty one."""
+        """Return the position of the last event in the log, -1 for an empty one.
+
+        A reading that begins after the answer finds everything up to it. Services rely on this: they take what they do
+        not find for removed. So a store of several replicas answers both from the same one, or from its leader.
+        """
         ...
 
     async def log_id(self) -> UUID:

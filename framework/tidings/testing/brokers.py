@@ -3,7 +3,8 @@
 `rabbitmq_for_tests()` looks for `TIDINGS_TEST_AMQP` (a URL; tests share its vhost and take turns), an installed
 `rabbitmq-server` (started by `deploy/local/rabbitmq`, the script that users run, which the wheel has, too), and Docker
 (through testcontainers, where an engine answers). Without any of them, tests are skipped with the reason; with
-`CI=true` they fail.
+`CI=true` they fail. `TIDINGS_TEST_RABBITMQ_RELEASE=13` asks for the RabbitMQ of that Debian instead of the installed
+one: `deploy/local/rabbitmq` says what that needs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -96,7 +99,7 @@ class RabbitMQNode(LocalServer):
                 await asyncio.to_thread(self.delete_vhost, url)
 
     def _size(self) -> list[str]:
-        return [f"--nodes={self._nodes}"]
+        return [f"--nodes={self._nodes}", *_release()]
 
 
 class RabbitMQCluster(RabbitMQNode):
@@ -257,18 +260,40 @@ def _container() -> Any:
     return RabbitMqContainer("rabbitmq:3.13").start() if docker_answers() else None
 
 
+def _release() -> list[str]:
+    """Return the options of `deploy/local/rabbitmq` that say of which Debian the RabbitMQ is."""
+    release = os.environ.get("TIDINGS_TEST_RABBITMQ_RELEASE")
+    return [f"--release={release}"] if release else []
+
+
 def _installed() -> bool:
+    if release := _release():
+        _install(release)
+        return True
     found = shutil.which("rabbitmq-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     return found is not None and script_of("rabbitmq") is not None
 
 
+def _install(release: Sequence[str]) -> None:
+    """Make what the RabbitMQ of another Debian runs from, unless it is there (a minute or two, once). Skips (in CI:
+    fails) where that cannot be done, and never takes another RabbitMQ instead."""
+    script = script_of("rabbitmq")
+    if script is None:
+        missing("no RabbitMQ for tests: Tidings is not installed completely: install it again")
+    command = [sys.executable, str(script), "install", *release]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        missing(f"no RabbitMQ for tests: {done.stderr.strip()} (asked for by TIDINGS_TEST_RABBITMQ_RELEASE)")
+
+
 @contextmanager
-def rabbitmq_for_tests() -> Iterator[RabbitMQ]:
-    """Yield the broker that a test session shares. Without one, tests that ask for it are skipped (in CI: fail)."""
+def rabbitmq_for_tests(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQ]:
+    """Yield the broker that a test session shares. Without one, tests that ask for it are skipped (in CI: fail).
+    `settings` are for one that is started from an installed RabbitMQ."""
     if named := os.environ.get("TIDINGS_TEST_AMQP"):
         yield _Named(named)
     elif _installed():
-        with RabbitMQNode() as node:
+        with RabbitMQNode(settings) as node:
             yield node
     elif (container := _container()) is not None:
         try:

@@ -21,12 +21,23 @@ from uuid import UUID, uuid4
 import pytest
 
 from tidings.buses import Consumer, Delivery, EventBus, Found, Publisher, Subscription
-from tidings.errors import BusUnavailable, TopologyMismatch, Unroutable
+from tidings.errors import BusUnavailable, QueueRefused, TopologyMismatch, Unroutable
 from tidings.protocol.message import Marker, Message, decode, encode
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
+from tidings.protocol.seal import Seal
 from tidings.stores import RecordedEvent
 
-__all__ = ["LOG", "BusConformance", "BusEnvironment", "event", "events", "send_all", "take"]
+__all__ = [
+    "LOG",
+    "BusConformance",
+    "BusEnvironment",
+    "RefusingBusConformance",
+    "RefusingBusEnvironment",
+    "event",
+    "events",
+    "send_all",
+    "take",
+]
 
 LOG: Final = UUID("6f9d2c5e-0000-4000-8000-000000000001")
 WINDOW: Final = 256
@@ -53,6 +64,14 @@ class BusEnvironment(Protocol):
 
     async def occupy(self, name: str) -> None:
         """Create a queue of that name with other properties than Tidings needs."""
+        ...
+
+
+class RefusingBusEnvironment(BusEnvironment, Protocol):
+    """The environment of a bus whose queues may refuse messages, because they are full or have no leader."""
+
+    async def refuse(self, name: str) -> None:
+        """Create a queue of that name, get it every message, and let it refuse each."""
         ...
 
 
@@ -268,6 +287,24 @@ class BusConformance:
             received = (await take(consumer, 1))[0].message
         assert decode(received) == decode(message)
         assert received.correlation_id == "c-1"
+
+    @pytest.mark.parametrize("length", [10, 255, 256])
+    async def test_what_a_seal_covers_arrives_as_it_was_sealed(
+        self, bus: EventBus, inventory: Subscription, length: int
+    ) -> None:
+        seal, kind = Seal([secrets.token_bytes(32)]), "é" * length
+        record = decode(event(1, metadata=b'{"n": 1}')).event._replace(type=kind)
+        sealed = [
+            encode(record, log=LOG, previous=0, bucket=bucket_of("order-1"), seal=seal),
+            Marker(LOG, 7, 3, {0: 5}).encode(seal),
+        ]
+        async with bus.publisher() as publisher:
+            await send_all(publisher, sealed)
+        async with bus.consume(inventory) as consumer:
+            for delivery in await take(consumer, len(sealed)):
+                came = delivery.message
+                assert seal.holds(came.type, came.content_type, came.headers, came.body)
+                assert not seal.holds(came.type, came.content_type, came.headers, came.body + b" ")
 
     @pytest.mark.parametrize("length", [255, 256, 1_000])
     async def test_long_properties_arrive_whole_or_not_at_all(
@@ -688,3 +725,40 @@ class BusConformance:
             await other.close()
             with pytest.raises(BusUnavailable):
                 await other.inspect([])
+
+
+class RefusingBusConformance(BusConformance):
+    """The suite of a bus whose queues may refuse messages. `environment` is a `RefusingBusEnvironment`."""
+
+    @pytest.fixture
+    async def refusing(self, bus: EventBus, environment: RefusingBusEnvironment) -> AsyncIterator[str]:
+        """A queue that takes nothing."""
+        name = f"refusing-{secrets.token_hex(4)}"
+        await bus.provision()
+        await environment.refuse(name)
+        yield name
+        await environment.delete_queue(name)
+
+    async def test_what_a_queue_refuses_reaches_every_other(
+        self, bus: EventBus, inventory: Subscription, billing: Subscription, refusing: str
+    ) -> None:
+        messages = events(WINDOW)
+        async with bus.publisher() as publisher, asyncio.timeout(PATIENCE):
+            begun = [await publisher.begin(message) for message in messages]
+            outcomes = await asyncio.gather(*begun, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [QueueRefused] * WINDOW
+        for service in (inventory, billing):
+            async with bus.consume(service) as consumer:
+                assert [delivery.message for delivery in await take(consumer, WINDOW)] == messages
+
+    async def test_a_publisher_goes_on_after_a_refusal(
+        self, bus: EventBus, environment: BusEnvironment, inventory: Subscription, refusing: str
+    ) -> None:
+        marker, message = Marker(LOG, 7, 3, {0: 5}).encode(), event(1)
+        async with bus.publisher() as publisher, asyncio.timeout(PATIENCE):
+            with pytest.raises(QueueRefused):
+                await publisher.send(marker)
+            await environment.delete_queue(refusing)
+            await publisher.send(message)
+        async with bus.consume(inventory) as consumer:
+            assert [delivery.message for delivery in await take(consumer, 2)] == [marker, message]

@@ -34,6 +34,7 @@ from tidings.errors import (
 )
 from tidings.stores import (
     ANY,
+    APPEND_LIMIT,
     EVERYTHING,
     NO_STREAM,
     OCTETS,
@@ -227,6 +228,13 @@ class StoreConformance:
         with pytest.raises(StreamNotFound):
             await read(store, stream)
 
+    async def test_the_version_of_a_stream_without_events_may_be_expected(self, store: EventStore, stream: str) -> None:
+        version = (await store.append(stream, [])).version
+        assert (await store.append(stream, events(0), expected=version)).version == 0
+        with pytest.raises(WrongExpectedVersion) as refused:
+            await store.append(stream, events(1), expected=version)
+        assert refused.value.expected == "no stream", "it is said as if NO_STREAM had been expected"
+
     async def test_an_empty_append_checks_the_expected_version(self, store: EventStore, stream: str) -> None:
         await store.append(stream, events(0), expected=NO_STREAM)
         assert (await store.append(stream, [], expected=0)).version == 0
@@ -234,12 +242,23 @@ class StoreConformance:
         await self.refused(store, stream, [], NO_STREAM, 0)
         assert await read(store, stream) == [(0, 0)]
 
+    async def limit(self, store: EventStore) -> int:
+        """Return the bytes of an append that the store takes, learnt from a refusal: a server's limit is a setting."""
+        for size in (APPEND_LIMIT + 1, 16 * APPEND_LIMIT + 1, 256 * APPEND_LIMIT + 1):
+            try:
+                await store.append(f"limit-{uuid4().hex}", [EventData("Big", b"x" * size)], expected=NO_STREAM)
+            except EventTooLarge as refusal:
+                return refusal.limit
+        raise AssertionError("the store has no limit that it names")
+
     async def test_an_append_just_under_the_limit_is_taken(self, store: EventStore, stream: str) -> None:
-        await store.append(stream, [EventData("Big", b"x" * 1_000_000)], expected=NO_STREAM)
-        assert [len(found.data) async for found in store.read_stream(stream)] == [1_000_000]
+        size = await self.limit(store) * 95 // 100
+        await store.append(stream, [EventData("Big", b"x" * size)], expected=NO_STREAM)
+        assert [len(found.data) async for found in store.read_stream(stream)] == [size]
 
     async def test_an_append_over_the_limit_is_refused_whole(self, store: EventStore, stream: str) -> None:
-        for sizes in ((1_100_000,), (600_000, 600_000)):
+        limit = await self.limit(store)
+        for sizes in ((limit + 100_000,), (limit * 6 // 10, limit * 6 // 10)):
             with pytest.raises(EventTooLarge) as refusal:
                 await store.append(stream, [EventData("Big", b"x" * size) for size in sizes], expected=NO_STREAM)
             assert refusal.value.size > refusal.value.limit
@@ -415,6 +434,16 @@ class StoreConformance:
         assert numbers([found async for found in store.read_all(after=at, filter=own, backwards=True)]) == [4, 3]
         assert numbers([found async for found in store.read_all(after=at, filter=own, limit=1)]) == [3]
         assert numbers([found async for found in store.read_all(after=at, filter=own, limit=1, backwards=True)]) == [4]
+
+    async def test_reading_all_begins_behind_a_position_without_event(self, store: EventStore, stream: str) -> None:
+        await store.append(stream, events(0))
+        await store.append(stream, events(1, 2, 3))
+        at = [found.position async for found in store.read_stream(stream)]
+        own = Filter(stream_prefixes=(stream,))
+        for n in range(4):
+            for limit in (None, 1):
+                found = [found async for found in store.read_all(after=at[n] - 1, filter=own, limit=limit)]
+                assert numbers(found) == list(range(n, 4))[:limit]
 
     async def test_reading_all_behind_the_last_position_is_empty(self, store: EventStore, stream: str) -> None:
         await store.append(stream, events(0))

@@ -146,7 +146,7 @@ async def disturb(scene: Scene, traffic: Traffic, screen: Screen, clock: Callabl
     """Run one act after the other while orders arrive. Raises `TimeoutError` if a fault had no effect, and `NotReady`.
 
     Some invoices arrive right before each act, so that their events are in flight, and as many during it; then they
-    trickle in until everything is ready again.
+    trickle in until everything is ready again, as long as enough are left for the acts to come.
     """
     some = traffic.total // (3 * len(ACTS))
     for number, act in enumerate(ACTS, 1):
@@ -154,9 +154,9 @@ async def disturb(scene: Scene, traffic: Traffic, screen: Screen, clock: Callabl
         await traffic.reached(traffic.limit)
         screen.line(f"\n{number}. {act.title}, with {traffic.done} of {traffic.total} invoices taken in.")
         await traffic.go_on(traffic.limit + some)
-        began = clock()
+        began, kept = clock(), 3 * some * (len(ACTS) - number)
         try:
-            async with asyncio.timeout(WITHIN), beside(_trickle(traffic)):
+            async with asyncio.timeout(WITHIN), beside(_trickle(traffic, traffic.total - kept)):
                 async for sentence in act.happen(scene, traffic):
                     screen.line(f"   {sentence}")
                 await scene.ready()
@@ -166,7 +166,8 @@ async def disturb(scene: Scene, traffic: Traffic, screen: Screen, clock: Callabl
         await traffic.reached(traffic.limit)
 
 
-async def _trickle(traffic: Traffic) -> None:
+async def _trickle(traffic: Traffic, upto: int) -> None:
     while True:
         await asyncio.sleep(TRICKLE)
-        await traffic.go_on(traffic.limit + 1)
+        if traffic.limit < upto:
+            await traffic.go_on(traffic.limit + 1)

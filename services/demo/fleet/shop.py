@@ -4,15 +4,16 @@ answer."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from uuid import uuid5
 
 import httpx
 
 from services.demo.shop import REASON, Purchase
-from services.order.api import KEYS
+from services.order.events import OrderCreated
+from tidings import RecordedEvent, wire_name
 
 __all__ = ["OverHttp", "ShopFailed", "over_http"]
 
@@ -33,17 +34,19 @@ class OverHttp:
         self._client = client
         self._patience = patience
         self._numbers: dict[str, str] = {}
+        """Order's id to the number of its invoice."""
+        self._ids: dict[str, str] = {}
+        """The other way round."""
         self.answered = 0
         """Orders that the API accepted."""
         self.asked_again = 0
         """Requests that were lost or refused for the moment, and repeated."""
 
     async def place(self, purchase: Purchase) -> bool:
-        """See `Shop.place`. The invoice number is the Idempotency-Key, from which the order's id is made. Always True,
-        because the API answers a repeated request like the first one. Raises `ShopFailed`.
+        """See `Shop.place`. The invoice number is the Idempotency-Key, and the correlation id of all that comes of the
+        order. Always True, because the API answers a repeated request like the first one. Raises `ShopFailed`.
         """
-        order_id = str(uuid5(KEYS, purchase.number))
-        self._numbers[order_id] = purchase.number
+        number = purchase.number
         document: dict[str, Any] = {
             "country": purchase.country,
             "placed_at": purchase.at.isoformat(),
@@ -51,21 +54,33 @@ class OverHttp:
         }
         if purchase.customer is not None:
             document["customer_id"] = purchase.customer
-        answer = await self._ask("/orders", document, {"Idempotency-Key": purchase.number})
-        if answer.status_code != 201 or answer.json()["id"] != order_id:
-            raise ShopFailed(f"invoice {purchase.number} was answered {answer.status_code}: {answer.text[:500]}")
+        answer = await self._ask("/orders", document, {"Idempotency-Key": number, "X-Correlation-ID": number})
+        order_id = answer.json().get("id") if answer.status_code == 201 else None
+        if not order_id or order_id != self._ids.setdefault(number, order_id):
+            raise ShopFailed(f"invoice {number} was answered {answer.status_code}: {answer.text[:500]}")
+        self._numbers[order_id] = number
         self.answered += 1
         return True
 
     async def cancel(self, number: str) -> None:
         """See `Shop.cancel`. Raises `ShopFailed`."""
-        answer = await self._ask(f"/orders/{uuid5(KEYS, number)}/cancel", {"reason": REASON}, {})
+        answer = await self._ask(f"/orders/{self.id_of(number)}/cancel", {"reason": REASON}, {})
         if answer.status_code not in (200, 409):  # 409: it has left already
             raise ShopFailed(f"cancelling {number} was answered {answer.status_code}: {answer.text[:500]}")
+
+    def hear(self, event: RecordedEvent) -> None:
+        """See `Shop.hear`. An order's correlation id is the number of its invoice."""
+        if event.type == wire_name(OrderCreated):
+            order_id, number = event.stream.partition("-")[2], str(json.loads(event.metadata)["$correlationId"])
+            self._numbers[order_id], self._ids[number] = number, order_id
 
     def number_of(self, order_id: str) -> str:
         """See `Shop.number_of`."""
         return self._numbers.get(order_id, "")
+
+    def id_of(self, number: str) -> str:
+        """Return the id of the order of an invoice that was placed here."""
+        return self._ids[number]
 
     async def _ask(self, path: str, document: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
         """Send a POST, and repeat it while there is no answer, or 503."""

@@ -197,6 +197,21 @@ def append_over_size_limit(p: Probe) -> Any:
 
 
 @case
+def size_limit_counts_data_only(p: Probe) -> Any:
+    limit, octets = 1_048_576, "application/octet-stream"
+    fits = p.event(data=b"x" * limit, content_type=octets, metadata=b"m" * 5_000)
+    over = p.event(data=b"x" * (limit + 1), content_type=octets)
+    return [p.append(p.stream(), fits, NO), p.append(p.stream("over"), over, NO)]
+
+
+@case
+def same_id_in_two_streams_is_remembered_for_the_first(p: Probe) -> Any:
+    e, a, b = p.event(1), p.stream("a"), p.stream("b")
+    answers = [p.append(stream, e, ANY) for stream in (a, b, a, b)]
+    return [*answers, len(p.read(a)["ok"]), len(p.read(b)["ok"])]
+
+
+@case
 def append_positions_increase(p: Probe) -> Any:
     a = [p.client.append_to_stream(p.stream(str(i % 3)), current_version=ANY, events=p.event(i)) for i in range(9)]
     return a == sorted(set(a))

@@ -8,8 +8,8 @@ from hypothesis.strategies import SearchStrategy
 
 from tests.typing.cases.domain import Order, Paid, Placed
 from tests.typing.cases.handlers import right
-from tidings import Context
-from tidings.testing import Decided, Emitted, Handling, RecordingContext, given
+from tidings import Context, Repository
+from tidings.testing import Decided, Emitted, Handling, RecordingContext, World, given
 from tidings.testing.brokers import RabbitMQ
 from tidings.testing.strategies import events
 
@@ -38,6 +38,16 @@ async def handlers() -> None:
     given().handling(right, Placed)  # mypy=arg-type pyright=reportArgumentType
     given().handling(right, PLACED).emits("paid")  # mypy=arg-type pyright=reportArgumentType
     given().handling(right, PLACED, attempt="2")  # mypy=arg-type pyright=reportArgumentType
+
+
+async def worlds(world: World, orders: Repository[Order]) -> None:
+    done = await world.change(orders, "1", Order.place, 250)
+    assert_type(done.aggregate, Order)
+    await world.change(orders, "1", Order.pay, by="cash")
+    await world.change(orders, "1", Order.place, 250, metadata={"actor": "me"})
+    await world.change(orders, "1", Order.place, "250")  # mypy=call-overload pyright=reportArgumentType
+    await world.change(orders, "1", Order.place)  # mypy=call-overload pyright=reportCallIssue
+    assert_type(world.events(of=Placed), list[Placed])
 
 
 def strategies() -> None:

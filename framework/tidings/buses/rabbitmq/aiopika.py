@@ -32,6 +32,7 @@ from tidings.buses.rabbitmq.client import (
     OnDelivery,
     Outcome,
     conclude,
+    version_of,
 )
 from tidings.buses.rabbitmq.content import Properties, pack, read, written
 
@@ -216,6 +217,7 @@ class AioPikaConnection:
         self._channels: set[AioPikaChannel] = set()
         self._reserved: dict[str, asyncio.Lock] = {}
         self.lost: ConnectionLost | None = None
+        self.version = version_of(self._underlay.server_properties)
         self._underlay.closing.add_done_callback(self._closing)
 
     @classmethod

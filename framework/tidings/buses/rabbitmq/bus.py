@@ -33,11 +33,20 @@ from tidings.buses.rabbitmq.client import (
 )
 from tidings.buses.rabbitmq.connection import Connection
 from tidings.buses.rabbitmq.content import Properties
-from tidings.buses.rabbitmq.management import listed_queues
+from tidings.buses.rabbitmq.management import foreign_bindings, limiting_policies, listed_queues
+from tidings.buses.rabbitmq.messages import message_of, properties_of
 from tidings.buses.rabbitmq.permissions import definitions, relay_user, service_user
 from tidings.buses.rabbitmq.tls import remedy_of
 from tidings.buses.rabbitmq.topology import EXCHANGE, LOCK, delete, inspect, provision, routing_key
-from tidings.errors import BusError, BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
+from tidings.errors import (
+    BusError,
+    BusUnavailable,
+    ConfigurationError,
+    PublishRejected,
+    QueueRefused,
+    TopologyMismatch,
+    Unroutable,
+)
 from tidings.protocol.message import BODY_LIMIT, Message
 
 if TYPE_CHECKING:
@@ -46,6 +55,10 @@ if TYPE_CHECKING:
 __all__ = ["RabbitMQBus", "open_rabbitmq"]
 
 _TOO_LARGE: Final = re.compile(r"message size (\d+) (?:is )?larger than (?:configured )?max size (\d+)")
+_LARGER: Final = (
+    f". Raise max_message_size in rabbitmq.conf to {BODY_LIMIT}, the most that an event has (RabbitMQ 4 allows it by "
+    "default), or keep what is large elsewhere and let the event name it"
+)
 _LOCK_POLL: Final = 1.0  # seconds, give or take a quarter
 _LOCK_HEARTBEAT: Final = 3
 """Seconds. RabbitMQ gives up a silent connection, and the lock that it holds, after two to three times the heartbeat:
@@ -72,7 +85,7 @@ class _Publisher:
             await channel.room()
         try:
             blame, key = partial(self._blame, message), routing_key(message.bucket)
-            return channel.publish(EXCHANGE, _properties(message), message.body, blame, routing_key=key)
+            return channel.publish(EXCHANGE, properties_of(message), message.body, blame, routing_key=key)
         except AmqpError as error:
             raise self._bus.unavailable(error) from error
         except (ValueError, TypeError) as error:
@@ -82,14 +95,12 @@ class _Publisher:
         """What the port says of a message that was not confirmed."""
         if end is Outcome.RETURNED:
             return Unroutable(EXCHANGE, message.message_id)
-        if not isinstance(end, AmqpError):  # for what the queue is, full or without a majority: any message's fate
-            return BusUnavailable(
-                f"negative confirm of message {message.message_id}: a queue could not take it. It is sent again; if it "
-                "repeats, the broker's log says which queue, and why."
-            )
+        if not isinstance(end, AmqpError):  # for what the queue is, full or without a leader: any message's fate
+            # The others have it, or will: the broker routes to each queue by itself, and answers at the first refusal.
+            return QueueRefused(self._bus.refusal)
         error: BusError
         if self._refused(end, message):
-            error = PublishRejected(message.message_id, end.text)
+            error = PublishRejected(message.message_id, end.text + (_LARGER if _TOO_LARGE.search(end.text) else ""))
         else:
             error = self._bus.unavailable(end)
         error.__cause__ = end
@@ -144,7 +155,7 @@ class _Consumer:
             self._wake()
 
     def _on_delivery(self, tag: int, properties: Properties | None, body: bytes) -> None:
-        self._arrived.append(Delivery(tag, _message(properties, body)))
+        self._arrived.append(Delivery(tag, message_of(properties, body)))
         self._wake()
 
     def _wake(self) -> None:
@@ -206,15 +217,34 @@ class RabbitMQBus:
         return [*map(relay_user, relays), *map(service_user, services)]
 
     def definitions(
-        self, services: Sequence[str], relays: Sequence[str], passwords: Mapping[str, str]
+        self, queues: Sequence[Subscription], relays: Sequence[str], passwords: Mapping[str, str]
     ) -> dict[str, Any]:
         """As `ExportsUsers` says, for `rabbitmqctl import_definitions`: with the exchanges, in this bus's vhost."""
-        return definitions(self._address.vhost, services, relays, passwords)
+        return definitions(self._address.vhost, queues, relays, passwords)
 
     async def listed_queues(self, management: str) -> list[Found]:
         """As `ListsQueues` says; `management` is `http://host:15672`, asked as the bus's user unless it names one."""
         address = self._address
         return await listed_queues(management, address.user, address.password, address.vhost)
+
+    async def foreign_bindings(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """As `ListsBindings` says; `management` as for `listed_queues`."""
+        address = self._address
+        return await foreign_bindings(management, address.user, address.password, address.vhost, subscriptions)
+
+    async def limiting_policies(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+        """As `ListsLimits` says: delivery limits. `management` as for `listed_queues`."""
+        address = self._address
+        return await limiting_policies(management, address.user, address.password, address.vhost, subscriptions)
+
+    @property
+    def bindings_unseen(self) -> str:
+        """As `ListsBindings` says."""
+        return (
+            f"AMQP lists no bindings: a queue bound to {EXCHANGE} that is no service's, or another exchange that is "
+            "bound to a service's queue, shows with --management http://host:15672, or with  rabbitmqctl list_bindings "
+            f"--vhost {self._address.vhost} source_name destination_name"
+        )
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:
@@ -247,6 +277,19 @@ class RabbitMQBus:
             # Leaving closes the connection, never the consumer alone: cancelling the active one lets the next begin
             # while this one's deliveries are unsettled. Settlements were written before, so the broker has them first.
 
+    @property
+    def refusal(self) -> str:
+        """Why a queue may have refused a message, and how to find out which one."""
+        vhost = self._address.vhost
+        return (
+            "a queue refuses messages. It is full and rejects more (overflow reject-publish, as an argument or by a "
+            "policy), or has no leader. "
+            f"Among the queues bound to {EXCHANGE}, find one that is no service's, whose policy limits it, or whose "
+            f"state is not 'running': rabbitmqctl list_bindings --vhost {vhost} source_name destination_name; "
+            f"rabbitmqctl list_queues --vhost {vhost} name state policy arguments messages; tidings topology diff. "
+            "Clear the policy, or delete the queue: its service reads from the log what it held"
+        )
+
     async def close(self) -> None:
         self._closed = True
         await asyncio.gather(*(connection.close() for connection in list(self.connections)))
@@ -276,7 +319,7 @@ class RabbitMQBus:
             case 406:
                 remedy = "Connect again; if it repeats, the broker's log says more"
             case _:
-                remedy = remedy_of(error) or (
+                remedy = remedy_of(error, secured=address.tls is not None) or (
                     "Connect again once it is there; check host and port in TIDINGS_BUS if it never was"
                 )
         return BusUnavailable(f"{known}. {remedy}.")
@@ -366,36 +409,6 @@ class RabbitMQBus:
             log.warning("bus.unblocked", bus=str(self._address))
         else:
             log.warning("bus.blocked", bus=str(self._address), reason=reason)
-
-
-def _properties(message: Message) -> Properties:
-    return Properties(
-        message.headers,
-        message.content_type,
-        message.correlation_id,
-        message.message_id,
-        message.type,
-        message.app_id,
-    )
-
-
-def _message(properties: Properties | None, body: bytes) -> Message:
-    """Whatever is on the queue as a `Message`, with empty fields where a foreign publisher left them, or wrote what
-    cannot be read."""
-    if properties is None:
-        return Message(body=body, message_id="", type="", content_type="")
-    headers, content_type, correlation_id, message_id, kind, app_id = properties
-    bucket = headers.get("tidings-bucket")
-    return Message(
-        body,
-        message_id or "",
-        kind or "",
-        headers,
-        content_type or "",
-        correlation_id,
-        app_id,
-        bucket if type(bucket) is int else None,
-    )
 
 
 async def open_rabbitmq(url: str) -> RabbitMQBus:

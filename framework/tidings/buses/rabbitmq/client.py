@@ -6,7 +6,8 @@ Two clients have it: `connection` on pamqp, and `aiopika` on aio-pika. Neither k
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Protocol, TypeVar
 
@@ -25,6 +26,7 @@ __all__ = [
     "OnDelivery",
     "Outcome",
     "conclude",
+    "version_of",
 ]
 
 F = TypeVar("F", bound=Frame)
@@ -74,6 +76,13 @@ def conclude(future: asyncio.Future[Outcome], outcome: Outcome | AmqpError, blam
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def version_of(properties: Mapping[str, object] | None) -> tuple[int, ...]:
+    """Return the version of RabbitMQ, such as (4, 0), as its first method says it; empty for another broker."""
+    said = properties or {}
+    found = re.match(r"(\d+)\.(\d+)", str(said.get("version"))) if said.get("product") == "RabbitMQ" else None
+    return () if found is None else (int(found[1]), int(found[2]))
 
 
 class AmqpChannel(Protocol):
@@ -131,6 +140,11 @@ class AmqpConnection(Protocol):
     @property
     def lost(self) -> ConnectionLost | None:
         """Why it ended; None while it lives."""
+        ...
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """RabbitMQ's version, such as (4, 0); empty for another broker."""
         ...
 
     async def channel(self, *, confirms: bool = False) -> AmqpChannel:

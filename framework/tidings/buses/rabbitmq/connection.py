@@ -20,7 +20,7 @@ from pamqp.heartbeat import Heartbeat
 
 from tidings.buses.rabbitmq.address import Address
 from tidings.buses.rabbitmq.channel import BODY, CONTENT, FRAME, HEARTBEAT, METHOD, Channel, read_method
-from tidings.buses.rabbitmq.client import ConnectionLost
+from tidings.buses.rabbitmq.client import ConnectionLost, version_of
 
 __all__ = ["Connection"]
 
@@ -56,6 +56,8 @@ class Connection(asyncio.Protocol):
         self.lost: ConnectionLost | None = None
         """Why this connection is of no more use; None while it lives."""
         self.frame_max = 131_072
+        self.version: tuple[int, ...] = ()
+        """RabbitMQ's version, such as (4, 0); empty for another broker."""
 
     @classmethod
     async def open(
@@ -179,7 +181,8 @@ class Connection(asyncio.Protocol):
 
     async def _log_in(self, address: Address, name: str) -> None:
         self.write(b"AMQP\x00\x00\x09\x01")
-        await self._expect(commands.Connection.Start)
+        start = await self._expect(commands.Connection.Start)
+        self.version = version_of(start.server_properties)
         capabilities = {
             "authentication_failure_close": True,
             "basic.nack": True,
@@ -189,14 +192,14 @@ class Connection(asyncio.Protocol):
         }
         properties = {"product": "Tidings", "connection_name": name, "capabilities": capabilities}
         secret = f"\x00{address.user}\x00{address.password}"
-        start = commands.Connection.StartOk(cast("Any", properties), mechanism="PLAIN", response=secret)
-        self.write(frame.marshal(start, 0))
+        answer = commands.Connection.StartOk(cast("Any", properties), mechanism="PLAIN", response=secret)
+        self.write(frame.marshal(answer, 0))
         tune = await self._expect(commands.Connection.Tune)
         self.frame_max = min(tune.frame_max or _BIGGEST_FRAME, _BIGGEST_FRAME)
         if self.frame_max < _SMALLEST_FRAME:
             raise ConnectionLost(f"it allows frames of {self.frame_max} bytes, AMQP 0-9-1 at least {_SMALLEST_FRAME}")
-        answer = commands.Connection.TuneOk(tune.channel_max or 0, self.frame_max, self._heartbeat)
-        self.write(frame.marshal(answer, 0), frame.marshal(commands.Connection.Open(virtual_host=address.vhost), 0))
+        tuned = commands.Connection.TuneOk(tune.channel_max or 0, self.frame_max, self._heartbeat)
+        self.write(frame.marshal(tuned, 0), frame.marshal(commands.Connection.Open(virtual_host=address.vhost), 0))
         await self._expect(commands.Connection.OpenOk)
 
     async def _expect(self, kind: type[F]) -> F:

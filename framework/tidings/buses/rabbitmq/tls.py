@@ -48,16 +48,26 @@ def context_of(options: Mapping[str, str]) -> ssl.SSLContext:
     return context
 
 
-def remedy_of(error: BaseException | None) -> str | None:
-    """What to do about a handshake that failed; None when TLS is not what failed."""
+_COMPARE: Final = (
+    "Compare TLS versions and client certificates (certfile=, keyfile=) with what the broker's log asks for"
+)
+
+
+def remedy_of(error: BaseException | None, *, secured: bool) -> str | None:
+    """What to do about a handshake that failed; None when TLS is not what failed.
+
+    `secured`: the connection was to use TLS. Then a reset may be all that is seen of a refused certificate.
+    """
     while error is not None and not isinstance(error, ssl.SSLError):
+        if secured and isinstance(error, ConnectionResetError):
+            return f"Connect again once it is there. If it refuses always: {_COMPARE[0].lower()}{_COMPARE[1:]}"
         error = error.__cause__
     if error is None:
         return None
     if not isinstance(error, ssl.SSLCertVerificationError):
         if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"):
             return "That port speaks no TLS: name the one that does (5671 by default)"
-        return "Compare TLS versions and client certificates (certfile=, keyfile=) with what the broker's log asks for"
+        return _COMPARE
     if error.verify_code in _HOST:
         return "Name the host in TIDINGS_BUS as the certificate does, or give the broker a certificate for this name"
     if error.verify_code == _EXPIRED:

@@ -25,7 +25,16 @@ from tidings.buses.rabbitmq.client import AmqpConnection, ChannelClosed
 from tidings.errors import TopologyMismatch
 from tidings.protocol.position import ALL_BUCKETS
 
-__all__ = ["EXCHANGE", "LOCK", "PARTITIONS", "QUEUE_BYTES", "delete", "inspect", "provision", "routing_key"]
+__all__ = [
+    "EXCHANGE",
+    "LOCK",
+    "PARTITIONS",
+    "QUEUE_BYTES",
+    "delete",
+    "inspect",
+    "provision",
+    "routing_key",
+]
 
 EXCHANGE: Final = "tidings.events"
 PARTITIONS: Final = "tidings.partitions"
@@ -41,6 +50,13 @@ policy (`max-length-bytes`) can still make it smaller, because the broker takes 
 """
 
 _LIMIT: Final = "x-max-length-bytes"
+_DELIVERIES: Final = "x-delivery-limit"
+_TOLERATED: Final = (_LIMIT, _DELIVERIES)
+"""Arguments of a queue that may have other values: then it is taken as it is, and what differs is said."""
+_BOUNDLESS: Final = (4, 0)
+"""The RabbitMQ from which on a quorum queue drops a message after 20 deliveries, unless its delivery limit is -1, which
+earlier ones refuse. A consumer that crashes gives back all that it had, so each crash would count for every message
+within its prefetch: after 20 crashes the queue would lose all of them to the log."""
 _DIFFERENCE: Final = re.compile(
     r"inequivalent arg '(?P<name>[^']+)' for .*?: received (?P<wanted>.*?) but current is (?P<found>.*)", re.DOTALL
 )
@@ -77,9 +93,11 @@ async def provision(connection: AmqpConnection, vhost: str, subscription: Subscr
             if error.code != 403:  # a service may not: who made the exchanges has bound them
                 raise
     queue = subscription.queue
-    limit = await _queue(connection, vhost, queue, exists=await _waiting(connection, vhost, queue) is not None)
-    if limit is not None:
-        log.warning("bus.queue_limit_differs", queue=queue, vhost=vhost, wanted=QUEUE_BYTES, found=limit)
+    differs = await _queue(connection, vhost, queue, exists=await _waiting(connection, vhost, queue) is not None)
+    if _LIMIT in differs:
+        log.warning("bus.queue_limit_differs", queue=queue, vhost=vhost, wanted=QUEUE_BYTES, found=differs[_LIMIT])
+    if _DELIVERIES in differs:
+        log.warning("bus.delivery_limit_differs", queue=queue, vhost=vhost, wanted=-1, found=differs[_DELIVERIES])
     channel = await connection.channel()
     for key in keys:
         channel.tell(commands.Queue.Bind(queue=queue, exchange=exchange, routing_key=key, nowait=True))
@@ -130,37 +148,58 @@ async def _inspect_queue(connection: AmqpConnection, vhost: str, queue: str) -> 
         if there is None:
             return Found("queue", queue, "missing")
         messages, consumers = there.message_count, there.consumer_count
-        limit = await _queue(connection, vhost, queue, exists=True)
+        differs = await _queue(connection, vhost, queue, exists=True)
     except TopologyMismatch as error:
         return Found("queue", queue, "differs", str(error), messages, consumers)
-    detail = "" if limit is None else f"its limit is {limit} bytes, not {QUEUE_BYTES}: taken as it is"
-    return Found("queue", queue, "fits", detail, messages, consumers)
+    detail = []
+    if _LIMIT in differs:
+        detail.append(f"its limit is {differs[_LIMIT]} bytes, not {QUEUE_BYTES}: taken as it is")
+    if _DELIVERIES in differs:
+        detail.append(_delivery_limit(queue, vhost, differs[_DELIVERIES]))
+    return Found("queue", queue, "fits", ". ".join(detail), messages, consumers)
 
 
 async def _waiting(connection: AmqpConnection, vhost: str, queue: str) -> commands.Queue.DeclareOk | None:
     return await _there(connection, vhost, commands.Queue.Declare(queue=queue), commands.Queue.DeclareOk)
 
 
-async def _queue(connection: AmqpConnection, vhost: str, queue: str, *, exists: bool) -> str | None:
-    """Make or compare a service's queue; its limit in bytes where that is another one, which is accepted."""
+def _delivery_limit(queue: str, vhost: str, found: str) -> str:
+    """What it means that a queue was declared with this delivery limit on RabbitMQ 4, and what to do."""
+    limit = f"it was declared with a delivery limit of {found}"
+    if found == "none":
+        limit = (
+            "it was declared without a delivery limit, as on RabbitMQ 3; unless a policy says -1, RabbitMQ 4 takes 20"
+        )
+    return (
+        f"{limit}. RabbitMQ drops a message that was delivered more often, as when a service crashes again and again, "
+        "and the service reads it from the log. If it should wait instead, delete the queue: its service makes it "
+        f"anew, and reads from the log what it held (rabbitmqctl delete_queue {queue} --vhost {vhost})"
+    )
+
+
+async def _queue(connection: AmqpConnection, vhost: str, queue: str, *, exists: bool) -> dict[str, str]:
+    """Make or compare a service's queue; what was found of arguments that may differ and do."""
     arguments: dict[str, Any] = {
         "x-queue-type": "quorum",
         "x-single-active-consumer": True,
         "x-overflow": "drop-head",
         _LIMIT: QUEUE_BYTES,
     }
-    limit = None
-    for _ in range(2):
+    if connection.version >= _BOUNDLESS:
+        arguments[_DELIVERIES] = -1
+    differs: dict[str, str] = {}
+    while True:
         request = commands.Queue.Declare(queue=queue, durable=True, arguments=cast("Any", arguments))
-        found = await _compare(connection, vhost, request, commands.Queue.DeclareOk, exists=exists, tolerated=_LIMIT)
+        tolerated = [name for name in _TOLERATED if name not in differs]
+        found = await _compare(connection, vhost, request, commands.Queue.DeclareOk, exists=exists, tolerated=tolerated)
         if found is None:
-            break
-        limit = found
-        if found.isdecimal():
-            arguments[_LIMIT] = int(found)
+            return differs
+        name, value = found
+        differs[name] = value
+        if re.fullmatch(r"-?\d+", value):
+            arguments[name] = int(value)
         else:
-            del arguments[_LIMIT]
-    return limit
+            arguments.pop(name, None)
 
 
 async def _there(connection: AmqpConnection, vhost: str, wanted: _Declare, reply: type[F]) -> F | None:
@@ -180,9 +219,15 @@ async def _there(connection: AmqpConnection, vhost: str, wanted: _Declare, reply
 
 
 async def _compare(
-    connection: AmqpConnection, vhost: str, wanted: _Declare, reply: type[Frame], *, exists: bool, tolerated: str = ""
-) -> str | None:
-    """None when it is as wanted; what was found of the argument `tolerated` when that alone is known to differ."""
+    connection: AmqpConnection,
+    vhost: str,
+    wanted: _Declare,
+    reply: type[Frame],
+    *,
+    exists: bool,
+    tolerated: Sequence[str] = (),
+) -> tuple[str, str] | None:
+    """None when it is as wanted; else the first argument of those `tolerated` that differs, and what was found."""
     try:
         await (await connection.channel()).call(wanted, reply)
     except ChannelClosed as error:
@@ -191,8 +236,8 @@ async def _compare(
         if error.code not in (405, 406):
             raise
         difference = _DIFFERENCE.search(error.text)
-        if tolerated and difference is not None and difference["name"] == tolerated:
-            return _value(difference["found"])
+        if difference is not None and difference["name"] in tolerated:
+            return difference["name"], _value(difference["found"])
         raise _mismatch(vhost, wanted, error) from error
     return None
 

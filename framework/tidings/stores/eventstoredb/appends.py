@@ -23,6 +23,7 @@ import structlog
 
 from tidings._support.backoff import Backoff
 from tidings._support.tasks import leading, task_group
+from tidings._support.telling import Telling
 from tidings.errors import StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import ANY, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.eventstoredb.grpc import Connection
@@ -125,6 +126,7 @@ class Appends:
         self._call: Call | None = None
         """Takes new appends; None while there is none, or those before them are not settled."""
         self._connection: Connection | None = None
+        self._telling = Telling(log)
         self._live = False
         """What was unknown is settled on the present call."""
         self._wanted = asyncio.Event()
@@ -209,7 +211,7 @@ class Appends:
         """A call while there is something to append, and another one when it is lost."""
         async with task_group() as tasks:
             tasks.create_task(self._expire())
-            backoff, attempts = Backoff(*PAUSE_SECONDS), 0
+            backoff = Backoff(*PAUSE_SECONDS)
             while True:
                 await self._wanted.wait()
                 try:
@@ -217,18 +219,12 @@ class Appends:
                 except Exception as error:
                     if self._live:
                         backoff.reset()
-                        attempts = 0
                     cause = leading(error)
                     if not isinstance(cause, CallFailed | ConnectionLost | Undecided | StoreError):
                         log.error("store.appends_failed", exc_info=error)
                     self._lost(cause)
                     if not self.idle:
-                        attempts += 1
-                        if attempts in (1, 10) or attempts % 100 == 0:
-                            unknown = len(self._unknown)
-                            log.warning(
-                                "store.appends_interrupted", error=str(cause), unknown=unknown, attempts=attempts
-                            )
+                        self._telling.failed("store.appends_interrupted", cause, unknown=len(self._unknown))
                         await backoff.wait()
 
     async def _session(self) -> None:
@@ -292,6 +288,7 @@ class Appends:
                 if isinstance(outcome, Appended):
                     if outcome.position > leader.known:
                         leader.known = outcome.position
+                    self._telling.seems_over("store.appends_resumed")
                 elif isinstance(outcome, Undecided) and not isinstance(outcome, TimedOut):
                     raise outcome  # it stays in flight: as unknown as those behind it
                 del flights[number]

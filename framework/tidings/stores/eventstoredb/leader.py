@@ -16,9 +16,11 @@ from typing import Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 from uuid import UUID
 
+import structlog
+
 import tidings.stores.eventstoredb.wire as wire
 from tidings._support.backoff import Backoff
-from tidings.errors import ConfigurationError, StoreError, StoreUnavailable
+from tidings.errors import ConfigurationError, StoreError, StoreUnavailable, StreamDeleted, StreamForbidden
 from tidings.stores import EVERYTHING, RecordedEvent
 from tidings.stores.eventstoredb.grpc import Address, Connection, speaks_tls
 from tidings.stores.eventstoredb.grpc_call import (
@@ -32,7 +34,9 @@ from tidings.stores.eventstoredb.grpc_call import (
 from tidings.stores.eventstoredb.protos import AsyncClient
 from tidings.stores.rules import document_of
 
-__all__ = ["LOG_STREAM", "Leader", "Trying"]
+__all__ = ["LOG_STREAM", "Leader", "Trying", "raise_refused"]
+
+log = structlog.get_logger("tidings.stores.eventstoredb")
 
 T = TypeVar("T")
 
@@ -41,6 +45,8 @@ SECONDS: Final = 10.0
 """Default of `DefaultDeadline`."""
 PAUSE_SECONDS: Final = (0.05, 0.5)
 """First and longest pause before trying again."""
+_KURRENTDB: Final = re.compile(r"(?:kurrentdb|kdb)(?=(?:\+discover)?://)", re.IGNORECASE)
+"""KurrentDB's names for the scheme `esdb`, which both clients know."""
 
 
 class Leader:
@@ -208,6 +214,22 @@ class Leader:
         self.known = max(self.known, head)
         return head
 
+    async def reaches(self, position: int) -> bool:
+        """Whether the log goes up to the checkpoint `position`: one beyond it would hide everything that comes later.
+        EventStoreDB 24.2 sends the largest number there is while a filtered subscription has read nothing."""
+        if position == wire.NOTHING:
+            return False
+        if position <= self.known or position <= (head := await self.persistently(self.head)):
+            return True
+        log.warning(
+            "store.checkpoint_ignored",
+            place=self.place,
+            checkpoint=position,
+            head=head,
+            advice="the server names a place behind the end of its log; nothing is missed, the next one is looked at",
+        )
+        return False
+
     async def identity(self, connection: Connection) -> UUID | None:
         """The log's; None when it has none that can be read."""
         # The first event says it, or the last one that gave a restored log a new identity (`tidings.database.lineage`).
@@ -282,7 +304,8 @@ class Leader:
                 if not self._cluster:
                     return StoreUnavailable(
                         f"EventStoreDB at {self.place} is not the leader of its cluster ({leader or 'another'} is): "
-                        "name all its nodes in TIDINGS_STORE, esdb://one,two,three, or use esdb+discover://"
+                        "name all its nodes in TIDINGS_STORE, kurrentdb://one,two,three (or esdb://...), or use "
+                        "kurrentdb+discover:// (or esdb+discover://)"
                     )
                 self._redirected = leader
                 self.distrust("it is not the leader")
@@ -300,6 +323,17 @@ class Leader:
             f"EventStoreDB at {self.place} was not there for {self.seconds:g} s: {error}. Is it running, and the "
             "address in TIDINGS_STORE right?"
         )
+
+
+def raise_refused(error: CallFailed | ConnectionLost, stream: str) -> None:
+    """Raise what the error says about the stream, if it says anything."""
+    if not isinstance(error, CallFailed):
+        return
+    deleted = error.status is Status.FAILED_PRECONDITION and "is deleted" in error.details
+    if deleted or error.trailers.get("exception") == "stream-deleted":
+        raise StreamDeleted(stream) from error
+    if error.status is Status.PERMISSION_DENIED:
+        raise StreamForbidden(stream, "to read") from error
 
 
 class Trying:
@@ -377,6 +411,7 @@ def _client(url: str) -> AsyncClient:
             "TIDINGS_STORE has the option tlsVerifyCert: certificates are always verified, because whoever is between "
             "could read and forge everything otherwise. For your own authority name its certificate: tlsCaFile=..."
         )
+    url = _KURRENTDB.sub("esdb", url, count=1) if _KURRENTDB.match(url) else url
     if "gossiptimeout" not in dict(options):
         # A paused node answers no gossip: five seconds for each would use up what a search may take.
         url += ("&" if parts.query else "?") + "GossipTimeout=1"

@@ -28,8 +28,9 @@ else:
     except ModuleNotFoundError as error:
         if error.name != CLIENT:
             raise
-        # Of the two, name the one that the extra `eventstoredb` brings.
-        raise ModuleNotFoundError("No module named 'esdbclient'", name="esdbclient") from None
+        # Either will do: the scheme of the URL decides which extra is named.
+        either = "kurrentdbclient or esdbclient"
+        raise ModuleNotFoundError(f"There is no module {either}", name=either) from None
     AsyncClient = _client.AsyncEventStoreDBClient if CLIENT == "esdbclient" else _client.AsyncKurrentDBClient
     StreamState = _client.StreamState
     shared_pb2 = importlib.import_module(f"{PROTOS}.shared_pb2")

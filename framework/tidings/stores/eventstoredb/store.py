@@ -1,4 +1,4 @@
-"""The store on EventStoreDB: `esdb://` by gRPC. It knows events and no frames, and reads and writes at the leader.
+"""The store on EventStoreDB and KurrentDB, by gRPC. It knows events and no frames, and reads and writes at the leader.
 
 Addresses, discovery, TLS, credentials and what is rare (delete, tombstone) are esdbclient's own; the two hot calls,
 Read and BatchAppend, run on `grpc_h2`. A lost connection is made again behind the scenes, for `seconds`; then it is
@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import structlog
 
 import tidings.stores.eventstoredb.wire as wire
-from tidings.errors import StoreUnavailable, StreamDeleted, StreamForbidden, StreamNotFound, WrongExpectedVersion
+from tidings.errors import StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     ANY,
     EVERYTHING,
@@ -37,8 +37,9 @@ from tidings.stores import (
 from tidings.stores.eventstoredb.access import close_identity, document_with_access
 from tidings.stores.eventstoredb.appends import Appends, Write
 from tidings.stores.eventstoredb.grpc import Connection
-from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
-from tidings.stores.eventstoredb.leader import LOG_STREAM, Leader, Trying
+from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost
+from tidings.stores.eventstoredb.leader import LOG_STREAM, Leader, Trying, raise_refused
+from tidings.stores.eventstoredb.revived import AGAIN_SECONDS, Revived
 from tidings.stores.metadata import check_closing, check_metadata_write, is_metadata_stream
 from tidings.stores.rules import METADATA, document_of
 
@@ -52,7 +53,7 @@ QUIET_SECONDS: Final = 1.0
 
 async def open_eventstoredb(url: str) -> EventStore:
     """The store that `url` names, in EventStoreDB's own scheme: `esdb://user:password@host:2113?tlsCaFile=...`,
-    `esdb://host:2113?tls=false`, `esdb+discover://...`. It connects on use.
+    `esdb://host:2113?tls=false`, `esdb+discover://...`; `kurrentdb://` and `kdb://` mean the same. It connects on use.
 
     Of its options `DefaultDeadline` (seconds) is how long a call and the search for a server may take, and
     `KeepAliveInterval` and `KeepAliveTimeout` (milliseconds) when a silent server is given up. Raises
@@ -68,6 +69,7 @@ class EventStoreDB:
         self._leader = Leader(url)
         self._appends = Appends(self._leader, self.find)
         self._metadata_writes = asyncio.Lock()
+        self._revived = Revived()
         self._task = asyncio.create_task(self._appends.run(), name="tidings-eventstoredb-appends")
 
     def __repr__(self) -> str:
@@ -88,7 +90,10 @@ class EventStoreDB:
             expected = NO_STREAM
         try:
             if not is_metadata_stream(stream):
-                return await self._appends.submit(stream, tuple(events), expected, size)
+                appended = await self._appends.submit(stream, tuple(events), expected, size)
+                if events:
+                    self._revived.appended(stream)
+                return appended
             check_metadata_write(stream, events)
             async with self._metadata_writes:  # keeps the order in which they began
                 await self._check_not_tombstoned(stream)
@@ -130,6 +135,7 @@ class EventStoreDB:
 
     async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
         await self._rare(stream, expected, self._leader.client.delete_stream)
+        self._revived.deleted(stream)
 
     async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
         await self._rare(stream, expected, self._leader.client.tombstone_stream)
@@ -179,8 +185,12 @@ class EventStoreDB:
                             elif response.HasField("stream_not_found"):
                                 raise StreamNotFound(stream)
                 return
+            except StreamNotFound:
+                if not self._revived.doubts(stream):
+                    raise
+                await asyncio.sleep(AGAIN_SECONDS)
             except (CallFailed, ConnectionLost) as error:
-                _raise_refused(error, stream)
+                raise_refused(error, stream)
                 await trying.again(error)
                 if left == 0 or (start is not None and start < 0):
                     return
@@ -188,13 +198,13 @@ class EventStoreDB:
     async def read_all(
         self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent]:
-        served, left, before = wire.served(filter), limit, -1
+        served, left, before, place = wire.served(filter), limit, -1, after
         trying = Trying(self._leader)
         while left is None or left > 0:
             # Forwards the place itself is sent once more; backwards, after a loss, the whole end is.
             count = left + 1 if left is not None and served and before < 0 else None
             try:
-                request = wire.read_all_request(after, filter, backwards=backwards, count=count)
+                request = wire.read_all_request(place, filter, backwards=backwards, count=count)
                 async with aclosing(self._responses(request, trying)) as source:
                     async for responses in source:
                         for response in responses:
@@ -212,14 +222,24 @@ class EventStoreDB:
                             if backwards:
                                 before = position
                             else:
-                                after = position
+                                after = place = position
                             if left is not None:
                                 left -= 1
                                 if not left:
                                     return
                 return
             except (CallFailed, ConnectionLost) as error:
-                await trying.again(error)
+                if backwards or not wire.is_no_record(str(error)):
+                    await trying.again(error)
+                else:
+                    place = await self._record_below(place)
+
+    async def _record_below(self, position: int) -> int:
+        """Return the last event's position below one at which nothing begins. It reads back from the end of the log."""
+        async for event in self.read_all(backwards=True):
+            if event.position < position:
+                return event.position
+        return -1
 
     async def subscribe_all(
         self, *, after: int = -1, filter: Filter = EVERYTHING
@@ -256,31 +276,19 @@ class EventStoreDB:
                                         yield event
                             elif response.HasField("checkpoint"):
                                 position = response.checkpoint.commit_position
-                                if position > at and await self._reaches(position):
+                                if position > at and await self._leader.reaches(position):
                                     at = position
                                     yield Checkpoint(at)
                             elif response.HasField("caught_up"):
+                                position = wire.caught_up_at(response.caught_up) or 0
+                                if position > at and await self._leader.reaches(position):
+                                    at = position
+                                    yield Checkpoint(at)
                                 told = True
                                 yield CaughtUp(at)
                 raise ConnectionLost("the server ended the subscription")
             except (CallFailed, ConnectionLost) as error:
                 await trying.again(error)
-
-    async def _reaches(self, position: int) -> bool:
-        """Whether the log goes up to the checkpoint `position`: one beyond it would hide everything that comes later.
-        EventStoreDB 24.2 sends the largest number there is while a filtered subscription has read nothing."""
-        if position == wire.NOTHING:
-            return False
-        if position <= self._leader.known or position <= (head := await self.head()):
-            return True
-        log.warning(
-            "store.checkpoint_ignored",
-            place=self._leader.place,
-            checkpoint=position,
-            head=head,
-            advice="the server names a place behind the end of its log; nothing is missed, the next one is looked at",
-        )
-        return False
 
     async def subscribe_stream(
         self, stream: str, *, after_version: int = -1
@@ -316,7 +324,7 @@ class EventStoreDB:
                                 yield CaughtUp(position)
                 raise ConnectionLost("the server ended the subscription")
             except (CallFailed, ConnectionLost) as error:
-                _raise_refused(error, stream)
+                raise_refused(error, stream)
                 await trying.again(error)
 
     async def _is_behind(self, stream: str, version: int) -> bool:
@@ -439,12 +447,3 @@ class EventStoreDB:
 
 async def _nothing(connection: object) -> None:
     """What needs the connection only, or that there was one."""
-
-
-def _raise_refused(error: CallFailed | ConnectionLost, stream: str) -> None:
-    if isinstance(error, CallFailed) and error.status is Status.FAILED_PRECONDITION and "is deleted" in error.details:
-        raise StreamDeleted(stream) from error
-    if isinstance(error, CallFailed) and error.trailers.get("exception") == "stream-deleted":
-        raise StreamDeleted(stream) from error
-    if isinstance(error, CallFailed) and error.status is Status.PERMISSION_DENIED:
-        raise StreamForbidden(stream, "to read") from error

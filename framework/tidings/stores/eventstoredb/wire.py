@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Final
 from uuid import UUID
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
+
 from tidings.errors import (
     EventTooLarge,
     StoreError,
@@ -41,6 +44,7 @@ __all__ = [
     "TimedOut",
     "Undecided",
     "append_request",
+    "caught_up_at",
     "check",
     "check_events",
     "check_expected",
@@ -75,6 +79,8 @@ _Record = streams_pb2.ReadResp.ReadEvent.RecordedEvent
 NOTHING: Final = 2**64 - 1
 """Minus one as an unsigned number: what EventStoreDB 24.2 sends as the checkpoint of having read nothing."""
 
+_POSITION: Final = 3
+"""The number of a caught-up message's field with the position."""
 _ACTUAL: Final = re.compile(r"Actual version: (-?\d+)")
 _EMPTY: Final = shared_pb2.Empty()
 _TEXT: Final = _Options.UUIDOption(string=_EMPTY)
@@ -131,7 +137,7 @@ def check_events(stream: str, events: Sequence[EventData]) -> int:
         check_text(event.content_type)
         whole += event.size + len(event.content_type) + OVERHEAD
     if whole > EVENT_LIMIT:
-        raise EventTooLarge(stream, whole, EVENT_LIMIT)
+        raise EventTooLarge(stream, whole, EVENT_LIMIT, "Tidings' own")
     return size
 
 
@@ -219,22 +225,47 @@ def served(filter: Filter) -> bool:
     return not filter.types
 
 
+def is_no_record(refusal: str) -> bool:
+    """Whether a read was refused because no record begins at its position: positions are offsets, not numbers."""
+    return "invalidposition" in refusal.replace(" ", "").casefold()
+
+
+_new: Final = tuple.__new__  # what `RecordedEvent` calls too, by a function that takes as long as this does
+
+
 def recorded(record: _Record) -> RecordedEvent:
     """An event as the server sends it."""
     facts, position, version = record.metadata, record.commit_position, record.stream_revision
     if position > MAX_VERSION or version > MAX_VERSION:
         raise _impossible(f"an event at position {position}, revision {version}")
-    return RecordedEvent(
-        position,
-        record.stream_identifier.stream_name.decode(),
-        version,
-        facts["type"],
-        record.data,
-        record.custom_metadata,
-        facts["content-type"] == JSON,
-        bytes.fromhex(record.id.string.replace("-", "")),
-        int(facts["created"] or 0),
+    return _new(
+        RecordedEvent,
+        (
+            position,
+            record.stream_identifier.stream_name.decode(),
+            version,
+            facts["type"],
+            record.data,
+            record.custom_metadata,
+            facts["content-type"] == JSON,
+            bytes.fromhex(record.id.string.replace("-", "")),
+            int(facts["created"] or 0),
+        ),
     )
+
+
+def caught_up_at(caught_up: streams_pb2.ReadResp.CaughtUp) -> int | None:
+    """Return the position in the log at which a subscription caught up, as KurrentDB says since 25; None where the
+    server does not say it."""
+    for field in UnknownFieldSet(caught_up):  # esdbclient's messages are older than the field
+        if field.field_number == _POSITION and isinstance(field.data, bytes):
+            try:
+                return int(_Options.Position.FromString(field.data).commit_position)
+            except DecodeError:
+                return None
+    if "position" in caught_up.DESCRIPTOR.fields_by_name and caught_up.HasField("position"):
+        return int(caught_up.position.commit_position)
+    return None
 
 
 # ---- appending -----------------------------------------------------------------------
@@ -305,7 +336,7 @@ def _outcome(answer: Answer, stream: str, expected: Expected, size: int) -> Appe
         case "MaximumAppendSizeExceeded":
             limit = shared_pb2.MaximumAppendSizeExceeded()
             details.Unpack(limit)
-            return EventTooLarge(stream, size, limit.maxAppendSize)
+            return EventTooLarge(stream, size, limit.maxAppendSize, "the server's")
         case "AccessDenied":
             return StreamForbidden(stream, "to append to")
         case "BadRequest":

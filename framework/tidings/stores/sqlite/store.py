@@ -7,16 +7,17 @@ in threads and come in pages, so that neither holds up the event loop.
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Concatenate, Final, ParamSpec, TypeVar
 from uuid import UUID
 
 import tidings.stores.sqlite.log as reading
+from tidings._support.room import no_room
 from tidings.errors import (
     ConfigurationError,
     EventTooLarge,
@@ -25,11 +26,8 @@ from tidings.errors import (
     StreamDeleted,
 )
 from tidings.stores import (
-    ANY,
     APPEND_LIMIT,
     EVERYTHING,
-    NO_STREAM,
-    OCTETS,
     Appended,
     CaughtUp,
     Checkpoint,
@@ -38,14 +36,14 @@ from tidings.stores import (
     Filter,
     RecordedEvent,
     StreamMetadata,
-    check_stream_name,
     check_text,
 )
-from tidings.stores.metadata import check_closing, check_metadata_write
-from tidings.stores.rules import MAX_VERSION, METADATA, STREAM_DELETED, check_event
+from tidings.stores.rules import MAX_VERSION, check_event
 from tidings.stores.sqlite.conditions import condition_of
-from tidings.stores.sqlite.log import PAGE_EVENTS, Database, Page, now
-from tidings.stores.sqlite.writer import Appender, Kind, Outcome, Write, Writer
+from tidings.stores.sqlite.log import Database, now
+from tidings.stores.sqlite.several import Several
+from tidings.stores.sqlite.writer import Appender, Outcome, Write, Writer
+from tidings.stores.table import PAGE_EVENTS, Kind, Page, TableStore, View, as_expected, check_stream, checked_size
 
 __all__ = ["SqliteStore", "open_sqlite"]
 
@@ -56,7 +54,14 @@ READERS: Final = 4
 
 
 async def open_sqlite(
-    url: str, *, clock: Callable[[], int] = now, busy_timeout: float = 5.0, remember_ids: bool = True, stride: int = 1
+    url: str,
+    *,
+    clock: Callable[[], int] = now,
+    busy_timeout: float = 5.0,
+    remember_ids: bool = True,
+    first_streams: bool = False,
+    stride: int = 1,
+    limit: int = APPEND_LIMIT,
 ) -> SqliteStore:
     """Open, and if need be create, the store that `url` names.
 
@@ -64,7 +69,9 @@ async def open_sqlite(
     them has it open (the options are then those of the first). `clock` gives ticks of 100 ns since 1970;
     `busy_timeout` is how many seconds to wait for another process's transaction. With `remember_ids=False` the store
     forgets at opening, as EventStoreDB does, which ids `ANY` and `STREAM_EXISTS` appends had. `stride` is the distance
-    of the positions that are given from now on: above 1 not every number between two positions is one.
+    of the positions that are given from now on: above 1 not every number between two positions is one. With
+    `first_streams` an id that `ANY` and `STREAM_EXISTS` appends recognise is that of its first stream alone, as in
+    EventStoreDB: in a second stream it is written again. `limit` is how many bytes one append may have.
 
     Raises `ConfigurationError` for a URL that cannot be meant, a file of another application, a newer schema;
     `StoreUnavailable` for a file that cannot be opened for writing.
@@ -74,7 +81,10 @@ async def open_sqlite(
         with _SHARING:
             log = _IN_MEMORY.get(name)
             if log is None:
-                log = _IN_MEMORY[name] = Log(Database(None, busy_timeout), clock, remember_ids, stride)
+                database = Database(None, busy_timeout)
+                log = _IN_MEMORY[name] = Log(
+                    database, Appender(database, clock, remember_ids, stride, first_streams), clock, limit
+                )
             log.users += 1
         return SqliteStore(log, name)
     opener = ThreadPoolExecutor(1, thread_name_prefix="tidings-sqlite-open")
@@ -85,7 +95,7 @@ async def open_sqlite(
     except asyncio.CancelledError:
         opening.add_done_callback(_close_unused)
         raise
-    log = Log(database, clock, remember_ids, stride)
+    log = Log(database, Appender(database, clock, remember_ids, stride, first_streams), clock, limit)
     log.users = 1
     return SqliteStore(log, None)
 
@@ -122,12 +132,14 @@ def _target(url: str) -> tuple[str | None, str]:
 class Log:
     """One log that is open: its database, the thread that writes, the threads that read; shared by the stores on it."""
 
-    def __init__(self, database: Database, clock: Callable[[], int], remember_ids: bool, stride: int) -> None:
+    def __init__(self, database: Database, appender: Appender, clock: Callable[[], int], limit: int) -> None:
         self.database = database
         self.clock = clock
+        self.limit = limit
+        """Bytes of one append, at most."""
         self.users = 0
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="tidings-sqlite-reader")
-        self.writer = Writer(database, Appender(database, clock, remember_ids, stride), self._finish)
+        self.writer = Writer(database, appender, self._finish)
 
     def _finish(self) -> None:
         self.readers.shutdown()
@@ -138,65 +150,55 @@ _IN_MEMORY: Final[dict[str, Log]] = {}
 _SHARING: Final = threading.Lock()
 
 
-class SqliteStore:
+class SqliteStore(TableStore):
     """`EventStore` on a `Log`. It belongs to the event loop in which it was opened; close it there."""
 
     def __init__(self, log: Log, name: str | None) -> None:
+        super().__init__()
         self._log = log
         self._name = name
-        self._loop = asyncio.get_running_loop()
         self._outbox: list[Write] = []
         self._answers: dict[Write, asyncio.Future[Appended]] = {}
         self._waiters: set[asyncio.Future[None]] = set()
-        self._closing = False
         self._closed = asyncio.Event()
         self._head = log.writer.join(self)
+        self._refused: tuple[float, str] | None = None
+        """When the last write failed because the file takes none, by the monotonic clock, and with what."""
 
     # ---- writing
 
-    async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
-        check_metadata_write(stream, events)
-        return await self.begin(Kind.APPEND, stream, events, expected)
+    def unwritable(self) -> str | None:
+        """Return why the file takes no appends, as its file system says; None where nothing is against them. It writes
+        nothing, and waits for nothing."""
+        path = self._log.database.path
+        return None if path is None else no_room(path)
 
-    async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
-        _check_stream(stream)
-        document = json.dumps(dict(values), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
-        try:
-            return await self.append(f"$${stream}", [EventData(METADATA, document)], expected=expected)
-        except StreamDeleted as error:
-            raise StreamDeleted(stream, tombstoned=error.tombstoned) from None
-
-    async def delete(self, stream: str, *, expected: Expected = ANY) -> None:
-        check_closing(stream)
-        await self.begin(Kind.DELETE, stream, [EventData(METADATA, b"")], expected)
-
-    async def tombstone(self, stream: str, *, expected: Expected = ANY) -> None:
-        check_closing(stream)
-        await self.begin(Kind.TOMBSTONE, stream, [EventData(STREAM_DELETED, b"", content_type=OCTETS)], expected)
+    def refused_within(self, seconds: float) -> str | None:
+        """Return what the last write failed with, if that was because the file takes none, and no longer ago."""
+        if self._refused is None or time.monotonic() - self._refused[0] > seconds:
+            return None
+        return self._refused[1]
 
     def begin(
         self, kind: Kind, stream: str, events: Sequence[EventData], expected: Expected
     ) -> asyncio.Future[Appended]:
-        """Hand a write over without waiting for it; writes are applied in the order in which they are begun.
-
-        For whoever has many in flight. What can be refused without a look at the log is raised here and now.
-        """
-        size = 0
-        for event in events:
-            size += event.size
-            check_event(stream, event)
-        _check_stream(stream)
-        if size > APPEND_LIMIT:
-            raise EventTooLarge(stream, size, APPEND_LIMIT)
-        return self._write(kind, stream, tuple(events), expected, size)
-
-    def _write(
-        self, kind: Kind, stream: str, events: tuple[EventData, ...], expected: Expected, size: int
-    ) -> asyncio.Future[Appended]:
+        size = checked_size(stream, events)
+        if size > self._log.limit:
+            raise EventTooLarge(stream, size, self._log.limit)
         self._check_usable()
-        if expected == -1:  # what `Appended.version` says of a stream without events
-            expected = NO_STREAM
-        write = Write(self, kind, stream, events, expected, size)
+        return self._submitted(Write(self, kind, stream, tuple(events), as_expected(expected), size))
+
+    def begin_several(self, append: Several) -> asyncio.Future[Appended]:
+        """As `begin`, for an append to several streams."""
+        for stream, event in append.records:
+            check_event(stream, event)
+            check_stream(stream)
+        if append.size > self._log.limit:
+            raise EventTooLarge(append.stream, append.size, self._log.limit)
+        self._check_usable()
+        return self._submitted(append)
+
+    def _submitted(self, write: Write) -> asyncio.Future[Appended]:
         answer = self._answers[write] = self._loop.create_future()
         # What tasks write in one round of the loop is handed over together: one wake-up, and rarely a small commit.
         if not self._outbox:
@@ -222,6 +224,10 @@ class SqliteStore:
             answer = self._answers.pop(write)
             if answer.done():  # its caller was cancelled
                 continue
+            if isinstance(outcome, StoreUnavailable):
+                self._refused = time.monotonic(), str(outcome)
+            elif not isinstance(outcome, StoreError):
+                self._refused = None
             if isinstance(outcome, StoreError):
                 answer.set_exception(outcome)
             else:
@@ -232,55 +238,27 @@ class SqliteStore:
 
     # ---- reading
 
-    async def read_stream(
-        self, stream: str, *, start: int | None = None, backwards: bool = False, limit: int | None = None
-    ) -> AsyncIterator[RecordedEvent]:
-        _check_stream(stream)
-        view = await self.look(reading.view_of, stream, self._log.clock())
-        if start is not None:
-            view = (
-                view._replace(last=min(view.last, start)) if backwards else view._replace(first=max(view.first, start))
-            )
-        left = MAX_VERSION if limit is None else limit
-        more = True
-        while more and left > 0 and view.first <= view.last:
-            events, more = await self.look(reading.page_of_stream, stream, view, backwards, min(PAGE_EVENTS, left))
-            for event in events:
-                yield event
-            left -= len(events)
-            if events:
-                at = events[-1].version
-                view = view._replace(last=at - 1) if backwards else view._replace(first=at + 1)
+    async def _view_of(self, stream: str) -> View:
+        return await self.look(reading.view_of, stream, self._log.clock())
 
-    async def read_all(
-        self, *, after: int = -1, backwards: bool = False, limit: int | None = None, filter: Filter = EVERYTHING
-    ) -> AsyncIterator[RecordedEvent]:
-        condition = _condition(filter)
-        left = MAX_VERSION if limit is None else limit
-        before, end = MAX_VERSION, False
-        while not end and left > 0:
-            count = min(PAGE_EVENTS, left)
-            page = await self.look(reading.page_of_all, after, before, backwards, condition, count)
-            for event in page.events:
-                yield event
-            left -= len(page.events)
-            end = page.end
-            if backwards:
-                before = page.reached
-            else:
-                after = page.reached
+    async def _page_of_stream(
+        self, stream: str, view: View, backwards: bool, count: int
+    ) -> tuple[list[RecordedEvent], bool]:
+        return await self.look(reading.page_of_stream, stream, view, backwards, count)
+
+    async def _page_of_all(self, after: int, before: int, backwards: bool, filter: Filter, count: int) -> Page:
+        return await self.look(reading.page_of_all, after, before, backwards, _condition(filter), count)
 
     async def subscribe_all(
         self, *, after: int = -1, filter: Filter = EVERYTHING
     ) -> AsyncIterator[RecordedEvent | Checkpoint | CaughtUp]:
-        condition = _condition(filter)
         behind = True
         page = Page([], after, False)
         self.watch(+1)
         try:
             while True:
                 after = page.reached
-                page = await self.look(reading.page_of_all, after, MAX_VERSION, False, condition, PAGE_EVENTS)
+                page = await self._page_of_all(after, MAX_VERSION, False, filter, PAGE_EVENTS)
                 for event in page.events:
                     yield event
                 told = page.events[-1].position if page.events else after
@@ -299,7 +277,7 @@ class SqliteStore:
     async def subscribe_stream(
         self, stream: str, *, after_version: int = -1
     ) -> AsyncIterator[RecordedEvent | CaughtUp]:
-        _check_stream(stream)
+        check_stream(stream)
         behind = True
         self.watch(+1)
         try:
@@ -347,7 +325,7 @@ class SqliteStore:
         return await self.look(reading.log_id)
 
     async def get_metadata(self, stream: str) -> StreamMetadata:
-        _check_stream(stream)
+        check_stream(stream)
         return await self.look(reading.metadata_of, stream)
 
     async def look(
@@ -365,14 +343,6 @@ class SqliteStore:
         """Somebody begins (+1) or ends (-1) to wait for what other processes append: see `beyond`."""
         self._log.writer.watch(more)
 
-    def _check_usable(self) -> None:
-        if self._closing:
-            raise StoreUnavailable("the event store is closed: open it again")
-        if asyncio.get_running_loop() is not self._loop:
-            raise StoreUnavailable(
-                "the event store was opened in another event loop: open one in this loop", waiting_helps=False
-            )
-
     async def close(self) -> None:
         """End: appends that began are finished, reads and subscriptions raise `StoreUnavailable` at their next step."""
         if not self._closing:
@@ -389,11 +359,6 @@ class SqliteStore:
             if last:
                 self._log.writer.wait()
         await self._closed.wait()
-
-
-def _check_stream(stream: str) -> None:
-    check_stream_name(stream)
-    check_text(stream)
 
 
 def _condition(filter: Filter) -> tuple[str, tuple[str, ...]]:

@@ -7,8 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from enum import Enum
-from itertools import chain
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Final, Protocol, TypeVar
 
@@ -25,6 +24,7 @@ from tidings.stores.rules import (
     truncated,
 )
 from tidings.stores.sqlite.log import Database, head, last_version, latest_data
+from tidings.stores.table import Kind
 
 T = TypeVar("T")
 Row = tuple[int, str, int, str, bytes, bytes, bool, bytes, int]
@@ -36,6 +36,8 @@ GROUP_BYTES: Final = 8 * 1024 * 1024
 POLL: Final = 0.05
 """Seconds between looks at what other processes have appended, while somebody subscribes."""
 CACHED_STREAMS: Final = 65_536
+FIRST_STREAMS: Final = 65_536
+"""Ids whose first stream is known, where that matters: of older ones any stream knows its own."""
 _ROWS: Final = (64, 32, 16, 8, 4, 2, 1)
 # OR ROLLBACK: to be able to undo one statement of many rows, SQLite would copy every page that it touches to a file
 # (measured: 16 microseconds a row instead of 5). A row that violates a constraint ends the transaction anyway.
@@ -45,12 +47,6 @@ _INSERTS: Final = {
 
 
 # ---- one transaction ---------------------------------------------------------------
-
-
-class Kind(Enum):
-    APPEND = "append"
-    DELETE = "delete"
-    TOMBSTONE = "tombstone"
 
 
 class Write:
@@ -68,6 +64,10 @@ class Write:
         self.expected = expected
         self.size = size
 
+    def apply(self, appender: Appender, connection: sqlite3.Connection) -> Appended:
+        """Decide about it, and put what it writes. A refusal leaves no trace."""
+        return appender.apply(connection, self)
+
 
 Outcome = Appended | StoreError
 
@@ -81,7 +81,12 @@ class Appender:
     """
 
     def __init__(
-        self, database: Database, clock: Callable[[], int], remember_ids: bool = True, stride: int = 1
+        self,
+        database: Database,
+        clock: Callable[[], int],
+        remember_ids: bool = True,
+        stride: int = 1,
+        first_streams: bool = False,
     ) -> None:
         self._database = database
         self._clock = clock
@@ -92,6 +97,9 @@ class Appender:
         self._streams: dict[str, Facts] = {}
         self._known: dict[tuple[str, bytes], Appended | None] = {}
         self._pending: dict[tuple[str, bytes], Appended] = {}
+        self._firsts: dict[bytes, str] | None = {} if first_streams else None
+        """Ids with the stream that had them first, the oldest first; None where every stream knows its own."""
+        self._new_firsts: dict[bytes, str] = {}  # of the present transaction
         self._rows: list[Row] = []
         self._last = 0
 
@@ -130,57 +138,67 @@ class Appender:
         outcomes: list[Outcome] = []
         for write in writes:
             try:
-                outcomes.append(self._apply(connection, write))
+                outcomes.append(write.apply(self, connection))
             except StoreError as refusal:
-                outcomes.append(refusal)
+                outcomes.append(refusal.with_traceback(None))  # which has this frame, and so all that the group writes
         self._insert(connection)
         connection.execute("COMMIT")
         self.head = self._last
+        if self._firsts is not None:
+            self._keep_firsts(self._firsts)
         return outcomes
 
-    def _apply(self, connection: sqlite3.Connection, write: Write) -> Appended:
-        stream = write.stream
-        facts = self._facts(connection, stream)
-        original = original_of(stream)
-        if original is not None and facts.last < 0 and self._facts(connection, original).last == MAX_VERSION:
+    def decided(
+        self, connection: sqlite3.Connection, stream: str, expected: Expected, ids: Sequence[bytes]
+    ) -> Appended | None:
+        """Ask `rules.decide` about events with these ids."""
+        facts, original = self.facts(connection, stream), original_of(stream)
+        if original is not None and facts.last < 0 and self.facts(connection, original).last == MAX_VERSION:
             # EventStoreDB looks at the original only where the metadata stream has no event of its own.
             raise StreamDeleted(stream)
-        repeated = decide(
+        return decide(
             stream,
             facts,
-            write.expected,
-            [event.id.bytes for event in write.events],
-            has_metadata=lambda: self._facts(connection, f"$${stream}").last >= 0,
+            expected,
+            ids,
+            has_metadata=lambda: self.facts(connection, f"$${stream}").last >= 0,
             recorded=lambda id_: self._recorded(connection, stream, id_),
             recorded_at=lambda version: self._recorded_at(connection, stream, version),
         )
+
+    def apply(self, connection: sqlite3.Connection, write: Write) -> Appended:
+        stream = write.stream
+        repeated = self.decided(connection, stream, write.expected, [event.id.bytes for event in write.events])
         if repeated is not None:
             return repeated
         if write.kind is Kind.APPEND:
-            return self._append(connection, write, facts, original)
+            return self.append(connection, stream, write.events)
+        facts = self.facts(connection, stream)
         if write.kind is Kind.TOMBSTONE:
             self._put(stream, MAX_VERSION, write.events[0])
             facts.last = MAX_VERSION
         else:
-            if facts.last < 0 and self._facts(connection, f"$${stream}").last < 0:
+            if facts.last < 0 and self.facts(connection, f"$${stream}").last < 0:
                 raise WrongExpectedVersion(stream, describe(write.expected), -1)
             self._put_metadata(connection, stream, SOFT_DELETE)
         return Appended(facts.last, self._last)
 
-    def _append(self, connection: sqlite3.Connection, write: Write, facts: Facts, original: str | None) -> Appended:
-        if not write.events:
+    def append(self, connection: sqlite3.Connection, stream: str, events: Sequence[EventData]) -> Appended:
+        """Put what was decided to be written."""
+        facts, original = self.facts(connection, stream), original_of(stream)
+        if not events:
             return Appended(facts.last, self._last)
         first = facts.last + 1
         # Before the new document is there: whether the stream was softly deleted is read from the one that is the last.
-        of = None if original is None else self._facts(connection, original)
-        for event in write.events:
+        of = None if original is None else self.facts(connection, original)
+        for event in events:
             facts.last += 1
-            self._put(write.stream, facts.last, event)
+            self._put(stream, facts.last, event)
         answer = Appended(facts.last, self._last)
         if facts.soft:
-            self._undelete(connection, write.stream, first)
+            self._undelete(connection, stream, first)
         if original is not None and of is not None:
-            was_soft, of.soft = of.soft, retention_of(original, write.events[-1].data).soft_deleted
+            was_soft, of.soft = of.soft, retention_of(original, events[-1].data).soft_deleted
             if was_soft and of.last != MAX_VERSION:
                 self._undelete(connection, original, of.last + 1)
         return answer
@@ -193,10 +211,10 @@ class Appender:
             self._put_metadata(connection, stream, document)
 
     def _put_metadata(self, connection: sqlite3.Connection, stream: str, document: bytes) -> None:
-        metastream = self._facts(connection, f"$${stream}")
+        metastream = self.facts(connection, f"$${stream}")
         metastream.last += 1
         self._put(f"$${stream}", metastream.last, EventData(METADATA, document))
-        self._facts(connection, stream).soft = retention_of(stream, document).soft_deleted
+        self.facts(connection, stream).soft = retention_of(stream, document).soft_deleted
 
     def _put(self, stream: str, version: int, event: EventData) -> None:
         position, id_ = self._last + self._stride, event.id.bytes
@@ -205,6 +223,8 @@ class Appender:
             (position, stream, version, event.type, event.data, event.metadata, is_json, id_, self._clock())
         )
         self._pending.setdefault((stream, id_), Appended(version, position))
+        if self._firsts is not None:
+            self._new_firsts.setdefault(id_, stream)
         self._last = position
 
     def _insert(self, connection: sqlite3.Connection) -> None:
@@ -216,7 +236,7 @@ class Appender:
                 at += count
         rows.clear()
 
-    def _facts(self, connection: sqlite3.Connection, stream: str) -> Facts:
+    def facts(self, connection: sqlite3.Connection, stream: str) -> Facts:
         facts = self._streams.get(stream)
         if facts is None:
             self._insert(connection)
@@ -230,6 +250,7 @@ class Appender:
         """What the group will ask, in two questions instead of some for each write."""
         self._known.clear()
         self._pending.clear()
+        self._new_firsts.clear()
         new = {write.stream for write in writes if write.stream not in self._streams}
         last: dict[str, int] = {}
         for count, names in _padded([name for stream in new for name in (stream, f"$${stream}")], ""):
@@ -253,7 +274,20 @@ class Appender:
             for stream, id_, version, position in found:
                 self._known[stream, id_] = Appended(version, position)
 
+    def _keep_firsts(self, firsts: dict[bytes, str]) -> None:
+        for id_, stream in self._new_firsts.items():
+            firsts.setdefault(id_, stream)
+        for id_ in list(islice(firsts, max(len(firsts) - FIRST_STREAMS, 0))):
+            del firsts[id_]
+
+    def _belongs_elsewhere(self, stream: str, id_: bytes) -> bool:
+        """Another stream had the id first."""
+        firsts = self._firsts
+        return firsts is not None and (firsts.get(id_) or self._new_firsts.get(id_, stream)) != stream
+
     def _recorded(self, connection: sqlite3.Connection, stream: str, id_: bytes) -> Appended | None:
+        if self._belongs_elsewhere(stream, id_):
+            return None
         key = (stream, id_)
         if key not in self._known:
             found = connection.execute(_FIND[1], (stream, id_, self._ids_after)).fetchone()

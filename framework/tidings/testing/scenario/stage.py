@@ -3,6 +3,7 @@ the production code; nothing else of a running service is there."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,6 +20,7 @@ from tidings.delivery.given import Given
 from tidings.delivery.owned import Ours
 from tidings.delivery.resources import Resources
 from tidings.delivery.savepoint import GroupBroken, in_savepoint, roll_back
+from tidings.errors import ConfigurationError
 from tidings.hosting.running import RunningService
 from tidings.modelling.events import Event, wire_name
 from tidings.modelling.handlers import Handler, Inject
@@ -28,10 +30,15 @@ from tidings.stores import EventStore, RecordedEvent
 from tidings.testing.replaced import asked_for
 from tidings.testing.scenario.context import RecordingContext
 from tidings.testing.scenario.stating import Raw, data_of
+from tidings.testing.world import threads
+from tidings.testing.world.blocking import Blocked
+from tidings.testing.world.threads import Threads, place_of, words_of
 
 __all__ = ["Stage", "stage_of"]
 
 _NUMBERS: Final = itertools.count(1)
+LIFESPAN: float = 60.0
+"""Seconds that a lifespan may take to begin."""
 
 
 class Stage:
@@ -106,7 +113,7 @@ class Stage:
     async def _run(self, handler: Handler, context: RecordingContext) -> Failure | None:
         async def run(provide: Callable[[Inject], Any]) -> Failure | None:
             begun = self._attempts.begin(handler, context, provide)
-            return await begun.outcome() if isinstance(begun, Attempt) else begun
+            return await _outcome(begun, handler, context) if isinstance(begun, Attempt) else begun
 
         if not handler.transactional:
             return await self._late(context, run)
@@ -134,6 +141,22 @@ class Stage:
             if failure is not None and begun:
                 await roll_back(begun[0])
         return failure
+
+
+async def _outcome(begun: Attempt, handler: Handler, context: RecordingContext) -> Failure | None:
+    """Wait until an attempt ends. Raises `Blocked` for a thread that goes on long after the handler's time."""
+    if not handler.threaded:
+        return await begun.outcome()
+    ending = asyncio.create_task(begun.outcome())
+    try:
+        while not ending.done():
+            await asyncio.wait((ending,), timeout=handler.timeout + threads.OVER)
+            place = None if ending.done() else place_of(handler, context.position)
+            if place is not None and not place.debugged:
+                raise Blocked(words_of(handler, f"service {context.service}", place))
+        return ending.result()
+    finally:
+        ending.cancel()
 
 
 def _nothing(wanted: Inject) -> Any:
@@ -173,9 +196,21 @@ async def stage_of(service: Service, instead: Mapping[type, Any]) -> AsyncIterat
         stack.enter_context(service.bound_to(running))
         yielded = None
         if service.resources is not None and not asked_for([service]).keys() <= instead.keys():
-            yielded = await stack.enter_async_context(service.resources(service))
+            limit = asyncio.timeout(LIFESPAN)
+            try:
+                async with limit:
+                    yielded = await stack.enter_async_context(service.resources(service))
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise
+                raise ConfigurationError(
+                    f"the lifespan of service {service.name!r} has not begun after {LIFESPAN:g} s. If a test does not "
+                    "need what it opens, give what handlers ask for: handling(..., resources={Gateway: FakeGateway()})"
+                ) from error
         running.resources = _Replaced(service.name, yielded, instead)
-        attempts = Attempts(service, running.resources, Ours(store, bus, database))
+        workers = Threads()
+        stack.callback(workers.close)
+        attempts = Attempts(service, running.resources, Ours(store, bus, database), threads=workers)
         attempts.open()
         stack.callback(attempts.close)
         yield Stage(service, running, attempts)

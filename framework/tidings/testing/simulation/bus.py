@@ -13,7 +13,7 @@ from contextvars import Context
 from typing import Any, Final
 
 from tidings.buses import Delivery, Found, Subscription
-from tidings.errors import BusUnavailable, Unroutable
+from tidings.errors import BusError, BusUnavailable, QueueRefused, Unroutable
 from tidings.protocol.message import MARKER, Message
 from tidings.testing.simulation.dice import Dice
 from tidings.testing.simulation.loop import Process, SimulatedLoop
@@ -69,6 +69,8 @@ class SimulatedBroker:
         self.published: Counter[int] = Counter()
         """Position to the number of messages that were sent with it."""
         self.markers = 0
+        self.refusing: dict[str, float] = {}
+        """Queue to the time until which it refuses every message."""
         self._copies: Counter[str] = Counter()
 
     def cut(self, process: Process | None) -> None:
@@ -93,19 +95,24 @@ class SimulatedBroker:
         self.lock_freed.set()
         self.lock_freed = asyncio.Event()
 
-    def publish(self, message: Message) -> bool:
-        """Put a message into every queue of its bucket. Return False if there is no queue at all."""
+    def publish(self, message: Message) -> BusError | None:
+        """Put a message into every queue of its bucket. Return what its sender is told instead of a confirm."""
         if not self.queues:
-            return False
+            return Unroutable("tidings.events", message.message_id)
         if message.type == MARKER:
             self.markers += 1
         else:
             self.published[message.headers["tidings-position"]] += 1
+        refused = None
         for queue in list(self.queues.values()):
             if message.bucket is None or message.bucket in queue.buckets:
+                if self.refusing.get(queue.name, 0.0) > self.loop.time():
+                    refused = QueueRefused(f"a queue refuses messages. It is {queue.name}")
+                    self.tell("broker", f"{queue.name} refuses {named(message)}")
+                    continue
                 self._push(queue, message)
                 queue.pump()
-        return True
+        return refused
 
     def _push(self, queue: _Queue, message: Message) -> None:
         what, ready = named(message), queue.ready
@@ -184,8 +191,9 @@ class _Publisher(_Connection):
         broker = self.broker
         if self.lost is not None and broker.dice.chance(f"on its way {self.process}/{self._sent}") < 0.5:
             return
-        if not broker.publish(message):
-            self._settle(confirmed, Unroutable("tidings.events", message.message_id))
+        error = broker.publish(message)
+        if isinstance(error, Unroutable):
+            self._settle(confirmed, error)
             return
         if message.type == MARKER:
             broker.tell(self.process, f"published {named(message)} {message.body.decode()}")
@@ -194,7 +202,7 @@ class _Publisher(_Connection):
                 self.process, f"published {named(message)} (the one before it is {message.headers['tidings-previous']})"
             )
         if not self.swallows:
-            broker.loop.call_later(TRAVEL, self._settle, confirmed, None)
+            broker.loop.call_later(TRAVEL, self._settle, confirmed, error)
 
     def _settle(self, confirmed: asyncio.Future[Any], error: Exception | None) -> None:
         self._unconfirmed.pop(confirmed, None)
@@ -277,6 +285,8 @@ class _Consumer(_Connection):
 class SimulatedBus:
     """The bus as one process sees it."""
 
+    counts_all_consumers: Final = True
+
     def __init__(self, broker: SimulatedBroker, process: Process) -> None:
         self._broker = broker
         self._process = process
@@ -296,11 +306,14 @@ class SimulatedBus:
     async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
         """See `EventBus.inspect`."""
         await self._process.io("inspect")
-        states = ["fits" if each.queue in self._broker.queues else "missing" for each in subscriptions]
-        return [
-            Found("queue", each.queue, "fits" if state == "fits" else "missing")
-            for each, state in zip(subscriptions, states, strict=True)
-        ]
+        found = []
+        for each in subscriptions:
+            queue = self._broker.queues.get(each.queue)
+            if queue is None:
+                found.append(Found("queue", each.queue, "missing"))
+            else:
+                found.append(Found("queue", each.queue, "fits", "", len(queue.ready), len(queue.consumers)))
+        return found
 
     @asynccontextmanager
     async def publisher(self, *, lock: str | None = None) -> AsyncIterator[_Publisher]:

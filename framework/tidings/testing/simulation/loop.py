@@ -16,7 +16,7 @@ from contextvars import Context, ContextVar, copy_context
 from itertools import count
 from typing import Any, Final, TypeVar
 
-__all__ = ["PROCESS", "Endless", "Process", "SimulatedLoop"]
+__all__ = ["PROCESS", "Endless", "Process", "SimulatedLoop", "Stuck"]
 
 T = TypeVar("T")
 
@@ -38,6 +38,10 @@ PROCESS: Final[ContextVar[Process | None]] = ContextVar("simulated process", def
 
 class Endless(Exception):
     """A world runs more than `STEPS` callbacks without an end."""
+
+
+class Stuck(RuntimeError):
+    """All tasks wait for one another."""
 
 
 class Process:
@@ -166,7 +170,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     # ---- running ------------------------------------------------------------------------
 
     def run_until_complete(self, future: Any) -> Any:
-        """Run a coroutine to its end. Raises `RuntimeError` if all tasks wait and nothing can happen any more."""
+        """Run a coroutine to its end. Raises `Stuck` if nothing can happen any more."""
         hooks = sys.get_asyncgen_hooks()
         task = future if isinstance(future, asyncio.Future) else self.create_task(future)
         asyncio._set_running_loop(self)
@@ -184,7 +188,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def _turn(self) -> None:
         while not self._ready:
             if not self._timers:
-                raise RuntimeError("deadlock: all tasks wait, and no timer is set")
+                raise Stuck("all tasks wait, and no timer is set")
             when, _, timer, owner = heapq.heappop(self._timers)
             if not timer.cancelled():
                 self._now = max(self._now, when)

@@ -18,6 +18,10 @@ IO: Final = {
 """Kinds of I/O in the middle of which a process can be hit."""
 HAUNTED: Final = 100
 """Number of the event in whose handler a process is made a zombie."""
+FORGED: Final = 200
+"""Number of the first event that a forger publishes."""
+FOR_EVER: Final = 1e9
+"""Seconds that no world lasts."""
 ZOMBIE_SECONDS: Final = 12.0
 """Seconds that a world lasts after a process was made a zombie."""
 
@@ -99,7 +103,8 @@ def plan(dice: Dice, kinds: tuple[str, ...]) -> Plan:
     zombies = _zombie(dice, relays, seconds)
     if zombies:
         services, seconds = 2, zombies[0].at + ZOMBIE_SECONDS
-    steps += takeovers + zombies
+    steps += takeovers + zombies + _forger(dice, seconds, kinds) + _skips(dice, seconds)
+    steps += _refusals(dice, seconds, services)
     muted = dice.muted
     return Plan(
         relays,
@@ -143,6 +148,46 @@ def _zombie(dice: Dice, relays: int, seconds: float) -> list[Step]:
         Step("event of the zombie", at + 0.01, "append", event=first),
         Step("event behind the zombie's", at + 0.02, "append", event=later),
     ]
+
+
+def _forger(dice: Dice, seconds: float, kinds: tuple[str, ...]) -> list[Step]:
+    """In a fifth of the worlds, publish up to three messages that claim positions which the log never reaches: only
+    a keyed seal protects from one that it has reached by the time it is looked at."""
+    random = dice.random("forger")
+    if random.random() > 0.2:
+        return []
+    return [
+        Step(
+            f"forgery {n}",
+            random.uniform(0.3, seconds),
+            "forge",
+            seconds=random.randint(1_000, 9_999),
+            event=random.choice((None, _event(random, FORGED + n, kinds))),
+        )
+        for n in range(random.randint(1, 3))
+    ]
+
+
+def _skips(dice: Dice, seconds: float) -> list[Step]:
+    """In a quarter of the worlds, let an operator skip events that the service may have at work at that moment."""
+    random = dice.random("skips")
+    if random.random() > 0.25:
+        return []
+    return [
+        Step(f"skip {n}", random.uniform(0.4, seconds + 0.5), "skip", seconds=random.random())
+        for n in range(random.randint(1, 4))
+    ]
+
+
+def _refusals(dice: Dice, seconds: float, services: int) -> list[Step]:
+    """In a fifth of the worlds, let a queue refuse every message for a while. Where the service has one process, it
+    may do so for ever: then only the log brings the events."""
+    random = dice.random("refusals")
+    if random.random() > 0.2:
+        return []
+    for_ever = services == 1 and random.random() < 0.4
+    lasts = FOR_EVER if for_ever else random.choice((0.3, 1.0, 3.0, 30.0)) * random.random()
+    return [Step("refusal", random.uniform(0.3, seconds), "queue refuses", random.randrange(2), lasts)]
 
 
 def _event(random: Random, n: int, kinds: tuple[str, ...]) -> tuple[str, str, int, int, str | None]:

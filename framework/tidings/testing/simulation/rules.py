@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Final
 from unittest.mock import patch
 
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.buses import Consumer, Delivery
@@ -17,26 +19,33 @@ from tidings.database.enrolment import Enrolment
 from tidings.database.floors import Floor
 from tidings.database.notes import Notes
 from tidings.database.partials import Partials
+from tidings.database.receipts import Receipts, Written
 from tidings.database.staged_events import StagedEvent
 from tidings.database.tables import floors, watermarks
 from tidings.database.watermarks import Watermarks
+from tidings.delivery.claims import Sought
+from tidings.delivery.head_check import HeadCheck
 from tidings.delivery.healing import Pass
 from tidings.delivery.inflight import InFlight
 from tidings.delivery.intake import Intake
 from tidings.delivery.keys import Keys
 from tidings.delivery.lanes import EventLanes
-from tidings.delivery.resolution import Resolver
+from tidings.delivery.own_clock import OwnClock
+from tidings.delivery.resolution import Place, Resolver, _Part
 from tidings.delivery.savepoint import _Scope
 from tidings.delivery.seating import Group, Seating
 from tidings.delivery.seats import Seat
 from tidings.delivery.staged import Stager
-from tidings.errors import StreamNotFound
+from tidings.errors import BusError, StreamNotFound
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Roster
+from tidings.protocol.identity import IdKeys
+from tidings.protocol.message import Message
 from tidings.protocol.position import Accepted, Arrival, Chain, Window
+from tidings.relay.checkpoints import Checkpointed
 from tidings.relay.relay import Relay
-from tidings.stores import NO_STREAM, Expected
-from tidings.testing.simulation.bus import SimulatedBus
+from tidings.stores import NO_STREAM, RecordedEvent
+from tidings.testing.simulation.bus import SimulatedBroker, SimulatedBus
 
 __all__ = ["RULES", "SAVING", "without"]
 
@@ -50,6 +59,13 @@ def _gap() -> Patches:
         return offer(self, bucket, position, -1)
 
     yield Accepted, "offer", blind
+
+
+def _head_check() -> Patches:
+    def knows(self: HeadCheck[Any], position: int) -> bool:
+        return True
+
+    yield HeadCheck, "knows", knows
 
 
 def _marker() -> Patches:
@@ -71,10 +87,20 @@ def _base() -> Patches:
 
 
 def _watermark_cas() -> Patches:
-    async def overwrite(self: Watermarks, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]]) -> None:
-        for bucket, (_, new) in moves.items():
+    async def overwrite(
+        self: Watermarks,
+        connection: AsyncConnection,
+        moves: Mapping[int, tuple[int, int]],
+        receipts: Mapping[int, Written],
+        passed: Mapping[int, tuple[int, Written]],
+    ) -> None:
+        told = {**receipts, **{bucket: written for bucket, (_, written) in passed.items()}}
+        for bucket in {*moves, *told}:
             of_bucket = (watermarks.c.service == self._scope.service, watermarks.c.bucket == bucket)
-            await connection.execute(watermarks.update().where(*of_bucket).values(position=new))
+            values: dict[str, object] = {"position": moves[bucket][1]} if bucket in moves else {}
+            if bucket in told:
+                values |= dict(zip(("receipt_at", "receipt"), told[bucket], strict=True))
+            await connection.execute(watermarks.update().where(*of_bucket).values(values))
 
     yield Watermarks, "move", overwrite
 
@@ -159,13 +185,13 @@ def _failed_is_undone() -> Patches:
 
 
 def _staged_is_looked_for() -> Patches:
-    async def resolve(self: Resolver, row: StagedEvent, actual: int) -> Expected:
+    async def resolve(self: Resolver, row: StagedEvent, actual: int) -> Place:
         try:
             async for event in self._store.read_stream(row.stream, backwards=True):
-                return event.version
+                return Place(event.version, row.event.id)
         except StreamNotFound:
             pass
-        return NO_STREAM
+        return Place(NO_STREAM, row.event.id)
 
     yield Resolver, "resolve", resolve
 
@@ -175,6 +201,31 @@ def _fresh_for_the_log() -> Patches:
         return True
 
     yield Stager, "_is_new_to_log", for_this_database
+
+
+def _ids_are_keyed() -> Patches:
+    def none(self: IdKeys, cause: int | None = None) -> tuple[bytes, ...]:
+        return (b"",)
+
+    yield IdKeys, "secrets", none
+
+
+def _former_keys_are_known() -> Patches:
+    def the_first(self: IdKeys, cause: int | None = None) -> tuple[bytes, ...]:
+        return (self.keys[0].secret,)
+
+    yield IdKeys, "secrets", the_first
+
+
+def _foreign_is_another_event() -> Patches:
+    def by_its_id(self: Sought, event: RecordedEvent) -> bool:
+        return event.id_bytes in self.ids
+
+    def holds_the_id(self: _Part, sought: Sought) -> bool:
+        return any(identity in self.ids for identity in sought.ids)
+
+    yield Sought, "is_it", by_its_id
+    yield _Part, "holds", holds_the_id
 
 
 def _settled_is_not_under_way() -> Patches:
@@ -195,10 +246,10 @@ def _acknowledged_late() -> Patches:
 
 
 def _checkpoint() -> Patches:
-    async def none(self: Relay) -> int:
-        return -1
+    async def none(self: Relay) -> Checkpointed:
+        return Checkpointed()
 
-    yield Relay, "checkpoint", none
+    yield Relay, "last", none
 
 
 def _one_leads() -> Patches:
@@ -271,8 +322,70 @@ def _held_emits_alone() -> Patches:
     yield Watermarks, "fenced_rivals", nothing
 
 
+def _operators_fence() -> Patches:
+    move = Watermarks.move
+
+    async def forgiving(
+        self: Watermarks, connection: AsyncConnection, moves: Mapping[int, tuple[int, int]], *receipts: Any
+    ) -> None:
+        """Move watermarks whatever operators have said since this process joined."""
+        rows = sa.select(watermarks.c.bucket, watermarks.c.replays).where(*self._scope.of_log(watermarks))
+        self._replays |= {row.bucket: row.replays for row in await connection.execute(rows)}
+        await move(self, connection, moves, *receipts)
+
+    async def nothing(self: Watermarks, connection: AsyncConnection, *, locking: bool = True) -> None:
+        """Let a process go on that operators have fenced."""
+
+    yield Watermarks, "move", forgiving
+    yield Watermarks, "fence", nothing
+
+
+def _own_clock() -> Patches:
+    async def never(self: OwnClock, *, chosen: bool) -> int | None:
+        return None
+
+    yield OwnClock, "due", never
+
+
+def _nothing_is_passed_over() -> Patches:
+    offer, read = Accepted.offer, Accepted.read
+
+    def deaf(self: Accepted, bucket: int, position: int, previous: int) -> Arrival:
+        """Take some events for duplicates: a bug."""
+        arrival = offer(self, bucket, position, previous)
+        return Arrival.DUPLICATE if arrival is Arrival.NEXT and position % 7 == 3 else arrival
+
+    def blind(self: Accepted, bucket: int, position: int) -> bool:
+        return read(self, bucket, position) and position % 7 != 3
+
+    yield Accepted, "offer", deaf
+    yield Accepted, "read", blind
+
+
+def _content_of_the_log() -> Patches:
+    publish = SimulatedBroker.publish
+
+    def forged(self: SimulatedBroker, message: Message) -> BusError | None:
+        """Let somebody come before the relay with other content for some events that the log holds. Handlers do with it
+        what they would have done."""
+        if message.headers.get("tidings-position", 0) % 5 == 3:
+            publish(self, replace(message, body=message.body + b" "))
+        return publish(self, message)
+
+    yield SimulatedBroker, "publish", forged
+
+
+def _receipts_with_the_floor() -> Patches:
+    def nothing(self: Receipts) -> dict[int, Written]:
+        """Store the floor without what has gone by up to there."""
+        return {}
+
+    yield Receipts, "due", nothing
+
+
 RULES: Final[dict[str, Callable[[], Patches]]] = {
     "gap": _gap,
+    "head_check": _head_check,
     "marker": _marker,
     "base": _base,
     "watermark_cas": _watermark_cas,
@@ -284,6 +397,9 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "failed_is_undone": _failed_is_undone,
     "staged_is_looked_for": _staged_is_looked_for,
     "fresh_for_the_log": _fresh_for_the_log,
+    "ids_are_keyed": _ids_are_keyed,
+    "former_keys_are_known": _former_keys_are_known,
+    "foreign_is_another_event": _foreign_is_another_event,
     "settled_is_not_under_way": _settled_is_not_under_way,
     "parts_are_noted": _parts_are_noted,
     "behind_waits": _behind_waits,
@@ -291,6 +407,11 @@ RULES: Final[dict[str, Callable[[], Patches]]] = {
     "behind_undone_is_recalled": _behind_undone_is_recalled,
     "older_code_is_fenced": _older_code_is_fenced,
     "held_emits_alone": _held_emits_alone,
+    "operators_fence": _operators_fence,
+    "own_clock": _own_clock,
+    "nothing_is_passed_over": _nothing_is_passed_over,
+    "content_of_the_log": _content_of_the_log,
+    "receipts_with_the_floor": _receipts_with_the_floor,
 }
 """Rules without which a promise breaks."""
 

@@ -16,6 +16,7 @@ from tidings.service import Service
 from tidings.testing.simulation.loop import PROCESS
 
 __all__ = [
+    "ANSWERS",
     "KINDS",
     "LATE",
     "SECOND",
@@ -26,6 +27,7 @@ __all__ = [
     "Desk",
     "Fragile",
     "Ignored",
+    "answers_to",
     "audit",
     "simulated_service",
     "tables",
@@ -78,6 +80,9 @@ SECOND: Final = "second"
 LATE: Final = "late"
 """Name of a handler of `Counted` and `Asked` that some processes do not have."""
 
+ANSWERS: Final = {"Asked": "answer", "Called": "call"}
+"""Wire name of an event to the name of its handler that emits `Answered`."""
+
 KINDS: Final[tuple[type[_Simulated], ...]] = (Counted, Counted, Fragile, Asked, Called, Ignored)
 
 
@@ -101,6 +106,11 @@ class Desk:
         if not self.mended and self.failures[context.position] < event.fails:
             self.failures[context.position] += 1
             raise RuntimeError("the simulated handler fails")
+
+
+def answers_to(n: int) -> str:
+    """Return the stream of the answer to the n-th event."""
+    return f"answers-{n % 3}"
 
 
 def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: int = 4, late: bool = True) -> Service:
@@ -128,7 +138,7 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
         await asyncio.sleep(0.0 if event.n % 3 else 0.004)  # before its first statement, beside others
         await desk.work(context, event)
         await note(context, session)
-        context.emit(f"answers-{event.n % 3}", Answered(n=event.n))
+        context.emit(answers_to(event.n), Answered(n=event.n))
 
     @service.on(Called, retry=retry)
     async def call(event: Called, context: Context, desk: Desk) -> None:
@@ -137,7 +147,7 @@ def simulated_service(name: str = "audit", *, prefetch: int = 20, concurrency: i
         await asyncio.sleep(0.01 if event.n % 3 else desk.slow)
         await desk.work(context, event)
         desk.calls[context.position] += 1
-        context.emit(f"answers-{event.n % 3}", Answered(n=event.n))
+        context.emit(answers_to(event.n), Answered(n=event.n))
 
     @service.on(Counted, retry=retry)
     async def hear(event: Counted, context: Context, desk: Desk) -> None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
+from weakref import WeakSet
 
 from tidings.errors import StoreUnavailable, StreamNotFound
 from tidings.stores import (
@@ -36,6 +37,10 @@ LOG: Final = UUID("5eed5eed-0000-4000-8000-000000000001")
 
 ANSWER_LOST: Final = 0.02
 """Share of appends whose answer is lost."""
+
+
+OTHER_REPLICA: Final = 0.3
+"""Share of tasks that are answered by another replica when they ask for the head."""
 
 
 class SimulatedLog:
@@ -158,11 +163,14 @@ class SimulatedStore:
         """Whether the store cannot be reached from this process."""
         self.frozen: int | None = None
         """Position up to which this process's replica has come; None if it does not lag."""
+        self._elsewhere: WeakSet[asyncio.Task[Any]] = WeakSet()
+        """Tasks that read from another replica, one that does not lag."""
 
     @property
     def reach(self) -> int:
-        """The last position that this process can see."""
-        return self._log.newest if self.frozen is None else self.frozen
+        """The last position that the replica has from which the task reads that asks."""
+        newest = self._log.newest
+        return newest if self.frozen is None or asyncio.current_task() in self._elsewhere else self.frozen
 
     async def _io(self, kind: str) -> None:
         term = self._log.term
@@ -249,8 +257,15 @@ class SimulatedStore:
                 await changed.wait()
 
     async def head(self) -> int:
-        """See `EventStore.head`: of the replica that this process reads from."""
+        """See `EventStore.head`: of the replica from which the task will read from now on. While one of them lags, the
+        answers to two tasks differ, and the second may know of less than the first."""
         await self._io("head")
+        task = asyncio.current_task()
+        assert task is not None
+        if self._process.chance(OTHER_REPLICA):
+            self._elsewhere.add(task)
+        else:
+            self._elsewhere.discard(task)
         return self.reach
 
     async def log_id(self) -> UUID:

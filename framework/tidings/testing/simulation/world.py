@@ -17,25 +17,32 @@ from typing import Any, Final, cast
 from unittest.mock import patch
 from uuid import UUID
 
+import sqlalchemy as sa
 import structlog
+from sqlalchemy.exc import IntegrityError
 
 from tidings.buses import EventBus
 from tidings.database.layout import lay_out, resize
 from tidings.delivery.resources import Resources
+from tidings.delivery.site import Trust
 from tidings.errors import ConfigurationError, DatabaseUnavailable
 from tidings.hosting.running import RunningService
 from tidings.modelling.events import wire_name
 from tidings.operations.dead import DeadLetters
+from tidings.operations.recount import recount
+from tidings.operations.skip import NotSkippable, skip
 from tidings.operations.verify import verify
+from tidings.protocol.identity import IdKey, IdKeys
 from tidings.relay.relay import Relay
 from tidings.service import Service
 from tidings.stores import ANY, EventData, EventStore
 from tidings.testing.simulation.bus import SimulatedBroker
 from tidings.testing.simulation.databases import Databases
 from tidings.testing.simulation.dice import Dice
-from tidings.testing.simulation.loop import PROCESS, Endless, Process, SimulatedLoop
+from tidings.testing.simulation.forger import forged, suppressing
+from tidings.testing.simulation.loop import PROCESS, Endless, Process, SimulatedLoop, Stuck
 from tidings.testing.simulation.plan import Plan, Step, plan
-from tidings.testing.simulation.service import KINDS, Desk, simulated_service
+from tidings.testing.simulation.service import ANSWERS, KINDS, Desk, Ignored, answers_to, audit, simulated_service
 from tidings.testing.simulation.slot import Slot
 from tidings.testing.simulation.store import LOG, SimulatedLog, SimulatedStore
 
@@ -47,6 +54,11 @@ PATIENCE: Final = 300.0
 """Seconds after the last fault in which a world must settle everything."""
 CLOCKS: Final = 150.0
 """Seconds; a clock is wrong by up to one and a half times as much. A clock that was put back delays held events."""
+
+FORMER_KEY: Final = IdKey(b"the key of before")
+NEW_KEY: Final = IdKey(b"the key of today")
+OPEN: Final = IdKey(b"")
+"""Keys of the ids of emitted events; each process makes new ids with one of the first two, and knows all of them."""
 
 Tell = Callable[..., None]
 
@@ -75,6 +87,8 @@ class World:
         self._former: Service = simulated_service(prefetch=self.plan.prefetch, late=False)
         self._deploys = dice.chance("deploys") < 0.5
         """A version of the service without its late handler comes first, and may come back."""
+        self._forger_appends = dice.chance("forger appends") < 0.3
+        """Somebody appends events under ids that the service's own events would have without a key."""
         self.slots = [Slot(self, f"relay {n + 1}", self._relay) for n in range(self.plan.relays)]
         self.slots += [Slot(self, f"audit {n + 1}", self._service) for n in range(self.plan.services)]
         self.passes = 0
@@ -82,6 +96,11 @@ class World:
         self.rejoins = 0
         self.lives = 1
         """Number of databases that the service has had: new or restored ones."""
+        self.skipped: dict[int, frozenset[str] | None] = {}
+        """Position to the handlers that were done with an event when it was skipped; None once the database in which
+        that was noted is lost."""
+        self.contradictions: list[str] = []
+        """What the log contradicts of what the service has noted, once all is settled."""
         self._copy: bytes | None = None
         self.calm = False
         self.died: list[str] = []
@@ -107,8 +126,8 @@ class World:
         with sealed(self):
             try:
                 self.loop.run_until_complete(self._live())
-            except Endless as error:
-                with suppress(RuntimeError):  # tasks that wait for a spinning process cannot end either
+            except (Endless, Stuck) as error:
+                with suppress(Stuck):  # tasks that wait for a spinning process cannot end either
                     self.loop.run_until_complete(self._end())
                 raise Unsettled(str(error)) from error
 
@@ -139,10 +158,16 @@ class World:
             cast("EventBus", slot.bus),
             slot.seat.database,
             clock=self.loop.time,
+            trust=Trust(ids=self._keys(slot)),
         )
         running.resources = Resources(self.service.name, self.desk)
         slot.stopping = running.stopping
         await running.serve()
+
+    def _keys(self, slot: Slot) -> IdKeys:
+        """Return the keys of a process: some still make ids with the former one."""
+        former = self.dice.chance(f"key of {slot}/{slot.starts}") < 0.3
+        return IdKeys([FORMER_KEY, NEW_KEY, OPEN] if former else [NEW_KEY, FORMER_KEY, OPEN])
 
     # ---- the faults -----------------------------------------------------------------------
 
@@ -166,6 +191,8 @@ class World:
         match step.what:
             case "append":
                 self._append(step)
+            case "forge":
+                self._forge(step)
             case "kill" | "pause" if step.io is not None:
                 slot.set_trap(step)
             case "zombie":
@@ -183,12 +210,8 @@ class World:
             case "cut all":
                 self.tell("network", "breaks all connections to the broker")
                 self.broker.cut(None)
-            case "delete queue":
-                names = sorted(self.broker.queues)
-                if names:
-                    name = names[step.slot % len(names)]
-                    self.tell("operator", f"deletes queue {name}")
-                    self.broker.delete(name)
+            case "delete queue" | "queue refuses":
+                self._harm_queue(step)
             case "forget locks":
                 self.tell("broker", "forgets who leads")
                 self.broker.forget_locks()
@@ -205,6 +228,8 @@ class World:
                 self.tell("store", f"lags: {slot} sees nothing new for {step.seconds:.1f} s")
                 slot.freeze(self.log.newest)
                 after(step.seconds, slot.thaw)
+            case "skip":
+                await self._skip(step)
             case "retention":
                 self._remove(step)
             case "database copied":
@@ -215,10 +240,25 @@ class World:
                 self.tell("broker", f"confirms nothing to {slot} for {step.seconds:.1f} s")
                 self._swallow(slot)
             case "wrong clock":
-                slot.clock_error = (step.seconds - 1.5) * CLOCKS
-                self.tell(slot, f"has a clock that is wrong by {slot.clock_error:.0f} s")
-                if slot.process is not None:
-                    slot.process.clock_error = slot.clock_error
+                self._put_clock(slot, (step.seconds - 1.5) * CLOCKS)
+
+    def _harm_queue(self, step: Step) -> None:
+        names = sorted(self.broker.queues)
+        if not names:
+            return
+        name = names[step.slot % len(names)]
+        if step.what == "delete queue":
+            self.tell("operator", f"deletes queue {name}")
+            self.broker.delete(name)
+        else:
+            self.tell("broker", f"lets queue {name} refuse messages for {step.seconds:.1f} s")
+            self.broker.refusing[name] = self.loop.time() + step.seconds
+
+    def _put_clock(self, slot: Slot, error: float) -> None:
+        self.tell(slot, f"has a clock that is wrong by {error:.0f} s")
+        slot.clock_error = error
+        if slot.process is not None:
+            slot.process.clock_error = error
 
     async def _resize(self, count: int) -> None:
         self.tell("operator", f"resizes the service to {count} partitions")
@@ -229,12 +269,30 @@ class World:
         except ConfigurationError:
             self.tell("operator", "gives up: a deploy is under way")
 
+    async def _skip(self, step: Step) -> None:
+        """Skip one of the newest events, and note which of its handlers are done with it by then."""
+        kinds = frozenset(map(wire_name, KINDS)) - {wire_name(Ignored)}
+        newest = [event for event in self.log.events if event.type in kinds][-3:]
+        if not newest:
+            return
+        event = newest[int(step.seconds * 1000) % len(newest)]
+        try:
+            found = await skip(self._seat.database, self.service, LOG, event)
+        except (NotSkippable, DatabaseUnavailable) as error:
+            self.tell("operator", f"cannot skip {event.position}: {error}")
+            return
+        self.tell("operator", f"skips {event.position}, which is {found.value}")
+        query = sa.select(audit.c.handler).where(audit.c.position == event.position)
+        async with self._seat.database.reading() as connection:
+            self.skipped[event.position] = frozenset(await connection.scalars(query))
+
     async def _lose_database(self, step: Step) -> None:
         """Kill the service's processes and give them an empty database or an earlier copy. By then, the store may have
         forgotten the ids of the service's appends."""
         copy = self._copy if step.what == "database restored" else None
         self.tell("operator", "gives the service a new database" if copy is None else "restores an older database")
         self.lives += 1
+        self.skipped = dict.fromkeys(self.skipped)
         for slot in self.slots[self.plan.relays :]:
             slot.kill()
         await self._seat.close()
@@ -250,7 +308,17 @@ class World:
         kind, stream, n, fails, key = step.event
         metadata = b'{"partitionKey":"%s"}' % key.encode() if key else b""
         data = b'{"n":%d,"fails":%d}' % (n, fails)
-        self.log.append(stream, [EventData(kind, data, metadata, id=UUID(int=n + 1))], ANY)
+        done = self.log.append(stream, [EventData(kind, data, metadata, id=UUID(int=n + 1))], ANY)
+        if kind in ANSWERS and self._forger_appends and self.dice.allows(f"foreign answer {n}"):
+            self.tell("forger", f"appends an event under an id of the answer to {done.position}")
+            answers = answers_to(n)
+            foreign = suppressing(LOG, self.service.name, ANSWERS[kind], done.position, answers)
+            self.log.append(answers, [foreign], ANY)
+
+    def _forge(self, step: Step) -> None:
+        message = forged(LOG, self.log.newest + int(step.seconds), step.event)
+        self.tell("forger", f"publishes a {message.type} that claims position {self.log.newest + int(step.seconds)}")
+        self.broker.publish(message)
 
     def _remove(self, step: Step) -> None:
         own = [e.position for e in self.log.events if not e.stream.startswith(("tidings_", "$", "answers-"))]
@@ -282,13 +350,18 @@ class World:
         began, pause = self.loop.time(), 1.0
         while True:
             await asyncio.sleep(pause)
-            dead = [letter for letter in await letters.list() if letter.kind == "handler"]
+            found = [letter for letter in await letters.list() if letter.kind == "handler"]
+            dead = [letter for letter in found if self.skipped.get(letter.position or 0) is None]
             if dead:
                 self.tell("operator", f"retries {', '.join(str(letter.position) for letter in dead)}")
-                await letters.retry([letter.id for letter in dead])
+                try:
+                    await letters.retry([letter.id for letter in dead])
+                except IntegrityError as error:
+                    raise Unsettled(f"an event is dead twice, or dead and held: {error.orig}") from error
                 continue
             report = await verify(store, [(self.service, database)])
             if report.ok:
+                self.contradictions = (await recount(store, [(self.service, database)])).wrong
                 return
             if self.loop.time() - began > PATIENCE:
                 raise Unsettled(f"not settled {PATIENCE:g} s after the last fault:\n{report}")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Final
 
-__all__ = ["Blocked", "Guard"]
+__all__ = ["Blocked", "Guard", "debugged"]
 
 LOOK: float = 1.0
 """Seconds between two looks at the event loop."""
@@ -76,7 +76,7 @@ class Guard:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True  # so that pytest ends at the line that blocks
         who = self._at_work()
-        if self._looks <= LOOKS or who is None or frame is None or _debugged(frame):
+        if self._looks <= LOOKS or who is None or frame is None or debugged(frame):
             return
         self._looks = 1
         code = frame.f_code
@@ -87,7 +87,8 @@ class Guard:
         )
 
 
-def _debugged(frame: FrameType | None) -> bool:
+def debugged(frame: FrameType | None) -> bool:
+    """Return whether somebody looks at this frame, or at what it has called, with a debugger."""
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] in DEBUGGERS:
             return True

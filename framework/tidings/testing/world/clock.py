@@ -1,7 +1,7 @@
 """Virtual time on the event loop that a test runs on: where nothing is left to do, it jumps to the next timer.
 
 It waits in real time only for what happens outside the loop: calls in threads, sockets, subprocesses. It knows nothing
-of Tidings.
+of Tidings but its threads.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import heapq
 import selectors
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar, copy_context
+from importlib import import_module
 from typing import Any, Final
 
 from tidings.errors import ConfigurationError
+from tidings.testing.world.sleeps import replace_everywhere
+from tidings.testing.world.threads import Ended, Threads
 
-__all__ = ["OWNER", "Clock", "RealSleep"]
+__all__ = ["OWNER", "USERS", "Clock", "RealSleep"]
 
 TICK: Final = 1e-6
 """Seconds that a turn of the loop takes. If time stood still, code that waits for a deadline without sleeping would
@@ -26,13 +30,37 @@ RESOLUTION: Final = 1e-6
 """Seconds by which a timer may be early, so that rounding never keeps one from being due."""
 OUTSIDE: Final = 0.05
 """Seconds, at most, between two looks at whether anything outside the loop is still under way."""
+IDLE: Final = 0.25
+"""Seconds of real time without anything from outside the loop after which nobody waits for that any more, unless a
+handler is at work: a connection that a lifespan keeps open, a thread that waits for work."""
 
 OWNER: Final[ContextVar[object | None]] = ContextVar("owner of a callback", default=None)
 """What a callback belongs to, for `Clock.freeze`; None for the test."""
+USERS: Final[ContextVar[bool]] = ContextVar("a task that a lifespan began", default=False)
 
 
 class RealSleep(Exception):
     """A handler sleeps in real time, and blocks the event loop by it."""
+
+
+class _Call:
+    """A call in one of the world's threads."""
+
+    def __init__(self, owner: object | None, internal: bool) -> None:
+        self.owner = owner
+        self.internal = internal
+        """It is not of a handler, a lifespan or the test, and ends soon: a commit."""
+        self.counts = True
+        """Somebody waits for it: it was not cancelled, and its process lives."""
+
+
+class _Sleep:
+    """A thread that sleeps in virtual time."""
+
+    def __init__(self, call: _Call | None) -> None:
+        self.call = call
+        self.over = threading.Event()
+        self.cut_short = False
 
 
 class _Selector(selectors.BaseSelector):
@@ -66,25 +94,38 @@ class _Selector(selectors.BaseSelector):
 
 class Clock:
     """The time of one event loop, between `start` and `stop`. While it runs, `time.time` and `time.time_ns` follow it,
-    too. `datetime.now` cannot: it does not ask `time`, and its class cannot be changed."""
+    too, and so does `time.sleep`, by whatever name a module has it. `datetime.now` asks the system itself, and its
+    class cannot be changed: it follows where time-machine, which changes what is below both, is installed."""
 
-    def __init__(self, at_work: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, at_work: Callable[[], str | None], threads: Threads) -> None:
         """`at_work` names what the calling code is part of, if that must not block the loop."""
         self.horizon: Callable[[float], float] = lambda moment: moment
         """Given the moment of the next timer, returns the moment to jump to: the same, or a later one. What was due
         before happens then, in order."""
         self.limit: float | None = None
         """The moment over which time does not jump while somebody waits for a step."""
+        self.awaited: Callable[[], bool] = lambda: True
+        """Whether somebody may be waiting for what happens outside the loop."""
         self.skipped = 0.0
         """Seconds that were jumped over."""
         self._at_work = at_work
+        self._threads = threads
+        self._in_thread = threading.local()
         self._loop: Any = None
         self._thread = 0
         self._wall, self._wall_ns, self._sleep = time.time, time.time_ns, time.sleep
+        self._virtual: Callable[[float], None] = self.sleep
+        """What stands in the place of `time.sleep`: one object, so that it can be found again."""
         self._now = 0.0
-        self._calls = 0
-        """Calls in threads that are under way."""
-        self._files = 0
+        self._calls: set[_Call] = set()
+        """Calls in threads that are under way, and do not sleep in virtual time."""
+        self._asleep: set[_Sleep] = set()
+        self._idle = 0.0
+        """Seconds of real time since something has come from outside the loop."""
+        self._travel: Any = None
+        self._limiter: Any = None
+        """What counts the threads of anyio, in which web applications run plain functions."""
+        self._files: frozenset[int] = frozenset()
         """What the loop's selector watched before."""
         self._waiters: list[tuple[asyncio.Future[None], bool]] = []
         self._postponed: dict[int, tuple[Any, float]] = {}
@@ -108,13 +149,19 @@ class Clock:
         self._now = loop.time()
         self._wall, self._wall_ns, self._sleep = time.time, time.time_ns, time.sleep
         self._epoch = time.time() - self._now
-        self._files = len(selector.get_map())
+        self._files = frozenset(key.fd for key in selector.get_map().values())
         self._resolution = loop._clock_resolution
+        if "anyio" in sys.modules:
+            from anyio.to_thread import current_default_thread_limiter
+
+            self._limiter = current_default_thread_limiter()
         loop.time, loop.run_in_executor = self.time, self._run_in_executor
         loop._selector, loop._clock_resolution = _Selector(selector, self), RESOLUTION
+        self._travel = self._take_datetime()
         setattr(time, "time", self.wall)  # noqa: B010 - whatever asks for it follows the world's time
-        setattr(time, "time_ns", lambda: round(self.wall() * 1e9))  # noqa: B010
-        setattr(time, "sleep", self.sleep)  # noqa: B010
+        setattr(time, "time_ns", self.wall_ns)  # noqa: B010
+        self._virtual = self.sleep
+        replace_everywhere(self._sleep, self._virtual)
 
     def stop(self) -> None:
         """Give the loop its own time back. Harmless when repeated."""
@@ -123,9 +170,13 @@ class Clock:
             return
         setattr(time, "time", self._wall)  # noqa: B010
         setattr(time, "time_ns", self._wall_ns)  # noqa: B010
-        setattr(time, "sleep", self._sleep)  # noqa: B010
+        replace_everywhere(self._virtual, self._sleep)  # also in modules that were imported meanwhile
+        if self._travel is not None:
+            self._travel.stop()
         for owner in list(self._frozen):
             self._thaw(loop, owner)
+        for sleep in list(self._asleep):
+            self._cut_short(sleep)
         ahead = self._now - type(loop).time(loop)
         del loop.time, loop.run_in_executor
         loop._selector, loop._clock_resolution = loop._selector.inner, self._resolution
@@ -141,6 +192,20 @@ class Clock:
     def wall(self) -> float:
         """Return seconds since 1970."""
         return self._epoch + self._now
+
+    def wall_ns(self) -> int:
+        """Return nanoseconds since 1970."""
+        return round(self.wall() * 1e9)
+
+    def _take_datetime(self) -> Any:
+        """Let `datetime.now` follow, where that can be. Return what is to be stopped."""
+        try:
+            travel = import_module("time_machine").travel(self.wall(), tick=False)
+            traveller = travel.start()
+        except (ImportError, RuntimeError):  # the second: freezegun is at work, and has the last word
+            return None
+        traveller.time, traveller.time_ns = self.wall, self.wall_ns
+        return travel
 
     # ---- passing time ------------------------------------------------------------------------
 
@@ -199,8 +264,10 @@ class Clock:
         found = selector.select(0)
         self._now += TICK
         if found or timeout == 0:
-            return found
-        outside = self._calls > 0 or len(selector.get_map()) > self._files
+            return self._heard(found)
+        outside = bool(self._calls) or len(selector.get_map()) > len(self._files) or self._lent()
+        if outside and self._waiters and self._idle >= IDLE:
+            outside = any(call.internal for call in self._calls) or self.awaited()
         if not outside and self._tell():
             return []
         limit = self.limit if self._waiters else None
@@ -212,8 +279,10 @@ class Clock:
         if outside or timeout is None:
             before = time.monotonic()
             found = selector.select(OUTSIDE if timeout is None else min(timeout, OUTSIDE))
-            self._now += time.monotonic() - before
-            return found
+            passed = time.monotonic() - before
+            self._now += passed
+            self._idle += passed
+            return self._heard(found)
         timeout = max(self.horizon(self._now + timeout) - self._now, timeout)
         if limit is not None:
             timeout = max(min(timeout, limit - self._now), 0.0)
@@ -221,6 +290,11 @@ class Clock:
         self.skipped += timeout
         self._waiters = [(waiter, False) for waiter, _ in self._waiters]
         return []
+
+    def _heard(self, found: list[tuple[selectors.SelectorKey, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+        if not self._files.issuperset(key.fd for key, _ in found):
+            self._idle = 0.0
+        return found
 
     def _tell(self) -> bool:
         """Wake whoever waits for this moment; False where all of them wait for the next timer."""
@@ -246,29 +320,73 @@ class Clock:
                 "runs in a thread; both take virtual time here"
             )
         else:
-            over = threading.Event()
-            self._loop.call_soon_threadsafe(self._fall_asleep, seconds, over)
-            over.wait()
+            self._sleep_virtually(seconds)
 
-    def _fall_asleep(self, seconds: float, over: threading.Event) -> None:
-        self._calls -= 1  # it does not run, so time may jump
-        self._loop.call_later(seconds, self._awake, over)
+    def _sleep_virtually(self, seconds: float) -> None:
+        loop, sleep = self._loop, _Sleep(getattr(self._in_thread, "call", None))
+        if loop is not None:
+            loop.call_soon_threadsafe(self._fall_asleep, seconds, sleep)
+            sleep.over.wait()
+        if loop is None or sleep.cut_short:
+            raise Ended("the process of this thread, or its world, is over")
+        self._threads.woke()
 
-    def _awake(self, over: threading.Event) -> None:
-        self._calls += 1
-        over.set()
+    def _fall_asleep(self, seconds: float, sleep: _Sleep) -> None:
+        if self._loop is None:
+            self._cut_short(sleep)
+            return
+        self._asleep.add(sleep)
+        if sleep.call is not None:
+            self._calls.discard(sleep.call)  # it does not run, so time may jump
+        self._loop.call_later(seconds, self._awake, sleep)
+
+    def _awake(self, sleep: _Sleep) -> None:
+        if sleep in self._asleep:
+            self._asleep.discard(sleep)
+            if sleep.call is not None and sleep.call.counts:
+                self._calls.add(sleep.call)
+            sleep.over.set()
+
+    def _cut_short(self, sleep: _Sleep) -> None:
+        self._asleep.discard(sleep)
+        sleep.cut_short = True
+        sleep.over.set()
 
     # ---- threads -----------------------------------------------------------------------------
 
     def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-        loop = self._loop
-        work: asyncio.Future[Any] = type(loop).run_in_executor(loop, executor, function, *args)
-        self._calls += 1
-        work.add_done_callback(self._ended)
+        loop, owner, runs = self._loop, OWNER.get(), self._threads.instead_of(executor)
+        users = owner is None or USERS.get() or self._at_work() is not None
+        call = _Call(owner, internal=runs is not self._threads and not users)
+        if not call.internal:
+            self._idle = 0.0
+        if runs is self._threads:
+            args, function = (call, function, *args), self._called
+        work: asyncio.Future[Any] = type(loop).run_in_executor(loop, runs, function, *args)
+        self._calls.add(call)
+        work.add_done_callback(lambda _: self._forget(call))
         return work
 
-    def _ended(self, work: asyncio.Future[Any]) -> None:
-        self._calls -= 1
+    def _forget(self, call: _Call) -> None:
+        self._calls.discard(call)
+        call.counts = False
+
+    def _called(self, call: _Call, function: Callable[..., Any], *args: Any) -> Any:
+        self._in_thread.call = call
+        try:
+            return function(*args)
+        finally:
+            del self._in_thread.call
+
+    def disown(self, owner: object) -> None:
+        """Wait no more for the threads of `owner`: its process has ended. Those that sleep in virtual time end."""
+        for call in [call for call in self._calls if call.owner is owner]:
+            self._forget(call)
+        for sleep in [sleep for sleep in self._asleep if sleep.call is not None and sleep.call.owner is owner]:
+            self._cut_short(sleep)
+
+    def _lent(self) -> bool:
+        return self._limiter is not None and self._limiter.borrowed_tokens > 0
 
     # ---- pauses ------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ __all__ = [
     "check_class",
     "check_service",
     "check_world",
+    "number_of",
+    "seconds_for",
     "seconds_of",
 ]
 
@@ -83,6 +85,20 @@ def seconds_of(days: float, hours: float, minutes: float, seconds: float) -> flo
     if total == 0:
         raise ConfigurationError("advance() lets no time pass: say how much, advance(days=3) or advance(minutes=15)")
     raise ConfigurationError(f"advance() by {total:g} seconds: time only goes forward, by a number of seconds")
+
+
+def seconds_for(what: str, name: str, seconds: Any) -> float:
+    """Return how long harm is to last. Raises `ConfigurationError` unless that is a number, of 0 or more."""
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < math.inf:
+        return float(seconds)
+    raise ConfigurationError(f"{what}({name}={seconds!r}): give virtual seconds, such as {what}(..., {name}=30)")
+
+
+def number_of(what: str, name: str, number: Any) -> int:
+    """Return how often something is to happen. Raises `ConfigurationError` unless it is a number of 1 or more."""
+    if type(number) is int and number >= 1:
+        return number
+    raise ConfigurationError(f"{what}({name}={number!r}): give a whole number, 1 or more")
 
 
 def _shown(value: Any) -> str:

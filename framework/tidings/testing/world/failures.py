@@ -11,6 +11,7 @@ from tidings.delivery.inflight import InFlight
 from tidings.errors import ConfigurationError
 from tidings.modelling.context import Context
 from tidings.modelling.declaration import Declaration
+from tidings.testing.world.threads import Ended
 
 __all__ = ["Failures", "Injected"]
 
@@ -114,7 +115,7 @@ class Failures:
 
     def failed(self, item: InFlight, failure: Failure) -> None:
         service, error = self._service_of(item), failure.raised
-        if error is None:
+        if error is None or isinstance(error, Ended):  # the second: of a process that the test has killed
             return
         position, handler = item.turn
         if id(error) in self._planned or self._tolerates(service, handler, error):

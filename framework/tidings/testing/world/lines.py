@@ -23,9 +23,12 @@ from tidings.stores import (
     StreamMetadata,
 )
 
-__all__ = ["Line"]
+__all__ = ["CUT", "KILLED", "Line"]
 
 T = TypeVar("T")
+
+KILLED, CUT = "killed", "cut"
+"""Why a line may be broken: its process is dead, or the test has cut it."""
 
 
 class Line:
@@ -39,24 +42,29 @@ class Line:
         appended: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`delay` returns the seconds that the next answer of the log takes. `appended` is awaited after appends."""
-        self.cut: str | None = None
-        """Why nothing passes."""
+        self._broken: dict[str, str] = {}
+        """Why nothing passes: each reason, and its words."""
         self.delay = delay
         self.appended = appended
         self.store: EventStore = _Store(self, store)
         self.bus: EventBus = _Bus(self, bus)
         self.connections: dict[Any, None] = {}
 
-    def break_(self, why: str) -> None:
+    @property
+    def cut(self) -> str | None:
+        """Why nothing passes; None if all passes."""
+        return next(iter(self._broken.values()), None)
+
+    def break_(self, reason: str, words: str) -> None:
         """Let nothing pass any more, and end what is open."""
-        self.cut = why
+        self._broken[reason] = words
         for connection in list(self.connections):
             if hasattr(connection, "lose"):  # a real one ends with its task
-                connection.lose(why)
+                connection.lose(words)
 
-    def mend(self) -> None:
-        """Undo `break_`."""
-        self.cut = None
+    def mend(self, reason: str) -> None:
+        """Undo `break_`. Harmless where it is not broken."""
+        self._broken.pop(reason, None)
 
 
 class _Store(EventStore):

@@ -11,25 +11,34 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from tidings._support.timers import Timers
+from tidings.delivery.inflight import InFlight
 from tidings.delivery.pipeline import Pipeline
 from tidings.hosting.partition import Partition
 from tidings.modelling.context import ATTEMPT
 from tidings.relay.relay import Relay
-from tidings.testing.world.clock import OWNER, Clock
-from tidings.testing.world.seat import USERS, Seat
+from tidings.testing.world import threads
+from tidings.testing.world.blocking import Blocked
+from tidings.testing.world.clock import OWNER, USERS
+from tidings.testing.world.seat import Seat
 from tidings.testing.world.store import InlineStore
+from tidings.testing.world.threads import Place, Threads, place_of, words_of
 
 __all__ = ["Movement", "happens"]
 
 _RING: Final = Timers.later.__qualname__
 """Timers of deliveries: the end of a pause between two attempts, the time of a held event."""
+DEAF: Final = 600.0
+"""Seconds that an async handler may go on after its timeout, in which it waits for its transaction, too."""
 
 
 class Movement:
     """Looks at the running objects themselves, without waiting. Only databases know for certain."""
 
-    def __init__(self, seats: Mapping[str, Seat], clock: Clock, relay: Callable[[], Relay | None]) -> None:
+    def __init__(
+        self, seats: Mapping[str, Seat], clock: Any, workers: Threads, relay: Callable[[], Relay | None]
+    ) -> None:
         self._seats = seats
+        self._threads = workers
         self.store: InlineStore | None = None
         """The log, if it is in memory."""
         self._clock = clock
@@ -51,6 +60,48 @@ class Movement:
         """A handler is at work."""
         return any(part.at_work() for part in self._parts(frozen=True))
 
+    def stuck(self) -> list[tuple[Seat, InFlight, Place]]:
+        """Return the plain handlers that are long over their time, and where their threads stand."""
+        found = []
+        for seat in self._seats.values():
+            for work in seat.running.at_work() if seat.running is not None else ():
+                if work.handler.threaded and self._clock.time() - work.since > work.handler.timeout + threads.OVER:
+                    place = place_of(work.handler, work.event.position)
+                    if (
+                        place is not None
+                        and not place.debugged
+                        and self._threads.seconds_of(place.thread) > threads.OVER
+                    ):
+                        found.append((seat, work, place))
+        return found
+
+    def check_handlers(self) -> None:
+        """Raise `Blocked` if a handler goes on long after its time: in a thread, or in spite of being cancelled."""
+        for seat, work, place in self.stuck():
+            raise Blocked(f"{words_of(work.handler, str(seat), place)} ({work.event.type} {work.event.id})")
+        for seat, work in self._deaf():
+            raise Blocked(
+                f"handler {work.handler.name!r} of {seat} is still at work on {work.event.type} {work.event.id}, "
+                f"{DEAF:g} s after its timeout of {work.handler.timeout:g} s: it catches each CancelledError and goes "
+                "on, so nothing can end it, in production neither. Let CancelledError pass through"
+            )
+
+    def _deaf(self) -> list[tuple[Seat, InFlight]]:
+        return [
+            (seat, work)
+            for seat in self._seats.values()
+            for work in (seat.running.at_work() if seat.running is not None else ())
+            if not work.handler.threaded and self._clock.time() - work.since > work.handler.timeout + DEAF
+            if not self._clock.is_frozen(seat)
+        ]
+
+    def awaits_outside(self) -> bool:
+        """Whether a handler, or a process that starts, may be waiting for what happens outside the event loop."""
+        if any(seat.starting for seat in self._seats.values()):
+            return True
+        at_work = [work for part in self._parts(frozen=True) for work in part.at_work()]
+        return len(at_work) > len(self.stuck())
+
     def horizon(self, moment: float) -> float:
         """Return the moment to which time may jump: the first at which something happens, if all that is left is to
         wait for it, else `moment`, when the next timer is due."""
@@ -58,6 +109,7 @@ class Movement:
             return moment
         found = self._clock.first(happens)
         ends = [work.since + work.handler.timeout for part in self._parts() for work in part.at_work()]
+        ends = [end for end in ends if end > self._clock.time()]  # a thread may go on after its time
         until = max(moment, min([*ends, *([] if found is None else [found])], default=moment))
         limit = self._clock.limit
         if self.lull and limit is not None and until < limit:

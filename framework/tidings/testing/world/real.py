@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tidings.adapters import open_bus, open_store
 from tidings.buses import EventBus
-from tidings.errors import BusUnavailable
+from tidings.errors import BusUnavailable, StoreUnavailable
 from tidings.stores import EventStore
 from tidings.testing.world import place
+from tidings.testing.world.threads import Threads
 from tidings.urls import redact
 
 if TYPE_CHECKING:
@@ -35,15 +36,30 @@ def only_in_memory(what: str) -> NoReturn:
 class RealClock:
     """Real time, asked in the words of `Clock`."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._loop: Any = None
         self.limit: float | None = None
         self.horizon: Callable[[float], float] = lambda moment: moment
 
     def start(self) -> None:
-        """Real time runs already."""
+        """Real time runs already. Calls that the loop runs in threads are run in those of the world."""
+        loop: Any = asyncio.get_running_loop()
+        self._loop, loop.run_in_executor = loop, self._run_in_executor
+
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        runs = self._threads.instead_of(executor)
+        work: asyncio.Future[Any] = type(self._loop).run_in_executor(self._loop, runs, function, *args)
+        return work
 
     def stop(self) -> None:
         """It goes on."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            del loop.run_in_executor
+
+    def disown(self, owner: object) -> None:
+        """Nothing waits for threads in real time."""
 
     def time(self) -> float:
         """Return seconds, as `time.monotonic`."""
@@ -92,5 +108,16 @@ async def open_servers(stack: AsyncExitStack, inline: Callable[[], InlineStore])
         store: EventStore = inline()
         stack.push_async_callback(store.close)
         return store, bus
-    log = await stack.enter_async_context(place.WHERE.eventstoredb().isolated())
-    return await stack.enter_async_context(open_store(log)), bus
+    named = redact(os.environ.get("TIDINGS_TEST_ESDB", "the one that was started"))
+    try:
+        if place.WHERE.unavailable is not None:
+            raise place.WHERE.unavailable
+        log = await stack.enter_async_context(place.WHERE.eventstoredb().isolated())
+        return await stack.enter_async_context(open_store(log)), bus
+    except Exception as error:
+        if "TIDINGS_TEST_ESDB" in os.environ:  # one for all tests
+            place.WHERE.unavailable = error
+        raise StoreUnavailable(
+            f"no World with its log in EventStoreDB's protocol: {named} does not let tests in: {type(error).__name__}: "
+            f"{error}. Start it, name another in TIDINGS_TEST_ESDB, or run the test with --tidings=rabbitmq"
+        ) from error

@@ -6,10 +6,11 @@ import asyncio
 import functools
 import inspect
 import random
+import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, ParamSpec
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from tidings.errors import ConfigurationError
 from tidings.testing.world import place
@@ -165,21 +166,27 @@ def world_seeds(
     return decorate
 
 
-async def _fails(story: Story, test: Callable[[], Awaitable[None]]) -> Exception | None:
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a failing test raises: exceptions, and what `pytest.fail` raises."""
+    pytest: Any = sys.modules.get("pytest")
+    return (Exception,) if pytest is None else (Exception, pytest.fail.Exception)
+
+
+async def _fails(story: Story, test: Callable[[], Awaitable[None]]) -> BaseException | None:
     """Run a test in a random world. Return what it raises."""
     token = STORY.set(story)
     try:
         await test()
-    except Exception as error:
+    except _failures() as error:
         return error
     finally:
         STORY.reset(token)
     return None
 
 
-async def _shrunk(story: Story, failed: Exception, test: Callable[[], Awaitable[None]]) -> Exception:
+async def _shrunk(story: Story, failed: BaseException, test: Callable[[], Awaitable[None]]) -> BaseException:
     """Leave out one step after the other while the test fails in the same way. Return the error of the last failure."""
-    for step in story.steps:
+    for step in () if isinstance(failed, Warning) else story.steps:  # no harm brings about a warning
         shorter = Story(story.seed, story.muted | {step.number})
         error = await _fails(shorter, test)
         if type(error) is type(failed) and error is not None:

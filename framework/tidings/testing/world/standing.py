@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from tidings.delivery.outcomes import BEHIND
 from tidings.errors import TidingsError
 from tidings.modelling.context import ATTEMPT
-from tidings.operations.report import Report
+from tidings.operations.report import Report, ServiceReport
+from tidings.protocol.position import carried
+from tidings.stores import RecordedEvent
 from tidings.testing.world.clock import OWNER
 from tidings.testing.world.failures import Failures
 from tidings.testing.world.seat import Seat
 
-__all__ = ["Unsettled", "at_work", "faults_of", "handler_at_work", "told"]
+__all__ = ["Unsettled", "at_work", "faults_of", "handler_at_work", "is_left", "told"]
 
 LINES: Final = 10
 """Warnings and errors of the log that a failure shows, at most."""
@@ -43,14 +45,27 @@ def faults_of(report: Report, failures: Failures) -> str:
     return f"nothing moves any more, and not all is settled: {', '.join(found)}" if found else ""
 
 
+def is_left(part: ServiceReport, heard: Collection[tuple[str, int]], log: Sequence[RecordedEvent]) -> bool:
+    """Return whether a service has something to do, other than what failed, of which the test has `heard`, and what
+    waits behind that in its bucket."""
+    failed = [position for service, position in heard if service == part.service]
+    buckets = {event.position: carried(event) for event in log} if failed else {}
+    left = [
+        event
+        for event in part.pending
+        if not any(buckets[position] == buckets[event.position] for position in failed if position <= event.position)
+    ]
+    return bool(left) or bool(part.staged_count) or (part.pending_count > len(part.pending) and not failed)
+
+
 def told(report: Report | None, seats: Iterable[Seat], logs: Sequence[Mapping[str, Any]]) -> str:
     """Say who stands where: the report, what was done to services, handlers at work, and the last warnings."""
     lines = ["Who stands where:"]
     if report is not None:
         lines.append(str(report))
     for seat in seats:
-        if seat.state:
-            lines.append(f"{seat} {seat.state}")
+        if not seat.condition.well:
+            lines.append(f"{seat} {seat.condition}")
         lines += [
             f"{seat}: handler {work.handler.name!r} is at work on {work.event.type} {work.event.id} of "
             f"{work.event.stream}"

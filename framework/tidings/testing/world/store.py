@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from tidings.protocol.position import CARRIED, carried
-from tidings.stores import RecordedEvent
+from tidings.stores import APPEND_LIMIT, RecordedEvent
 from tidings.stores.sqlite.log import Database
 from tidings.stores.sqlite.store import Log, SqliteStore
 from tidings.stores.sqlite.writer import Appender, Member, Outcome, Write
@@ -55,6 +55,7 @@ class _Log(Log):
     def __init__(self, clock: Callable[[], int]) -> None:
         self.database = Database(None, 0.0)
         self.clock = clock
+        self.limit = APPEND_LIMIT
         self.users = 1
         self.writer = _Writer(self.database, Appender(self.database, clock))  # type: ignore[assignment]
 

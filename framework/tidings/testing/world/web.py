@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Application", "client_of"]
 
+LIFESPAN: float = 65.0
+"""Seconds that an application's lifespan may take to begin, and to end: more than that of a service in it."""
+
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 """What ASGI calls an application."""
@@ -58,9 +61,11 @@ class _Lifespan:
         self._task = asyncio.create_task(self._run(host), name="lifespan")
         begun = asyncio.create_task(self._begun.wait())
         try:
-            await asyncio.wait((self._task, begun), return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait((self._task, begun), timeout=LIFESPAN, return_when=asyncio.FIRST_COMPLETED)
         finally:
             begun.cancel()
+        if not ended:
+            raise await self._hangs("begin")
         if self._failed or not self._begun.is_set():
             await self._task
             raise ConfigurationError(f"the application's lifespan did not begin: {self._failed or 'it ended at once'}")
@@ -70,7 +75,20 @@ class _Lifespan:
         task = self._task
         assert task is not None
         self._told.put_nowait({"type": "lifespan.shutdown"})
+        ended, _ = await asyncio.wait((task,), timeout=LIFESPAN)
+        if not ended:
+            raise await self._hangs("end")
         await task
+
+    async def _hangs(self, what: str) -> ConfigurationError:
+        """Cancel it, and return what to raise."""
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        return ConfigurationError(
+            f"the application's lifespan does not {what}: for {LIFESPAN:g} s it has waited for something that has not "
+            "come. Give that wait a limit of its own"
+        )
 
     async def _run(self, host: Host) -> None:
         HOST.set(host)

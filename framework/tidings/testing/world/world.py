@@ -7,8 +7,9 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, TypeVar, overload
 
+from tidings._support.only_async import OnlyAsync
 from tidings.buses.memory import MemoryBus
 from tidings.database.layout import lay_out
 from tidings.delivery.due import HELD_SECONDS
@@ -17,7 +18,6 @@ from tidings.errors import ConfigurationError, StreamNotFound
 from tidings.modelling.appending import Appends
 from tidings.modelling.events import Event
 from tidings.operations.report import Report, ServiceReport
-from tidings.protocol.position import carried
 from tidings.relay.relay import EMBEDDED_MARKERS, Relay
 from tidings.settings import Settings
 from tidings.stores import EventStore
@@ -27,15 +27,16 @@ from tidings.testing.world.blocking import Guard
 from tidings.testing.world.clock import OWNER, Clock
 from tidings.testing.world.entrance import CLOSED, check_change, check_world, seconds_of
 from tidings.testing.world.failures import Failures
-from tidings.testing.world.harm import Harm, Messages
+from tidings.testing.world.harm import RELAY, Harm, Messages
 from tidings.testing.world.lines import Line
 from tidings.testing.world.looking import Looking, Sought
 from tidings.testing.world.movement import Movement
 from tidings.testing.world.real import RealClock, only_in_memory, open_servers
-from tidings.testing.world.seat import Seat
+from tidings.testing.world.seat import Seat, end_deaf
 from tidings.testing.world.seeds import STORY, Chaos
-from tidings.testing.world.standing import Unsettled, at_work, faults_of, handler_at_work, told
+from tidings.testing.world.standing import Unsettled, at_work, faults_of, handler_at_work, is_left, told
 from tidings.testing.world.store import InlineStore
+from tidings.testing.world.threads import Threads
 from tidings.testing.world.wakes import Wakes
 from tidings.testing.world.web import Application, client_of
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["World"]
 
 A = TypeVar("A", bound="Aggregate")
+P = ParamSpec("P")
 E = TypeVar("E", bound=Event)
 
 GRACE: Final = 0.1
@@ -60,11 +62,9 @@ PATIENCE: Final = 60.0
 """Virtual seconds without any handler at work, after which what is not settled counts as stuck."""
 
 _NUMBERS: Final = itertools.count(1)
-_RELAY: Final = "relay"
-"""The owner of the relay's callbacks."""
 
 
-class World(Looking, Harm, Appends):
+class World(OnlyAsync, Looking, Harm, Appends):
     """Services in one test: `async with World(order, inventory) as world`.
 
     They run with the production relay, delivery, inbox and staged appends, and with a log, a bus and databases in
@@ -80,7 +80,8 @@ class World(Looking, Harm, Appends):
         self._services = services
         self._resources = dict(resources or {})
         self._real = place.WHERE.name != place.MEMORY
-        self._clock: Any = RealClock() if self._real else Clock(handler_at_work)
+        self._threads = Threads()
+        self._clock: Any = RealClock(self._threads) if self._real else Clock(handler_at_work, self._threads)
         self._failures = Failures()
         for service in services:
             self._failures.know(service)
@@ -102,6 +103,7 @@ class World(Looking, Harm, Appends):
         self._opened = True
         async with AsyncExitStack() as stack:
             stack.callback(self._close)
+            stack.callback(self._threads.close)
             self._clock.start()
             stack.callback(self._clock.stop)
             stack.enter_context(Guard(at_work))
@@ -134,7 +136,7 @@ class World(Looking, Harm, Appends):
         def inline() -> InlineStore:
             return InlineStore(lambda: round(self._clock.wall() * 1e7))
 
-        self._movement = Movement(self._seats, self._clock, lambda: self._relay)
+        self._movement = Movement(self._seats, self._clock, self._threads, lambda: self._relay)
         if self._real:
             self._store, self._bus = await open_servers(stack, inline)
         else:
@@ -142,7 +144,7 @@ class World(Looking, Harm, Appends):
             stack.push_async_callback(self._store.close)
             self._bus = MemoryBus(self._name)
             stack.push_async_callback(self._bus.close)
-            self._clock.horizon = self._movement.horizon
+            self._clock.horizon, self._clock.awaited = self._movement.horizon, self._movement.awaits_outside
             self._opened_messages = Messages(self._bus)
         self._relay_line = self._line()
         self._outer = Line(self._store, self._bus, None, self._see)
@@ -188,9 +190,10 @@ class World(Looking, Harm, Appends):
 
     def _start_relay(self) -> None:
         line = self._relay_line
-        relay = Relay(OwnStore(line.store), line.bus, marker_seconds=EMBEDDED_MARKERS, clock=self._clock.time)
+        clock, seal = self._clock.time, self._settings.seal
+        relay = Relay(OwnStore(line.store), line.bus, marker_seconds=EMBEDDED_MARKERS, clock=clock, seal=seal)
         self._relay = relay
-        self._relay_task = asyncio.create_task(_owned(_RELAY, relay), name="relay")
+        self._relay_task = asyncio.create_task(_owned(RELAY, relay), name="relay")
 
     async def _stop_relay(self) -> None:
         task = self._relay_task
@@ -200,15 +203,19 @@ class World(Looking, Harm, Appends):
         await asyncio.wait((task,))
 
     async def _stop_services(self) -> None:
-        await self._end_harm()
+        wrong = await self._end_harm()
         seats = list(self._seats.values())
+        for seat, _, _ in self._movement.stuck():
+            self._clock.disown(seat)
         for seat in seats:
             self._clock.thaw(seat)
+            self._mend(seat)
             seat.bury()
         ended = await asyncio.gather(*(seat.stop() for seat in seats), return_exceptions=True)
+        await end_deaf()
         for seat in seats:
             await seat.close()
-        for error in ended:
+        for error in (*wrong, *ended):
             if isinstance(error, BaseException):
                 raise error
 
@@ -217,34 +224,23 @@ class World(Looking, Harm, Appends):
         await self._clock.quiet()
         self._surface()
         report = None if self._movement.working else await self.verify()  # a handler may hold the database's connection
-        if report is None or any(self._is_left(part) for part in report.services if self._is_well(part)):
+        log = self._store.carried() if isinstance(self._store, InlineStore) else self._seen
+        parts = [] if report is None else [part for part in report.services if self._is_well(part)]
+        if report is None or any(is_left(part, self._failures.heard, log) for part in parts):
             raise Unsettled(
                 "the test ended while events were under way: end it with 'await world.settled()'. "
                 + told(report, self._seats.values(), self._logs)
             )
 
-    def _is_left(self, part: ServiceReport) -> bool:
-        """Whether a service has something to do, other than what failed, of which the test has heard, and what waits
-        behind that in its bucket."""
-        heard = [position for service, position in self._failures.heard if service == part.service]
-        log = self._store.carried() if isinstance(self._store, InlineStore) else self._seen
-        buckets = {event.position: carried(event) for event in log} if heard else {}
-        left = [
-            event
-            for event in part.pending
-            if not any(buckets[position] == buckets[event.position] for position in heard if position <= event.position)
-        ]
-        return bool(left) or bool(part.staged_count) or (part.pending_count > len(part.pending) and not heard)
-
     def _is_well(self, report: ServiceReport) -> bool:
-        return not self._seats[report.service].state
+        return self._seats[report.service].condition.well
 
     @asynccontextmanager
     async def host(self, service: Any) -> AsyncIterator[RunningService]:
         """See `Host`: what a web application's lifespan asks for."""
         seat = self._seats.get(service.name) or await self._add(service)
         if seat.running is None:
-            raise ConfigurationError(f"{seat} is not running: {seat.state}")
+            raise ConfigurationError(f"{seat} is not running: it {seat.condition}")
         yield seat.running
 
     def client(self, api: Application, *, base_url: str = "http://world") -> AbstractAsyncContextManager[AsyncClient]:
@@ -262,6 +258,25 @@ class World(Looking, Harm, Appends):
         self._check_inside()
         return self._outer.store
 
+    @overload
+    async def change(
+        self,
+        repository: Repository[A],
+        id: str,
+        method: Callable[Concatenate[A, P], Any],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Changed[A]: ...
+    @overload
+    async def change(
+        self,
+        repository: Repository[A],
+        id: str,
+        method: Callable[Concatenate[A, ...], Any],
+        *args: Any,
+        metadata: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> Changed[A]: ...
     async def change(
         self, repository: Repository[A], id: str, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Changed[A]:
@@ -393,6 +408,7 @@ class World(Looking, Harm, Appends):
         while True:
             await self._clock.quiet()
             self._surface()
+            self._movement.check_handlers()
             if not self._movement.busy():
                 report = await self._report()
                 if not any(service.pending_count or service.staged_count for service in report.services):
@@ -421,18 +437,11 @@ class World(Looking, Harm, Appends):
         self._failures.surface()
         for seat in self._seats.values():
             if (error := seat.ended) is not None:
-                seat.state = "died"
+                seat.condition.die("has died")
                 raise error
         if self._relay_task is not None and self._relay_task.done() and not self._relay_task.cancelled():
             self._relay_task.result()
-        for task in [task for task in self._under_way if task.done()]:
-            self._under_way.discard(task)
-            task.result()
-
-    def tolerate(self, *what: type[BaseException] | Callable[..., Any] | str) -> None:
-        """From now on, do not fail the test for these errors, or for any error of these handlers (functions or names).
-        Without arguments, every error is tolerated."""
-        self._failures.tolerate(*what)
+        self._check_harm()
 
 
 async def _owned(owner: object, relay: Relay) -> None:
