@@ -16,8 +16,10 @@ from urllib.error import HTTPError
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
+from tests.faults.proxy import Proxy
 from tests.integration.commands import Command, Commands
 from tests.integration.processes import until
 from tests.integration.test_cli_serving import free_port
@@ -409,6 +411,38 @@ async def test_a_session_that_the_server_ends_is_noticed_by_all_who_share_it_and
             return await taken(post) is None
 
         await eventually(free, "it is free")
+
+
+async def test_a_session_that_ends_while_it_is_asked_is_noticed(postgresql_url: str) -> None:
+    async with Proxy(postgresql_url) as proxy, connected(proxy.url) as database, connected(postgresql_url) as direct:
+        post = post_of(database, "audit")
+        assert post is not None
+        async with post.held():
+            proxy.black_hole()
+            async with direct.engine.connect() as connection:
+                ended = await connection.scalar(
+                    sa.text(
+                        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                        "WHERE application_name LIKE :name"
+                    ),
+                    {"name": f"tidings audit on %process {os.getpid()}"},
+                )
+            assert ended == 1
+            asked = asyncio.create_task(post.check())
+            await asyncio.sleep(0.2)  # the question is on its way when the session's end arrives
+            proxy.heal()
+            with pytest.raises(DatabaseUnavailable):
+                await asked
+
+
+async def test_a_lock_in_a_database_that_is_not_there_says_how_to_make_it(postgresql_url: str) -> None:
+    nowhere = make_url(postgresql_url).set(database="nowhere").render_as_string(hide_password=False)
+    async with connected(nowhere) as database:
+        post = post_of(database, "audit")
+        assert post is not None
+        with pytest.raises(DatabaseUnavailable, match="createdb"):
+            async with post.held():
+                pass
 
 
 async def test_a_database_in_memory_needs_no_lock() -> None:

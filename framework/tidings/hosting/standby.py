@@ -26,7 +26,7 @@ from sqlalchemy.pool import NullPool
 
 from tidings._support.holders import lock_holder
 from tidings.database.engine import Database
-from tidings.database.outages import outages
+from tidings.database.outages import marked, outages
 from tidings.errors import DatabaseUnavailable
 
 __all__ = ["Post", "Taken", "post_of"]
@@ -219,6 +219,7 @@ class _SessionLock:
         self._engine = create_async_engine(
             self._database.engine.url, poolclass=NullPool, isolation_level="AUTOCOMMIT", hide_parameters=True
         )
+        sa.event.listen(self._engine.sync_engine, "handle_error", marked)
         try:
             with outages(self._database.shown):
                 self._connection = connection = await self._asked(self._engine.connect().__aenter__())
