@@ -111,16 +111,16 @@ async def give_back(
         _tell(context, event.order_id, refunded, "the order was cancelled after it was charged")
 
 
-class _Found(NamedTuple):
+class _Payment(NamedTuple):
     state: State
     amount: Decimal
     authorisation: str
 
 
-async def _find(connection: AsyncConnection, order_id: str) -> _Found:
+async def _find(connection: AsyncConnection, order_id: str) -> _Payment:
     """Return the payment. It exists: `OrderCreated` comes first, and the events of one order come in order."""
     row = (await connection.execute(select(payments).where(payments.c.order_id == order_id))).one()
-    return _Found(State(row.state), pounds(row.pence), row.authorisation)
+    return _Payment(State(row.state), pounds(row.pence), row.authorisation)
 
 
 async def _move(connection: AsyncConnection, order_id: str, to: State) -> None:

@@ -13,7 +13,7 @@ from tests.integration.test_held_operations import holds, operations
 from tidings import Context, Hold, Retry, Service
 from tidings.database.tables import dead, held
 from tidings.operations.replay import find_start, send_back
-from tidings.operations.selective_replay import Chosen, pick, run_again
+from tidings.operations.selective_replay import ReplayConditions, pick, run_again
 
 pytestmark = pytest.mark.postgresql
 
@@ -125,7 +125,7 @@ async def test_what_another_replay_has_sent_back_since_it_was_picked_runs_once_m
         database, log = world.running[0].database, await world.store.log_id()
         start = await find_start(world.store, 0)
         assert start is not None
-        picked = await pick(world.store, database, service, start, Chosen(key="k"))
+        picked = await pick(world.store, database, service, start, ReplayConditions(key="k"))
         assert len(picked.turns) == 3
         await send_back(database, service, log, start)
         assert await run_again(database, "audit", log, picked) == 0

@@ -30,7 +30,7 @@ from tidings.database.tables import dead, held, skips
 from tidings.operations.dead import DeadLetters
 from tidings.operations.held import HeldNotFound, HeldOperations
 from tidings.operations.selection import Selection
-from tidings.operations.skip import NotSkippable, Skip, skip, standing
+from tidings.operations.skip import NotSkippable, Skip, skip, skip_state
 from tidings.stores import RecordedEvent
 
 pytestmark = pytest.mark.postgresql
@@ -189,7 +189,7 @@ async def test_an_event_that_the_service_has_not_reached_has_no_effect(tmp_path:
         await asyncio.wait_for(begun.wait(), 20)
         database, log = world.running[0].database, await world.store.log_id()
         poison = await event_at(world, "Happened-k", 2)
-        assert await standing(database, service, log, poison) is Skip.PENDING
+        assert await skip_state(database, service, log, poison) is Skip.PENDING
         assert await skip(database, service, log, poison) is Skip.PENDING
         if not transactional:  # what has no session is not undone: it must have heard of the skip
             await until(lambda: world.running[0].joins > 1)

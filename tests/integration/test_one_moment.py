@@ -27,7 +27,7 @@ from tidings.operations.dead import DeadLetters
 from tidings.operations.held import HeldOperations, as_skipped
 from tidings.operations.recount import recount
 from tidings.operations.replay import find_start, plan
-from tidings.operations.skip import Skip, standing
+from tidings.operations.skip import Skip, skip_state
 from tidings.operations.timeline import trace
 from tidings.operations.verify import verify
 from tidings.protocol.position import ALL_BUCKETS
@@ -156,7 +156,7 @@ async def _replay(held: Held) -> int:
 
 
 async def _standing(held: Held) -> int:
-    return int(await standing(held.database, held.service, held.log, held.event) in (Skip.HELD, Skip.RELEASED))
+    return int(await skip_state(held.database, held.service, held.log, held.event) in (Skip.HELD, Skip.RELEASED))
 
 
 async def _list_held(held: Held) -> int:

@@ -133,7 +133,7 @@ def test_a_dry_run_names_the_handler_that_is_gone_and_counts_what_would_be_appen
     assert code == 0
     assert "TWICE: the log holds 6 events (Reserved) that handler reserve emitted for Ordered" in said
     assert 'write @service.on(Ordered, ..., was=("reserve",)) and deploy that' in said
-    (stranger,) = json.loads(replay("renamed", "--dry-run", "--json")[1])["strangers"]
+    (stranger,) = json.loads(replay("renamed", "--dry-run", "--json")[1])["unknown_authors"]
     assert (stranger["name"], stranger["handler"], stranger["count"]) == ("reserve", "book", 6)
     assert stranger["line"] == '@service.on(Ordered, ..., was=("reserve",))'
 

@@ -27,7 +27,7 @@ from tidings import Context, Hold, Retry, Service
 from tidings.database.tables import held
 from tidings.errors import ConfigurationError
 from tidings.operations.replay import Start, find_start, send_back
-from tidings.operations.selective_replay import Chosen, Picked, cancel, pick, run_again
+from tidings.operations.selective_replay import Picked, ReplayConditions, cancel, pick, run_again
 
 EVENTS = many(60, 6)
 
@@ -35,7 +35,7 @@ EVENTS = many(60, 6)
 async def picked(world: World, service: Service, since: int = 0, **chosen: str) -> Picked:
     start = await find_start(world.store, since)
     assert start is not None
-    return await pick(world.store, world.running[0].database, service, start, Chosen(**chosen))
+    return await pick(world.store, world.running[0].database, service, start, ReplayConditions(**chosen))
 
 
 async def again(world: World, service: Service, since: int = 0, **chosen: str) -> int:

@@ -19,7 +19,7 @@ from tidings.database.engine import Database, open_database
 from tidings.database.tables import dead, floors, staged, watermarks
 from tidings.errors import StreamNotFound
 from tidings.operations.lookup import Lookup
-from tidings.operations.timeline import MOST, EventNotFound, Happening, trace
+from tidings.operations.timeline import MOST, EventNotFound, TracedEvent, trace
 from tidings.relay.checkpoints import checkpoint_stream, write_checkpoint
 
 
@@ -84,8 +84,8 @@ async def the(store: EventStore, stream: str, version: int = 0) -> RecordedEvent
     raise AssertionError(f"{stream}@{version} is there")
 
 
-def states(happening: Happening) -> list[tuple[str, str]]:
-    return [(standing.service, standing.state) for standing in happening.services]
+def states(traced: TracedEvent) -> list[tuple[str, str]]:
+    return [(standing.service, standing.state) for standing in traced.services]
 
 
 async def test_id_place_and_position_find_the_same_event(place: Place) -> None:
@@ -190,7 +190,7 @@ async def test_an_emitted_event_that_is_not_appended_yet_belongs_to_the_tree_and
         timeline = await trace(store, services, missing)
         assert timeline.event.position is None
         assert timeline.event.waiting == told[str(missing)]
-        assert [happening.event_id for happening in timeline.causes] == [str(cause.id)]
+        assert [traced.event_id for traced in timeline.causes] == [str(cause.id)]
     # Appended, and its row not forgotten yet: it is in the tree once.
     await store.append("later", [EventData("Late", b"{}", metadata, id=late)])
     timeline = await trace(store, services, cause.id)

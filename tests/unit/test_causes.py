@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.operations.causes import _BECAUSE, BECAUSE, SHARED, Part, explain
+from tidings.operations.causes import _BECAUSE, BECAUSE, SHARED, Part, causes_of
 
 
 class Fault(NamedTuple):
@@ -36,13 +36,13 @@ faults = st.lists(
 
 @given(faults)
 def test_every_fault_is_told_once(given: list[Fault]) -> None:
-    told = [each for cause in explain(given) for each in (cause.fault, *cause.effects)]
+    told = [each for cause in causes_of(given) for each in (cause.fault, *cause.effects)]
     assert sorted(told) == sorted(given)
 
 
 @given(faults)
 def test_no_fault_that_another_one_brings_about_is_a_cause(given: list[Fault]) -> None:
-    causes = explain(given)
+    causes = causes_of(given)
     for cause in causes:
         for other in given:
             mine = other.scope in ("", cause.fault.scope)
@@ -61,19 +61,19 @@ def test_no_fault_that_another_one_brings_about_is_a_cause(given: list[Fault]) -
 def test_the_order_in_which_faults_are_found_names_no_other_causes(given: list[Fault], random: object) -> None:
     mixed = list(given)
     random.shuffle(mixed)  # type: ignore[attr-defined]
-    kinds = [[(cause.fault.part, cause.fault.scope) for cause in explain(found)] for found in (given, mixed)]
+    kinds = [[(cause.fault.part, cause.fault.scope) for cause in causes_of(found)] for found in (given, mixed)]
     assert kinds[0] == kinds[1]
 
 
 @given(faults, faults)
 def test_what_only_follows_from_a_cause_changes_no_cause(given: list[Fault], more: list[Fault]) -> None:
-    causes = explain(given)
+    causes = causes_of(given)
     following = [
         each
         for each in more
         if any(cause.fault.part in _BECAUSE[each.part] and cause.fault.scope in ("", each.scope) for cause in causes)
     ]
-    assert [cause.fault for cause in explain(given + following)] == [cause.fault for cause in causes]
+    assert [cause.fault for cause in causes_of(given + following)] == [cause.fault for cause in causes]
 
 
 def test_nothing_brings_itself_about_and_causes_come_before_their_effects() -> None:
@@ -101,20 +101,20 @@ def test_nothing_brings_itself_about_and_causes_come_before_their_effects() -> N
     ],
 )
 def test_the_culprit_of_each_incident_is_named(found: list[Part], culprits: list[Part]) -> None:
-    assert [cause.fault.part for cause in explain(map(fault, found))] == culprits
+    assert [cause.fault.part for cause in causes_of(map(fault, found))] == culprits
 
 
 def test_a_database_explains_nothing_of_another_service() -> None:
-    causes = explain([fault(Part.DATABASE), fault(Part.CONNECTION), fault(Part.CONNECTION, "shipping")])
+    causes = causes_of([fault(Part.DATABASE), fault(Part.CONNECTION), fault(Part.CONNECTION, "shipping")])
     assert [cause.fault for cause in causes] == [fault(Part.DATABASE), fault(Part.CONNECTION, "shipping")]
 
 
 def test_a_store_that_one_service_cannot_read_explains_nothing_of_another_service() -> None:
     mine, theirs = Fault(Part.STORE, "inventory"), Fault(Part.STORE, "shipping")
     hangs, relay, pulse = fault(Part.HANDLER, "shipping"), fault(Part.RELAY), fault(Part.MARKERS, "shipping")
-    assert [cause.fault for cause in explain([mine, hangs])] == [mine, hangs]
-    assert [cause.fault for cause in explain([mine, theirs, hangs])] == [mine], "the store fails both"
-    assert [cause.fault for cause in explain([mine, relay, pulse])] == [mine], "and the relay, which has it in common"
+    assert [cause.fault for cause in causes_of([mine, hangs])] == [mine, hangs]
+    assert [cause.fault for cause in causes_of([mine, theirs, hangs])] == [mine], "the store fails both"
+    assert [cause.fault for cause in causes_of([mine, relay, pulse])] == [mine], "and the relay, which has it in common"
 
 
 def test_one_server_that_is_down_is_one_cause_for_all_services_on_it() -> None:
@@ -122,6 +122,6 @@ def test_one_server_that_is_down_is_one_cause_for_all_services_on_it() -> None:
     behind = [Fault(Part.PROGRESS, name) for name in ("inventory", "shipping")]
     wrong_password = Fault(Part.DATABASE, "billing", origin="db:5432 password")
     other = Fault(Part.DATABASE, "file")
-    causes = explain([*behind, other, *down, wrong_password])
+    causes = causes_of([*behind, other, *down, wrong_password])
     assert [cause.fault for cause in causes] == [wrong_password, other, down[0]]
     assert set(causes[2].effects) == {down[1], *behind}

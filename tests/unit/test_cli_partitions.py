@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.command_line import invoke, run_shop, shop
 from tidings import Settings, open_store
-from tidings.buses import EventBus, Found, Subscription
+from tidings.buses import EventBus, Subscription, TopologyItem
 from tidings.hosting.facts import Facts, ServiceFacts
 from tidings.hosting.health import judge_ready
 from tidings.operations.status import State, look
@@ -76,14 +76,14 @@ def test_status_names_every_queue_of_a_divided_service_that_is_not_well(folder: 
     invoke("partitions", SHOP, "--resize", "3")
 
     class Stub:
-        async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
             first, second, third = (part.queue for part in subscriptions)
             return [
-                Found("exchange", "tidings.events", "fits"),
-                Found("exchange", "tidings.partitions", "missing"),
-                Found("queue", first, "fits", "", 4, 1),
-                Found("queue", second, "missing"),
-                Found("queue", third, "fits", "", 3, 0),
+                TopologyItem("exchange", "tidings.events", "fits"),
+                TopologyItem("exchange", "tidings.partitions", "missing"),
+                TopologyItem("queue", first, "fits", "", 4, 1),
+                TopologyItem("queue", second, "missing"),
+                TopologyItem("queue", third, "fits", "", 3, 0),
             ]
 
     async def seen() -> State:

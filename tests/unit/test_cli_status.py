@@ -17,7 +17,7 @@ import pytest
 
 from tests.unit.command_line import OrderCreated, Poisoned, Unlucky, holding, invoke, run_holding, run_shop, shop
 from tidings import EventStore, Runtime, Service, Settings, open_store
-from tidings.buses import EventBus, Found, Subscription
+from tidings.buses import EventBus, Subscription, TopologyItem
 from tidings.cli._exits import Refused
 from tidings.database.engine import Database
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable, TidingsError
@@ -27,19 +27,19 @@ from tidings.stores import ANY, EventData
 pytestmark = pytest.mark.lower_bounds
 
 SHOP = "tests.unit.command_line:shop"
-FITS = Found("queue", "tidings.shop", "fits", "", 3, 1)
+FITS = TopologyItem("queue", "tidings.shop", "fits", "", 3, 1)
 
 
 class StubBus:
     """A bus that is only inspected. `queue` is the result for the service's queue; with None the bus is down."""
 
-    def __init__(self, queue: Found | None) -> None:
+    def __init__(self, queue: TopologyItem | None) -> None:
         self._queue = queue
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         if self._queue is None:
             raise BusUnavailable("nobody is there. Start the broker.")
-        return [Found("exchange", "tidings.events", "fits"), self._queue]
+        return [TopologyItem("exchange", "tidings.events", "fits"), self._queue]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def seen(
     *,
-    queue: Found | None = FITS,
+    queue: TopologyItem | None = FITS,
     bus: str = "amqp://host",
     later: float = 0.0,
     target: str = SHOP,
@@ -158,7 +158,7 @@ def test_what_only_follows_from_a_cause_stands_under_it(folder: Path) -> None:
     """The relay is down, so events are pending. No one is told to look at the service."""
     run_shop(folder)
     write(("order-1", "OrderCreated"), checkpoint=-1)
-    state = seen(later=LATE + 5, queue=Found("queue", "tidings.shop", "fits", messages=0, consumers=1))
+    state = seen(later=LATE + 5, queue=TopologyItem("queue", "tidings.shop", "fits", messages=0, consumers=1))
     (problem,) = state.problems
     assert problem.startswith("relay main: 1 events are not published")
     (effect,) = state.effects[problem]
@@ -227,7 +227,7 @@ def test_that_nobody_consumes_a_queue_follows_from_the_database_that_is_away(
 
     run_shop(folder)
     monkeypatch.setattr("tidings.operations.status.existing_database", away)
-    state = seen(queue=Found("queue", "tidings.shop", "fits", "", 3, 0))
+    state = seen(queue=TopologyItem("queue", "tidings.shop", "fits", "", 3, 0))
     (problem,) = state.problems
     assert problem == "shop: database shop.db: connection refused"
     assert state.effects[problem] == ["shop: nobody consumes queue tidings.shop"], "an effect needs nothing done"
@@ -236,7 +236,7 @@ def test_that_nobody_consumes_a_queue_follows_from_the_database_that_is_away(
 def test_a_process_that_is_there_and_consumes_nothing_is_named_instead_of_a_second_one(folder: Path) -> None:
     run_shop(folder)
     asyncio.run(announce(("2.4.1", 8.0)))
-    (problem,) = seen(queue=Found("queue", "tidings.shop", "fits", "", 3, 0)).problems
+    (problem,) = seen(queue=TopologyItem("queue", "tidings.shop", "fits", "", 3, 0)).problems
     assert problem.startswith("shop: nobody consumes queue tidings.shop; process 0 on h runs it, and wrote last ")
     assert "kill -9 0" in problem
     assert "tidings run" not in problem
@@ -255,16 +255,16 @@ def test_a_service_that_never_ran_is_a_problem_and_is_not_made_by_looking(folder
 @pytest.mark.parametrize(
     ("queue", "said"),
     [
-        (Found("queue", "tidings.shop", "missing"), "shop: queue tidings.shop is missing"),
+        (TopologyItem("queue", "tidings.shop", "missing"), "shop: queue tidings.shop is missing"),
         (
-            Found("queue", "tidings.shop", "differs", "its type is classic. Delete it.", 0, 0),
+            TopologyItem("queue", "tidings.shop", "differs", "its type is classic. Delete it.", 0, 0),
             "shop: its type is classic.",
         ),
-        (Found("queue", "tidings.shop", "fits", "", 3, 0), "shop: nobody consumes queue tidings.shop"),
+        (TopologyItem("queue", "tidings.shop", "fits", "", 3, 0), "shop: nobody consumes queue tidings.shop"),
         (None, "bus: nobody is there. Start the broker."),
     ],
 )
-def test_what_is_wrong_with_a_queue_is_a_problem(folder: Path, queue: Found | None, said: str) -> None:
+def test_what_is_wrong_with_a_queue_is_a_problem(folder: Path, queue: TopologyItem | None, said: str) -> None:
     run_shop(folder)
     (problem,) = seen(queue=queue).problems
     assert problem.startswith(said)

@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 from tidings import Runtime, Service, Settings
 from tidings.hosting.answers import Health
 from tidings.hosting.checks import STALLED_SECONDS
-from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
+from tidings.hosting.facts import Facts, RelayFacts, ServiceFacts, Standstill, Work
 from tidings.hosting.gathering import Probe
 from tidings.hosting.health import judge_live, judge_ready
 from tidings.hosting.listening import listening_at
@@ -151,7 +151,7 @@ def test_of_many_handlers_that_hang_the_slowest_is_named_and_the_others_are_coun
 
 
 def test_progress_counts_only_while_there_is_more_to_do() -> None:
-    progress = Progress()
+    progress = Standstill()
     assert progress.look(5, behind=False, now=0) == 0
     assert progress.look(5, behind=False, now=100) == 0, "a quiet log is not stalled"
     assert progress.look(5, behind=True, now=140) == 40

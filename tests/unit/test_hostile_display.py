@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.unit.command_line import Ended, invoke
 from tidings import Context, EventData, Runtime, Service, Settings, open_store
 from tidings._support.escaping import plain_lines
-from tidings.buses import Found, Subscription
+from tidings.buses import Subscription, TopologyItem
 from tidings.cli._app import app
 from tidings.errors import StoreUnavailable
 from tidings.logs import configure_logging
@@ -66,9 +66,9 @@ async def wait(event: Waits, context: Context) -> None:
 class EvilBus:
     """A broker's message about a queue may quote arguments that somebody else gave it."""
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         names = [("exchange", "tidings.events"), *(("queue", wanted.queue) for wanted in subscriptions)]
-        return [Found("queue" if kind == "queue" else "exchange", name, "differs", EVIL) for kind, name in names]
+        return [TopologyItem("queue" if kind == "queue" else "exchange", name, "differs", EVIL) for kind, name in names]
 
     async def provision(self, subscription: Subscription) -> None:
         """Return the text unchanged."""

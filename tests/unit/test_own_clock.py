@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tidings.buses import Found, Subscription
+from tidings.buses import Subscription, TopologyItem
 from tidings.delivery.news import News
 from tidings.delivery.own_clock import LOOK_SECONDS, SILENT_SECONDS, OwnClock
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreUnavailable
@@ -56,8 +56,8 @@ class Surroundings:
     async def read_active(self) -> str | None:
         return self.active
 
-    async def inspect(self, subscriptions: list[Subscription]) -> list[Found]:
-        return [Found("exchange", "e", "fits"), Found("queue", PART.queue, "fits", "", 0, self.consumers)]
+    async def inspect(self, subscriptions: list[Subscription]) -> list[TopologyItem]:
+        return [TopologyItem("exchange", "e", "fits"), TopologyItem("queue", PART.queue, "fits", "", 0, self.consumers)]
 
     async def looks(self, times: int = 2, *, chosen: bool = True) -> int | None:
         """Return what the last of some looks said, 5 s apart, after the silence was over."""

@@ -38,8 +38,8 @@ PUBLIC = {
         wire_name""",
     "tidings.alembic": "include_object",
     "tidings.buses": """
-        Consumer CountsConsumers Delivery EventBus ExportsUsers Found ListsBindings ListsLimits ListsQueues Message
-        Publisher Subscription WithinProcess
+        Consumer CountsConsumers Delivery EventBus ExportsUsers ListsBindings ListsLimits ListsQueues Message
+        Publisher Subscription TopologyItem WithinProcess
         check_partitions check_service_name""",
     "tidings.buses.rabbitmq": "RabbitMQBus",
     "tidings.errors": """

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidings.database.receipts import Found, Receipts
+from tidings.database.receipts import BucketRow, Receipts
 from tidings.protocol.receipts import PRIME, Receipt, Sums, locate, mark, missing_run, total
 from tidings.stores import RecordedEvent
 
@@ -149,7 +149,7 @@ class Service:
     def __init__(self) -> None:
         self.log: list[RecordedEvent] = []
         self.wanted: set[int] = set()
-        self.row = Found(-1, -1, Receipt(-1))
+        self.row = BucketRow(-1, -1, Receipt(-1))
         self.floor = -1
         self.join()
 
@@ -209,7 +209,7 @@ class Service:
         if at >= self.row.at:
             receipt = Receipt.read(text)
             assert receipt is not None
-            self.row = Found(self.row.watermark, at, receipt)
+            self.row = BucketRow(self.row.watermark, at, receipt)
         self.row = self.row._replace(watermark=watermark)
 
     def check(self) -> None:
@@ -241,7 +241,7 @@ def test_the_row_of_a_bucket_has_what_is_settled_whatever_is_undone_or_cut_off(
 
 def test_an_event_that_is_settled_after_a_later_one_is_remembered_for_good() -> None:
     receipts = Receipts()
-    receipts.begin({BUCKET: Found(-1, -1, Receipt(-1))})
+    receipts.begin({BUCKET: BucketRow(-1, -1, Receipt(-1))})
     for position in (4, 2, 9, 8):
         written = receipts.settle([(BUCKET, EVENT._replace(position=position))])
         receipts.committed(written)
@@ -252,7 +252,7 @@ def test_an_event_that_is_settled_after_a_later_one_is_remembered_for_good() -> 
 
 def test_what_the_receipt_has_already_is_not_added_again() -> None:
     receipts = Receipts()
-    receipts.begin({BUCKET: Found(2, 6, Receipt(-1, Sums(5, 1, 1, 1, 1)))})
+    receipts.begin({BUCKET: BucketRow(2, 6, Receipt(-1, Sums(5, 1, 1, 1, 1)))})
     receipts.pass_over(BUCKET, EVENT._replace(position=6))
     receipts.accept(BUCKET)
     written = receipts.settle([(BUCKET, EVENT._replace(position=5))])

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from tidings import EventData, EventStore, Relay, open_store
 from tidings._support.tasks import supervised
-from tidings.buses import Found, Subscription
+from tidings.buses import Subscription, TopologyItem
 from tidings.buses.memory import MemoryBus
 from tidings.errors import BusUnavailable, ConfigurationError, QueueRefused
 from tidings.hosting.checks import check_relay
@@ -101,26 +101,26 @@ async def test_the_others_get_everything_once_and_the_queue_is_named_until_it_ta
 class Looked:
     """A bus that says what it is told of its queues."""
 
-    def __init__(self, *looks: Sequence[Found]) -> None:
+    def __init__(self, *looks: Sequence[TopologyItem]) -> None:
         self.looks = list(looks)
         self.silent: set[str] = set()
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         asked = {each.queue for each in subscriptions}
         if len(asked) > 1 and self.silent:
             raise BusUnavailable("the connection ended")
         if asked & self.silent:
             raise BusUnavailable(f"{min(asked)} does not answer")
         look = self.looks[0] if self.silent else self.looks.pop(0)
-        return [Found("exchange", "tidings.events", "fits"), *(each for each in look if each.name in asked)]
+        return [TopologyItem("exchange", "tidings.events", "fits"), *(each for each in look if each.name in asked)]
 
 
 def refusals(bus: Looked, queues: object = known) -> Refusals:
     return Refusals("main", bus, queues, lambda: 0.0)  # type: ignore[arg-type]
 
 
-def queue(name: str, messages: int, consumers: int = 0, state: str = "fits", detail: str = "") -> Found:
-    return Found("queue", name, state, detail, messages, consumers)  # type: ignore[arg-type]
+def queue(name: str, messages: int, consumers: int = 0, state: str = "fits", detail: str = "") -> TopologyItem:
+    return TopologyItem("queue", name, state, detail, messages, consumers)  # type: ignore[arg-type]
 
 
 async def test_a_queue_without_a_leader_is_named_because_it_alone_does_not_answer() -> None:
@@ -145,7 +145,7 @@ async def test_strays_that_do_not_exist_are_not_looked_for_after_each_marker() -
     asked = list[set[str]]()
 
     class Counting(Looked):
-        async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+        async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
             asked.append({each.queue for each in subscriptions})
             return await super().inspect(subscriptions)
 
@@ -190,7 +190,9 @@ async def test_services_that_cannot_be_found_are_no_trouble() -> None:
         "what differs first",
     ],
 )
-def test_the_queue_that_did_not_grow_is_suspected(before: list[Found], after: list[Found], named: list[str]) -> None:
+def test_the_queue_that_did_not_grow_is_suspected(
+    before: list[TopologyItem], after: list[TopologyItem], named: list[str]
+) -> None:
     found = suspected({each.name: each for each in before}, {each.name: each for each in after}, {})
     assert list(found) == named
 

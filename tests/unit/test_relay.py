@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tidings import EventData, EventStore, Relay, open_store
-from tidings.buses import Consumer, Found, Subscription
+from tidings.buses import Consumer, Subscription, TopologyItem
 from tidings.errors import (
     BusUnavailable,
     PublishRejected,
@@ -40,7 +40,7 @@ class ScriptedBus:
     async def provision(self, subscription: Subscription | None = None) -> None:
         pass
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         raise AssertionError("a relay does not inspect")
 
     async def delete(self, subscriptions: Sequence[Subscription]) -> None:

@@ -116,7 +116,7 @@ async def test_what_the_log_holds_is_found_by_class_stream_and_author() -> None:
         (first,) = world.events(stream="order-1")
         timeline = await world.timeline(first.position)
         assert await world.timeline(first) == timeline
-        assert [happening.type for happening in timeline.event.tree()] == ["Packed", "Shipped"]
+        assert [event.type for event in timeline.event.tree()] == ["Packed", "Shipped"]
         assert any(line["service"] == "shipping" for line in world.logs("service.joined"))
 
 

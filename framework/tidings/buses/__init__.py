@@ -37,7 +37,7 @@ __all__ = [
     "Delivery",
     "EventBus",
     "ExportsUsers",
-    "Found",
+    "TopologyItem",
     "ListsBindings",
     "ListsLimits",
     "ListsQueues",
@@ -96,7 +96,7 @@ class Subscription:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class TopologyItem:
     """A queue or exchange that Tidings needs on the bus, and what exists in its place; or a binding or policy that it
     does not need."""
 
@@ -165,7 +165,7 @@ class EventBus(Protocol):
         """Delete the queues of these partitions with their messages. Raises `BusUnavailable`."""
         ...
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """Return what exists of what these partitions need: exchanges, then queues in order. Raises
         `BusUnavailable`."""
         ...
@@ -204,7 +204,7 @@ class ExportsUsers(Protocol):
 
 @runtime_checkable
 class CountsConsumers(Protocol):
-    """A bus whose `Found.consumers` is every consumer of the queue, also one that waits for its turn. Optional.
+    """A bus whose `TopologyItem.consumers` is every consumer of the queue, also one that waits for its turn. Optional.
 
     RabbitMQ counts only the one at work.
     """
@@ -232,7 +232,7 @@ class WithinProcess(Protocol):
 class ListsBindings(Protocol):
     """A bus whose broker can list what is bound to what, at an address beside that of its messages. Optional."""
 
-    async def foreign_bindings(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def foreign_bindings(self, management: str, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """Return the bindings from Tidings' exchanges to queues that are none of these partitions, and from other
         exchanges to the queues of these; `management` is the URL to ask. Raises as `ListsQueues` does."""
         ...
@@ -247,7 +247,7 @@ class ListsBindings(Protocol):
 class ListsLimits(Protocol):
     """A bus whose broker may drop messages that no service has settled, and can say for which queues. Optional."""
 
-    async def limiting_policies(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def limiting_policies(self, management: str, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """Return the policies by which queues of these partitions drop messages that no service has settled, with the
         queue; `management` is the URL to ask. Raises as `ListsQueues` does."""
         ...
@@ -257,7 +257,7 @@ class ListsLimits(Protocol):
 class ListsQueues(Protocol):
     """A bus whose broker can list all queues, at an address beside that of its messages. Optional."""
 
-    async def listed_queues(self, management: str) -> list[Found]:
+    async def listed_queues(self, management: str) -> list[TopologyItem]:
         """Return the queues of Tidings that exist, whoever they were made for; `management` is the URL to ask.
 
         Raises `ConfigurationError` for a URL that cannot be asked, and `BusUnavailable`.

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from tidings.buses import Delivery, Found, Subscription
+from tidings.buses import Delivery, Subscription, TopologyItem
 from tidings.errors import BusUnavailable, ConfigurationError, QueueRefused, TopologyMismatch, Unroutable
 from tidings.protocol.message import Message
 from tidings.protocol.position import ALL_BUCKETS
@@ -202,19 +202,19 @@ class MemoryBus:
         for subscription in subscriptions:
             self.delete_queue(subscription.queue)
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         self._check_open()
-        found = [Found("exchange", _EXCHANGE, "fits")]
+        found = [TopologyItem("exchange", _EXCHANGE, "fits")]
         for subscription in subscriptions:
             queue = self._broker.queues.get(subscription.queue)
             if queue is None:
-                found.append(Found("queue", subscription.queue, "missing"))
+                found.append(TopologyItem("queue", subscription.queue, "missing"))
                 continue
             counts = len(queue.ready), len(queue.consumers)
             if queue.foreign:
-                found.append(Found("queue", queue.name, "differs", self._foreign(queue), *counts))
+                found.append(TopologyItem("queue", queue.name, "differs", self._foreign(queue), *counts))
             else:
-                found.append(Found("queue", queue.name, "fits", "", *counts))
+                found.append(TopologyItem("queue", queue.name, "fits", "", *counts))
         return found
 
     def _foreign(self, queue: _Queue) -> str:

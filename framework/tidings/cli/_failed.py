@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from tidings.service import Service
     from tidings.stores import EventStore
 
-__all__ = ["Action", "Chosen", "Failed", "add_action", "add_list", "add_show"]
+__all__ = ["Action", "PlannedAction", "Failed", "add_action", "add_list", "add_show"]
 
 E = TypeVar("E")
 E_co = TypeVar("E_co", covariant=True)
@@ -67,7 +67,7 @@ class Operations(Protocol[E_co]):
 O = TypeVar("O", bound=Operations[Any])  # noqa: E741
 
 
-class Chosen(NamedTuple):
+class PlannedAction(NamedTuple):
     """What a command will act on."""
 
     events: int
@@ -132,7 +132,7 @@ class Failed(ABC, Generic[O, E]):
     async def get(self, operations: O, name: str) -> E: ...
 
     @abstractmethod
-    async def choose(self, operations: O, verb: str, choice: Choice[str]) -> Chosen: ...
+    async def choose(self, operations: O, verb: str, choice: Choice[str]) -> PlannedAction: ...
 
     @abstractmethod
     def row(self, service: Service, entry: E) -> tuple[Any, ...]: ...
@@ -337,7 +337,7 @@ async def _act(
     return OK
 
 
-async def _do(what: Chosen, rate: float | None, done: str) -> int:
+async def _do(what: PlannedAction, rate: float | None, done: str) -> int:
     if rate is None or what.names is None or what.some is None:
         return await what.act()
     return await in_waves(await what.names(), rate, what.some, done)

@@ -12,7 +12,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from tidings.buses import EventBus, Found, Subscription
+from tidings.buses import EventBus, Subscription, TopologyItem
 from tidings.errors import ConfigurationError, DatabaseUnavailable
 from tidings.operations.looking import existing_database
 from tidings.relay.refusals import strays
@@ -57,8 +57,8 @@ async def former_services(settings: Settings, names: Collection[str]) -> set[str
 
 
 async def orphans(
-    bus: EventBus, former: Collection[str], served: Collection[str], listed: Sequence[Found]
-) -> list[Found]:
+    bus: EventBus, former: Collection[str], served: Collection[str], listed: Sequence[TopologyItem]
+) -> list[TopologyItem]:
     """Return queues without a consumer that are not in `served`: those of former services, and those `listed`."""
     here = [Subscription(name, 0, 1) for name in sorted(former)]
     here += [Subscription(name, index, PARTITIONS) for name in sorted(former) for index in range(PARTITIONS)]
@@ -66,26 +66,28 @@ async def orphans(
     names = {thing.name for thing in found}
     found += [thing for thing in listed if thing.name not in names]
     return [
-        Found("queue", thing.name, "differs", _remedy(thing.name), thing.messages, thing.consumers)
+        TopologyItem("queue", thing.name, "differs", _remedy(thing.name), thing.messages, thing.consumers)
         for thing in found
         if thing.name not in served and not thing.consumers
     ]
 
 
-async def unneeded(bus: EventBus, subscriptions: Sequence[Subscription]) -> list[Found]:
+async def unneeded(bus: EventBus, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
     """Return queues that are named like partitions that these services do not have.
 
     A service's broker user may make and bind every queue that it has permission for.
     """
     named = {part.queue: part.service for part in strays(subscriptions)}
     return [
-        Found("queue", thing.name, "differs", _unneeded(named[thing.name], thing), thing.messages, thing.consumers)
+        TopologyItem(
+            "queue", thing.name, "differs", _unneeded(named[thing.name], thing), thing.messages, thing.consumers
+        )
         for thing in await bus.inspect(strays(subscriptions))
         if thing.name in named and thing.state != "missing"
     ]
 
 
-def _unneeded(service: str, queue: Found) -> str:
+def _unneeded(service: str, queue: TopologyItem) -> str:
     told = f". {queue.detail}" if queue.detail else ""
     return (
         f"it is named like a partition of service {service!r}, which has no partition of that number. If it is bound "

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import typer
 
-from tidings.cli._failed import Action, Chosen, Failed, add_action, add_list, add_show
+from tidings.cli._failed import Action, Failed, PlannedAction, add_action, add_list, add_show
 from tidings.cli._output import moment
 from tidings.cli._selecting import BIGGEST, Choice
 
@@ -48,7 +48,7 @@ class _Dead(Failed["DeadLetters", "DeadLetter"]):
     async def get(self, operations: DeadLetters, name: str) -> DeadLetter:
         return await operations.get(int(name))
 
-    async def choose(self, operations: DeadLetters, verb: str, choice: Choice[str]) -> Chosen:
+    async def choose(self, operations: DeadLetters, verb: str, choice: Choice[str]) -> PlannedAction:
         if choice.named:
             wanted, stays = [(await operations.get(int(name))).id for name in choice.named], ""
         else:
@@ -63,7 +63,7 @@ class _Dead(Failed["DeadLetters", "DeadLetter"]):
             return sorted(wanted)
 
         some = partial(operations.retry, all_or_none=False)
-        return Chosen(len(wanted), partial(getattr(operations, verb), wanted), stays, names, some)
+        return PlannedAction(len(wanted), partial(getattr(operations, verb), wanted), stays, names, some)
 
     def row(self, service: Service, entry: DeadLetter) -> tuple[Any, ...]:
         place = f"{entry.stream}@{entry.version}" if entry.stream and entry.version is not None else entry.stream

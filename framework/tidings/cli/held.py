@@ -9,7 +9,7 @@ from uuid import UUID
 
 import typer
 
-from tidings.cli._failed import Action, Chosen, Failed, add_action, add_list, add_show
+from tidings.cli._failed import Action, Failed, PlannedAction, add_action, add_list, add_show
 from tidings.cli._find import event_named
 from tidings.cli._selecting import Choice
 from tidings.operations.report import moment_of
@@ -56,7 +56,7 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
             return await operations.get(named)
         return await operations.get(await operations.find(named if isinstance(named, tuple) else str(named)))
 
-    async def choose(self, operations: HeldOperations, verb: str, choice: Choice[str]) -> Chosen:
+    async def choose(self, operations: HeldOperations, verb: str, choice: Choice[str]) -> PlannedAction:
         positions = None
         if choice.named:
             positions = [(await self.get(operations, name)).position for name in choice.named]
@@ -71,7 +71,7 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
             return await operations.positions(choice.selection, limit=choice.limit)
 
         act = partial(getattr(operations, verb), choice.selection, positions=positions, limit=choice.limit)
-        return Chosen(count, act, names=names, some=partial(operations.retry_these, choice.selection))
+        return PlannedAction(count, act, names=names, some=partial(operations.retry_these, choice.selection))
 
     def row(self, service: Service, entry: HeldEntry) -> tuple[Any, ...]:
         due = moment_of(entry.due) if entry.attempts else None

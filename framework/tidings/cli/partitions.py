@@ -16,7 +16,7 @@ from tidings.operations.looking import existing_database, existing_layout, exist
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.buses import Found
+    from tidings.buses import TopologyItem
     from tidings.database.layout import Layout, Range
     from tidings.service import Service
 
@@ -111,7 +111,7 @@ async def _ranges(settings: Settings, service: Service) -> Mapping[int, Range]:
         return {row.first: row for row in found}
 
 
-async def _queues(settings: Settings, layout: Layout) -> Mapping[str, Found]:
+async def _queues(settings: Settings, layout: Layout) -> Mapping[str, TopologyItem]:
     """Return the queues by name; nothing if the bus is in another process or does not answer."""
     if settings.embedded_bus:
         return {}
@@ -124,7 +124,7 @@ async def _queues(settings: Settings, layout: Layout) -> Mapping[str, Found]:
     return {thing.name: thing for thing in found if thing.kind == "queue"}
 
 
-def _queue(found: Found | None) -> dict[str, Any]:
+def _queue(found: TopologyItem | None) -> dict[str, Any]:
     if found is None:
         return {"state": "unknown", "messages": None, "consumers": None}
     return {"state": found.state, "messages": found.messages, "consumers": found.consumers}

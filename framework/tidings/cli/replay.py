@@ -20,9 +20,9 @@ from tidings.settings import Settings
 
 if TYPE_CHECKING:
     from tidings.database.engine import Database
-    from tidings.operations.authors import Stranger
+    from tidings.operations.authors import UnknownAuthor
     from tidings.operations.replay import Plan, Start
-    from tidings.operations.selective_replay import Chosen
+    from tidings.operations.selective_replay import ReplayConditions
     from tidings.service import Service
     from tidings.stores import EventStore
 
@@ -74,7 +74,7 @@ async def replay(
     service is sent back. 'tidings held list' shows which of them have not run yet.
     """
     from tidings.operations.replay import find_start
-    from tidings.operations.selective_replay import Chosen
+    from tidings.operations.selective_replay import ReplayConditions
 
     chooses = any(choice is not None for choice in (key, stream, handler))
     if cancel and (since is not None or chooses):
@@ -101,7 +101,7 @@ async def replay(
             return await _everything(
                 store, database, of, target, start, gone or (), dry_run=dry_run, yes=yes, json=json
             )
-        chosen = Chosen(key, stream, handler)
+        chosen = ReplayConditions(key, stream, handler)
         return await _some(store, database, of, start, chosen, gone or (), dry_run=dry_run, yes=yes, json=json)
 
 
@@ -122,9 +122,9 @@ async def _everything(
     from tidings.operations.replay import plan, send_back
 
     found = await plan(store, database, service, start)
-    doubling = [stranger for stranger in found.strangers if stranger.name not in gone]
+    doubling = [author for author in found.unknown_authors if author.name not in gone]
     if json:
-        doubled = {"strangers": [asdict(stranger) | {"line": stranger.line} for stranger in found.strangers]}
+        doubled = {"unknown_authors": [asdict(author) | {"line": author.line} for author in found.unknown_authors]}
         doubled |= {"forged": [one._asdict() for one in found.forged]}
         say(facts(asdict(found) | doubled | {"start": start._asdict(), "dry_run": dry_run}))
     else:
@@ -153,7 +153,7 @@ async def _some(
     database: Database,
     service: Service,
     start: Start,
-    chosen: Chosen,
+    chosen: ReplayConditions,
     gone: Sequence[str],
     *,
     dry_run: bool,
@@ -161,19 +161,21 @@ async def _some(
     json: bool,
 ) -> int:
     """Run chosen events again, after a question; return the exit code."""
-    from tidings.operations.authors import strangers
+    from tidings.operations.authors import unknown_authors
     from tidings.operations.selective_replay import pick, run_again
 
     picked = await pick(store, database, service, start, chosen)
     names = {turn.handler for turn in picked.turns}
     doubling = [
-        one for one in await strangers(store, service, start.before) if one.name not in gone and one.handler in names
+        one
+        for one in await unknown_authors(store, service, start.before)
+        if one.name not in gone and one.handler in names
     ]
     count = len(picked.turns)
     if doubling and not dry_run:
         raise Refused(NO, _refusal(doubling))
     told = {"service": service.name, "dry_run": dry_run, "unsettled": picked.unsettled}
-    told |= {"passed_over": picked.passed_over, "strangers": [asdict(one) for one in doubling]}
+    told |= {"passed_over": picked.passed_over, "unknown_authors": [asdict(one) for one in doubling]}
     stays = f"; {picked.unsettled} are held, dead or not handled yet, and stay as they are" if picked.unsettled else ""
     stays += f"; {picked.passed_over} are passed over, because their handlers have replay=False" * bool(
         picked.passed_over
@@ -247,9 +249,9 @@ async def _opened(settings: Settings, service: Service) -> AsyncIterator[tuple[E
         yield store, database
 
 
-def _refusal(doubling: Sequence[Stranger]) -> str:
-    names = list(dict.fromkeys(stranger.name for stranger in doubling))
-    remedies = "; ".join(stranger.remedy for stranger in doubling)
+def _refusal(doubling: Sequence[UnknownAuthor]) -> str:
+    names = list(dict.fromkeys(author.name for author in doubling))
+    remedies = "; ".join(author.remedy for author in doubling)
     ends = " ".join(f"--gone {name}" for name in names)
     return (
         f"what {plain(', '.join(names))} emitted would be appended twice, so nothing was changed. To append nothing "
@@ -257,7 +259,7 @@ def _refusal(doubling: Sequence[Stranger]) -> str:
     )
 
 
-def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
+def _show(found: Plan, doubling: Sequence[UnknownAuthor]) -> None:
     start = found.start
     say(
         f"replay of {found.service} from position {start.position} ({moment(start.recorded_at)}); it has settled "
@@ -309,10 +311,10 @@ def _show(found: Plan, doubling: Sequence[Stranger]) -> None:
             "again: each handler's n-th event of a type to a stream, also under its former names. An event to another "
             "stream, or of another type, is new."
         )
-    for stranger in doubling:
+    for author in doubling:
         say(
-            f"TWICE: the log holds {stranger.count} events ({plain(', '.join(stranger.emitted))}) that handler "
-            f"{plain(stranger.name)} emitted for {plain(', '.join(stranger.causes))}. No handler of these has that "
-            f"name today; {plain(stranger.handler)} runs for them, and what it emits is appended beside them."
+            f"TWICE: the log holds {author.count} events ({plain(', '.join(author.emitted))}) that handler "
+            f"{plain(author.name)} emitted for {plain(', '.join(author.causes))}. No handler of these has that "
+            f"name today; {plain(author.handler)} runs for them, and what it emits is appended beside them."
         )
-        say(f"To append nothing twice: {plain(stranger.remedy)}")
+        say(f"To append nothing twice: {plain(author.remedy)}")

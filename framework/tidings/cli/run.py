@@ -192,7 +192,7 @@ def _begin(level: str, leash: bool) -> None:
     from tidings.logs import configure_logging
 
     configure_logging(level=level)
-    logging.getLogger().addHandler(_Told())
+    logging.getLogger().addHandler(_HasLogged())
     if leash:
         threading.Thread(target=_hold_on, name="leash", daemon=True).start()
 
@@ -205,13 +205,13 @@ def _hold_on() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _Told(logging.Handler):
+class _HasLogged(logging.Handler):
     """A handler that notes whether the process has logged anything: then its end is logged, too."""
 
     anything = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        _Told.anything = True
+        _HasLogged.anything = True
 
 
 def _end(error: BaseException) -> int:
@@ -221,7 +221,7 @@ def _end(error: BaseException) -> int:
     """
     cause = leading(error)
     code = code_of(cause)
-    if sys.stderr.isatty() or code == INTERRUPTED or (code != DEFECT and not _Told.anything):
+    if sys.stderr.isatty() or code == INTERRUPTED or (code != DEFECT and not _HasLogged.anything):
         if code == DEFECT:
             print(plain_lines("".join(traceback.format_exception(cause)).rstrip()), file=sys.stderr)
         return complain(error)

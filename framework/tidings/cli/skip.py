@@ -33,7 +33,7 @@ async def skip(
     in the same partition at that moment may run twice. 'tidings dead retry' brings the event back.
     """
     from tidings.operations.lookup import Lookup, Waiting
-    from tidings.operations.skip import Skip, standing
+    from tidings.operations.skip import Skip, skip_state
     from tidings.operations.skip import skip as do
     from tidings.operations.writer import naming_the_writer
 
@@ -53,7 +53,7 @@ async def skip(
             raise Refused(
                 NO, f"event {event} is not in the log yet, so no service has it: look at 'tidings why {event}'"
             )
-        state = await standing(database, of, log, found)
+        state = await skip_state(database, of, log, found)
         where = f"{found.type} {found.id} at {found.stream}@{found.version}, position {found.position}"
         changes = state in (Skip.HELD, Skip.DEAD, Skip.PENDING)
         if changes and not dry_run:

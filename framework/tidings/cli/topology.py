@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidings.adapters import open_bus
-from tidings.buses import ExportsUsers, Found, ListsBindings, ListsLimits, ListsQueues, Subscription
+from tidings.buses import ExportsUsers, ListsBindings, ListsLimits, ListsQueues, Subscription, TopologyItem
 from tidings.cli._exits import NO, OK, USAGE, Refused, answering
 from tidings.cli._find import find_services
 from tidings.cli._output import Json, columns, facts, plain, say
@@ -72,7 +72,7 @@ async def diff(
         for thing in there:
             if thing.state == "fits" and thing.detail:
                 print(plain(f"{thing.kind} {thing.name}: {thing.detail}"), file=sys.stderr)
-        listed: list[Found] = []
+        listed: list[TopologyItem] = []
         if management is not None:
             if not isinstance(bus, ListsQueues):
                 raise Refused(USAGE, f"{redact(settings.bus)} cannot list its queues: leave out --management")
@@ -227,16 +227,16 @@ async def _needed(targets: Sequence[str] | None) -> tuple[Settings, list[Subscri
     return settings, [part for service in services for part in await subscriptions_of(settings, service)]
 
 
-async def _found(settings: Settings, subscriptions: Sequence[Subscription]) -> list[Found]:
+async def _found(settings: Settings, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
     async with open_bus(settings.bus) as bus:
         return await bus.inspect(subscriptions)
 
 
-def _plan(thing: Found) -> str:
+def _plan(thing: TopologyItem) -> str:
     return _PLAN[thing.state] if thing.kind in ("exchange", "queue") else "mend it by hand, see below"
 
 
-def _show(found: Sequence[Found], json: bool) -> None:
+def _show(found: Sequence[TopologyItem], json: bool) -> None:
     if json:
         for thing in found:
             say(facts(thing))

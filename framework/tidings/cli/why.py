@@ -20,7 +20,7 @@ from tidings.operations.report import moment_of
 from tidings.settings import Settings
 
 if TYPE_CHECKING:
-    from tidings.operations.timeline import Happening, Standing, Timeline
+    from tidings.operations.timeline import Standing, Timeline, TracedEvent
 
 __all__ = ["why"]
 
@@ -68,29 +68,26 @@ async def why(
 def _facts(timeline: Timeline) -> dict[str, Any]:
     """Return the timeline for JSON. What was caused is a flat list in the order of the tree, which may be very deep."""
     return {
-        "event": _happening(timeline.event),
-        "causes": [_happening(cause) for cause in timeline.causes],
+        "event": _traced(timeline.event),
+        "causes": [_traced(cause) for cause in timeline.causes],
         "unknown_cause": timeline.unknown_cause,
         "relay": {"name": timeline.relay, "checkpoint": timeline.checkpoint, "wrong": timeline.wrong},
         "published": _published(timeline, timeline.event),
-        "caused": [
-            _happening(happening) | {"published": _published(timeline, happening)}
-            for happening in timeline.event.tree()
-        ],
+        "caused": [_traced(traced) | {"published": _published(timeline, traced)} for traced in timeline.event.tree()],
         "more": timeline.more,
     }
 
 
-def _happening(happening: Happening) -> dict[str, Any]:
-    facts = {name: getattr(happening, name) for name in happening.__slots__ if name not in ("services", "caused")}
-    return facts | {"services": [asdict(standing) for standing in happening.services]}
+def _traced(traced: TracedEvent) -> dict[str, Any]:
+    facts = {name: getattr(traced, name) for name in traced.__slots__ if name not in ("services", "caused")}
+    return facts | {"services": [asdict(standing) for standing in traced.services]}
 
 
-def _published(timeline: Timeline, happening: Happening) -> bool | None:
+def _published(timeline: Timeline, traced: TracedEvent) -> bool | None:
     """Return whether the event was published; None if that is not known."""
-    if happening.position is None or happening.bucket is None:
+    if traced.position is None or traced.bucket is None:
         return False
-    return None if timeline.checkpoint is None else happening.position <= timeline.checkpoint
+    return None if timeline.checkpoint is None else traced.position <= timeline.checkpoint
 
 
 # ---- text ----------------------------------------------------------------------------
@@ -116,26 +113,26 @@ def _lines(timeline: Timeline) -> Iterator[str]:
         yield f"  {standing.service:<12} {_stands(standing)}"
     tree = list(event.tree())
     yield f"  {'caused':<12} {f'{len(tree) + timeline.more} events' if tree else 'nothing'}"
-    for happening in tree:
-        yield f"  {'  ' * min(happening.depth, 30)}-> {_one(happening)}{_brief(happening)}"
+    for traced in tree:
+        yield f"  {'  ' * min(traced.depth, 30)}-> {_one(traced)}{_brief(traced)}"
     if timeline.more:
         yield f"    and {timeline.more} more"
 
 
-def _one(happening: Happening) -> str:
-    where = plain(happening.stream)
-    if happening.version is not None:
-        where += f"@{happening.version}, position {happening.position}"
-    by = f", by {plain(happening.handler)}" if happening.handler else ""
-    waiting = f" ({plain(_first_line(happening.waiting))})" if happening.waiting else ""
-    return f"{plain(happening.type)} {happening.event_id} at {where}{by}{waiting}"
+def _one(traced: TracedEvent) -> str:
+    where = plain(traced.stream)
+    if traced.version is not None:
+        where += f"@{traced.version}, position {traced.position}"
+    by = f", by {plain(traced.handler)}" if traced.handler else ""
+    waiting = f" ({plain(_first_line(traced.waiting))})" if traced.waiting else ""
+    return f"{plain(traced.type)} {traced.event_id} at {where}{by}{waiting}"
 
 
-def _who(happening: Happening) -> str:
-    proved = happening.principal
-    if happening.actor is None or happening.actor == proved:
+def _who(traced: TracedEvent) -> str:
+    proved = traced.principal
+    if traced.actor is None or traced.actor == proved:
         return plain(proved or "")
-    return plain(happening.actor) if proved is None else f"{plain(happening.actor)}, as {plain(proved)} says"
+    return plain(traced.actor) if proved is None else f"{plain(traced.actor)}, as {plain(proved)} says"
 
 
 def _told(timeline: Timeline) -> str:
@@ -166,11 +163,11 @@ def _stands(standing: Standing) -> str:
     return f"{standing.state}{since}, {tried}: {plain(_first_line(standing.reason))}{remedy}"
 
 
-def _brief(happening: Happening) -> str:
+def _brief(traced: TracedEvent) -> str:
     """Return in which services the event is handled, and its state there."""
     states = [
         f"{standing.service} {standing.state}"
-        for standing in happening.services
+        for standing in traced.services
         if standing.state not in ("not handled here", "not carried")
     ]
     return f"; {', '.join(states)}" if states else ""

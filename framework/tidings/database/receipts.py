@@ -14,10 +14,10 @@ from typing import NamedTuple
 from tidings.protocol.receipts import Receipt, Sums, mark
 from tidings.stores import RecordedEvent
 
-__all__ = ["Found", "Passed", "Receipts", "Written"]
+__all__ = ["BucketRow", "Passed", "Receipts", "Written"]
 
 
-class Found(NamedTuple):
+class BucketRow(NamedTuple):
     """What the row of a bucket says when a process joins."""
 
     watermark: int
@@ -43,7 +43,7 @@ class Receipts:
     def __init__(self) -> None:
         self.begin({})
 
-    def begin(self, found: Mapping[int, Found]) -> None:
+    def begin(self, found: Mapping[int, BucketRow]) -> None:
         """Carry on from these, by bucket, and forget what was known before."""
         self._from = {bucket: row.at for bucket, row in found.items()}
         """What comes up to here is in the receipt already."""

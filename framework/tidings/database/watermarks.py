@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tidings.database import tables
 from tidings.database.bulk import BulkUpdate
-from tidings.database.receipts import Found, Receipts, Written
+from tidings.database.receipts import BucketRow, Receipts, Written
 from tidings.database.scope import Scope
 from tidings.errors import Fenced
 from tidings.protocol.receipts import Receipt
@@ -67,26 +67,26 @@ class Watermarks:
         found = [row for row in known if row.bucket in self._scope.buckets]
         marks = {row.bucket: row.position for row in found}
         self._replays = dict.fromkeys(self._scope.buckets, 0) | {row.bucket: row.replays for row in found}
-        receipts, begun = dict[int, Found](), list[Any]()
+        receipts, begun = dict[int, BucketRow](), list[Any]()
         for row in found:
             receipt, start = Receipt.read(row.receipt), max(row.position, floor)
             if receipt is None or row.receipt_at < (row.position if receipted else start):
-                receipts[row.bucket] = Found(row.position, start, Receipt(start))
+                receipts[row.bucket] = BucketRow(row.position, start, Receipt(start))
                 begun.append(row)
             else:
-                receipts[row.bucket] = Found(row.position, row.receipt_at, receipt)
+                receipts[row.bucket] = BucketRow(row.position, row.receipt_at, receipt)
         missing = [bucket for bucket in self._scope.buckets if bucket not in marks]
         if missing:
             first = {"position": -1, "receipt_at": floor, "receipt": Receipt(floor).write()}
             await connection.execute(rows.insert(), [self._scope.own | {"bucket": at} | first for at in missing])
-            receipts |= dict.fromkeys(missing, Found(-1, floor, Receipt(floor)))
+            receipts |= dict.fromkeys(missing, BucketRow(-1, floor, Receipt(floor)))
         if begun:
             await self._begin_receipts(connection, begun, receipts)
         self.receipts.begin(receipts)
         return marks | dict.fromkeys(missing, -1)
 
     async def _begin_receipts(
-        self, connection: AsyncConnection, rows: Collection[Any], receipts: Mapping[int, Found]
+        self, connection: AsyncConnection, rows: Collection[Any], receipts: Mapping[int, BucketRow]
     ) -> None:
         """Write receipts that begin anew. Where a row has changed since it was read, another process is at work, and
         fences this one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tidings.operations.causes import Cause, Part, explain
+from tidings.operations.causes import Cause, Part, causes_of
 
 __all__ = ["Check", "Health"]
 
@@ -54,7 +54,7 @@ class Health:
     @property
     def causes(self) -> list[Cause[Check]]:
         """What is wrong: each cause with what follows from it."""
-        return explain(check for check in self.checks if not check.ok)
+        return causes_of(check for check in self.checks if not check.ok)
 
     def document(self) -> dict[str, Any]:
         """For JSON. The causes of what is wrong come first, each with its effects, which go when it goes."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Facts", "Progress", "RelayFacts", "ServiceFacts", "Work"]
+__all__ = ["Facts", "Standstill", "RelayFacts", "ServiceFacts", "Work"]
 
 
-class Progress:
+class Standstill:
     """Remembers between two looks since when something has been behind without moving."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from tidings.delivery.owned import OwnStore
 from tidings.errors import ConfigurationError, DatabaseUnavailable, LogBehind, LogChanged, StoreUnavailable
 from tidings.hosting.answers import Health
 from tidings.hosting.checks import is_overdue, is_still
-from tidings.hosting.facts import Facts, Progress, RelayFacts, ServiceFacts, Work
+from tidings.hosting.facts import Facts, RelayFacts, ServiceFacts, Standstill, Work
 from tidings.hosting.health import judge_live, judge_ready
 from tidings.logs import masked
 from tidings.operations.remedies import client_for, origin_of
@@ -60,7 +60,7 @@ class Probe:
         self._services = services
         self._runtime = runtime
         self._clock = clock
-        self._progress: dict[str, Progress] = {}
+        self._progress: dict[str, Standstill] = {}
         self._turn = asyncio.Lock()
         self._probing = False
         self._last: tuple[float, Health] | None = None
@@ -249,8 +249,8 @@ class Probe:
             ),
         )
 
-    def _of(self, name: str) -> Progress:
-        return self._progress.setdefault(name, Progress())
+    def _of(self, name: str) -> Standstill:
+        return self._progress.setdefault(name, Standstill())
 
 
 def _no_appends(store: EventStore) -> str | None:

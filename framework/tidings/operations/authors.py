@@ -16,13 +16,13 @@ from tidings.stores import EventStore, RecordedEvent
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["Stranger", "may_emit", "strangers"]
+__all__ = ["UnknownAuthor", "may_emit", "unknown_authors"]
 
 _HANDLER: Final = b'"tidingsHandler"'
 
 
 @dataclass(slots=True)
-class Stranger:
+class UnknownAuthor:
     """A handler name in the log, and a handler of today that runs for the same events but does not have that name."""
 
     name: str
@@ -65,7 +65,7 @@ def may_emit(handler: Handler) -> bool:
     return any(wanted is Inject.CONTEXT for _, wanted in handler.parameters)
 
 
-async def strangers(store: EventStore, service: Declaration, after: int) -> list[Stranger]:
+async def unknown_authors(store: EventStore, service: Declaration, after: int) -> list[UnknownAuthor]:
     """Find events that the service emitted under handler names that it no longer has, the oldest first.
 
     Looks at what was emitted for events above position `after`. If today's handlers emit the same, a replay of those
@@ -73,7 +73,7 @@ async def strangers(store: EventStore, service: Declaration, after: int) -> list
     Raises `StoreUnavailable`.
     """
     prefix = f"{service.name}."
-    found: dict[tuple[str, str], Stranger] = {}
+    found: dict[tuple[str, str], UnknownAuthor] = {}
     waiting: defaultdict[bytes, list[tuple[str, RecordedEvent]]] = defaultdict(list)
     async for event in store.read_all(after=after, backwards=True, filter=CARRIED):
         if carried(event) is None:
@@ -85,14 +85,14 @@ async def strangers(store: EventStore, service: Declaration, after: int) -> list
                 waiting[cause].append((author.removeprefix(prefix), event))
         if waiting:
             _attribute(service, event.type, waiting.pop(event.id_bytes, ()), found)
-    return sorted(found.values(), key=lambda stranger: stranger.first)
+    return sorted(found.values(), key=lambda author: author.first)
 
 
 def _attribute(
     service: Declaration,
     cause: str,
     emitted: Iterable[tuple[str, RecordedEvent]],
-    found: dict[tuple[str, str], Stranger],
+    found: dict[tuple[str, str], UnknownAuthor],
 ) -> None:
     handlers = service.handlers_of(cause)
     for name, event in emitted:
@@ -101,15 +101,15 @@ def _attribute(
         for handler in handlers:
             if not (handler.replay and may_emit(handler)):
                 continue
-            stranger = found.get((name, handler.name))
-            if stranger is None:
+            author = found.get((name, handler.name))
+            if author is None:
                 names = tuple(kind.__name__ for kind in handler.events)
-                stranger = found[name, handler.name] = Stranger(
+                author = found[name, handler.name] = UnknownAuthor(
                     name, handler.name, names, handler.was, name in service.named
                 )
-            stranger.count += 1
-            stranger.first = event.position
-            for kind, kinds in ((cause, stranger.causes), (event.type, stranger.emitted)):
+            author.count += 1
+            author.first = event.position
+            for kind, kinds in ((cause, author.causes), (event.type, author.emitted)):
                 if kind not in kinds:
                     kinds.append(kind)
 

@@ -20,7 +20,7 @@ from tidings._support.holders import open_elsewhere
 from tidings._support.private_files import make_private
 from tidings.errors import TidingsError
 
-__all__ = ["Backup", "BackupRefused", "Kept", "read", "restore", "take"]
+__all__ = ["Backup", "BackupRefused", "BackupFile", "read", "restore", "take"]
 
 LIST: Final = "backup.json"
 VERSION: Final = 1
@@ -33,7 +33,7 @@ class BackupRefused(TidingsError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class BackupFile:
     """One file of a backup."""
 
     name: str
@@ -50,7 +50,7 @@ class Backup:
 
     folder: Path
     taken_at: str
-    kept: tuple[Kept, ...]
+    kept: tuple[BackupFile, ...]
 
 
 def take(folder: Path, files: Mapping[str, Path]) -> Backup:
@@ -73,12 +73,12 @@ def take(folder: Path, files: Mapping[str, Path]) -> Backup:
             _copy(path, target)
         except sqlite3.Error as error:
             raise BackupRefused(f"{name}: {path} cannot be copied: {error}. {folder} is incomplete.") from error
-        kept.append(Kept(name, target.name, _digest(target), target.stat().st_size))
+        kept.append(BackupFile(name, target.name, _digest(target), target.stat().st_size))
     backup = Backup(folder, datetime.now(UTC).isoformat(timespec="seconds"), tuple(kept))
     told = {
         "version": VERSION,
         "taken_at": backup.taken_at,
-        "files": [{name: getattr(one, name) for name in Kept.__slots__} for one in kept],
+        "files": [{name: getattr(one, name) for name in BackupFile.__slots__} for one in kept],
     }
     fresh = folder / f"{LIST}.new"
     with fresh.open("w") as writing:
@@ -98,7 +98,7 @@ def read(folder: Path) -> Backup:
             raise BackupRefused(
                 f"{folder / LIST} has version {told['version']}: use the version of Tidings that wrote it"
             )
-        kept = tuple(Kept(**{name: one[name] for name in Kept.__slots__}) for one in told["files"])
+        kept = tuple(BackupFile(**{name: one[name] for name in BackupFile.__slots__}) for one in told["files"])
         backup = Backup(folder, str(told["taken_at"]), kept)
     except FileNotFoundError:
         raise BackupRefused(f"{folder} is no backup, or one that was not finished: it has no {LIST}") from None

@@ -24,8 +24,8 @@ from tidings.database.tables import dead, held
 from tidings.errors import StreamDeleted, StreamNotFound, TidingsError
 from tidings.modelling.handlers import Handler
 from tidings.modelling.repository import Repository
-from tidings.operations.lookup import Lookup, Progress, Target
-from tidings.operations.timeline import Happening, Standing, Timeline, trace
+from tidings.operations.lookup import Lookup, OnProgress, Target
+from tidings.operations.timeline import Standing, Timeline, TracedEvent, trace
 from tidings.protocol.position import carried, partition_key
 from tidings.stores import EventStore, Filter, RecordedEvent
 
@@ -92,7 +92,7 @@ async def capture(
     services: Sequence[tuple[Declaration, Database | None]],
     target: Target,
     *,
-    progress: Progress = lambda events, position, end: None,
+    progress: OnProgress = lambda events, position, end: None,
 ) -> Captured:
     """Read what one event's handlers could see, in the service in which the event failed.
 
@@ -100,14 +100,14 @@ async def capture(
     raises.
     """
     timeline = await trace(store, services, target, progress=progress)
-    happening = timeline.event
-    if happening.position is None:
+    traced = timeline.event
+    if traced.position is None:
         raise NotCapturable(
-            f"event {happening.event_id} is not in the log, so no handler was given it: {happening.waiting}. Capture "
-            f"the event that caused it: 'tidings why {happening.event_id}' names it"
+            f"event {traced.event_id} is not in the log, so no handler was given it: {traced.waiting}. Capture "
+            f"the event that caused it: 'tidings why {traced.event_id}' names it"
         )
-    service, standings = _where(happening, [service for service, _ in services])
-    event = await _recorded(store, happening, progress)
+    service, standings = _where(traced, [service for service, _ in services])
+    event = await _recorded(store, traced, progress)
     if service.view(event.type) is None:
         raise NotCapturable(
             f"service {service.name!r} declares no class for {event.type!r}, so no test can state the event "
@@ -132,22 +132,20 @@ async def capture(
 # ---- which service, which handlers ---------------------------------------------------
 
 
-def _where(happening: Happening, services: Sequence[Declaration]) -> tuple[Declaration, list[Standing]]:
+def _where(traced: TracedEvent, services: Sequence[Declaration]) -> tuple[Declaration, list[Standing]]:
     by_name = {service.name: service for service in services}
-    given = [one for one in happening.services if one.state not in ("not handled here", "not carried")]
+    given = [one for one in traced.services if one.state not in ("not handled here", "not carried")]
     failed = [one for one in given if one.state in ("held", "dead")]
     names = list(dict.fromkeys(one.service for one in failed or given))
     if len(names) == 1:
         return by_name[names[0]], [one for one in given if one.service == names[0]]
     if not names:
         raise NotCapturable(
-            f"none of the services {', '.join(by_name)} handles {happening.type!r}, so there is no handler to test "
-            f"with event {happening.event_id}. Name the one that does: --service MODULE:SERVICE"
+            f"none of the services {', '.join(by_name)} handles {traced.type!r}, so there is no handler to test "
+            f"with event {traced.event_id}. Name the one that does: --service MODULE:SERVICE"
         )
     how = "failed in" if failed else "is handled by"
-    raise NotCapturable(
-        f"event {happening.event_id} {how} several services: say --service with one of {', '.join(names)}"
-    )
+    raise NotCapturable(f"event {traced.event_id} {how} several services: say --service with one of {', '.join(names)}")
 
 
 def _run(handler: Handler, standings: Sequence[Standing]) -> Run:
@@ -158,7 +156,9 @@ def _run(handler: Handler, standings: Sequence[Standing]) -> Run:
     return Run(handler, "pending" if any(one.state == "pending" for one in standings) else "settled")
 
 
-async def _with_emitted(store: EventStore, captured: Captured, run: Run, timeline: Timeline, progress: Progress) -> Run:
+async def _with_emitted(
+    store: EventStore, captured: Captured, run: Run, timeline: Timeline, progress: OnProgress
+) -> Run:
     names = {f"{captured.service.name}.{name}" for name in run.handler.names}
     mine = [one for one in timeline.event.caused if one.handler in names and one.position is not None]
     emitted = [await _recorded(store, one, progress) for one in mine]
@@ -256,20 +256,20 @@ async def _leave_out_failed(database: Database, captured: Captured, log: UUID) -
     captured.failed = frozenset(failed)
 
 
-async def _recorded(store: EventStore, happening: Happening, progress: Progress) -> RecordedEvent:
+async def _recorded(store: EventStore, traced: TracedEvent, progress: OnProgress) -> RecordedEvent:
     """Read a timeline's event with its data. Raises `NotCapturable` if retention has removed it."""
-    assert happening.version is not None
+    assert traced.version is not None
     with suppress(StreamNotFound, StreamDeleted):
-        async for event in store.read_stream(happening.stream, start=happening.version, limit=1):
-            if str(event.id) == happening.event_id:
+        async for event in store.read_stream(traced.stream, start=traced.version, limit=1):
+            if str(event.id) == traced.event_id:
                 return event
-    assert happening.position is not None
+    assert traced.position is not None
     # The stream hides it, but the log may still show it.
-    found = await Lookup(store, (), await store.log_id(), progress).at(happening.position)
+    found = await Lookup(store, (), await store.log_id(), progress).at(traced.position)
     if found is not None:
         return found
     raise NotCapturable(
-        f"event {happening.event_id} at {happening.stream}@{happening.version} is not in the log any more: retention "
+        f"event {traced.event_id} at {traced.stream}@{traced.version} is not in the log any more: retention "
         "has removed it"
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-__all__ = ["BECAUSE", "SHARED", "Cause", "Faulty", "Part", "explain"]
+__all__ = ["BECAUSE", "SHARED", "Cause", "Faulty", "Part", "causes_of"]
 
 
 class Part(IntEnum):
@@ -94,7 +94,7 @@ _BECAUSE: Final = _all()
 
 
 class Faulty(Protocol):
-    """What `explain` needs to know of a fault."""
+    """What `causes_of` needs to know of a fault."""
 
     @property
     def part(self) -> Part: ...
@@ -120,7 +120,7 @@ class Cause(NamedTuple, Generic[F]):
     effects: tuple[F, ...]
 
 
-def explain(faults: Iterable[F]) -> list[Cause[F]]:
+def causes_of(faults: Iterable[F]) -> list[Cause[F]]:
     """Sort faults into causes and effects: each is a cause, or an effect of the first cause that explains it.
 
     A cause explains what it or one of its effects may cause. If several services report a fault of one shared part, or

@@ -22,12 +22,12 @@ from tidings.stores import EventStore, RecordedEvent
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["EventNotFound", "Lookup", "Progress", "Target", "Waiting", "waiting_rows"]
+__all__ = ["EventNotFound", "Lookup", "OnProgress", "Target", "Waiting", "waiting_rows"]
 
 Target = UUID | int | tuple[str, int]
 """What names one event: its id, its global position, or stream and version."""
 
-Progress = Callable[[int, int, int], None]
+OnProgress = Callable[[int, int, int], None]
 """A callback that is told of progress: events read, the position reached, and the position where reading ends."""
 
 STEP: Final = 1000
@@ -55,7 +55,7 @@ class Lookup:
         store: EventStore,
         services: Sequence[tuple[Declaration, Database | None]],
         log: UUID,
-        progress: Progress,
+        progress: OnProgress,
     ) -> None:
         self.store = store
         self.services = services

@@ -25,7 +25,7 @@ from tidings.protocol.receipts import PRIME, Receipt, Sums, locate, mark, missin
 from tidings.stores import EventStore, Filter, RecordedEvent
 from tidings.stores.rules import METADATA, STREAM_DELETED
 
-__all__ = ["Proof", "explain", "keep", "proof_of"]
+__all__ = ["Proof", "explain_differences", "keep", "proof_of"]
 
 _ANYWHERE: Final = 2**63 - 1
 _RETENTION: Final = Filter(types=(METADATA, STREAM_DELETED))
@@ -177,7 +177,7 @@ class _Log(NamedTuple):
         return events[at - 1][0] if at else position - 1
 
 
-async def explain(
+async def explain_differences(
     store: EventStore, proof: Proof, wrong: Callable[[str], None], note: Callable[[str], None]
 ) -> set[int]:
     """Tell what differs, bucket by bucket, and return the buckets that are wrong.
@@ -193,12 +193,12 @@ async def explain(
     return found
 
 
-_Told = tuple[bool, str]
+_Finding = tuple[bool, str]
 """Whether the log contradicts it, and the text."""
 
 
-async def _differences(store: EventStore, log: _Log, bucket: int, part: _Bucket, difference: Sums) -> list[_Told]:
-    told: list[_Told] = []
+async def _differences(store: EventStore, log: _Log, bucket: int, part: _Bucket, difference: Sums) -> list[_Finding]:
+    told: list[_Finding] = []
     if (at := part.receipt.disorder) >= 0:
         told.append((True, f"{await _named(store, log, bucket, at)} was settled after a later one: out of order"))
     if difference == Sums():
@@ -226,7 +226,7 @@ async def _differences(store: EventStore, log: _Log, bucket: int, part: _Bucket,
     return [*told, (True, f"{what}: three events or more were skipped, replaced or foreign")]
 
 
-async def _at(store: EventStore, log: _Log, bucket: int, position: int, value: int, there: int | None) -> _Told:
+async def _at(store: EventStore, log: _Log, bucket: int, position: int, value: int, there: int | None) -> _Finding:
     """Return what is wrong at a position.
 
     `there` is the mark of the log's event at that position, and `value` is what the receipt has in excess of it.

@@ -24,7 +24,7 @@ from tidings.errors import DatabaseUnavailable
 from tidings.modelling.codec import BY_REQUEST, CAUSATION, read_metadata
 from tidings.modelling.roster import BEHIND, Span
 from tidings.operations.handlers import read_spans
-from tidings.operations.receipts import Proof, explain, keep, proof_of
+from tidings.operations.receipts import Proof, explain_differences, keep, proof_of
 from tidings.operations.verify import Settled, last_carried, settled_in
 from tidings.protocol.position import carried
 from tidings.protocol.receipts import mark
@@ -185,7 +185,7 @@ async def _prove(store: EventStore, database: Database | None, proof: Proof, fou
         found.note(f"{service}: {proof.unknown} buckets have no receipt; they get one when the service is started")
     wrong: Collection[int] = ()
     if proof.bad:
-        wrong = await explain(
+        wrong = await explain_differences(
             store,
             proof,
             lambda text: found.contradict(f"{service}: {text}"),

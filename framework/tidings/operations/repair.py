@@ -71,7 +71,7 @@ async def append_staged(
     # Until then, the service's own process may append a new row without looking for its id first.
     await asyncio.sleep(2 * FRESH_SECONDS)
     rows = [row for row in await inbox.read_staged() if row.event.id in before]
-    told = _Told()
+    told = _Outcomes()
     stager = Stager(store, told)
     stager.add(rows, since=None)
     flying = asyncio.create_task(stager.run())
@@ -90,7 +90,7 @@ async def append_staged(
     return len(told.done), told.refused
 
 
-class _Told:
+class _Outcomes:
     """What the stager said came of each event."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from tidings.database.watermarks import lock_service, lower
 from tidings.errors import TidingsError
 from tidings.modelling.handlers import Handler
 from tidings.modelling.roster import Span
-from tidings.operations.authors import Stranger, may_emit, strangers
+from tidings.operations.authors import UnknownAuthor, may_emit, unknown_authors
 from tidings.operations.dead import held_again
 from tidings.operations.genuine import Counterfeit, Genuine, claims_at, contradicted, genuine
 from tidings.operations.handlers import read_handlers, read_spans
@@ -101,7 +101,7 @@ class Plan:
     """The first few streams with missing events."""
     forged: list[Counterfeit] = field(default_factory=list)
     """Held events and dead letters whose content differs from the log. The replay would run them as they are."""
-    strangers: list[Stranger] = field(default_factory=list)
+    unknown_authors: list[UnknownAuthor] = field(default_factory=list)
     """Handler names in the log that no handler has any more. A replay appends what they emitted again, unless `was=`
     says which handlers they are."""
 
@@ -174,7 +174,7 @@ async def plan(store: EventStore, database: Database, service: Declaration, star
     async with database.reading() as connection:
         claims = await claims_at(connection, service.name, log_id, {position for position, _ in undone})
     found.forged = await contradicted(store, claims, known)
-    found.strangers = await strangers(store, service, start.before)
+    found.unknown_authors = await unknown_authors(store, service, start.before)
     return found
 
 

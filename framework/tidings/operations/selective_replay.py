@@ -32,7 +32,7 @@ from tidings.stores import EventStore, RecordedEvent
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["REPLAYED", "Cancelled", "Chosen", "Picked", "TooMany", "cancel", "pick", "run_again"]
+__all__ = ["REPLAYED", "Cancelled", "ReplayConditions", "Picked", "TooMany", "cancel", "pick", "run_again"]
 
 REPLAYED: Final = "replayed by operator"
 """The reason of a held event that was settled, and is to run again because an operator said so."""
@@ -47,7 +47,7 @@ class TooMany(TidingsError):
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ReplayConditions:
     """Conditions that must all hold; None is no condition. At least one is given."""
 
     key: str | None = None
@@ -81,12 +81,14 @@ class Cancelled:
     """What `cancel` has taken back."""
 
     events: int
-    """Chosen events that had not begun."""
+    """ReplayConditions events that had not begun."""
     buckets: int
     """Buckets that a replay had sent back, and that are again where they were before it."""
 
 
-async def pick(store: EventStore, database: Database, service: Declaration, start: Start, chosen: Chosen) -> Picked:
+async def pick(
+    store: EventStore, database: Database, service: Declaration, start: Start, chosen: ReplayConditions
+) -> Picked:
     """Find what would run again. It only reads.
 
     For a stream, read that stream, else the log, and choose events from `start` on. Raises `ConfigurationError` for a

@@ -29,7 +29,7 @@ from tidings.stores import RecordedEvent
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["NotSkippable", "Skip", "skip", "standing"]
+__all__ = ["NotSkippable", "Skip", "skip", "skip_state"]
 
 
 class NotSkippable(TidingsError):
@@ -51,7 +51,7 @@ class Skip(Enum):
     """It was skipped before, and will be dead when the service comes to it. Nothing was changed."""
 
 
-async def standing(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
+async def skip_state(database: Database, service: Declaration, log: UUID, event: RecordedEvent) -> Skip:
     """Return what `skip` would return, without changing anything. Raises `NotSkippable`, `DatabaseUnavailable`."""
     async with database.reading() as connection:
         return (await _look(connection, service, log, event))[0]

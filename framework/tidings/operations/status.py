@@ -18,11 +18,11 @@ from uuid import UUID
 from sqlalchemy import make_url
 
 from tidings._support.room import no_room
-from tidings.buses import EventBus, Found, Subscription
+from tidings.buses import EventBus, Subscription, TopologyItem
 from tidings.delivery.owned import OwnStore
 from tidings.errors import BusUnavailable, ConfigurationError, DatabaseUnavailable
 from tidings.logs import masked
-from tidings.operations.causes import SHARED, Part, explain
+from tidings.operations.causes import SHARED, Part, causes_of
 from tidings.operations.looking import existing_database, subscriptions_of
 from tidings.operations.remedies import STORE_WRITABLE, client_for, origin_of, writable, writes_refused
 from tidings.protocol.position import CARRIED, carried
@@ -133,7 +133,7 @@ class _Problem:
         return f"{self.what}; {self.advice}" if self.advice else self.what
 
 
-class _Found(list[_Problem]):
+class _Problems(list[_Problem]):
     """The problems found so far."""
 
     def say(self, part: Part, scope: str, what: str, *, advice: str = "", origin: str = "") -> None:
@@ -141,7 +141,7 @@ class _Found(list[_Problem]):
 
     def tell(self, state: State) -> None:
         """Write the problems to `state`: the causes, and under each what follows from it."""
-        for cause, effects in explain(self):
+        for cause, effects in causes_of(self):
             state.problems.append(cause.said)
             if effects:
                 state.effects[cause.said] = [effect.what for effect in effects]
@@ -158,7 +158,7 @@ async def look(
 ) -> State:
     """Look at log, relay, bus and services, by target. `now` is seconds since 1970. Raises `StoreUnavailable`."""
     moment = time.time() if now is None else now
-    wrong, store = _Found(), OwnStore.of(store)
+    wrong, store = _Problems(), OwnStore.of(store)
     await _store_writes(store, moment, wrong)
     state = State(await store.log_id(), await store.head(), await _relay(store, relay, moment))
     _judge_relay(state, settings, wrong)
@@ -176,7 +176,7 @@ async def look(
     return state
 
 
-async def _store_writes(store: OwnStore, now: float, wrong: _Found) -> None:
+async def _store_writes(store: OwnStore, now: float, wrong: _Problems) -> None:
     """Add a problem if the log takes no appends: ask the file system, look for a recent event, else append one."""
     error = store.unwritable()
     if error is None:
@@ -204,7 +204,7 @@ async def _database_writes(database: Database) -> str | None:
 
 
 async def _no_writes(
-    error: str, place: str, settings: Settings, store: EventStore, service: Declaration, wrong: _Found
+    error: str, place: str, settings: Settings, store: EventStore, service: Declaration, wrong: _Problems
 ) -> None:
     """Add a problem: the closed database takes no writes, or a handler of the service holds SQLite's write lock."""
     from tidings.operations.writer import find_holder
@@ -247,7 +247,7 @@ def _age(ticks: int, now: float) -> float:
     return max(now - ticks / 1e7, 0.0)
 
 
-def _judge_relay(state: State, settings: Settings, wrong: _Found) -> None:
+def _judge_relay(state: State, settings: Settings, wrong: _Problems) -> None:
     relay = state.relay
     if relay.refusing is not None:
         wrong.say(Part.QUEUE, "", f"relay {relay.name}: {masked(relay.refusing)}")
@@ -267,8 +267,8 @@ def _judge_relay(state: State, settings: Settings, wrong: _Found) -> None:
 
 
 async def _bus(
-    settings: Settings, bus: EventBus, subscriptions: Sequence[Subscription], wrong: _Found
-) -> Mapping[str, Found]:
+    settings: Settings, bus: EventBus, subscriptions: Sequence[Subscription], wrong: _Problems
+) -> Mapping[str, TopologyItem]:
     """Return what the bus has, by queue; nothing if the bus is in another process or cannot be reached."""
     if settings.embedded_bus:
         return {}
@@ -294,7 +294,7 @@ async def _service(
     part: ServiceState,
     state: State,
     now: float,
-    wrong: _Found,
+    wrong: _Problems,
 ) -> None:
     from tidings.database.presence import present
     from tidings.operations.verify import verify
@@ -348,7 +348,7 @@ def _unknown(view: ServiceReport, target: str, log: UUID) -> tuple[str, str] | N
 
 
 def _judge_service(
-    view: ServiceReport, complete: bool, target: str, part: ServiceState, log: UUID, now: float, wrong: _Found
+    view: ServiceReport, complete: bool, target: str, part: ServiceState, log: UUID, now: float, wrong: _Problems
 ) -> None:
     name, at_work = view.service, part.last_seen
     if (astray := _unknown(view, target, log)) is not None:
@@ -409,7 +409,7 @@ def _does_it_run(target: str, at_work: Process | None) -> str:
 _WORST: Final = ("missing", "differs", "fits")
 
 
-def _queues(part: ServiceState, found: Sequence[Found], target: str, now: float, wrong: _Found) -> None:
+def _queues(part: ServiceState, found: Sequence[TopologyItem], target: str, now: float, wrong: _Problems) -> None:
     if not found:
         return
     part.queue = min((each.state for each in found), key=_WORST.index)

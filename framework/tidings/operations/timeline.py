@@ -21,7 +21,7 @@ from tidings.errors import StoreError
 from tidings.modelling.codec import CAUSATION, CORRELATION, read_metadata
 from tidings.modelling.roster import Span
 from tidings.operations.handlers import read_spans
-from tidings.operations.lookup import EventNotFound, Lookup, Progress, Target, Waiting, waiting_rows
+from tidings.operations.lookup import EventNotFound, Lookup, OnProgress, Target, Waiting, waiting_rows
 from tidings.operations.verify import Settled, settled_in
 from tidings.protocol.position import CARRIED, carried
 from tidings.relay.checkpoints import read_checkpoint
@@ -30,7 +30,7 @@ from tidings.stores import EventStore, RecordedEvent
 if TYPE_CHECKING:
     from tidings.modelling.declaration import Declaration
 
-__all__ = ["EventNotFound", "Happening", "Standing", "Timeline", "trace"]
+__all__ = ["EventNotFound", "TracedEvent", "Standing", "Timeline", "trace"]
 
 BACK: Final = 100_000
 """Events before an event in which to look for its cause: handlers emit soon after the cause."""
@@ -60,7 +60,7 @@ class Standing:
 
 
 @dataclass(slots=True)
-class Happening:
+class TracedEvent:
     """An event in the log; or one that a handler emitted and that is not in the log, and then has no position."""
 
     event_id: str
@@ -83,15 +83,15 @@ class Happening:
     principal: str | None = None
     """The authenticated sender of the request that led to it, as the producer's metadata says."""
     services: list[Standing] = field(default_factory=list)
-    caused: list[Happening] = field(default_factory=list)
+    caused: list[TracedEvent] = field(default_factory=list)
 
-    def tree(self) -> Iterable[Happening]:
+    def tree(self) -> Iterable[TracedEvent]:
         """Yield everything that it caused, directly or not, each after its cause."""
         waiting = list(reversed(self.caused))
         while waiting:
-            happening = waiting.pop()
-            yield happening
-            waiting += reversed(happening.caused)
+            traced = waiting.pop()
+            yield traced
+            waiting += reversed(traced.caused)
 
 
 @dataclass(slots=True)
@@ -101,8 +101,8 @@ class Timeline:
     `causes` begins with the first known one. `checkpoint` is None if it cannot be read; `wrong` says why.
     """
 
-    event: Happening
-    causes: list[Happening] = field(default_factory=list)
+    event: TracedEvent
+    causes: list[TracedEvent] = field(default_factory=list)
     unknown_cause: str | None = None
     """The id of a cause that was not found."""
     relay: str = "main"
@@ -118,7 +118,7 @@ async def trace(
     target: Target,
     *,
     relay: str = "main",
-    progress: Progress = lambda events, position, end: None,
+    progress: OnProgress = lambda events, position, end: None,
 ) -> Timeline:
     """Find the timeline of an event, named by its id, its global position, or its stream and version.
 
@@ -168,9 +168,9 @@ class _Tracer:
 
     # ---- before it -------------------------------------------------------------------
 
-    async def _causes(self, position: int, wanted: str | None) -> tuple[list[Happening], str | None]:
+    async def _causes(self, position: int, wanted: str | None) -> tuple[list[TracedEvent], str | None]:
         """Return the causes of the event at `position`, the first one first, and the id of one that is not found."""
-        causes: list[Happening] = []
+        causes: list[TracedEvent] = []
         below = 0
         if wanted is not None:
             async for event in self._lookup.backwards(-1):
@@ -184,13 +184,13 @@ class _Tracer:
                     break
         return causes, wanted
 
-    async def _causes_of_staged(self, found: Waiting) -> tuple[list[Happening], str | None]:
+    async def _causes_of_staged(self, found: Waiting) -> tuple[list[TracedEvent], str | None]:
         cause = await self._lookup.at(found.cause)
         if cause is None:
             return [], f"at position {found.cause}"
-        happening = _recorded(cause, 0)
-        causes, unknown = await self._causes(cause.position, happening.causation_id)
-        return [*causes, happening], unknown
+        traced = _recorded(cause, 0)
+        causes, unknown = await self._causes(cause.position, traced.causation_id)
+        return [*causes, traced], unknown
 
     # ---- behind it -------------------------------------------------------------------
 
@@ -200,8 +200,8 @@ class _Tracer:
         The log is read once, because a cause comes before what it caused.
         """
         found = 0
-        happenings = [timeline.event, *timeline.event.tree()]
-        known = {happening.event_id: happening for happening in happenings if happening.position is not None}
+        traced_events = [timeline.event, *timeline.event.tree()]
+        known = {traced.event_id: traced for traced in traced_events if traced.position is not None}
         end = await self._store.head()
         async for event in self._store.read_all(after=after, filter=CARRIED):
             after = event.position
@@ -224,12 +224,12 @@ class _Tracer:
 
     async def _stand(self, timeline: Timeline) -> None:
         """Read the state of each event in each service, and add what is staged to the tree."""
-        for happening in [timeline.event, *timeline.event.tree()]:
-            happening.services = []
-            happening.caused = [caused for caused in happening.caused if caused.position is not None]
-        happenings = [timeline.event, *timeline.event.tree()]
-        at = {happening.position: happening for happening in happenings if happening.position is not None}
-        known = {happening.event_id for happening in happenings}
+        for traced in [timeline.event, *timeline.event.tree()]:
+            traced.services = []
+            traced.caused = [caused for caused in traced.caused if caused.position is not None]
+        traced_events = [timeline.event, *timeline.event.tree()]
+        at = {traced.position: traced for traced in traced_events if traced.position is not None}
+        known = {traced.event_id for traced in traced_events}
         for service, database in self._lookup.services:
             settled, rows, late = Settled([], {}), dict[int, dict[str, Standing]](), list[Span]()
             done: set[tuple[int, str]] = set()
@@ -245,10 +245,10 @@ class _Tracer:
                     halves = halves.where(*self._lookup.own(partials, service.name))
                     done = {(row.position, row.handler) for row in await connection.execute(halves)}
                     settled, _ = await settled_in(connection, service.name, self._lookup.log)
-            for position, happening in at.items():
-                mine = [span for span in late if span.bucket == happening.bucket and span.covers(position)]
+            for position, traced in at.items():
+                mine = [span for span in late if span.bucket == traced.bucket and span.covers(position)]
                 kept = rows.get(position, {})
-                happening.services += _standings(service, settled, happening, position, kept, mine, done)
+                traced.services += _standings(service, settled, traced, position, kept, mine, done)
 
     async def _emitted(self, connection: AsyncConnection, service: str, positions: Sequence[int]) -> list[Waiting]:
         found = []
@@ -283,7 +283,7 @@ _CAUSATION: Final = b'"' + CAUSATION.encode() + b'"'
 def _standings(
     service: Declaration,
     settled: Settled,
-    happening: Happening,
+    traced: TracedEvent,
     position: int,
     kept: dict[str, Standing],
     late: Sequence[Span],
@@ -294,10 +294,10 @@ def _standings(
     `kept` has the held and dead rows by handler, `late` what handlers are behind with or were not given. `done` has
     position and handler of events that a handler has done while others of the event have not.
     """
-    bucket = happening.bucket
+    bucket = traced.bucket
     if bucket is None:
         return [Standing(service.name, "not carried")]
-    names = [handler.name for handler in service.handlers_of(happening.type)]
+    names = [handler.name for handler in service.handlers_of(traced.type)]
     if not names and not kept:
         return [Standing(service.name, "not handled here")]
     found = []
@@ -331,9 +331,9 @@ def _cause_of(metadata: dict[str, Any]) -> str | None:
     return value.lower() if value is not None else None
 
 
-def _recorded(event: RecordedEvent, depth: int) -> Happening:
+def _recorded(event: RecordedEvent, depth: int) -> TracedEvent:
     metadata = read_metadata(event)
-    return Happening(
+    return TracedEvent(
         str(event.id),
         event.type,
         event.stream,
@@ -350,7 +350,7 @@ def _recorded(event: RecordedEvent, depth: int) -> Happening:
     )
 
 
-def _staged(waiting: Waiting, depth: int) -> Happening:
+def _staged(waiting: Waiting, depth: int) -> TracedEvent:
     row = waiting.row
     why = f"staged in {waiting.service}, not appended yet"
     if waiting.refused is not None:
@@ -358,7 +358,7 @@ def _staged(waiting: Waiting, depth: int) -> Happening:
     event = RecordedEvent(
         -1, row.stream, -1, row.type, row.data, row.metadata, row.is_json, UUID(row.event_id).bytes, 0
     )
-    happening = _recorded(event, depth)
-    happening.version = happening.position = happening.recorded_at = None
-    happening.waiting = why
-    return happening
+    traced = _recorded(event, depth)
+    traced.version = traced.position = traced.recorded_at = None
+    traced.waiting = why
+    return traced

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from tidings.buses import EventBus, Found, Subscription
+from tidings.buses import EventBus, Subscription, TopologyItem
 from tidings.errors import BusUnavailable, QueueRefused, TidingsError
 from tidings.protocol.position import BUCKETS
 
@@ -62,7 +62,7 @@ class Refusals:
         """Those that existed."""
         self._strays_at: float | None = None
         """When they were looked for last."""
-        self._before: dict[str, Found] = {}
+        self._before: dict[str, TopologyItem] = {}
         """The queues as they were after the marker before, if a queue refused that."""
 
     def refused(self, error: QueueRefused) -> None:
@@ -107,7 +107,7 @@ class Refusals:
             "relay.queue_refuses", relay=self._relay, queues=list(queues), refused=self._count, advice=self.told
         )
 
-    async def _found(self) -> tuple[dict[str, Found], dict[str, str]]:
+    async def _found(self) -> tuple[dict[str, TopologyItem], dict[str, str]]:
         """The known queues that exist, and what the bus says of those that do not answer."""
         if self._queues is None:
             return {}, {}
@@ -124,7 +124,7 @@ class Refusals:
             log.debug("relay.queues_unseen", relay=self._relay, error=str(error))
             return {}, {}
 
-    async def _inspected(self, parts: Sequence[Subscription]) -> tuple[dict[str, Found], dict[str, str]]:
+    async def _inspected(self, parts: Sequence[Subscription]) -> tuple[dict[str, TopologyItem], dict[str, str]]:
         silent: dict[str, str] = {}
         try:
             found = await self._bus.inspect(parts)
@@ -140,7 +140,9 @@ class Refusals:
         return {thing.name: thing for thing in found if thing.kind == "queue" and thing.state != "missing"}, silent
 
 
-def suspected(before: Mapping[str, Found], after: Mapping[str, Found], silent: Mapping[str, str]) -> dict[str, str]:
+def suspected(
+    before: Mapping[str, TopologyItem], after: Mapping[str, TopologyItem], silent: Mapping[str, str]
+) -> dict[str, str]:
     """Return the queues that most likely refused a marker between two looks, each with what the bus says of it.
 
     Every queue that took the marker holds one message more, unless somebody consumes it.

@@ -20,7 +20,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tidings.buses import Consumer, Delivery, EventBus, Found, Publisher, Subscription
+from tidings.buses import Consumer, Delivery, EventBus, Publisher, Subscription, TopologyItem
 from tidings.errors import BusUnavailable, QueueRefused, TopologyMismatch, Unroutable
 from tidings.protocol.message import Marker, Message, decode, encode
 from tidings.protocol.position import ALL_BUCKETS, bucket_of
@@ -675,7 +675,7 @@ class BusConformance:
         for _ in range(2):
             found = await bus.inspect([absent])
             assert [thing.kind for thing in found] == ["exchange", "queue"]
-            assert found[1] == Found("queue", absent.queue, "missing")
+            assert found[1] == TopologyItem("queue", absent.queue, "missing")
         async with environment.open() as fresh:
             assert (await fresh.inspect([absent]))[1].state == "missing"
             with pytest.raises(BusUnavailable):

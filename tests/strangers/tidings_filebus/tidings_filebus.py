@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tidings.buses import Delivery, Found, Message, Subscription
+from tidings.buses import Delivery, Message, Subscription, TopologyItem
 from tidings.errors import BusUnavailable, ConfigurationError, PublishRejected, TopologyMismatch, Unroutable
 
 __all__ = ["FileBus", "open_file"]
@@ -262,25 +262,25 @@ class FileBus:
                 database.execute("DELETE FROM messages WHERE queue IN (SELECT id FROM queues WHERE name = ?)", name)
                 database.execute("DELETE FROM queues WHERE name = ?", name)
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         if not self._closed and not self._path.exists():
-            missing = [Found("queue", subscription.queue, "missing") for subscription in subscriptions]
-            return [Found("exchange", EXCHANGE, "missing"), *missing]
-        found = [Found("exchange", EXCHANGE, "fits")]
+            missing = [TopologyItem("queue", subscription.queue, "missing") for subscription in subscriptions]
+            return [TopologyItem("exchange", EXCHANGE, "missing"), *missing]
+        found = [TopologyItem("exchange", EXCHANGE, "fits")]
         with self._connected() as connection:
             found += [self._found(connection.database, subscription.queue) for subscription in subscriptions]
         return found
 
-    def _found(self, database: sqlite3.Connection, name: str) -> Found:
+    def _found(self, database: sqlite3.Connection, name: str) -> TopologyItem:
         row = database.execute("SELECT id FROM queues WHERE name = ?", (name,)).fetchone()
         if row is None:
-            return Found("queue", name, "missing")
+            return TopologyItem("queue", name, "missing")
         [waiting] = database.execute("SELECT count(*) FROM messages WHERE queue = ? AND NOT delivered", row).fetchone()
         pids = database.execute("SELECT pid FROM consumers WHERE queue = ?", row).fetchall()
         consumers = sum(Path(f"/proc/{pid}").exists() for (pid,) in pids)  # one that was killed has left no word
         if self._foreign(database, name):
-            return Found("queue", name, "differs", self._mismatch(name), waiting, consumers)
-        return Found("queue", name, "fits", "", waiting, consumers)
+            return TopologyItem("queue", name, "differs", self._mismatch(name), waiting, consumers)
+        return TopologyItem("queue", name, "fits", "", waiting, consumers)
 
     @staticmethod
     def _foreign(database: sqlite3.Connection, name: str) -> bool:

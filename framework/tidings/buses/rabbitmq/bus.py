@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from pamqp import commands
 
-from tidings.buses import Delivery, Found, Subscription
+from tidings.buses import Delivery, Subscription, TopologyItem
 from tidings.buses.rabbitmq.address import Address, address_of, address_of_connection, check_aiormq
 from tidings.buses.rabbitmq.client import (
     AmqpChannel,
@@ -204,7 +204,7 @@ class RabbitMQBus:
             except AmqpError as error:
                 raise self.unavailable(error) from error
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """As the port says. A user who may not declare is told that what exists fits: nothing more can be known."""
         async with self._connected("tidings inspect") as connection:
             try:
@@ -222,17 +222,17 @@ class RabbitMQBus:
         """As `ExportsUsers` says, for `rabbitmqctl import_definitions`: with the exchanges, in this bus's vhost."""
         return definitions(self._address.vhost, queues, relays, passwords)
 
-    async def listed_queues(self, management: str) -> list[Found]:
+    async def listed_queues(self, management: str) -> list[TopologyItem]:
         """As `ListsQueues` says; `management` is `http://host:15672`, asked as the bus's user unless it names one."""
         address = self._address
         return await listed_queues(management, address.user, address.password, address.vhost)
 
-    async def foreign_bindings(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def foreign_bindings(self, management: str, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """As `ListsBindings` says; `management` as for `listed_queues`."""
         address = self._address
         return await foreign_bindings(management, address.user, address.password, address.vhost, subscriptions)
 
-    async def limiting_policies(self, management: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def limiting_policies(self, management: str, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """As `ListsLimits` says: delivery limits. `management` as for `listed_queues`."""
         address = self._address
         return await limiting_policies(management, address.user, address.password, address.vhost, subscriptions)

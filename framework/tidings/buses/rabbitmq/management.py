@@ -13,7 +13,7 @@ from urllib.error import URLError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from tidings.buses import Found, Subscription
+from tidings.buses import Subscription, TopologyItem
 from tidings.buses.rabbitmq.topology import EXCHANGE, PARTITIONS
 from tidings.errors import BusUnavailable, ConfigurationError
 from tidings.urls import redact
@@ -28,7 +28,7 @@ _SERVICE: Final = re.compile(r"tidings\.(?!relay\.)([a-z0-9][a-z0-9_-]*)(?:\.[0-
 """The name of a service's queue."""
 
 
-async def listed_queues(management: str, user: str, password: str, vhost: str) -> list[Found]:
+async def listed_queues(management: str, user: str, password: str, vhost: str) -> list[TopologyItem]:
     """Return the queues of a vhost that have Tidings' names, or are bound to its exchange.
 
     `management` is the API's URL, `http://host:15672`; a user and password in it take the place of the others. Raises
@@ -42,14 +42,14 @@ async def listed_queues(management: str, user: str, password: str, vhost: str) -
         names = {str(one["destination"]) for one in bound if one["destination_type"] == "queue"}
         names |= {name for name in there if _OURS.match(name)}
         return [
-            Found("queue", name, "fits", "", there[name].get("messages_ready"), there[name].get("consumers"))
+            TopologyItem("queue", name, "fits", "", there[name].get("messages_ready"), there[name].get("consumers"))
             for name in sorted(names & there.keys())
         ]
 
 
 async def limiting_policies(
     management: str, user: str, password: str, vhost: str, subscriptions: Sequence[Subscription]
-) -> list[Found]:
+) -> list[TopologyItem]:
     """Return the policies that give a delivery limit to queues of these partitions. Raises as `listed_queues` does."""
     ask, names = _asking(management, user, password), {part.queue for part in subscriptions}
     with _answering(management, "queues"):
@@ -60,7 +60,7 @@ async def limiting_policies(
             if queue["name"] in names and policy is not None and drops_after(argument, policy) == policy:
                 policies = " or ".join(str(queue[kind]) for kind in ("policy", "operator_policy") if queue.get(kind))
                 name = str(queue["name"])
-                found.append(Found("policy", f"{policies} -> {name}", "differs", _drops(name, policy, vhost)))
+                found.append(TopologyItem("policy", f"{policies} -> {name}", "differs", _drops(name, policy, vhost)))
         return found
 
 
@@ -85,7 +85,7 @@ def _drops(queue: str, limit: int, vhost: str) -> str:
 
 async def foreign_bindings(
     management: str, user: str, password: str, vhost: str, subscriptions: Sequence[Subscription]
-) -> list[Found]:
+) -> list[TopologyItem]:
     """Return the bindings of Tidings' exchanges to queues and exchanges that these partitions do not need, and of other
     exchanges to their queues. Raises as `listed_queues` does."""
     ask = _asking(management, user, password)
@@ -99,7 +99,7 @@ CARRYING: Final = (EXCHANGE, PARTITIONS)
 """The one binding between exchanges that is Tidings' own."""
 
 
-def foreign(bindings: Iterable[tuple[str, str, str]], needed: Sequence[Subscription], vhost: str) -> list[Found]:
+def foreign(bindings: Iterable[tuple[str, str, str]], needed: Sequence[Subscription], vhost: str) -> list[TopologyItem]:
     """Return which of these bindings, each from a source to a destination of a type, are none of Tidings', where the
     services have the partitions `needed`. Nothing is said of services that have none of them."""
     found = []
@@ -128,7 +128,7 @@ def foreign(bindings: Iterable[tuple[str, str, str]], needed: Sequence[Subscript
             )
         else:
             continue
-        found.append(Found("binding", f"{source} -> {destination}", "differs", detail))
+        found.append(TopologyItem("binding", f"{source} -> {destination}", "differs", detail))
     return found
 
 

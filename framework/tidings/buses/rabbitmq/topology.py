@@ -20,7 +20,7 @@ import structlog
 from pamqp import commands
 from pamqp.base import Frame
 
-from tidings.buses import Found, Subscription
+from tidings.buses import Subscription, TopologyItem
 from tidings.buses.rabbitmq.client import AmqpConnection, ChannelClosed
 from tidings.errors import TopologyMismatch
 from tidings.protocol.position import ALL_BUCKETS
@@ -112,7 +112,7 @@ async def delete(connection: AmqpConnection, subscriptions: Sequence[Subscriptio
         await channel.call(commands.Queue.Delete(queue=subscription.queue), commands.Queue.DeleteOk)
 
 
-async def inspect(connection: AmqpConnection, vhost: str, subscriptions: Sequence[Subscription]) -> list[Found]:
+async def inspect(connection: AmqpConnection, vhost: str, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
     """What is there of what these services need. Raises `AmqpError`."""
     divided = any(subscription.count > 1 for subscription in subscriptions)
     found = [await _inspect_exchange(connection, vhost, name) for name in _EXCHANGES if name == EXCHANGE or divided]
@@ -130,33 +130,33 @@ async def _exchange(connection: AmqpConnection, vhost: str, name: str) -> None:
     await _compare(connection, vhost, wanted, commands.Exchange.DeclareOk, exists=there is not None)
 
 
-async def _inspect_exchange(connection: AmqpConnection, vhost: str, name: str) -> Found:
+async def _inspect_exchange(connection: AmqpConnection, vhost: str, name: str) -> TopologyItem:
     wanted = _declared(name)
     try:
         if await _there(connection, vhost, wanted, commands.Exchange.DeclareOk) is None:
-            return Found("exchange", name, "missing")
+            return TopologyItem("exchange", name, "missing")
         await _compare(connection, vhost, wanted, commands.Exchange.DeclareOk, exists=True)
     except TopologyMismatch as error:
-        return Found("exchange", name, "differs", str(error))
-    return Found("exchange", name, "fits")
+        return TopologyItem("exchange", name, "differs", str(error))
+    return TopologyItem("exchange", name, "fits")
 
 
-async def _inspect_queue(connection: AmqpConnection, vhost: str, queue: str) -> Found:
+async def _inspect_queue(connection: AmqpConnection, vhost: str, queue: str) -> TopologyItem:
     messages = consumers = None
     try:
         there = await _waiting(connection, vhost, queue)
         if there is None:
-            return Found("queue", queue, "missing")
+            return TopologyItem("queue", queue, "missing")
         messages, consumers = there.message_count, there.consumer_count
         differs = await _queue(connection, vhost, queue, exists=True)
     except TopologyMismatch as error:
-        return Found("queue", queue, "differs", str(error), messages, consumers)
+        return TopologyItem("queue", queue, "differs", str(error), messages, consumers)
     detail = []
     if _LIMIT in differs:
         detail.append(f"its limit is {differs[_LIMIT]} bytes, not {QUEUE_BYTES}: taken as it is")
     if _DELIVERIES in differs:
         detail.append(_delivery_limit(queue, vhost, differs[_DELIVERIES]))
-    return Found("queue", queue, "fits", ". ".join(detail), messages, consumers)
+    return TopologyItem("queue", queue, "fits", ". ".join(detail), messages, consumers)
 
 
 async def _waiting(connection: AmqpConnection, vhost: str, queue: str) -> commands.Queue.DeclareOk | None:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
 from typing import Any, Final
 
-from tidings.buses import Delivery, Found, Subscription
+from tidings.buses import Delivery, Subscription, TopologyItem
 from tidings.errors import BusError, BusUnavailable, QueueRefused, Unroutable
 from tidings.protocol.message import MARKER, Message
 from tidings.testing.simulation.dice import Dice
@@ -303,16 +303,16 @@ class SimulatedBus:
         for subscription in subscriptions:
             self._broker.delete(subscription.queue)
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         """See `EventBus.inspect`."""
         await self._process.io("inspect")
         found = []
         for each in subscriptions:
             queue = self._broker.queues.get(each.queue)
             if queue is None:
-                found.append(Found("queue", each.queue, "missing"))
+                found.append(TopologyItem("queue", each.queue, "missing"))
             else:
-                found.append(Found("queue", each.queue, "fits", "", len(queue.ready), len(queue.consumers)))
+                found.append(TopologyItem("queue", each.queue, "fits", "", len(queue.ready), len(queue.consumers)))
         return found
 
     @asynccontextmanager

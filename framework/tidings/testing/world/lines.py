@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
-from tidings.buses import Consumer, EventBus, Found, Publisher, Subscription
+from tidings.buses import Consumer, EventBus, Publisher, Subscription, TopologyItem
 from tidings.errors import BusUnavailable, StoreUnavailable
 from tidings.stores import (
     ANY,
@@ -163,7 +163,7 @@ class _Bus:
         self._check()
         await self._inner.delete(subscriptions)
 
-    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[Found]:
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
         self._check()
         return await self._inner.inspect(subscriptions)
 
