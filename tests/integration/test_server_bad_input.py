@@ -194,6 +194,14 @@ async def test_a_filter_of_more_prefixes_than_can_be_compared(connection: Connec
     assert "1000 prefixes" in error.details
 
 
+async def test_a_filter_without_a_window(connection: Connection) -> None:
+    expression = ReadReq.Options.FilterOptions.Expression(prefix=["x"])
+    chosen = ReadReq.Options.FilterOptions(event_type=expression, checkpointIntervalMultiplier=1)
+    error = await refused(connection, f"{STREAMS}/Read", bare(read_options(no_filter=None, filter=chosen)))
+    assert error.status is Status.INVALID_ARGUMENT
+    assert "window" in error.details
+
+
 async def test_fields_that_nobody_knows_are_passed_over(connection: Connection) -> None:
     options, event = appends("s", b"x")
     unknown = b"\xfa\x3e\x03abc"

@@ -119,6 +119,8 @@ def reading(draw: Any) -> tuple[str, list[bytes]]:
         options.no_filter.SetInParent()
     else:
         options.filter.event_type.regex = draw(st.sampled_from(["", "T", "(", "^(?!T$)", "\\"]))
+        if draw(st.integers(0, 4)):
+            options.filter.max = draw(st.integers(0, 2**32 - 1))
     if draw(st.integers(0, 4)):
         options.uuid_option.string.SetInParent()
     return f"{STREAMS}/Read", [streams.ReadReq(options=options).SerializeToString()]

@@ -280,6 +280,14 @@ async def test_a_filtered_subscription_that_read_nothing_says_minus_one_as_event
     assert (checkpoint.commit_position, checkpoint.prepare_position) == (expected, expected)
 
 
+async def test_a_filter_without_prefixes_wants_nothing(connection: Connection) -> None:
+    await raw(connection, f"{STREAMS}/Append", *appends("s", b"x"))
+    nothing = ReadReq.Options.FilterOptions.Expression()
+    chosen = ReadReq.Options.FilterOptions(stream_identifier=nothing, max=32, checkpointIntervalMultiplier=1)
+    options = ReadReq.Options(all=everywhere(), count=10, filter=chosen, uuid_option=STRING)
+    assert await raw(connection, f"{STREAMS}/Read", ReadReq(options=options).SerializeToString()) == []
+
+
 async def test_a_deadline_ends_a_subscription(connection: Connection) -> None:
     options = ReadReq.Options(
         all=everywhere(),

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 pytest.importorskip("esdbclient", reason="pip install 'tidings[eventstoredb]'")
 
 from tidings.server import expressions
+from tidings.server.dialect import for_re
 from tidings.server.expressions import LONGEST, LOOKED_AT_BY_RE, STEPS, Expression
 from tidings.server.wire import Malformed
 
@@ -123,6 +125,64 @@ def test_letters_of_any_script_and_the_end_of_a_name_as_net_writes_them() -> Non
     pytest.importorskip("re2", reason="pip install 'tidings[server]'")
     assert Expression(r"^(?<first>\p{L}+)-\d+\z").search("größe-12")
     assert not Expression(r"^\p{L}+\z").search("a-1")
+
+
+NET = [
+    (r"^\w+$", "größe", True),
+    (r"^\w+$", "größe-1", False),
+    (r"^\W$", "é", False),
+    (r"^\d+$", "٣٤", True),  # Arabic digits
+    (r"^[\w-]+$", "größe-1", True),
+    (r"^[^\w]+$", "größe", False),
+    (r"^\S+$", "a\u2003b", False),
+    (r"^\s$", "\u2003", True),
+    (r"^(?<kind>größe)-\d+\z", "größe-12", True),
+    (r"^(?'kind'\w+)-", "größe-12", True),
+    (r"a\Z", "ba", True),
+    (r"a\Z", "a\n", True),
+    (r"a\Z", "ab", False),
+    (r"a\z", "a\n", False),
+    (r"^\u00e9$", "é", True),
+    (r"^\\u00e9$", r"\u00e9", True),
+    (r"^[\u00e0-\u00ff]$", "é", True),
+    (r"^[[:a]+$", "a[:", True),
+    (r"^[]a]+$", "a]", True),
+    (r"^[^]a]+$", "b", True),
+    (r"^[\]a]+$", "a]", True),
+]
+
+
+@pytest.mark.parametrize(("pattern", "name", "found"), NET)
+def test_what_net_reads_in_another_way_is_read_as_net_does(
+    engine: str, pattern: str, name: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expressions, "STEPS", 1 << 30)  # what they find is asked here, not what they cost
+    assert Expression(pattern).search(name) is found
+
+
+@pytest.mark.parametrize("pattern", ["[a-z-[aeiou]]", r"^(?'kind"])
+def test_what_an_engine_would_read_as_something_else_is_refused(engine: str, pattern: str) -> None:
+    with pytest.raises(Malformed):
+        Expression(pattern)
+
+
+def test_what_is_no_letter_within_a_set_is_refused_where_it_cannot_be_said() -> None:
+    pytest.importorskip("re2", reason="pip install 'tidings[server]'")
+    with pytest.raises(Malformed, match=r"\\W within \[ \]"):
+        Expression(r"[\W_]")
+
+
+@given(st.text("ab[]^-\\()?<>'|.*", max_size=12))
+def test_what_python_reads_as_net_does_stays_as_it_is(text: str) -> None:
+    """Only a bracket within a set is written in another way. It means the same."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Python may read "[[" as something else some day
+            expected = re.compile(text)
+            told = re.compile(for_re(text))
+    except (re.error, Malformed, OverflowError):
+        return
+    for name in ("", "a", "b", "[", "ab[", "]a", "a^", "-", "b|a"):
+        assert (told.search(name) is not None) == (expected.search(name) is not None)
 
 
 pieces = st.recursive(

@@ -138,6 +138,7 @@ def test_expressions_are_searched_for_and_prefixes_are_alternatives() -> None:
     assert not Choice(False, (), re.compile("^b|^c$")).wants(recorded("abc"))
     assert Choice(True, ("X", "T")).wants(recorded())
     assert not Choice(False, ("x",)).wants(recorded())
+    assert not Choice(False, ()).wants(recorded())
 
 
 def test_the_stores_own_bookkeeping_is_hidden_and_that_of_others_is_not() -> None:

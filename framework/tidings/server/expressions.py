@@ -1,8 +1,8 @@
 """Regular expressions that clients send, searched without backtracking: their cost grows with the text, never faster.
 
-EventStoreDB's expressions are .NET's. google-re2 runs them where it is installed. Clients leave events out by a
-look-ahead at the beginning, which becomes a search of its own. What google-re2 does not know is refused. Without it,
-Python's `re` runs expressions whose shape cannot backtrack far; others are refused.
+EventStoreDB's expressions are .NET's, which `dialect` rewrites. google-re2 runs them where it is installed. Clients
+leave events out by a look-ahead at the beginning, which becomes a search of its own. google-re2 refuses what it does
+not know. Without it, Python's `re` runs expressions whose shape cannot backtrack far; others are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, Final, NamedTuple, Protocol
 
+from tidings.server.dialect import end_of_set, for_re, for_re2
 from tidings.server.wire import Malformed
 
 __all__ = ["Expression", "engine"]
@@ -97,7 +98,7 @@ def _by_re2(text: str) -> _Searching:
     options.log_errors = False
     options.never_capture = True  # or what it finds costs more than finding it
     options.max_mem = MEMORY
-    found: _Searching = _RE2.compile(text, options)
+    found: _Searching = _RE2.compile(for_re2(text), options)
     return found
 
 
@@ -130,10 +131,7 @@ def _scanned(text: str) -> tuple[int, bool]:
         if sign == "\\":
             at += 1
         elif sign == "[":
-            at += 2 if text[at + 1 : at + 2] == "^" else 1
-            at = text.find("]", at + 1)  # one that comes first is a member
-            while at > 0 and _is_escaped(text, at):
-                at = text.find("]", at + 1)
+            at = end_of_set(text, at) - 1
             if at < 0:
                 return -1, alternatives
         elif sign == "(":
@@ -148,11 +146,6 @@ def _scanned(text: str) -> tuple[int, bool]:
     return -1, alternatives
 
 
-def _is_escaped(text: str, at: int) -> bool:
-    before = text[:at]
-    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
-
-
 # ---- Python's own engine -----------------------------------------------------------
 
 STEPS: Final = 65_536
@@ -163,6 +156,7 @@ _SINGLE: Final = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY")
 def _by_re(text: str) -> _Searching:
     """Raises `re.error`, and `Malformed` for an expression that may take more than `STEPS`."""
     parser: Any = import_module("re._parser")
+    text = for_re(text)
     if _steps(parser.parse(text)) > STEPS:
         raise Malformed(
             "Python's re may take for ever with the filter's regular expression, which is therefore not run: install "

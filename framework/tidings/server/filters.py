@@ -9,12 +9,19 @@ from tidings.server.log import Choice
 from tidings.server.refusals import invalid_argument
 from tidings.server.wire import Malformed
 
-__all__ = ["PREFIXES", "PREFIX_CHARACTERS", "choice_of"]
+__all__ = ["PREFIXES", "PREFIX_CHARACTERS", "choice_of", "choice_of_read"]
 
 PREFIXES: Final = 1000
 """Prefixes of one filter: each event is compared with all of them."""
 PREFIX_CHARACTERS: Final = 64 * 1024
 """Characters of all prefixes of one filter."""
+
+
+def choice_of_read(filter: Any) -> Choice:
+    """From `FilterOptions` of a read or of a subscription. Raises as `choice_of` does."""
+    if filter.WhichOneof("window") is None:
+        raise invalid_argument("The filter names no window: set max or count.")
+    return choice_of(filter)
 
 
 def choice_of(filter: Any) -> Choice:

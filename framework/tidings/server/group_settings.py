@@ -51,6 +51,8 @@ class GroupSettings:
     by_type: bool = False
     prefixes: tuple[str, ...] = ()
     pattern: str | None = None
+    filtered: bool = False
+    """Whether it asked for a filter. One without prefixes and pattern wants nothing."""
 
     @property
     def key(self) -> str:
@@ -63,7 +65,7 @@ class GroupSettings:
     @property
     def choice(self) -> Choice | None:
         """Raises `Malformed` for a stored expression that this server does not run."""
-        if self.pattern is None and not self.prefixes:
+        if not self.filtered and self.pattern is None and not self.prefixes:
             return None
         return Choice(self.by_type, self.prefixes, None if self.pattern is None else Expression(self.pattern))
 
@@ -91,14 +93,15 @@ class GroupSettings:
                 "Specified argument was out of the range of valid values. "
                 "(Parameter 'ReadBatchSize may not be greater than or equal to BufferSize')",
             )
-        by_type = False
+        filtered = by_type = False
         prefixes: tuple[str, ...] = ()
         pattern: str | None = None
         if former is not None:
-            by_type, prefixes, pattern = former.by_type, former.prefixes, former.pattern
+            filtered, by_type = former.filtered, former.by_type
+            prefixes, pattern = former.prefixes, former.pattern
         elif stream == ALL and options.all.WhichOneof("filter_option") == "filter":
             choice = choice_of(options.all.filter)
-            by_type, prefixes = choice.by_type, choice.prefixes
+            filtered, by_type, prefixes = True, choice.by_type, choice.prefixes
             pattern = None if choice.pattern is None else choice.pattern.pattern
         return cls(
             stream,
@@ -112,6 +115,7 @@ class GroupSettings:
             by_type=by_type,
             prefixes=prefixes,
             pattern=pattern,
+            filtered=filtered,
         )
 
     def entry(self) -> dict[str, Any]:

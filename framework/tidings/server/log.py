@@ -37,13 +37,14 @@ class Choice(NamedTuple):
     by_type: bool = False
     """The condition is about the event's type, otherwise about its stream."""
     prefixes: tuple[str, ...] = ()
+    """One of them begins it; where there are none, and no pattern, nothing is wanted."""
     pattern: Expression | re.Pattern[str] | None = None
 
     def wants(self, event: RecordedEvent) -> bool:
         text = event.type if self.by_type else event.stream
         if self.pattern is not None:
             return bool(self.pattern.search(text))
-        return not self.prefixes or text.startswith(self.prefixes)
+        return text.startswith(self.prefixes)
 
 
 def hidden(event: RecordedEvent) -> bool:

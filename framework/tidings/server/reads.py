@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server.calls import Send
-from tidings.server.filters import choice_of
+from tidings.server.filters import choice_of_read
 from tidings.server.log import ServedLog
 from tidings.server.pages import Pages
 from tidings.server.permissions import Reader
@@ -78,7 +78,7 @@ async def read_all(
     wanted, left = options.all, options.count
     backwards = options.read_direction == streams.ReadReq.Options.Backwards
     filtered = options.WhichOneof("filter_option") == "filter"
-    choice = choice_of(options.filter) if filtered else None
+    choice = choice_of_read(options.filter) if filtered else None
     after, before = -1, MAX_VERSION
     start = wanted.WhichOneof("all_option")
     if start == "position":

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from tidings.errors import StreamDeleted
 from tidings.server.calls import Send
-from tidings.server.filters import choice_of
+from tidings.server.filters import choice_of_read
 from tidings.server.log import Batch, ServedLog
 from tidings.server.pages import Pages
 from tidings.server.permissions import Reader
@@ -97,7 +97,7 @@ async def follow_all(
     wanted = options.all
     choice, window, interval = None, 0, 0
     if options.WhichOneof("filter_option") == "filter":
-        choice = choice_of(options.filter)
+        choice = choice_of_read(options.filter)
         multiplier = options.filter.checkpointIntervalMultiplier
         if multiplier == 0:
             raise Malformed("checkpointIntervalMultiplier")
