@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -349,6 +351,32 @@ async def test_a_connection_that_is_lost_is_no_failure_whatever_the_handler_make
     told = [entry["error"] for entry in logged if entry["event"] == "service.rejoining"]
     assert len(told) == 2
     assert all("the connection was lost while handler 'handle' was at the event" in error for error in told)
+
+
+async def test_a_server_that_says_goodbye_to_the_first_connection_is_an_outage(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The goodbye is there before SQLAlchemy has asked everything about the server, the end of the connection not
+    yet."""
+    told = b"SFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+    goodbye = b"E" + struct.pack(">I", 4 + len(told)) + told
+
+    async with connected(postgresql_url) as database:
+        dialect = database.engine.dialect
+        ask = dialect.get_default_isolation_level
+
+        def hear_and_ask(connection: Any) -> object:
+            connection.driver_connection._protocol.data_received(goodbye)
+            return ask(connection)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dialect, "get_default_isolation_level", hear_and_ask)
+            with pytest.raises(DatabaseUnavailable, match="the service goes on where it was") as caught:
+                async with database.transaction():
+                    pass
+            assert caught.value.waiting_helps
+        async with database.transaction() as connection:
+            assert await connection.scalar(sa.text("SELECT 1")) == 1
 
 
 async def test_a_handler_that_always_loses_its_connection_holds_its_event_and_stops_nobody_else(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy.engine import Dialect, ExceptionContext
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidings._support.ownership import related
@@ -72,8 +72,9 @@ def is_outage(error: BaseException, dialect: Dialect | None = None) -> bool:
     if error.connection_invalidated:
         return True
     state = _state(error)
-    # An InterfaceError of a connection that is whole is about what the driver was given.
-    return state.startswith(_SERVER_OUTAGES) if state else isinstance(error, OperationalError)
+    # An InterfaceError of a connection that is whole is about what the driver was given. An InternalError is asyncpg's,
+    # for a statement that follows the server's goodbye.
+    return state.startswith(_SERVER_OUTAGES) if state else isinstance(error, OperationalError | InternalError)
 
 
 def _is_of(error: BaseException, dialect: Dialect | None) -> bool:
