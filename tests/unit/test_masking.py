@@ -77,6 +77,24 @@ def test_what_is_called_a_secret_is_masked(name: str, separator: str, secret: st
     assert secret not in masked_text(place.format(f"{name}{separator}{secret}"))
 
 
+@given(
+    st.sampled_from(["passwords", "tokens", "API_KEYS", "client_secrets", "pass", "DB_PASS", "userPass"]),
+    st.sampled_from(["=", " = ", "': ", '":']),
+    st.lists(secrets.filter(lambda text: not {"*", "'", '"', "\\"} & set(text)), min_size=1, max_size=4),
+    st.sampled_from(["[{}]", "({})", "{{'a': [{}]}}"]),
+    places,
+)
+def test_every_one_of_several_secrets_is_masked(
+    name: str, separator: str, several: list[str], form: str, place: str
+) -> None:
+    assume(not any(set("[](){}") & set(secret) for secret in several))
+    said = place.format(f"{name}{separator}{form.format(', '.join(map(repr, several)))}") + " oklast"
+    shown = masked_text(said)
+    assert not any(secret in shown for secret in several)
+    assert shown.endswith("oklast")
+    assert masked_text(shown) == shown
+
+
 tokens = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-", min_size=24, max_size=60)
 
 
@@ -111,6 +129,11 @@ def test_a_token_is_masked_by_its_looks(token: str, place: str) -> None:
         "the bearer token is missing",
         "basic authentication: none",
         '{"author": "x", "authorised": true}',
+        "max_tokens=4096, pass_rate=0.5",
+        "tokens_used: 12, api_keys: 3.",
+        "compass=north; bypass=1; trespass: none",
+        "PASS: test_forged_rows",
+        "first pass: done, second pass -> none",
     ],
 )
 def test_what_is_no_secret_is_shown(said: str) -> None:
@@ -125,8 +148,14 @@ SECRET_NAMES = [
     "aws_secret_access_key",
     "token2",
     "AccessToken",
+    "passwords",
+    "CLIENT_SECRETS",
+    "db_pass",
+    "userPass",
 ]
-HARMLESS_NAMES = ["order_id", "tokens", "max_tokens", "user", "passwordless", "country", "signatures_count", "design"]
+HARMLESS_NAMES = ["order_id", "tokens_used", "user", "passwordless", "country", "signatures_count", "design"]
+HARMLESS_NAMES += ["pass_rate", "compass", "bypass", "passes", "PassThrough"]
+COUNTING_NAMES = ["tokens", "max_tokens", "api_keys", "signatures", "cookies"]
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=6, max_size=12).map(lambda word: f"ok{word}")
 texts = st.text(PRINTABLE + " ", min_size=6, max_size=20).filter(lambda text: "*" not in text).map(unlike_other_words)
 numbers = st.integers(10**6, 10**12)
@@ -135,7 +164,12 @@ numbers = st.integers(10**6, 10**12)
 @given(
     st.sampled_from(SECRET_NAMES),
     texts | numbers,
-    st.lists(st.tuples(st.sampled_from(HARMLESS_NAMES), words | numbers), max_size=3, unique_by=lambda item: item[0]),
+    st.lists(
+        st.tuples(st.sampled_from(HARMLESS_NAMES), words | numbers)
+        | st.tuples(st.sampled_from(COUNTING_NAMES), st.integers(10**5, 10**9 - 1)),
+        max_size=3,
+        unique_by=lambda item: item[0],
+    ),
     st.integers(0, 3),
     st.sampled_from(["compact", "spaced", "twice", "repr", "nested", "call"]),
 )
@@ -272,8 +306,8 @@ def test_yes_no_and_nothing_are_no_secrets() -> None:
 
 
 def test_an_entry_whose_key_is_the_name_of_a_secret_is_masked() -> None:
-    entry = {"db_password": "hush", "token": "", "tokens": "three", "nested": {"Authorization": "hush"}}
-    shown = {"db_password": MASK, "token": "", "tokens": "three", "nested": {"Authorization": MASK}}
+    entry = {"db_password": "hush", "token": "", "tokens": 3, "nested": {"Authorization": "hush"}, "compass": "north"}
+    shown = entry | {"db_password": MASK, "nested": {"Authorization": MASK}}
     assert masked(entry) == shown
 
 
@@ -306,6 +340,10 @@ def test_masking_keeps_the_shape_of_a_value(value: Any) -> None:
         "-----END PRIVATE KEY-----",
         "InvalidToken: ",
         "http://h/@",
+        "tokens=['",
+        "tokens=['a'] ",
+        "tokens=['[",
+        "pass='",
     ],
 )
 def test_a_megabyte_made_to_take_long_is_masked(piece: str) -> None:

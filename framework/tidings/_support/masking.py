@@ -16,17 +16,33 @@ __all__ = ["masked", "masked_text", "redact"]
 MASK: Final = "***"
 QUOTED: Final = 500
 """Characters of a quoted secret in which spaces may stand."""
+LISTED: Final = 4000
+"""Characters of a list of secrets."""
+MANY: Final = 10**9
+"""A number behind the plural of a name is a secret from here on."""
 
 _NAME: Final = (
     r"(?:pass(?:word|wd|phrase|code)|pwd|secret|token|api[_-]?key"
     r"|(?:access|private|account|shared|signing|secret|encryption|master|storage|license|client|ssh)[_-]?key"
     r"|tidings_(?:bus_keys|id_keys|server_users)"
-    r"|authorization|credentials?|signature|cookie|session[_-]?id|(?<![a-z])sig)(?:[_-]base)?\d{0,3}"
+    r"|authorization|credentials?|signature|cookie|session[_-]?id|(?<![a-z])sig)(?:[_-]base)?\d{0,3}(?P<many>s)?"
 )
+_PASS: Final = r"(?:(?<=_)pass|(?-i:(?<=[a-z])Pass))"
+"""`db_pass` and `userPass`, but neither `compass` nor `pass_rate`."""
 _QUOTE: Final = r"\\{0,3}[\"']"
 """A quote, which is escaped where the text is quoted itself."""
-_NAMED: Final = re.compile(rf"{_NAME}(?:{_QUOTE}){{0,2}}\s{{0,4}}(?:[=-]>|:=|={{1,3}}|:)\s{{0,4}}", re.IGNORECASE)
-"""The name of a secret, or the end of one, and what separates it from its value."""
+_IS: Final = r"\s{0,4}(?:[=-]>|:=|={1,3}|:)"
+_NAMED: Final = re.compile(
+    rf"(?:(?:{_NAME}|{_PASS})(?:{_QUOTE}){{0,2}}{_IS}"
+    rf"|(?<![a-z])pass(?:(?:{_QUOTE}){{1,2}}{_IS}|\s{{0,4}}(?::=|={{1,3}})))\s{{0,4}}",
+    re.IGNORECASE,
+)
+"""The name of a secret, or the end of one, and what separates it from its value. `pass` alone is also a word."""
+_COUNT: Final = re.compile(r"-?\d{1,9}(?:\.\d{1,9})?(?=[,;.:)\]}]{0,8}(?:[\s{\[\"'\\&]|\Z))")
+"""A number behind the plural of a name, which counts secrets and is none."""
+_LISTED: Final = re.compile(rf"[\[({{]\s{{0,4}}[bBrRuU]{{0,2}}{_QUOTE}")
+_BRACKET: Final = re.compile(r"[\[({]|[\])}](?P<ends>(?=[\])}]{0,8}(?:[\s,;.:\"'\\]|\Z)))?")
+"""How a list of quoted secrets begins; its brackets, and which of them may end it."""
 _HARMLESS: Final = re.compile(
     r"(?:\b(?:Unexpected|Invalid|Expired|Missing|Bad|Unknown|Malformed|Wrong|Revoked|No|Incorrect|Unsupported|Illegal"
     r"|Empty|Weak|Duplicate|Unrecognized|Unterminated|Stale|Undefined))\Z"
@@ -34,8 +50,8 @@ _HARMLESS: Final = re.compile(
 """What makes the name of an error of what follows it."""
 _PARSED: Final = re.compile(r"unexpected token\s{0,4}:", re.IGNORECASE)
 """What a parser says of what it found."""
-_IN_QUERY: Final = re.compile(rf"(?:{_NAME}|\bpass)=", re.IGNORECASE)
-_IS_NAME: Final = re.compile(rf"([\w.-]*){_NAME}", re.IGNORECASE)
+_IN_QUERY: Final = re.compile(rf"(?:{_NAME}|{_PASS}|(?<![a-z])pass)=", re.IGNORECASE)
+_IS_NAME: Final = re.compile(rf"([\w.-]*)(?:{_NAME}|{_PASS}|(?<![a-z])pass)", re.IGNORECASE)
 _KIND: Final = re.compile(
     r"(?:bearer|basic|digest|negotiate|ntlm|token|jwt|oauth|hmac|api[_-]?(?:key|token)|sso-key)\s{1,4}", re.IGNORECASE
 )
@@ -45,10 +61,13 @@ _NEXT: Final = rf"(?:{_QUOTE}[^\"'\\\s]{{1,100}}{_QUOTE}\s{{0,4}}:|[\w.-]{{1,50}
 """The name of the next value, with what separates it from that."""
 _ENDS: Final = re.compile(rf"\s|\Z|[}}\])]{{1,8}}(?:[\s,;.:\"'\\]|\Z)|[,;](?:\s|\Z|{_NEXT})")
 """What follows the quote that ends a value, rather than one inside it."""
+_MASK_ENDS: Final = re.compile(r"[.:,;)\]}\"'\\]{0,8}(?:\s|\Z)")
+"""What may follow a value that was masked before, beside what ends any value."""
 _BARE_ENDS: Final = re.compile(r"\s{0,4}[,}\]]")
 _BARE: Final = re.compile(rf"[\w.+-]{{1,400}}(?={_BARE_ENDS.pattern})")
 """A number, or a word, of JSON."""
 _NOTHING: Final = ("null", "true", "false", "None", "True", "False")
+_NONE: Final = re.compile(r"(?:none|null|no)\b", re.IGNORECASE)
 _COOKIE: Final = re.compile(r"\s{1,4}[\w.-]{1,100}=\S{0,4000}")
 _BEARER: Final = re.compile(
     r"\b(bearer\s{1,4})(?!(?:tokens?|auth\w*|schemes?|headers?|formats?)\b)[^\s\"'\\]{4,8000}", re.IGNORECASE
@@ -79,14 +98,27 @@ def masked(value: Any) -> Any:
     if isinstance(value, str):
         return masked_text(value)
     if isinstance(value, dict):
-        return {key: _hidden(inner) if _is_name(key) else masked(inner) for key, inner in value.items()}
+        return {key: _under(key, inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        if len(value) == 2 and _is_name(value[0]):  # as in a list of headers
-            return [masked(value[0]), _hidden(value[1])]
+        if len(value) == 2 and _name_in(value[0]):  # as in a list of headers
+            return [masked(value[0]), _under(value[0], value[1])]
         return [masked(inner) for inner in value]
     if value is None or isinstance(value, int | float):
         return value
     return masked_text(repr(value))
+
+
+def _under(key: object, value: Any) -> Any:
+    """Mask the value that stands under a key."""
+    name = _name_in(key)
+    if name is None:
+        return masked(value)
+    return value if _counts(name) and isinstance(value, int | float) and abs(value) < MANY else _hidden(value)
+
+
+def _counts(name: re.Match[str]) -> bool:
+    """Whether a number under this name may count secrets, as in `tokens: 12`."""
+    return bool(name["many"]) and not re.search("pass|pwd|secret", name[0], re.IGNORECASE)
 
 
 def _hidden(value: Any) -> Any:
@@ -98,13 +130,14 @@ def _hidden(value: Any) -> Any:
     return [_hidden(inner) for inner in value] if isinstance(value, list | tuple) else MASK
 
 
-def _is_name(key: object) -> bool:
+def _name_in(key: object) -> re.Match[str] | None:
+    """Return the match of a key that is the name of a secret."""
     if isinstance(key, bytes):
         key = key.decode("latin-1")
     if not isinstance(key, str) or len(key) >= 100:
-        return False
+        return None
     found = _IS_NAME.fullmatch(key)
-    return found is not None and not _HARMLESS.search(found[1])
+    return None if found is None or _HARMLESS.search(found[1]) else found
 
 
 def masked_text(text: str) -> str:
@@ -190,6 +223,10 @@ def _without_named(text: str) -> str:
             parts.append(text[at:begins])
             at = begins
             continue
+        if found["many"] and ((_counts(found) and _COUNT.match(text, begins)) or _NONE.match(text, begins)):
+            parts.append(text[at:begins])
+            at = begins
+            continue
         if kind := _KIND.match(text, begins):
             begins = kind.end()
         if word <= begins:  # looked for once in each word, however many names are in it
@@ -207,8 +244,10 @@ def _end_of_value(text: str, name: re.Match[str], begins: int, word: int) -> int
     quoted = name[0].rstrip(" =:>-")[-1:] in ("'", '"')
     if text.startswith(MASK, begins):
         after = begins + len(MASK)
-        if _ENDS.match(text, after) or (quoted and _BARE_ENDS.match(text, after)):
+        if _ENDS.match(text, after) or _MASK_ENDS.match(text, after) or (quoted and _BARE_ENDS.match(text, after)):
             return after  # it was masked before
+    if _LISTED.match(text, begins):
+        return _end_of_list(text, begins)
     opens = _OPENS.match(text, begins)
     if opens is not None:
         quote, most = opens[1][-1], max(word, begins + QUOTED)
@@ -226,6 +265,15 @@ def _end_of_value(text: str, name: re.Match[str], begins: int, word: int) -> int
         while text[ends - 1 : ends] == ";" and (more := _COOKIE.match(text, ends)):
             ends = more.end()
     return ends - 1 if ends - begins > 1 and text[ends - 1] == "," else ends
+
+
+def _end_of_list(text: str, begins: int) -> int:
+    depth = 0
+    for bracket in _BRACKET.finditer(text, begins, begins + LISTED):
+        depth += 1 if bracket[0] in "[({" else -1
+        if depth <= 0 and bracket["ends"] is not None:
+            return bracket.end()
+    return min(begins + LISTED, len(text))
 
 
 def _closes(text: str, at: int, first: int, level: int) -> bool:
