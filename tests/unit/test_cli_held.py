@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 from tests.integration.databases import database_url, on_server
 from tests.unit.command_line import Unlucky, holding, invoke, run_holding
+from tidings.database.engine import open_database
+from tidings.database.tables import held
+from tidings.settings import Settings
 
 HOLDING = "tests.unit.command_line:holding"
 OTHER = "tests.unit.command_line:other"
@@ -246,3 +250,21 @@ def test_a_service_that_never_ran_is_named() -> None:
     ended = invoke("skip", "s-a@0", "--service", OTHER, "--yes")
     assert ended.code == 1
     assert "'other' has never run here" in ended.err
+
+
+@pytest.mark.parametrize("chosen", [("s-b@0",), ("--all",), ("--all", "--rate", "100")])
+def test_what_the_log_contradicts_is_not_tried_again(chosen: tuple[str, ...]) -> None:
+    async def forge() -> None:
+        async with open_database(Settings().database_of("holding")) as database, database.transaction() as connection:
+            forged = held.update().where(held.c.stream == "s-b")
+            await connection.execute(forged.values(data=b'{"name":"forged","error":"key"}', due=time.time() + 3600))
+
+    (before,) = [entry for entry in listed() if entry["stream"] == "s-b"]
+    asyncio.run(forge())
+    ended = invoke("held", "retry", *chosen, "--yes")
+    assert ended.code == 1
+    assert "nothing was changed" in ended.err
+    assert f"tidings held drop {before['event_id']} --service holding" in ended.err
+    assert invoke("held", "retry", "s-a@0", "--yes").out.startswith("1 due now.")
+    assert invoke("held", "drop", before["event_id"], "--service", "holding", "--yes").out.startswith("1 dropped.")
+    assert invoke("held", "retry", "--all", "--yes").out.startswith("3 due now.")

@@ -43,7 +43,7 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
     def of(self, database: Database, service: str, log: UUID, store: EventStore) -> HeldOperations:
         from tidings.operations.held import HeldOperations
 
-        return HeldOperations(database, service, log)
+        return HeldOperations(database, service, log, store)
 
     def missing(self) -> type[TidingsError]:
         from tidings.operations.held import HeldNotFound
@@ -57,7 +57,7 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
         return await operations.get(await operations.find(named if isinstance(named, tuple) else str(named)))
 
     async def choose(self, operations: HeldOperations, verb: str, choice: Choice[str]) -> PlannedAction:
-        positions = None
+        positions: Sequence[int] | None = None
         if choice.named:
             positions = [(await self.get(operations, name)).position for name in choice.named]
             count = len(positions)
@@ -70,6 +70,8 @@ class _Held(Failed["HeldOperations", "HeldEntry"]):
                 return sorted(positions)
             return await operations.positions(choice.selection, limit=choice.limit)
 
+        if verb == "retry":
+            await operations.check(await names())
         act = partial(getattr(operations, verb), choice.selection, positions=positions, limit=choice.limit)
         return PlannedAction(count, act, names=names, some=partial(operations.retry_these, choice.selection))
 

@@ -135,9 +135,9 @@ class DeadLetters(Reads):
             async with self._reading() as connection:
                 positions |= {position for position in await connection.scalars(query) if position is not None}
         async with self._reading() as connection:
-            claims = await claims_at(connection, self._service, self._log, positions)
+            claims = await claims_at(connection, self._service, self._log, positions, (dead,))
         names = set(map(str, wanted))
-        theirs = [claim for claim in claims if claim.row.kind == "dead" and claim.row.name in names]
+        theirs = [claim for claim in claims if claim.row.name in names]
         if found := await contradicted(self._store, theirs):
             raise Contradicted(found)
 

@@ -6,7 +6,7 @@ are named. Where the log has nothing any more, the row is all there is. It only 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -86,11 +86,17 @@ def genuine(event: RecordedEvent) -> Genuine:
     return str(event.id), mark(event)
 
 
-async def claims_at(connection: AsyncConnection, service: str, log: UUID, positions: Collection[int]) -> list[Claim]:
-    """Return what the held events and dead letters at these positions say."""
+async def claims_at(
+    connection: AsyncConnection,
+    service: str,
+    log: UUID,
+    positions: Collection[int],
+    tables: Sequence[sa.Table] = (held, dead),
+) -> list[Claim]:
+    """Return what the held events and dead letters at these positions say, or those of one of the tables."""
     found: list[Claim] = []
     wanted = sorted(positions)
-    for table in (held, dead):
+    for table in tables:
         ours = sa.select(table).where(table.c.service == service, table.c.log == str(log))
         if table is dead:
             ours = ours.where(dead.c.kind == "handler")

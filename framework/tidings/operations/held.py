@@ -22,8 +22,10 @@ from tidings.database.held_events import HeldCount, held_by_handler, lock_held, 
 from tidings.database.tables import dead, held
 from tidings.delivery.failure_memory import SKIPPED
 from tidings.errors import TidingsError
+from tidings.operations.genuine import Contradicted, claims_at, contradicted
 from tidings.operations.reads import Reads
 from tidings.operations.selection import EVERYTHING, Selection
+from tidings.stores import EventStore
 
 __all__ = ["HeldNotFound", "HeldOperations", "HeldEntry", "as_skipped"]
 
@@ -75,8 +77,10 @@ _BRIEF: Final = [column if column.key not in ("data", "metadata") else sa.litera
 class HeldOperations(Reads):
     """The held events of one service and one log. Every method raises `DatabaseUnavailable`."""
 
-    def __init__(self, database: Database, service: str, log: UUID) -> None:
+    def __init__(self, database: Database, service: str, log: UUID, store: EventStore | None = None) -> None:
+        """`store`: whose log `check` compares held events with."""
         super().__init__(database)
+        self._store = store
         self._service = service
         self._log = log
         self._mine = (held.c.service == service, held.c.log == str(log))
@@ -125,6 +129,18 @@ class HeldOperations(Reads):
         query = sa.select(held.c.position).where(*self._mine, *selection.where(held)).distinct()
         async with self._reading() as connection:
             return list(await connection.scalars(query.order_by(held.c.position).limit(limit)))
+
+    async def check(self, positions: Sequence[int]) -> None:
+        """Raise `Contradicted` for held events that the log contradicts: what is retried runs as its row has it.
+
+        Raises `StoreUnavailable`, too.
+        """
+        if self._store is None or not positions:
+            return
+        async with self._reading() as connection:
+            claims = await claims_at(connection, self._service, self._log, positions, (held,))
+        if found := await contradicted(self._store, claims):
+            raise Contradicted(found)
 
     @again_when_contended
     async def retry_these(self, selection: Selection, positions: Sequence[int]) -> int:
