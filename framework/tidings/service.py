@@ -77,7 +77,12 @@ class Service(Declaration, Appends):
 
         `within` is the number of seconds that a change may take when others change the same aggregate.
         """
-        return Repository(aggregate, lambda: self.running_now.store, within=within)
+        return Repository(
+            aggregate,
+            lambda: self.running_now.store,
+            within=within,
+            taken=lambda *found: self.running_now.taken.note(*found),
+        )
 
     def _appends_to(self) -> EventStore:
         return self.running_now.store

@@ -88,6 +88,7 @@ async def test_a_foreign_event_under_an_open_id_keeps_nothing_out_when_old_event
     async with embedded(tmp_path, service, **keyed(ONE, "open")) as world:
         await world.settled()
         assert await numbers(world) == [1, 2]
+        assert "of stream 'followed-a', position" in (world.running[0].taken.told or "")
 
 
 async def _follow(event: Happened, context: Context, session: AsyncSession) -> None:
@@ -183,3 +184,4 @@ async def test_a_change_is_made_once_under_whatever_key_and_is_kept_out_by_nobod
         await world.append(Happened(key="a", n=10))
         await world.settled()
         assert (await accounts.load("a")).total == 1011
+        assert "'Followed' of stream 'account-a'" in (world.running[0].taken.told or "")

@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import make_url
@@ -18,6 +19,7 @@ from tidings.hosting.facts import Facts, RelayFacts, ServiceFacts, Standstill, W
 from tidings.hosting.gathering import Probe
 from tidings.hosting.health import judge_live, judge_ready
 from tidings.hosting.listening import listening_at
+from tidings.modelling.taken_ids import TAKEN_SECONDS, TakenIds
 from tidings.operations.remedies import origin_of
 
 WELL = ServiceFacts("audit", marker_age=1, marker=9, floor=9, settled=9)
@@ -94,6 +96,21 @@ def test_messages_that_claim_what_the_log_does_not_hold_degrade_a_service_and_st
     assert health.ok, "it is degraded: no reason to take it out of the traffic"
     told = str(health.document())
     assert all(part in told for part in ("claims position 99", "queue tidings.audit", "list_permissions"))
+
+
+def test_a_taken_id_degrades_a_service_with_the_place_of_the_foreign_event_and_is_forgotten() -> None:
+    now = 0.0
+    taken = TakenIds(lambda: now)
+    assert taken.told is None
+    for position in (7, 9):
+        taken.note(UUID(int=position), "order-1", "Placed", position)
+    health = judge_ready(Facts((replace(WELL, taken=taken.told),)))
+    assert wrong(health) == ["audit.ids"]
+    assert health.ok, "it is degraded: no reason to take it out of the traffic"
+    told = str(health.document())
+    assert all(part in told for part in ("2 times", "'order-1', position 9", str(UUID(int=9)), "TIDINGS_ID_KEYS"))
+    now = TAKEN_SECONDS + 1
+    assert taken.told is None
 
 
 def test_a_relay_whose_messages_are_all_refused_is_a_missing_marker_and_not_a_busy_queue() -> None:

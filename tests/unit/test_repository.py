@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID, uuid4, uuid5
 
 import pytest
 
@@ -426,6 +426,25 @@ async def test_a_change_for_a_cause_happens_once(accounts: Repository[Account], 
     other = await accounts.change_for(CAUSE, created.position, UUID(int=98), "1", Account.deposit, 1)
     assert other.aggregate.balance == 4
     assert len(await stream(store)) == 4
+
+
+@pytest.mark.parametrize("places", [[0], [1], [2], [0, 2], [1, 2]])
+async def test_a_foreign_event_under_any_of_a_changes_ids_is_named_and_keeps_nothing_out(
+    store: EventStore, places: list[int]
+) -> None:
+    found: list[tuple[UUID, str, str, int]] = []
+    accounts = Repository(Account, lambda: store, taken=lambda *taken: found.append(taken))
+    created = await accounts.create("1", Account.open, "ann")
+    ids = [uuid5(BASE, str(place)) for place in places]
+    foreign = [encode(Deposited(amount=100), id=identity) for identity in ids]
+    last = (await store.append("account-1", foreign, expected=ANY)).position
+    for _ in range(2):
+        await accounts.change_for(CAUSE, created.position, BASE, "1", Account.deposit, 1, 2, 3)
+    assert (await accounts.load("1")).balance == 6 + 100 * len(places)
+    assert set(ids) <= {identity for identity, *_ in found}
+    assert (ids[-1], "account-1", "Deposited", last) in found
+    events = await stream(store)
+    assert len({event.id for event in events}) == len(events) == 4 + len(places)
 
 
 async def test_a_change_for_a_cause_is_found_under_the_ids_of_a_former_name(accounts: Repository[Account]) -> None:

@@ -17,6 +17,7 @@ from tidings.delivery.crashes import Caution
 from tidings.delivery.failure import Failure
 from tidings.delivery.inflight import InFlight, Role, Turn
 from tidings.errors import DatabaseUnavailable, Fenced
+from tidings.modelling.taken_ids import TakenIds
 
 __all__ = ["LOSSES", "SKIPPED", "FailureMemory"]
 
@@ -31,6 +32,7 @@ class FailureMemory:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracebacks: Final = Tracebacks(clock)
+        self.taken: Final = TakenIds(clock)
         self.attempts: dict[Turn, int] = {}
         self.cautions: Final[dict[range, Caution]] = {}
         """Events under suspicion of ending the process, by bucket range."""

@@ -18,6 +18,7 @@ import structlog
 from tidings.database.staged_events import StagedEvent
 from tidings.delivery.claims import Sought, claim
 from tidings.errors import StreamDeleted, StreamNotFound
+from tidings.modelling.taken_ids import TakenIds
 from tidings.protocol.identity import instead_of
 from tidings.protocol.position import CARRIED
 from tidings.stores import NO_STREAM, Appended, EventStore, Expected, RecordedEvent
@@ -109,8 +110,10 @@ class _Part:
 class Resolver:
     """The resolver of one stager. Rows of one stream are resolved one after the other, each within its `turn`."""
 
-    def __init__(self, store: EventStore, *, remembered: int = REMEMBERED) -> None:
+    def __init__(self, store: EventStore, *, remembered: int = REMEMBERED, taken: TakenIds | None = None) -> None:
+        """`taken` is told of ids under which somebody else has appended something."""
         self._store = store
+        self._taken = TakenIds() if taken is None else taken
         self._limit = remembered
         self._parts: OrderedDict[str, _Part] = OrderedDict()
         """Streams of which much was read, the least recently used first."""
@@ -161,7 +164,7 @@ class Resolver:
         if part.holds(sought) or (not whole and await self._is_hidden(sought)):
             return None
         expected: Expected = NO_STREAM if actual < 0 else actual
-        return Place(part.high if part.high >= 0 else expected, _free(part, sought))
+        return Place(part.high if part.high >= 0 else expected, _free(part, sought, self._taken))
 
     def appended(self, row: StagedEvent, place: Place, done: Appended) -> None:
         """Take note that a row was appended where `resolve` said: nothing came between what was read and it."""
@@ -259,20 +262,22 @@ class Resolver:
             return part.holds(sought)
 
 
-def _free(part: _Part, sought: Sought) -> UUID:
+def _free(part: _Part, sought: Sought, noted: TakenIds) -> UUID:
     """Return the id to append the event under, and name in the log who has used its own."""
     row, foreign = sought.row, sought.foreign
     taken = [identity for identity in row.ids if identity.bytes in part.ids]
     identity = instead_of(row.event.id) if row.event.id in taken else row.event.id
     if taken:
+        kind, position = (None, None) if foreign is None else (foreign.type, foreign.position)
+        noted.note(taken[0], row.stream, kind, position)
         log.error(
             "staged.foreign",
             stream=row.stream,
             event_id=str(taken[0]),
             type=row.event.type,
             appended_as=str(identity),
-            foreign_position=None if foreign is None else foreign.position,
-            foreign_type=None if foreign is None else foreign.type,
+            foreign_position=position,
+            foreign_type=kind,
             advice="somebody else has appended another event under an id that only this service should use; the real "
             "event is appended beside it. See who may write to the stream, and set TIDINGS_ID_KEYS (docs/trust.md)",
         )

@@ -25,6 +25,7 @@ from tidings.errors import (
     StreamForbidden,
     WrongExpectedVersion,
 )
+from tidings.modelling.taken_ids import TakenIds
 from tidings.protocol.position import Lanes
 from tidings.stores import ANY, EventStore
 
@@ -88,6 +89,7 @@ class Stager:
         outcome: Outcome,
         *,
         clock: Callable[[], float] = time.monotonic,
+        taken: TakenIds | None = None,
     ) -> None:
         self._store = store
         self._outcome = outcome
@@ -98,7 +100,7 @@ class Stager:
         """When the store was last away: what was staged before is fresh no more."""
         self._telling = Telling(log, clock)
         self._requests = Requests(clock)
-        self._resolver = Resolver(store)
+        self._resolver = Resolver(store, taken=taken)
         self._resolved_at = 0.0
         self._tenure = 0
         """Counts how often this process began to be the one at work."""

@@ -80,7 +80,7 @@ def assemble(
     due = Due(keys, timers)
     progress = Progress(joined.inbox, joined.held, remembered, site.clock)
     acknowledgement = Acknowledgement(progress, pending, timers, service.prefetch)
-    stager = Stager(site.store, pending, clock=counting_sleep(site.clock))
+    stager = Stager(site.store, pending, clock=counting_sleep(site.clock), taken=site.memory.taken)
     hindrances = Hindrances(joined.held, keys, breakers, due)
     verdicts = Verdicts(joined, lanes, pending, keys, due, breakers)
     runner = Runner(joined, attempts, succession, Survivors(joined, pending))

@@ -215,6 +215,13 @@ def _failing(facts: ServiceFacts) -> Iterator[Check]:
     if facts.held is not None:
         remedy = f"tidings held list shows what failed and why; retry, skip or drop it there (of service {facts.name})"
         yield Check(f"{facts.name}.held", False, facts.held, remedy, Part.HELD, facts.name, serious=False)
+    if facts.taken is not None:
+        detail = f"somebody else has appended events under ids that only this service should use, {facts.taken}"
+        remedy = (
+            "the service's own events were appended beside them, under other ids. See who may write to that stream, "
+            "and set TIDINGS_ID_KEYS (docs/trust.md)"
+        )
+        yield Check(f"{facts.name}.ids", False, detail, remedy, Part.FOREIGN, facts.name, serious=False)
 
 
 def _markers(facts: ServiceFacts, service: str, relay_leads: bool) -> Check:

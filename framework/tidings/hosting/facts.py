@@ -104,6 +104,8 @@ class ServiceFacts:
     """Another log, whose relay publishes on this bus, and was heard since the last marker."""
     refused: str | None = None
     """How many messages were refused as none of this log's relay, and the last of them, if it came lately."""
+    taken: str | None = None
+    """How many ids of its events somebody else was found to have used, and the last, if that was lately."""
     queue: str = ""
     heard_age: float | None = None
     """Seconds since something new came from the queue."""

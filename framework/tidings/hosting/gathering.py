@@ -143,6 +143,7 @@ class Probe:
             all_paused=len(running.paused_handlers) >= len(service.named),
             held=_held(held or (), time.time()),
             settled=settled,
+            taken=_masked(running.taken.told),
             database=database,
             database_origin=_origin(running, database),
             store=store,

@@ -104,6 +104,7 @@ class RunningService:
         self._witness = witness
         self.trust = trust
         self._memory = FailureMemory()
+        self.taken = self._memory.taken
         self._log_id: UUID | None = None
         self._alone: Final = isinstance(bus, WithinProcess) and bus.within_process
         self._post = post_of(database, service.name) if self._alone else None

@@ -84,9 +84,19 @@ class Repository(Generic[A]):
     other within a process, and are decided again if another process was faster.
     """
 
-    def __init__(self, aggregate: type[A], store: Callable[[], EventStore], *, within: float = CHANGE_SECONDS) -> None:
+    def __init__(
+        self,
+        aggregate: type[A],
+        store: Callable[[], EventStore],
+        *,
+        within: float = CHANGE_SECONDS,
+        taken: Callable[[UUID, str, str, int], None] | None = None,
+    ) -> None:
+        """`taken` is told of an event of somebody else under an id that only a handler should use, as `TakenIds.note`
+        is."""
         self._aggregate = aggregate
         self._store = store
+        self._taken = taken
         self._turns = Turns(within)
         self._reader = f"aggregate {aggregate.__qualname__}"
         self._types = Registry(self._reader)
@@ -176,26 +186,55 @@ class Repository(Generic[A]):
         first, *others = base if isinstance(base, tuple) else (base,)
         spare = instead_of(first)
         known = {_nth(one, 0).bytes for one in (first, *others, spare)}
+        # An append is written whole, so the first id of each says whether it is there. The further ones may be taken.
+        later = set[bytes]()
 
         async def attempt() -> Changed[A]:
             aggregate: A = begin(self._aggregate, id)
             done, begins = -1, first
+            later.clear()
             async for event in self._store().read_stream(self.stream_of(id)):
                 await self._apply(aggregate, event)
-                if event.position > since and event.id_bytes in known:
+                if event.position <= since:
+                    continue
+                later.add(event.id_bytes)
+                if event.id_bytes in known:
                     if _is_of(cause, event):
                         done = event.position
                     else:
                         begins = spare
-                        _name_foreign(event, cause)
+                        self._name_foreign(event, cause)
             if stream_version(aggregate) < 0:
                 await self._check_begins(id, -1)
             if done >= 0:
                 return Changed(aggregate, stream_version(aggregate), done, ())
             result = _decided(decide, aggregate, args, kwargs)
+            further = range(1, len(state_of(aggregate).recorded))
+            rest = later.intersection(_nth(one, n).bytes for n in further for one in (first, spare))
+            if rest:
+                begins = spare
+                async for event in self._store().read_stream(self.stream_of(id)):
+                    if event.position > since and event.id_bytes in rest:
+                        self._name_foreign(event, cause)
             return await self._append(aggregate, result, stream_version(aggregate), begins, metadata, cause, None)
 
         return await self._turns.until_won(self.stream_of(id), attempt)
+
+    def _name_foreign(self, event: RecordedEvent, cause: Cause) -> None:
+        if self._taken is not None:
+            self._taken(event.id, event.stream, event.type, event.position)
+        log.error(
+            "change.foreign",
+            stream=event.stream,
+            version=event.version,
+            position=event.position,
+            event_id=str(event.id),
+            type=event.type,
+            handler=cause.handler,
+            advice="somebody else has appended this event under an id that only this service should use; the handler's "
+            "own events are appended beside it. See who may write to the stream, and set TIDINGS_ID_KEYS "
+            "(docs/trust.md)",
+        )
 
     async def load(self, id: str, *, at_version: int | None = None, as_of: datetime | None = None) -> A:
         """Load the aggregate: now, at a version (that event included), or as of a moment (up to the first later event).
@@ -303,20 +342,6 @@ def _is_of(cause: Cause, event: RecordedEvent) -> bool:
     own = read_metadata(event)
     service = str(own.get("tidingsHandler")).partition(".")[0]
     return own.get(CAUSATION) == str(cause.event_id) and service == str(cause.handler).partition(".")[0]
-
-
-def _name_foreign(event: RecordedEvent, cause: Cause) -> None:
-    log.error(
-        "change.foreign",
-        stream=event.stream,
-        version=event.version,
-        position=event.position,
-        event_id=str(event.id),
-        type=event.type,
-        handler=cause.handler,
-        advice="somebody else has appended this event under an id that only this service should use; the handler's own "
-        "events are appended beside it. See who may write to the stream, and set TIDINGS_ID_KEYS (docs/trust.md)",
-    )
 
 
 def _nth(base: UUID, n: int) -> UUID:

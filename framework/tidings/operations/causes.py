@@ -45,7 +45,7 @@ class Part(IntEnum):
     DEAD = 14
     """Events that handlers gave up."""
     FOREIGN = 15
-    """Messages on the bus that no relay of this log has published."""
+    """Messages on the bus that no relay of this log has published, and events of others under a service's own ids."""
 
 
 SHARED: Final = frozenset({Part.STORE, Part.STORE_WRITES, Part.BUS, Part.RELAY})
