@@ -417,7 +417,7 @@ async def test_session_connection_context_and_resources_are_injected_by_type(tmp
 async def test_a_handler_over_its_time_is_undone_even_when_it_swallows_the_cancellation(tmp_path: Path) -> None:
     service = Service("audit", tables=tables)
 
-    @service.on(Happened, retry=Retry(attempts=2, delay=0.01, hold=None, hold_key=False), timeout=0.05)
+    @service.on(Happened, retry=Retry(attempts=2, delay=0.01, hold=None, hold_key=False), timeout=0.5)
     async def handle(event: Happened, session: AsyncSession) -> None:
         await note(session, event)
         if event.key == "slow":
@@ -470,7 +470,7 @@ async def test_one_that_cannot_be_ended_is_named_again_and_again_and_only_its_ke
             seen.append((event.key, event.n))
 
     handler: Callable[..., Any] = in_thread if threaded else stubborn
-    service.on(Happened, retry=Retry(attempts=1, hold=None, hold_key=False), timeout=0.05)(handler)
+    service.on(Happened, retry=Retry(attempts=1, hold=None, hold_key=False), timeout=1)(handler)
     with capture_logs() as logs:
 
         def named() -> list[Any]:

@@ -102,10 +102,10 @@ async def test_what_it_waits_for_its_transaction_is_not_its_own_time(tmp_path: P
             await note(session, event)
             if event.key == "first":
                 await second_waits.wait()
-                await asyncio.sleep(0.6)
+                await asyncio.sleep(1.5)
         ended[event.key] = context.attempt
 
-    @service.on(Happened, timeout=0.2)
+    @service.on(Happened, timeout=1)
     async def quick(event: Happened, context: Context) -> None:
         if event.key == "second":
             await write(event, context)

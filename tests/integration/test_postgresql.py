@@ -399,7 +399,7 @@ async def test_a_statement_that_outlasts_its_handlers_time_holds_the_event_and_s
 ) -> None:
     service = Service("audit", tables=tables)
 
-    @service.on(Happened, retry=QUICKLY_HELD, timeout=0.2)
+    @service.on(Happened, retry=QUICKLY_HELD, timeout=1)
     async def handle(event: Happened, session: AsyncSession) -> None:
         await note(session, event)
         if event.key == "culprit":

@@ -197,8 +197,8 @@ async def test_that_the_broker_blocks_a_connection_is_logged_with_its_reason(
             with capture_logs() as logs:
                 async with without_memory(rabbitmq_node):
                     sending = asyncio.create_task(publisher.send(event(1)))
-                    await asyncio.wait([sending], timeout=0.5)
-                await until(lambda: any(line["event"] == "bus.unblocked" for line in logs), 5)
+                    await until(lambda: any(line["event"] == "bus.blocked" for line in logs), 10)
+                await until(lambda: any(line["event"] == "bus.unblocked" for line in logs))
             await sending
     levels: Logs = [line for line in logs if line["event"] in ("bus.blocked", "bus.unblocked")]
     assert {line["log_level"] for line in levels} == {"warning"}
