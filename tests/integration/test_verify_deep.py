@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
-from tests.integration.embedded import Followed, Happened, embedded, emitting, settings_for
+from tests.integration.embedded import Followed, Happened, embedded, emitting, settings_for, until
 from tidings import ANY, EventData, EventStore, RecordedEvent, Service
 from tidings.adapters import open_store
 from tidings.database.engine import Database, open_database
@@ -173,7 +173,40 @@ async def test_an_emitted_event_that_is_in_the_log_twice_is_found(place: Place) 
     again = EventData(emitted.type, emitted.data, emitted.metadata, id=emitted.id)
     await store.append("somewhere-else", [again], expected=ANY)
     found = await count(store, database)
-    assert any("has an id that was emitted before: it is in the log twice" in text for text in found.wrong)
+    (wrong,) = found.wrong
+    assert f"somewhere-else@0, position {await store.head()}, emitted by audit." in wrong
+    assert f"has the id of the event at position {emitted.position}: it is in the log twice" in wrong
+
+
+async def test_a_copy_is_wrong_once_and_noted_from_then_on_while_proving_goes_on(tmp_path: Path) -> None:
+    service = emitting()
+    async with embedded(tmp_path, service) as world:
+        await world.append(Happened(key="good"))
+        await world.settled()
+
+        async def is_stored() -> bool:
+            report = await world.report()
+            return report.services[0].floor >= report.position
+
+        async def proof(since: int | None = None) -> Recount:
+            await world.settled()
+            await until(is_stored)
+            return await recount(world.store, [(service, world.running[0].database)], since=since)
+
+        before = (await proof()).proved["audit"]
+        emitted = await first_emitted(world.store)
+        copy = EventData(emitted.type, emitted.data, emitted.metadata, id=emitted.id)
+        for number in range(3):
+            await world.store.append(f"copies-{number}", [copy], expected=ANY)
+            await proof(since=before)  # reads too little to find it, and must not keep it from being found
+            first, again = await proof(), await proof()
+            assert [f"copies-{number}@0" in text for text in first.wrong] == [True]
+            assert again.wrong == []
+            assert len(again.notes) == number + 1
+            assert all("in the log twice, as an earlier proof has said" in text for text in again.notes)
+            assert again.ok
+            assert not first.ok
+            assert (await proof(since=again.proved["audit"])).ok
 
 
 async def test_an_emitted_event_without_its_cause_is_noted(place: Place) -> None:

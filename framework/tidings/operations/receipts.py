@@ -28,6 +28,8 @@ from tidings.stores.rules import METADATA, STREAM_DELETED
 __all__ = ["Proof", "explain_differences", "keep", "proof_of"]
 
 _ANYWHERE: Final = 2**63 - 1
+_WHOLE: Final = -1
+"""In the place of a bucket, in the note that the whole log was read."""
 _RETENTION: Final = Filter(types=(METADATA, STREAM_DELETED))
 _KEYS: Final = (b'"$maxCount"', b'"$maxAge"', b'"$tb"')
 
@@ -59,6 +61,8 @@ class Proof:
     """By bucket: the sums of the log."""
     bad: dict[int, Sums] = field(default_factory=dict)
     """By bucket: how the receipt differs from the log."""
+    read_upto: int = -1
+    """Position up to which an earlier proof has read the whole log, and named what is in it twice."""
 
     @property
     def after(self) -> int:
@@ -118,14 +122,20 @@ async def proof_of(connection: AsyncConnection, service: str, log: UUID, since: 
         elif receipt.since >= 0:
             proof.begun.append(receipt.since)
         proof.buckets[row.bucket] = found
+    whole = sa.select(proofs.c.position).where(*_noted(service, log), proofs.c.bucket == _WHOLE)
+    proof.read_upto = -1 if (position := await connection.scalar(whole)) is None else position
     return proof
+
+
+def _noted(service: str, log: UUID) -> tuple[sa.ColumnElement[bool], ...]:
+    return proofs.c.service == service, proofs.c.log == str(log)
 
 
 async def _proved(
     connection: AsyncConnection, service: str, log: UUID, since: int
 ) -> Mapping[int, tuple[int, Receipt]]:
-    ours = (proofs.c.service == service, proofs.c.log == str(log))
-    rows = (await connection.execute(sa.select(proofs).where(*ours))).all()
+    query = sa.select(proofs).where(*_noted(service, log), proofs.c.bucket != _WHOLE)
+    rows = (await connection.execute(query)).all()
     highest = min((row.position for row in rows), default=-1)
     if since > highest:
         known = f"its last proof ends at {highest}: --since {highest}" if rows else "it has never been proved"
@@ -138,21 +148,24 @@ async def _proved(
 
 
 @again_when_contended
-async def keep(database: Database, proof: Proof, log: UUID, wrong: Collection[int]) -> None:
+async def keep(database: Database, proof: Proof, log: UUID, wrong: Collection[int], read_upto: int | None) -> None:
     """Note what is proved, so that a later proof need only read what came after it.
 
-    Nothing is noted for buckets that are `wrong`: the next comparison begins where they were proved before. Raises
-    `DatabaseUnavailable`, and `DBAPIError` if the user may not write.
+    Nothing is noted for buckets that are `wrong`: the next comparison begins where they were proved before. `read_upto`
+    is how far the whole log was read; None for a part of it. Raises `DatabaseUnavailable`, and `DBAPIError` if the user
+    may not write.
     """
+    own = {"service": proof.service, "log": str(log)}
     rows = [
-        {"service": proof.service, "log": str(log), "bucket": bucket, "position": part.upto}
-        | {"receipt": part.receipt.write()}
+        own | {"bucket": bucket, "position": part.upto, "receipt": part.receipt.write()}
         for bucket, part in proof.buckets.items()
         if bucket not in wrong
     ]
+    if read_upto is not None:
+        rows.append(own | {"bucket": _WHOLE, "position": read_upto, "receipt": ""})
     if not rows:
         return
-    these = (proofs.c.service == proof.service, proofs.c.log == str(log))
+    these = _noted(proof.service, log)
     async with database.turn, commanding(database) as connection:
         await layout_of(connection, proof.service, locked=True)  # one proof is noted after the other
         await connection.execute(proofs.delete().where(*these, proofs.c.bucket.in_([row["bucket"] for row in rows])))

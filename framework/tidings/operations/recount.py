@@ -7,7 +7,7 @@ of memory per event: the ids by which causes and repetitions are found.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -150,7 +150,7 @@ async def recount(
     ledgers = [await _ledger(service, database, log, found, cuts, since) for service, database in services]
     end = await store.head()
     after = -1 if since is None else min(since, *(ledger.proof.after for ledger in ledgers))
-    causes = _Causes({service.name for service, _ in services}, found, after)
+    causes = _Causes({ledger.service: ledger.proof.read_upto for ledger in ledgers}, found, after)
     async for event in store.read_all(after=after):
         if event.position > end:
             break
@@ -168,12 +168,15 @@ async def recount(
             progress(found.events, event.position, end)
     for ledger, (_, database) in zip(ledgers, services, strict=True):
         ledger.close(end, await _staged_ids(ledger, database, log))
-        await _prove(store, database, ledger.proof, found)
+        await _prove(store, database, ledger.proof, found, end if since is None else None)
     return found
 
 
-async def _prove(store: EventStore, database: Database | None, proof: Proof, found: Recount) -> None:
-    """Add to the recount what the receipts prove, or what is wrong with them."""
+async def _prove(
+    store: EventStore, database: Database | None, proof: Proof, found: Recount, read_upto: int | None
+) -> None:
+    """Add to the recount what the receipts prove, or what is wrong with them. `read_upto` is None if only a part of the
+    log was read."""
     service = proof.service
     proof.close()
     if proof.begun:
@@ -200,22 +203,28 @@ async def _prove(store: EventStore, database: Database | None, proof: Proof, fou
         if not wrong and proof.upto >= 0:
             found.proved[service] = proof.upto
         try:
-            await keep(database, proof, found.log, wrong)
+            await keep(database, proof, found.log, wrong, read_upto)
         except (DatabaseUnavailable, DBAPIError) as error:  # the result is still good, and took a scan of the whole log
             why = error.orig if isinstance(error, DBAPIError) else error
             found.note(f"{service}: its proof could not be noted, so --since can only go on from the one before: {why}")
 
 
 class _Causes:
-    """The emitted events of the log: each must be there once, and after its cause if a handler emitted it."""
+    """The emitted events of the log: each must be there once, and after its cause if a handler emitted it.
 
-    def __init__(self, services: set[str], found: Recount, after: int) -> None:
+    What is there twice stays so, because a log only grows. So it is named as wrong by the first proof that reads the
+    whole log, and noted by later ones.
+    """
+
+    def __init__(self, services: Mapping[str, int], found: Recount, after: int) -> None:
         self._services = services
+        """By service: the position up to which an earlier proof has named what is in the log twice."""
         self._found = found
         self._after = after
         """Position up to which events were not read, so that causes there are unknown."""
         self._ids: set[int] = set()
-        self._emitted: set[int] = set()
+        self._emitted: dict[int, int] = {}
+        """Positions of emitted events by their short ids."""
 
     def meet(self, event: RecordedEvent) -> None:
         short = int.from_bytes(event.id_bytes[8:])  # half an id: a collision in a log of a billion events is unlikely
@@ -229,9 +238,16 @@ class _Causes:
         if not isinstance(by, str) or by.partition(".")[0] not in self._services:
             return
         what = f"{_place(event)}, emitted by {by},"
-        if short in self._emitted:
-            self._found.contradict(f"{what} has an id that was emitted before: it is in the log twice")
-        self._emitted.add(short)
+        first = self._emitted.setdefault(short, event.position)
+        if first != event.position:
+            twice = f"{what} has the id of the event at position {first}: it is in the log twice"
+            if event.position <= self._services[by.partition(".")[0]]:
+                self._found.note(f"{twice}, as an earlier proof has said")
+            else:
+                self._found.contradict(
+                    f"{twice}. The first one counts as the service's own. Somebody else has appended the other one, "
+                    "which services handle, too: see who may write to its stream. From now on, this is only a note"
+                )
         if CAUSATION not in metadata and by.partition(".")[2] == BY_REQUEST:
             return
         try:
