@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tidings.relay.relay import Relay
     from tidings.service import Service
     from tidings.settings import Settings
-    from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent
+    from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventData, EventStore, RecordedEvent, StreamAppend
 
 __all__ = [
     "ANY",
@@ -52,6 +52,7 @@ __all__ = [
     "Service",
     "ServiceReport",
     "Settings",
+    "StreamAppend",
     "connect",
     "evolves",
     "health_routes",
@@ -84,6 +85,6 @@ __getattr__, __dir__ = lazily(
         "service": ("Service",),
         "adapters": ("open_bus", "open_store"),
         "settings": ("Settings",),
-        "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent"),
+        "stores": ("ANY", "NO_STREAM", "STREAM_EXISTS", "EventData", "EventStore", "RecordedEvent", "StreamAppend"),
     },
 )

@@ -11,6 +11,9 @@
     │   ├── EventTooLarge
     │   ├── InvalidStreamName
     │   ├── InvalidMetadata
+    │   ├── InvalidAppend
+    │   ├── PartlyRepeated
+    │   ├── AbilityMissing
     │   ├── StoreUnavailable
     │   │   └── StreamForbidden
     │   ├── LogChanged
@@ -48,6 +51,7 @@ from __future__ import annotations
 from uuid import UUID
 
 __all__ = [
+    "AbilityMissing",
     "AttemptEnded",
     "BusError",
     "BusUnavailable",
@@ -60,12 +64,14 @@ __all__ = [
     "Fenced",
     "HandlerError",
     "HandlerTimeout",
+    "InvalidAppend",
     "InvalidMetadata",
     "InvalidStreamName",
     "LogBehind",
     "LogChanged",
     "MalformedMessage",
     "PartitionKeyDiffers",
+    "PartlyRepeated",
     "PublishRejected",
     "QueueRefused",
     "RepetitionDiffers",
@@ -191,10 +197,12 @@ class StreamTruncated(StoreError):
 class EventTooLarge(StoreError):
     """An append of `size` bytes is over `whose` (such as "the server's") `limit` of bytes; nothing was written."""
 
-    def __init__(self, stream: str, size: int, limit: int, whose: str = "the") -> None:
+    def __init__(self, stream: str, size: int, limit: int, whose: str = "the", *, others: int = 0) -> None:
+        """`others` counts further streams of the same append."""
         self.stream, self.size, self.limit = stream, size, limit
+        also = f" and {others} other(s)" if others else ""
         super().__init__(
-            f"append to stream {stream!r} is {size} bytes, {whose} limit is {limit}; nothing was written. "
+            f"append to stream {stream!r}{also} is {size} bytes, {whose} limit is {limit}; nothing was written. "
             "Split the append, or keep the large part elsewhere and refer to it."
         )
 
@@ -212,6 +220,45 @@ class InvalidMetadata(StoreError):
             f"metadata of stream {stream!r}: {reason}; nothing was written (an EventStoreDB server can crash "
             "on it). Write a smaller number, or leave $maxAge out"
         )
+
+
+class InvalidAppend(StoreError):
+    """An append over several streams that no store accepts, such as one with a stream twice; nothing was written.
+
+    `stream` is the stream at fault, None if it is none of them alone.
+    """
+
+    def __init__(self, stream: str | None, reason: str) -> None:
+        self.stream = stream
+        of = "" if stream is None else f", stream {stream!r}"
+        super().__init__(f"append over several streams{of}: {reason}; nothing was written")
+
+
+class PartlyRepeated(StoreError):
+    """An append over several streams has events that are in the log already, and others that are not; nothing was
+    written.
+
+    `stream` has its events of the append, up to version `version`; `missing` does not, None if the server does not say
+    which one.
+    """
+
+    def __init__(self, stream: str, version: int, missing: str | None = None) -> None:
+        self.stream, self.version, self.missing = stream, version, missing
+        other = "another stream" if missing is None else f"stream {missing!r}"
+        super().__init__(
+            f"append over several streams: stream {stream!r} has its events already (up to version {version}), but "
+            f"{other} does not; nothing was written. Repeat an append as it was, with all of its events. To "
+            "append the missing ones alone, leave out the streams that have theirs; to append everything once more, "
+            "give the events new ids."
+        )
+
+
+class AbilityMissing(StoreError):
+    """The store cannot do what it was asked for; nothing was written. `ability` is its name in `Ability`."""
+
+    def __init__(self, ability: str, where: str, remedy: str) -> None:
+        self.ability = ability
+        super().__init__(f"{where} does not offer {ability}; nothing was written. {remedy}")
 
 
 class StoreUnavailable(StoreError):

@@ -13,14 +13,15 @@ from uuid import UUID, uuid4
 import pytest
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
-from tidings.errors import StreamDeleted, StreamNotFound, WrongExpectedVersion
+from tidings.errors import StreamDeleted, StreamNotFound
 from tidings.server import EventStoreServer
 from tidings.server.http2_stream import trailers_of
 from tidings.server.records import _wrong
-from tidings.server.records_messages import MESSAGES, PACKAGE
 from tidings.stores import EventData, EventStore, Filter
+from tidings.stores.eventstoredb.records_messages import MESSAGES, PACKAGE
 from tidings.stores.eventstoredb.store import open_eventstoredb
-from tidings.stores.sqlite.several import NONE, Several, Violation
+from tidings.stores.several import NONE
+from tidings.stores.sqlite.several import Several, Violation
 
 grpc: Any = pytest.importorskip("grpc", reason="pip install 'tidings[eventstoredb]'")
 RECORDED = json.loads((Path(__file__).parent / "kurrentdb_cases.json").read_text(encoding="utf-8"))
@@ -386,7 +387,7 @@ async def test_the_details_of_a_refusal_are_shorter_than_grpc_takes(name: str) -
     checks = [Violation(number, f"{number}{name * 1000}"[:250], 3, NONE) for number in range(1000)]
     append = Several(_NOBODY, [(checks[0].stream, EventData("T", b""))], {}, [], 0)
     append.violations = checks
-    refusal = _wrong(append, WrongExpectedVersion(checks[0].stream, "3", NONE), session=False)
+    refusal = _wrong(append, checks[0].stream, NONE, session=False)
     assert sum(len(key) + len(value) + 32 for key, value in trailers_of(refusal)) < 8192
 
 

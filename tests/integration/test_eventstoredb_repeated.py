@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 
@@ -16,6 +17,7 @@ from tidings.server import EventStoreServer
 from tidings.server import batches as server_batches
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, Expected
 from tidings.stores.eventstoredb.appends import Write
+from tidings.stores.eventstoredb.finding import find as find_in_log
 from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import event, events, read
 
@@ -43,7 +45,7 @@ def looking_up(store: EventStoreDB) -> tuple[asyncio.Event, asyncio.Event]:
     async def find(write: Write) -> Appended | Expected:
         asked.set()
         await answer_may_come.wait()
-        return await store.find(write)
+        return await find_in_log(store, write)
 
     store._appends._find = find
     return asked, answer_may_come
@@ -65,7 +67,7 @@ async def test_a_repetition_under_way_is_answered_as_the_first_and_stalls_no_nei
 
     async def find(write: Write) -> Appended | Expected:
         looked_up.append(write.stream)
-        return await store.find(write)
+        return await find_in_log(store, write)
 
     store._appends._find = find
     while not all(one.done() for one in repeated):  # also what is under way when the time-out comes
@@ -117,7 +119,7 @@ async def test_a_server_that_dies_meanwhile_loses_and_doubles_nothing() -> None:
         repeated = [asyncio.ensure_future(store.append("s", batch)) for _ in range(2)]
         await asked.wait()
         later = [asyncio.ensure_future(store.append("s", events(n))) for n in range(1, 4)]
-        store._appends._find = store.find
+        store._appends._find = partial(find_in_log, store)
         for connection in set(store.connections):
             await connection.close()
         assert await repeated[1] == await repeated[0]

@@ -19,8 +19,8 @@ from tidings.server.budgets import Allowance, Charge, Limits, Treasury
 from tidings.server.calls import FRAME_LIMIT
 from tidings.server.compression import STEP, Compressed, unpacked
 from tidings.server.protocol import streams
-from tidings.server.records_messages import MESSAGES, PACKAGE
 from tidings.server.refusals import Refusal, Status
+from tidings.stores.eventstoredb.records_messages import MESSAGES, PACKAGE
 
 grpc: Any = pytest.importorskip("grpc", reason="pip install 'tidings[eventstoredb]'")
 

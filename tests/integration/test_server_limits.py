@@ -23,10 +23,10 @@ from tests.integration.server import STREAMS, appends, batch, connected, message
 from tidings.server import EventStoreServer, Limits
 from tidings.server.calls import Call, Method
 from tidings.server.protocol import shared, streams
-from tidings.server.records_messages import MESSAGES, PACKAGE
 from tidings.stores import EventData
 from tidings.stores.eventstoredb.grpc import Address, Connection
 from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
+from tidings.stores.eventstoredb.records_messages import MESSAGES, PACKAGE
 
 OPENING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize()
 HEALTH = "/grpc.health.v1.Health/Check"

@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 import tidings
-from tidings import NO_STREAM, Aggregate, Event, Settings, evolves
-from tidings.errors import ConfigurationError, SchemaError, StoreUnavailable, StreamNotFound, WrongExpectedVersion
+from tidings import NO_STREAM, Aggregate, Event, Settings, StreamAppend, evolves
+from tidings.errors import (
+    ConfigurationError,
+    InvalidAppend,
+    SchemaError,
+    StoreUnavailable,
+    StreamNotFound,
+    WrongExpectedVersion,
+)
 
 pytestmark = pytest.mark.lower_bounds
 
@@ -180,3 +187,46 @@ def test_a_forked_process_is_told_to_open_its_own(settings: Settings) -> None:
                 os._exit(0 if "forked" in str(error) else 2)
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+async def test_an_append_over_several_streams_is_one_and_has_one_correlation(settings: Settings) -> None:
+    async with tidings.connect(settings) as log:
+        opened = await log.append("account-a", Opened(account="a"))
+        done = await log.append_several(
+            StreamAppend("account-a", [Paid(account="a", cents=-5), Paid(account="a", cents=-1)], opened.version),
+            StreamAppend("account-b", [Paid(account="b", cents=6)]),
+            StreamAppend("account-c", expected=NO_STREAM),
+            metadata={"actor": "ada"},
+        )
+        assert (dict(done.versions), done.position) == ({"account-a": 2, "account-b": 0}, opened.position + 3)
+        entries = [entry async for entry in log.read("account-a", Paid, start=1)]
+        entries += [entry async for entry in log.read("account-b", Paid)]
+        assert [entry.event.cents for entry in entries if isinstance(entry.event, Paid)] == [-5, -1, 6]
+        assert len({entry.metadata["$correlationId"] for entry in entries}) == 1
+        assert {entry.metadata["actor"] for entry in entries} == {"ada"}
+        with pytest.raises(WrongExpectedVersion, match="account-a"):
+            await log.append_several(
+                StreamAppend("account-b", [Paid(account="b", cents=1)]), StreamAppend("account-a", expected=0)
+            )
+        assert len([event async for event in log.recorded("account-b")]) == 1
+
+
+async def test_an_append_over_several_streams_refuses_what_append_refuses(settings: Settings) -> None:
+    async with tidings.connect(settings) as log:
+        with pytest.raises(ConfigurationError, match="reserved"):
+            await log.append_several(StreamAppend("tidings_log", expected=0), StreamAppend("a", [Opened(account="a")]))
+        with pytest.raises(ConfigurationError, match=r"Opened\(\.\.\.\)"):
+            await log.append_several(StreamAppend("a", [Opened]))  # type: ignore[list-item]
+        with pytest.raises(InvalidAppend, match="named twice"):
+            await log.append_several(
+                StreamAppend("a", [Opened(account="a")]), StreamAppend("a", [Paid(account="a", cents=1)])
+            )
+        assert await log.store.head() == 1
+
+
+def test_an_append_over_several_streams_from_code_without_a_loop(settings: Settings) -> None:
+    with tidings.connect(settings) as log:
+        done = log.append_several(
+            StreamAppend("a", [Opened(account="a")], NO_STREAM), StreamAppend("b", [Opened(account="b")], NO_STREAM)
+        )
+        assert dict(done.versions) == {"a": 0, "b": 0}

@@ -33,9 +33,9 @@ HEAVY = (
 PUBLIC = {
     "tidings": """
         ANY Aggregate BlockingLog Changed Context Event EventData EventStore HistoryEntry Hold Log NO_STREAM
-        RecordedEvent Relay Report Repository Retry Runtime STREAM_EXISTS Service ServiceReport Settings connect
-        evolves health_routes open_bus open_store partition_key schema_version stream_version upcaster verify
-        wire_name""",
+        RecordedEvent Relay Report Repository Retry Runtime STREAM_EXISTS Service ServiceReport Settings
+        StreamAppend connect evolves health_routes open_bus open_store partition_key schema_version
+        stream_version upcaster verify wire_name""",
     "tidings.alembic": "include_object",
     "tidings.buses": """
         Consumer CountsConsumers Delivery EventBus ExportsUsers ListsBindings ListsLimits ListsQueues Message
@@ -43,19 +43,20 @@ PUBLIC = {
         check_partitions check_service_name""",
     "tidings.buses.rabbitmq": "RabbitMQBus",
     "tidings.errors": """
-        AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseMoved DatabaseUnavailable
-        DeployNeeded EventTooLarge Fenced HandlerError HandlerTimeout InvalidMetadata InvalidStreamName LogBehind
-        LogChanged MalformedMessage PartitionKeyDiffers PublishRejected QueueRefused RepetitionDiffers SchemaError
-        StatementFailed StoreError StoreUnavailable StreamDeleted StreamForbidden StreamNotFound StreamTruncated
-        TidingsError TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
+        AbilityMissing AttemptEnded BusError BusUnavailable ConfigurationError Contention DatabaseMoved
+        DatabaseUnavailable DeployNeeded EventTooLarge Fenced HandlerError HandlerTimeout InvalidAppend
+        InvalidMetadata InvalidStreamName LogBehind LogChanged MalformedMessage PartitionKeyDiffers
+        PartlyRepeated PublishRejected QueueRefused RepetitionDiffers SchemaError StatementFailed StoreError
+        StoreUnavailable StreamDeleted StreamForbidden StreamNotFound StreamTruncated TidingsError
+        TopologyMismatch TransactionMisuse UnknownEventType Unroutable UpcastFailed UpcastMissing
         VersionNotFound WriterHeld WrongExpectedVersion""",
     "tidings.logs": "configure_by_default configure_logging masked",
     "tidings.server": "DEFAULT_PORT EventStoreServer Limits run_server",
     "tidings.settings": "Settings",
     "tidings.stores": """
-        ANY APPEND_LIMIT Appended CaughtUp Checkpoint EVERYTHING EventData EventStore Expected Filter JSON
-        MAX_POSITION NO_STREAM OCTETS RecordedEvent STREAM_EXISTS StreamMetadata StreamState check_stream_name
-        check_text describe""",
+        ANY APPEND_LIMIT Ability Appended AppendedSeveral CaughtUp Checkpoint EVERYTHING EventData EventStore
+        Expected Filter JSON MAX_POSITION NO_STREAM OCTETS RecordedEvent STREAM_EXISTS StreamAppend
+        StreamMetadata StreamState check_stream_name check_text describe""",
     "tidings.testing": "Decided Emitted Given Handling RecordingContext Unsettled World given world_seeds",
     "tidings.testing.brokers": """
         RabbitMQ RabbitMQCluster RabbitMQNode cluster_for_tests node_for_tests rabbitmq_for_tests""",

@@ -16,9 +16,9 @@ from google.protobuf import json_format  # type: ignore[import-untyped]
 
 from tidings.server.budgets import MIB, Allowance, Charge, Limits, Treasury
 from tidings.server.protocol import streams
-from tidings.server.records_messages import MESSAGES
 from tidings.server.refusals import Refusal
 from tidings.server.weight import FIELD, MESSAGE, STEP, hold_parsed, weights
+from tidings.stores.eventstoredb.records_messages import MESSAGES
 
 texts = st.text(max_size=8)
 values = st.recursive(

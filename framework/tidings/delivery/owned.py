@@ -21,7 +21,19 @@ from tidings._support.ownership import mark, owner_of, related
 from tidings._support.writes import Writes
 from tidings.database.outages import is_outage, waits_for_itself
 from tidings.errors import BusUnavailable, DatabaseUnavailable, StoreError, StoreUnavailable, StreamForbidden
-from tidings.stores import ANY, EVERYTHING, Appended, EventData, EventStore, Expected, Filter, RecordedEvent
+from tidings.stores import (
+    ANY,
+    EVERYTHING,
+    Ability,
+    Appended,
+    AppendedSeveral,
+    EventData,
+    EventStore,
+    Expected,
+    Filter,
+    RecordedEvent,
+    StreamAppend,
+)
 
 if TYPE_CHECKING:
     from tidings.buses import Consumer, Delivery, EventBus, Publisher, Subscription
@@ -99,7 +111,7 @@ class _Marked:
     def __repr__(self) -> str:
         return repr(self.inner)
 
-    async def _write(self, writing: Awaitable[Appended]) -> Appended:
+    async def _write(self, writing: Awaitable[T]) -> T:
         try:
             done = await writing
         except StoreUnavailable as error:
@@ -170,6 +182,12 @@ class OwnStore(_Probed, EventStore):
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
         return await self._write(self.inner.append(stream, events, expected=expected))
+
+    async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
+        return await self._write(self.inner.append_several(appends))
+
+    async def abilities(self) -> frozenset[Ability]:
+        return await self._ask(self.inner.abilities())
 
     async def set_metadata(self, stream: str, values: Mapping[str, Any], *, expected: Expected = ANY) -> Appended:
         return await self._write(self.inner.set_metadata(stream, values, expected=expected))

@@ -10,7 +10,7 @@ from tidings.errors import ConfigurationError
 from tidings.modelling.codec import encode
 from tidings.modelling.events import Event
 from tidings.protocol.position import RESERVED
-from tidings.stores import ANY, Appended, EventData, EventStore, Expected
+from tidings.stores import ANY, Appended, AppendedSeveral, EventData, EventStore, Expected, StreamAppend
 
 __all__ = ["Appends", "check_target", "encoded"]
 
@@ -59,3 +59,33 @@ class Appends:
         store = self._appends_to()
         check_target(stream)
         return await store.append(stream, encoded(events, metadata, correlation_id), expected=expected)
+
+    async def append_several(
+        self,
+        *appends: StreamAppend[Event],
+        metadata: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+    ) -> AppendedSeveral:
+        """Append events to several streams, all or nothing, outside any handler; they are in the log when this returns.
+
+            await log.append_several(
+                StreamAppend("account-ada", [Withdrawn(amount=5)], expected=3),
+                StreamAppend("account-bob", [Deposited(amount=5)]),
+                StreamAppend("limits", expected=12),
+            )
+
+        A stream without events must be as expected, and nothing is written to it. At most 1,000 streams, each once; the
+        log gets the events in this order, and all of them carry the same correlation id.
+
+        Raises what `EventStore.append_several` raises (`WrongExpectedVersion`, `StreamDeleted`, `EventTooLarge` and
+        `InvalidAppend` name a stream; `AbilityMissing` comes from a server that cannot do this), `ConfigurationError`
+        and `SchemaError`. When it raises `StoreUnavailable` the outcome is unknown: if one of the streams with events
+        has an expected version, it may be repeated, and is refused if the first attempt succeeded.
+        """
+        store = self._appends_to()
+        for stream, _, _ in appends:
+            check_target(stream)
+        ready = iter(encoded([event for _, events, _ in appends for event in events], metadata, correlation_id))
+        return await store.append_several(
+            [StreamAppend(stream, [next(ready) for _ in events], expected) for stream, events, expected in appends]
+        )

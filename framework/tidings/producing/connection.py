@@ -19,7 +19,7 @@ from tidings.modelling.codec import decode, read_metadata
 from tidings.modelling.events import Event, Registry
 from tidings.modelling.repository import HistoryEntry, Repository
 from tidings.settings import Settings
-from tidings.stores import ANY, Appended, EventStore, Expected, RecordedEvent
+from tidings.stores import ANY, Appended, AppendedSeveral, EventStore, Expected, RecordedEvent, StreamAppend
 
 __all__ = ["BlockingLog", "Connecting", "Log", "connect"]
 
@@ -91,6 +91,15 @@ class BlockingLog:
         return self.run(
             lambda log: log.append(stream, *events, expected=expected, metadata=metadata, correlation_id=correlation_id)
         )
+
+    def append_several(
+        self,
+        *appends: StreamAppend[Event],
+        metadata: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+    ) -> AppendedSeveral:
+        """As `Log.append_several`; returns when the events are in the log."""
+        return self.run(lambda log: log.append_several(*appends, metadata=metadata, correlation_id=correlation_id))
 
     def read(self, stream: str, *views: type[Event], start: int = 0, limit: int | None = None) -> list[HistoryEntry]:
         """As `Log.read`, all at once."""

@@ -13,16 +13,17 @@ from uuid import UUID, uuid4
 
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
-from tidings.errors import EventTooLarge, InvalidStreamName, StreamDeleted, WrongExpectedVersion
+from tidings.errors import EventTooLarge, InvalidStreamName, PartlyRepeated, StreamDeleted, WrongExpectedVersion
 from tidings.server.calls import Call, Method
-from tidings.server.records_messages import FORMATS, MESSAGES, PACKAGE, STATUS_TRAILER, status_of
 from tidings.server.refusals import Refusal, Status, shown
 from tidings.server.releases import Release
 from tidings.server.security import Access
 from tidings.server.wire import OVERHEAD, check_length, cost_of
 from tidings.stores import ANY, JSON, NO_STREAM, OCTETS, STREAM_EXISTS, Appended, EventData, Expected
+from tidings.stores.eventstoredb.records_messages import FORMATS, MESSAGES, PACKAGE, STATUS_TRAILER, status_of
 from tidings.stores.rules import check_event
-from tidings.stores.sqlite.several import EXISTS, NONE, TOMBSTONED, Check, Several, Violation
+from tidings.stores.several import EXISTS, NONE, TOMBSTONED
+from tidings.stores.sqlite.several import Check, Several, Violation
 from tidings.stores.sqlite.store import SqliteStore
 
 __all__ = ["Records"]
@@ -139,8 +140,12 @@ class Records:
                 call.charge.until(outcome, append.size)
             return append, await asyncio.shield(outcome)  # it is written, whether or not its client waits for that
         except WrongExpectedVersion as error:
-            raise _wrong(append, error, session=bool(expectations)) from None
+            raise _wrong(append, error.stream, error.actual, session=bool(expectations)) from None
+        except PartlyRepeated as error:
+            raise _wrong(append, error.stream, error.version, session=bool(expectations)) from None
         except StreamDeleted as error:
+            if append.violations:
+                raise _wrong(append, error.stream, append.violations[0].actual, session=False) from None
             kind, reason = ("Tombstoned", "STREAM_TOMBSTONED") if error.tombstoned else ("Deleted", "STREAM_DELETED")
             details = MESSAGES[f"Stream{kind}ErrorDetails"](stream=shown(error.stream))
             says = f"Stream '{shown(error.stream)}' is {kind.lower()}."
@@ -294,26 +299,26 @@ def _many(field: str) -> Refusal:
     return _bad(field, f"must not be about more than {MOST} streams")
 
 
-def _wrong(append: Several, error: WrongExpectedVersion, *, session: bool) -> Refusal:
+def _wrong(append: Several, stream: str, actual: int, *, session: bool) -> Refusal:
     if session:
-        expected = append.expectations[error.stream]
+        expected = append.expectations[stream]
         number = expected if isinstance(expected, int) else _CODES[expected]
         details = MESSAGES["StreamRevisionConflictErrorDetails"](
-            stream=shown(error.stream), expected_revision=number, actual_revision=error.actual
+            stream=shown(stream), expected_revision=number, actual_revision=actual
         )
-        says = f"Stream '{shown(error.stream)}' is at revision {error.actual}, and {number} was expected."
+        says = f"Stream '{shown(stream)}' is at revision {actual}, and {number} was expected."
         return _refused(Status.FAILED_PRECONDITION, "STREAM_REVISION_CONFLICT", says, details)
     details = MESSAGES["AppendConsistencyViolationErrorDetails"]()
-    for violation in append.violations or [Violation(0, error.stream, ANY_STATE, error.actual)]:
+    for violation in append.violations or [Violation(0, stream, ANY_STATE, actual)]:
         told = _told(violation)
         if details.ByteSize() + told.ByteSize() > TOLD:
             break
         details.violations.append(told)
     if append.violations:
-        says = f"{len(append.violations)} of the checks do not hold, the first one of '{shown(error.stream)}'."
+        says = f"{len(append.violations)} of the checks do not hold, the first one of '{shown(stream)}'."
     else:
         says = (
-            f"Stream '{shown(error.stream)}', at revision {error.actual}, has records of the append already, and "
+            f"Stream '{shown(stream)}', at revision {actual}, has records of the append already, and "
             "others were never written: send it again as it was, or give the records new ids."
         )
     return _refused(Status.FAILED_PRECONDITION, "APPEND_CONSISTENCY_VIOLATION", says, details)

@@ -10,6 +10,9 @@ Rules that every adapter keeps, each proved by a test of `tidings.testing.store_
   before everything, also in an empty log, is -1.
 * Appends to one stream that a task starts one after the other, without waiting, are applied in that order.
 * A catch-up subscription has no gap and no repetition where history meets live events.
+* An append over several streams (`append_several`) is judged stream by stream as `append` judges each, and then written
+  whole or not at all. No event of another append stands between its events. A store that cannot do this raises
+  `AbilityMissing`; `EventStore.abilities` says so beforehand.
 * Truncation, soft delete and tombstone hide events of a stream, never of `$all`.
 * Every store refuses, before anything is sent, what would crash an EventStoreDB 24.2 server: any use of a stream `$$`,
   `$maxAge` over 60,000,000,000 s, metadata for a tombstoned stream, deletion of a metadata stream.
@@ -21,7 +24,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 from uuid import UUID, uuid4
 
 from tidings.errors import InvalidStreamName
@@ -35,7 +38,9 @@ __all__ = [
     "NO_STREAM",
     "OCTETS",
     "STREAM_EXISTS",
+    "Ability",
     "Appended",
+    "AppendedSeveral",
     "CaughtUp",
     "Checkpoint",
     "EventData",
@@ -43,12 +48,15 @@ __all__ = [
     "Expected",
     "Filter",
     "RecordedEvent",
+    "StreamAppend",
     "StreamMetadata",
     "StreamState",
     "check_stream_name",
     "check_text",
     "describe",
 ]
+
+E = TypeVar("E")
 
 JSON: Final = "application/json"
 OCTETS: Final = "application/octet-stream"
@@ -81,6 +89,16 @@ Expected = int | StreamState
 `ANY` and `STREAM_EXISTS` may write again after a restart of the store (measured on EventStoreDB 24.2): never repeat
 them blindly.
 """
+
+
+class Ability(Enum):
+    """What some stores can do, and others cannot. Its value is its name in errors and in docs/adapters.md."""
+
+    APPEND_SEVERAL = "append_several"
+    """An append over several streams, all or nothing."""
+    CONSECUTIVE_POSITIONS = "consecutive positions"
+    """The positions of an append's events follow one another without a gap: n, n + 1, n + 2. In an append over several
+    streams, the metadata with which a softly deleted stream begins again may stand between two streams' events."""
 
 
 def describe(expected: Expected) -> str:
@@ -143,6 +161,26 @@ class Appended(NamedTuple):
 
     version: int
     position: int
+
+
+class StreamAppend(NamedTuple, Generic[E]):
+    """What an append over several streams does to one of them.
+
+    Without events, it only demands that the stream is as `expected`; `ANY` then demands nothing.
+    """
+
+    stream: str
+    events: Sequence[E] = ()
+    expected: Expected = ANY
+
+
+class AppendedSeveral(NamedTuple):
+    """The result of an append over several streams. A repeated one returns the result of the first one."""
+
+    versions: Mapping[str, int]
+    """For each stream that got events, the version of the last of them."""
+    position: int
+    """The position of the append's last event."""
 
 
 class Checkpoint(NamedTuple):
@@ -225,6 +263,25 @@ class EventStore(Protocol):
         Use an event's id in one stream only. EventStoreDB remembers only the first stream of an id: in a second stream,
         an event that is repeated with `ANY` is written again (measured on 24.2).
         """
+        ...
+
+    async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
+        """Append events to several streams, all or nothing, durably. The log gets the events in the order given.
+
+        Each stream is judged as `append` judges it, so a repetition of the whole append is known by the events' ids,
+        and returns what the first one returned, whatever the streams without events are like by then. If only some of
+        the streams have their events already, `PartlyRepeated` is raised.
+
+        At most 1,000 streams, each of them once, and at least one event; events' sizes count together towards the limit
+        of an append. Raises what `append` raises, always naming a stream, and `InvalidAppend` and `AbilityMissing`.
+        After `StoreUnavailable` the outcome is unknown: repeat it with the same ids. It has no order among appends that
+        are under way at the same time.
+        """
+        ...
+
+    async def abilities(self) -> frozenset[Ability]:
+        """Return what the store can do beyond the rules. A store in front of a server asks it, and raises
+        `StoreUnavailable` if it does not answer."""
         ...
 
     def read_stream(

@@ -24,9 +24,12 @@ from uuid import UUID, uuid4
 import pytest
 
 from tidings.errors import (
+    AbilityMissing,
     EventTooLarge,
+    InvalidAppend,
     InvalidMetadata,
     InvalidStreamName,
+    PartlyRepeated,
     StoreUnavailable,
     StreamDeleted,
     StreamNotFound,
@@ -39,7 +42,9 @@ from tidings.stores import (
     NO_STREAM,
     OCTETS,
     STREAM_EXISTS,
+    Ability,
     Appended,
+    AppendedSeveral,
     CaughtUp,
     Checkpoint,
     EventData,
@@ -47,6 +52,7 @@ from tidings.stores import (
     Expected,
     Filter,
     RecordedEvent,
+    StreamAppend,
 )
 
 __all__ = ["PATIENCE", "Reopen", "StoreConformance", "event", "events", "eventually", "numbers", "read", "take"]
@@ -141,6 +147,18 @@ class StoreConformance:
     def advance(self) -> Callable[[float], None]:
         """Return a function that moves the store's clock by some seconds. By default, it waits for real time."""
         return lambda seconds: None
+
+    @pytest.fixture
+    def abilities(self) -> frozenset[Ability]:
+        """Return what the store can do beyond the rules: by default, everything. Override it to leave something out."""
+        return frozenset(Ability)
+
+    @pytest.fixture
+    def several(self, store: EventStore, abilities: frozenset[Ability]) -> EventStore:
+        """The store, for tests of appends over several streams. It skips them if `abilities` leaves these out."""
+        if Ability.APPEND_SEVERAL not in abilities:
+            pytest.skip(f"by its `abilities`, this store does not offer {Ability.APPEND_SEVERAL.value}")
+        return store
 
     @pytest.fixture
     def stream(self) -> str:
@@ -379,6 +397,285 @@ class StoreConformance:
             answers = await asyncio.gather(*(store.append(name, batch, expected=expected) for _ in range(8)))
             assert len(set(answers)) == 1
             assert await read(store, name) == [(0, 0), (1, 1)]
+
+    # ---- append over several streams
+
+    async def test_the_store_has_the_abilities_that_it_is_said_to_have(
+        self, store: EventStore, stream: str, abilities: frozenset[Ability]
+    ) -> None:
+        assert await store.abilities() == abilities
+        if Ability.APPEND_SEVERAL not in abilities:
+            with pytest.raises(AbilityMissing, match="append_several") as missing:
+                await store.append_several([StreamAppend(stream, events(0)), StreamAppend(f"{stream}-b", events(1))])
+            assert missing.value.ability == Ability.APPEND_SEVERAL.value
+            with pytest.raises(StreamNotFound):
+                await read(store, stream)
+
+    async def test_several_streams_get_their_events_in_the_order_given(
+        self, several: EventStore, stream: str, abilities: frozenset[Ability]
+    ) -> None:
+        a, b, c = (f"{stream}-{name}" for name in "abc")
+        await several.append(b, events(0, 1))
+        before = await several.head()
+        done = await several.append_several(
+            [StreamAppend(c, events(2, 3), NO_STREAM), StreamAppend(a, events(4)), StreamAppend(b, events(5, 6), 1)]
+        )
+        assert dict(done.versions) == {c: 1, a: 0, b: 3}
+        found = [found async for found in several.read_all(after=before, filter=Filter(stream_prefixes=(stream,)))]
+        assert [(item.stream, item.version, number(item)) for item in found] == [
+            (c, 0, 2),
+            (c, 1, 3),
+            (a, 0, 4),
+            (b, 2, 5),
+            (b, 3, 6),
+        ]
+        assert found[-1].position == done.position
+        if Ability.CONSECUTIVE_POSITIONS in abilities:
+            assert [item.position for item in found] == list(range(done.position - 4, done.position + 1))
+
+    @pytest.mark.parametrize("empty", [False, True], ids=["written", "only checked"])
+    @pytest.mark.parametrize(
+        ("expected", "has", "says"),
+        [
+            (NO_STREAM, 1, "no stream"),
+            (STREAM_EXISTS, 0, "an existing stream"),
+            (7, 2, "version 7"),
+            (0, 3, "version 0"),
+            (0, 0, "version 0"),
+        ],
+        ids=["no_stream", "exists", "above", "below", "missing"],
+    )
+    async def test_whichever_of_several_streams_is_not_as_expected_nothing_is_written(
+        self, several: EventStore, stream: str, empty: bool, expected: Expected, has: int, says: str
+    ) -> None:
+        for place in range(3):
+            names = [f"{stream}-{place}-{n}" for n in range(3)]
+            wrong = names[place]
+            if has:
+                await several.append(wrong, events(*range(has)))
+            parts = [StreamAppend(name, events(90), NO_STREAM) for name in names]
+            parts[place] = StreamAppend(wrong, [] if empty else events(91), expected)
+            with pytest.raises(WrongExpectedVersion) as refusal:
+                await several.append_several(parts)
+            assert (refusal.value.stream, refusal.value.expected, refusal.value.actual) == (wrong, says, has - 1)
+        assert await self.numbers_of(several, stream) == 3 * list(range(has))
+
+    async def numbers_of(self, store: EventStore, stream: str) -> list[int]:
+        """Return the numbers of all events of streams whose names begin so, in the order of the log."""
+        return numbers([found async for found in store.read_all(filter=Filter(stream_prefixes=(stream,)))])
+
+    async def test_a_stream_without_events_is_only_checked(self, several: EventStore, stream: str) -> None:
+        a, b, c = (f"{stream}-{name}" for name in "abc")
+        await several.append(a, events(0, 1))
+        for checked in (StreamAppend[EventData](a, (), 1), StreamAppend[EventData](a, (), STREAM_EXISTS)):
+            done = await several.append_several([checked, StreamAppend(b, events(2)), StreamAppend(c, expected=-1)])
+            assert list(done.versions) == [b]
+        done = await several.append_several([StreamAppend(c), StreamAppend(b, events(3))])
+        assert dict(done.versions) == {b: 2}, "with ANY nothing is demanded"
+        assert await read(several, a) == [(0, 0), (1, 1)]
+        with pytest.raises(StreamNotFound):
+            await read(several, c)
+
+    async def test_an_append_over_several_streams_that_cannot_be_meant_is_refused(
+        self, several: EventStore, stream: str
+    ) -> None:
+        other, twice = f"{stream}-b", event(1)
+        with pytest.raises(InvalidAppend, match="named twice") as refused:
+            await several.append_several([StreamAppend(stream, events(0)), StreamAppend(stream, events(1))])
+        assert refused.value.stream == stream
+        with pytest.raises(InvalidAppend, match="comes twice") as refused:
+            await several.append_several([StreamAppend(stream, [twice]), StreamAppend(other, [twice])])
+        assert refused.value.stream == other
+        with pytest.raises(InvalidAppend, match="metadata") as refused:
+            await several.append_several([StreamAppend(stream, events(0)), StreamAppend(f"$${other}", events(1))])
+        assert refused.value.stream == f"$${other}"
+        for nothing in ([], [StreamAppend[EventData](stream)], [StreamAppend[EventData](stream, [], NO_STREAM)]):
+            with pytest.raises(InvalidAppend, match="no events"):
+                await several.append_several(nothing)
+        with pytest.raises(InvalidAppend, match="1001 streams"):
+            await several.append_several([StreamAppend(f"{stream}-{n}", events(n)) for n in range(1001)])
+        for bad in (StreamAppend("", events(0)), StreamAppend(other, [event(type="")])):
+            with pytest.raises(InvalidStreamName):
+                await several.append_several([StreamAppend(stream, events(0)), bad])
+        assert await self.numbers_of(several, stream) == []
+
+    async def test_one_append_may_be_over_a_thousand_streams(self, several: EventStore, stream: str) -> None:
+        done = await several.append_several([StreamAppend(f"{stream}-{n}", events(n)) for n in range(1000)])
+        assert dict(done.versions) == {f"{stream}-{n}": 0 for n in range(1000)}
+        assert await self.numbers_of(several, stream) == list(range(1000))
+
+    @pytest.mark.parametrize("expected", [NO_STREAM, ANY], ids=["no_stream", "any"])
+    async def test_an_append_over_several_streams_again_answers_as_before(
+        self, several: EventStore, stream: str, expected: Expected
+    ) -> None:
+        a, b, checked = (f"{stream}-{name}" for name in "abc")
+        await several.append(a, events(0))
+        parts = [
+            StreamAppend(a, events(1, 2), 0),
+            StreamAppend(b, events(3), expected),
+            StreamAppend(checked, expected=-1),
+        ]
+        first = await several.append_several(parts)
+        assert await several.append_several(parts) == first
+        await several.append(a, events(4))
+        await several.append(b, events(5))
+        await several.append(checked, events(6))
+        assert await several.append_several(parts) == first, "also when the streams have gone on"
+        assert await self.numbers_of(several, stream) == [0, 1, 2, 3, 4, 5, 6]
+
+    async def test_repetitions_over_several_streams_that_are_under_way_together_write_once(
+        self, several: EventStore, stream: str
+    ) -> None:
+        parts = [StreamAppend(f"{stream}-{n}", events(n)) for n in range(3)]
+        answers = await asyncio.gather(*(several.append_several(parts) for _ in range(8)))
+        assert all(answer == answers[0] for answer in answers)
+        assert await self.numbers_of(several, stream) == [0, 1, 2]
+
+    @pytest.mark.parametrize("expected", [NO_STREAM, ANY], ids=["no_stream", "any"])
+    async def test_a_part_of_an_append_over_several_streams_again_is_refused(
+        self, several: EventStore, stream: str, expected: Expected
+    ) -> None:
+        a, b = f"{stream}-a", f"{stream}-b"
+        known, new = events(0, 1), event(2)
+        await several.append(a, known)
+        parts = [StreamAppend(a, known, expected), StreamAppend(b, [new])]
+        for some in (parts, parts[::-1]):
+            with pytest.raises(PartlyRepeated) as refused:
+                await several.append_several(some)
+            assert (refused.value.stream, refused.value.version) == (a, 1)
+        for batch in ([*known, new], [known[0], new]):
+            with pytest.raises((PartlyRepeated, WrongExpectedVersion), match=a):
+                await several.append_several([StreamAppend(b, events(3)), StreamAppend(a, batch, expected)])
+        assert await self.numbers_of(several, stream) == [0, 1]
+
+    async def test_appends_over_the_same_streams_in_any_order_all_happen_each_in_one_piece(
+        self, several: EventStore, stream: str
+    ) -> None:
+        names = [f"{stream}-{n}" for n in range(4)]
+        before = await several.head()
+
+        async def write(writer: int) -> None:
+            for n in range(12):
+                turned = [names[(writer + n + at) % 4] for at in range(4)]
+                order = turned if n % 2 else turned[::-1]
+                await several.append_several([StreamAppend(name, [event(writer * 100 + n)]) for name in order])
+                await several.append(names[n % 4], [event(1_000_000)])
+
+        async with asyncio.timeout(3 * PATIENCE), asyncio.TaskGroup() as tasks:
+            for writer in range(8):
+                tasks.create_task(write(writer))
+        own = Filter(stream_prefixes=(stream,))
+        found = [found async for found in several.read_all(after=before, filter=own)]
+        positions = [item.position for item in found]
+        assert positions == sorted(set(positions))
+        together = [number(item) for item in found if number(item) < 1_000_000]
+        at = [place for place, item in enumerate(found) if number(item) < 1_000_000]
+        assert len(together) == 8 * 12 * 4
+        for begin in range(0, len(together), 4):
+            assert len(set(together[begin : begin + 4])) == 1, "no other append stands between its events"
+            assert at[begin + 3] - at[begin] == 3
+        for name in names:
+            assert [found.version async for found in several.read_stream(name)] == list(range(8 * 15))
+
+    async def test_of_appends_over_several_streams_that_expect_the_same_one_wins(
+        self, several: EventStore, stream: str
+    ) -> None:
+        a, b = f"{stream}-a", f"{stream}-b"
+        contenders = [
+            [StreamAppend(a, [event(n)], NO_STREAM), StreamAppend(b, [event(n)])][:: 1 if n % 2 else -1]
+            for n in range(10)
+        ]
+        outcomes = await asyncio.gather(*map(several.append_several, contenders), return_exceptions=True)
+        assert sum(isinstance(outcome, WrongExpectedVersion) for outcome in outcomes) == 9
+        winner = next(n for n, outcome in enumerate(outcomes) if isinstance(outcome, AppendedSeveral))
+        assert await self.numbers_of(several, stream) == [winner, winner]
+
+    async def test_an_append_over_several_streams_over_the_limit_is_refused_whole(
+        self, several: EventStore, stream: str
+    ) -> None:
+        limit = await self.limit(several)
+        parts = [StreamAppend(f"{stream}-{n}", [EventData("Big", b"x" * (limit * 6 // 10))]) for n in range(2)]
+        with pytest.raises(EventTooLarge) as refusal:
+            await several.append_several([StreamAppend(f"{stream}-small", events(0)), *parts])
+        assert refusal.value.size > refusal.value.limit
+        assert refusal.value.stream in {part.stream for part in parts}
+        assert await self.numbers_of(several, stream) == []
+
+    async def test_several_streams_may_have_names_of_every_kind(self, several: EventStore, stream: str) -> None:
+        names = [f"{stream}{ending}" for ending in ("", " наказ 🧾 a/b?c#d", "%x", "_*[", "." * 40, "'\";--", "\t")]
+        names.append(f"${stream}")
+        done = await several.append_several(
+            [StreamAppend(name, [event(n, f"Тип{n}🧾")], NO_STREAM) for n, name in enumerate(names)]
+        )
+        assert dict(done.versions) == dict.fromkeys(names, 0)
+        for n, name in enumerate(names):
+            assert await read(several, name) == [(0, n)]
+
+    async def test_what_several_streams_get_comes_back_as_it_was(self, several: EventStore, stream: str) -> None:
+        """Metadata is a JSON object here, and a server may add names that begin with a dollar."""
+        metadata = {"$correlationId": "c-1", "schemaVersion": 2, "user": "Їжак 🧾", "deep": {"k": [1, 1.5, None, True]}}
+        sent = EventData("Happened", b'{"n":1}', json.dumps(metadata).encode())
+        octets = EventData("Bin", bytes(range(256)), content_type=OCTETS)
+        await several.append_several([StreamAppend(stream, [sent]), StreamAppend(f"{stream}-b", [octets])])
+        [found] = [found async for found in several.read_stream(stream)]
+        assert (found.id, found.type, found.data, found.is_json) == (sent.id, "Happened", sent.data, True)
+        assert json.loads(found.metadata).items() >= metadata.items()
+        [other] = [found async for found in several.read_stream(f"{stream}-b")]
+        assert (other.id, other.type, other.data, other.content_type) == (octets.id, "Bin", octets.data, OCTETS)
+
+    async def test_a_tombstoned_stream_among_several_is_named_and_nothing_is_written(
+        self, several: EventStore, stream: str
+    ) -> None:
+        gone, other = f"{stream}-gone", f"{stream}-b"
+        await several.append(gone, events(0))
+        await several.tombstone(gone)
+        before = await several.head()
+        for part in (
+            StreamAppend(gone, events(1)),
+            StreamAppend(gone, events(1), NO_STREAM),
+            StreamAppend(gone, events(1), 0),
+            StreamAppend[EventData](gone, [], 0),
+            StreamAppend[EventData](gone, [], STREAM_EXISTS),
+        ):
+            for parts in ([part, StreamAppend(other, events(2))], [StreamAppend(other, events(2)), part]):
+                with pytest.raises(StreamDeleted) as deleted:
+                    await several.append_several(parts)
+                assert (deleted.value.stream, deleted.value.tombstoned) == (gone, True)
+        with pytest.raises(StreamNotFound):
+            await read(several, other)
+        assert [found async for found in several.read_all(after=before, filter=Filter(stream_prefixes=(stream,)))] == []
+
+    async def test_a_deleted_stream_among_several_begins_again(self, several: EventStore, stream: str) -> None:
+        gone, other, third = (f"{stream}-{name}" for name in "abc")
+        await several.append(gone, events(0, 1))
+        await several.delete(gone)
+        for part in (StreamAppend(gone, events(9), STREAM_EXISTS), StreamAppend[EventData](gone, [], STREAM_EXISTS)):
+            with pytest.raises(StreamDeleted) as deleted:
+                await several.append_several([StreamAppend(other, events(9)), part])
+            assert (deleted.value.stream, deleted.value.tombstoned) == (gone, False)
+        for state in (NO_STREAM, 1):
+            await several.append_several([StreamAppend(third, events(2)), StreamAppend(gone, expected=state)])
+        done = await several.append_several([StreamAppend(gone, events(3), NO_STREAM), StreamAppend(other, events(4))])
+        assert dict(done.versions) == {gone: 2, other: 0}
+        assert await read(several, gone) == [(2, 3)]
+        assert await read(several, other) == [(0, 4)]
+
+    async def test_a_closed_store_takes_no_append_over_several_streams(self, several: EventStore, stream: str) -> None:
+        await several.close()
+        with pytest.raises(StoreUnavailable, match="closed"):
+            await several.append_several([StreamAppend(stream, events(0)), StreamAppend(f"{stream}-b", events(1))])
+
+    async def test_what_was_acknowledged_over_several_streams_is_there_after_reopening(
+        self, several: EventStore, stream: str, reopen: Reopen | None
+    ) -> None:
+        if reopen is None:
+            pytest.skip("this adapter cannot reopen")
+        parts = [StreamAppend(f"{stream}-{n}", events(2 * n, 2 * n + 1), NO_STREAM) for n in range(3)]
+        first = await several.append_several(parts)
+        await several.close()
+        async with reopen() as again:
+            assert await again.append_several(parts) == first
+            assert await self.numbers_of(again, stream) == [0, 1, 2, 3, 4, 5]
 
     # ---- reading a stream
 

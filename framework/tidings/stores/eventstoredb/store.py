@@ -12,19 +12,22 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import structlog
 
 import tidings.stores.eventstoredb.wire as wire
-from tidings.errors import StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
+from tidings.errors import PartlyRepeated, StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     ANY,
     EVERYTHING,
     NO_STREAM,
     STREAM_EXISTS,
+    Ability,
     Appended,
+    AppendedSeveral,
     CaughtUp,
     Checkpoint,
     EventData,
@@ -32,16 +35,21 @@ from tidings.stores import (
     Expected,
     Filter,
     RecordedEvent,
+    StreamAppend,
     StreamMetadata,
 )
 from tidings.stores.eventstoredb.access import close_identity, document_with_access
-from tidings.stores.eventstoredb.appends import Appends, Write
+from tidings.stores.eventstoredb.appends import Appends
+from tidings.stores.eventstoredb.finding import find, written_up_to
 from tidings.stores.eventstoredb.grpc import Connection
 from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost
 from tidings.stores.eventstoredb.leader import LOG_STREAM, Leader, Trying, raise_refused
 from tidings.stores.eventstoredb.revived import AGAIN_SECONDS, Revived
+from tidings.stores.eventstoredb.several import Several
 from tidings.stores.metadata import check_closing, check_metadata_write, is_metadata_stream
 from tidings.stores.rules import METADATA, document_of
+from tidings.stores.several import checked_several, too_large
+from tidings.stores.table import as_expected
 
 __all__ = ["EventStoreDB", "open_eventstoredb"]
 
@@ -67,7 +75,8 @@ class EventStoreDB:
 
     def __init__(self, url: str) -> None:
         self._leader = Leader(url)
-        self._appends = Appends(self._leader, self.find)
+        self._appends = Appends(self._leader, partial(find, self))
+        self._several = Several(self._leader, partial(find, self))
         self._metadata_writes = asyncio.Lock()
         self._revived = Revived()
         self._task = asyncio.create_task(self._appends.run(), name="tidings-eventstoredb-appends")
@@ -103,6 +112,26 @@ class EventStoreDB:
             if expected is STREAM_EXISTS:
                 raise await self._how_deleted(stream) from None
             raise
+
+    async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
+        size = checked_several(appends, wire.check_events)
+        if size > wire.EVENT_LIMIT:
+            raise too_large(appends, size, wire.EVENT_LIMIT, "Tidings' own")
+        self._leader.check_usable()
+        for part in appends:
+            wire.check_expected(part.expected)
+        parts = {part.stream: part._replace(expected=as_expected(part.expected)) for part in appends}
+        try:
+            appended = await self._several.append([*parts.values()])
+        except WrongExpectedVersion as error:
+            version = await written_up_to(self, parts[error.stream])
+            raise error if version is None else PartlyRepeated(error.stream, version) from None
+        for stream in appended.versions:
+            self._revived.appended(stream)
+        return appended
+
+    async def abilities(self) -> frozenset[Ability]:
+        return frozenset({Ability.APPEND_SEVERAL}) if await self._several.offered() else frozenset()
 
     async def _check_not_tombstoned(self, metadata_stream: str) -> None:
         """Metadata of a tombstoned stream is refused here: the server refuses it too, and can end over what follows."""
@@ -364,36 +393,6 @@ class EventStoreDB:
         except StreamDeleted as error:
             raise StreamDeleted(stream, tombstoned=error.tombstoned) from None
         return StreamMetadata({}, -1)
-
-    async def find(self, write: Write) -> Appended | Expected:
-        """Where an append of unknown outcome is in the log; if it is not, the version to append at. Raises
-        `StreamDeleted`, `StoreUnavailable`."""
-        if not write.events:
-            return write.expected
-        wanted = write.events[-1].id.bytes
-        deleted: StreamDeleted | None = None
-        newest, whole = -1, False
-        try:
-            async for event in self.read_stream(write.stream, backwards=True):
-                newest = max(newest, event.version)
-                if event.id_bytes == wanted:
-                    return Appended(event.version, event.position)
-                whole = event.version == 0 or event.position <= write.floor
-                if whole:
-                    break
-        except StreamNotFound:
-            pass
-        except StreamDeleted as error:
-            deleted = error
-        if not whole:  # what the stream does not show any more, the log still does
-            async for event in self.read_all(after=write.floor, filter=Filter(stream_prefixes=(write.stream,))):
-                if event.id_bytes == wanted and event.stream == write.stream:
-                    return Appended(event.version, event.position)
-        if deleted is not None:
-            raise deleted
-        if newest >= 0:
-            return newest
-        return STREAM_EXISTS if write.expected is STREAM_EXISTS else NO_STREAM
 
     # ---- calls ---------------------------------------------------------------------------
 

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from itertools import chain
+from typing import Any, Final, NamedTuple
 
 from tidings.errors import StoreError, StreamDeleted, WrongExpectedVersion
-from tidings.stores import JSON, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected, describe
+from tidings.stores import (
+    ANY,
+    JSON,
+    NO_STREAM,
+    STREAM_EXISTS,
+    Appended,
+    AppendedSeveral,
+    EventData,
+    Expected,
+    describe,
+)
 from tidings.stores.postgresql.schema import key_of, uuid_of
 from tidings.stores.rules import (
     MAX_VERSION,
@@ -23,9 +34,10 @@ from tidings.stores.rules import (
     retention_of,
     truncated,
 )
+from tidings.stores.several import holds, judged, number_of, refusal_of
 from tidings.stores.table import Kind
 
-__all__ = ["Draft", "Found", "Outcome", "State", "Unknown", "Write", "asked_of"]
+__all__ = ["Draft", "Found", "Outcome", "Several", "State", "Unknown", "Write", "asked_of"]
 
 
 class Write:
@@ -40,7 +52,7 @@ class Write:
         events: tuple[EventData, ...],
         expected: Expected,
         size: int,
-        answer: asyncio.Future[Appended],
+        answer: asyncio.Future[Any],
     ) -> None:
         self.kind = kind
         self.stream = stream
@@ -49,9 +61,29 @@ class Write:
         self.size = size
         """Bytes as it is sent: what counts where writes become a group."""
         self.answer = answer
+        """It gets an `Appended`, or for `Several` an `AppendedSeveral`."""
+
+    @property
+    def parts(self) -> Sequence[Write]:
+        """What it does to each of its streams."""
+        return (self,)
 
 
-Outcome = Appended | StoreError
+class Several(Write):
+    """An append to several streams, each of them once. Those that get no events are only looked at."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[Write], size: int, answer: asyncio.Future[Any]) -> None:
+        super().__init__(Kind.APPEND, parts[0].stream, (), ANY, size, answer)
+        self._parts = parts
+
+    @property
+    def parts(self) -> Sequence[Write]:
+        return self._parts
+
+
+Outcome = Appended | AppendedSeveral | StoreError
 
 
 class State(NamedTuple):
@@ -80,7 +112,7 @@ def asked_of(writes: Iterable[Write]) -> tuple[list[str], Found]:
     """Return what to look up so that no decision about the writes is `Unknown`: streams, and what is to be found."""
     streams: dict[str, None] = {}
     found = Found()
-    for write in writes:
+    for write in chain.from_iterable(write.parts for write in writes):
         original = original_of(write.stream)
         for stream in (write.stream, f"$${write.stream}", *(() if original is None else (original,))):
             streams[stream] = None
@@ -125,7 +157,7 @@ class Draft:
         self.writes.extend(writes)
         for write in writes:
             try:
-                self.outcomes.append(self._apply(write))
+                self.outcomes.append(self._apply_several(write) if isinstance(write, Several) else self._apply(write))
             except StoreError as refusal:
                 self.outcomes.append(refusal)
 
@@ -134,7 +166,7 @@ class Draft:
         """Return the outcome with its position, where the rows were written behind position `head`."""
         if isinstance(outcome, StoreError) or outcome.position >= 0:
             return outcome
-        return Appended(outcome.version, head - 1 - outcome.position)
+        return outcome._replace(position=head - 1 - outcome.position)
 
     @property
     def _at(self) -> int:
@@ -170,38 +202,69 @@ class Draft:
         document = b"" if stream.startswith("$$") else self._state(f"$${stream}").document
         return bool(document) and retention_of(stream, document).soft_deleted
 
-    def _apply(self, write: Write) -> Appended:
+    def _facts(self, stream: str) -> Facts:
+        return Facts(self._state(stream).last, self._soft(stream))
+
+    def _decided(self, write: Write) -> Appended | None:
+        """Ask `rules.decide` about the write."""
         if self._found is None:
             self._guess(write)
         stream = write.stream
-        facts = Facts(self._state(stream).last, self._soft(stream))
-        original = original_of(stream)
+        facts, original = self._facts(stream), original_of(stream)
         if original is not None and facts.last < 0 and self._state(original).last == MAX_VERSION:
             # EventStoreDB looks at the original only where the metadata stream has no event of its own.
             raise StreamDeleted(stream)
-        ids = [event.id.bytes for event in write.events]
-        repeated = decide(
+        return decide(
             stream,
             facts,
             write.expected,
-            ids,
+            [event.id.bytes for event in write.events],
             has_metadata=lambda: self._state(f"$${stream}").last >= 0,
             recorded=lambda id_: self._recorded(stream, id_),
             recorded_at=lambda version: self._recorded_at(stream, version),
         )
+
+    def _apply(self, write: Write) -> Appended:
+        repeated = self._decided(write)
         if repeated is not None:
             return repeated
+        stream = write.stream
         if write.kind is Kind.APPEND:
-            return self._append(write, facts, original)
+            return self._append(write)
         if write.kind is Kind.TOMBSTONE:
             self._put(stream, MAX_VERSION, write.events[0])
             return Appended(MAX_VERSION, self._at)
-        if facts.last < 0 and self._state(f"$${stream}").last < 0:
+        last = self._state(stream).last
+        if last < 0 and self._state(f"$${stream}").last < 0:
             raise WrongExpectedVersion(stream, describe(write.expected), -1)
         self._put_metadata(stream, SOFT_DELETE)
-        return Appended(facts.last, self._at)
+        return Appended(last, self._at)
 
-    def _append(self, write: Write, facts: Facts, original: str | None) -> Appended:
+    def _apply_several(self, several: Several) -> AppendedSeveral:
+        """Decide about all of it, and only then put it."""
+        written = {part.stream: part for part in several.parts if part.events}
+        repeated = judged(written, lambda stream: self._decided(written[stream]), lambda: self._check(several))
+        if repeated is not None:
+            return repeated
+        appended = {stream: self._append(part) for stream, part in written.items()}
+        return AppendedSeveral(
+            {stream: answer.version for stream, answer in appended.items()},
+            min(answer.position for answer in appended.values()),  # counted in negative numbers
+        )
+
+    def _check(self, several: Several) -> None:
+        """Look at the streams that get no events."""
+        for part in several.parts:
+            if part.events or part.expected is ANY:
+                continue
+            if self._found is None:
+                self._guess(part)
+            facts, state = self._facts(part.stream), number_of(part.expected)
+            if not holds(facts, state):
+                raise refusal_of(part.stream, facts, state)
+
+    def _append(self, write: Write) -> Appended:
+        facts, original = self._facts(write.stream), original_of(write.stream)
         if not write.events:
             return Appended(facts.last, self._at)
         # Before the new document is there: whether the stream was softly deleted is read from the one that is the last.

@@ -16,21 +16,25 @@ from tidings.errors import EventTooLarge, StoreUnavailable, StreamDeleted
 from tidings.stores import (
     APPEND_LIMIT,
     EVERYTHING,
+    Ability,
     Appended,
+    AppendedSeveral,
     CaughtUp,
     Checkpoint,
     EventData,
     Expected,
     Filter,
     RecordedEvent,
+    StreamAppend,
     StreamMetadata,
 )
 from tidings.stores.postgresql.connections import Connection, Server
 from tidings.stores.postgresql.continuity import Continuity
-from tidings.stores.postgresql.decisions import Write
+from tidings.stores.postgresql.decisions import Several, Write
 from tidings.stores.postgresql.watcher import Watcher
 from tidings.stores.postgresql.writer import Writer
 from tidings.stores.rules import MAX_VERSION
+from tidings.stores.several import checked_several, too_large
 from tidings.stores.table import PAGE_EVENTS, Kind, Page, TableStore, View, as_expected, check_stream, checked_size
 
 __all__ = ["PostgreSQLStore", "open_postgresql"]
@@ -39,6 +43,7 @@ ROW_BYTES: Final = 100
 """Bytes of work that an event is, at least: an entry in each of three indexes, its place in the statement."""
 SENT_LIMIT: Final = 128 * 1024 * 1024
 """Bytes of one append as it is sent: a message of more than 1 GiB costs the connection."""
+WITH_NAMES: Final = "with the stream's name for each event, the"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -82,13 +87,32 @@ class PostgreSQLStore(TableStore):
         size = checked_size(stream, events)
         if size > APPEND_LIMIT:
             raise EventTooLarge(stream, size, APPEND_LIMIT)
-        sent = size + len(events) * (ROW_BYTES + len(stream.encode()))
+        sent = size + _beside(stream, events)
         if sent > SENT_LIMIT:
-            raise EventTooLarge(stream, sent, SENT_LIMIT, "with the stream's name for each event, the")
+            raise EventTooLarge(stream, sent, SENT_LIMIT, WITH_NAMES)
         self._check_usable()
         write = Write(kind, stream, tuple(events), as_expected(expected), sent, self._loop.create_future())
         self._writer.submit(write)
         return write.answer
+
+    async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
+        size = checked_several(appends, checked_size)
+        if size > APPEND_LIMIT:
+            raise too_large(appends, size, APPEND_LIMIT)
+        sent = size + sum(_beside(stream, events) for stream, events, _ in appends)
+        if sent > SENT_LIMIT:
+            raise too_large(appends, sent, SENT_LIMIT, WITH_NAMES)
+        self._check_usable()
+        answer: asyncio.Future[AppendedSeveral] = self._loop.create_future()
+        parts = [
+            Write(Kind.APPEND, stream, tuple(events), as_expected(expected), 0, answer)
+            for stream, events, expected in appends
+        ]
+        self._writer.submit(Several(parts, sent, answer))
+        return await answer
+
+    async def abilities(self) -> frozenset[Ability]:
+        return frozenset(Ability)
 
     # ---- reading
 
@@ -215,3 +239,8 @@ class PostgreSQLStore(TableStore):
             finally:
                 self._closed.set()
         await self._closed.wait()
+
+
+def _beside(stream: str, events: Sequence[EventData]) -> int:
+    """Return the bytes that events are sent with, beside their own."""
+    return len(events) * (ROW_BYTES + len(stream.encode()))

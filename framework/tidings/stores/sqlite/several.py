@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from tidings.errors import StreamDeleted, WrongExpectedVersion
-from tidings.stores import ANY, NO_STREAM, Appended, EventData, Expected, describe
-from tidings.stores.rules import MAX_VERSION, Facts
+from tidings.stores import ANY, NO_STREAM, Appended, EventData, Expected, StreamAppend
+from tidings.stores.several import NONE, holds, judged, number_of, refusal_of, state_of
 from tidings.stores.sqlite.writer import Appender, Member, Write
-from tidings.stores.table import Kind
+from tidings.stores.table import Kind, as_expected
 
-__all__ = ["DELETED", "EXISTS", "NONE", "TOMBSTONED", "Check", "Several", "Violation"]
-
-NONE: Final = -1
-EXISTS: Final = -4
-DELETED: Final = -5
-TOMBSTONED: Final = -6
-"""States of a stream that are no version."""
+__all__ = ["Check", "Several", "Violation", "several_of"]
 
 
 class Check(NamedTuple):
-    """A stream must be in this state: the version of its last event, or one of the states above."""
+    """A stream must be in this state: the version of its last event, or a state that is none (`stores.several`)."""
 
     stream: str
     state: int
@@ -64,71 +57,52 @@ class Several(Write):
         }
         """What the streams that are written must be like, where that is not any version."""
         self.checks = checks
-        self.versions: dict[str, int] = {}
+        self.versions: Mapping[str, int] = {}
         """The last version that was written of each stream."""
         self.violations: list[Violation] = []
 
     def apply(self, appender: Appender, connection: sqlite3.Connection) -> Appended:
-        """Decide about all of it, and only then put it. Raises `WrongExpectedVersion` and `StreamDeleted`."""
+        """Decide about all of it, and only then put it. Raises `WrongExpectedVersion`, `StreamDeleted` and
+        `PartlyRepeated`."""
         self.versions, self.violations = {}, []
-        repeated, refusal = self._decided(appender, connection)
-        if refusal is None and None not in repeated.values():
-            found = {stream: answer for stream, answer in repeated.items() if answer is not None}
-            self.versions = {stream: answer.version for stream, answer in found.items()}
-            return max(found.values(), key=lambda answer: answer.position)
-        self._check(appender, connection)
-        for stream, answer in repeated.items():
-            if refusal is None and answer is not None:  # a part of it was written before, and a part was not
-                refusal = WrongExpectedVersion(stream, describe(self._expects(stream)), answer.version)
-        if refusal is not None:
-            raise refusal
-        last = Appended(NONE, NONE)
-        for stream, event in self.records:
-            last = appender.append(connection, stream, [event])
-            self.versions[stream] = last.version
-        return last
-
-    def _expects(self, stream: str) -> Expected:
-        return self.expectations.get(stream, ANY)
-
-    def _decided(
-        self, appender: Appender, connection: sqlite3.Connection
-    ) -> tuple[dict[str, Appended | None], WrongExpectedVersion | StreamDeleted | None]:
-        """For each stream, None to write it or where it was written before; and the first refusal."""
         ids: dict[str, list[bytes]] = {}
         for stream, event in self.records:
             ids.setdefault(stream, []).append(event.id.bytes)
-        repeated: dict[str, Appended | None] = {}
-        refusal: WrongExpectedVersion | StreamDeleted | None = None
-        for stream, own in ids.items():
-            try:
-                repeated[stream] = appender.decided(connection, stream, self._expects(stream), own)
-            except (WrongExpectedVersion, StreamDeleted) as error:
-                refusal = refusal or error.with_traceback(None)  # which has this frame, which has the error
-        return repeated, refusal
+
+        def decided(stream: str) -> Appended | None:
+            return appender.decided(connection, stream, self.expectations.get(stream, ANY), ids[stream])
+
+        repeated = judged(ids, decided, lambda: self._check(appender, connection))
+        if repeated is not None:
+            self.versions = repeated.versions
+            return Appended(repeated.versions[self.stream], repeated.position)
+        last, versions = Appended(NONE, NONE), dict.fromkeys(ids, NONE)
+        for stream, event in self.records:
+            last = appender.append(connection, stream, [event])
+            versions[stream] = last.version
+        self.versions = versions
+        return last
 
     def _check(self, appender: Appender, connection: sqlite3.Connection) -> None:
-        for place, (stream, expected) in enumerate(self.checks):
-            actual = _state(facts := appender.facts(connection, stream))
-            if not _holds(facts, expected):
-                self.violations.append(Violation(place, stream, expected, actual))
+        for place, (stream, state) in enumerate(self.checks):
+            if not holds(facts := appender.facts(connection, stream), state):
+                self.violations.append(Violation(place, stream, state, state_of(facts)))
         if self.violations:
-            _, stream, expected, actual = self.violations[0]
-            raise WrongExpectedVersion(stream, f"state {expected}", actual)
+            _, stream, state, _ = self.violations[0]
+            raise refusal_of(stream, appender.facts(connection, stream), state)
+
+
+def several_of(member: Member, appends: Sequence[StreamAppend[EventData]], size: int) -> Several:
+    """Return the append as the port has it."""
+    records = [(stream, event) for stream, events, _ in appends for event in events]
+    expectations = {stream: as_expected(expected) for stream, events, expected in appends if events}
+    checks = [
+        Check(stream, number_of(as_expected(expected)))
+        for stream, events, expected in appends
+        if not events and expected is not ANY
+    ]
+    return Several(member, records, expectations, checks, size)
 
 
 def _expected(state: int) -> Expected:
     return NO_STREAM if state == NONE else state
-
-
-def _state(facts: Facts) -> int:
-    if facts.last == MAX_VERSION:
-        return TOMBSTONED
-    return DELETED if facts.soft else facts.last
-
-
-def _holds(facts: Facts, expected: int) -> bool:
-    actual = _state(facts)
-    if actual == DELETED and expected >= NONE:  # it is no stream, and its last version still is its last version
-        return expected in (NONE, facts.last)
-    return actual >= 0 if expected == EXISTS else actual == expected

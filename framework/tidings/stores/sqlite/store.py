@@ -28,20 +28,24 @@ from tidings.errors import (
 from tidings.stores import (
     APPEND_LIMIT,
     EVERYTHING,
+    Ability,
     Appended,
+    AppendedSeveral,
     CaughtUp,
     Checkpoint,
     EventData,
     Expected,
     Filter,
     RecordedEvent,
+    StreamAppend,
     StreamMetadata,
     check_text,
 )
 from tidings.stores.rules import MAX_VERSION, check_event
+from tidings.stores.several import checked_several, too_large
 from tidings.stores.sqlite.conditions import condition_of
 from tidings.stores.sqlite.log import Database, now
-from tidings.stores.sqlite.several import Several
+from tidings.stores.sqlite.several import Several, several_of
 from tidings.stores.sqlite.writer import Appender, Outcome, Write, Writer
 from tidings.stores.table import PAGE_EVENTS, Kind, Page, TableStore, View, as_expected, check_stream, checked_size
 
@@ -187,6 +191,17 @@ class SqliteStore(TableStore):
             raise EventTooLarge(stream, size, self._log.limit)
         self._check_usable()
         return self._submitted(Write(self, kind, stream, tuple(events), as_expected(expected), size))
+
+    async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
+        size = checked_several(appends, checked_size)
+        if size > self._log.limit:
+            raise too_large(appends, size, self._log.limit)
+        append = several_of(self, appends, size)
+        appended = await self.begin_several(append)
+        return AppendedSeveral(append.versions, appended.position)
+
+    async def abilities(self) -> frozenset[Ability]:
+        return frozenset(Ability)
 
     def begin_several(self, append: Several) -> asyncio.Future[Appended]:
         """As `begin`, for an append to several streams."""

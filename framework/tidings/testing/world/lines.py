@@ -12,7 +12,9 @@ from tidings.errors import BusUnavailable, StoreUnavailable
 from tidings.stores import (
     ANY,
     EVERYTHING,
+    Ability,
     Appended,
+    AppendedSeveral,
     CaughtUp,
     Checkpoint,
     EventData,
@@ -20,6 +22,7 @@ from tidings.stores import (
     Expected,
     Filter,
     RecordedEvent,
+    StreamAppend,
     StreamMetadata,
 )
 
@@ -89,9 +92,19 @@ class _Store(EventStore):
             yield item
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        return await self._write(lambda: self._inner.append(stream, events, expected=expected))
+
+    async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
+        return await self._write(lambda: self._inner.append_several(appends))
+
+    async def abilities(self) -> frozenset[Ability]:
+        self._check()
+        return await self._inner.abilities()
+
+    async def _write(self, write: Callable[[], Awaitable[T]]) -> T:
         self._check()
         await self._late()
-        done = await self._inner.append(stream, events, expected=expected)
+        done = await write()
         if self._line.appended is not None:
             await self._line.appended()
         await self._late()
