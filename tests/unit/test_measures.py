@@ -15,6 +15,7 @@ MODULE: Final = 450
 FUNCTION: Final = 60
 """Lines of a function at most, with its docstring."""
 LONGER: Final = {
+    "framework/tidings/errors.py": "one tree, drawn at its top, with the words of each error",
     "framework/tidings/testing/store_conformance.py": "a class that an adapter's test inherits: each method is a rule",
     "framework/tidings/testing/bus_conformance.py": "a class that an adapter's test inherits: each method is a rule",
     "framework/tidings/stores/eventstoredb/grpc.py": "one connection, whose flow control and calls share its state",
