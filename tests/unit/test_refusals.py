@@ -224,3 +224,54 @@ async def test_a_message_that_is_refused_is_no_lost_message_of_a_publisher(bus: 
         with pytest.raises(QueueRefused, match="'foreign'"):
             await publisher.send(Message(body=b"", message_id="1", type="T", bucket=3))
     assert bus.queued(OTHER.queue) == 1
+
+
+class Pausing(Looked):
+    """A bus that answers when it is let."""
+
+    def __init__(self, *looks: Sequence[TopologyItem]) -> None:
+        super().__init__(*looks)
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+
+    async def inspect(self, subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
+        self.asked.set()
+        await self.answers.wait()
+        return await super().inspect(subscriptions)
+
+
+async def test_a_refusal_that_is_over_while_the_bus_is_asked_stays_forgotten() -> None:
+    bus = Pausing([], [queue("tidings.order", 5)])
+    bus.silent = {"tidings.order"}
+    seen = refusals(bus)
+    seen.refused(REFUSED)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(seen.look(REFUSED))
+        await bus.asked.wait()
+        seen.taken()
+        bus.answers.set()
+    assert seen.told is None
+
+
+async def test_markers_go_on_while_the_bus_does_not_say_which_queue_refuses(
+    store: EventStore, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bus.provision(ORDER)
+    await bus.provision(OTHER)
+    bus.refuse(ORDER.queue)
+    looks, answers = 0, asyncio.Event()
+
+    async def inspect(subscriptions: Sequence[Subscription]) -> list[TopologyItem]:
+        nonlocal looks
+        looks += 1
+        await answers.wait()
+        return []
+
+    monkeypatch.setattr(bus, "inspect", inspect)
+    async with relaying(store, bus) as relay:
+        await until(lambda: looks == 1)
+        there = bus.queued(OTHER.queue)
+        await until(lambda: bus.queued(OTHER.queue) >= there + 5)
+        assert looks == 1, "one look after the other"
+        bus.refuse(ORDER.queue, False)
+        await until(lambda: relay.refusals.told is None)
+        answers.set()

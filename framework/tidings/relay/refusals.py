@@ -57,6 +57,8 @@ class Refusals:
         self._queues = queues
         self._clock = clock
         self._count = 0
+        self._forgotten = 0
+        """How often it began anew: a look that began before does not count."""
         self._logged_at: float | None = None
         self._strays: list[Subscription] = []
         """Those that existed."""
@@ -82,10 +84,17 @@ class Refusals:
     def forget(self) -> None:
         """Begin anew: nothing is known of the queues."""
         self.told, self._count, self._before = None, 0, {}
+        self._forgotten += 1
 
     async def look(self, error: QueueRefused) -> None:
-        """Look at the queues that are known, after a marker was refused. Never raises for what the bus says."""
+        """Look at the queues that are known, after a marker was refused. Never raises for what the bus says.
+
+        Markers may come meanwhile: if all queues take one, what is found then is of the past, and is not told.
+        """
+        forgotten = self._forgotten
         found, silent = await self._found()
+        if forgotten != self._forgotten:
+            return
         suspects = suspected(self._before, found, silent)
         self._before = found
         changed = False

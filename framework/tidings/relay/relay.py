@@ -226,7 +226,7 @@ class Relay:
             await turn.mark()
             log.info("relay.leading", relay=self.name, log=str(log_id), after=start)
             self._telling.seems_over("relay.resumed", relay=self.name)
-            tasks.create_task(self._beat(turn))
+            tasks.create_task(self._beat(turn, tasks))
             tasks.create_task(turn.watch())
             async for item in self._store.subscribe_all(after=start, filter=CARRIED):
                 if isinstance(item, RecordedEvent):
@@ -261,9 +261,10 @@ class Relay:
         )
         turn.leave_out(bucket, event.position)
 
-    async def _beat(self, turn: _Turn) -> None:
+    async def _beat(self, turn: _Turn, tasks: asyncio.TaskGroup) -> None:
         """Checkpoints and markers: after carried events at most so often, and a marker when nothing else moves."""
         stored, marked_at = turn.start, self._clock()
+        looking: asyncio.Task[None] | None = None
         while True:
             await turn.moved(self._marker_seconds)
             if (self.confirmed > stored and turn.carried) or self.refusals.told != self._noted:
@@ -271,10 +272,12 @@ class Relay:
                 await self._store_checkpoint(stored)
             elif self._clock() - marked_at < self._marker_seconds:
                 continue
+            free = looking is None or looking.done()  # before the marker: it must lie between two looks
             refused = await turn.mark()
             marked_at = self._clock()
-            if refused is not None:
-                await self.refusals.look(refused)
+            if refused is not None and free:
+                # Beside the markers, which everybody else waits for: a broker in trouble may take long to answer.
+                looking = tasks.create_task(self.refusals.look(refused))
             await asyncio.sleep(self._checkpoint_seconds)
 
     def refused(self, position: int, sent_up_to: int) -> None:
