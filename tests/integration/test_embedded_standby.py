@@ -435,6 +435,23 @@ async def test_a_session_that_ends_while_it_is_asked_is_noticed(postgresql_url: 
                 await asked
 
 
+async def test_who_leaves_while_the_session_is_asked_leaves_it_to_those_who_share_it(postgresql_url: str) -> None:
+    async with Proxy(postgresql_url) as proxy, connected(proxy.url) as database, connected(proxy.url) as same:
+        post, other = post_of(database, "audit"), post_of(same, "audit")
+        assert post is not None
+        assert other is not None
+        async with other.held():
+            async with post.held():
+                proxy.black_hole()
+                leaving = asyncio.create_task(post.check())
+                await asyncio.wait([leaving], timeout=0.1)  # it is sent, and no answer can come
+                leaving.cancel()
+                proxy.heal()
+                with pytest.raises(asyncio.CancelledError):
+                    await leaving
+            await other.check()
+
+
 async def test_a_lock_in_a_database_that_is_not_there_says_how_to_make_it(postgresql_url: str) -> None:
     nowhere = make_url(postgresql_url).set(database="nowhere").render_as_string(hide_password=False)
     async with connected(nowhere) as database:

@@ -214,6 +214,8 @@ class _SessionLock:
         self._key = int.from_bytes(digest[:8], signed=True)
         self._engine: Any = None
         self._connection: AsyncConnection | None = None
+        self._question: asyncio.Task[object] | None = None
+        """Asked by whoever shares the lock, and never cancelled: the driver closes a session that is not waited for."""
 
     async def take(self) -> None:
         self._engine = create_async_engine(
@@ -268,12 +270,15 @@ class _SessionLock:
         connection = self._connection
         if connection is None:
             raise DatabaseUnavailable(f"service {self._service!r} has lost its place at work")
+        if self._question is None or self._question.done():
+            self._question = asyncio.create_task(connection.execute(sa.select(1)), name="tidings-post-question")
         with outages(self._database.shown):
-            await self._asked(connection.execute(sa.select(1)))
+            await self._asked(asyncio.shield(self._question))
 
     async def release(self) -> None:
         connection, self._connection = self._connection, None
         engine, self._engine = self._engine, None
+        question, self._question = self._question, None
         if connection is not None:
             # Not `close`, which resets the session first: one that hangs must not hold up the end.
             with suppress(Exception):
@@ -282,5 +287,7 @@ class _SessionLock:
             with suppress(Exception):
                 async with asyncio.timeout(1):
                     await connection.close()
+        if question is not None:
+            await asyncio.wait([question], timeout=1)
         if engine is not None:
             await engine.dispose()
