@@ -116,6 +116,29 @@ async def test_of_a_relay_of_another_log_one_marker_is_kept(tmp_path: Path) -> N
         assert f"it belongs to log {OTHER_LOG}" in letter.reason
 
 
+async def test_a_flood_of_messages_that_cannot_be_read_does_not_fill_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a relay of another store that publishes its whole log on this bus."""
+    monkeypatch.setattr("tidings.delivery.allowance.KEPT", 20)
+    service = auditing()
+    async with embedded(tmp_path, service) as world:
+        await world.append(*EVENTS[:20])
+        await world.settled()
+        strange = headers(log=str(OTHER_LOG))(await good(world))
+        async with world.bus.publisher() as publisher:
+            for _ in range(200):
+                await publisher.send(strange)
+        await world.append(*EVENTS[20:])
+        await world.settled()
+        assert_once_in_order(await rows(service), EVENTS)
+        assert len(await letters(service)) == 20
+        (part,) = world.running[0].partitions
+        assert part.refused is not None
+        assert part.refused.startswith("180 messages were refused; the last: a message of type 'Happened'")
+        assert str(OTHER_LOG) in part.refused
+
+
 async def test_a_repeated_message_is_dropped(tmp_path: Path) -> None:
     service = auditing()
     async with embedded(tmp_path, service) as world:

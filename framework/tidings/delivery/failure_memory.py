@@ -13,6 +13,7 @@ from typing import Final
 from sqlalchemy.exc import DBAPIError
 
 from tidings._support.tracebacks import Tracebacks
+from tidings.delivery.allowance import Allowance
 from tidings.delivery.crashes import Caution
 from tidings.delivery.failure import Failure
 from tidings.delivery.inflight import InFlight, Role, Turn
@@ -33,6 +34,7 @@ class FailureMemory:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.tracebacks: Final = Tracebacks(clock)
         self.taken: Final = TakenIds(clock)
+        self.unreadable: Final = Allowance(clock)
         self.attempts: dict[Turn, int] = {}
         self.cautions: Final[dict[range, Caution]] = {}
         """Events under suspicion of ending the process, by bucket range."""

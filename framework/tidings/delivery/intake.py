@@ -72,7 +72,7 @@ class Pulse:
         self.trouble: str | None = None
         """What the bus answered last instead of messages; None while it is connected."""
         self.refused = 0
-        """Messages that claimed a position beyond the log, or had no seal though there is a key."""
+        """Messages that claimed a position beyond the log, had no seal though there is a key, or could not be read."""
         self.refusal = ""
         """The last of them."""
         self.refused_at: float | None = None
@@ -260,9 +260,9 @@ class Intake:
             self._offer(said, step)
         elif isinstance(said, Marker):
             self._hear(said, step)
-        elif self._joined.site.trust.content:
+        elif self._joined.site.trust.content and self._joined.site.memory.unreadable.take(len(said.message.body)):
             self._admission.bury(Letter.of_message(said.message, f"MalformedMessage: {said.reason}"), step)
-        else:  # it only says that there is something to read, so nothing is lost with it
+        else:  # what the log holds is not lost with it: the next marker shows the gap
             self._refuse(f"{_named(said)} cannot be read: {said.reason}", step)
 
     def _refuse(self, reason: str, step: Step) -> None:
