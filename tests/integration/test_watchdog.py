@@ -14,10 +14,10 @@ import pytest
 
 from tidings.hosting.watchdog import _Moment
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 CHILD = """
-import asyncio, sys, structlog
+import asyncio, sys, time, structlog
 from tidings.hosting.watchdog import Watchdog
 
 structlog.configure(processors=[structlog.processors.JSONRenderer()])
@@ -27,8 +27,12 @@ async def main():
         await asyncio.sleep(0.2)
         print('{"event": "ready"}', flush=True)
         await asyncio.to_thread(sys.stdin.readline)
-        if "compute" in sys.argv:
+        share = 1.0 if sys.argv[1:] == [] else 0.0
+        while share < 0.3:  # where the machine has no CPU time for it, it is stopped rather than busy
+            began, worked = time.monotonic(), time.process_time()
             sum(range(60_000_000))  # one call in C: no other thread runs meanwhile
+            share = (time.process_time() - worked) / (time.monotonic() - began)
+            await asyncio.sleep(0.5)
         await asyncio.sleep(0.5)
 
 asyncio.run(main())
@@ -46,7 +50,7 @@ def child(*arguments: str) -> subprocess.Popen[str]:
 
 
 def told(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    said, _ = process.communicate("go on\n", timeout=30)
+    said, _ = process.communicate("go on\n", timeout=240)
     assert process.returncode == 0
     return [json.loads(line) for line in said.splitlines()]
 
@@ -65,8 +69,9 @@ def test_a_process_that_was_stopped_blames_no_handler() -> None:
 
 def test_a_handler_that_lets_no_thread_run_is_blamed_for_it() -> None:
     entries = told(child("compute"))
-    (blocked,) = [entry for entry in entries if entry["event"] == "loop.blocked"]
-    assert blocked["handlers"] == ["pack"]
+    blocked = [entry for entry in entries if entry["event"] == "loop.blocked"]
+    assert blocked
+    assert all(entry["handlers"] == ["pack"] for entry in blocked)
 
 
 def test_a_suspended_machine_is_a_stopped_process_though_its_clock_stood_still() -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "services" / "data" / "online-retail.csv"
 CHECKS = 8
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.unit.command_line import invoke
 from tidings.testing.simulation import RULES, Outcome, Simulator, simulate, without
+from tidings.testing.simulation.world import World
 
 RUNS = int(os.environ.get("TIDINGS_TEST_SIMULATIONS", "2000"))
 PARTS = 20
@@ -41,6 +43,14 @@ def test_nothing_is_lost_doubled_or_reordered_in_any_world(part: int) -> None:
     assert sorted(outcome.seed for outcome in outcomes) == list(seeds)
     broken = {outcome.seed: outcome.broken for outcome in outcomes if outcome.broken}
     assert not broken, "tidings simulate --seed SEED --runs 1 tells the story"
+
+
+def test_a_world_that_is_over_leaves_nothing_in_memory() -> None:
+    with Simulator() as simulator:
+        for seed in range(3):
+            simulator.run(seed)
+        gc.collect()
+        assert [each for each in gc.get_objects() if isinstance(each, World)] == []
 
 
 RARELY_MISSED = {

@@ -70,7 +70,7 @@ class Database:
         self._distrusted = 0.0
         """The time, by the monotonic clock, before which connections were made that are not used again."""
         if self.file is not None or not self.one_writer:  # a database in memory ends with its connection
-            sa.event.listen(engine.sync_engine, "handle_error", self._distrust)
+            sa.event.listen(engine.sync_engine, "handle_error", self.distrust)
             sa.event.listen(engine.sync_engine, "connect", _note_time)
             sa.event.listen(engine.sync_engine, "checkout", self._check_age)
         if self._open_file is not None:
@@ -91,7 +91,8 @@ class Database:
     def _learn(self, connection: object, record: object) -> None:
         learn_encoding(self.engine.dialect, connection)
 
-    def _distrust(self, context: sa.engine.ExceptionContext) -> None:
+    def distrust(self, context: sa.engine.ExceptionContext) -> None:
+        """Listen for errors after which none of the connections that exist is used again."""
         if context.sqlalchemy_exception is not None and stays_with_connections(context.sqlalchemy_exception):
             self._distrusted = time.monotonic()
 

@@ -43,7 +43,11 @@ class Seat:
                 connection.set_authorizer(_deny)
 
     async def close(self) -> None:
-        """Close the engine."""
+        """Close the engine, and let go of the process."""
+        engine = self.database.engine.sync_engine
+        # SQLAlchemy keeps what listens for errors with the dialect, which all engines here share.
+        if sa.event.contains(engine, "handle_error", self.database.distrust):
+            sa.event.remove(engine, "handle_error", self.database.distrust)
         await self.database.engine.dispose()
         for connection in self.connections:
             connection.close()
