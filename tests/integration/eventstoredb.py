@@ -139,9 +139,9 @@ async def behind_a_proxy(**options: object) -> AsyncIterator[tuple[EventStoreDB,
 
 
 @asynccontextmanager
-async def serving(proxy: Proxy, database: Path) -> AsyncIterator[None]:
+async def serving(proxy: Proxy, database: Path, release: str = "eventstoredb-24.2") -> AsyncIterator[None]:
     """Run a server behind the proxy. At the end connections break, as when it is killed."""
-    async with EventStoreServer(str(database)) as server:
+    async with EventStoreServer(str(database), release=release) as server:
         proxy.target, proxy.mute = server.port, False
         yield
         proxy.target = 0

@@ -42,6 +42,9 @@ __all__ = ["APPEND_RECORDS", "answer_of", "refused", "request_of"]
 APPEND_RECORDS: Final = f"/{PACKAGE}.StreamsService/AppendRecords"
 WHOLE: Final = 2**53
 """The largest number up to which a property keeps every whole number: it is a float there."""
+DEPTH: Final = 30
+"""Objects and lists within one another, at most: each is three messages within one another, of which readers of
+protobuf take 100."""
 _SCHEMA: Final = ("$schema.name", "$schema.format")
 """Properties that the server adds."""
 _FORMATS: Final = {JSON: FORMATS.index("Json")}
@@ -82,27 +85,27 @@ def _add_properties(record: Any, stream: str, metadata: bytes) -> None:
                 entry = record.properties.add(key=key)
                 json_format.ParseDict(value, entry.value)
                 entry.value.SetInParent()
-    except (json_format.Error, ValueError) as error:  # nested too deeply, or half a character
+    except (json_format.Error, ValueError) as error:  # half a character
         raise _not_carried(stream) from error
 
 
 def _not_carried(stream: str) -> InvalidAppend:
     return InvalidAppend(
         stream,
-        "an event's metadata is not what AppendRecords can carry. Make it a JSON object with finite numbers, of which "
-        "whole ones go up to 2^53",
+        "an event's metadata is not what AppendRecords can carry. Make it a JSON object of at most 30 levels "
+        "with finite numbers, of which whole ones go up to 2^53",
     )
 
 
 def _survives(value: object) -> bool:
     """Return whether a value comes back as it was."""
-    waiting: list[object] = [value]
+    waiting: list[tuple[object, int]] = [(value, 0)]
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
+        value, depth = waiting.pop()
+        if isinstance(value, dict | list):
+            if depth == DEPTH:
+                return False
+            waiting += [(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
         elif isinstance(value, int):
             if not -WHOLE <= value <= WHOLE:
                 return False

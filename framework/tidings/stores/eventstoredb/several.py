@@ -48,26 +48,29 @@ class Several:
         """Append all of it or nothing. Raises as `EventStore.append_several`."""
         trying, floor = Trying(self._leader), self._leader.known
         parts, doubtful = asked, False
-        while True:
-            trying.check()
-            told, sent = None, False
-            try:
-                connection = await self._leader.connected()
-                sent = True
-                return await self._called(connection, request_of(parts))
-            except (CallFailed, ConnectionLost) as error:
-                told = self._told(error, asked)
-                if told is not None and not doubtful:
-                    raise told from error
-                if told is None:
-                    doubtful = doubtful or sent
-                    await self._again(trying, error, asked, doubtful=doubtful)
-            if doubtful:
-                found, parts = await self._looked(asked, floor)
-                if found is not None:
-                    return found
-                if told is not None and not _others_wrote(told, asked, parts):
-                    raise told
+        try:
+            while True:
+                trying.check()
+                told, sent = None, False
+                try:
+                    connection = await self._leader.connected()
+                    sent = True
+                    return await self._called(connection, request_of(parts))
+                except (CallFailed, ConnectionLost) as error:
+                    told = self._told(error, parts)
+                    if told is not None and not doubtful:
+                        raise told from error
+                    if told is None:
+                        doubtful = doubtful or sent
+                        await trying.again(error)
+                if doubtful:
+                    found, parts = await self._looked(asked, floor)
+                    if found is not None:
+                        return found
+                    if told is not None and not _others_wrote(told, asked, parts):
+                        raise told
+        except StoreUnavailable as error:
+            raise _unavailable(error, asked, doubtful=doubtful) from error
 
     async def _called(self, connection: Connection, request: bytes) -> AppendedSeveral:
         leader = self._leader
@@ -82,7 +85,7 @@ class Several:
         leader.known = max(leader.known, appended.position)
         return appended
 
-    def _told(self, error: CallFailed | ConnectionLost, asked: Parts) -> StoreError | None:
+    def _told(self, error: CallFailed | ConnectionLost, parts: Parts) -> StoreError | None:
         """What the server says about the append; None where it says nothing, so that its outcome is unknown."""
         if not isinstance(error, CallFailed):
             return None
@@ -93,22 +96,9 @@ class Several:
                 "Name a server in TIDINGS_STORE that has the call AppendRecords (KurrentDB 26.1), or the PostgreSQL or "
                 "embedded store. Or append to one stream, and let a handler emit the events of the others.",
             )
-        return refused(error, asked)
-
-    async def _again(self, trying: Trying, error: CallFailed | ConnectionLost, asked: Parts, *, doubtful: bool) -> None:
-        """Wait before another attempt. Raises `StoreUnavailable`, which says whether anything was sent."""
-        try:
-            await trying.again(error)
-        except StoreUnavailable as unavailable:
-            outcome = (
-                "may or may not have been appended: to be sure, append the same events, with the same ids, again"
-                if doubtful
-                else "was not appended"
-            )
-            raise StoreUnavailable(
-                f"{unavailable} What was meant for stream {asked[0].stream!r} and {len(asked) - 1} other(s) {outcome}.",
-                waiting_helps=unavailable.waiting_helps,
-            ) from error
+        if error.status in (Status.PERMISSION_DENIED, Status.UNAUTHENTICATED):
+            return self._leader.judge(error)
+        return refused(error, parts)
 
     async def _looked(self, asked: Parts, floor: int) -> tuple[AppendedSeveral | None, Parts]:
         """Look for what was sent: the outcome that it had; or None, and the append at the versions just read."""
@@ -138,6 +128,19 @@ class Several:
 def _is_repeatable(expected: Expected) -> bool:
     """Return whether a repetition with this expectation is known however late it comes: not so for `ANY`."""
     return isinstance(expected, int) or expected.name == "NO_STREAM"
+
+
+def _unavailable(error: StoreUnavailable, asked: Parts, *, doubtful: bool) -> StoreUnavailable:
+    """Return the same error, with what is known of the append."""
+    outcome = (
+        "may or may not have been appended: to be sure, append the same events, with the same ids, again"
+        if doubtful
+        else "was not appended"
+    )
+    return StoreUnavailable(
+        f"{error} What was meant for stream {asked[0].stream!r} and {len(asked) - 1} other(s) {outcome}.",
+        waiting_helps=error.waiting_helps,
+    )
 
 
 def _others_wrote(told: StoreError, asked: Parts, parts: Parts) -> bool:
