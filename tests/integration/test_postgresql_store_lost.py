@@ -13,7 +13,7 @@ import tidings.stores.postgresql.writer as writer
 from tests.integration.postgresql_log import locked
 from tidings import open_store
 from tidings.errors import StoreUnavailable, StreamDeleted, WrongExpectedVersion
-from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventStore, Expected
+from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, EventStore, Expected, StreamAppend
 from tidings.stores.postgresql.appender import Appender
 from tidings.testing.store_conformance import events, read
 
@@ -57,6 +57,21 @@ async def test_an_append_whose_answer_was_lost_is_written_once(
     assert appended == (2, await store.head())
     assert (await store.append("new", events(3), expected=NO_STREAM)).version == 0
     assert await read(store, "s") == [(0, 0), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+async def test_an_append_over_several_streams_whose_answer_was_lost_is_written_once(
+    store: EventStore, lose_answers: Callable[[int], None], lost: int
+) -> None:
+    await store.append("s", events(0))
+    lose_answers(lost)
+    several, single = await asyncio.gather(
+        store.append_several([StreamAppend("s", events(1, 2)), StreamAppend("new", events(3)), StreamAppend("other")]),
+        store.append("s", events(4)),
+    )
+    assert (dict(several.versions), single.version) == ({"s": 2, "new": 0}, 3)
+    assert (several.position, single.position) == (single.position - 1, await store.head())
+    assert await read(store, "s") == [(0, 0), (1, 1), (2, 2), (3, 4)]
 
 
 async def test_an_append_whose_answer_stays_lost_is_said_to_have_an_unknown_outcome(

@@ -202,15 +202,15 @@ class Draft:
         document = b"" if stream.startswith("$$") else self._state(f"$${stream}").document
         return bool(document) and retention_of(stream, document).soft_deleted
 
-    def _facts(self, stream: str) -> Facts:
-        return Facts(self._state(stream).last, self._soft(stream))
-
-    def _decided(self, write: Write) -> Appended | None:
-        """Ask `rules.decide` about the write."""
+    def _facts(self, write: Write) -> Facts:
         if self._found is None:
             self._guess(write)
+        return Facts(self._state(write.stream).last, self._soft(write.stream))
+
+    def _decided(self, write: Write, facts: Facts) -> Appended | None:
+        """Ask `rules.decide` about the write."""
         stream = write.stream
-        facts, original = self._facts(stream), original_of(stream)
+        original = original_of(stream)
         if original is not None and facts.last < 0 and self._state(original).last == MAX_VERSION:
             # EventStoreDB looks at the original only where the metadata stream has no event of its own.
             raise StreamDeleted(stream)
@@ -225,16 +225,16 @@ class Draft:
         )
 
     def _apply(self, write: Write) -> Appended:
-        repeated = self._decided(write)
+        facts = self._facts(write)
+        repeated = self._decided(write, facts)
         if repeated is not None:
             return repeated
-        stream = write.stream
         if write.kind is Kind.APPEND:
-            return self._append(write)
+            return self._append(write, facts)
+        stream, last = write.stream, facts.last
         if write.kind is Kind.TOMBSTONE:
             self._put(stream, MAX_VERSION, write.events[0])
             return Appended(MAX_VERSION, self._at)
-        last = self._state(stream).last
         if last < 0 and self._state(f"$${stream}").last < 0:
             raise WrongExpectedVersion(stream, describe(write.expected), -1)
         self._put_metadata(stream, SOFT_DELETE)
@@ -243,10 +243,13 @@ class Draft:
     def _apply_several(self, several: Several) -> AppendedSeveral:
         """Decide about all of it, and only then put it."""
         written = {part.stream: part for part in several.parts if part.events}
-        repeated = judged(written, lambda stream: self._decided(written[stream]), lambda: self._check(several))
+        facts = {stream: self._facts(part) for stream, part in written.items()}
+        repeated = judged(
+            written, lambda stream: self._decided(written[stream], facts[stream]), lambda: self._check(several)
+        )
         if repeated is not None:
             return repeated
-        appended = {stream: self._append(part) for stream, part in written.items()}
+        appended = {stream: self._append(part, facts[stream]) for stream, part in written.items()}
         return AppendedSeveral(
             {stream: answer.version for stream, answer in appended.items()},
             min(answer.position for answer in appended.values()),  # counted in negative numbers
@@ -257,14 +260,12 @@ class Draft:
         for part in several.parts:
             if part.events or part.expected is ANY:
                 continue
-            if self._found is None:
-                self._guess(part)
-            facts, state = self._facts(part.stream), number_of(part.expected)
+            facts, state = self._facts(part), number_of(part.expected)
             if not holds(facts, state):
                 raise refusal_of(part.stream, facts, state)
 
-    def _append(self, write: Write) -> Appended:
-        facts, original = self._facts(write.stream), original_of(write.stream)
+    def _append(self, write: Write, facts: Facts) -> Appended:
+        original = original_of(write.stream)
         if not write.events:
             return Appended(facts.last, self._at)
         # Before the new document is there: whether the stream was softly deleted is read from the one that is the last.
