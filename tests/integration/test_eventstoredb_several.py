@@ -15,7 +15,7 @@ from tidings.errors import AbilityMissing, InvalidAppend, StoreUnavailable, Stre
 from tidings.server import EventStoreServer
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.eventstoredb.appends import Write
-from tidings.stores.eventstoredb.grpc_call import ConnectionLost
+from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
 from tidings.stores.eventstoredb.store import EventStoreDB
 from tidings.testing.store_conformance import events, read
 
@@ -126,6 +126,17 @@ async def test_a_server_that_stays_away_is_named_with_what_is_known_of_the_appen
             await stored(proxy.target, "b", 1)
         with pytest.raises(StoreUnavailable, match="with the same ids, again"):
             await appending
+
+
+async def test_a_user_who_may_not_append_is_told_so_and_that_nothing_was_appended() -> None:
+    async with EventStoreServer(release=KURRENTDB) as server, opened(server.port) as store:
+
+        async def denied(connection: object, request: bytes) -> object:
+            raise CallFailed(Status.PERMISSION_DENIED, "Access Denied")
+
+        store._several._called = denied  # type: ignore[assignment, method-assign]
+        with pytest.raises(StoreUnavailable, match=r"denies user.*stream 'a' and 1 other\(s\) was not appended"):
+            await store.append_several([StreamAppend("a", events(1)), StreamAppend("b", events(2))])
 
 
 async def test_a_server_without_the_call_is_refused_by_name_and_with_what_to_do() -> None:

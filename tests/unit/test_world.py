@@ -16,10 +16,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from tidings import Aggregate, Context, Event, Retry, Service, evolves
+from tidings import NO_STREAM, Aggregate, Context, Event, Retry, Service, StreamAppend, evolves
 from tidings.delivery.revival import Revival
-from tidings.errors import ConfigurationError, HandlerTimeout
+from tidings.errors import ConfigurationError, HandlerTimeout, StoreUnavailable, WrongExpectedVersion
 from tidings.operations.report import Report
+from tidings.stores import Ability
 from tidings.testing import Unsettled, World
 
 
@@ -572,3 +573,23 @@ async def test_who_wakes_a_world_thousands_of_times_is_named() -> None:
     async with World(sleeper(0.2, lambda: None)) as world:
         with pytest.warns(UserWarning, match="5,000 timers in .* task 'tick' of service one sleeps 0.2 s"):
             await world.advance(minutes=20)
+
+
+async def test_events_over_several_streams_are_handled_and_none_of_an_append_that_is_refused() -> None:
+    chain = Chain()
+    async with World(chain.packing, chain.shipping) as world:
+        done = await chain.packing.append_several(
+            StreamAppend("order-1", [Ordered(order="1")], NO_STREAM), StreamAppend("order-2", [Ordered(order="2")])
+        )
+        assert dict(done.versions) == {"order-1": 0, "order-2": 0}
+        with pytest.raises(WrongExpectedVersion, match="order-1"):
+            await chain.packing.append_several(
+                StreamAppend("order-3", [Ordered(order="3")]), StreamAppend("order-1", expected=NO_STREAM)
+            )
+        world.cut_off(chain.packing)
+        with pytest.raises(StoreUnavailable, match="is cut off"):
+            await chain.packing.append_several(StreamAppend("order-4", [Ordered(order="4")]))
+        world.reconnect(chain.packing)
+        assert await chain.packing.running_now.store.abilities() == frozenset(Ability)
+        await world.settled()
+        assert sorted(chain.shipped) == ["1", "2"]
