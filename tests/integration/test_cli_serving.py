@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from services.demo.fleet.processes import free_ports
 from tests.integration.commands import SHOP, Command, Commands
 from tests.integration.processes import until
 
@@ -49,8 +50,9 @@ async def serving(command: Command, count: int = 1) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Find a port that no client of another test is given meanwhile."""
+    (port,) = free_ports(1)
+    return port
 
 
 # ---- run -----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from services.demo.fleet.processes import free_ports
 from tidings import open_bus
 from tidings.buses import Subscription
 from tidings.buses.rabbitmq.client import ConnectionLost
@@ -80,8 +80,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("certificates")
     authority, stranger = Authority(folder / "authority"), Authority(folder / "stranger")
     certificate, key = authority.certificate("broker")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     settings = {
         "listeners.ssl.local": f"127.0.0.1:{port}",
         "ssl_options.cacertfile": str(authority.cafile),

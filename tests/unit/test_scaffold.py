@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from services.demo.fleet.processes import free_ports
 from tests.unit.command_line import Ended, invoke
 from tidings.cli._scaffold import LONGEST
 from tidings.cli._source import source_of
@@ -492,8 +492,7 @@ def test_it_runs_and_handles_the_order_of_its_readme(monkeypatch: pytest.MonkeyP
     lines = Path("settings/embedded.env").read_text().splitlines()
     for name, value in (line.split("=", 1) for line in lines if not line.startswith("#")):
         monkeypatch.setenv(name, value)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     targets = ("shop.api:api", "billing.service:service")
     command = [sys.executable, "-m", "tidings", "dev", "--no-reload", f"--port={port}", *targets]
     with Path("out").open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as served:
