@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
-from tidings.errors import StoreError, StreamDeleted, WrongExpectedVersion
+from tidings.errors import StoreError
 from tidings.stores import (
     ANY,
     JSON,
@@ -21,19 +21,10 @@ from tidings.stores import (
     AppendedSeveral,
     EventData,
     Expected,
-    describe,
 )
+from tidings.stores.deciding import Deciding
 from tidings.stores.postgresql.schema import key_of, uuid_of
-from tidings.stores.rules import (
-    MAX_VERSION,
-    METADATA,
-    SOFT_DELETE,
-    Facts,
-    decide,
-    original_of,
-    retention_of,
-    truncated,
-)
+from tidings.stores.rules import MAX_VERSION, Facts, original_of, retention_of
 from tidings.stores.several import holds, judged, number_of, refusal_of
 from tidings.stores.table import Kind
 
@@ -128,7 +119,7 @@ def _exists(version: int) -> bool:
     return 0 <= version < MAX_VERSION
 
 
-class Draft:
+class Draft(Deciding):
     """The rows and outcomes of a group, write by write against what is known and what its earlier writes do.
 
     A write that is refused leaves no trace. Until the database has said behind which position the rows begin, an
@@ -169,7 +160,7 @@ class Draft:
         return outcome._replace(position=head - 1 - outcome.position)
 
     @property
-    def _at(self) -> int:
+    def reached(self) -> int:
         return -1 - len(self.rows)
 
     def _state(self, stream: str) -> State:
@@ -202,54 +193,29 @@ class Draft:
         document = b"" if stream.startswith("$$") else self._state(f"$${stream}").document
         return bool(document) and retention_of(stream, document).soft_deleted
 
-    def _facts(self, write: Write) -> Facts:
-        if self._found is None:
-            self._guess(write)
-        return Facts(self._state(write.stream).last, self._soft(write.stream))
+    def facts(self, stream: str) -> Facts:
+        return Facts(self._state(stream).last, self._soft(stream))
 
-    def _decided(self, write: Write, facts: Facts) -> Appended | None:
-        """Ask `rules.decide` about the write."""
-        stream = write.stream
-        original = original_of(stream)
-        if original is not None and facts.last < 0 and self._state(original).last == MAX_VERSION:
-            # EventStoreDB looks at the original only where the metadata stream has no event of its own.
-            raise StreamDeleted(stream)
-        return decide(
-            stream,
-            facts,
-            write.expected,
-            [event.id.bytes for event in write.events],
-            has_metadata=lambda: self._state(f"$${stream}").last >= 0,
-            recorded=lambda id_: self._recorded(stream, id_),
-            recorded_at=lambda version: self._recorded_at(stream, version),
-        )
+    def document(self, stream: str) -> bytes:
+        return self._state(f"$${stream}").document
 
     def _apply(self, write: Write) -> Appended:
-        facts = self._facts(write)
-        repeated = self._decided(write, facts)
-        if repeated is not None:
-            return repeated
-        if write.kind is Kind.APPEND:
-            return self._append(write, facts)
-        stream, last = write.stream, facts.last
-        if write.kind is Kind.TOMBSTONE:
-            self._put(stream, MAX_VERSION, write.events[0])
-            return Appended(MAX_VERSION, self._at)
-        if last < 0 and self._state(f"$${stream}").last < 0:
-            raise WrongExpectedVersion(stream, describe(write.expected), -1)
-        self._put_metadata(stream, SOFT_DELETE)
-        return Appended(last, self._at)
+        if self._found is None:
+            self._guess(write)
+        return self.apply(write.kind, write.stream, write.expected, write.events)
+
+    def _decided(self, write: Write) -> Appended | None:
+        if self._found is None:
+            self._guess(write)
+        return self.decided(write.stream, write.expected, [event.id.bytes for event in write.events])
 
     def _apply_several(self, several: Several) -> AppendedSeveral:
         """Decide about all of it, and only then put it."""
         written = {part.stream: part for part in several.parts if part.events}
-        facts = {stream: self._facts(part) for stream, part in written.items()}
-        repeated = judged(
-            written, lambda stream: self._decided(written[stream], facts[stream]), lambda: self._check(several)
-        )
+        repeated = judged(written, lambda stream: self._decided(written[stream]), lambda: self._check(several))
         if repeated is not None:
             return repeated
-        appended = {stream: self._append(part, facts[stream]) for stream, part in written.items()}
+        appended = {stream: self.append(stream, part.events) for stream, part in written.items()}
         return AppendedSeveral(
             {stream: answer.version for stream, answer in appended.items()},
             min(answer.position for answer in appended.values()),  # counted in negative numbers
@@ -260,45 +226,20 @@ class Draft:
         for part in several.parts:
             if part.events or part.expected is ANY:
                 continue
-            facts, state = self._facts(part), number_of(part.expected)
+            if self._found is None:
+                self._guess(part)
+            facts, state = self.facts(part.stream), number_of(part.expected)
             if not holds(facts, state):
                 raise refusal_of(part.stream, facts, state)
 
-    def _append(self, write: Write, facts: Facts) -> Appended:
-        original = original_of(write.stream)
-        if not write.events:
-            return Appended(facts.last, self._at)
-        # Before the new document is there: whether the stream was softly deleted is read from the one that is the last.
-        was_soft = original is not None and self._soft(original)
-        last = facts.last
-        for event in write.events:
-            last += 1
-            self._put(write.stream, last, event)
-        answer = Appended(last, self._at)
-        if facts.soft:
-            self._undelete(write.stream, facts.last + 1)
-        if original is not None and was_soft and (of := self._state(original)).last != MAX_VERSION:
-            self._undelete(original, of.last + 1)
-        return answer
-
-    def _undelete(self, stream: str, first: int) -> None:
-        """Writing to a softly deleted stream makes it readable from the new events on."""
-        document = truncated(self._state(f"$${stream}").document, first)
-        if document is not None:
-            self._put_metadata(stream, document)
-
-    def _put_metadata(self, stream: str, document: bytes) -> None:
-        metastream = f"$${stream}"
-        self._put(metastream, self._state(metastream).last + 1, EventData(METADATA, document))
-
-    def _put(self, stream: str, version: int, event: EventData) -> None:
+    def put(self, stream: str, version: int, event: EventData) -> None:
         id_ = event.id.bytes
         self.rows.append((stream, version, id_, event))
         self.states[stream] = State(version, event.data if stream.startswith("$$") else b"")
-        self._by_id.setdefault((stream, id_), Appended(version, self._at))
-        self._by_version[stream, version] = (id_, self._at)
+        self._by_id.setdefault((stream, id_), Appended(version, self.reached))
+        self._by_version[stream, version] = (id_, self.reached)
 
-    def _recorded(self, stream: str, id_: bytes) -> Appended | None:
+    def recorded(self, stream: str, id_: bytes) -> Appended | None:
         """The first event of the stream with this id: of the log, or of the group."""
         key = (stream, id_)
         known = None if self._found is None else self._found.ids[key]
@@ -308,7 +249,7 @@ class Draft:
             self.new_ids.append(key)
         return self._by_id.get(key)
 
-    def _recorded_at(self, stream: str, version: int) -> tuple[bytes, int] | None:
+    def recorded_at(self, stream: str, version: int) -> tuple[bytes, int] | None:
         if version > self.lasts[stream]:
             return self._by_version.get((stream, version))
         if self._found is None:

@@ -5,7 +5,6 @@ KurrentDB has this since 25.1; the rules are those recorded from 26.1. A repetit
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -61,7 +60,7 @@ class Several(Write):
         """The last version that was written of each stream."""
         self.violations: list[Violation] = []
 
-    def apply(self, appender: Appender, connection: sqlite3.Connection) -> Appended:
+    def apply(self, appender: Appender) -> Appended:
         """Decide about all of it, and only then put it. Raises `WrongExpectedVersion`, `StreamDeleted` and
         `PartlyRepeated`."""
         self.versions, self.violations = {}, []
@@ -70,26 +69,26 @@ class Several(Write):
             ids.setdefault(stream, []).append(event.id.bytes)
 
         def decided(stream: str) -> Appended | None:
-            return appender.decided(connection, stream, self.expectations.get(stream, ANY), ids[stream])
+            return appender.decided(stream, self.expectations.get(stream, ANY), ids[stream])
 
-        repeated = judged(ids, decided, lambda: self._check(appender, connection))
+        repeated = judged(ids, decided, lambda: self._check(appender))
         if repeated is not None:
             self.versions = repeated.versions
             return Appended(repeated.versions[self.stream], repeated.position)
         last, versions = Appended(NONE, NONE), dict.fromkeys(ids, NONE)
         for stream, event in self.records:
-            last = appender.append(connection, stream, [event])
+            last = appender.append(stream, [event])
             versions[stream] = last.version
         self.versions = versions
         return last
 
-    def _check(self, appender: Appender, connection: sqlite3.Connection) -> None:
+    def _check(self, appender: Appender) -> None:
         for place, (stream, state) in enumerate(self.checks):
-            if not holds(facts := appender.facts(connection, stream), state):
+            if not holds(facts := appender.facts(stream), state):
                 self.violations.append(Violation(place, stream, state, state_of(facts)))
         if self.violations:
             _, stream, state, _ = self.violations[0]
-            raise refusal_of(stream, appender.facts(connection, stream), state)
+            raise refusal_of(stream, appender.facts(stream), state)
 
 
 def several_of(member: Member, appends: Sequence[StreamAppend[EventData]], size: int) -> Several:

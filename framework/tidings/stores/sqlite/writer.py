@@ -1,4 +1,4 @@
-"""Appends to the SQLite log: one thread that writes, many appends to a commit. What they may do is in `rules`."""
+"""Appends to the SQLite log: one thread that writes, many appends to a commit. What they may do is in `deciding`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Final, Protocol, TypeVar
 
-from tidings.errors import StoreError, StoreUnavailable, StreamDeleted, WrongExpectedVersion
-from tidings.stores import ANY, JSON, STREAM_EXISTS, Appended, EventData, Expected, describe
-from tidings.stores.rules import (
-    MAX_VERSION,
-    METADATA,
-    SOFT_DELETE,
-    Facts,
-    decide,
-    original_of,
-    retention_of,
-    truncated,
-)
+from tidings.errors import StoreError, StoreUnavailable
+from tidings.stores import ANY, JSON, STREAM_EXISTS, Appended, EventData, Expected
+from tidings.stores.deciding import Deciding
+from tidings.stores.rules import Facts, retention_of
 from tidings.stores.sqlite.log import Database, head, last_version, latest_data
 from tidings.stores.table import Kind
 
@@ -64,15 +56,15 @@ class Write:
         self.expected = expected
         self.size = size
 
-    def apply(self, appender: Appender, connection: sqlite3.Connection) -> Appended:
+    def apply(self, appender: Appender) -> Appended:
         """Decide about it, and put what it writes. A refusal leaves no trace."""
-        return appender.apply(connection, self)
+        return appender.apply(self.kind, self.stream, self.expected, self.events)
 
 
 Outcome = Appended | StoreError
 
 
-class Appender:
+class Appender(Deciding):
     """Applies writes in order inside transactions on one connection. One thread uses it.
 
     A group is decided write by write against what the log and the group's earlier writes say, and inserted at the end:
@@ -102,6 +94,8 @@ class Appender:
         self._new_firsts: dict[bytes, str] = {}  # of the present transaction
         self._rows: list[Row] = []
         self._last = 0
+        self._connection: sqlite3.Connection | None = None
+        """Of the last transaction."""
 
     def commit(self, writes: Sequence[Write]) -> list[Outcome]:
         """The outcome of each, durable when this returns. Never raises."""
@@ -127,6 +121,7 @@ class Appender:
         return failure
 
     def _transaction(self, connection: sqlite3.Connection, writes: Sequence[Write]) -> list[Outcome]:
+        self._connection = connection
         connection.execute("BEGIN IMMEDIATE")
         # AUTOINCREMENT's own number, not max(position): a position stays used even if its row were removed.
         (last,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
@@ -138,7 +133,7 @@ class Appender:
         outcomes: list[Outcome] = []
         for write in writes:
             try:
-                outcomes.append(write.apply(self, connection))
+                outcomes.append(write.apply(self))
             except StoreError as refusal:
                 outcomes.append(refusal.with_traceback(None))  # which has this frame, and so all that the group writes
         self._insert(connection)
@@ -148,75 +143,7 @@ class Appender:
             self._keep_firsts(self._firsts)
         return outcomes
 
-    def decided(
-        self, connection: sqlite3.Connection, stream: str, expected: Expected, ids: Sequence[bytes]
-    ) -> Appended | None:
-        """Ask `rules.decide` about events with these ids."""
-        facts, original = self.facts(connection, stream), original_of(stream)
-        if original is not None and facts.last < 0 and self.facts(connection, original).last == MAX_VERSION:
-            # EventStoreDB looks at the original only where the metadata stream has no event of its own.
-            raise StreamDeleted(stream)
-        return decide(
-            stream,
-            facts,
-            expected,
-            ids,
-            has_metadata=lambda: self.facts(connection, f"$${stream}").last >= 0,
-            recorded=lambda id_: self._recorded(connection, stream, id_),
-            recorded_at=lambda version: self._recorded_at(connection, stream, version),
-        )
-
-    def apply(self, connection: sqlite3.Connection, write: Write) -> Appended:
-        stream = write.stream
-        repeated = self.decided(connection, stream, write.expected, [event.id.bytes for event in write.events])
-        if repeated is not None:
-            return repeated
-        if write.kind is Kind.APPEND:
-            return self.append(connection, stream, write.events)
-        facts = self.facts(connection, stream)
-        if write.kind is Kind.TOMBSTONE:
-            self._put(stream, MAX_VERSION, write.events[0])
-            facts.last = MAX_VERSION
-        else:
-            if facts.last < 0 and self.facts(connection, f"$${stream}").last < 0:
-                raise WrongExpectedVersion(stream, describe(write.expected), -1)
-            self._put_metadata(connection, stream, SOFT_DELETE)
-        return Appended(facts.last, self._last)
-
-    def append(self, connection: sqlite3.Connection, stream: str, events: Sequence[EventData]) -> Appended:
-        """Put what was decided to be written."""
-        facts, original = self.facts(connection, stream), original_of(stream)
-        if not events:
-            return Appended(facts.last, self._last)
-        first = facts.last + 1
-        # Before the new document is there: whether the stream was softly deleted is read from the one that is the last.
-        of = None if original is None else self.facts(connection, original)
-        for event in events:
-            facts.last += 1
-            self._put(stream, facts.last, event)
-        answer = Appended(facts.last, self._last)
-        if facts.soft:
-            self._undelete(connection, stream, first)
-        if original is not None and of is not None:
-            was_soft, of.soft = of.soft, retention_of(original, events[-1].data).soft_deleted
-            if was_soft and of.last != MAX_VERSION:
-                self._undelete(connection, original, of.last + 1)
-        return answer
-
-    def _undelete(self, connection: sqlite3.Connection, stream: str, first: int) -> None:
-        """Writing to a softly deleted stream makes it readable from the new events on."""
-        self._insert(connection)
-        document = truncated(latest_data(connection, f"$${stream}")[0], first)
-        if document is not None:
-            self._put_metadata(connection, stream, document)
-
-    def _put_metadata(self, connection: sqlite3.Connection, stream: str, document: bytes) -> None:
-        metastream = self.facts(connection, f"$${stream}")
-        metastream.last += 1
-        self._put(f"$${stream}", metastream.last, EventData(METADATA, document))
-        self.facts(connection, stream).soft = retention_of(stream, document).soft_deleted
-
-    def _put(self, stream: str, version: int, event: EventData) -> None:
+    def put(self, stream: str, version: int, event: EventData) -> None:
         position, id_ = self._last + self._stride, event.id.bytes
         is_json = event.content_type == JSON
         self._rows.append(
@@ -226,6 +153,14 @@ class Appender:
         if self._firsts is not None:
             self._new_firsts.setdefault(id_, stream)
         self._last = position
+        self._streams[stream].last = version  # it is known, because something was decided about it
+        if stream.startswith("$$"):
+            original = stream[2:]
+            self.facts(original).soft = retention_of(original, event.data).soft_deleted
+
+    @property
+    def reached(self) -> int:
+        return self._last
 
     def _insert(self, connection: sqlite3.Connection) -> None:
         """What was decided so far. Many rows to a statement: see `sqlite_log._page` for the reason."""
@@ -236,12 +171,22 @@ class Appender:
                 at += count
         rows.clear()
 
-    def facts(self, connection: sqlite3.Connection, stream: str) -> Facts:
+    def facts(self, stream: str) -> Facts:
         facts = self._streams.get(stream)
         if facts is None:
-            self._insert(connection)
+            connection = self._within()
             facts = self._streams[stream] = self._read_facts(connection, stream, last_version(connection, stream))
         return facts
+
+    def document(self, stream: str) -> bytes:
+        return latest_data(self._within(), f"$${stream}")[0]
+
+    def _within(self) -> sqlite3.Connection:
+        """Return the connection of the present transaction, which then sees all that was put."""
+        connection = self._connection
+        assert connection is not None
+        self._insert(connection)
+        return connection
 
     def _read_facts(self, connection: sqlite3.Connection, stream: str, last: int) -> Facts:
         return Facts(last, retention_of(stream, latest_data(connection, f"$${stream}")[0]).soft_deleted)
@@ -285,19 +230,19 @@ class Appender:
         firsts = self._firsts
         return firsts is not None and (firsts.get(id_) or self._new_firsts.get(id_, stream)) != stream
 
-    def _recorded(self, connection: sqlite3.Connection, stream: str, id_: bytes) -> Appended | None:
+    def recorded(self, stream: str, id_: bytes) -> Appended | None:
         if self._belongs_elsewhere(stream, id_):
             return None
         key = (stream, id_)
         if key not in self._known:
-            found = connection.execute(_FIND[1], (stream, id_, self._ids_after)).fetchone()
+            assert self._connection is not None
+            found = self._connection.execute(_FIND[1], (stream, id_, self._ids_after)).fetchone()
             self._known[key] = None if found is None else Appended(found[2], found[3])
         return self._known[key] or self._pending.get(key)
 
-    def _recorded_at(self, connection: sqlite3.Connection, stream: str, version: int) -> tuple[bytes, int] | None:
-        self._insert(connection)
+    def recorded_at(self, stream: str, version: int) -> tuple[bytes, int] | None:
         query = "SELECT id, position FROM log WHERE stream = ? AND version = ?"
-        found: tuple[bytes, int] | None = connection.execute(query, (stream, version)).fetchone()
+        found: tuple[bytes, int] | None = self._within().execute(query, (stream, version)).fetchone()
         return found
 
 
