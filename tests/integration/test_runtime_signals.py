@@ -23,6 +23,7 @@ import pytest
 from tests.integration.processes import ROOT, until
 from tidings import Service
 from tidings.errors import ConfigurationError
+from tidings.hosting.collector import YOUNG
 from tidings.hosting.serve import serve
 
 
@@ -194,6 +195,7 @@ async def test_the_collector_spares_what_a_process_begins_with_until_it_ends(
     async def stopping() -> AsyncIterator[None]:
         async def stop() -> None:
             await until(lambda: gc.get_freeze_count() > 0, "the collector spares nothing", 30)
+            await until(lambda: gc.get_threshold()[0] == YOUNG, "it looks through what is in flight too often", 30)
             seen.append(True)
             signal.raise_signal(signal.SIGTERM)
 
@@ -203,9 +205,11 @@ async def test_the_collector_spares_what_a_process_begins_with_until_it_ends(
 
     if frozen:
         gc.freeze()
+    before = gc.get_threshold()
     try:
         await serve(Service("idle"), beside=[stopping()])
         assert seen == [True]
+        assert gc.get_threshold() == before
         assert (gc.get_freeze_count() > 0) is frozen
     finally:
         gc.unfreeze()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import structlog
 
+from tidings.hosting.collector import spared_by_the_collector
 from tidings.hosting.hosted import Hosted
 from tidings.hosting.runtime import Runtime
 from tidings.hosting.signals import StopSignals
@@ -63,26 +63,9 @@ async def serve(
                     raise
             finally:
                 signals.on_request = lambda: None
-            with _spared_by_the_collector():
+            with spared_by_the_collector():
                 await signals.requested.wait()
     log.info("process.stopped", services=[service.name for service in services])
-
-
-@contextmanager
-def _spared_by_the_collector() -> Iterator[None]:
-    """Keep what exists now (modules, classes, mapped tables) out of the garbage collector's passes within the block.
-
-    It lives as long as the process, and events in flight set off a pass over all of it again and again: up to a seventh
-    of the CPU of a service that reads the log.
-    """
-    if gc.get_freeze_count():  # an application that does this itself knows when to end it
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _introduce(services: tuple[Hosted, ...], runtime: Runtime, health: str | None) -> None:
