@@ -84,6 +84,8 @@ class Proxy:
         self.target = 0
         """The port of the current server."""
         self.mute = False
+        self.deaf = False
+        """Requests go nowhere."""
         self.port = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -119,7 +121,7 @@ class Proxy:
         async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, back: bool) -> None:
             try:
                 while data := await source.read(1 << 16):
-                    if not (back and self.mute):
+                    if not (self.mute if back else self.deaf):
                         sink.write(data)
                         await sink.drain()
             except OSError:
@@ -142,7 +144,7 @@ async def behind_a_proxy(**options: object) -> AsyncIterator[tuple[EventStoreDB,
 async def serving(proxy: Proxy, database: Path, release: str = "eventstoredb-24.2") -> AsyncIterator[None]:
     """Run a server behind the proxy. At the end connections break, as when it is killed."""
     async with EventStoreServer(str(database), release=release) as server:
-        proxy.target, proxy.mute = server.port, False
+        proxy.target, proxy.mute, proxy.deaf = server.port, False, False
         yield
         proxy.target = 0
         proxy.cut()

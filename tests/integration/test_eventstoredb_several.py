@@ -11,7 +11,14 @@ import pytest
 import tidings
 from tests.integration.eventstoredb import behind_a_proxy, opened, serving, stored
 from tidings import Event, Settings, StreamAppend
-from tidings.errors import AbilityMissing, InvalidAppend, StoreUnavailable, StreamNotFound, WrongExpectedVersion
+from tidings.errors import (
+    AbilityMissing,
+    InvalidAppend,
+    StoreError,
+    StoreUnavailable,
+    StreamNotFound,
+    WrongExpectedVersion,
+)
 from tidings.server import EventStoreServer
 from tidings.stores import ANY, NO_STREAM, STREAM_EXISTS, Appended, EventData, Expected
 from tidings.stores.eventstoredb.appends import Write
@@ -100,6 +107,46 @@ async def test_who_writes_between_the_search_and_the_second_attempt_only_makes_i
         assert await read(store, "a") == [(0, 0), (1, 77), (2, 1)]
 
 
+async def test_an_append_that_never_arrived_is_made_behind_what_cannot_be_read() -> None:
+    """A stream that shows nothing has a version none the less, which only a refusal tells."""
+    async with (
+        EventStoreServer(release=KURRENTDB) as server,
+        opened(server.port) as store,
+        opened(server.port) as other,
+    ):
+        await store.append("a", events(0, 1))
+        await other.set_metadata("a", {"$tb": 100})
+        searched = await losing_its_answer(store, other)
+        done = await store.append_several([StreamAppend("a", events(2)), StreamAppend("b", events(3))])
+        assert dict(done.versions) == {"a": 3, "b": 0}
+        assert searched == ["a", "b", "a", "b"]
+
+
+async def test_a_repetition_answers_as_before_although_the_ids_of_some_streams_were_forgotten(tmp_path: Path) -> None:
+    new, at = StreamAppend("new", events(2, 3), NO_STREAM), StreamAppend("at", events(4), 0)
+    parts = [StreamAppend("any", events(1)), new, at]
+    database = str(tmp_path / "log.db")
+    async with EventStoreServer(database, release=KURRENTDB) as server, opened(server.port) as store:
+        await store.append("at", events(0))
+        first = await store.append_several(parts)
+        await store.append("at", events(5))
+    async with EventStoreServer(database, release=KURRENTDB) as server, opened(server.port) as store:
+        assert await store.append_several(parts) == first
+        assert await read(store, "any") == [(0, 1)]
+
+
+async def test_a_refusal_names_a_stream_whose_name_is_too_long_for_the_answer() -> None:
+    async with EventStoreServer(release=KURRENTDB) as server, opened(server.port) as store:
+        name, known = "ü" * 400, events(1)
+        await store.append(name, known)
+        for part in (StreamAppend(name, events(2), 5), StreamAppend(name, known)):
+            with pytest.raises(StoreError, match=f"stream '{name}'"):
+                await store.append_several([StreamAppend("other", events(0)), part])
+        await store.tombstone(name)
+        with pytest.raises(StoreError, match=f"stream '{name}'"):
+            await store.append_several([StreamAppend("other", events(0)), StreamAppend(name, events(3))])
+
+
 async def test_a_refusal_of_the_second_attempt_is_told() -> None:
     async with (
         EventStoreServer(release=KURRENTDB) as server,
@@ -114,8 +161,15 @@ async def test_a_refusal_of_the_second_attempt_is_told() -> None:
             await read(store, "b")
 
 
-async def test_a_server_that_stays_away_is_named_with_what_is_known_of_the_append(tmp_path: Path) -> None:
-    parts = [StreamAppend("a", events(1)), StreamAppend("b", events(2))]
+@pytest.mark.parametrize(
+    ("expected", "says"),
+    [(NO_STREAM, "append the same events, with the same ids, again"), (ANY, "look for the id of one of its events")],
+    ids=["no_stream", "any"],
+)
+async def test_a_server_that_stays_away_is_named_with_what_is_known_of_the_append(
+    tmp_path: Path, expected: Expected, says: str
+) -> None:
+    parts = [StreamAppend("a", events(1)), StreamAppend("b", events(2), expected)]
     async with behind_a_proxy(DefaultDeadline=1) as (store, proxy):
         with pytest.raises(StoreUnavailable, match=r"stream 'a' and 1 other\(s\) was not appended"):
             await store.append_several(parts)
@@ -124,7 +178,7 @@ async def test_a_server_that_stays_away_is_named_with_what_is_known_of_the_appen
             proxy.mute = True
             appending = asyncio.ensure_future(store.append_several(parts))
             await stored(proxy.target, "b", 1)
-        with pytest.raises(StoreUnavailable, match="with the same ids, again"):
+        with pytest.raises(StoreUnavailable, match=f"may or may not have been appended: to be sure, {says}"):
             await appending
 
 

@@ -30,6 +30,7 @@ from tidings.stores import (
     Filter,
     RecordedEvent,
 )
+from tidings.stores.eventstoredb.appends import Write
 from tidings.stores.eventstoredb.grpc_call import Call
 from tidings.testing.store_conformance import event, events, numbers, read, take
 
@@ -89,6 +90,30 @@ async def test_an_append_that_happened_and_was_hidden_since_is_not_repeated(tmp_
             assert (await appending).version == 1
             log = [item async for item in store.read_all(filter=Filter(stream_prefixes=("s",)))]
             assert numbers(list(log)) == ([0, 1] if hidden == "deleted" else [0, 1, 2, 3])
+
+
+async def test_an_append_that_never_arrived_is_made_behind_what_cannot_be_read(tmp_path: Path) -> None:
+    """A stream that shows nothing has a version none the less, which only a refusal tells."""
+    async with behind_a_proxy() as (store, proxy), AsyncExitStack() as stack:
+        await stack.enter_async_context(serving(proxy, tmp_path / "log.db"))
+        await store.append("s", events(0, 1))
+        await store.set_metadata("s", {"$tb": 100})
+        found = store._appends._find
+        looks: list[str] = []
+
+        async def finding(write: Write) -> Appended | Expected:
+            looks.append(write.stream)
+            return await found(write)
+
+        store._appends._find = finding
+        proxy.deaf = True
+        appending = asyncio.ensure_future(store.append("s", events(2)))
+        for _ in range(100):  # turns of the loop, in which the request goes out
+            await asyncio.sleep(0)
+        proxy.deaf = False
+        proxy.cut()
+        assert (await appending).version == 2
+        assert looks == ["s", "s"]
 
 
 async def test_an_append_to_a_deleted_stream_whose_answer_was_lost_is_known_by_its_id(tmp_path: Path) -> None:

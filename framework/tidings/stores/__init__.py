@@ -274,8 +274,9 @@ class EventStore(Protocol):
 
         At most 1,000 streams, each of them once, and at least one event; events' sizes count together towards the limit
         of an append. Raises what `append` raises, always naming a stream, and `InvalidAppend` and `AbilityMissing`.
-        After `StoreUnavailable` the outcome is unknown: repeat it with the same ids. It has no order among appends that
-        are under way at the same time.
+        After `StoreUnavailable` the outcome is unknown. Repeat it with the same ids if one of the streams with events
+        has a version or `NO_STREAM` as its expectation (see `Expected`). It has no order among appends that are under
+        way at the same time.
         """
         ...
 

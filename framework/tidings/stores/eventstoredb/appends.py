@@ -66,6 +66,7 @@ class Write:
         "floor",
         "future",
         "rank",
+        "refused_at",
         "repeated",
         "since",
         "size",
@@ -80,6 +81,8 @@ class Write:
         """Its place in the order in which appends began."""
         self.floor = -1
         """A position that the log had reached before the append was first sent: it can only be behind it."""
+        self.refused_at = -1
+        """The stream's last version, as the server said when it refused the version that was read."""
         self.changes = 0
         """Which log it was first sent to, by `Leader.changes`."""
         self.repeated = False
@@ -425,5 +428,6 @@ class Appends:
                     except StoreError:
                         return outcome
                     return again if isinstance(again, Appended) else outcome
+                write.refused_at = outcome.actual
                 continue  # somebody appended between reading and writing
             return outcome

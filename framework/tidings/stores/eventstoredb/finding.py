@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
-from tidings.errors import StoreUnavailable, StreamDeleted, StreamNotFound
+from tidings.errors import PartlyRepeated, StoreUnavailable, StreamDeleted, StreamNotFound, WrongExpectedVersion
 from tidings.stores import (
     NO_STREAM,
     STREAM_EXISTS,
     Appended,
+    AppendedSeveral,
     EventData,
     EventStore,
     Expected,
@@ -17,7 +19,7 @@ from tidings.stores import (
 )
 from tidings.stores.eventstoredb.appends import Write
 
-__all__ = ["find", "written_up_to"]
+__all__ = ["find", "is_repeatable", "repeated"]
 
 
 async def find(store: EventStore, write: Write) -> Appended | Expected:
@@ -27,7 +29,7 @@ async def find(store: EventStore, write: Write) -> Appended | Expected:
         return write.expected
     wanted = write.events[-1].id.bytes
     deleted: StreamDeleted | None = None
-    newest, whole = -1, False
+    newest, whole = write.refused_at, False  # not all that a stream has need be readable
     try:
         async for event in store.read_stream(write.stream, backwards=True):
             newest = max(newest, event.version)
@@ -51,13 +53,47 @@ async def find(store: EventStore, write: Write) -> Appended | Expected:
     return STREAM_EXISTS if write.expected is STREAM_EXISTS else NO_STREAM
 
 
-async def written_up_to(store: EventStore, part: StreamAppend[EventData]) -> int | None:
-    """Return the version of the last of these events if the stream has them just where they are expected to begin."""
-    if not part.events or not (isinstance(part.expected, int) or part.expected is NO_STREAM):
+async def repeated(
+    store: EventStore, parts: Mapping[str, StreamAppend[EventData]], refusal: PartlyRepeated | WrongExpectedVersion
+) -> AppendedSeveral:
+    """Return the outcome of a refused append over several streams that is in the log whole: the server has forgotten
+    the ids of some. Raises the refusal, as `PartlyRepeated` where the log shows that it is that."""
+    told: PartlyRepeated | WrongExpectedVersion = refusal
+    if isinstance(refusal, WrongExpectedVersion):
+        part = parts.get(refusal.stream)
+        there = None if part is None or not is_repeatable(part.expected) else await _written(store, part)
+        if there is None:
+            raise refusal
+        told = PartlyRepeated(refusal.stream, there.version)
+    versions: dict[str, int] = {}
+    position = -1
+    # First those that are looked for in one place.
+    for part in sorted(parts.values(), key=lambda part: not is_repeatable(part.expected)):
+        if part.events:
+            if (there := await _written(store, part)) is None:
+                raise told from None
+            versions[part.stream], position = there.version, max(position, there.position)
+    return AppendedSeveral(versions, position)
+
+
+async def _written(store: EventStore, part: StreamAppend[EventData]) -> Appended | None:
+    """Return the place of the last of a part's events if its stream shows them: at the version that is expected, or
+    anywhere."""
+    if not part.events:
         return None
-    start = (part.expected if isinstance(part.expected, int) else -1) + 1
     with suppress(StreamNotFound, StreamDeleted, StoreUnavailable):
-        found = [event.id async for event in store.read_stream(part.stream, start=start, limit=len(part.events))]
-        if found == [event.id for event in part.events]:
-            return start + len(found) - 1
+        if is_repeatable(part.expected):
+            start = (part.expected if isinstance(part.expected, int) else -1) + 1
+            found = [event async for event in store.read_stream(part.stream, start=start, limit=len(part.events))]
+            if [event.id for event in found] == [event.id for event in part.events]:
+                return Appended(found[-1].version, found[-1].position)
+            return None
+        async for event in store.read_stream(part.stream, backwards=True):
+            if event.id == part.events[-1].id:
+                return Appended(event.version, event.position)
     return None
+
+
+def is_repeatable(expected: Expected) -> bool:
+    """Return whether a repetition with this expectation is known however late it comes: not so for `ANY`."""
+    return isinstance(expected, int) or expected is NO_STREAM

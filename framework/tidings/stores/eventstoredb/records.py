@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import json
+import re
 from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from math import isfinite
@@ -45,6 +46,7 @@ WHOLE: Final = 2**53
 DEPTH: Final = 30
 """Objects and lists within one another, at most: each is three messages within one another, of which readers of
 protobuf take 100."""
+_CUT: Final = re.compile(r"(.*)\.\.\. \((\d+) bytes\)", re.DOTALL)
 _SCHEMA: Final = ("$schema.name", "$schema.format")
 """Properties that the server adds."""
 _FORMATS: Final = {JSON: FORMATS.index("Json")}
@@ -133,12 +135,12 @@ def refused(error: CallFailed, parts: Parts) -> StoreError | None:
             violations = details["AppendConsistencyViolationErrorDetails"].violations
             return _violated(violations[0].stream_state, parts)
         case "STREAM_TOMBSTONED":
-            return StreamDeleted(details["StreamTombstonedErrorDetails"].stream)
+            return StreamDeleted(_meant(details["StreamTombstonedErrorDetails"].stream, parts))
         case "STREAM_DELETED":
-            return StreamDeleted(details["StreamDeletedErrorDetails"].stream, tombstoned=False)
+            return StreamDeleted(_meant(details["StreamDeletedErrorDetails"].stream, parts), tombstoned=False)
         case "APPEND_RECORD_SIZE_EXCEEDED":
             record = details["AppendRecordSizeExceededErrorDetails"]
-            return EventTooLarge(record.stream, record.size, record.max_size, "the server's")
+            return EventTooLarge(_meant(record.stream, parts), record.size, record.max_size, "the server's")
         case "APPEND_TRANSACTION_SIZE_EXCEEDED":
             whole = details["AppendTransactionSizeExceededErrorDetails"]
             return too_large(parts, whole.size, whole.max_size, "the server's")
@@ -148,13 +150,23 @@ def refused(error: CallFailed, parts: Parts) -> StoreError | None:
 
 
 def _violated(found: Any, parts: Parts) -> StoreError:
-    actual, state = found.actual_state, found.expected_state
+    named, actual, state = _meant(found.stream, parts), found.actual_state, found.expected_state
     if actual == TOMBSTONED or (actual == DELETED and state == EXISTS):
-        return StreamDeleted(found.stream, tombstoned=actual == TOMBSTONED)
+        return StreamDeleted(named, tombstoned=actual == TOMBSTONED)
     for stream, _, expected in parts:
-        if stream == found.stream and expected is not ANY:
+        if stream == named and expected is not ANY:
             return WrongExpectedVersion(stream, describe(expected), max(actual, -1))
-    return PartlyRepeated(found.stream, actual)
+    return PartlyRepeated(named, actual)
+
+
+def _meant(name: str, parts: Parts) -> str:
+    """Return the stream that the server names: `tidings server` cuts long names."""
+    cut = _CUT.fullmatch(name)
+    if cut is not None and all(part.stream != name for part in parts):
+        for stream, _, _ in parts:
+            if stream.startswith(cut[1]) and len(stream.encode()) == int(cut[2]):
+                return stream
+    return name
 
 
 def _details(error: CallFailed) -> Iterable[tuple[str, Any]]:

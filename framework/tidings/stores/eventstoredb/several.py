@@ -7,11 +7,12 @@ just read. It is all or nothing, so the log shows all of it, or none.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from tidings.errors import AbilityMissing, StoreError, StoreUnavailable, WrongExpectedVersion
 from tidings.stores import Ability, Appended, AppendedSeveral, EventData, Expected, StreamAppend
 from tidings.stores.eventstoredb.appends import Write
+from tidings.stores.eventstoredb.finding import is_repeatable
 from tidings.stores.eventstoredb.grpc import Connection
 from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost, Status
 from tidings.stores.eventstoredb.leader import Leader, Trying
@@ -46,25 +47,30 @@ class Several:
 
     async def append(self, asked: Parts) -> AppendedSeveral:
         """Append all of it or nothing. Raises as `EventStore.append_several`."""
-        trying, floor = Trying(self._leader), self._leader.known
+        trying, floor = Trying(self._leader), -1
         parts, doubtful = asked, False
+        refused_at: dict[str, int] = {}
         try:
             while True:
-                trying.check()
                 told, sent = None, False
                 try:
                     connection = await self._leader.connected()
+                    trying.check()
+                    if not doubtful:
+                        floor = self._leader.known
                     sent = True
                     return await self._called(connection, request_of(parts))
                 except (CallFailed, ConnectionLost) as error:
                     told = self._told(error, parts)
                     if told is not None and not doubtful:
                         raise told from error
+                    if isinstance(told, WrongExpectedVersion):
+                        refused_at[told.stream] = told.actual
                     if told is None:
                         doubtful = doubtful or sent
                         await trying.again(error)
                 if doubtful:
-                    found, parts = await self._looked(asked, floor)
+                    found, parts = await self._looked(asked, floor, refused_at)
                     if found is not None:
                         return found
                     if told is not None and not _others_wrote(told, asked, parts):
@@ -100,7 +106,9 @@ class Several:
             return self._leader.judge(error)
         return refused(error, parts)
 
-    async def _looked(self, asked: Parts, floor: int) -> tuple[AppendedSeveral | None, Parts]:
+    async def _looked(
+        self, asked: Parts, floor: int, refused_at: Mapping[str, int]
+    ) -> tuple[AppendedSeveral | None, Parts]:
         """Look for what was sent: the outcome that it had; or None, and the append at the versions just read."""
         versions: dict[str, int] = {}
         position = -1
@@ -111,13 +119,13 @@ class Several:
                 continue
             future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
             write = Write(part.stream, part.events, part.expected, 0, future)
-            write.floor = floor
+            write.floor, write.refused_at = floor, refused_at.get(part.stream, -1)
             found = await self._find(write)
             if isinstance(found, Appended):
                 versions[part.stream] = found.version
                 position = max(position, found.position)
             else:
-                parts.append(part if _is_repeatable(part.expected) else part._replace(expected=found))
+                parts.append(part if is_repeatable(part.expected) else part._replace(expected=found))
         written = sum(bool(part.events) for part in asked)
         if len(versions) == written:
             return AppendedSeveral(versions, position), asked
@@ -125,18 +133,14 @@ class Several:
         return None, asked if versions else parts
 
 
-def _is_repeatable(expected: Expected) -> bool:
-    """Return whether a repetition with this expectation is known however late it comes: not so for `ANY`."""
-    return isinstance(expected, int) or expected.name == "NO_STREAM"
-
-
 def _unavailable(error: StoreUnavailable, asked: Parts, *, doubtful: bool) -> StoreUnavailable:
     """Return the same error, with what is known of the append."""
-    outcome = (
-        "may or may not have been appended: to be sure, append the same events, with the same ids, again"
-        if doubtful
-        else "was not appended"
-    )
+    outcome = "was not appended"
+    if doubtful:
+        remedy = "append the same events, with the same ids, again"
+        if not any(part.events and is_repeatable(part.expected) for part in asked):
+            remedy = "look for the id of one of its events in its stream: a server that restarts forgets it"
+        outcome = f"may or may not have been appended: to be sure, {remedy}"
     return StoreUnavailable(
         f"{error} What was meant for stream {asked[0].stream!r} and {len(asked) - 1} other(s) {outcome}.",
         waiting_helps=error.waiting_helps,

@@ -40,7 +40,7 @@ from tidings.stores import (
 )
 from tidings.stores.eventstoredb.access import close_identity, document_with_access
 from tidings.stores.eventstoredb.appends import Appends
-from tidings.stores.eventstoredb.finding import find, written_up_to
+from tidings.stores.eventstoredb.finding import find, repeated
 from tidings.stores.eventstoredb.grpc import Connection
 from tidings.stores.eventstoredb.grpc_call import CallFailed, ConnectionLost
 from tidings.stores.eventstoredb.leader import LOG_STREAM, Leader, Trying, raise_refused
@@ -123,9 +123,8 @@ class EventStoreDB:
         parts = {part.stream: part._replace(expected=as_expected(part.expected)) for part in appends}
         try:
             appended = await self._several.append([*parts.values()])
-        except WrongExpectedVersion as error:
-            version = await written_up_to(self, parts[error.stream])
-            raise error if version is None else PartlyRepeated(error.stream, version) from None
+        except (PartlyRepeated, WrongExpectedVersion) as error:
+            appended = await repeated(self, parts, error)
         for stream in appended.versions:
             self._revived.appended(stream)
         return appended
