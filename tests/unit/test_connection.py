@@ -217,11 +217,25 @@ async def test_an_append_over_several_streams_refuses_what_append_refuses(settin
             await log.append_several(StreamAppend("tidings_log", expected=0), StreamAppend("a", [Opened(account="a")]))
         with pytest.raises(ConfigurationError, match=r"Opened\(\.\.\.\)"):
             await log.append_several(StreamAppend("a", [Opened]))  # type: ignore[list-item]
+        with pytest.raises(ConfigurationError, match="a StreamAppend for each stream"):
+            await log.append_several([StreamAppend("a", [Opened(account="a")])])  # type: ignore[arg-type]
         with pytest.raises(InvalidAppend, match="named twice"):
             await log.append_several(
                 StreamAppend("a", [Opened(account="a")]), StreamAppend("a", [Paid(account="a", cents=1)])
             )
         assert await log.store.head() == 1
+
+
+async def test_events_that_can_be_read_only_once_come_into_their_own_stream(settings: Settings) -> None:
+    async with tidings.connect(settings) as log:
+        once = (Opened(account=name) for name in ("a", "b"))
+        done = await log.append_several(
+            StreamAppend("a", once),  # type: ignore[arg-type]
+            StreamAppend("c", [Opened(account="c")]),
+        )
+        assert dict(done.versions) == {"a": 1, "c": 0}
+        [other] = [entry.event async for entry in log.read("c", Opened)]
+        assert other == Opened(account="c")
 
 
 def test_an_append_over_several_streams_from_code_without_a_loop(settings: Settings) -> None:

@@ -83,9 +83,15 @@ class Appends:
         has an expected version, it may be repeated, and is refused if the first attempt succeeded.
         """
         store = self._appends_to()
-        for stream, _, _ in appends:
-            check_target(stream)
-        ready = iter(encoded([event for _, events, _ in appends for event in events], metadata, correlation_id))
+        for part in appends:
+            if not isinstance(part, StreamAppend):
+                raise ConfigurationError(
+                    f"append_several({part!r}): give a StreamAppend for each stream, one by one: "
+                    "append_several(StreamAppend('order-1', [OrderPlaced(...)]), StreamAppend('stock-1', [...]))"
+                )
+            check_target(part.stream)
+        parts = [part._replace(events=[*part.events]) for part in appends]  # whatever can be read only once
+        ready = iter(encoded([event for part in parts for event in part.events], metadata, correlation_id))
         return await store.append_several(
-            [StreamAppend(stream, [next(ready) for _ in events], expected) for stream, events, expected in appends]
+            [StreamAppend(stream, [next(ready) for _ in events], expected) for stream, events, expected in parts]
         )

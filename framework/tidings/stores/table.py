@@ -77,7 +77,10 @@ def checked_size(stream: str, events: Sequence[EventData]) -> int:
 
 
 def as_expected(expected: Expected) -> Expected:
-    """Return `NO_STREAM` for -1, which `Appended.version` says of a stream without events; else what it is."""
+    """Return `NO_STREAM` for -1, which `Appended.version` says of a stream without events; else what it is. Raises
+    `TypeError` for what is no expected version."""
+    if not isinstance(expected, Expected):
+        raise TypeError(f"expected={expected!r}: an expected version is an int, ANY, NO_STREAM or STREAM_EXISTS")
     return NO_STREAM if expected == -1 else expected
 
 

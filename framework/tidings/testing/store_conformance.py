@@ -398,6 +398,12 @@ class StoreConformance:
             assert len(set(answers)) == 1
             assert await read(store, name) == [(0, 0), (1, 1)]
 
+    async def test_what_is_no_expected_version_is_refused_as_such(self, store: EventStore, stream: str) -> None:
+        for bad in (None, "0"):
+            with pytest.raises(TypeError, match="an expected version is"):
+                await store.append(stream, events(0), expected=bad)  # type: ignore[arg-type]
+        assert await self.numbers_of(store, stream) == []
+
     # ---- append over several streams
 
     async def test_the_store_has_the_abilities_that_it_is_said_to_have(
@@ -432,6 +438,22 @@ class StoreConformance:
         assert found[-1].position == done.position
         if Ability.CONSECUTIVE_POSITIONS in abilities:
             assert [item.position for item in found] == list(range(done.position - 4, done.position + 1))
+
+    async def test_several_streams_that_were_deleted_begin_again_with_their_events_side_by_side(
+        self, several: EventStore, stream: str, abilities: frozenset[Ability]
+    ) -> None:
+        a, b = f"{stream}-a", f"{stream}-b"
+        for name in (a, b):
+            await several.append(name, events(0))
+            await several.delete(name)
+        done = await several.append_several([StreamAppend(a, events(1, 2)), StreamAppend(b, events(3, 4))])
+        assert dict(done.versions) == {a: 2, b: 2}
+        for name in (a, b):
+            first, second = [found async for found in several.read_stream(name)]
+            assert (first.version, second.version) == (1, 2)
+            if Ability.CONSECUTIVE_POSITIONS in abilities:
+                assert second.position == first.position + 1
+        assert second.position == done.position
 
     @pytest.mark.parametrize("empty", [False, True], ids=["written", "only checked"])
     @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ KurrentDB has this since 25.1; the rules are those recorded from 26.1. A repetit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from tidings.stores import ANY, NO_STREAM, Appended, EventData, Expected, StreamAppend
@@ -76,8 +78,9 @@ class Several(Write):
             self.versions = repeated.versions
             return Appended(repeated.versions[self.stream], repeated.position)
         last, versions = Appended(NONE, NONE), dict.fromkeys(ids, NONE)
-        for stream, event in self.records:
-            last = appender.append(stream, [event])
+        # A stream's events in one piece: the metadata of one that was softly deleted comes behind them.
+        for stream, records in groupby(self.records, key=itemgetter(0)):
+            last = appender.append(stream, [event for _, event in records])
             versions[stream] = last.version
         self.versions = versions
         return last
