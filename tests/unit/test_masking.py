@@ -95,6 +95,21 @@ def test_every_one_of_several_secrets_is_masked(
     assert masked_text(shown) == shown
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "tokens: ['a]', 'hunter2'] oklast",
+        "passwords=['x)', 'hunter2'] oklast",
+        "secrets={'a': 'p} q', 'b': 'hunter2'} oklast",
+        r"tokens: ['it\'] ', 'hunter2'] oklast",
+        r'"{\"tokens\": [\"a]\", \"hunter2\"]} oklast',
+    ],
+)
+def test_brackets_within_a_secret_do_not_end_the_list_of_secrets(said: str) -> None:
+    assert "hunter2" not in masked_text(said)
+    assert masked_text(said).endswith(" oklast")
+
+
 tokens = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-", min_size=24, max_size=60)
 
 

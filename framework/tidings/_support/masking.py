@@ -43,6 +43,8 @@ _COUNT: Final = re.compile(r"-?\d{1,9}(?:\.\d{1,9})?(?=[,;.:)\]}]{0,8}(?:[\s{\[\
 _LISTED: Final = re.compile(rf"[\[({{]\s{{0,4}}[bBrRuU]{{0,2}}{_QUOTE}")
 _BRACKET: Final = re.compile(r"[\[({]|[\])}](?P<ends>(?=[\])}]{0,8}(?:[\s,;.:\"'\\]|\Z)))?")
 """How a list of quoted secrets begins; its brackets, and which of them may end it."""
+_ITEM: Final = re.compile(rf"(?<=[\[({{,:\sbBrRuU])({_QUOTE})")
+"""The quote that opens a secret of a list, which may have brackets in it."""
 _HARMLESS: Final = re.compile(
     r"(?:\b(?:Unexpected|Invalid|Expired|Missing|Bad|Unknown|Malformed|Wrong|Revoked|No|Incorrect|Unsupported|Illegal"
     r"|Empty|Weak|Duplicate|Unrecognized|Unterminated|Stale|Undefined))\Z"
@@ -268,12 +270,25 @@ def _end_of_value(text: str, name: re.Match[str], begins: int, word: int) -> int
 
 
 def _end_of_list(text: str, begins: int) -> int:
-    depth = 0
-    for bracket in _BRACKET.finditer(text, begins, begins + LISTED):
+    depth, at, most = 0, begins, min(begins + LISTED, len(text))
+    item = _ITEM.search(text, at, most)
+    while (bracket := _BRACKET.search(text, at, most)) is not None:
+        if item is not None and item.start() < at:
+            item = _ITEM.search(text, at, most)
+        if item is not None and item.start() < bracket.start():
+            escaped = "" if len(item[1]) > 1 else r"(?<!\\)"
+            closes = re.compile(rf"{escaped}{re.escape(item[1])}(?=\s{{0,4}}(?:[,:\])}}]|\Z))").search(
+                text, item.end(), most
+            )
+            if closes is None:
+                return most
+            at = closes.end()
+            continue
         depth += 1 if bracket[0] in "[({" else -1
         if depth <= 0 and bracket["ends"] is not None:
             return bracket.end()
-    return min(begins + LISTED, len(text))
+        at = bracket.end()
+    return most
 
 
 def _closes(text: str, at: int, first: int, level: int) -> bool:
