@@ -55,13 +55,17 @@ _WORDS: Final = {
 
 
 def checked_several(
-    appends: Sequence[StreamAppend[EventData]], size_of: Callable[[str, Sequence[EventData]], int]
-) -> int:
-    """Return the bytes of all events. Raises `InvalidAppend`, and what `size_of` raises for a stream and its events."""
+    appends: Iterable[StreamAppend[EventData]], size_of: Callable[[str, Sequence[EventData]], int]
+) -> tuple[list[StreamAppend[EventData]], int]:
+    """Return the appends, so that each can be read more than once, and the bytes of all events.
+
+    Raises `InvalidAppend`, and what `size_of` raises for a stream and its events.
+    """
+    parts = [part._replace(events=tuple(part.events)) for part in appends]
     streams: set[str] = set()
     ids: set[UUID] = set()
     size = 0
-    for stream, events, _ in appends:
+    for stream, events, _ in parts:
         size += size_of(stream, events)
         if stream in streams:
             raise InvalidAppend(stream, "it is named twice. Name it once, with all of its events in their order")
@@ -76,7 +80,7 @@ def checked_several(
         raise InvalidAppend(None, "it has no events. Name at least one stream with an event")
     if len(streams) > STREAMS_LIMIT:
         raise InvalidAppend(None, f"it names {len(streams)} streams, and {STREAMS_LIMIT} is the most. Divide it")
-    return size
+    return parts, size
 
 
 def too_large(appends: Sequence[StreamAppend[EventData]], size: int, limit: int, whose: str = "the") -> EventTooLarge:

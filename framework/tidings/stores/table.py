@@ -117,6 +117,7 @@ class TableStore(ABC):
     # ---- writing
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        events = tuple(events)
         check_metadata_write(stream, events)
         return await self.begin(Kind.APPEND, stream, events, expected)
 

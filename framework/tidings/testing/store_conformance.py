@@ -186,6 +186,11 @@ class StoreConformance:
         assert (await store.append(stream, events(3, 4), expected=2)).version == 4
         assert await read(store, stream) == [(n, n) for n in range(5)]
 
+    async def test_events_that_can_be_read_only_once_are_all_appended(self, store: EventStore, stream: str) -> None:
+        appended = await store.append(stream, iter(events(0, 1, 2)))  # type: ignore[arg-type]
+        assert appended.version == 2
+        assert await read(store, stream) == [(0, 0), (1, 1), (2, 2)]
+
     async def test_an_append_answers_with_the_position_of_its_last_event(self, store: EventStore, stream: str) -> None:
         appended = await store.append(stream, events(0, 1, 2), expected=NO_STREAM)
         positions = [found.position async for found in store.read_stream(stream)]
@@ -438,6 +443,15 @@ class StoreConformance:
         assert found[-1].position == done.position
         if Ability.CONSECUTIVE_POSITIONS in abilities:
             assert [item.position for item in found] == list(range(done.position - 4, done.position + 1))
+
+    async def test_no_event_of_several_streams_is_lost_that_can_be_read_only_once(
+        self, several: EventStore, stream: str
+    ) -> None:
+        once: list[Any] = [iter(events(0, 1)), iter(events(2))]
+        parts: Any = iter([StreamAppend(stream, once[0]), StreamAppend(f"{stream}-b", once[1])])
+        await several.append_several(parts)
+        assert await read(several, stream) == [(0, 0), (1, 1)]
+        assert await read(several, f"{stream}-b") == [(0, 2)]
 
     async def test_several_streams_that_were_deleted_begin_again_with_their_events_side_by_side(
         self, several: EventStore, stream: str, abilities: frozenset[Ability]

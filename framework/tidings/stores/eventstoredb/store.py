@@ -92,6 +92,7 @@ class EventStoreDB:
     # ---- writing -------------------------------------------------------------------------
 
     async def append(self, stream: str, events: Sequence[EventData], *, expected: Expected = ANY) -> Appended:
+        events = tuple(events)
         size = wire.check_events(stream, events)
         self._leader.check_usable()
         wire.check_expected(expected)
@@ -99,14 +100,14 @@ class EventStoreDB:
             expected = NO_STREAM
         try:
             if not is_metadata_stream(stream):
-                appended = await self._appends.submit(stream, tuple(events), expected, size)
+                appended = await self._appends.submit(stream, events, expected, size)
                 if events:
                     self._revived.appended(stream)
                 return appended
             check_metadata_write(stream, events)
             async with self._metadata_writes:  # keeps the order in which they began
                 await self._check_not_tombstoned(stream)
-                answer = self._appends.submit(stream, tuple(events), expected, size)
+                answer = self._appends.submit(stream, events, expected, size)
             return await answer
         except StreamDeleted:
             if expected is STREAM_EXISTS:
@@ -114,13 +115,13 @@ class EventStoreDB:
             raise
 
     async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
-        size = checked_several(appends, wire.check_events)
+        asked, size = checked_several(appends, wire.check_events)
         if size > wire.EVENT_LIMIT:
-            raise too_large(appends, size, wire.EVENT_LIMIT, "Tidings' own")
+            raise too_large(asked, size, wire.EVENT_LIMIT, "Tidings' own")
         self._leader.check_usable()
-        for part in appends:
+        for part in asked:
             wire.check_expected(part.expected)
-        parts = {part.stream: part._replace(expected=as_expected(part.expected)) for part in appends}
+        parts = {part.stream: part._replace(expected=as_expected(part.expected)) for part in asked}
         try:
             appended = await self._several.append([*parts.values()])
         except (PartlyRepeated, WrongExpectedVersion) as error:

@@ -96,17 +96,17 @@ class PostgreSQLStore(TableStore):
         return write.answer
 
     async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
-        size = checked_several(appends, checked_size)
+        asked, size = checked_several(appends, checked_size)
         if size > APPEND_LIMIT:
-            raise too_large(appends, size, APPEND_LIMIT)
-        sent = size + sum(_beside(stream, events) for stream, events, _ in appends)
+            raise too_large(asked, size, APPEND_LIMIT)
+        sent = size + sum(_beside(stream, events) for stream, events, _ in asked)
         if sent > SENT_LIMIT:
-            raise too_large(appends, sent, SENT_LIMIT, WITH_NAMES)
+            raise too_large(asked, sent, SENT_LIMIT, WITH_NAMES)
         self._check_usable()
         answer: asyncio.Future[AppendedSeveral] = self._loop.create_future()
         parts = [
             Write(Kind.APPEND, stream, tuple(events), as_expected(expected), 0, answer)
-            for stream, events, expected in appends
+            for stream, events, expected in asked
         ]
         self._writer.submit(Several(parts, sent, answer))
         return await answer

@@ -193,10 +193,10 @@ class SqliteStore(TableStore):
         return self._submitted(Write(self, kind, stream, tuple(events), as_expected(expected), size))
 
     async def append_several(self, appends: Sequence[StreamAppend[EventData]]) -> AppendedSeveral:
-        size = checked_several(appends, checked_size)
+        asked, size = checked_several(appends, checked_size)
         if size > self._log.limit:
-            raise too_large(appends, size, self._log.limit)
-        append = several_of(self, appends, size)
+            raise too_large(asked, size, self._log.limit)
+        append = several_of(self, asked, size)
         appended = await self.begin_several(append)
         return AppendedSeveral(append.versions, appended.position)
 
