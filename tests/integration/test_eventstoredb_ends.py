@@ -184,7 +184,7 @@ async def test_an_append_of_unknown_outcome_that_cannot_be_looked_for_says_so(mo
     async def denied(*_: Any) -> Any:
         raise StoreUnavailable("EventStoreDB denies user 'writer' what was asked for")
 
-    monkeypatch.setattr("tidings.stores.eventstoredb.store.EventStoreDB.find", denied)
+    monkeypatch.setattr("tidings.stores.eventstoredb.store.find", denied)
     async with EventStoreServer() as server, opened(server.port) as store:
         await store.append("s", events(0))
         appending = asyncio.ensure_future(store.append("s", events(1)))
