@@ -468,12 +468,12 @@ async def test_a_busy_event_loop_does_not_starve_a_reader(store: EventStore) -> 
     """A thread that fetches row by row gives up the interpreter at each row and waits 5 ms to get it back."""
     await store.append("a", events(*range(2_000)))
     reading = asyncio.ensure_future(read(store, "a"))
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    turns = 0
     while not reading.done():
         sum(range(500_000))  # some 10 ms
         await asyncio.sleep(0)
-    assert loop.time() - began < 3
+        turns += 1
+    assert turns < 800, "turns, not seconds: a machine may stand still meanwhile"
     assert len(reading.result()) == 2_000
 
 
