@@ -219,6 +219,8 @@ async def test_an_append_over_several_streams_refuses_what_append_refuses(settin
             await log.append_several(StreamAppend("a", [Opened]))  # type: ignore[list-item]
         with pytest.raises(ConfigurationError, match="a StreamAppend for each stream"):
             await log.append_several([StreamAppend("a", [Opened(account="a")])])  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match=r"single event.*StreamAppend\('a', \[Opened"):
+            await log.append_several(StreamAppend("a", Opened(account="a")))  # type: ignore[arg-type]
         with pytest.raises(InvalidAppend, match="named twice"):
             await log.append_several(
                 StreamAppend("a", [Opened(account="a")]), StreamAppend("a", [Paid(account="a", cents=1)])

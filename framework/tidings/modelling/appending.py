@@ -90,6 +90,11 @@ class Appends:
                     "append_several(StreamAppend('order-1', [OrderPlaced(...)]), StreamAppend('stock-1', [...]))"
                 )
             check_target(part.stream)
+            if isinstance(part.events, Event):  # which can be iterated over, field by field
+                raise ConfigurationError(
+                    f"append_several: the events of stream {part.stream!r} are a single event. Put it into a list: "
+                    f"StreamAppend({part.stream!r}, [{type(part.events).__qualname__}(...)])"
+                )
         parts = [part._replace(events=[*part.events]) for part in appends]  # whatever can be read only once
         ready = iter(encoded([event for part in parts for event in part.events], metadata, correlation_id))
         return await store.append_several(
